@@ -1,0 +1,131 @@
+"""Augmentations of single images. Each takes a PIL image and a generator, so that what is done
+to an image depends on the generator's seed only, and gives uint8 [3, H, W]."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from PIL import Image, ImageEnhance, ImageFilter
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(images: paddle.Tensor) -> paddle.Tensor:
+    """uint8 images [N, 3, H, W] -> float32, minus ImageNet's mean, over its deviation."""
+    mean = paddle.to_tensor(IMAGENET_MEAN).reshape([1, 3, 1, 1])
+    std = paddle.to_tensor(IMAGENET_STD).reshape([1, 3, 1, 1])
+    return (images.astype("float32") / 255.0 - mean) / std
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """An RGB image as uint8 [3, H, W]."""
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def random_resized_crop(image, rng, size: int, scale_min: float, ratio=(3 / 4, 4 / 3)):
+    """Crop a random area (``scale_min`` to 1 of the image) and aspect, resized to ``size``."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(scale_min, 1.0)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(rng.integers(0, width - w + 1))
+            top = int(rng.integers(0, height - h + 1))
+            break
+    else:
+        w = h = min(width, height)
+        left, top = (width - w) // 2, (height - h) // 2
+    box = (left, top, left + w, top + h)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def random_flip(image, rng, probability: float):
+    """Mirror left to right."""
+    if rng.random() < probability:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+def shift_hue(image, turns: float):
+    """Rotate the hue by a share of a full turn."""
+    hue, saturation, value = image.convert("HSV").split()
+    shifted = (np.asarray(hue, dtype=np.int16) + round(turns * 255)) % 256
+    hue = Image.fromarray(shifted.astype(np.uint8))
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def color_jitter(image, rng, strength: float = 0.4, hue: float = 0.1):
+    """Brightness, contrast, saturation by 1 +- ``strength``, hue by +- ``hue``, in random order."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for step in rng.permutation(4):
+        if step < 3:
+            image = enhancers[step](image).enhance(rng.uniform(1 - strength, 1 + strength))
+        else:
+            image = shift_hue(image, rng.uniform(-hue, hue))
+    return image
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop and flip: stage two's input, and stage one's weaker view."""
+
+    size: int
+    scale_min: float = 0.08
+    flip: float = 0.5
+
+    def __call__(self, image, rng) -> np.ndarray:
+        image = random_resized_crop(image, rng, self.size, self.scale_min)
+        return to_array(random_flip(image, rng, self.flip))
+
+
+@dataclass(frozen=True)
+class StrongTransform:
+    """MoCo v2's augmentation: crop, colour jitter, greyscale, blur, flip."""
+
+    size: int
+    scale_min: float = 0.2
+    flip: float = 0.5
+
+    def __call__(self, image, rng) -> np.ndarray:
+        image = random_resized_crop(image, rng, self.size, self.scale_min)
+        if rng.random() < 0.8:
+            image = color_jitter(image, rng)
+        if rng.random() < 0.2:
+            image = image.convert("L").convert("RGB")
+        if rng.random() < 0.5:
+            # MoCo's sigmas are for 224 px.
+            radius = rng.uniform(0.1, 2.0) * self.size / 224
+            image = image.filter(ImageFilter.GaussianBlur(radius))
+        return to_array(random_flip(image, rng, self.flip))
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Shorter side to 8/7 of ``size``, then the centre of ``size``; nothing random."""
+
+    size: int
+
+    def __call__(self, image, rng=None) -> np.ndarray:
+        width, height = image.size
+        scale = round(self.size * 256 / 224) / min(width, height)
+        width, height = max(self.size, round(width * scale)), max(self.size, round(height * scale))
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return to_array(image.crop((left, top, left + self.size, top + self.size)))
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """Two augmentations of one image, drawn one after the other."""
+
+    first: StrongTransform
+    second: TrainTransform
+
+    def __call__(self, image, rng) -> tuple[np.ndarray, np.ndarray]:
+        return self.first(image, rng), self.second(image, rng)

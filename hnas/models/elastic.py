@@ -1,0 +1,150 @@
+"""The weight-sharing supernet: a ResNet on PaddleSlim's elastic layers, and cutting one out."""
+
+from __future__ import annotations
+
+import paddle
+from paddle import nn
+from paddle.nn import functional as F  # noqa: N812
+from paddleslim.nas.ofa.convert_super import supernet
+from paddleslim.nas.ofa.layers import SuperBatchNorm2D
+from paddleslim.nas.ofa.layers_base import Block
+
+from hnas.models.resnet import ResNet
+from hnas.search_space import RATIOS, Architecture, SearchSpace
+
+
+class ElasticBatchNorm2D(SuperBatchNorm2D):
+    """BatchNorm over the first C channels: [N, C, H, W] -> [N, C, H, W].
+
+    Scale, shift and running statistics are slices of shared ones; in training the active slice
+    of the statistics is updated in place. PaddleSlim's own forward decides at its first call
+    whether it will ever use batch statistics, so a supernet that was evaluated before training
+    would never train its statistics.
+    """
+
+    def forward(self, x):
+        channels = x.shape[1]
+        mean, variance = self._mean[:channels], self._variance[:channels]
+        y = F.batch_norm(
+            x,
+            mean,
+            variance,
+            self.weight[:channels],
+            self.bias[:channels],
+            training=self.training,
+            momentum=self._momentum,
+            epsilon=self._epsilon,
+            data_format=self._data_format,
+        )
+        if self.training and not shares_storage(mean, self._mean):
+            self._mean[:channels] = mean
+            self._variance[:channels] = variance
+        return y
+
+
+def shares_storage(part: paddle.Tensor, whole: paddle.Tensor) -> bool:
+    """Whether a leading slice is a view of ``whole``, as by Paddle's default, or a copy."""
+    return part.data_ptr() == whole.data_ptr()
+
+
+class ElasticResNet(ResNet):
+    """A supernet of ``space``: one set of weights, any sub-network active at a time.
+
+    ``activate`` sets the sub-network; every forward until the next call runs it. Parameters
+    are named as in :class:`ResNet` with PaddleSlim's ``.fn`` before the last part of the
+    convolutions' and the classifier's names.
+    """
+
+    def __init__(self, space: SearchSpace, num_classes: int = 1000):
+        super().__init__(space.shared_plan(space.largest()), num_classes)
+        self.space = space
+        # With a largest ratio of 1 the layers keep their sizes; the channel counts of a
+        # forward are given exactly, by layers_forward.
+        with supernet(expand_ratio=list(RATIOS)) as converter:
+            converter.convert(self)
+        _replace_batch_norms(self)
+        for layer in self.sublayers():
+            if isinstance(layer, Block):
+                layer.set_supernet(self)
+        self._channels: dict[str, int] = {}
+        self.activate(space.largest())
+
+    @property
+    def architecture(self) -> Architecture:
+        """The active sub-network."""
+        return self._architecture
+
+    def activate(self, arch: Architecture) -> None:
+        """Make ``arch`` the sub-network that forward runs.
+
+        Raises:
+            ArchitectureError: ``arch`` needs a projection that the shared weights do not hold.
+        """
+        plan = self.space.shared_plan(arch)
+        self._architecture = arch
+        self._channels = {self.stem.conv.key: plan.stem}
+        for stage, blocks in enumerate(plan.stages):
+            for block, (mid, cout) in zip(self.stage_blocks(stage), blocks, strict=False):
+                self._channels[block.conv1.key] = mid
+                self._channels[block.conv2.key] = cout
+                if block.downsample is not None:
+                    self._channels[block.downsample[0].key] = cout
+        self._channels[self.head.fc.key] = self.num_classes
+
+    def active_blocks(self):
+        """The basic blocks of the active sub-network, in order."""
+        return [
+            block
+            for stage, depth in enumerate(self._architecture.depths)
+            for block in self.stage_blocks(stage)[:depth]
+        ]
+
+    def layers_forward(self, block: Block, x: paddle.Tensor) -> paddle.Tensor:
+        """Run an elastic layer at the active width; PaddleSlim's blocks call this."""
+        return block.fn(x, channel=self._channels[block.key])
+
+    @paddle.no_grad()
+    def extract(self, arch: Architecture) -> ResNet:
+        """A stand-alone network of ``arch`` with copies of the shared weights' slices."""
+        net = ResNet(self.space.shared_plan(arch), self.num_classes)
+        net.set_state_dict(self.sliced_state(arch, net))
+        net.train() if self.training else net.eval()
+        return net
+
+    def sliced_state(self, arch: Architecture, net: ResNet) -> dict[str, paddle.Tensor]:
+        """The shared weights of ``arch``, named as in the stand-alone ``net`` of that code."""
+        pairs = [(net.stem, self.stem), (net.head, self.head)]
+        for stage, depth in enumerate(arch.depths):
+            pairs += zip(net.stage_blocks(stage), self.stage_blocks(stage)[:depth], strict=True)
+        names = {id(tensor): name for name, tensor in net.state_dict().items()}
+        state = {}
+        for part, shared_part in pairs:
+            shared = plain_state(shared_part)
+            for name, tensor in part.state_dict().items():
+                leading = tuple(slice(0, size) for size in tensor.shape)
+                state[names[id(tensor)]] = shared[name][leading].clone()
+        return state
+
+
+def plain_name(name: str) -> str:
+    """A supernet's parameter name as the plain network has it: without PaddleSlim's ``.fn``."""
+    return name.replace(".fn.", ".")
+
+
+def plain_state(layer: nn.Layer) -> dict[str, paddle.Tensor]:
+    """State of a part of a supernet under the plain network's names."""
+    return {plain_name(name): tensor for name, tensor in layer.state_dict().items()}
+
+
+def _replace_batch_norms(layer: nn.Layer) -> None:
+    for name, child in list(layer.named_children()):
+        if isinstance(child, nn.BatchNorm2D):
+            setattr(
+                layer,
+                name,
+                ElasticBatchNorm2D(
+                    child.weight.shape[0], momentum=child._momentum, epsilon=child._epsilon
+                ),
+            )
+        else:
+            _replace_batch_norms(child)

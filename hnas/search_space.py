@@ -1,0 +1,291 @@
+"""The ResNet48 search space: architecture codes, channel widths, MACs and parameters.
+
+This is the only module that knows how the digits of a code are laid out; all others hold an
+:class:`Architecture`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hnas.utils.errors import UserError
+
+RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+MIN_DEPTH = 2
+MAX_DEPTHS = (5, 5, 8, 5)
+STAGE_STRIDES = (1, 2, 2, 2)
+IMAGE_DIGIT = "1"
+CODE_LENGTH = 1 + len(MAX_DEPTHS) + 1 + 2 * sum(MAX_DEPTHS)
+
+FULL_DIGITS = (7, 7, 7, 7)
+"""Largest width digit of each stage in the full space."""
+RELEASED_DIGITS = (3, 3, 5, 7)
+"""Largest width digit of each stage in the 45,000 codes that the organisers released."""
+
+
+class ArchitectureError(UserError):
+    """An architecture code that is not one; the message names the digit and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One sub-network, as digits.
+
+    Attributes:
+        depths: blocks of each of the four stages.
+        stem: width digit of the stem, 1 (full width) to 7 (0.7 of it).
+        widths: for each stage and block the width digits of its two convolutions.
+        image_digit: whether the code is written with the leading ``1`` (52 digits) or without
+            it (51 digits). Two codes that differ only here are the same architecture.
+    """
+
+    depths: tuple[int, ...]
+    stem: int
+    widths: tuple[tuple[tuple[int, int], ...], ...]
+    image_digit: bool = field(default=True, compare=False)
+
+    @classmethod
+    def from_code(cls, code: str) -> Architecture:
+        """Parse a code of 52 digits, or of 51 without the leading image size digit.
+
+        Raises:
+            ArchitectureError: naming the offending digit (counted from 1) and what is allowed.
+        """
+        if not isinstance(code, str):
+            raise ArchitectureError(
+                f"architecture code must be a string of digits, not {type(code).__name__}"
+            )
+        if not (code.isascii() and code.isdigit()):
+            raise ArchitectureError(f"architecture code {_shorten(code)} holds more than digits")
+        if len(code) not in (CODE_LENGTH, CODE_LENGTH - 1):
+            raise ArchitectureError(
+                f"architecture code {_shorten(code)} has {len(code)} digits; "
+                f"{CODE_LENGTH} or, without the image size, {CODE_LENGTH - 1} are allowed"
+            )
+        image_digit = len(code) == CODE_LENGTH
+        if image_digit and code[0] != IMAGE_DIGIT:
+            raise _digit_error(code, 0, "image size", "1 (224 px)")
+        start = 1 if image_digit else 0
+        depths = tuple(
+            _read_digit(code, start + stage, f"depth of stage {stage + 1}", MIN_DEPTH, deepest)
+            for stage, deepest in enumerate(MAX_DEPTHS)
+        )
+        start += len(MAX_DEPTHS)
+        stem = _read_digit(code, start, "stem width", 1, len(RATIOS))
+        start += 1
+        widths = []
+        for stage, (depth, deepest) in enumerate(zip(depths, MAX_DEPTHS, strict=True)):
+            widths.append(_read_stage(code, start, stage, depth, deepest))
+            start += 2 * deepest
+        return cls(depths, stem, tuple(widths), image_digit)
+
+    @property
+    def code(self) -> str:
+        """The code as it was read: 52 digits, or 51 when the image size was left out."""
+        text = IMAGE_DIGIT if self.image_digit else ""
+        text += "".join(map(str, self.depths)) + str(self.stem)
+        for blocks, deepest in zip(self.widths, MAX_DEPTHS, strict=True):
+            digits = "".join(f"{conv1}{conv2}" for conv1, conv2 in blocks)
+            text += digits.ljust(2 * deepest, "0")
+        return text
+
+    def __str__(self) -> str:
+        return self.code
+
+
+def _shorten(code: str) -> str:
+    return repr(code if len(code) <= 60 else code[:57] + "...")
+
+
+def _digit_error(code: str, position: int, what: str, allowed: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"architecture code {_shorten(code)}: digit {position + 1} ({what}) is "
+        f"{code[position]}; allowed: {allowed}"
+    )
+
+
+def _read_digit(code: str, position: int, what: str, low: int, high: int) -> int:
+    digit = int(code[position])
+    if not low <= digit <= high:
+        raise _digit_error(code, position, what, f"{low} to {high}")
+    return digit
+
+
+def _read_stage(code: str, start: int, stage: int, depth: int, deepest: int):
+    blocks = []
+    for block in range(deepest):
+        names = [f"stage {stage + 1}, block {block + 1}, conv{conv}" for conv in (1, 2)]
+        positions = (start + 2 * block, start + 2 * block + 1)
+        if block < depth:
+            conv1, conv2 = (
+                _read_digit(code, position, name, 1, len(RATIOS))
+                for position, name in zip(positions, names, strict=True)
+            )
+            blocks.append((conv1, conv2))
+            continue
+        for position, name in zip(positions, names, strict=True):
+            if code[position] != "0":
+                raise _digit_error(
+                    code, position, name, f"0, since stage {stage + 1} has {depth} blocks"
+                )
+    return tuple(blocks)
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """Round ``value`` to the nearest multiple of ``divisor``, never more than 10 % below it."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    if rounded < 0.9 * value:
+        rounded += divisor
+    return rounded
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """Channel counts of one network, all that is needed to build it.
+
+    Attributes:
+        stem: output channels of the stem.
+        stages: for each stage and block the output channels of its two convolutions.
+    """
+
+    stem: int
+    stages: tuple[tuple[tuple[int, int], ...], ...]
+
+    def blocks(self):
+        """Yield ``(stage, cin, mid, cout, stride)`` of every block from stem to head.
+
+        A block needs a 1x1 projection on its shortcut whenever ``cin != cout``.
+        """
+        cin = self.stem
+        for stage, blocks in enumerate(self.stages):
+            for index, (mid, cout) in enumerate(blocks):
+                yield stage, cin, mid, cout, STAGE_STRIDES[stage] if index == 0 else 1
+                cin = cout
+
+    @property
+    def out_channels(self) -> int:
+        """Input features of the classifier."""
+        return self.stages[-1][-1][1]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Widths of a backbone and the architectures that are drawn from it.
+
+    Attributes:
+        base_channels: full channel counts of the four stages; the stem has the first's.
+        divisor: channel counts are rounded to multiples of it.
+        truncate: ``int(base * ratio)`` instead of rounding, as the organisers' demo did.
+        max_digits: largest width digit that sampling uses in each stage.
+    """
+
+    base_channels: tuple[int, ...] = (64, 128, 256, 512)
+    divisor: int = 8
+    truncate: bool = False
+    max_digits: tuple[int, ...] = RELEASED_DIGITS
+
+    def channels(self, stage: int, digit: int) -> int:
+        """Channel count of width digit 1..7 in ``stage`` (0..3)."""
+        value = self.base_channels[stage] * RATIOS[digit - 1]
+        # The products are a hair below the integer for some ratios (e.g. 20 * 0.85).
+        value = round(value, 6)
+        return int(value) if self.truncate else make_divisible(value, self.divisor)
+
+    def plan(self, arch: Architecture) -> ChannelPlan:
+        """Channel counts of ``arch``."""
+        return ChannelPlan(
+            self.channels(0, arch.stem),
+            tuple(
+                tuple((self.channels(s, c1), self.channels(s, c2)) for c1, c2 in blocks)
+                for s, blocks in enumerate(arch.widths)
+            ),
+        )
+
+    def shared_plan(self, arch: Architecture) -> ChannelPlan:
+        """Channel counts of ``arch`` as a sub-network of the supernet.
+
+        Raises:
+            ArchitectureError: a block other than the first of stages 2 to 4 changes its channel
+                count, which takes a projection shortcut that the shared weights do not hold.
+        """
+        plan = self.plan(arch)
+        previous = None
+        for stage, cin, _, cout, _ in plan.blocks():
+            projects = stage > 0 and stage != previous
+            if cin != cout and not projects:
+                raise ArchitectureError(
+                    f"architecture code {arch.code}: stage {stage + 1} changes from {cin} to "
+                    f"{cout} channels inside the stage, for which the supernet has no projection "
+                    "shortcut; conv2 needs one width digit per stage, and the stem stage 1's"
+                )
+            previous = stage
+        return plan
+
+    def macs(self, arch: Architecture, image_size: int = 224, num_classes: int = 1000) -> int:
+        """Multiply-accumulates per image: all convolutions and the classifier."""
+        plan = self.plan(arch)
+        size = _halve(image_size)
+        total = size * size * 3 * plan.stem * 49
+        size = _halve(size)
+        for _, cin, mid, cout, stride in plan.blocks():
+            size = _halve(size) if stride == 2 else size
+            weights = 9 * cin * mid + 9 * mid * cout + (cin * cout if cin != cout else 0)
+            total += size * size * weights
+        return total + plan.out_channels * num_classes
+
+    def params(self, arch: Architecture, num_classes: int = 1000) -> int:
+        """Trainable parameters: filters, BatchNorm scales and shifts, classifier."""
+        plan = self.plan(arch)
+        total = 3 * plan.stem * 49 + 2 * plan.stem
+        for _, cin, mid, cout, _ in plan.blocks():
+            total += 9 * cin * mid + 2 * mid + 9 * mid * cout + 2 * cout
+            if cin != cout:
+                total += cin * cout + 2 * cout
+        return total + plan.out_channels * num_classes + num_classes
+
+    def largest(self) -> Architecture:
+        """All stages at full depth and width."""
+        return self._extreme(MAX_DEPTHS, (1, 1, 1, 1))
+
+    def smallest(self) -> Architecture:
+        """All stages at depth 2 and at the smallest width that sampling uses."""
+        return self._extreme((MIN_DEPTH,) * 4, self.max_digits)
+
+    def _extreme(self, depths, digits) -> Architecture:
+        widths = tuple(((d, d),) * depth for depth, d in zip(depths, digits, strict=True))
+        return Architecture(tuple(depths), digits[0], widths)
+
+    def sample(self, rng: np.random.Generator, tilt: float = 0.0) -> Architecture:
+        """Draw an architecture: depths and digits independent, conv2's digit one per stage.
+
+        Of the n options of a choice, ordered from small (0) to large (n - 1), option k has a
+        probability proportional to ``exp(tilt * k / (n - 1))``: 0 is uniform, as the released
+        45,000 are; a positive tilt favours depth and width.
+        """
+        depths = tuple(
+            MIN_DEPTH + _draw(rng, deepest - MIN_DEPTH + 1, tilt) for deepest in MAX_DEPTHS
+        )
+        widths = []
+        for depth, narrowest in zip(depths, self.max_digits, strict=True):
+            conv2 = narrowest - _draw(rng, narrowest, tilt)
+            widths.append(
+                tuple((narrowest - _draw(rng, narrowest, tilt), conv2) for _ in range(depth))
+            )
+        return Architecture(depths, widths[0][0][1], tuple(widths))
+
+
+def _halve(size: int) -> int:
+    """Output size of the stride-2 layers here, all padded to ``ceil(size / 2)``."""
+    return (size + 1) // 2
+
+
+def choice_probabilities(options: int, tilt: float) -> np.ndarray:
+    """Probabilities of ``options`` choices from small to large under ``tilt``; see ``sample``."""
+    weights = np.exp(tilt * np.linspace(0.0, 1.0, options))
+    return weights / weights.sum()
+
+
+def _draw(rng: np.random.Generator, options: int, tilt: float) -> int:
+    return int(rng.choice(options, p=choice_probabilities(options, tilt)))

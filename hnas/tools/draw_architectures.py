@@ -1,0 +1,37 @@
+"""Draw architectures from the released space into a file that stage three reads.
+
+    python -m hnas.tools.draw_architectures --number 200 --output F
+
+The first is the largest network and the second the smallest; the others are uniform.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from hnas.evaluation.architecture_file import submission, write_json
+from hnas.models.registry import SAMPLE_SPACES, search_space
+from hnas.utils.errors import run_main
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--number", type=int, default=200, help="architectures [default 200]")
+    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--sample_space", choices=SAMPLE_SPACES, default="released")
+    parser.add_argument("--seed", type=int, default=0, help="[default 0]")
+    options = parser.parse_args(argv)
+
+    space = search_space("resnet48", options.sample_space)
+    rng = np.random.default_rng(options.seed)
+    drawn = {space.largest(): None, space.smallest(): None}
+    while len(drawn) < options.number:
+        drawn[space.sample(rng)] = None
+    archs = {f"arch{i}": arch for i, arch in enumerate(drawn, 1)}
+    write_json(options.output, submission(archs, [0.0] * len(archs)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,45 @@
+"""MACs and parameters of architectures, from their codes alone.
+
+    python -m hnas.tools.flops --modelarch_file F [--backbone resnet48] [--image_size 224]
+
+prints (or writes to --output) {"arch1": {"arch": code, "macs": per image, "params": count}, ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from hnas.evaluation.architecture_file import read_architectures, write_json
+from hnas.models.registry import search_space
+from hnas.utils.errors import run_main
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modelarch_file", required=True, help="architectures: JSON or text")
+    parser.add_argument("--backbone", default="resnet48", help="whose widths [default resnet48]")
+    parser.add_argument("--image_size", type=int, default=224, help="px [default 224]")
+    parser.add_argument("--num_classes", type=int, default=1000, help="[default 1000]")
+    parser.add_argument("--output", help="file to write [default: standard output]")
+    options = parser.parse_args(argv)
+
+    space = search_space(options.backbone)
+    counts = {
+        name: {
+            "arch": arch.code,
+            "macs": space.macs(arch, options.image_size, options.num_classes),
+            "params": space.params(arch, options.num_classes),
+        }
+        for name, arch in read_architectures(options.modelarch_file).items()
+    }
+    if options.output:
+        write_json(options.output, counts)
+    else:
+        json.dump(counts, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,56 @@
+"""Train the largest network with labels: makes the weights that the recipe starts from.
+
+    python -m hnas.tools.pretrain run --image_dir DIR --pretrained FILE_TO_WRITE
+
+Takes the entry scripts' flags. Epochs are kept in --save_dir, and --resume continues them.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import paddle
+
+from hnas.dataset.transforms import TrainTransform
+from hnas.models.registry import build_classifier
+from hnas.utils.checkpoint import write_state
+from hnas.utils.errors import run_main
+from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.options import parse_options
+from hnas.utils.SampleMethod import LargestSampler
+from hnas.utils.setup import (
+    require,
+    space_of,
+    start,
+    training_images,
+    training_loader,
+    validation_images,
+    validation_loader,
+)
+from hnas.utils.training import fit, prepare
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"max_epoch": 90, "lr": 0.1, "save_dir": "checkpoint_files/pretrain"}
+
+
+def main() -> None:
+    options = parse_options(0, DEFAULTS, about=__doc__.splitlines()[0])
+    start(options)
+    require(options, "pretrained")
+    images = training_images(options)
+    val = validation_images(options, images)
+    space = space_of(options)
+    network = build_classifier(options.backbone, len(images.classes), space)
+    model = DistillationModel(network, teacher=None, sampler=LargestSampler(space), subnetworks=1)
+    crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
+    loader = training_loader(options, images, crop)
+    prepare(model, options, len(loader), metrics=paddle.metric.Accuracy())
+    fit(model, options, loader)
+    write_state(options.pretrained, network.extract(space.largest()).state_dict())
+    metrics = model.evaluate_architecture(validation_loader(options, val), space.largest())
+    logger.info("validation top-1 %.4f, weights in %s", metrics["acc"], options.pretrained)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,37 @@
+"""Errors that a user can mend: one line, exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+
+LOG_FORMAT = "[%(asctime)s] %(message)s"
+
+
+class UserError(Exception):
+    """Wrong input. The message is one line: what is wrong, where, and what to do."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program's ``main``; end with exit code 2 and one line for a :class:`UserError`."""
+    logging.basicConfig(
+        level=logging.INFO, format=LOG_FORMAT, datefmt="%Y/%m/%d %H:%M:%S", force=True
+    )
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+def one_line(error: UserError) -> str:
+    """The message without the traceback that Paddle's loader puts before a worker's error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) < 2:
+        return "".join(lines)
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1])

@@ -1,0 +1,221 @@
+"""The command line of the entry scripts: ``python3 -u SCRIPT run --flag value ...``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hnas.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def _flag(default, help_text: str, unit: str = "", stages: str = "0123", low=None, high=None):
+    """A field with what ``--help`` prints, the stages that use it, and its bounds."""
+    metadata = {"help": help_text, "unit": unit, "stages": stages, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Options:
+    """All flags. Every entry script accepts all of them, so that command lines can be shared;
+    one that has no effect in a stage is named in the log."""
+
+    backbone: str = _flag("resnet48", "network: see hnas/models/registry.py", "name")
+    image_size: int = _flag(224, "height and width of the network's input", "px", low=32)
+    max_epoch: int = _flag(5, "epochs to train", "epochs", "012", low=1)
+    lr: float = _flag(0.0005, "base learning rate for a batch of 256", "", "012", low=0)
+    weight_decay: float = _flag(1e-4, "L2 penalty", "", "012", low=0)
+    momentum: float = _flag(0.9, "of the optimizer", "", "012", low=0, high=1)
+    batch_size: int = _flag(256, "images a step and device", "images", low=1)
+    dyna_batch_size: int = _flag(
+        4, "sub-networks a step; 0: the largest network only", "sub-networks", "12", low=0
+    )
+    warmup: int = _flag(5, "linear warm-up of the learning rate", "epochs", "012", low=0)
+    sample_method: str = _flag("random", "random, biased or sandwich", "name", "12")
+    bias_sample_flag: bool = _flag(False, "tilt the sampling toward large", "", "12")
+    bias_strength: float = _flag(
+        2.0, "tilt b: the largest option is exp(b) times as likely as the smallest", "", "12"
+    )
+    sample_space: str = _flag(
+        "released",
+        "width digits to sample: released (those of the 45,000) or full (1 to 7)",
+        "name",
+        "123",
+    )
+    truncate_widths: bool = _flag(
+        False, "int(base * ratio) channels instead of multiples of the divisor"
+    )
+    stage1_sample_num: int = _flag(
+        1, "pairs of sub-networks a step if largest_net_in_stage1 is False", "pairs", "1", low=1
+    )
+    largest_net_in_stage1: bool = _flag(
+        True, "both paths of stage 1 are the largest network, else sampled ones", "", "1"
+    )
+    use_loss_expand: bool = _flag(
+        False, "weight each sub-network's loss by its MACs over the step's mean MACs", "", "2"
+    )
+    train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", "", "2")
+    use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", "", "12")
+    ckpt_dir: str = _flag("", "weights to start from (stages 1, 2) or to score (3)", "file", "123")
+    pretrained: str = _flag(
+        "",
+        "official weights of the largest network: start of stage 1, teacher of 2",
+        "file",
+        "012",
+    )
+    image_dir: str = _flag("", "images: train/CLASS/* and val/CLASS/*", "folder")
+    save_dir: str = _flag("checkpoint_files/output", "where results go", "folder")
+    save_dir_new: str = _flag("", "stage 1's name for save_dir, which it overrides", "folder", "1")
+    save_freq: int = _flag(1, "epochs between checkpoints", "epochs", "012", low=1)
+    log_freq: int = _flag(50, "steps between log lines", "steps", "012", low=1)
+    eval_freq: int = _flag(
+        1, "epochs between evaluations of the largest and smallest; 0: never", "epochs", "2", low=0
+    )
+    bn_calibration_images: int = _flag(
+        0, "training images to re-calibrate BatchNorm with when evaluating", "images", "23", low=0
+    )
+    num_workers: int = _flag(8, "loader processes; 0: load in the main one", "processes", low=0)
+    use_tensor_dataset: bool = _flag(False, "decode all images once and keep them in memory")
+    crop_scale_min: float = _flag(
+        0.08, "smallest random crop in training", "share of the image", "012", low=0.01, high=1
+    )
+    flip_prob: float = _flag(0.5, "of mirroring in training", "probability", "012", low=0, high=1)
+    queue_size: int = _flag(
+        65536, "negatives of stage 1; a multiple of the batch", "keys", "1", low=1
+    )
+    key_momentum: float = _flag(0.999, "of the key encoder", "", "1", low=0, high=1)
+    temperature: float = _flag(0.2, "of the contrastive loss", "", "1", low=0.001)
+    resume: str = _flag(
+        "", "continue training from a folder's newest epoch; auto: from save_dir's", "folder", "012"
+    )
+    seed: int = _flag(0, "of data order, augmentations, sub-networks and new weights", low=0)
+    device: str = _flag("auto", "auto, cpu or gpu", "name")
+    modelarch_file: str = _flag("", "architectures to score: JSON or text", "file", "3")
+    eval_sample_num: int = _flag(
+        0,
+        "score the first N architectures of the file, or draw N without one; 0: the whole file",
+        "architectures",
+        "3",
+        low=0,
+    )
+
+    @property
+    def initial_weights(self) -> str:
+        """``ckpt_dir`` if ``use_ckpt`` says so, else empty."""
+        return self.ckpt_dir if self.use_ckpt else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, and an unknown flag is answered with the nearest one."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse_options(
+    stage: int, defaults: dict, argv: Sequence[str] | None = None, about: str = ""
+) -> Options:
+    """Read the command line of a stage.
+
+    Args:
+        stage: 1, 2 or 3; 0 for making the pretrained weights.
+        defaults: of this stage, where they differ from :class:`Options`.
+        argv: arguments after the script's name; ``sys.argv[1:]`` if None.
+        about: first line of ``--help``.
+
+    Raises:
+        UserError: unknown flag, wrong type or value out of bounds.
+    """
+    fields = dataclasses.fields(Options)
+    parser = _Parser(description=about, allow_abbrev=False)
+    parser.add_argument("command", nargs="?", choices=["run"], help="the only command")
+    for option in fields:
+        default = defaults.get(option.name, option.default)
+        parser.add_argument(
+            f"--{option.name}",
+            type=_reader(option.type),
+            default=default,
+            help=_help_text(option, default, stage),
+            metavar=option.type,
+        )
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UserError(_explain_unknown(unknown[0], [option.name for option in fields]))
+    values = vars(parsed)
+    values.pop("command")
+    options = Options(**values)
+    _check_bounds(options)
+    for option in fields:
+        given = any(a == f"--{option.name}" or a.startswith(f"--{option.name}=") for a in arguments)
+        if given and str(stage) not in option.metadata["stages"]:
+            logger.info("--%s has no effect here", option.name)
+    if stage == 1 and options.save_dir_new:
+        options.save_dir = options.save_dir_new
+    return options
+
+
+def _help_text(option: dataclasses.Field, default, stage: int) -> str:
+    shown = repr(default) if default == "" else default
+    unit = f" {option.metadata['unit']}" if option.metadata["unit"] else ""
+    effect = "" if str(stage) in option.metadata["stages"] else "; no effect here"
+    text = f"{option.metadata['help']} [default {shown}{unit}{effect}]"
+    return text.replace("%", "%%")
+
+
+def _reader(kind: str) -> Callable[[str], object]:
+    return {"bool": read_bool, "int": int, "float": _read_float, "str": _read_text}[kind]
+
+
+def read_bool(text: str) -> bool:
+    """``True``/``False`` in any case, or 1/0."""
+    if text.lower() in ("true", "1"):
+        return True
+    if text.lower() in ("false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def _read_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _read_text(text: str) -> str:
+    """Existing command lines write ``None`` or ``False`` for a path that is not there."""
+    return "" if text in ("None", "False") else text
+
+
+def _explain_unknown(argument: str, names: Sequence[str]) -> str:
+    if not argument.startswith("--"):
+        return f"unexpected argument {argument!r}; flags are written --name value"
+    name = argument[2:].split("=", 1)[0]
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean --{nearest[0]}?" if nearest else "see --help"
+    return f"unknown flag --{name}; {hint}"
+
+
+def _check_bounds(options: Options) -> None:
+    for option in dataclasses.fields(options):
+        value, low, high = (
+            getattr(options, option.name),
+            option.metadata["low"],
+            option.metadata["high"],
+        )
+        if low is not None and value < low:
+            raise UserError(f"--{option.name} {value} is too small; the least is {low}")
+        if high is not None and value > high:
+            raise UserError(f"--{option.name} {value} is too large; the most is {high}")
+    choices = {"sample_space": ("released", "full"), "device": ("auto", "cpu", "gpu")}
+    for name, allowed in choices.items():
+        if getattr(options, name) not in allowed:
+            raise UserError(f"--{name} {getattr(options, name)!r}; allowed: {', '.join(allowed)}")

@@ -1,0 +1,106 @@
+"""What every program does before its own work: device, seeds, data."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+
+import numpy as np
+import paddle
+
+from hnas.dataset.image_folder import (
+    DataError,
+    ImageList,
+    check_same_classes,
+    decode_image,
+    scan_images,
+)
+from hnas.dataset.loader import EpochLoader, ImageDataset, eval_loader
+from hnas.dataset.transforms import EvalTransform
+from hnas.models.registry import search_space
+from hnas.search_space import SearchSpace
+from hnas.utils.errors import UserError
+from hnas.utils.options import Options
+
+logger = logging.getLogger(__name__)
+
+
+def start(options: Options) -> None:
+    """Choose the device and seed every generator.
+
+    Raises:
+        UserError: a GPU is asked for and Paddle has none.
+    """
+    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if options.device == "gpu" and not has_gpu:
+        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
+    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
+    random.seed(options.seed)
+    np.random.seed(options.seed)
+    paddle.seed(options.seed)
+    logger.info("device %s, seed %d", paddle.get_device(), options.seed)
+
+
+def space_of(options: Options) -> SearchSpace:
+    """The search space that the flags describe."""
+    return search_space(options.backbone, options.sample_space, options.truncate_widths)
+
+
+def require(options: Options, *names: str) -> None:
+    """Refuse empty values of flags that a stage cannot do without.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in names:
+        if not getattr(options, name):
+            raise UserError(f"--{name} is missing")
+
+
+def training_images(options: Options) -> ImageList:
+    """The images of ``image_dir/train``."""
+    require(options, "image_dir")
+    images = scan_images(options.image_dir, "train")
+    logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
+    return images
+
+
+def validation_images(options: Options, train: ImageList | None = None) -> ImageList:
+    """The images of ``image_dir/val``, whose classes must be those of ``train``."""
+    require(options, "image_dir")
+    images = scan_images(options.image_dir, "val")
+    logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
+    if train is not None:
+        check_same_classes(train, images)
+    return images
+
+
+def training_loader(options: Options, images: ImageList, transform: Callable) -> EpochLoader:
+    """Shuffled, augmented batches of ``images``."""
+    dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
+    return EpochLoader(dataset, options.batch_size, options.num_workers)
+
+
+def calibration_images(options: Options) -> paddle.Tensor | None:
+    """``bn_calibration_images`` training images, uint8 [N, 3, H, W], drawn by the seed.
+
+    Raises:
+        DataError: the training split holds fewer.
+    """
+    number = options.bn_calibration_images
+    if not number:
+        return None
+    images = training_images(options)
+    if number > len(images):
+        raise DataError(f"--bn_calibration_images {number}, but {images.folder} has {len(images)}")
+    chosen = np.random.default_rng(options.seed).permutation(len(images))[:number]
+    transform = EvalTransform(options.image_size)
+    return paddle.to_tensor(np.stack([transform(decode_image(images.paths[i])) for i in chosen]))
+
+
+def validation_loader(options: Options, images: ImageList):
+    """Batches of ``images`` in order, centre crops."""
+    transform = EvalTransform(options.image_size)
+    dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
+    return eval_loader(dataset, options.batch_size, options.num_workers)

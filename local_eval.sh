@@ -1,0 +1,32 @@
+#!/bin/sh
+# Stage three: score every architecture of a file with the stage-two supernet.
+# Every variable can be given in the environment: image_dir=/data/ILSVRC2012 sh THIS_SCRIPT
+set -eu
+cd "$(dirname "$0")"
+
+image_dir=${image_dir:-/data/ILSVRC2012}                        # val/CLASS/*
+ckpt_dir=${ckpt_dir:-checkpoint_files/stage2/0.pdparams}        # stage two's weights
+modelarch_file=${modelarch_file:-CVPR_2022_NAS_Track1_test.json}
+save_dir=${save_dir:-checkpoint_files/stage3}                   # submission.json
+backbone=${backbone:-resnet48}
+image_size=${image_size:-224}
+batch_size=${batch_size:-256}
+bn_calibration_images=${bn_calibration_images:-0}               # 0: running statistics
+eval_sample_num=${eval_sample_num:-0}                           # first N only; 0: all
+use_tensor_dataset=${use_tensor_dataset:-True}                  # decode once, keep in memory
+num_workers=${num_workers:-8}
+seed=${seed:-0}
+device=${device:-auto}
+python=${python:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+threads=${threads:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+
+# Before Python starts: Paddle reads these when it is imported. The last one is for AMD.
+export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" MKL_DEBUG_CPU_TYPE=5
+
+exec "$python" -u train_supernet.py run \
+    --backbone "$backbone" --image_size "$image_size" --batch_size "$batch_size" \
+    --ckpt_dir "$ckpt_dir" --modelarch_file "$modelarch_file" \
+    --bn_calibration_images "$bn_calibration_images" \
+    --eval_sample_num "$eval_sample_num" --image_dir "$image_dir" --save_dir "$save_dir" \
+    --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
+    --seed "$seed" --device "$device" "$@"

@@ -1,0 +1,51 @@
+#!/bin/sh
+# Stage one: contrastive training of the supernet from official pretrained weights.
+# Every variable can be given in the environment: image_dir=/data/ILSVRC2012 sh THIS_SCRIPT
+set -eu
+cd "$(dirname "$0")"
+
+image_dir=${image_dir:-/data/ILSVRC2012}                        # train/CLASS/*, val/CLASS/*
+pretrained=${pretrained:-checkpoint_files/resnet48.pdparams}    # official weights
+save_dir=${save_dir:-checkpoint_files/stage1}                   # 0.pdparams, 1.pdparams, ...
+backbone=${backbone:-resnet48pinasv2}
+image_size=${image_size:-224}
+max_epoch=${max_epoch:-10}
+batch_size=${batch_size:-256}
+lr=${lr:-0.0008}                                                # for a batch of 256
+warmup=${warmup:-1}                                             # epochs
+weight_decay=${weight_decay:-0.0001}
+momentum=${momentum:-0.9}
+largest_net_in_stage1=${largest_net_in_stage1:-True}            # else sampled pairs
+stage1_sample_num=${stage1_sample_num:-1}                       # pairs a step, if sampled
+sample_method=${sample_method:-random}
+bias_sample_flag=${bias_sample_flag:-False}
+queue_size=${queue_size:-65536}
+key_momentum=${key_momentum:-0.999}
+temperature=${temperature:-0.2}
+crop_scale_min=${crop_scale_min:-0.2}
+flip_prob=${flip_prob:-0.5}
+use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in memory
+num_workers=${num_workers:-8}
+save_freq=${save_freq:-1}                                       # epochs
+log_freq=${log_freq:-50}                                        # steps
+resume=${resume:-None}                                          # a folder, or auto
+seed=${seed:-0}
+device=${device:-auto}
+python=${python:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+threads=${threads:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+
+# Before Python starts: Paddle reads these when it is imported. The last one is for AMD.
+export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" MKL_DEBUG_CPU_TYPE=5
+
+exec "$python" -u train_supernet_pinas_stage1.py run \
+    --backbone "$backbone" --image_size "$image_size" --max_epoch "$max_epoch" \
+    --batch_size "$batch_size" --dyna_batch_size 0 --lr "$lr" --warmup "$warmup" \
+    --weight_decay "$weight_decay" --momentum "$momentum" \
+    --largest_net_in_stage1 "$largest_net_in_stage1" --stage1_sample_num "$stage1_sample_num" \
+    --sample_method "$sample_method" --bias_sample_flag "$bias_sample_flag" \
+    --queue_size "$queue_size" --key_momentum "$key_momentum" --temperature "$temperature" \
+    --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
+    --pretrained "$pretrained" --image_dir "$image_dir" --save_dir_new "$save_dir" \
+    --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
+    --save_freq "$save_freq" --log_freq "$log_freq" --resume "$resume" --seed "$seed" \
+    --device "$device" "$@"

@@ -1,0 +1,56 @@
+#!/bin/sh
+# Stage two: distillation from the pretrained teacher, sub-networks sampled toward large.
+# Every variable can be given in the environment: image_dir=/data/ILSVRC2012 sh THIS_SCRIPT
+set -eu
+cd "$(dirname "$0")"
+
+image_dir=${image_dir:-/data/ILSVRC2012}                        # train/CLASS/*, val/CLASS/*
+pretrained=${pretrained:-checkpoint_files/resnet48.pdparams}    # teacher: official weights
+use_ckpt=${use_ckpt:-True}                                      # False: start from the teacher's
+ckpt_dir=${ckpt_dir:-checkpoint_files/stage1/0.pdparams}        # stage one's weights
+save_dir=${save_dir:-checkpoint_files/stage2}                   # 0.pdparams, 1.pdparams, ...
+backbone=${backbone:-resnet48}
+image_size=${image_size:-224}
+max_epoch=${max_epoch:-5}
+batch_size=${batch_size:-256}
+dyna_batch_size=${dyna_batch_size:-4}                           # sub-networks a step
+lr=${lr:-0.0005}                                                # for a batch of 256
+warmup=${warmup:-5}                                             # epochs
+weight_decay=${weight_decay:-0.0001}
+momentum=${momentum:-0.9}
+sample_method=${sample_method:-random}                          # random, biased, sandwich
+bias_sample_flag=${bias_sample_flag:-True}                      # tilt toward large
+bias_strength=${bias_strength:-2.0}
+sample_space=${sample_space:-released}                          # released or full
+use_loss_expand=${use_loss_expand:-False}                       # losses weighted by MACs
+crop_scale_min=${crop_scale_min:-0.08}
+flip_prob=${flip_prob:-0.5}
+bn_calibration_images=${bn_calibration_images:-0}               # 0: running statistics
+use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in memory
+num_workers=${num_workers:-8}
+save_freq=${save_freq:-1}                                       # epochs
+eval_freq=${eval_freq:-1}                                       # epochs; 0: never
+log_freq=${log_freq:-50}                                        # steps
+resume=${resume:-None}                                          # a folder, or auto
+train_flag=${train_flag:-True}                                  # False: evaluate only
+seed=${seed:-0}
+device=${device:-auto}
+python=${python:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+threads=${threads:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+
+# Before Python starts: Paddle reads these when it is imported. The last one is for AMD.
+export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" MKL_DEBUG_CPU_TYPE=5
+
+exec "$python" -u train_supernet_pinas_stage2_simple.py run \
+    --backbone "$backbone" --image_size "$image_size" --max_epoch "$max_epoch" \
+    --batch_size "$batch_size" --dyna_batch_size "$dyna_batch_size" --lr "$lr" \
+    --warmup "$warmup" --weight_decay "$weight_decay" --momentum "$momentum" \
+    --sample_method "$sample_method" --bias_sample_flag "$bias_sample_flag" \
+    --bias_strength "$bias_strength" --sample_space "$sample_space" \
+    --use_loss_expand "$use_loss_expand" --bn_calibration_images "$bn_calibration_images" \
+    --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
+    --pretrained "$pretrained" --use_ckpt "$use_ckpt" --ckpt_dir "$ckpt_dir" \
+    --image_dir "$image_dir" --save_dir "$save_dir" \
+    --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
+    --save_freq "$save_freq" --eval_freq "$eval_freq" --log_freq "$log_freq" \
+    --resume "$resume" --train_flag "$train_flag" --seed "$seed" --device "$device" "$@"

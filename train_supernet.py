@@ -1,0 +1,95 @@
+"""Stage three: score every architecture of a file with the stage-two supernet.
+
+    python3 -u train_supernet.py run --image_dir DIR --ckpt_dir checkpoint_files/stage2/0.pdparams \
+        --modelarch_file CVPR_2022_NAS_Track1_test.json
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from hnas.evaluation.architecture_file import read_architectures, submission, write_json
+from hnas.evaluation.reference import evaluate_reference
+from hnas.models.registry import build_classifier, find_backbone
+from hnas.search_space import Architecture, SearchSpace
+from hnas.utils.errors import UserError, run_main
+from hnas.utils.options import Options, parse_options
+from hnas.utils.setup import (
+    calibration_images,
+    require,
+    space_of,
+    start,
+    validation_images,
+    validation_loader,
+)
+from hnas.utils.training import start_from_checkpoint
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"save_dir": "checkpoint_files/stage3", "use_tensor_dataset": True}
+
+
+def main() -> None:
+    options = parse_options(3, DEFAULTS, about=__doc__.splitlines()[0])
+    if find_backbone(options.backbone).contrastive:
+        raise UserError(f"--backbone {options.backbone} is stage 1's; stage 3 takes resnet48")
+    start(options)
+    require(options, "ckpt_dir")
+    space = space_of(options)
+    archs = architectures(options, space)
+    images = validation_images(options)
+    network = build_classifier(options.backbone, len(images.classes), space)
+    start_from_checkpoint(network, options.ckpt_dir)
+
+    began = time.perf_counter()
+    counts = evaluate_reference(
+        network,
+        list(archs.values()),
+        validation_loader(options, images),
+        calibration_images(options),
+    )
+    seconds = time.perf_counter() - began
+    target = Path(options.save_dir) / "submission.json"
+    write_json(target, submission(archs, (counts.top1 / counts.images).tolist()))
+    logger.info(
+        "scored %d architectures on %d images in %.1f s: %s",
+        len(archs),
+        counts.images,
+        seconds,
+        target,
+    )
+
+
+def architectures(options: Options, space: SearchSpace) -> dict[str, Architecture]:
+    """What to score: a file's architectures, or ``eval_sample_num`` drawn ones.
+
+    Raises:
+        UserError: neither is given, or one of them does not fit into the supernet.
+    """
+    wanted = options.eval_sample_num
+    if options.modelarch_file:
+        archs = read_architectures(options.modelarch_file)
+        archs = dict(islice(archs.items(), wanted or None))
+    elif wanted:
+        rng = np.random.default_rng(options.seed)
+        drawn: dict[Architecture, None] = {}
+        while len(drawn) < wanted:
+            drawn[space.sample(rng)] = None
+        archs = {f"arch{i}": arch for i, arch in enumerate(drawn, 1)}
+    else:
+        raise UserError("--modelarch_file is missing (or --eval_sample_num N to draw some)")
+    for name, arch in archs.items():
+        try:
+            space.shared_plan(arch)
+        except UserError as error:
+            raise UserError(f"architecture {name}: {error}") from None
+    return archs
+
+
+if __name__ == "__main__":
+    run_main(main)

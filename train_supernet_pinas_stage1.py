@@ -1,0 +1,81 @@
+"""Stage one: contrastive training of the supernet from official pretrained weights.
+
+python3 -u train_supernet_pinas_stage1.py run --image_dir DIR --pretrained FILE
+"""
+
+from __future__ import annotations
+
+from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
+from hnas.models.registry import build_classifier, find_backbone
+from hnas.utils.errors import UserError, run_main
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.options import parse_options
+from hnas.utils.SampleMethod import LargestSampler, build_sampler
+from hnas.utils.setup import require, space_of, start, training_images, training_loader
+from hnas.utils.training import (
+    fit,
+    prepare,
+    pretrained_network,
+    start_from_checkpoint,
+    start_from_pretrained,
+)
+
+DEFAULTS = {
+    "backbone": "resnet48pinasv2",
+    "max_epoch": 10,
+    "lr": 0.0008,
+    "warmup": 1,
+    "dyna_batch_size": 0,
+    "crop_scale_min": 0.2,
+    "save_dir": "checkpoint_files/stage1",
+}
+
+
+def main() -> None:
+    options = parse_options(1, DEFAULTS, about=__doc__.splitlines()[0])
+    if not find_backbone(options.backbone).contrastive:
+        raise UserError(f"--backbone {options.backbone} has no neck; stage 1 takes resnet48pinasv2")
+    if options.queue_size % options.batch_size:
+        raise UserError(
+            f"--queue_size {options.queue_size} is not a multiple of "
+            f"--batch_size {options.batch_size}"
+        )
+    start(options)
+    images = training_images(options)
+    space = space_of(options)
+    network = build_classifier(
+        options.backbone,
+        len(images.classes),
+        space,
+        queue_size=options.queue_size,
+        key_momentum=options.key_momentum,
+        temperature=options.temperature,
+    )
+    if options.initial_weights:
+        start_from_checkpoint(network.backbone, options.initial_weights)
+    else:
+        require(options, "pretrained")
+        teacher = pretrained_network(options, len(images.classes), space)
+        start_from_pretrained(network.backbone, teacher)
+    network.reset_key_encoder()
+
+    sampled = build_sampler(
+        options.sample_method, space, options.seed, options.bias_strength, options.bias_sample_flag
+    )
+    largest = options.largest_net_in_stage1
+    model = ContrastiveModel(
+        network,
+        LargestSampler(space) if largest else sampled,
+        pairs=1 if largest else options.stage1_sample_num,
+    )
+    crop = {"scale_min": options.crop_scale_min, "flip": options.flip_prob}
+    views = TwoViews(
+        StrongTransform(options.image_size, **crop), TrainTransform(options.image_size, **crop)
+    )
+    loader = training_loader(options, images, views)
+    prepare(model, options, len(loader))
+    fit(model, options, loader)
+
+
+if __name__ == "__main__":
+    run_main(main)

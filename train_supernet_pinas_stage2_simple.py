@@ -1,0 +1,93 @@
+"""Stage two: distillation from the pretrained teacher, several sub-networks a batch.
+
+    python3 -u train_supernet_pinas_stage2_simple.py run --image_dir DIR --pretrained FILE \
+        --use_ckpt True --ckpt_dir checkpoint_files/stage1/0.pdparams
+"""
+
+from __future__ import annotations
+
+import logging
+
+import paddle
+
+from hnas.dataset.transforms import TrainTransform
+from hnas.models.registry import build_classifier, find_backbone
+from hnas.utils.callbacks import EvaluateExtremes
+from hnas.utils.errors import UserError, run_main
+from hnas.utils.hapi_wrapper import DistillationModel, macs_weights
+from hnas.utils.options import parse_options
+from hnas.utils.SampleMethod import LargestSampler, build_sampler
+from hnas.utils.setup import (
+    calibration_images,
+    require,
+    space_of,
+    start,
+    training_images,
+    training_loader,
+    validation_images,
+    validation_loader,
+)
+from hnas.utils.training import (
+    fit,
+    prepare,
+    pretrained_network,
+    start_from_checkpoint,
+    start_from_pretrained,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"bias_sample_flag": True, "save_dir": "checkpoint_files/stage2"}
+
+
+def main() -> None:
+    options = parse_options(2, DEFAULTS, about=__doc__.splitlines()[0])
+    if find_backbone(options.backbone).contrastive:
+        raise UserError(f"--backbone {options.backbone} is stage 1's; stage 2 takes resnet48")
+    start(options)
+    require(options, "pretrained")
+    images = training_images(options)
+    space = space_of(options)
+    network = build_classifier(options.backbone, len(images.classes), space)
+    teacher = pretrained_network(options, len(images.classes), space)
+    if options.initial_weights:
+        start_from_checkpoint(network, options.initial_weights)
+    else:
+        start_from_pretrained(network, teacher)
+
+    sampler = build_sampler(
+        options.sample_method, space, options.seed, options.bias_strength, options.bias_sample_flag
+    )
+    model = DistillationModel(
+        network,
+        teacher,
+        sampler if options.dyna_batch_size else LargestSampler(space),
+        subnetworks=max(1, options.dyna_batch_size),
+        loss_weight=macs_weights(space, options.image_size) if options.use_loss_expand else None,
+    )
+    crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
+    loader = training_loader(options, images, crop)
+    prepare(model, options, len(loader), metrics=paddle.metric.Accuracy())
+
+    callbacks = []
+    if options.eval_freq or not options.train_flag:
+        val = validation_loader(options, validation_images(options, images))
+        calibration = calibration_images(options)
+        extremes = {"largest": space.largest(), "smallest": space.smallest()}
+
+        def evaluate() -> dict[str, float]:
+            return {
+                name: model.evaluate_architecture(val, arch, calibration)["acc"]
+                for name, arch in extremes.items()
+            }
+
+        callbacks.append(EvaluateExtremes(evaluate, options.eval_freq))
+    if options.train_flag:
+        fit(model, options, loader, callbacks)
+    else:
+        for name, accuracy in evaluate().items():
+            logger.info("validation top-1 of the %s sub-network: %.4f", name, accuracy)
+
+
+if __name__ == "__main__":
+    run_main(main)
