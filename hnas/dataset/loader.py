@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import paddle
@@ -85,8 +85,75 @@ class EpochLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
         """The batches of ``epoch`` from ``start_step`` on."""
         self.dataset.epoch = epoch
-        batches = _FixedBatches(self.batches(epoch)[start_step:])
-        return iter(DataLoader(self.dataset, batch_sampler=batches, num_workers=self.num_workers))
+        return load_batches(self.dataset, self.batches(epoch)[start_step:], self.num_workers)
+
+
+class EvalLoader:
+    """All images of a dataset in their order, as often as it is iterated."""
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 0):
+        self.dataset = dataset
+        self.num_workers = num_workers
+        starts = range(batch_size, len(dataset), batch_size)
+        self._batches = np.split(np.arange(len(dataset)), starts)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[paddle.Tensor]]:
+        return load_batches(self.dataset, self._batches, self.num_workers)
+
+
+def load_batches(
+    dataset: Dataset, batches: Sequence[np.ndarray], num_workers: int
+) -> Iterator[list[paddle.Tensor]]:
+    """Yield the items of each batch of indices, stacked, in order.
+
+    Without workers the items are read here: Paddle's loader would read them in a thread, and
+    wait for ever when that one fails.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    if not num_workers:
+        for batch in batches:
+            yield [paddle.to_tensor(part) for part in stack_items(map(dataset.__getitem__, batch))]
+        return
+    loader = DataLoader(
+        _ErrorsAsItems(dataset),
+        batch_sampler=_FixedBatches(batches),
+        collate_fn=stack_items,
+        num_workers=num_workers,
+    )
+    for parts in loader:
+        if len(parts) == 1:
+            raise DataError(parts[0].numpy().tobytes().decode())
+        yield parts
+
+
+def stack_items(items: Iterable) -> list[np.ndarray]:
+    """The parts of all items, each stacked; or, of a failed item, its message as bytes."""
+    items = list(items)
+    for item in items:
+        if isinstance(item, DataError):
+            return [np.frombuffer(str(item).encode(), dtype=np.uint8)]
+    return [np.stack(part) for part in zip(*items, strict=True)]
+
+
+class _ErrorsAsItems(Dataset):
+    """Hands a worker's errors to the main process, where Paddle would end in a traceback."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self._dataset[index]
+        except DataError as error:
+            return error
 
 
 class _FixedBatches(BatchSampler):
@@ -100,8 +167,3 @@ class _FixedBatches(BatchSampler):
 
     def __len__(self):
         return len(self._batches)
-
-
-def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """All images of ``dataset`` in their order."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hnas.search_space import Architecture, ArchitectureError
@@ -58,15 +59,16 @@ def _json_entries(path: Path, text: str) -> list[tuple[str, object]]:
     except (ValueError, RecursionError) as error:
         raise ArchitectureFileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, _Pairs):
-        return [(f"arch{i}", code) for i, code in enumerate(content, 1)]
+        plain = (dict(item) if isinstance(item, _Pairs) else item for item in content)
+        return [(f"arch{i}", code) for i, code in enumerate(plain, 1)]
     entries = []
     for name, value in content:
-        fields = dict(value) if isinstance(value, _Pairs) else {}
-        if "arch" not in fields:
+        codes = [item for key, item in value if key == "arch"] if isinstance(value, _Pairs) else []
+        if len(codes) != 1:
             raise ArchitectureFileError(
                 f'{path}: entry {name!r} is not of the form {{"acc": 0.0, "arch": "1252..."}}'
             )
-        entries.append((name, fields["arch"]))
+        entries.append((name, codes[0]))
     return entries
 
 
@@ -116,5 +118,8 @@ def write_json(path: str | Path, content) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        # Gone after a success; left by a failure or Ctrl-C unless the path itself is impossible.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
