@@ -35,7 +35,7 @@ class Options:
     momentum: float = _flag(0.9, "of the optimizer", "", "012", low=0, high=1)
     batch_size: int = _flag(256, "images a step and device", "images", low=1)
     dyna_batch_size: int = _flag(
-        4, "sub-networks a step; 0: the largest network only", "sub-networks", "12", low=0
+        4, "sub-networks a step; 0: the largest network only", "sub-networks", "2", low=0
     )
     warmup: int = _flag(5, "linear warm-up of the learning rate", "epochs", "012", low=0)
     sample_method: str = _flag("random", "random, biased or sandwich", "name", "12")
