@@ -12,6 +12,12 @@ backbone=${backbone:-resnet48}
 image_size=${image_size:-224}
 batch_size=${batch_size:-256}
 bn_calibration_images=${bn_calibration_images:-0}               # 0: running statistics
+eval_engine=${eval_engine:-shared}                              # shared or reference
+eval_images=${eval_images:-0}                                   # 0: all
+chunk_size=${chunk_size:-0}                                     # images a walk; 0: by memory
+target_se=${target_se:-0}                                       # stop early below it; 0: never
+cache_gb=${cache_gb:-8}                                         # GiB for decoded images
+amp=${amp:-O0}                                                  # O1, O2: mixed, GPUs only
 eval_sample_num=${eval_sample_num:-0}                           # first N only; 0: all
 use_tensor_dataset=${use_tensor_dataset:-True}                  # decode once, keep in memory
 num_workers=${num_workers:-8}
@@ -27,6 +33,8 @@ exec "$python" -u train_supernet.py run \
     --backbone "$backbone" --image_size "$image_size" --batch_size "$batch_size" \
     --ckpt_dir "$ckpt_dir" --modelarch_file "$modelarch_file" \
     --bn_calibration_images "$bn_calibration_images" \
+    --eval_engine "$eval_engine" --eval_images "$eval_images" --chunk_size "$chunk_size" \
+    --target_se "$target_se" --cache_gb "$cache_gb" --amp "$amp" \
     --eval_sample_num "$eval_sample_num" --image_dir "$image_dir" --save_dir "$save_dir" \
     --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
     --seed "$seed" --device "$device" "$@"

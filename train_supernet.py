@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 import logging
-import time
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from hnas.evaluation.architecture_file import read_architectures, submission, write_json
-from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.architecture_file import read_architectures
+from hnas.evaluation.engine import evaluate_one_by_one, evaluate_shared, write_submission
+from hnas.evaluation.images import DecodedImages, balanced_order
+from hnas.evaluation.state import architectures_hash, file_hash
 from hnas.models.registry import build_classifier, find_backbone
 from hnas.search_space import Architecture, SearchSpace
+from hnas.utils.checkpoint import find_checkpoint
 from hnas.utils.errors import UserError, run_main
 from hnas.utils.options import Options, parse_options
 from hnas.utils.setup import (
@@ -43,26 +45,49 @@ def main() -> None:
     space = space_of(options)
     archs = architectures(options, space)
     images = validation_images(options)
+    order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
     network = build_classifier(options.backbone, len(images.classes), space)
     start_from_checkpoint(network, options.ckpt_dir)
 
-    began = time.perf_counter()
-    counts = evaluate_reference(
-        network,
-        list(archs.values()),
-        validation_loader(options, images),
-        calibration_images(options),
-    )
-    seconds = time.perf_counter() - began
-    target = Path(options.save_dir) / "submission.json"
-    write_json(target, submission(archs, (counts.top1 / counts.images).tolist()))
+    save_dir = Path(options.save_dir)
+    calibration = calibration_images(options)
+    if options.eval_engine == "reference":
+        loader = validation_loader(options, images, order)
+        counts = evaluate_one_by_one(network, archs, loader, calibration)
+    else:
+        decoded = DecodedImages(
+            images, order, options.image_size, options.cache_gb, save_dir, options.num_workers
+        )
+        counts = evaluate_shared(
+            network,
+            archs,
+            decoded,
+            save_dir,
+            identity(options, archs, decoded),
+            calibration,
+            options.chunk_size,
+            options.target_se,
+            options.amp,
+        )
+    write_submission(save_dir / "submission.json", archs, counts)
     logger.info(
-        "scored %d architectures on %d images in %.1f s: %s",
+        "scored %d architectures on %d images: %s",
         len(archs),
         counts.images,
-        seconds,
-        target,
+        save_dir / "submission.json",
     )
+
+
+def identity(options: Options, archs: dict, images: DecodedImages) -> dict[str, str]:
+    """What a saved state belongs to: whatever the accuracies depend on."""
+    return {
+        "checkpoint": file_hash(find_checkpoint(options.ckpt_dir)),
+        "image_list": images.hash,
+        "architecture_list": architectures_hash(archs),
+        "setting": f"{options.backbone} truncate_widths={options.truncate_widths} "
+        f"amp={options.amp} bn_calibration_images={options.bn_calibration_images} "
+        f"seed={options.seed}",
+    }
 
 
 def architectures(options: Options, space: SearchSpace) -> dict[str, Architecture]:

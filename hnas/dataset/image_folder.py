@@ -36,6 +36,11 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def select(self, indices: np.ndarray) -> ImageList:
+        """The images at ``indices``, in that order."""
+        paths = tuple(self.paths[index] for index in indices)
+        return ImageList(self.folder, self.classes, paths, self.labels[indices])
+
 
 def scan_images(root: str | Path, split: str) -> ImageList:
     """List the images of ``root/split``.

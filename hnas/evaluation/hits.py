@@ -29,6 +29,9 @@ class Counts:
     def zeros(cls, architectures: int) -> Counts:
         return cls(*np.zeros((4, architectures), dtype=np.int64))
 
+    def copy(self) -> Counts:
+        return Counts(*(column.copy() for column in self.columns()), self.images)
+
     def columns(self) -> tuple[np.ndarray, ...]:
         return self.top1, self.top5, self.near1, self.near5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
 
 import paddle
@@ -12,6 +13,9 @@ from paddle.static import InputSpec
 
 from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.weights import Convolution
+
+TICK_DIMENSIONS = 8
+_TICK_SHAPES = cycle(product((1, 2, 3), repeat=TICK_DIMENSIONS))
 
 
 class InferenceKernels(DygraphKernels):
@@ -71,9 +75,9 @@ class Program:
     """One operation, compiled for any batch, width and size.
 
     oneDNN's kernels in Paddle Inference keep re-ordered filters by the shapes of all inputs, and
-    would go on using them for other filters of the same shape. Hence the last input: a tensor of
-    zeros whose shape changes with every run, which with a cache of one entry makes every run
-    re-order the filters that it is given.
+    would go on using them for other filters of the same shapes, even those of another program.
+    Hence the last input: zeros, of a shape that does not come back for thousands of runs, with a
+    cache of one entry. Every run then re-orders the filters that it is given.
 
     Args:
         function: of activations, then the tensors of one or two convolutions.
@@ -96,7 +100,7 @@ class Program:
         shapes = [[None] * 4] * activations
         for size in kernels:
             shapes += [[None, None, size, size]] + [[1, None, 1, 1]] * (parts - 1)
-        shapes.append([None])
+        shapes.append([None] * TICK_DIMENSIONS)
         specs = [InputSpec(s, "float32", f"input{i}") for i, s in enumerate(shapes)]
         layer = paddle.jit.to_static(_Operation(function), input_spec=[specs], full_graph=True)
         paddle.jit.save(layer, str(path))
@@ -107,12 +111,10 @@ class Program:
         config.set_cpu_math_library_num_threads(threads)
         config.disable_glog_info()
         self._predictor = inference.create_predictor(config)
-        self._ticks = [paddle.zeros([1]), paddle.zeros([2])]
 
     def run(self, *tensors: paddle.Tensor) -> paddle.Tensor:
         """The output, valid until the next run."""
-        self._ticks.reverse()
-        return self._predictor.run([*tensors, self._ticks[0]])[0]
+        return self._predictor.run([*tensors, paddle.zeros(next(_TICK_SHAPES))])[0]
 
 
 class _Operation(nn.Layer):

@@ -105,6 +105,24 @@ class Options:
     )
     device: str = _flag("auto", "auto, cpu or gpu", "name")
     modelarch_file: str = _flag("", "architectures to score: JSON or text", "file", "3")
+    eval_engine: str = _flag("shared", "shared, or reference: one by one", "name", "3")
+    eval_images: int = _flag(
+        0,
+        "validation images to score on, the classes in equal shares; 0: all",
+        "images",
+        "3",
+        low=0,
+    )
+    chunk_size: int = _flag(
+        0, "images a walk over all architectures; 0: by the free memory", "images", "3", low=0
+    )
+    target_se: float = _flag(
+        0.0, "stop when every accuracy's standard error is below; 0: never", "", "3", low=0
+    )
+    cache_gb: float = _flag(
+        8.0, "most memory for decoded images; more go to a file in save_dir", "GiB", "3", low=0
+    )
+    amp: str = _flag("O0", "mixed precision on GPUs: O0 (none), O1 or O2", "name", "3")
     eval_sample_num: int = _flag(
         0,
         "score the first N architectures of the file, or draw N without one; 0: the whole file",
@@ -252,7 +270,12 @@ def _check_bounds(options: Options) -> None:
             raise UserError(f"--{option.name} {value} is too small; the least is {low}")
         if high is not None and value > high:
             raise UserError(f"--{option.name} {value} is too large; the most is {high}")
-    choices = {"sample_space": ("released", "full"), "device": ("auto", "cpu", "gpu")}
+    choices = {
+        "sample_space": ("released", "full"),
+        "device": ("auto", "cpu", "gpu"),
+        "eval_engine": ("shared", "reference"),
+        "amp": ("O0", "O1", "O2"),
+    }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)!r}; allowed: {', '.join(allowed)}")

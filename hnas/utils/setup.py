@@ -36,6 +36,8 @@ def start(options: Options) -> None:
     if options.device == "gpu" and not has_gpu:
         raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
     paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
+    if options.amp != "O0" and paddle.get_device() == "cpu":
+        raise UserError(f"--amp {options.amp} needs a GPU; on CPUs stage 3 runs in float32")
     random.seed(options.seed)
     np.random.seed(options.seed)
     paddle.seed(options.seed)
@@ -99,8 +101,12 @@ def calibration_images(options: Options) -> paddle.Tensor | None:
     return paddle.to_tensor(np.stack([transform(decode_image(images.paths[i])) for i in chosen]))
 
 
-def validation_loader(options: Options, images: ImageList) -> EvalLoader:
-    """Batches of ``images`` in order, centre crops."""
+def validation_loader(
+    options: Options, images: ImageList, order: np.ndarray | None = None
+) -> EvalLoader:
+    """Batches of centre crops, of all ``images`` or those that ``order`` names."""
+    if order is not None:
+        images = images.select(order)
     transform = EvalTransform(options.image_size)
     dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
     return EvalLoader(dataset, options.batch_size, options.num_workers)

@@ -1,0 +1,110 @@
+"""Validation images, decoded once: uint8 in memory, or in a file when they are too many."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import paddle
+from tqdm import tqdm
+
+from hnas.dataset.image_folder import ImageList
+from hnas.dataset.loader import EvalLoader, ImageDataset
+from hnas.dataset.transforms import EvalTransform
+from hnas.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DECODE_BATCH = 64
+
+
+def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A random order of all images whose every beginning holds the classes in equal shares.
+
+    One image of each class, in random order, then the next of each: the first N images are a
+    class-balanced sample, so that an evaluation may stop anywhere.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(labels))
+    turn = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        own = shuffled[labels[shuffled] == label]
+        turn[own] = np.arange(len(own))
+    position = np.empty(len(labels), dtype=np.int64)
+    position[rng.permutation(len(labels))] = np.arange(len(labels))
+    return np.lexsort((position, turn))
+
+
+def list_hash(images: ImageList, order: np.ndarray, size: int) -> str:
+    """Hash of which images are evaluated at which size, in which order."""
+    digest = hashlib.sha256(f"{size}\n".encode())
+    for index in order:
+        path = images.paths[index]
+        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+class DecodedImages:
+    """Centre crops of images in a given order.
+
+    Args:
+        images: where they come from.
+        order: indices into ``images``.
+        size: height and width in px.
+        limit_gb: most memory to take, GiB; more images go to a file in ``folder``.
+        folder: for that file, which a later run with the same images uses again.
+        num_workers: decoding processes.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        order: np.ndarray,
+        size: int,
+        limit_gb: float,
+        folder: Path,
+        num_workers: int = 0,
+    ):
+        self.hash = list_hash(images, order, size)
+        self.labels = images.labels[order]
+        shape = (len(order), 3, size, size)
+        if np.prod(shape, dtype=np.int64) <= limit_gb * 2**30:
+            self.pixels = np.empty(shape, dtype=np.uint8)
+            self._decode(images, order, size, num_workers)
+            return
+        path = folder / f"images-{self.hash[:16]}.u8"
+        if not path.is_file() or path.stat().st_size != np.prod(shape, dtype=np.int64):
+            self._decode_to_file(path, shape, images, order, size, num_workers)
+        self.pixels = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
+        logger.info("images of more than %g GiB: kept in %s", limit_gb, path)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, start: int, stop: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Images [N, 3, S, S] uint8 and labels [N] of the positions from ``start`` to ``stop``."""
+        pixels = np.ascontiguousarray(self.pixels[start:stop])
+        return paddle.to_tensor(pixels), paddle.to_tensor(self.labels[start:stop])
+
+    def _decode(self, images, order, size, num_workers):
+        dataset = ImageDataset(images.select(order), EvalTransform(size), seed=0)
+        start = 0
+        with tqdm(total=len(order), desc="decoding", unit="image") as progress:
+            for pixels, _ in EvalLoader(dataset, DECODE_BATCH, num_workers):
+                self.pixels[start : start + len(pixels)] = pixels.numpy()
+                start += len(pixels)
+                progress.update(len(pixels))
+
+    def _decode_to_file(self, path, shape, images, order, size, num_workers):
+        temporary = path.with_suffix(".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.pixels = np.memmap(temporary, dtype=np.uint8, mode="w+", shape=shape)
+            self._decode(images, order, size, num_workers)
+            self.pixels.flush()
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write images to {path}: {error.strerror or error}") from error

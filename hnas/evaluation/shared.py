@@ -1,0 +1,254 @@
+"""Evaluating many sub-networks on a chunk of images in one walk over their prefix tree."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from hnas.dataset.transforms import normalize
+from hnas.evaluation.hits import Counts, count_hits
+from hnas.evaluation.inference import InferenceKernels, filters_are_fresh
+from hnas.evaluation.kernels import DygraphKernels, MatmulKernels
+from hnas.evaluation.tree import Group, Node, PrefixTree, feature_sizes
+from hnas.evaluation.weights import SlicedWeights, leading_channels
+from hnas.models.elastic import ElasticResNet
+from hnas.search_space import Architecture
+
+logger = logging.getLogger(__name__)
+
+TINY_MAP = 3
+"""Feature maps of at most this height are multiplied as matrices on CPUs."""
+HEAD_ROWS = 2048
+"""Feature vectors that are collected before the classifier multiplies them."""
+
+
+@dataclass
+class Room:
+    """How one part of the network (the stem, a stage) is run."""
+
+    kernels: DygraphKernels
+    weights: SlicedWeights
+
+
+class SharedEvaluator:
+    """Scores architectures of one supernet, sharing all that they have in common.
+
+    Args:
+        network: the supernet, not to be trained while this is in use.
+        archs: what to score.
+        image_size: height and width of the images.
+        calibration: uint8 images [N, 3, H, W] to re-calibrate every sub-network's BatchNorm
+            with; None scores at the running statistics.
+        amp: mixed precision on GPUs, ``O0``, ``O1`` or ``O2``.
+
+    Attributes:
+        tree: the prefix tree.
+        macs: multiply-accumulates executed so far, of convolutions, all images together.
+        kernel_seconds: time spent in operators; the rest of a walk is Python.
+    """
+
+    def __init__(
+        self,
+        network: ElasticResNet,
+        archs: Sequence[Architecture],
+        image_size: int,
+        calibration: paddle.Tensor | None = None,
+        amp: str = "O0",
+    ):
+        self.tree = PrefixTree(network.space, archs)
+        self.macs = 0
+        self.kernel_seconds = 0.0
+        self._calibration = None if calibration is None else normalize(calibration)
+        self._amp = amp
+        self._rooms = self._build_rooms(network, image_size)
+        self._classifier = (
+            network.head.fc.fn.weight.detach(),
+            network.head.fc.fn.bias.detach(),
+        )
+
+    @property
+    def calibration_images(self) -> int:
+        """Images at the front of every batch."""
+        return 0 if self._calibration is None else len(self._calibration)
+
+    def _build_rooms(self, network: ElasticResNet, image_size: int) -> dict[int, Room]:
+        """The room of the stem (-1) and of each stage (0 to 3)."""
+        number = self.calibration_images
+        if paddle.get_device() == "cpu":
+            wide = cpu_kernels(number)
+            tiny = MatmulKernels(number)
+        else:
+            wide = tiny = DygraphKernels(number, layout="NHWC", amp=self._amp)
+        rooms = {}
+        for kernels in {id(k): k for k in (wide, tiny)}.values():
+            weights = SlicedWeights(network, not number, kernels.filters, kernels.channel_axis)
+            rooms[id(kernels)] = Room(kernels, weights)
+        _, sizes = feature_sizes(image_size)
+        chosen = {stage: tiny if size <= TINY_MAP else wide for stage, size in enumerate(sizes)}
+        return {part: rooms[id(kernels)] for part, kernels in {-1: wide, **chosen}.items()}
+
+    @paddle.no_grad()
+    def evaluate(
+        self,
+        images: paddle.Tensor,
+        labels: paddle.Tensor,
+        counts: Counts,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Add the hits on a chunk of images to ``counts``.
+
+        Args:
+            images: uint8 [N, 3, H, W].
+            labels: int64 [N].
+            progress: called with the number of architectures that were just finished.
+        """
+        walk = _Walk(self, labels, counts, progress)
+        x = normalize(images)
+        if self._calibration is not None:
+            x = paddle.concat([self._calibration, x])
+        with self._rooms[0].kernels.precision():
+            walk.run(x)
+        counts.images += len(labels)
+
+
+def cpu_kernels(calibration: int) -> DygraphKernels:
+    """Paddle Inference with oneDNN, or dygraph where that cannot be trusted, which is logged."""
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    kernels = InferenceKernels(threads, calibration)
+    if filters_are_fresh(kernels):
+        return kernels
+    logger.warning(
+        "Paddle Inference of this version keeps old filters; using dygraph, several times slower"
+    )
+    return DygraphKernels(calibration)
+
+
+class _Walk:
+    """One depth-first walk: at any time one path of activations is alive."""
+
+    def __init__(self, evaluator: SharedEvaluator, labels, counts: Counts, progress):
+        self._evaluator = evaluator
+        self._tree = evaluator.tree
+        self._rooms = evaluator._rooms
+        self._labels = labels
+        self._counts = counts
+        self._progress = progress
+        self._features: dict[int, list] = {}
+
+    def run(self, x) -> None:
+        """Walk from the stem; ``x`` are float images [N, 3, H, W]."""
+        room, widest = self._rooms[-1], self._tree.stem_channels
+        conv = room.weights.get(("stem",), 3, widest)
+        size = (x.shape[2] + 1) // 2
+        self._evaluator.macs += conv[0].size * size * size * len(self._labels)
+        x = room.kernels.accept(x, _PIXELS)
+        stem = self._timed(room.kernels.keep, self._timed(room.kernels.stem, x, conv))
+        for channels, low, high in self._tree.roots():
+            node = self._tree.node(low, high, 0, channels)
+            self._visit(leading_channels(stem, channels, room.kernels.channel_axis), node, 0, room)
+        for channels in list(self._features):
+            self._multiply_heads(channels)
+
+    def _visit(self, x, node: Node, level: int, room: Room) -> None:
+        """Everything below a node; ``x`` is its activation in the layout of ``room``."""
+        if node.leaves:
+            self._collect(x, node, room)
+        for group in node.groups:
+            own = self._rooms[group.stage]
+            inputs = self._timed(own.kernels.accept, x, room.kernels)
+            if len(group.children) == 1 and not group.projects:
+                self._single(inputs, group, level, own)
+            else:
+                self._siblings(inputs, group, level, own)
+
+    def _single(self, x, group: Group, level: int, room: Room) -> None:
+        """A block that continues its stage without alternatives."""
+        (child,) = group.children
+        conv1 = self._conv(room, group, "conv1", group.cin, child.mid)
+        conv2 = self._conv(room, group, "conv2", child.mid, child.cout)
+        y = self._timed(room.kernels.block, x, conv1, conv2, level)
+        self._count(room, y, conv1, conv2)
+        self._enter(y, child, level, room)
+
+    def _siblings(self, x, group: Group, level: int, room: Room) -> None:
+        """Blocks with the same input: conv1 once at the largest width, conv2 once a width."""
+        kernels = room.kernels
+        axis = kernels.channel_axis
+        several = len(group.by_mid) > 1
+        conv1 = self._conv(room, group, "conv1", group.cin, group.widest_mid)
+        y = self._timed(kernels.first, x, conv1, group.stride)
+        self._count(room, y, conv1)
+        shortcut = x
+        if group.projects:
+            conv = self._conv(room, group, "project", group.cin, group.widest_out)
+            shortcut = self._timed(kernels.project, x, conv)
+            self._count(room, shortcut, conv)
+        if several:
+            y = self._timed(kernels.keep, y)
+            shortcut = self._timed(kernels.keep, shortcut) if group.projects else shortcut
+        for mid, children in group.by_mid.items():
+            widest = max(child.cout for child in children)
+            conv2 = self._conv(room, group, "conv2", mid, widest)
+            z = self._timed(
+                kernels.last,
+                self._timed(leading_channels, y, mid, axis),
+                self._timed(leading_channels, shortcut, widest, axis),
+                conv2,
+            )
+            self._count(room, z, conv2)
+            if len(children) > 1:
+                z = self._timed(kernels.keep, z)
+            for child in children:
+                self._enter(self._timed(leading_channels, z, child.cout, axis), child, level, room)
+
+    def _enter(self, x, child, level: int, room: Room) -> None:
+        node = self._tree.node(child.low, child.high, level + 1, child.cout)
+        if node.reused:
+            x = self._timed(room.kernels.keep, x)
+        self._visit(x, node, level + 1, room)
+
+    def _collect(self, x, node: Node, room: Room) -> None:
+        """Keep a leaf's pooled features until enough are there for one matrix product."""
+        rows = self._features.setdefault(node.channels, [])
+        rows.append((node.leaves, self._timed(room.kernels.pooled, x)))
+        if len(rows) * len(self._labels) >= HEAD_ROWS:
+            self._multiply_heads(node.channels)
+
+    def _multiply_heads(self, channels: int) -> None:
+        rows = self._features.pop(channels)
+        hits = self._timed(self._head_hits, [features for _, features in rows], channels)
+        for (leaves, _), found in zip(rows, hits, strict=True):
+            archs = self._tree.order[leaves.start : leaves.stop]
+            for column, value in zip(self._counts.columns(), found, strict=True):
+                column[archs] += value
+            self._progress(len(leaves))
+
+    def _head_hits(self, features: list, channels: int) -> np.ndarray:
+        weight, bias = self._evaluator._classifier
+        with paddle.amp.auto_cast(enable=False):
+            logits = paddle.stack(features) @ weight[:channels] + bias
+            return count_hits(logits, self._labels)
+
+    def _conv(self, room: Room, group: Group, name: str, cin: int, cout: int):
+        key = (group.stage, group.block, name)
+        return self._timed(room.weights.get, key, cin, cout)
+
+    def _count(self, room: Room, y, *convolutions) -> None:
+        positions = room.kernels.map_size(y) * len(self._labels)
+        self._evaluator.macs += positions * sum(filters.size for filters, *_ in convolutions)
+
+    def _timed(self, operation, *arguments):
+        began = time.perf_counter()
+        result = operation(*arguments)
+        self._evaluator.kernel_seconds += time.perf_counter() - began
+        return result
+
+
+_PIXELS = DygraphKernels()
+"""The layout that images come in."""

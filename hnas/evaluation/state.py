@@ -1,0 +1,104 @@
+"""What an evaluation has found so far: saved after every chunk, resumed, and told as estimates."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from hnas.evaluation.hits import Counts
+from hnas.search_space import Architecture
+from hnas.utils.errors import UserError
+
+FIELDS = ("top1", "top5", "near1", "near5")
+
+
+class StateError(UserError):
+    """A state file that is broken or belongs to another evaluation."""
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def architectures_hash(archs: Mapping[str, Architecture]) -> str:
+    """SHA-256 of names and codes in their order."""
+    digest = hashlib.sha256()
+    for name, arch in archs.items():
+        digest.update(f"{name} {arch.code}\n".encode())
+    return digest.hexdigest()
+
+
+def save_state(path: Path, identity: Mapping[str, str], chunk: int, counts: Counts) -> None:
+    """Write counts, the images that they are over, and whose they are, in one step.
+
+    Raises:
+        StateError: the file cannot be written; the earlier one is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(
+                file,
+                chunk=chunk,
+                images=counts.images,
+                **dict(zip(FIELDS, counts.columns(), strict=True)),
+                **{f"identity_{name}": np.array(value) for name, value in identity.items()},
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StateError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def load_state(path: Path, identity: Mapping[str, str]) -> tuple[int, Counts] | None:
+    """The chunk size and counts that :func:`save_state` wrote, or None if there is no file.
+
+    Raises:
+        StateError: it is broken, or of another checkpoint, image list, architecture list, ...
+    """
+    if not path.is_file():
+        return None
+    try:
+        # No pickles: an array of objects in the file is refused.
+        with np.load(path, allow_pickle=False) as content:
+            state = {name: content[name] for name in content.files}
+        counts = Counts(*(state[name].astype(np.int64) for name in FIELDS), int(state["images"]))
+        chunk = int(state["chunk"])
+        found = {name: str(state[f"identity_{name}"]) for name in identity}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise StateError(f"{path} is broken ({error}); remove it to start anew") from error
+    for name, value in identity.items():
+        if found[name] != value:
+            raise StateError(
+                f"{path} is of another {name.replace('_', ' ')} ({found[name][:16]} instead of "
+                f"{value[:16]}); remove it to start anew, or choose another save_dir"
+            )
+    return chunk, counts
+
+
+def estimates(archs: Mapping[str, Architecture], counts: Counts) -> dict:
+    """Accuracy and standard error of every architecture after the images seen so far."""
+    accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
+    return {
+        "images": counts.images,
+        "architectures": {
+            name: {"acc": acc, "se": round(se, 6), "arch": arch.code}
+            for (name, arch), acc, se in zip(archs.items(), accuracy, error, strict=True)
+        },
+    }

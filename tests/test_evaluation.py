@@ -1,0 +1,283 @@
+"""Stage three's shared engine against the reference engine, and its parts against NumPy."""
+
+import json
+from pathlib import Path
+
+import independent
+import numpy as np
+import paddle
+import pytest
+from paddle.nn import functional as F  # noqa: N812
+
+from hnas.evaluation.architecture_file import read_architectures
+from hnas.evaluation.hits import Counts, count_hits
+from hnas.evaluation.inference import InferenceKernels, filters_are_fresh
+from hnas.evaluation.kernels import DygraphKernels, MatmulKernels, window_indices
+from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.shared import SharedEvaluator, _Walk
+from hnas.evaluation.tree import PrefixTree, naive_macs
+from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier
+from hnas.search_space import Architecture
+
+OFFICIAL = Path(__file__).parents[2] / "shared/data/CVPR_2022_NAS_Track1_test.json"
+
+
+def family(space, seed):
+    """Architectures that share prefixes in every way the engine tells apart."""
+    rng = np.random.default_rng(seed)
+    first = space.sample(rng)
+    archs = [first, space.largest(), space.smallest()]
+    for _ in range(4):  # the same stages 1 to 3, other stages 4
+        other = space.sample(rng)
+        archs.append(
+            Architecture(
+                (*first.depths[:3], other.depths[3]),
+                first.stem,
+                (*first.widths[:3], other.widths[3]),
+            )
+        )
+    for depth in (2, 3, 4, 5):  # one is the other's prefix
+        widths = first.widths[3][:1] * depth
+        archs.append(
+            Architecture((*first.depths[:3], depth), first.stem, (*first.widths[:3], widths))
+        )
+    archs += [space.sample(rng) for _ in range(10)]
+    return list(dict.fromkeys(archs))
+
+
+def supernet(space, classes=10, size=32):
+    paddle.seed(0)
+    name = "resnet48_mini" if space is RESNET48_MINI else "resnet48"
+    net = build_classifier(name, classes)
+    net.train()
+    with paddle.no_grad():
+        for _ in range(10):  # running statistics that keep activations in range
+            net(paddle.randn([16, 3, size, size]))
+    net.eval()
+    return net
+
+
+def images_for(size, number, classes=10, seed=1):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (number, 3, size, size), dtype=np.uint8)
+    return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, classes, number))
+
+
+def independent_tree_macs(codes, base, divisor, size):
+    """Sets of (prefix, position): conv1 and projection at their largest, conv2 once a width."""
+    stems, first, second, project = {}, {}, {}, {}
+    for code in codes:
+        stem, blocks = independent.layers(code, base, divisor)
+        stems[0] = max(stems.get(0, 0), stem)
+        prefix, cin = (stem,), stem
+        for stage, block, mid, out, stride in blocks:
+            key = (prefix, stage, block)
+            first[key] = (cin, max(first.get(key, (0, 0))[1], mid))
+            second[key, mid] = (mid, max(second.get((key, mid), (0, 0))[1], out))
+            if stride == 2:
+                project[key] = (cin, max(project.get(key, (0, 0))[1], out))
+            prefix, cin = (*prefix, (stage, block, mid, out)), out
+
+    def area(stage):
+        return (size // 4 // 2**stage) ** 2
+
+    total = (size // 2) ** 2 * 147 * stems[0]
+    total += sum(9 * area(key[1]) * cin * mid for key, (cin, mid) in first.items())
+    total += sum(9 * area(key[0][1]) * mid * out for key, (mid, out) in second.items())
+    return total + sum(area(key[1]) * cin * out for key, (cin, out) in project.items())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_tree_macs_equal_an_independent_count(seed):
+    archs = family(RESNET48, seed)
+    tree = PrefixTree(RESNET48, archs)
+    codes = [arch.code for arch in archs]
+    assert tree.macs(64) == independent_tree_macs(codes, (64, 128, 256, 512), 8, 64)
+    assert sorted(tree.order.tolist()) == list(range(len(archs)))
+    assert tree.macs(64) < naive_macs(RESNET48, archs, 64)
+
+
+@pytest.mark.skipif(not OFFICIAL.is_file(), reason="the official list is not here")
+@pytest.mark.slow
+def test_figures_of_the_official_list():
+    archs = list(read_architectures(OFFICIAL).values())
+    assert round(naive_macs(RESNET48, archs, 224) / 1e9) == 133_710
+    assert PrefixTree(RESNET48, archs).macs(224) / 1e9 < 71_360
+
+
+def logits_of(evaluator, images, labels, counts, monkeypatch):
+    """Run the walk and catch the logits of every architecture."""
+    caught = {}
+
+    def catch(self, features, channels):
+        weight, bias = self._evaluator._classifier
+        logits = paddle.stack(features) @ weight[:channels] + bias
+        for (leaves, _), own in zip(current[0], logits, strict=True):
+            for position in leaves:
+                caught[int(self._tree.order[position])] = own.numpy()
+        return count_hits(logits, self._labels)
+
+    current = [None]
+    original = _Walk._multiply_heads
+
+    def remember(self, channels):
+        current[0] = list(self._features[channels])
+        original(self, channels)
+
+    monkeypatch.setattr(_Walk, "_head_hits", catch)
+    monkeypatch.setattr(_Walk, "_multiply_heads", remember)
+    evaluator.evaluate(images, labels, counts)
+    return caught
+
+
+@pytest.mark.parametrize(("size", "calibration"), [(32, 0), (96, 0), (32, 24), (64, 24)])
+def test_shared_engine_equals_reference(size, calibration, monkeypatch):
+    net = supernet(RESNET48_MINI, size=size)
+    archs = family(RESNET48_MINI, 3)
+    images, labels = images_for(size, 12)
+    extra = images_for(size, calibration, seed=2)[0] if calibration else None
+    evaluator = SharedEvaluator(net, archs, size, extra)
+    counts = Counts.zeros(len(archs))
+    logits = logits_of(evaluator, images, labels, counts, monkeypatch)
+    assert sorted(logits) == list(range(len(archs)))
+    expected = evaluate_reference(net, archs, [(images, labels)], extra)
+    assert 0 < expected.top5.sum() < 12 * len(archs)
+    for found, wanted, near in (
+        (counts.top1, expected.top1, counts.near1),
+        (counts.top5, expected.top5, counts.near5),
+    ):
+        assert np.all(np.abs(found - wanted) <= near)
+    assert counts.near1.sum() + counts.near5.sum() < 5
+    assert counts.images == expected.images == 12
+    # Every sub-network on its own, extracted, and calibrated on its own.
+    mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
+    for index in (0, 3, len(archs) - 1):
+        alone = net.extract(archs[index])
+        batch = images if extra is None else paddle.concat([extra, images])
+        x = paddle.to_tensor((batch.numpy().astype("float32") / np.float32(255) - mean) / std)
+        with paddle.no_grad():
+            if extra is not None:
+                for layer in alone.sublayers():
+                    if isinstance(layer, paddle.nn.BatchNorm2D):
+                        layer._momentum = 0.0
+                alone.train()
+                alone(x[:calibration])
+            alone.eval()
+            own = alone(x[calibration:]).numpy()
+        np.testing.assert_allclose(logits[index], own, atol=1e-4 * np.abs(own).max())
+
+
+@pytest.mark.slow
+def test_full_size_network_equals_reference_twice():
+    """Widths that are multiples of 8 coincide between blocks: stale filters would show up."""
+    net = supernet(RESNET48, size=64)
+    archs = family(RESNET48, 4)
+    images, labels = images_for(64, 8)
+    expected = evaluate_reference(net, archs, [(images, labels)])
+    for _ in range(2):  # with programs made anew, whose names and shapes come back
+        counts = Counts.zeros(len(archs))
+        evaluator = SharedEvaluator(net, archs, 64)
+        evaluator.evaluate(images, labels, counts)
+        assert np.all(np.abs(counts.top1 - expected.top1) <= counts.near1)
+        assert np.all(np.abs(counts.top5 - expected.top5) <= counts.near5)
+        assert evaluator.macs == 8 * evaluator.tree.macs(64)
+
+
+def test_chunks_add_up():
+    net = supernet(RESNET48_MINI)
+    archs = family(RESNET48_MINI, 5)
+    images, labels = images_for(32, 12)
+    evaluator = SharedEvaluator(net, archs, 32)
+    whole, parts = Counts.zeros(len(archs)), Counts.zeros(len(archs))
+    evaluator.evaluate(images, labels, whole)
+    finished = []
+    for start, stop in ((0, 5), (5, 6), (6, 12)):
+        evaluator.evaluate(images[start:stop], labels[start:stop], parts, finished.append)
+    assert sum(finished) == 3 * len(archs)
+    assert parts.images == 12
+    assert np.all(np.abs(whole.top1 - parts.top1) <= whole.near1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kernel", "stride", "padding"),
+    [(2, 2, 3, 1, 1), (1, 1, 3, 1, 1), (4, 4, 3, 2, 1), (3, 2, 3, 2, 1), (4, 4, 1, 2, 0)],
+)
+def test_matmul_convolution(height, width, kernel, stride, padding):
+    x = paddle.randn([3, 5, height, width])
+    filters = paddle.randn([7, 5, kernel, kernel])
+    expected = F.conv2d(x, filters, stride=stride, padding=padding).transpose([0, 2, 3, 1])
+    found = MatmulKernels().convolve(
+        x.transpose([0, 2, 3, 1]), filters.transpose([0, 2, 3, 1]), stride, padding
+    )
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
+    assert window_indices(height, width, kernel, stride, padding).max() <= height * width
+
+
+def test_the_gpus_layout_computes_the_same():
+    """NHWC, as on GPUs, in dygraph on a CPU."""
+    plain, last = DygraphKernels(), DygraphKernels(layout="NHWC")
+    x, filters, bias = paddle.randn([2, 6, 8, 8]), paddle.randn([6, 6, 3, 3]), paddle.randn([6])
+    conv = (filters, bias.reshape([1, -1, 1, 1]))
+    conv_last = (filters, bias.reshape([1, 1, 1, -1]))
+    expected = plain.block(x, conv, conv, 0)
+    found = last.block(last.accept(x, plain), conv_last, conv_last, 0)
+    np.testing.assert_allclose(plain.accept(found, last).numpy(), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(
+        last.pooled(found).numpy(), plain.pooled(expected).numpy(), atol=1e-5
+    )
+    assert last.map_size(found) == plain.map_size(expected) == 64
+
+
+def test_programs_use_the_filters_that_they_are_given():
+    for calibration in (0, 3):
+        for _ in range(2):
+            assert filters_are_fresh(InferenceKernels(2, calibration))
+
+
+def test_a_wrong_program_is_found_out():
+    kernels = InferenceKernels(2)
+    kept = []
+
+    def stale(x, conv1, conv2, level):
+        kept.append((conv1, conv2))
+        return DygraphKernels().block(x, *kept[0], level)
+
+    kernels.block = stale
+    assert not filters_are_fresh(kernels)
+
+
+def test_hits_and_near_ties():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 40, 12)).astype("float32")
+    labels = rng.integers(0, 12, 40)
+    logits[0, 0] = 1.0  # a tie of all: the smaller index first
+    labels[0] = 2
+    logits[1, 1, labels[1]] = np.sort(logits[1, 1])[-1] + 5e-5  # wins by a hair
+    found = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    for network in range(3):
+        order = np.argsort(-logits[network], axis=1, kind="stable")
+        rank = (order == labels[:, None]).argmax(1)
+        assert found[network, 0] == (rank < 1).sum() and found[network, 1] == (rank < 5).sum()
+    assert found[0, 2] >= 1 and found[0, 3] >= 1 and found[1, 2] >= 1
+
+
+def test_standard_error_is_binomial_and_never_certain():
+    counts = Counts.zeros(3)
+    counts.top1[:] = (0, 50, 100)
+    counts.images = 100
+    rates = np.array([1, 51, 101]) / 102
+    np.testing.assert_allclose(counts.standard_error(), np.sqrt(rates * (1 - rates) / 100))
+    np.testing.assert_allclose(counts.accuracy(), [0, 0.5, 1])
+
+
+def test_submission_json_is_exact(tmp_path):
+    from hnas.evaluation.engine import write_submission
+
+    archs = {f"n{i}": arch for i, arch in enumerate(family(RESNET48_MINI, 6))}
+    counts = Counts.zeros(len(archs))
+    counts.images = 7
+    counts.top1[:] = np.arange(len(archs)) % 8
+    write_submission(tmp_path / "s.json", archs, counts)
+    content = json.loads((tmp_path / "s.json").read_text())
+    for index, (name, arch) in enumerate(archs.items()):
+        assert content[name] == {"acc": index % 8 / 7, "arch": arch.code}
