@@ -1,0 +1,247 @@
+"""Chunks, estimates, early stopping, and resuming after a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+from hnas.dataset.image_folder import scan_images
+from hnas.dataset.transforms import EvalTransform
+from hnas.evaluation import engine
+from hnas.evaluation.architecture_file import submission, write_json
+from hnas.evaluation.engine import EngineError, choose_chunk, evaluate_shared, spot_check
+from hnas.evaluation.hits import Counts
+from hnas.evaluation.images import DecodedImages, balanced_order
+from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.state import StateError, load_state, save_state
+from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier
+
+ROOT = Path(__file__).resolve().parent.parent
+IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name, number in (("a", 9), ("b", 7), ("c", 8)):
+        path = root / "val" / name
+        path.mkdir(parents=True)
+        for index in range(number):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((37, 37)).save(path / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def network():
+    paddle.seed(0)
+    net = build_classifier("resnet48_mini", 3)
+    net.train()
+    with paddle.no_grad():
+        for _ in range(10):
+            net(paddle.randn([16, 3, 32, 32]))
+    net.eval()
+    return net
+
+
+@pytest.fixture(scope="module")
+def archs():
+    rng = np.random.default_rng(1)
+    return {f"n{i}": RESNET48_MINI.sample(rng) for i in range(6)}
+
+
+def decoded(folder, target, limit_gb=1.0, order=None):
+    images = scan_images(folder, "val")
+    order = balanced_order(images.labels, 0) if order is None else order
+    return DecodedImages(images, order, 32, limit_gb, target)
+
+
+def test_every_beginning_of_the_order_is_balanced():
+    labels = np.repeat([0, 1, 2, 3], [5, 9, 7, 9])
+    order = balanced_order(labels, seed=3)
+    assert sorted(order.tolist()) == list(range(30))
+    for number in range(1, 21):  # until the smallest class is used up
+        counts = np.bincount(labels[order[:number]], minlength=4)
+        assert counts.max() - counts.min() <= 1
+    assert not np.array_equal(order, balanced_order(labels, seed=4))
+    np.testing.assert_array_equal(order, balanced_order(labels, seed=3))
+
+
+def test_images_are_the_transforms_in_memory_and_in_a_file(folder, tmp_path):
+    images = scan_images(folder, "val")
+    order = balanced_order(images.labels, 0)[:10]
+    memory = decoded(folder, tmp_path, order=order)
+    file = decoded(folder, tmp_path, limit_gb=0.0, order=order)
+    assert isinstance(file.pixels, np.memmap) and not isinstance(memory.pixels, np.memmap)
+    assert memory.hash == file.hash
+    for position, index in enumerate(order):
+        expected = EvalTransform(32)(Image.open(images.paths[index]).convert("RGB"))
+        np.testing.assert_array_equal(memory.pixels[position], expected)
+        np.testing.assert_array_equal(file.pixels[position], expected)
+        assert memory.labels[position] == images.labels[index]
+    (path,) = tmp_path.glob("images-*.u8")
+    stamp = path.stat().st_mtime_ns
+    decoded(folder, tmp_path, limit_gb=0.0, order=order)
+    assert path.stat().st_mtime_ns == stamp  # used again
+    assert decoded(folder, tmp_path, order=order[::-1]).hash != memory.hash
+
+
+def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, folder, tmp_path):
+    images = decoded(folder, tmp_path)
+    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, chunk=5)
+    assert counts.images == 24
+    batches = [images.batch(0, 24)]
+    expected = evaluate_reference(network, list(archs.values()), batches)
+    assert np.all(np.abs(counts.top1 - expected.top1) <= counts.near1)
+    told = json.loads((tmp_path / "estimates.json").read_text())
+    assert told["images"] == 24
+    for (name, arch), hits in zip(archs.items(), counts.top1, strict=True):
+        entry = told["architectures"][name]
+        rate = (hits + 1) / 26
+        assert entry["arch"] == arch.code and entry["acc"] == hits / 24
+        assert entry["se"] == pytest.approx((rate * (1 - rate) / 24) ** 0.5, abs=1e-6)
+
+
+def test_engine_stops_at_the_target(network, archs, folder, tmp_path):
+    images = decoded(folder, tmp_path)
+    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, chunk=6, target_se=0.13)
+    assert counts.images in (12, 18)
+    assert counts.standard_error().max() < 0.13
+    # Asked again without a target, it goes on from there.
+    whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY)
+    assert whole.images == 24
+
+
+def test_interrupted_evaluation_continues_to_the_same_file(
+    network, archs, folder, tmp_path, monkeypatch
+):
+    images = decoded(folder, tmp_path)
+    uninterrupted = evaluate_shared(network, archs, images, tmp_path / "a", IDENTITY, chunk=5)
+    calls = []
+    original = SharedEvaluator.evaluate
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    monkeypatch.setattr(SharedEvaluator, "evaluate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, chunk=5)
+    _, partial = load_state(tmp_path / "b" / engine.STATE_FILE, IDENTITY)
+    assert partial.images == 10
+    # Another chunk size asked for: the first run's is kept, so that the chunks are the same.
+    resumed = evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, chunk=7)
+    assert len(calls) == 3 + 3
+    for one, other in zip(resumed.columns(), uninterrupted.columns(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_state_of_another_evaluation_is_refused(tmp_path):
+    counts = Counts.zeros(2)
+    counts.images = 3
+    path = tmp_path / "state.npz"
+    save_state(path, IDENTITY, 4, counts)
+    chunk, found = load_state(path, IDENTITY)
+    assert chunk == 4 and found.images == 3
+    with pytest.raises(StateError, match=r"another image list \(iiii.*save_dir"):
+        load_state(path, {**IDENTITY, "image_list": "j" * 64})
+    content = path.read_bytes()
+    for broken in (content[:100], content[:-30], b"", b"PK\x03\x04 nonsense"):
+        path.write_bytes(broken)
+        with pytest.raises(StateError, match="broken"):
+            load_state(path, IDENTITY)
+    path.write_bytes(content)
+    objects = np.array([{"a": 1}], dtype=object)
+    np.savez(tmp_path / "objects.npz", top1=objects)
+    with pytest.raises(StateError, match="broken"):
+        load_state(tmp_path / "objects.npz", IDENTITY)
+    assert load_state(tmp_path / "none.npz", IDENTITY) is None
+
+
+def test_spot_check_finds_a_wrong_count(network, archs, folder, tmp_path):
+    images = decoded(folder, tmp_path)
+    batch = images.batch(0, 24)
+    named = list(archs.items())[2]
+    before, after = Counts.zeros(6), Counts.zeros(6)
+    right = evaluate_reference(network, [named[1]], [batch])
+    after.top1[2], after.top5[2] = right.top1[0], right.top5[0]
+    spot_check(network, named, 2, batch, None, before, after)
+    after.top1[2] += 1
+    with pytest.raises(EngineError, match="n2"):
+        spot_check(network, named, 2, batch, None, before, after)
+    after.near1[2] = 1  # one image's logits are that close
+    spot_check(network, named, 2, batch, None, before, after)
+
+
+def test_chunk_follows_the_free_memory(monkeypatch):
+    monkeypatch.setattr(engine, "available_bytes", lambda: 8 * 2**30)
+    large = choose_chunk(RESNET48, 224, 0)
+    assert 16 <= large <= 200
+    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * 2**30)
+    assert choose_chunk(RESNET48, 224, 0) == pytest.approx(large / 2, abs=1)
+    assert choose_chunk(RESNET48_MINI, 32, 0) == engine.MAX_CHUNK
+    monkeypatch.setattr(engine, "available_bytes", lambda: 0)
+    assert choose_chunk(RESNET48, 224, 0) == 1
+
+
+def command(folder, tmp_path, name):
+    return [
+        *(sys.executable, "-u", str(ROOT / "train_supernet.py"), "run"),
+        *("--backbone", "resnet48_mini", "--image_size", "32", "--image_dir", str(folder)),
+        *("--ckpt_dir", str(tmp_path / "net"), "--modelarch_file", str(tmp_path / "archs.json")),
+        *("--save_dir", str(tmp_path / name), "--num_workers", "0", "--chunk_size", "2"),
+    ]
+
+
+@pytest.mark.slow
+def test_killed_evaluations_end_in_the_same_file(network, folder, tmp_path):
+    paddle.save(network.state_dict(), str(tmp_path / "net.pdparams"))
+    rng = np.random.default_rng(2)
+    archs = {f"n{i}": RESNET48_MINI.sample(rng) for i in range(40)}
+    write_json(tmp_path / "archs.json", submission(archs, [0.0] * 40))
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+
+    def run(name, seconds=None):
+        process = subprocess.Popen(
+            command(folder, tmp_path, name), env=environment, stderr=subprocess.PIPE
+        )
+        if seconds is not None:
+            state = tmp_path / name / engine.STATE_FILE
+            deadline = time.monotonic() + 60
+            while not state.is_file() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(seconds)
+            process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+        return process.returncode, errors.decode()
+
+    code, errors = run("whole")
+    assert code == 0, errors[-2000:]
+    random.seed(5)
+    killed = sum(run("parts", random.uniform(0, 1.5))[0] == -signal.SIGKILL for _ in range(3))
+    assert killed >= 1
+    code, errors = run("parts")
+    assert code == 0, errors[-2000:]
+    assert "continuing after" in errors
+    whole = (tmp_path / "whole/submission.json").read_bytes()
+    assert (tmp_path / "parts/submission.json").read_bytes() == whole
+    # Another checkpoint in its place: refused in one line.
+    other = build_classifier("resnet48_mini", 3)
+    paddle.save(other.state_dict(), str(tmp_path / "net.pdparams"))
+    code, errors = run("parts")
+    assert code == 2
+    assert errors.strip().splitlines()[-1].startswith("error: ")
+    assert "another checkpoint" in errors and "Traceback" not in errors
