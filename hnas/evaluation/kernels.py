@@ -61,9 +61,14 @@ class DygraphKernels:
             return y + rest[0]
         scale, shift = rest
         seen = y[: self.calibration]
-        mean = seen.mean([0, *self._spatial], keepdim=True)
-        variance = (seen - mean).square().mean([0, *self._spatial], keepdim=True)
-        return (y - mean) * (scale * paddle.rsqrt(variance + EPSILON)) + shift
+        mean = self._mean_of_calibration(seen)
+        variance = self._mean_of_calibration((seen - mean).square())
+        factor = scale * paddle.rsqrt(variance + EPSILON)
+        return y * factor + (shift - mean * factor)
+
+    def _mean_of_calibration(self, x):
+        """Mean over images and positions, [1, C, 1, 1]."""
+        return x.mean([0, *self._spatial], keepdim=True)
 
     def stem(self, x, conv: Convolution):
         """7x7/2 convolution, ReLU, 3x3/2 max pooling: [N, 3, H, W] -> [N, C, H/4, W/4]."""
