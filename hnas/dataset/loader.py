@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -86,7 +87,13 @@ class EpochLoader:
         """The batches of ``epoch`` from ``start_step`` on."""
         self.dataset.epoch = epoch
         batches = _FixedBatches(self.batches(epoch)[start_step:])
-        return iter(DataLoader(self.dataset, batch_sampler=batches, num_workers=self.num_workers))
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_main,
+        )
+        return iter(loader)
 
 
 class _FixedBatches(BatchSampler):
@@ -102,6 +109,21 @@ class _FixedBatches(BatchSampler):
         return len(self._batches)
 
 
+def _leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C and cluster managers signal a whole process group.
+
+    The main process still needs its loader processes then, to finish its step; they end when it
+    tells them to or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int = 0) -> DataLoader:
     """All images of ``dataset`` in their order."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_main,
+    )

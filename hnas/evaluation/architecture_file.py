@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hnas.search_space import Architecture, ArchitectureError
+from hnas.utils.atomic import replacing
 from hnas.utils.errors import UserError
 
 MAX_BYTES = 256 * 2**20
@@ -60,11 +60,12 @@ def _json_entries(path: Path, text: str) -> list[tuple[str, object]]:
     if not isinstance(content, _Pairs):
         return [(f"arch{i}", code) for i, code in enumerate(content, 1)]
     entries = []
-    for name, value in content:
+    for position, (name, value) in enumerate(content, 1):
         fields = dict(value) if isinstance(value, _Pairs) else {}
         if "arch" not in fields:
             raise ArchitectureFileError(
-                f'{path}: entry {name!r} is not of the form {{"acc": 0.0, "arch": "1252..."}}'
+                f"{path}: entry {position} ({name!r}) is not of the form "
+                '{"acc": 0.0, "arch": "1252..."}'
             )
         entries.append((name, fields["arch"]))
     return entries
@@ -105,16 +106,6 @@ def write_json(path: str | Path, content) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
