@@ -16,7 +16,7 @@ from paddle.callbacks import Callback
 
 from hnas.evaluation.architecture_file import write_json
 from hnas.utils.atomic import remove_leftovers
-from hnas.utils.checkpoint import SET_NAME, remove_set, save_training, training_sets
+from hnas.utils.checkpoint import SET_NAME, remove_set, save_training
 from hnas.utils.errors import UserError
 from hnas.utils.generators import generators_state
 from hnas.utils.options import Options
@@ -210,17 +210,13 @@ class Checkpoints(Callback):
 
     def _remove_older(self, newest: str) -> None:
         """Delete other sets within epochs and, beyond ``keep``, of whole epochs but the first."""
-        whole = []
-        for stem in training_sets(self.folder):
-            epoch, step = SET_NAME.fullmatch(stem.name).groups()
-            if step is None:
-                whole.append(int(epoch))
-            elif stem.name != newest:
-                remove_set(stem)
-        if self.options.keep:
-            for epoch in sorted(whole)[: -self.options.keep]:
-                if epoch > 0:
-                    remove_set(self.folder / str(epoch))
+        names = {path.name.partition(".")[0] for path in self.folder.iterdir()}
+        sets = [match for match in map(SET_NAME.fullmatch, names) if match]
+        within = [match[0] for match in sets if match[2] and match[0] != newest]
+        whole = sorted(int(match[1]) for match in sets if not match[2] and int(match[1]) > 0)
+        beyond = whole[: -self.options.keep] if self.options.keep else []
+        for name in (*within, *map(str, beyond)):
+            remove_set(self.folder / name)
 
     def _stop_if_asked(self, where: str) -> None:
         if self.stop.received:

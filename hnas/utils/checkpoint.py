@@ -297,7 +297,10 @@ def newest_set(folder: str | Path) -> Path | None:
     One that a crash left unfinished, or that is damaged, is passed over with a line in the log.
     """
     sets = []
-    for stem in training_sets(folder):
+    for path in Path(folder).glob(f"*{STATES}"):
+        stem = path.with_suffix("")
+        if not SET_NAME.fullmatch(stem.name):
+            continue
         try:
             sets.append((read_progress(stem)["saved"], stem))
         except UserError as error:
@@ -309,12 +312,6 @@ def newest_set(folder: str | Path) -> Path | None:
         except UserError as error:
             logger.warning("passed over %s: %s", stem, error)
     return None
-
-
-def training_sets(folder: str | Path) -> list[Path]:
-    """The sets in ``folder``, whole or not, as paths without suffix."""
-    stems = (path.with_suffix("") for path in Path(folder).glob(f"*{STATES}"))
-    return [stem for stem in stems if SET_NAME.fullmatch(stem.name)]
 
 
 def _check_whole(stem: Path, progress: Mapping) -> None:

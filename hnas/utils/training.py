@@ -31,31 +31,14 @@ from hnas.utils.stopping import StopSignals
 logger = logging.getLogger(__name__)
 
 # Flags that do not change what is computed; paths may differ on another machine.
-NEUTRAL_FLAGS = frozenset(
-    (
-        "save_dir",
-        "save_dir_new",
-        "save_freq",
-        "save_steps",
-        "keep",
-        "log_freq",
-        "eval_freq",
-        "bn_calibration_images",
-        "resume",
-        "train_flag",
-        "image_dir",
-        "pretrained",
-        "use_ckpt",
-        "ckpt_dir",
-        "num_workers",
-        "use_tensor_dataset",
-        "device",
-        "verify_images",
-        "bad_images",
-        "modelarch_file",
-        "eval_sample_num",
-    )
-)
+# fmt: off
+NEUTRAL_FLAGS = frozenset((
+    "save_dir", "save_dir_new", "save_freq", "save_steps", "keep", "log_freq", "eval_freq",
+    "bn_calibration_images", "resume", "train_flag", "image_dir", "pretrained", "use_ckpt",
+    "ckpt_dir", "num_workers", "use_tensor_dataset", "device", "verify_images", "bad_images",
+    "modelarch_file", "eval_sample_num",
+))
+# fmt: on
 # What decides which images a step of an epoch sees.
 DATA_ORDER = frozenset({"images", "batch_size", "seed"})
 
