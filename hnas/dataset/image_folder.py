@@ -135,14 +135,13 @@ def _bad_images(images: ImageList) -> dict[Path, str]:
         return reason
 
     # Pillow decodes outside of Python's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(
-            pool.map(check, images.paths),
-            desc=f"verifying {images.folder}",
-            total=len(images),
-            unit="image",
-        )
-        bad = {path: why for path, why in zip(images.paths, progress, strict=True) if why}
+    bar = tqdm(desc=f"verifying {images.folder}", total=len(images), unit="image")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        bad = {}
+        for path, reason in zip(images.paths, pool.map(check, images.paths), strict=True):
+            bar.update()
+            if reason:
+                bad[path] = reason
     cache.save()
     return bad
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import paddle
@@ -12,6 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
+from hnas.utils.errors import UserError
+
+WORKER_GRACE_SECONDS = 20
 
 
 class ImageDataset(Dataset):
@@ -35,8 +39,8 @@ class ImageDataset(Dataset):
         self.epoch = 0
         self._pixels = None
         if in_memory:
-            progress = tqdm(images.paths, desc=f"decoding {images.folder}", unit="image")
-            self._pixels = [np.asarray(decode_image(path)) for path in progress]
+            with tqdm(images.paths, desc=f"decoding {images.folder}", unit="image") as paths:
+                self._pixels = [np.asarray(decode_image(path)) for path in paths]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,44 +90,114 @@ class EpochLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
         """The batches of ``epoch`` from ``start_step`` on."""
         self.dataset.epoch = epoch
-        batches = _FixedBatches(self.batches(epoch)[start_step:])
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            worker_init_fn=_leave_signals_to_main,
-        )
-        return iter(loader)
+        return _load(self.dataset, self.batches(epoch)[start_step:], self.num_workers)
+
+
+class EvalLoader:
+    """All images of a dataset in their order, the last batch perhaps smaller."""
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 0):
+        self.dataset = dataset
+        self.num_workers = num_workers
+        starts = range(batch_size, len(dataset), batch_size)
+        self._batches = np.split(np.arange(len(dataset)), starts)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[paddle.Tensor]]:
+        return _load(self.dataset, self._batches, self.num_workers)
+
+
+def _load(
+    dataset: Dataset, batches: Sequence[np.ndarray], num_workers: int
+) -> Iterator[list[paddle.Tensor]]:
+    """The batches of these indices, loaded by worker processes or, with none, in this one.
+
+    Paddle's own loader without workers reads in a thread, and waits forever when an image there
+    cannot be decoded; with workers it may hide their error behind its own. So the former is not
+    used here, and the latter is given errors as batches.
+    """
+    if not num_workers:
+        for indices in batches:
+            columns = zip(*(dataset[int(index)] for index in indices), strict=True)
+            yield [paddle.to_tensor(np.stack(column)) for column in columns]
+        return
+    sampler = _FixedBatches(batches)
+    loader = DataLoader(
+        _ErrorsAsItems(dataset),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_main,
+    )
+    iterator = iter(loader)
+    for batch in iterator:
+        try:
+            if len(batch) == 1:
+                raise DataError(bytes(batch[0].numpy()).decode())
+            yield batch
+        except BaseException:
+            # Nobody wants the rest. The workers only end when theirs does.
+            sampler.stop()
+            for _ in iterator:
+                pass
+            raise
+
+
+class _ErrorsAsItems(Dataset):
+    """A dataset that gives the errors of items instead of raising them."""
+
+    def __init__(self, dataset: Dataset):
+        super().__init__()
+        self._dataset = dataset
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error
+
+
+def _collate(items: list) -> list[np.ndarray]:
+    """Stack the arrays of items; if one is an error, its message alone, as uint8."""
+    for item in items:
+        if isinstance(item, UserError):
+            return [np.frombuffer(str(item).encode(), np.uint8)]
+    return [np.stack(column) for column in zip(*items, strict=True)]
 
 
 class _FixedBatches(BatchSampler):
     """Batches that were drawn beforehand."""
 
-    def __init__(self, batches):
+    def __init__(self, batches: Sequence[np.ndarray]):
         self._batches = [batch.tolist() for batch in batches]
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Give no more batches."""
+        self._stopped = True
 
     def __iter__(self):
-        return iter(self._batches)
+        return itertools.takewhile(lambda _: not self._stopped, self._batches)
 
     def __len__(self):
         return len(self._batches)
 
 
 def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C and cluster managers signal a whole process group.
+    """Ctrl-C and cluster managers signal a whole process group, loader processes among them.
 
-    The main process still needs its loader processes then, to finish its step; they end when it
-    tells them to or is gone.
+    The main process finishes and saves its step then, and may need them for it. They end when it
+    tells them to or is gone, or some time after SIGTERM.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))
 
 
-def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int = 0) -> DataLoader:
+def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int = 0) -> EvalLoader:
     """All images of ``dataset`` in their order."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        worker_init_fn=_leave_signals_to_main,
-    )
+    return EvalLoader(dataset, batch_size, num_workers)

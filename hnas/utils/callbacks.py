@@ -16,7 +16,7 @@ from paddle.callbacks import Callback
 
 from hnas.evaluation.architecture_file import write_json
 from hnas.utils.atomic import remove_leftovers
-from hnas.utils.checkpoint import SET_NAME, remove_set, save_training
+from hnas.utils.checkpoint import SET_NAME, NotFiniteError, remove_set, save_training
 from hnas.utils.errors import UserError
 from hnas.utils.generators import generators_state
 from hnas.utils.options import Options
@@ -87,14 +87,18 @@ class TrainLogger(Callback):
         for step, logs in self._unread:
             loss = float(logs["loss"])
             if not math.isfinite(loss):
-                bad = [code for code, part in logs["parts"] if not math.isfinite(float(part))]
-                raise DivergedError(
-                    f"loss is {loss} at epoch {self._epoch + 1} step {step + 1}, learning rate "
-                    f"{logs['lr']:.6g}, sub-network {(bad or [logs['parts'][-1][0]])[0]}; nothing "
-                    "saved since, the last checkpoint is good: resume with a lower lr"
-                )
+                raise self.diverged(f"loss is {loss}", step, logs)
             self._losses.append(loss)
         self._unread.clear()
+
+    def diverged(self, what: str, step: int, logs: Mapping) -> DivergedError:
+        """The error that says where it happened: step, sub-network and learning rate."""
+        codes = [code for code, part in logs["parts"] if not math.isfinite(float(part))]
+        code = (codes or [logs["parts"][-1][0]])[0]
+        return DivergedError(
+            f"{what} at epoch {self._epoch + 1} step {step + 1}, learning rate {logs['lr']:.6g}, "
+            f"sub-network {code}; checkpoints from before are good: resume from them, lower lr"
+        )
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -176,14 +180,14 @@ class Checkpoints(Callback):
             return
         every = self.options.save_steps
         if (every and (epoch * steps + done) % every == 0) or self.stop.received:
-            self.save(f"{epoch}-{done}", epoch, done)
+            self.save(f"{epoch}-{done}", epoch, done, logs)
             self._stop_if_asked(f"after epoch {epoch + 1} step {done}")
 
     def on_epoch_end(self, epoch, logs=None):
         if self._epoch_is_due(epoch):
-            self.save(str(epoch), epoch + 1, 0)
+            self.save(str(epoch), epoch + 1, 0, logs)
         elif self.stop.received:
-            self.save(f"{epoch + 1}-0", epoch + 1, 0)
+            self.save(f"{epoch + 1}-0", epoch + 1, 0, logs)
         if is_chief():
             write_json(self.folder / "history.json", self.log.history())
         if epoch + 1 < self.params["epochs"]:
@@ -192,8 +196,12 @@ class Checkpoints(Callback):
     def _epoch_is_due(self, epoch: int) -> bool:
         return epoch % self.options.save_freq == 0 or epoch + 1 == self.params["epochs"]
 
-    def save(self, name: str, epoch: int, step: int) -> None:
-        """Write the set ``name``; the next step is ``step`` (from 0) of ``epoch`` (from 0)."""
+    def save(self, name: str, epoch: int, step: int, logs: Mapping) -> None:
+        """Write the set ``name``; the next step is ``step`` (from 0) of ``epoch`` (from 0).
+
+        Raises:
+            DivergedError: losses or weights are not finite; nothing is written.
+        """
         losses = self.log.state()
         if not is_chief():
             return
@@ -204,7 +212,10 @@ class Checkpoints(Callback):
             "generators": generators_state(),
             "run": self.run,
         }
-        save_training(self.folder / name, self.model.network, self.model._optimizer, progress)
+        try:
+            save_training(self.folder / name, self.model.network, self.model._optimizer, progress)
+        except NotFiniteError as error:
+            raise self.log.diverged(str(error), self.model.step, logs) from None
         logger.info("saved %s.pdparams", self.folder / name)
         self._remove_older(name)
 

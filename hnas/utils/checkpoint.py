@@ -41,6 +41,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, broken, or of another network."""
 
 
+class NotFiniteError(CheckpointError):
+    """Weights that are not finite; they must not replace good ones."""
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The weights' file of ``path``: the file, or its name without the suffix.
 
@@ -236,14 +240,14 @@ def _write_safetensors(path: Path, state: Mapping[str, paddle.Tensor]) -> None:
 
 
 def check_finite(network: nn.Layer) -> None:
-    """Weights that are not finite must not replace good ones.
+    """Look at every weight and statistic.
 
     Raises:
-        CheckpointError: naming the first tensor.
+        NotFiniteError: naming the first tensor that is not finite throughout.
     """
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not bool(paddle.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} is not finite; nothing saved: lower lr")
+            raise NotFiniteError(f"{name} is not finite")
 
 
 def save_training(stem: str | Path, network: nn.Layer, optimizer, progress: Mapping) -> None:
@@ -254,7 +258,8 @@ def save_training(stem: str | Path, network: nn.Layer, optimizer, progress: Mapp
         progress: what :func:`load_training` gives back: plain values and arrays.
 
     Raises:
-        UserError: weights that are not finite, or files that cannot be written.
+        NotFiniteError: before anything is written.
+        UserError: files that cannot be written.
     """
     check_finite(network)
     digests = {

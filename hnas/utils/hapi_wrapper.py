@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 import paddle
@@ -52,12 +53,13 @@ class SupernetModel(paddle.Model):
         for epoch in range(start[0], epochs):
             first = start[1] if epoch == start[0] else 0
             callbacks.on_epoch_begin(epoch)
-            for step, batch in enumerate(loader.epoch(epoch, first), first):
-                callbacks.on_batch_begin("train", step, logs)
-                self.epoch, self.step = epoch, step
-                lr = self._optimizer.get_lr()
-                logs = {**self.train_batch(batch), "lr": lr}
-                callbacks.on_batch_end("train", step, logs)
+            with closing(loader.epoch(epoch, first)) as batches:
+                for step, batch in enumerate(batches, first):
+                    callbacks.on_batch_begin("train", step, logs)
+                    self.epoch, self.step = epoch, step
+                    lr = self._optimizer.get_lr()
+                    logs = {**self.train_batch(batch), "lr": lr}
+                    callbacks.on_batch_end("train", step, logs)
             callbacks.on_epoch_end(epoch, logs)
         callbacks.on_end("train", logs)
 
