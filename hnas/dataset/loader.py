@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,6 +19,7 @@ from hnas.dataset.image_folder import DataError, ImageList, decode_image
 from hnas.utils.errors import UserError
 
 WORKER_GRACE_SECONDS = 20
+PARENT_CHECK_SECONDS = 2
 
 
 class ImageDataset(Dataset):
@@ -129,7 +133,7 @@ def _load(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=_obey_main_only,
     )
     iterator = iter(loader)
     for batch in iterator:
@@ -188,14 +192,23 @@ class _FixedBatches(BatchSampler):
         return len(self._batches)
 
 
-def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C and cluster managers signal a whole process group, loader processes among them.
+def _obey_main_only(worker: int) -> None:
+    """Set up a loader process: it ends when the main process says so or is gone.
 
-    The main process finishes and saves its step then, and may need them for it. They end when it
-    tells them to or is gone, or some time after SIGTERM.
+    Ctrl-C and cluster managers signal a whole process group; the main process finishes and saves
+    its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))
+    # Paddle's workers look for their parent only between batches, which never come when it is
+    # killed.
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)
 
 
 def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int = 0) -> EvalLoader:

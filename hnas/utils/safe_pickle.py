@@ -24,6 +24,7 @@ PROTOCOLS = (2, 3, 4)
 # A state dict takes about twenty instructions a tensor.
 MAX_INSTRUCTIONS = 2_000_000
 MAX_AXES = 32
+MAX_SIZE = 2**48
 
 
 class UnsafePickleError(UserError):
@@ -106,7 +107,7 @@ class _Array:
         if not isinstance(dtype, _DType) or not isinstance(data, bytes):
             raise _RefusedError("holds an array of objects")
         if len(shape) > MAX_AXES or any(
-            not isinstance(size, int) or not 0 <= size <= len(data) for size in shape
+            not isinstance(size, int) or not 0 <= size <= MAX_SIZE for size in shape
         ):
             raise _BrokenError("array of an impossible shape")
         plain = np.dtype(dtype.name)
