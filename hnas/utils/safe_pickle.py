@@ -22,7 +22,7 @@ from hnas.utils.errors import UserError
 
 PROTOCOLS = (2, 3, 4)
 # A state dict takes about twenty instructions a tensor.
-MAX_INSTRUCTIONS = 2_000_000
+MAX_INSTRUCTIONS = 500_000
 MAX_AXES = 32
 MAX_SIZE = 2**48
 
