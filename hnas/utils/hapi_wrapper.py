@@ -130,7 +130,9 @@ class DistillationModel(SupernetModel):
             loss.backward()
             parts.append((arch.code, loss.detach()))
         self._optimizer.step()
-        self._optimizer.clear_grad()
+        # Not to zero: a block that no sub-network of a step ran must be left alone whether or not
+        # an earlier step ran it, or a resumed run would differ.
+        self._optimizer.clear_grad(set_to_zero=False)
         hits = (logits.argmax(axis=1) == labels).astype("float32").mean()
         loss = sum(loss for _, loss in parts) / len(parts)
         return {"loss": loss, "top1": hits, "parts": parts}

@@ -48,7 +48,8 @@ class ContrastiveModel(SupernetModel):
             hits = hits + output.accuracy / self.pairs
             keys = keys + output.keys
         self._optimizer.step()
-        self._optimizer.clear_grad()
+        # Not to zero, for the same reason as in stage two.
+        self._optimizer.clear_grad(set_to_zero=False)
         self.network.enqueue(F.normalize(keys, axis=1))
         loss = sum(loss for _, loss in parts) / self.pairs
         return {"loss": loss, "top1": hits, "parts": parts}
