@@ -45,10 +45,13 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, path: Path) -> str:
+        """``CLASS/FILE`` of an image."""
+        return str(path)[len(str(self.folder)) + 1 :]
+
     def digest(self) -> str:
-        """SHA-256 of the file names below the split's folder: which image has which index."""
-        names = "\0".join(os.path.relpath(path, self.folder) for path in self.paths)
-        return hashlib.sha256(os.fsencode(names)).hexdigest()
+        """SHA-256 of the images' names: which image has which index."""
+        return hashlib.sha256(os.fsencode("\0".join(map(self.name, self.paths)))).hexdigest()
 
 
 def scan_images(
@@ -127,11 +130,10 @@ def _bad_images(images: ImageList) -> dict[Path, str]:
             stamp = stamp_of(path)
         except OSError as error:
             return error.strerror or str(error)
-        key = os.path.relpath(path, images.folder)
-        reason = cache.get(key, stamp)
+        reason = cache.get(images.name(path), stamp)
         if reason is None:
             reason = decoding_error(path)
-            cache.put(key, stamp, reason)
+            cache.put(images.name(path), stamp, reason)
         return reason
 
     # Pillow decodes outside of Python's lock.
