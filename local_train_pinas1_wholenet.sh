@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")"
 
-image_dir=${image_dir:-/data/ILSVRC2012}                        # train/CLASS/*, val/CLASS/*
+image_dir=${image_dir:-/data/ILSVRC2012}                        # train/CLASS/*
 pretrained=${pretrained:-checkpoint_files/resnet48.pdparams}    # official weights
 save_dir=${save_dir:-checkpoint_files/stage1}                   # 0.pdparams, 1.pdparams, ...
 backbone=${backbone:-resnet48pinasv2}

@@ -55,7 +55,7 @@ class Architecture:
         """
         if not isinstance(code, str):
             raise ArchitectureError(
-                f"architecture code must be a string of digits, not {type(code).__name__}"
+                f"architecture code must be a string of digits, not {_kind(code)}"
             )
         if not (code.isascii() and code.isdigit()):
             raise ArchitectureError(f"architecture code {_shorten(code)} holds more than digits")
@@ -93,6 +93,11 @@ class Architecture:
 
     def __str__(self) -> str:
         return self.code
+
+
+def _kind(value) -> str:
+    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "a number")
 
 
 def _shorten(code: str) -> str:
@@ -189,7 +194,7 @@ class SearchSpace:
     def channels(self, stage: int, digit: int) -> int:
         """Channel count of width digit 1..7 in ``stage`` (0..3)."""
         value = self.base_channels[stage] * RATIOS[digit - 1]
-        # The products are a hair below the integer for some ratios (e.g. 20 * 0.85).
+        # The products are a hair below the integer for some ratios (e.g. 90 * 0.7).
         value = round(value, 6)
         return int(value) if self.truncate else make_divisible(value, self.divisor)
 
@@ -283,7 +288,8 @@ def _halve(size: int) -> int:
 
 def choice_probabilities(options: int, tilt: float) -> np.ndarray:
     """Probabilities of ``options`` choices from small to large under ``tilt``; see ``sample``."""
-    weights = np.exp(tilt * np.linspace(0.0, 1.0, options))
+    exponents = tilt * np.linspace(0.0, 1.0, options)
+    weights = np.exp(exponents - exponents.max())
     return weights / weights.sum()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hnas.dataset import image_folder, image_index
 from hnas.dataset.image_folder import DataError, decode_image, scan_images
-from hnas.dataset.loader import EpochLoader, ImageDataset, eval_loader
+from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, TrainTransform
 
 CLASSES = ("cat", "dog")
@@ -254,7 +254,7 @@ def test_stamps_follow_content(tmp_path):
 def loaders(images, workers: int):
     train = ImageDataset(images, TrainTransform(8), seed=3)
     val = ImageDataset(images, EvalTransform(8), seed=3)
-    return EpochLoader(train, 2, workers), eval_loader(val, 3, workers)
+    return EpochLoader(train, 2, workers), EvalLoader(val, 3, workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import paddle
@@ -16,7 +16,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
-from hnas.utils.errors import UserError
 
 WORKER_GRACE_SECONDS = 20
 PARENT_CHECK_SECONDS = 2
@@ -94,11 +93,11 @@ class EpochLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
         """The batches of ``epoch`` from ``start_step`` on."""
         self.dataset.epoch = epoch
-        return _load(self.dataset, self.batches(epoch)[start_step:], self.num_workers)
+        return load_batches(self.dataset, self.batches(epoch)[start_step:], self.num_workers)
 
 
 class EvalLoader:
-    """All images of a dataset in their order, the last batch perhaps smaller."""
+    """All images of a dataset in their order, as often as it is iterated."""
 
     def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 0):
         self.dataset = dataset
@@ -110,37 +109,38 @@ class EvalLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[list[paddle.Tensor]]:
-        return _load(self.dataset, self._batches, self.num_workers)
+        return load_batches(self.dataset, self._batches, self.num_workers)
 
 
-def _load(
+def load_batches(
     dataset: Dataset, batches: Sequence[np.ndarray], num_workers: int
 ) -> Iterator[list[paddle.Tensor]]:
-    """The batches of these indices, loaded by worker processes or, with none, in this one.
+    """Yield the items of each batch of indices, stacked, in order.
 
-    Paddle's own loader without workers reads in a thread, and waits forever when an image there
-    cannot be decoded; with workers it may hide their error behind its own. So the former is not
-    used here, and the latter is given errors as batches.
+    Without workers the items are read here: Paddle's loader would read them in a thread, and
+    wait for ever when that one fails.
+
+    Raises:
+        DataError: an image cannot be read.
     """
     if not num_workers:
-        for indices in batches:
-            columns = zip(*(dataset[int(index)] for index in indices), strict=True)
-            yield [paddle.to_tensor(np.stack(column)) for column in columns]
+        for batch in batches:
+            yield [paddle.to_tensor(part) for part in stack_items(map(dataset.__getitem__, batch))]
         return
     sampler = _FixedBatches(batches)
     loader = DataLoader(
         _ErrorsAsItems(dataset),
         batch_sampler=sampler,
+        collate_fn=stack_items,
         num_workers=num_workers,
-        collate_fn=_collate,
         worker_init_fn=_obey_main_only,
     )
     iterator = iter(loader)
-    for batch in iterator:
+    for parts in iterator:
         try:
-            if len(batch) == 1:
-                raise DataError(bytes(batch[0].numpy()).decode())
-            yield batch
+            if len(parts) == 1:
+                raise DataError(parts[0].numpy().tobytes().decode())
+            yield parts
         except BaseException:
             # Nobody wants the rest. The workers only end when theirs does.
             sampler.stop()
@@ -149,11 +149,19 @@ def _load(
             raise
 
 
-class _ErrorsAsItems(Dataset):
-    """A dataset that gives the errors of items instead of raising them."""
+def stack_items(items: Iterable) -> list[np.ndarray]:
+    """The parts of all items, each stacked; or, of a failed item, its message as bytes."""
+    items = list(items)
+    for item in items:
+        if isinstance(item, DataError):
+            return [np.frombuffer(str(item).encode(), dtype=np.uint8)]
+    return [np.stack(part) for part in zip(*items, strict=True)]
 
-    def __init__(self, dataset: Dataset):
-        super().__init__()
+
+class _ErrorsAsItems(Dataset):
+    """Hands a worker's errors to the main process, where Paddle would end in a traceback."""
+
+    def __init__(self, dataset):
         self._dataset = dataset
 
     def __len__(self):
@@ -162,16 +170,8 @@ class _ErrorsAsItems(Dataset):
     def __getitem__(self, index):
         try:
             return self._dataset[index]
-        except UserError as error:
+        except DataError as error:
             return error
-
-
-def _collate(items: list) -> list[np.ndarray]:
-    """Stack the arrays of items; if one is an error, its message alone, as uint8."""
-    for item in items:
-        if isinstance(item, UserError):
-            return [np.frombuffer(str(item).encode(), np.uint8)]
-    return [np.stack(column) for column in zip(*items, strict=True)]
 
 
 class _FixedBatches(BatchSampler):
@@ -209,8 +209,3 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
     os._exit(1)
-
-
-def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int = 0) -> EvalLoader:
-    """All images of ``dataset`` in their order."""
-    return EvalLoader(dataset, batch_size, num_workers)

@@ -8,13 +8,13 @@ a dark border of 4 px, in a light tint of their own. One in five goes to val/.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from hnas.utils.errors import UserError, run_main
+from hnas.utils.options import OneLineParser
 
 DIGIT_SIZE, BORDER = 32, 4
 VAL_EVERY = 5
@@ -55,7 +55,7 @@ def write_digits(output: Path, seed: int = 0) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     write_digits(parser.parse_args(argv).output)
 

@@ -7,21 +7,22 @@ The first is the largest network and the second the smallest; the others are uni
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
 
 from hnas.evaluation.architecture_file import submission, write_json
 from hnas.models.registry import SAMPLE_SPACES, search_space
 from hnas.utils.errors import run_main
+from hnas.utils.options import OneLineParser, whole_number
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--number", type=int, default=200, help="architectures [default 200]")
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--number", type=whole_number(2), default=200, help="architectures [default 200]"
+    )
     parser.add_argument("--output", required=True, help="JSON file to write")
     parser.add_argument("--sample_space", choices=SAMPLE_SPACES, default="released")
-    parser.add_argument("--seed", type=int, default=0, help="[default 0]")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="[default 0]")
     options = parser.parse_args(argv)
 
     space = search_space("resnet48", options.sample_space)

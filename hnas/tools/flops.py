@@ -7,21 +7,21 @@ prints (or writes to --output) {"arch1": {"arch": code, "macs": per image, "para
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
 from hnas.evaluation.architecture_file import read_architectures, write_json
 from hnas.models.registry import search_space
 from hnas.utils.errors import run_main
+from hnas.utils.options import OneLineParser, whole_number
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modelarch_file", required=True, help="architectures: JSON or text")
     parser.add_argument("--backbone", default="resnet48", help="whose widths [default resnet48]")
-    parser.add_argument("--image_size", type=int, default=224, help="px [default 224]")
-    parser.add_argument("--num_classes", type=int, default=1000, help="[default 1000]")
+    parser.add_argument("--image_size", type=whole_number(32), default=224, help="px [default 224]")
+    parser.add_argument("--num_classes", type=whole_number(1), default=1000, help="[default 1000]")
     parser.add_argument("--output", help="file to write [default: standard output]")
     options = parser.parse_args(argv)
 

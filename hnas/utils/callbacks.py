@@ -94,7 +94,7 @@ class TrainLogger(Callback):
     def diverged(self, what: str, step: int, logs: Mapping) -> DivergedError:
         """The error that says where it happened: step, sub-network and learning rate."""
         codes = [code for code, part in logs["parts"] if not math.isfinite(float(part))]
-        code = (codes or [logs["parts"][-1][0]])[0]
+        code = (codes or [logs["arch"]])[0]
         return DivergedError(
             f"{what} at epoch {self._epoch + 1} step {step + 1}, learning rate {logs['lr']:.6g}, "
             f"sub-network {code}; checkpoints from before are good: resume from them, lower lr"
@@ -142,7 +142,7 @@ class TrainLogger(Callback):
             self._since * self.params["batch_size"] / elapsed,
             self._data_time / self._since,
             eta,
-            logs["parts"][-1][0],
+            logs["arch"],
         )
 
 

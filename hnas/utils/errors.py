@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Callable
 
@@ -30,8 +29,5 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def one_line(error: UserError) -> str:
-    """The message without the traceback that Paddle's loader puts before a worker's error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) < 2:
-        return "".join(lines)
-    return re.sub(r"^[\w.]+Error: ", "", lines[-1])
+    """The message without line breaks, which a path or a flag may hold."""
+    return " ".join(str(error).split())

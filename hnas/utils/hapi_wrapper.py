@@ -23,9 +23,10 @@ from hnas.utils.SampleMethod import Sampler
 class SupernetModel(paddle.Model):
     """A ``paddle.Model`` whose training can start at any step and sees (epoch, step).
 
-    Sub-classes give ``train_batch(inputs) -> logs``, one optimizer step on a batch: scalar tensors
-    ``loss`` and ``top1``, which are read only when a line is logged, and ``parts``, the code and
-    loss of each sub-network. Batches hold uint8 images [N, 3, H, W].
+    Sub-classes give ``train_batch(inputs) -> logs``, one optimizer step on a batch: the scalar
+    tensors ``loss`` and ``top1``, which are read only when a line is logged, ``parts``, the code
+    and loss of each sub-network, and ``arch``, the last one's code. Batches hold uint8 images
+    [N, 3, H, W].
     """
 
     epoch = 0
@@ -135,7 +136,7 @@ class DistillationModel(SupernetModel):
         self._optimizer.clear_grad(set_to_zero=False)
         hits = (logits.argmax(axis=1) == labels).astype("float32").mean()
         loss = sum(loss for _, loss in parts) / len(parts)
-        return {"loss": loss, "top1": hits, "parts": parts}
+        return {"loss": loss, "top1": hits, "arch": archs[-1].code, "parts": parts}
 
 
 def distillation_loss(logits, labels, targets) -> paddle.Tensor:

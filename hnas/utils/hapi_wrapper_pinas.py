@@ -52,4 +52,4 @@ class ContrastiveModel(SupernetModel):
         self._optimizer.clear_grad(set_to_zero=False)
         self.network.enqueue(F.normalize(keys, axis=1))
         loss = sum(loss for _, loss in parts) / self.pairs
-        return {"loss": loss, "top1": hits, "parts": parts}
+        return {"loss": loss, "top1": hits, "arch": path_a.code, "parts": parts}

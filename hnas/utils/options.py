@@ -35,13 +35,18 @@ class Options:
     momentum: float = _flag(0.9, "of the optimizer", "", "012", low=0, high=1)
     batch_size: int = _flag(256, "images a step and device", "images", low=1)
     dyna_batch_size: int = _flag(
-        4, "sub-networks a step; 0: the largest network only", "sub-networks", "12", low=0
+        4, "sub-networks a step; 0: the largest network only", "sub-networks", "2", low=0
     )
     warmup: int = _flag(5, "linear warm-up of the learning rate", "epochs", "012", low=0)
     sample_method: str = _flag("random", "random, biased or sandwich", "name", "12")
     bias_sample_flag: bool = _flag(False, "tilt the sampling toward large", "", "12")
     bias_strength: float = _flag(
-        2.0, "tilt b: the largest option is exp(b) times as likely as the smallest", "", "12"
+        2.0,
+        "tilt b: the largest option is exp(b) times as likely as the smallest",
+        "",
+        "12",
+        low=-100,
+        high=100,
     )
     sample_space: str = _flag(
         "released",
@@ -107,7 +112,9 @@ class Options:
     resume: str = _flag(
         "", "continue from a folder's newest checkpoint; auto: from save_dir's", "folder", "012"
     )
-    seed: int = _flag(0, "of data order, augmentations, sub-networks and new weights", low=0)
+    seed: int = _flag(
+        0, "of data order, augmentations, sub-networks and new weights", low=0, high=2**32 - 1
+    )
     device: str = _flag("auto", "auto, cpu or gpu", "name")
     modelarch_file: str = _flag("", "architectures to score: JSON or text", "file", "3")
     eval_sample_num: int = _flag(
@@ -120,12 +127,18 @@ class Options:
 
     @property
     def initial_weights(self) -> str:
-        """``ckpt_dir`` if ``use_ckpt`` says so, else empty."""
+        """``ckpt_dir`` if ``use_ckpt`` says so, else empty.
+
+        Raises:
+            UserError: ``use_ckpt`` without a ``ckpt_dir``.
+        """
+        if self.use_ckpt and not self.ckpt_dir:
+            raise UserError("--use_ckpt True, but --ckpt_dir is missing")
         return self.ckpt_dir if self.use_ckpt else ""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are one line, and an unknown flag is answered with the nearest one."""
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are a :class:`UserError` of one line."""
 
     def error(self, message):
         raise UserError(message)
@@ -146,7 +159,7 @@ def parse_options(
         UserError: unknown flag, wrong type or value out of bounds.
     """
     fields = dataclasses.fields(Options)
-    parser = _Parser(description=about, allow_abbrev=False)
+    parser = OneLineParser(description=about, allow_abbrev=False)
     parser.add_argument("command", nargs="?", choices=["run"], help="the only command")
     for option in fields:
         default = defaults.get(option.name, option.default)
@@ -175,15 +188,29 @@ def parse_options(
 
 
 def _help_text(option: dataclasses.Field, default, stage: int) -> str:
-    shown = repr(default) if default == "" else default
-    unit = f" {option.metadata['unit']}" if option.metadata["unit"] else ""
-    effect = "" if str(stage) in option.metadata["stages"] else "; no effect here"
-    text = f"{option.metadata['help']} [default {shown}{unit}{effect}]"
+    notes = [option.metadata["unit"]] if option.metadata["unit"] else []
+    notes.append(f"default {default if default != '' else 'none'}")
+    if str(stage) not in option.metadata["stages"]:
+        notes.append("no effect here")
+    text = f"{option.metadata['help']} [{'; '.join(notes)}]"
     return text.replace("%", "%%")
 
 
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an integer from ``low`` to ``high``."""
+
+    def read(text: str) -> int:
+        value = _read_int(text)
+        if value < low or (high is not None and value > high):
+            allowed = f"at least {low}" if high is None else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of bounds; allowed: {allowed}")
+        return value
+
+    return read
+
+
 def _reader(kind: str) -> Callable[[str], object]:
-    return {"bool": read_bool, "int": int, "float": _read_float, "str": _read_text}[kind]
+    return {"bool": read_bool, "int": _read_int, "float": _read_float, "str": _read_text}[kind]
 
 
 def read_bool(text: str) -> bool:
@@ -195,8 +222,18 @@ def read_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
+def _read_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def _read_float(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value

@@ -16,7 +16,7 @@ from hnas.dataset.image_folder import (
     decode_image,
     scan_images,
 )
-from hnas.dataset.loader import EpochLoader, ImageDataset, eval_loader
+from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform
 from hnas.models.registry import search_space
 from hnas.search_space import SearchSpace
@@ -99,8 +99,8 @@ def calibration_images(options: Options) -> paddle.Tensor | None:
     return paddle.to_tensor(np.stack([transform(decode_image(images.paths[i])) for i in chosen]))
 
 
-def validation_loader(options: Options, images: ImageList):
+def validation_loader(options: Options, images: ImageList) -> EvalLoader:
     """Batches of ``images`` in order, centre crops."""
     transform = EvalTransform(options.image_size)
     dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
-    return eval_loader(dataset, options.batch_size, options.num_workers)
+    return EvalLoader(dataset, options.batch_size, options.num_workers)

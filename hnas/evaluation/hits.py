@@ -1,0 +1,78 @@
+"""Counting correct predictions, the same way in every engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+NEAR = 1e-4
+"""Logits closer than this may swap under another order of summation."""
+
+
+@dataclass
+class Counts:
+    """Per architecture, int64 [architectures]; ``images`` is how many each has seen.
+
+    ``near1`` and ``near5`` count the images whose top-1 or top-5 hit hangs on logits that differ
+    by less than ``NEAR``: only there may engines disagree.
+    """
+
+    top1: np.ndarray
+    top5: np.ndarray
+    near1: np.ndarray
+    near5: np.ndarray
+    images: int = 0
+
+    @classmethod
+    def zeros(cls, architectures: int) -> Counts:
+        return cls(*np.zeros((4, architectures), dtype=np.int64))
+
+    def columns(self) -> tuple[np.ndarray, ...]:
+        return self.top1, self.top5, self.near1, self.near5
+
+    def accuracy(self) -> np.ndarray:
+        """Top-1 accuracies, float64."""
+        return self.top1 / max(1, self.images)
+
+    def standard_error(self) -> np.ndarray:
+        """Of the accuracies, as estimates for all images of the kind.
+
+        Binomial, at the accuracy (hits + 1) / (images + 2), so that a perfect or hopeless start
+        does not pass for certainty.
+        """
+        rate = (self.top1 + 1) / (self.images + 2)
+        return np.sqrt(rate * (1 - rate) / max(1, self.images))
+
+
+def count_hits(logits: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
+    """Hits of several networks on the same images.
+
+    Args:
+        logits: float32 [networks, N, classes].
+        labels: int64 [N].
+
+    Returns:
+        int64 [networks, 4]: top-1 hits, top-5 hits, near ties of each.
+
+    A label ranks behind every class of a larger logit, and behind those of an equal logit and a
+    smaller index.
+    """
+    networks, images, classes = logits.shape
+    index = labels.reshape([1, images, 1]).expand([networks, images, 1])
+    own = paddle.take_along_axis(logits, index, axis=2)
+    earlier = (paddle.arange(classes).unsqueeze(0) < labels.unsqueeze(1)).unsqueeze(0)
+    rank = _count((logits > own) | ((logits == own) & earlier))
+    best = _count(logits > own + NEAR)
+    worst = _count(logits > own - NEAR) - 1  # without the label itself
+    columns = []
+    for k in (1, 5):
+        columns.append(rank < k)
+    for k in (1, 5):
+        columns.append((best < k) != (worst < k))
+    return np.stack([column.sum(axis=1).numpy() for column in columns], axis=1).astype(np.int64)
+
+
+def _count(condition: paddle.Tensor) -> paddle.Tensor:
+    return condition.astype("int32").sum(axis=2)

@@ -1,0 +1,149 @@
+"""The operations that the shared evaluation is made of, and three ways of running them.
+
+Each takes activations and convolutions as tensors, so that one piece of code, or one compiled
+program, serves every block and width.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+
+import numpy as np
+import paddle
+from paddle.nn import functional as F  # noqa: N812
+
+from hnas.evaluation.weights import Convolution
+
+logger = logging.getLogger(__name__)
+
+EPSILON = 1e-5
+
+
+class DygraphKernels:
+    """Paddle's operators one by one: for GPUs, and the definition for the other two.
+
+    Args:
+        calibration: BatchNorm takes the statistics of this many images at the front of every
+            batch; with 0 it is folded into the convolutions.
+        layout: of activations, ``NCHW`` or ``NHWC``.
+        amp: ``O0``, or ``O1``/``O2`` for mixed precision: bfloat16 where the GPU has it.
+
+    Convolutions are as :class:`SlicedWeights` gives them; activations are [N, C, H, W] below,
+    whatever the layout.
+    """
+
+    filters = "OIHW"
+
+    def __init__(self, calibration: int = 0, layout: str = "NCHW", amp: str = "O0"):
+        self.calibration = calibration
+        self.layout = layout
+        self.amp = amp
+        self.channel_axis = layout.index("C")
+        self._spatial = [layout.index("H"), layout.index("W")]
+
+    def precision(self):
+        """Context of a walk: mixed precision, or nothing."""
+        if self.amp == "O0":
+            return nullcontext()
+        half = "bfloat16" if paddle.amp.is_bfloat16_supported() else "float16"
+        return paddle.amp.auto_cast(level=self.amp, dtype=half)
+
+    def convolve(self, x, filters, stride: int, padding: int):
+        """A convolution without bias."""
+        return F.conv2d(x, filters, stride=stride, padding=padding, data_format=self.layout)
+
+    def conv_norm(self, x, convolution: Convolution, stride: int, padding: int):
+        """A convolution and its BatchNorm, folded or by the calibration images' statistics."""
+        filters, *rest = convolution
+        y = self.convolve(x, filters, stride, padding)
+        if not self.calibration:
+            return y + rest[0]
+        scale, shift = rest
+        seen = y[: self.calibration]
+        mean = seen.mean([0, *self._spatial], keepdim=True)
+        variance = (seen - mean).square().mean([0, *self._spatial], keepdim=True)
+        return (y - mean) * (scale * paddle.rsqrt(variance + EPSILON)) + shift
+
+    def stem(self, x, conv: Convolution):
+        """7x7/2 convolution, ReLU, 3x3/2 max pooling: [N, 3, H, W] -> [N, C, H/4, W/4]."""
+        y = F.relu(self.conv_norm(x, conv, stride=2, padding=3))
+        return F.max_pool2d(y, 3, 2, 1, data_format=self.layout)
+
+    def first(self, x, conv1: Convolution, stride: int):
+        """A block's conv1 and ReLU."""
+        return F.relu(self.conv_norm(x, conv1, stride=stride, padding=1))
+
+    def project(self, x, conv: Convolution):
+        """A block's projection shortcut."""
+        return self.conv_norm(x, conv, stride=2, padding=0)
+
+    def last(self, y, shortcut, conv2: Convolution):
+        """A block's conv2, shortcut and ReLU."""
+        return F.relu(self.conv_norm(y, conv2, stride=1, padding=1) + shortcut)
+
+    def block(self, x, conv1: Convolution, conv2: Convolution, level: int):
+        """A whole block with identity shortcut, the ``level``-th of its network."""
+        return self.last(self.first(x, conv1, stride=1), x, conv2)
+
+    def keep(self, x):
+        """``x`` such that it outlives further operations."""
+        return x
+
+    def accept(self, x, kernels: DygraphKernels):
+        """An activation of other kernels in this layout."""
+        if kernels.layout == self.layout:
+            return x
+        return x.transpose([kernels.layout.index(axis) for axis in self.layout]).contiguous()
+
+    def pooled(self, x):
+        """Global average of the images behind the calibration's: float32 [N, C]."""
+        return x[self.calibration :].astype("float32").mean(self._spatial)
+
+    def map_size(self, x) -> int:
+        """Positions of a feature map, H times W."""
+        return x.shape[self._spatial[0]] * x.shape[self._spatial[1]]
+
+
+class MatmulKernels(DygraphKernels):
+    """Convolutions as one matrix product over the batch, for tiny feature maps on CPUs.
+
+    With 2x2 positions an image, Paddle's own convolution multiplies 4 columns at a time, and
+    oneDNN spends more on re-ordering filters than on using them. Here the columns of all images
+    are gathered (NHWC, so that a gathered piece is all channels of a position) and multiplied
+    with the filters as they lie.
+    """
+
+    filters = "OHWI"
+
+    def __init__(self, calibration: int = 0):
+        super().__init__(calibration, layout="NHWC")
+        self._indices: dict[tuple, paddle.Tensor] = {}
+
+    def convolve(self, x, filters, stride: int, padding: int):
+        batch, height, width, channels = x.shape
+        outputs, kernel = filters.shape[:2]
+        key = (height, width, kernel, stride, padding)
+        if key not in self._indices:
+            self._indices[key] = paddle.to_tensor(window_indices(*key))
+        positions = x.reshape([batch, height * width, channels])
+        if padding:
+            outside = paddle.zeros([batch, 1, channels], dtype=x.dtype)
+            positions = paddle.concat([positions, outside], axis=1)
+        columns = paddle.index_select(positions, self._indices[key], axis=1)
+        columns = columns.reshape([-1, kernel * kernel * channels])
+        y = paddle.matmul(columns, filters.reshape([outputs, -1]), transpose_y=True)
+        shape = [(size + 2 * padding - kernel) // stride + 1 for size in (height, width)]
+        return y.reshape([batch, *shape, outputs])
+
+
+def window_indices(height: int, width: int, kernel: int, stride: int, padding: int) -> np.ndarray:
+    """Input position of every tap of every output position, in row-major order, flat.
+
+    A tap outside the map gets the index ``height * width``.
+    """
+    padded = np.full((height + 2 * padding, width + 2 * padding), height * width, dtype=np.int64)
+    inside = slice(padding, padding + height), slice(padding, padding + width)
+    padded[inside] = np.arange(height * width).reshape(height, width)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel))
+    return windows[::stride, ::stride].reshape(-1)

@@ -1,0 +1,203 @@
+"""The prefix tree of many sub-networks, and what evaluating it costs.
+
+Sub-networks that agree on the stem and the first blocks share those activations exactly. More is
+shared between the children of a node: the first convolution at a smaller width is a channel
+slice of the same convolution at a larger one, and so is a second convolution with fewer outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hnas.search_space import MAX_DEPTHS, Architecture, SearchSpace
+
+END = 0
+_FIELD = 1 << 16
+
+
+@dataclass(frozen=True)
+class Child:
+    """A block with its widths, and the sorted architectures ``low`` to ``high - 1`` that use it."""
+
+    mid: int
+    cout: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Children of a node at the same position: they share conv1 and the projection.
+
+    Attributes:
+        stage, block: position in the supernet, from 0.
+        cin: channels of the node's activation.
+        children: by (mid, cout), ascending.
+    """
+
+    stage: int
+    block: int
+    cin: int
+    children: tuple[Child, ...]
+
+    @property
+    def projects(self) -> bool:
+        """Whether the block has a projection shortcut: the first of stages 2 to 4."""
+        return self.stage > 0 and self.block == 0
+
+    @property
+    def stride(self) -> int:
+        return 2 if self.projects else 1
+
+    @cached_property
+    def by_mid(self) -> dict[int, list[Child]]:
+        """The children by conv1's width."""
+        result: dict[int, list[Child]] = {}
+        for child in self.children:
+            result.setdefault(child.mid, []).append(child)
+        return result
+
+    @property
+    def widest_mid(self) -> int:
+        return self.children[-1].mid
+
+    @property
+    def widest_out(self) -> int:
+        return max(child.cout for child in self.children)
+
+    def macs(self, size: int) -> int:
+        """Multiply-accumulates an image of all children, ``size`` being the blocks' output size."""
+        weights = 9 * self.cin * self.widest_mid
+        if self.projects:
+            weights += self.cin * self.widest_out
+        for mid, children in self.by_mid.items():
+            weights += 9 * mid * max(child.cout for child in children)
+        return size * size * weights
+
+
+@dataclass(frozen=True)
+class Node:
+    """A prefix: the architectures that end here and the groups of blocks that may follow.
+
+    Attributes:
+        channels: of the prefix's activation.
+        leaves: sorted positions of the architectures whose last block this is.
+        groups: at most one for the next block of the stage and one for the next stage.
+    """
+
+    channels: int
+    leaves: range
+    groups: tuple[Group, ...]
+
+    @property
+    def reused(self) -> bool:
+        """Whether the activation is still needed after the first child was entered."""
+        if len(self.groups) > 1:
+            return True
+        return any(not group.projects and len(group.by_mid) > 1 for group in self.groups)
+
+
+class PrefixTree:
+    """Architectures sorted so that those with a common prefix stand together.
+
+    Nodes are ranges of the sorted list, made when they are visited: the tree of 45,000
+    architectures takes a few MB.
+
+    Args:
+        space: gives the channel counts.
+        archs: any number; two with the same channel counts share their leaf.
+    """
+
+    def __init__(self, space: SearchSpace, archs: Sequence[Architecture]):
+        plans = [space.shared_plan(arch) for arch in archs]
+        tokens = np.zeros((len(plans), sum(MAX_DEPTHS) + 2), dtype=np.int64)
+        for row, plan in enumerate(plans):
+            tokens[row, 0] = plan.stem
+            for column, (stage, block, mid, cout) in enumerate(_positions(plan), 1):
+                position = stage * 16 + block + 1
+                tokens[row, column] = (position * _FIELD + mid) * _FIELD + cout
+        self.order = np.lexsort(tokens.T[::-1])
+        """Index into ``archs`` of each sorted architecture."""
+        self._tokens = tokens[self.order]
+        self.stem_channels = int(tokens[:, 0].max())
+        """Width at which the stem is computed; narrower ones are slices."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def roots(self) -> list[tuple[int, int, int]]:
+        """(stem channels, low, high) of each stem width."""
+        return [(int(token), low, high) for token, low, high in self._runs(0, 0, len(self))]
+
+    def node(self, low: int, high: int, level: int, channels: int) -> Node:
+        """The node after ``level`` blocks that the architectures ``low`` to ``high - 1`` share."""
+        leaves, groups = range(low, low), {}
+        for token, start, stop in self._runs(level + 1, low, high):
+            if token == END:
+                leaves = range(start, stop)
+                continue
+            rest, cout = divmod(int(token), _FIELD)
+            position, mid = divmod(rest, _FIELD)
+            groups.setdefault(position - 1, []).append(Child(mid, cout, start, stop))
+        made = (
+            Group(position // 16, position % 16, channels, tuple(children))
+            for position, children in groups.items()
+        )
+        return Node(channels, leaves, tuple(made))
+
+    def _runs(self, column: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
+        values = self._tokens[low:high, column]
+        if high - low == 1:
+            yield values[0], low, high
+            return
+        starts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            yield values[start], low + start, low + stop
+
+    def nodes(self) -> Iterator[tuple[Node, int]]:
+        """Every node with its stage's index (-1 after the stem), depth first."""
+        pending = [
+            (self.node(low, high, 0, channels), 0, -1) for channels, low, high in self.roots()
+        ]
+        while pending:
+            node, level, stage = pending.pop()
+            yield node, stage
+            for group in node.groups:
+                for child in group.children:
+                    below = self.node(child.low, child.high, level + 1, child.cout)
+                    pending.append((below, level + 1, group.stage))
+
+    def macs(self, image_size: int) -> int:
+        """Multiply-accumulates an image that one walk over the tree executes.
+
+        All convolutions; heads, as everywhere in the evaluator's figures, not counted.
+        """
+        stem, sizes = feature_sizes(image_size)
+        total = stem * stem * 3 * 49 * self.stem_channels
+        for node, _ in self.nodes():
+            total += sum(group.macs(sizes[group.stage]) for group in node.groups)
+        return total
+
+
+def _positions(plan) -> Iterator[tuple[int, int, int, int]]:
+    for stage, blocks in enumerate(plan.stages):
+        for block, (mid, cout) in enumerate(blocks):
+            yield stage, block, mid, cout
+
+
+def feature_sizes(image_size: int) -> tuple[int, list[int]]:
+    """Height of the stem's convolution and of the four stages' feature maps."""
+    stem = (image_size + 1) // 2
+    sizes = [(stem + 1) // 2]
+    for _ in range(3):
+        sizes.append((sizes[-1] + 1) // 2)
+    return stem, sizes
+
+
+def naive_macs(space: SearchSpace, archs: Sequence[Architecture], image_size: int) -> int:
+    """Multiply-accumulates an image of evaluating each on its own, heads not counted."""
+    return sum(space.macs(arch, image_size, num_classes=0) for arch in archs)

@@ -1,0 +1,77 @@
+"""The demo's closing table, and the same as DEMO/summary.json.
+
+python -m hnas.tools.demo_summary --demo_dir output/demo
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from hnas.evaluation.architecture_file import write_json
+from hnas.models.registry import search_space
+from hnas.search_space import Architecture
+from hnas.utils.errors import UserError, run_main
+from hnas.utils.options import OneLineParser
+
+BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
+
+
+def summarize(demo: Path) -> dict:
+    """Accuracy of the largest, median and smallest sub-network by MACs, losses and times.
+
+    Raises:
+        UserError: the demo's folder is incomplete.
+    """
+    space = search_space(BACKBONE)
+    try:
+        scored = json.loads((demo / "stage3/submission.json").read_text()).values()
+        losses = {
+            stage: json.loads((demo / stage / "history.json").read_text())["epoch_losses"]
+            for stage in ("pretrain", "stage1", "stage2")
+        }
+        lines = (demo / "seconds.txt").read_text().split()
+    except OSError as error:
+        raise UserError(f"{error.filename} is missing; run sh run_demo.sh to the end") from error
+    by_macs = sorted(
+        (space.macs(Architecture.from_code(entry["arch"]), IMAGE_SIZE, CLASSES), entry["arch"])
+        for entry in scored
+    )
+    accuracy = {entry["arch"]: entry["acc"] for entry in scored}
+    chosen = {"largest": -1, "median": len(by_macs) // 2, "smallest": 0}
+    return {
+        "architectures": len(by_macs),
+        "subnetworks": {
+            name: {"arch": arch, "macs": macs, "top1": accuracy[arch]}
+            for name, (macs, arch) in ((name, by_macs[index]) for name, index in chosen.items())
+        },
+        "epoch_losses": losses,
+        "seconds": {name: int(value) for name, value in zip(lines[::2], lines[1::2], strict=True)},
+    }
+
+
+def table(summary: dict) -> str:
+    """The summary as text."""
+    rows = [f"{'sub-network':<12}{'MACs':>12}{'top-1':>10}"]
+    for name, values in summary["subnetworks"].items():
+        rows.append(f"{name:<12}{values['macs']:>12,}{values['top1']:>10.2%}")
+    rows += ["", f"{'step':<12}{'seconds':>12}"]
+    rows += [f"{name:<12}{value:>12}" for name, value in summary["seconds"].items()]
+    stage1 = summary["epoch_losses"]["stage1"]
+    rows += ["", "stage 1 loss by epoch: " + " -> ".join(f"{loss:.3f}" for loss in stage1)]
+    rows.append(f"{summary['architectures']} architectures scored in stage 3")
+    return "\n".join(rows)
+
+
+def main(argv=None) -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo_dir", type=Path, default=Path("output/demo"), help="demo's folder")
+    options = parser.parse_args(argv)
+    summary = summarize(options.demo_dir)
+    write_json(options.demo_dir / "summary.json", summary)
+    sys.stdout.write(table(summary) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,28 @@
+"""What several test files share."""
+
+import numpy as np
+from hypothesis import settings
+
+# The same examples in every run, and no deadline, since machines are shared.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.load_profile("fixed")
+
+
+def option_ranks(codes, max_digits):
+    """The choices behind 52-digit codes, read by position.
+
+    Returns a dict from each choice's name to the number n of its options and the ranks that
+    were chosen, from 0 (shallow, narrow) to n - 1: every code's for depths and output widths,
+    and for a block's inner width those of the codes that have the block.
+    """
+    digits = np.array([list(code) for code in codes]).astype(int)
+    ranks, first = {}, 6
+    for stage, (deepest, narrowest) in enumerate(zip((5, 5, 8, 5), max_digits, strict=True)):
+        depth = digits[:, 1 + stage]
+        ranks[f"depth {stage + 1}"] = (deepest - 1, depth - 2)
+        ranks[f"output width {stage + 1}"] = (narrowest, narrowest - digits[:, first + 1])
+        for block in range(deepest):
+            inner = digits[depth > block, first + 2 * block]
+            ranks[f"inner width {stage + 1}.{block + 1}"] = (narrowest, narrowest - inner)
+        first += 2 * deepest
+    return ranks

@@ -1,0 +1,300 @@
+"""Files of architectures: what is read, what is refused and how, and writing results."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hnas.evaluation import architecture_file
+from hnas.evaluation.architecture_file import read_architectures, submission, write_json
+from hnas.search_space import Architecture
+from hnas.utils.errors import UserError
+
+LARGEST = "1558511111111111111111111111111111111111111111111111"
+SMALL = "12222" + "3" + "3313000000" + "2212000000" + "5414" + "0" * 12 + "6727000000"
+OTHER = "13254" + "2" + "3212120000" + "7161000000" + "4353231353" + "000000" + "2414642400"
+CODES = [LARGEST, SMALL, OTHER]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes text, bytes or JSON into a file and gives its path."""
+    path = tmp_path / "archs"
+
+    def write_content(content):
+        if not isinstance(content, str | bytes):
+            content = json.dumps(content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write_content
+
+
+def refusal(path):
+    """The one line that a user is told."""
+    with pytest.raises(UserError) as error:
+        read_architectures(path)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and str(path) in message
+    return message.replace(str(path), "FILE")
+
+
+def entries(codes):
+    return {f"net{i}": {"acc": 0.0, "arch": code} for i, code in enumerate(codes)}
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize("codes", [CODES, CODES[::-1], [OTHER[1:], LARGEST, SMALL[1:]]])
+@pytest.mark.parametrize("form", ["organisers", "list", "commas", "lines", "mixed"])
+def test_formats_keep_order_and_codes(write, form, codes):
+    content = {
+        "organisers": entries(codes),
+        "list": codes,
+        "commas": ",".join(codes),
+        "lines": "\n".join(codes) + "\n",
+        "mixed": "\r\n\r\n " + ", ".join(codes) + ",\r\n",
+    }[form]
+    archs = read_architectures(write(content))
+    names = ["net0", "net1", "net2"] if form == "organisers" else ["arch1", "arch2", "arch3"]
+    assert list(archs) == names
+    assert [arch.code for arch in archs.values()] == codes
+    assert list(archs.values()) == [Architecture.from_code(code) for code in codes]
+
+
+@pytest.mark.parametrize("content", [json.dumps(entries(CODES)), json.dumps(CODES), LARGEST])
+def test_byte_order_mark_is_skipped(write, content):
+    archs = read_architectures(write(b"\xef\xbb\xbf" + content.encode()))
+    assert archs == read_architectures(write(content))
+
+
+def test_names_and_other_fields_are_free(write):
+    names = ["arch10", "arch2", "", "a name\n", "名", "\ud800"]
+    codes = [*CODES, LARGEST[:-1] + "2", LARGEST[:-1] + "3", LARGEST[:-1] + "4"]
+    content = {n: {"arch": c, "note": [1, {}]} for n, c in zip(names, codes, strict=True)}
+    assert list(read_architectures(write(content))) == names
+
+
+def test_a_submission_is_read_back_as_it_was(write, tmp_path):
+    codes = [OTHER[1:], LARGEST, SMALL[1:]]
+    archs = read_architectures(write(entries(codes)))
+    output = tmp_path / "new" / "folder" / "submission.json"
+    write_json(output, submission(archs, [0.25, 0.5, 0.75]))
+    assert list(json.loads(output.read_text()).items()) == [
+        ("net0", {"acc": 0.25, "arch": OTHER[1:]}),
+        ("net1", {"acc": 0.5, "arch": LARGEST}),
+        ("net2", {"acc": 0.75, "arch": SMALL[1:]}),
+    ]
+
+
+def test_a_submission_needs_an_accuracy_for_every_architecture(write):
+    archs = read_architectures(write(CODES))
+    with pytest.raises(ValueError, match="shorter"):
+        submission(archs, [0.5, 0.5])
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("again", [OTHER, SMALL])
+def test_a_name_that_stands_twice(write, again):
+    fields = [("a", SMALL), ("b", LARGEST), ("a", again)]
+    pairs = [f'"{name}": {{"acc": 0, "arch": "{code}"}}' for name, code in fields]
+    message = refusal(write("{" + ", ".join(pairs) + "}"))
+    assert message == "FILE: entry 3 ('a'): the name stands twice"
+
+
+@pytest.mark.parametrize("again", [LARGEST, LARGEST[1:]], ids=["52 digits", "51 digits"])
+@pytest.mark.parametrize("form", [entries, list, ",".join])
+def test_an_architecture_that_stands_twice(write, form, again):
+    message = refusal(write(form([SMALL, LARGEST, OTHER, again])))
+    names = ("net3", "net1") if form is entries else ("arch4", "arch2")
+    assert message == f"FILE: entry 4 ({names[0]!r}): the same architecture as {names[1]!r}"
+
+
+def test_a_code_that_stands_twice_in_an_entry(write):
+    refusal(write(f'{{"a": {{"arch": "{LARGEST}", "arch": "{SMALL}"}}}}'))
+
+
+@pytest.mark.parametrize("code", [None, True, 1, int(LARGEST), 0.5, [], [LARGEST], {}])
+@pytest.mark.parametrize("form", [entries, list])
+def test_a_code_of_the_wrong_type(write, form, code):
+    message = refusal(write(form([LARGEST, code])))
+    name = "net1" if form is entries else "arch2"
+    assert message.startswith(f"FILE: entry 2 ({name!r}): ")
+    assert "must be a string of digits" in message
+
+
+def test_the_type_is_named_in_the_files_terms(write):
+    assert "_Pairs" not in refusal(write([{"acc": 0.0, "arch": LARGEST}]))
+
+
+@pytest.mark.parametrize("entry", [None, True, 1, LARGEST, [], [LARGEST], {}, {"acc": 0.5}])
+def test_an_entry_of_the_wrong_form(write, entry):
+    message = refusal(write({"good": {"arch": SMALL}, "bad": entry}))
+    assert message == 'FILE: entry \'bad\' is not of the form {"acc": 0.0, "arch": "1252..."}'
+
+
+@pytest.mark.parametrize("length", [1, 50, 53, 100_000])
+@pytest.mark.parametrize("form", [entries, list, ",".join])
+def test_a_code_of_the_wrong_length(write, form, length):
+    message = refusal(write(form([SMALL, (LARGEST * 2000)[:length]])))
+    name = "net1" if form is entries else "arch2"
+    assert message.startswith(f"FILE: entry 2 ({name!r}): ")
+    assert f"has {length} digits" in message and len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (SMALL[:1] + "6" + SMALL[2:], "digit 2 (depth of stage 1) is 6; allowed: 2 to 5"),
+        (SMALL[1:-1] + "1", "digit 51 (stage 4, block 5, conv2) is 1; allowed: 0, since"),
+        (SMALL + "x", "holds more than digits"),
+        (" " + SMALL, "holds more than digits"),
+        ("", "digits"),
+    ],
+)
+@pytest.mark.parametrize("form", [entries, list])
+def test_an_invalid_code(write, form, code, reason):
+    message = refusal(write(form([LARGEST, OTHER, code])))
+    name = "net2" if form is entries else "arch3"
+    assert message.startswith(f"FILE: entry 3 ({name!r}): ") and reason in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "holds no architectures"),
+        (" ,\n,", "holds no architectures"),
+        ("[]", "holds no architectures"),
+        ("{}", "holds no architectures"),
+        ('"text"', "entry 1 ('arch1'): architecture code '\"text\"' holds more than digits"),
+        (LARGEST + SMALL, "entry 1 ('arch1'): "),
+        (LARGEST + ";" + SMALL, "entry 1 ('arch1'): "),
+        (json.dumps(entries(CODES))[:-20], "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"a":' * 100_000, "is not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
+        ("[" * 500 + "]" * 500, "entry 1 ('arch1'): architecture code must be a string"),
+        ("[" + "1" * 5000 + "]", "is not valid JSON"),
+        (json.dumps(CODES).encode("utf-16"), "is not a text file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is not a text file"),
+        (b"\x00" * 100, "entry 1 ('arch1'): architecture code '\\x00\\x00"),
+    ],
+    ids=lambda value: repr(value)[:25],
+)
+def test_broken_content(write, content, reason):
+    assert reason in refusal(write(content))
+
+
+def test_missing_file_and_directory(tmp_path):
+    assert "No such file" in refusal(tmp_path / "missing.json")
+    assert "Is a directory" in refusal(tmp_path)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "large"
+    path.touch()
+    os.truncate(path, architecture_file.MAX_BYTES + 1)
+    assert "is larger than 256 MiB" in refusal(path)
+
+
+# --- anything at all
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch") / "archs"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(CODES),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("arch"), inner),
+)
+NEARLY_RIGHT = st.dictionaries(
+    st.text(),
+    st.fixed_dictionaries({"arch": st.sampled_from([*CODES, LARGEST[1:]]) | JSON_VALUES}),
+)
+SPLICED = st.builds(
+    lambda form, position, removed, inserted: (
+        form[: position % len(form)] + inserted + form[position % len(form) + removed :]
+    ),
+    st.sampled_from([json.dumps(entries(CODES)).encode(), ",".join(CODES).encode()]),
+    st.integers(0, 1000),
+    st.integers(0, 4),
+    st.binary(max_size=4),
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.binary()
+    | st.text().map(lambda text: text.encode(errors="surrogatepass"))
+    | (JSON_VALUES | NEARLY_RIGHT).map(lambda value: json.dumps(value).encode())
+    | SPLICED
+)
+def test_any_content_is_read_or_refused_in_one_line(scratch, content):
+    scratch.write_bytes(content)
+    try:
+        archs = read_architectures(scratch)
+    except UserError as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1 and str(scratch) in message
+    else:
+        assert archs and len(set(archs.values())) == len(archs)
+        assert all(arch.code.encode() in content for arch in archs.values())
+
+
+# --- writing
+
+
+def listing(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+def test_write_replaces_the_previous_file(tmp_path):
+    path = tmp_path / "results.json"
+    for content in ({"a": [1, 2]}, {"b": "名"}):
+        write_json(path, content)
+        assert json.loads(path.read_text()) == content
+    assert list(listing(tmp_path)) == ["results.json"]
+
+
+def test_failure_halfway_leaves_the_previous_file(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"previous": 1})
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        write_json(path, {"half": list(range(100_000)), "what JSON cannot hold": object()})
+    assert path.read_text() == before
+
+
+def test_failure_at_the_last_step_leaves_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_json(path, {"previous": 1})
+    before = listing(tmp_path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match="cannot write .*results.json: No space left on device"):
+        write_json(path, {"new": 2})
+    assert listing(tmp_path) == before
+
+
+def test_writing_over_a_folder_is_a_user_error(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(UserError, match="results.json: Is a directory"):
+        write_json(tmp_path / "results.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("name", ["file/results.json", "x" * 300])
+def test_a_path_that_cannot_exist_is_a_user_error(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        write_json(tmp_path / name, {})

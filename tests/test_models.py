@@ -1,0 +1,205 @@
+"""The plain network, the supernet's slicing, and PaddleSlim's BatchNorm mended."""
+
+import independent
+import numpy as np
+import paddle
+import pytest
+from paddleslim.nas.ofa.layers import SuperBatchNorm2D
+
+from hnas.models.elastic import ElasticBatchNorm2D, ElasticResNet
+from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier, search_space
+from hnas.models.resnet import ResNet
+from hnas.search_space import Architecture, ArchitectureError
+from hnas.utils.errors import UserError
+
+CLASSES = 10
+NOT_SHAREABLE = "1222211213000000121200000012120000000000001212000000"
+
+
+def randomized(network, seed=0):
+    """Give BatchNorms scales, shifts and statistics that a wrong slice would show up in."""
+    rng = np.random.default_rng(seed)
+    for name, tensor in network.state_dict().items():
+        if name.endswith(("_variance", "bn.weight", "bn1.weight", "bn2.weight", "sample.1.weight")):
+            tensor.set_value(rng.uniform(0.5, 1.5, tensor.shape).astype("float32"))
+        elif tensor.ndim == 1:
+            tensor.set_value(rng.normal(0, 0.1, tensor.shape).astype("float32"))
+    return network
+
+
+@pytest.fixture(scope="module")
+def mini():
+    paddle.seed(1)
+    return randomized(ElasticResNet(RESNET48_MINI, CLASSES))
+
+
+@pytest.fixture(scope="module")
+def mini_double(mini):
+    """The same supernet in float64, where rounding cannot hide or feign a wrong slice."""
+    net = ElasticResNet(RESNET48_MINI, CLASSES)
+    net.to(dtype="float64")
+    net.set_state_dict({name: t.astype("float64") for name, t in mini.state_dict().items()})
+    return net
+
+
+@pytest.fixture(scope="module")
+def images():
+    paddle.seed(2)
+    return paddle.randn([16, 3, 32, 32])
+
+
+def largest_difference(logits, expected):
+    """Relative to the largest logit."""
+    return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def sampled_codes(number, digits, seed):
+    rng = np.random.default_rng(seed)
+    space = search_space("resnet48_mini", digits)
+    return [space.largest().code, space.smallest().code] + [
+        space.sample(rng).code for _ in range(number)
+    ]
+
+
+MINI_CODES = sampled_codes(6, "full", 3) + sampled_codes(6, "released", 4)
+
+
+def state_of(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("code", MINI_CODES)
+@pytest.mark.parametrize("training", [False, True])
+def test_subnetwork_equals_independent_network(mini_double, images, code, training):
+    images = images.astype("float64")
+    mini_double.train() if training else mini_double.eval()
+    state = state_of(mini_double)
+    with paddle.no_grad():
+        expected = independent.forward(state, code, images, (20, 32, 64, 128), 1, training)
+        mini_double.activate(Architecture.from_code(code))
+        assert largest_difference(mini_double(images), expected) < 1e-10
+    mini_double.set_state_dict(state)
+
+
+@pytest.mark.parametrize("code", MINI_CODES)
+@pytest.mark.parametrize("training", [False, True])
+def test_extracted_network_equals_the_active_subnetwork(mini, images, code, training):
+    arch = Architecture.from_code(code)
+    mini.train() if training else mini.eval()
+    state = state_of(mini)
+    alone = mini.extract(arch)
+    mini.activate(arch)
+    assert alone.training is training
+    with paddle.no_grad():
+        assert largest_difference(alone(images), mini(images)) < 1e-5
+    # The training forward moved the statistics of both alike.
+    after = mini.sliced_state(arch, alone)
+    for name, tensor in alone.state_dict().items():
+        np.testing.assert_allclose(tensor.numpy(), after[name].numpy(), atol=1e-6, err_msg=name)
+    mini.set_state_dict(state)
+
+
+@pytest.mark.slow
+def test_full_size_subnetworks_equal_independent_networks():
+    paddle.seed(5)
+    net = randomized(ElasticResNet(RESNET48, CLASSES))
+    net.eval()
+    images = paddle.randn([2, 3, 64, 64])
+    state = state_of(net)
+    for code in sampled_codes(4, "full", 6):
+        with paddle.no_grad():
+            expected = independent.forward(state, code, images, (64, 128, 256, 512), 8, False)
+            net.activate(Architecture.from_code(code))
+            assert largest_difference(net(images), expected) < 1e-5
+            assert largest_difference(net.extract(net.architecture)(images), expected) < 1e-5
+
+
+def test_gradients_reach_only_the_active_slice(mini, images):
+    code = "1" + "2222" + "3" + "1313000000" + "2323000000" + "5252000000000000" + "7171000000"
+    code = code.replace("7171", "7272")
+    mini.train()
+    mini.activate(Architecture.from_code(code))
+    state = state_of(mini)
+    mini(images).sum().backward()
+    gradient = mini.stage_blocks(3)[0].conv1.fn.weight.grad.numpy()
+    # Stage 4's first block: 90 of 128 outputs (digit 7); stage 3's width digit 2: 61 of 64 inputs.
+    assert np.abs(gradient[:90, :61]).max() > 0
+    assert np.abs(gradient[90:]).max() == 0 and np.abs(gradient[:, 61:]).max() == 0
+    assert mini.stage_blocks(3)[2].conv1.fn.weight.grad is None
+    mini.clear_gradients()
+    mini.set_state_dict(state)
+
+
+def test_running_statistics_update_in_place_for_the_active_slice():
+    norm = ElasticBatchNorm2D(6)
+    x = paddle.to_tensor(np.random.default_rng(0).normal(2, 3, (8, 4, 5, 5)).astype("float32"))
+    norm(x)
+    data = x.numpy()
+    np.testing.assert_allclose(norm._mean.numpy()[:4], 0.1 * data.mean((0, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(
+        norm._variance.numpy()[:4], 0.9 + 0.1 * data.var((0, 2, 3)), rtol=1e-4
+    )
+    assert norm._mean.numpy()[4:].tolist() == [0, 0]
+    assert norm._variance.numpy()[4:].tolist() == [1, 1]
+
+
+def test_batch_norm_trains_its_statistics_after_an_evaluation():
+    x = paddle.randn([8, 3, 4, 4]) + 5
+    means = {}
+    for kind in (SuperBatchNorm2D, ElasticBatchNorm2D):
+        norm = kind(6)
+        norm.eval()
+        norm(x)
+        norm.train()
+        norm(x)
+        means[kind] = norm._mean.numpy()[:3]
+    # PaddleSlim's own layer keeps the statistics that it was evaluated with: the defect.
+    assert np.all(means[SuperBatchNorm2D] == 0)
+    np.testing.assert_allclose(means[ElasticBatchNorm2D], 0.1 * x.numpy().mean((0, 2, 3)), 1e-4)
+
+
+def test_every_batch_norm_of_the_supernet_is_the_mended_one(mini):
+    norms = [layer for layer in mini.sublayers() if isinstance(layer, paddle.nn.BatchNorm2D)]
+    assert len(norms) == 1 + 2 * 23 + 3
+    assert all(type(norm) is ElasticBatchNorm2D for norm in norms)
+
+
+def test_supernet_refuses_an_architecture_without_shared_projection(mini):
+    arch = Architecture.from_code(NOT_SHAREABLE)
+    with pytest.raises(ArchitectureError, match="projection"):
+        mini.activate(arch)
+    # Stand-alone it is a valid network, with a projection where the channels change.
+    assert ResNet(RESNET48_MINI.plan(arch), CLASSES)(paddle.zeros([1, 3, 32, 32])).shape == [1, 10]
+
+
+def test_reorder_keeps_the_function_and_sorts_by_importance():
+    paddle.seed(7)
+    net = randomized(ResNet(RESNET48_MINI.plan(RESNET48_MINI.largest()), CLASSES))
+    images = paddle.randn([4, 3, 32, 32])
+    for mode in (net.eval, net.train):
+        mode()
+        state = state_of(net)
+        before = net(images).numpy()
+        net.set_state_dict(state)
+        net.reorder()
+        np.testing.assert_allclose(net(images).numpy(), before, atol=2e-5 * np.abs(before).max())
+    for block in net.active_blocks():
+        importance = np.abs(block.conv2.weight.numpy()).sum((0, 2, 3))
+        assert np.all(np.diff(importance) <= 1e-4)
+
+
+def test_registry_names_and_errors():
+    assert isinstance(build_classifier("resnet48_mini", 7), ElasticResNet)
+    plain = build_classifier("resnet48_mini", 7, elastic=False)
+    assert type(plain) is ResNet and plain.head.fc.weight.shape == [128, 7]
+    with pytest.raises(UserError, match="did you mean resnet48"):
+        build_classifier("resnet84")
+
+
+def test_official_parameter_names():
+    names = set(build_classifier("resnet48_mini", 7, elastic=False).state_dict())
+    for name in ("blocks.0.conv.weight", "blocks.0.bn._mean", "blocks.1.conv1.weight"):
+        assert name in names
+    # Stage 2 starts with block 6, and the head is block 24.
+    assert {"blocks.6.downsample.0.weight", "blocks.24.fc.bias"} <= names
+    assert not any(name.startswith("blocks.1.downsample") for name in names)

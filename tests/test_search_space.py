@@ -1,0 +1,380 @@
+"""Codes, widths, MACs and parameters of the ResNet48 space."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from conftest import option_ranks
+from hypothesis import given
+from hypothesis import strategies as st
+from paddle import nn
+from scipy.stats import chi2_contingency, chisquare
+
+from hnas.models.registry import RESNET48, RESNET48_MINI, search_space
+from hnas.models.resnet import ResNet
+from hnas.search_space import Architecture, ArchitectureError, SearchSpace
+
+OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "CVPR_2022_NAS_Track1_test.json"
+LARGEST = "1558511111111111111111111111111111111111111111111111"
+SMALLEST = "12222" + "3" + "3333000000" + "3333000000" + "5555" + "0" * 12 + "7777000000"
+MIXED = "13254" + "2" + "3212120000" + "7161000000" + "4353231353" + "000000" + "2414642400"
+# Output widths vary inside stages 1 and 3 and the stem's is not stage 1's.
+NOT_SHAREABLE = "12232" + "7" + "1113000000" + "2222000000" + "517137" + "0" * 10 + "7676000000"
+DEEPEST = (5, 5, 8, 5)
+
+
+@st.composite
+def valid_codes(draw):
+    """Any valid 52-digit code, shareable or not."""
+    depths = [draw(st.integers(2, deepest)) for deepest in DEEPEST]
+    code = "1" + "".join(map(str, depths)) + draw(st.sampled_from("1234567"))
+    for depth, deepest in zip(depths, DEEPEST, strict=True):
+        widths = draw(st.text("1234567", min_size=2 * depth, max_size=2 * depth))
+        code += widths.ljust(2 * deepest, "0")
+    return code
+
+
+@st.composite
+def sampled(draw):
+    """(space, an architecture drawn from it)."""
+    name = draw(st.sampled_from(["resnet48", "resnet48_mini"]))
+    space = search_space(name, draw(st.sampled_from(["released", "full"])), draw(st.booleans()))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    return space, space.sample(rng, draw(st.floats(-5, 5)))
+
+
+# --- codes
+
+
+@given(valid_codes())
+def test_a_code_is_written_back_as_it_was_read(code):
+    with_image_size, without = Architecture.from_code(code), Architecture.from_code(code[1:])
+    assert (with_image_size.code, str(with_image_size)) == (code, code)
+    assert (without.code, str(without)) == (code[1:], code[1:])
+    assert with_image_size == without and hash(with_image_size) == hash(without)
+
+
+def test_digits_of_a_code():
+    arch = Architecture.from_code(MIXED)
+    assert (arch.depths, arch.stem) == ((3, 2, 5, 4), 2)
+    assert arch.widths == (
+        ((3, 2), (1, 2), (1, 2)),
+        ((7, 1), (6, 1)),
+        ((4, 3), (5, 3), (2, 3), (1, 3), (5, 3)),
+        ((2, 4), (1, 4), (6, 4), (2, 4)),
+    )
+
+
+def test_different_architectures_are_not_equal():
+    codes = {LARGEST, SMALLEST, MIXED, NOT_SHAREABLE, MIXED[:6] + "2" + MIXED[7:]}
+    assert len({Architecture.from_code(code) for code in codes}) == 5
+
+
+def allowed_digits(depths):
+    """For each position of a 52-digit code the digits that are allowed there."""
+    allowed = ["1", "2345", "2345", "2345678", "2345", "1234567"]
+    for depth, deepest in zip(depths, DEEPEST, strict=True):
+        allowed += ["1234567"] * (2 * depth) + ["0"] * (2 * (deepest - depth))
+    return allowed
+
+
+@pytest.mark.parametrize("dropped", [0, 1], ids=["52 digits", "51 digits"])
+@pytest.mark.parametrize("code", [LARGEST, SMALLEST, MIXED])
+def test_every_invalid_digit_is_named_by_its_position(code, dropped):
+    refused = 0
+    for position, allowed in enumerate(allowed_digits([int(d) for d in code[1:5]])):
+        if position < dropped:
+            continue
+        for digit in set("0123456789") - set(allowed):
+            wrong = (code[:position] + digit + code[position + 1 :])[dropped:]
+            with pytest.raises(ArchitectureError) as error:
+                Architecture.from_code(wrong)
+            assert f"digit {position + 1 - dropped} (" in str(error.value)
+            assert f"is {digit}; allowed: {allowed[0]}" in str(error.value)
+            refused += 1
+    assert refused > 51 * 3
+
+
+@pytest.mark.parametrize(
+    ("position", "depth", "named"),
+    [
+        (1, "2", "digit 11 (stage 1, block 3, conv1) is 1; allowed: 0, since stage 1 has 2"),
+        (1, "4", "digit 13 (stage 1, block 4, conv1) is 0; allowed: 1 to 7"),
+        (3, "8", "digit 37 (stage 3, block 6, conv1) is 0; allowed: 1 to 7"),
+        (4, "3", "digit 49 (stage 4, block 4, conv1) is 2; allowed: 0, since stage 4 has 3"),
+    ],
+)
+def test_depth_and_blocks_must_agree(position, depth, named):
+    code = MIXED[:position] + depth + MIXED[position + 1 :]
+    with pytest.raises(ArchitectureError) as error:
+        Architecture.from_code(code)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0, 1, 50, 53, 5000])
+def test_wrong_length(length):
+    code = (LARGEST * 100)[:length]
+    with pytest.raises(ArchitectureError) as error:
+        Architecture.from_code(code)
+    message = str(error.value)
+    if length:
+        assert f"has {length} digits; 52 or" in message and "51" in message
+    assert len(message) < 250
+
+
+@pytest.mark.parametrize(
+    "code",
+    [None, 1, 1.5, LARGEST.encode(), [LARGEST], int(LARGEST), True]
+    + [MIXED[:20] + wrong + MIXED[21:] for wrong in (*"x -\0\n", "\u00b2", "\u0663", "\uff11")],
+)
+def test_what_is_not_a_string_of_digits(code):
+    with pytest.raises(ArchitectureError, match="digits") as error:
+        Architecture.from_code(code)
+    assert "\n" not in str(error.value)
+
+
+@given(
+    st.text()
+    | st.text("0123456789", min_size=51, max_size=52)
+    | st.builds(
+        lambda code, position, text: code[:position] + text + code[position + 1 :],
+        valid_codes(),
+        st.integers(0, 51),
+        st.text(max_size=2),
+    )
+)
+def test_arbitrary_text_is_a_code_or_an_architecture_error(text):
+    try:
+        arch = Architecture.from_code(text)
+    except ArchitectureError as error:
+        assert "\n" not in str(error)
+    else:
+        assert arch.code == text and len(text) in (51, 52)
+
+
+@given(sampled())
+def test_sampled_architectures_round_trip_and_are_shareable(drawn):
+    space, arch = drawn
+    assert len(arch.code) == 52
+    assert Architecture.from_code(arch.code) == arch
+    assert space.shared_plan(arch) == space.plan(arch)
+
+
+@given(sampled(), st.integers(0, 3), st.integers(0, 7), st.integers(1, 7))
+def test_shareable_means_one_output_width_a_stage(drawn, stage, block, digit):
+    # In the mini space the seven widths differ, so that channels change wherever digits do.
+    code = list(drawn[1].code)
+    depth = int(code[1 + stage])
+    position = 6 + 2 * sum(DEEPEST[:stage]) + 2 * (block % depth) + 1
+    unchanged = code[position] == str(digit)
+    code[position] = str(digit)
+    arch = Architecture.from_code("".join(code))
+    if unchanged:
+        RESNET48_MINI.shared_plan(arch)
+    else:
+        with pytest.raises(ArchitectureError, match=f"stage {stage + 1} changes from"):
+            RESNET48_MINI.shared_plan(arch)
+
+
+def test_stem_must_have_stage_ones_width():
+    arch = Architecture.from_code(SMALLEST[:5] + "7" + SMALLEST[6:])
+    with pytest.raises(ArchitectureError, match="stage 1 changes from 48 to 56") as error:
+        RESNET48.shared_plan(arch)
+    assert arch.code in str(error.value)
+    # Digits 3 and 4 both give 56 channels: no projection is needed.
+    RESNET48.shared_plan(Architecture.from_code(SMALLEST[:5] + "4" + SMALLEST[6:]))
+
+
+# --- widths
+
+
+def exact_channels(base, digit, divisor, truncate):
+    """Channel count in integers: the ratio is 100, 95, ..., 70 hundredths."""
+    hundredths = base * (105 - 5 * digit)
+    if truncate:
+        return hundredths // 100
+    multiples = range(divisor, base + divisor, divisor)
+    # Nearest, the larger of two equally near ones, unless more than a tenth is lost.
+    nearest = min(multiples, key=lambda m: (abs(100 * m - hundredths), -m))
+    return nearest if 1000 * nearest >= 9 * hundredths else nearest + divisor
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("divisor", [1, 4, 8, 16])
+@pytest.mark.parametrize(
+    "bases", [(64, 128, 256, 512), (20, 32, 64, 128), (16, 24, 40, 100), (90, 170, 180, 340)]
+)
+def test_widths_equal_integer_arithmetic(bases, divisor, truncate):
+    space = SearchSpace(bases, divisor, truncate)
+    for stage, base in enumerate(bases):
+        for digit in range(1, 8):
+            expected = exact_channels(base, digit, divisor, truncate)
+            assert space.channels(stage, digit) == expected, (base, digit)
+
+
+def test_documented_widths():
+    def widths(stage, **changes):
+        return [SearchSpace(**changes).channels(stage, digit) for digit in range(1, 8)]
+
+    assert widths(0) == [64, 64, 56, 56, 48, 48, 48]
+    assert widths(1) == [128, 120, 112, 112, 104, 96, 88]
+    assert widths(0, truncate=True) == [64, 60, 57, 54, 51, 48, 44]
+    assert search_space("resnet48", truncate=True).channels(0, 2) == 60
+
+
+def test_mini_space_keeps_seven_ratios_apart():
+    for truncate in (False, True):
+        space = search_space("resnet48_mini", truncate=truncate)
+        for stage in range(4):
+            widths = [space.channels(stage, digit) for digit in range(1, 8)]
+            assert sorted(set(widths), reverse=True) == widths
+            ratios = np.array(widths) / widths[0]
+            np.testing.assert_allclose(ratios, np.arange(1, 0.69, -0.05), atol=0.05)
+
+
+# --- MACs and parameters
+
+
+def count(network, image_size):
+    """(MACs, parameters) of a network, from the shapes that a forward really produces."""
+    macs = 0
+
+    def count_layer(layer, _, output):
+        nonlocal macs
+        # A filter [out, in, k, k] is applied at every output pixel, a matrix [in, out] once.
+        pixels = int(np.prod(output.shape[2:])) if isinstance(layer, nn.Conv2D) else 1
+        macs += pixels * int(np.prod(layer.weight.shape))
+
+    hooks = [
+        layer.register_forward_post_hook(count_layer)
+        for layer in network.sublayers()
+        if isinstance(layer, nn.Conv2D | nn.Linear)
+    ]
+    network.eval()
+    with paddle.no_grad():
+        network(paddle.zeros([1, 3, image_size, image_size]))
+    for hook in hooks:
+        hook.remove()
+    # Paddle lists BatchNorm's running statistics among the parameters, without gradient.
+    trainable = [p for p in network.parameters() if not p.stop_gradient]
+    return macs, sum(int(np.prod(parameter.shape)) for parameter in trainable)
+
+
+RELEASED_SAMPLE = RESNET48.sample(np.random.default_rng(1)).code
+FULL_SAMPLE = search_space("resnet48", "full").sample(np.random.default_rng(2)).code
+
+
+@pytest.mark.parametrize(
+    ("space", "code", "image_size", "classes"),
+    [
+        pytest.param(RESNET48, SMALLEST, 224, 1000, id="smallest"),
+        pytest.param(RESNET48, RELEASED_SAMPLE, 96, 1000, id="released"),
+        pytest.param(RESNET48, FULL_SAMPLE, 75, 10, id="odd size"),
+        pytest.param(RESNET48, NOT_SHAREABLE, 64, 10, id="not shareable"),
+        pytest.param(search_space("resnet48", truncate=True), MIXED, 33, 10, id="truncated"),
+        pytest.param(RESNET48_MINI, LARGEST, 32, 10, id="mini largest"),
+        pytest.param(RESNET48_MINI, MIXED, 45, 7, id="mini"),
+        pytest.param(RESNET48_MINI, NOT_SHAREABLE, 32, 10, id="mini not shareable"),
+    ],
+)
+def test_macs_and_parameters_equal_those_of_the_network(space, code, image_size, classes):
+    arch = Architecture.from_code(code)
+    network = ResNet(space.plan(arch), classes)
+    macs, params = count(network, image_size)
+    assert space.macs(arch, image_size, classes) == macs
+    assert space.params(arch, classes) == params
+
+
+def test_the_network_that_is_not_shareable_projects_inside_stages():
+    # The test above counts projections only if there are some.
+    network = ResNet(RESNET48.plan(Architecture.from_code(NOT_SHAREABLE)), 10)
+    projecting = [block.downsample is not None for block in network.active_blocks()]
+    # Stage 1: 48 -> 64 -> 56; stage 2: 56 -> 120 -> 120; stage 3: -> 256 -> 256 -> 176; stage 4.
+    assert projecting == [True, True, True, False, True, False, True, True, False]
+
+
+def test_figures_of_the_largest_network():
+    largest = RESNET48.largest()
+    assert largest.code == LARGEST
+    assert RESNET48.macs(largest) == 5_282_238_464
+    assert RESNET48.params(largest) == 34_043_688
+    network = ResNet(RESNET48.plan(largest), 1000)
+    assert count(network, 224) == (5_282_238_464, 34_043_688)
+
+    def nothing(*_):
+        pass
+
+    # paddle.flops counts a multiply-accumulate of a convolution or a linear layer as one, ReLU
+    # and max pooling as nothing. Its two for each BatchNorm output and the additions of the
+    # average pooling are no MACs, and are left out here.
+    left_out = {nn.BatchNorm2D: nothing, nn.AdaptiveAvgPool2D: nothing}
+    assert paddle.flops(network, [1, 3, 224, 224], custom_ops=left_out) == 5_282_238_464
+
+
+@pytest.fixture(scope="module")
+def official():
+    if not OFFICIAL.is_file():
+        pytest.skip(f"no {OFFICIAL.name} beside the project")
+    return [entry["arch"] for entry in json.loads(OFFICIAL.read_text()).values()]
+
+
+def test_official_codes_parse_round_trip_and_are_shareable(official):
+    archs = [Architecture.from_code(code) for code in official]
+    assert [arch.code for arch in archs] == official
+    assert len(set(archs)) == 45_000
+    convolutions = []
+    for arch in archs:
+        RESNET48.shared_plan(arch)
+        convolutions.append(RESNET48.macs(arch, num_classes=0))
+    # The documented mean and sum leave the classifier out (0.0004 GMAC a network).
+    assert np.mean(convolutions) == pytest.approx(2.971e9, abs=0.0005e9)
+    assert np.sum(convolutions) == pytest.approx(133_710e9, abs=0.5e9)
+
+
+# --- sampling
+
+
+def assert_uniform(codes, max_digits):
+    for choice, (options, ranks) in option_ranks(codes, max_digits).items():
+        counts = np.bincount(ranks, minlength=options)
+        assert len(counts) == options, choice
+        assert chisquare(counts).pvalue > 1e-4, choice
+
+
+@pytest.mark.parametrize(
+    ("digits", "max_digits"), [("released", (3, 3, 5, 7)), ("full", (7, 7, 7, 7))]
+)
+def test_sampling_is_uniform_over_the_digits_of_the_space(digits, max_digits):
+    space = search_space("resnet48", digits)
+    rng = np.random.default_rng(5)
+    assert_uniform([space.sample(rng).code for _ in range(2000)], max_digits)
+
+
+def test_official_codes_are_uniform_too(official):
+    assert_uniform(official, (3, 3, 5, 7))
+
+
+def test_choices_are_independent():
+    rng = np.random.default_rng(6)
+    codes = [RESNET48.sample(rng).code for _ in range(2000)]
+    ranks = option_ranks(codes, (3, 3, 5, 7))
+    # Inner widths of the first two blocks only: every code has them.
+    choices = [
+        *(f"depth {stage}" for stage in (1, 2, 3, 4)),
+        *(f"output width {stage}" for stage in (1, 2, 3, 4)),
+        *(f"inner width {stage}.{block}" for stage in (1, 3, 4) for block in (1, 2)),
+    ]
+    for index, first in enumerate(choices):
+        for second in choices[:index]:
+            table = np.zeros((ranks[first][0], ranks[second][0]))
+            np.add.at(table, (ranks[first][1], ranks[second][1]), 1)
+            assert chi2_contingency(table).pvalue > 1e-5, (first, second)
+
+
+def test_smallest_of_the_released_and_of_the_full_space():
+    assert RESNET48.smallest().code == SMALLEST
+    narrowest = SMALLEST.translate(str.maketrans("35", "77"))
+    assert search_space("resnet48", "full").smallest().code == narrowest
+    assert search_space("resnet48", "full").largest().code == LARGEST

@@ -1,0 +1,160 @@
+"""Stage two's step against gradients of an independent network, and the recipe's schedules."""
+
+import math
+
+import independent
+import numpy as np
+import paddle
+import pytest
+from paddle.nn import functional as F  # noqa: N812
+
+from hnas.models.registry import RESNET48_MINI, build_classifier
+from hnas.utils.errors import UserError
+from hnas.utils.hapi_wrapper import (
+    DistillationModel,
+    distillation_loss,
+    learning_rate,
+    macs_weights,
+    momentum_optimizer,
+)
+from hnas.utils.SampleMethod import RandomSampler
+
+CLASSES, RATE, MOMENTUM, DECAY = 10, 0.05, 0.9, 1e-3
+
+
+def batch(seed, size=16):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (size, 3, 32, 32), dtype=np.uint8)
+    return images, rng.integers(0, CLASSES, size)
+
+
+def normalized(images):
+    """ImageNet's normalisation in float32."""
+    mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
+    return (images.astype("float32") / np.float32(255) - mean) / std
+
+
+def test_distillation_loss_is_both_cross_entropies():
+    rng = np.random.default_rng(0)
+    logits, teacher = rng.normal(size=(2, 6, CLASSES))
+    labels = rng.integers(0, CLASSES, 6)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    q = np.exp(teacher) / np.exp(teacher).sum(1, keepdims=True)
+    hard = -log_p[np.arange(6), labels].mean()
+    soft = -(q * log_p).sum(1).mean()
+    arguments = paddle.to_tensor(logits), paddle.to_tensor(labels)
+    assert float(distillation_loss(*arguments, None)) == pytest.approx(hard, rel=1e-6)
+    both = distillation_loss(*arguments, paddle.to_tensor(q))
+    assert float(both) == pytest.approx(hard + soft, rel=1e-6)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_a_step_equals_independent_gradients(expand):
+    paddle.seed(4)
+    net = build_classifier("resnet48_mini", CLASSES)
+    teacher = build_classifier("resnet48_mini", CLASSES, elastic=False)
+    for network in (net, teacher):
+        network.to(dtype="float64")
+    sampler = RandomSampler(RESNET48_MINI, seed=1, tilt=1.0)
+    weights = macs_weights(RESNET48_MINI, 32) if expand else None
+    model = DistillationModel(net, teacher, sampler, 3, weights)
+    model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
+    images, labels = batch(5)
+    before = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+
+    # The step in float64: normalisation gives float32 images.
+    model.network.forward = lambda x, run=net.forward: run(x.astype("float64"))
+    teacher.forward = lambda x, run=teacher.forward: run(x.astype("float64"))
+    model.epoch, model.step = 2, 3
+    logs = model.train_batch([paddle.to_tensor(images), paddle.to_tensor(labels)])
+
+    x = paddle.to_tensor(normalized(images)).astype("float64")
+    codes = [sampler.sample(2, 3, index).code for index in range(3)]
+    assert logs["arch"] == codes[-1] and len(set(codes)) == 3
+    trained = {name for name, p in net.named_parameters() if not p.stop_gradient}
+    state = {name: tensor.clone() for name, tensor in before.items()}
+    for name in trained:
+        state[name].stop_gradient = False
+    with paddle.no_grad():
+        targets = F.softmax(teacher(x))
+    macs = np.array([RESNET48_MINI.macs(sampler.sample(2, 3, i), 32) for i in range(3)], float)
+    factors = macs / macs.mean() if expand else np.ones(3)
+    y = paddle.to_tensor(labels)
+    for code, factor in zip(codes, factors, strict=True):
+        logits = independent.forward(state, code, x, (20, 32, 64, 128), 1, True)
+        log_p = F.log_softmax(logits)
+        picked = paddle.take_along_axis(log_p, y.unsqueeze(1), 1)
+        (-float(factor) * (picked.mean() + (targets * log_p).sum(1).mean())).backward()
+    moved = 0
+    for name in trained:
+        old, gradient = before[name].numpy(), state[name].grad
+        expected = old
+        if gradient is not None:  # a block that no sub-network used stays as it is
+            expected = old - RATE * (gradient.numpy() + DECAY * old)
+            moved += 1
+        np.testing.assert_allclose(
+            net.state_dict()[name].numpy(), expected, atol=2e-6, rtol=1e-5, err_msg=name
+        )
+    assert moved > 100
+
+
+def test_teacher_never_changes():
+    paddle.seed(6)
+    net = build_classifier("resnet48_mini", CLASSES)
+    teacher = build_classifier("resnet48_mini", CLASSES, elastic=False)
+    before = {name: tensor.numpy().copy() for name, tensor in teacher.state_dict().items()}
+    model = DistillationModel(net, teacher, RandomSampler(RESNET48_MINI, 0), 2)
+    model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
+    for step in range(2):
+        model.step = step
+        model.train_batch([paddle.to_tensor(part) for part in batch(step)])
+    assert not teacher.training
+    for name, tensor in teacher.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), before[name])
+    assert not any("teacher" in name for name in net.state_dict())
+
+
+def test_evaluating_a_subnetwork_leaves_the_supernet_alone():
+    paddle.seed(7)
+    net = build_classifier("resnet48_mini", CLASSES)
+    model = DistillationModel(net, None, RandomSampler(RESNET48_MINI, 0), 1)
+    model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY), metrics=paddle.metric.Accuracy())
+    images, labels = batch(8)
+    before = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+    loader = [(paddle.to_tensor(images), paddle.to_tensor(labels))]
+    arch = RESNET48_MINI.smallest()
+    plain = model.evaluate_architecture(loader, arch)["acc"]
+    calibration = paddle.to_tensor(images)
+    calibrated = model.evaluate_architecture(loader, arch, calibration)["acc"]
+    alone = net.extract(arch)
+    x = paddle.to_tensor(normalized(images))
+    for training, accuracy in ((False, plain), (True, calibrated)):
+        alone.train() if training else alone.eval()  # the calibration images are the batch
+        hits = alone(x).numpy().argmax(1) == labels
+        assert accuracy == pytest.approx(hits.mean())
+    for name, tensor in net.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), before[name], err_msg=name)
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine():
+    schedule = learning_rate(0.0008, total_batch=512, warmup_steps=10, total_steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule())
+        schedule.step()
+    peak = 0.0016
+    np.testing.assert_allclose(rates[:10], [peak * (i + 1) / 10 for i in range(10)])
+    cosine = [peak * 0.5 * (1 + math.cos(math.pi * i / 90)) for i in range(90)]
+    np.testing.assert_allclose(rates[10:], cosine)
+
+
+def test_learning_rate_can_be_warm_up_only():
+    """Stage two's recipe: five epochs, five of them warm-up."""
+    schedule = learning_rate(0.0005, total_batch=256, warmup_steps=4, total_steps=4)
+    rates = []
+    for _ in range(4):
+        rates.append(schedule())
+        schedule.step()
+    np.testing.assert_allclose(rates, [0.000125, 0.00025, 0.000375, 0.0005])
+    with pytest.raises(UserError, match="no steps"):
+        learning_rate(0.1, 256, 0, 0)
