@@ -166,6 +166,18 @@ def test_resuming_elsewhere_goes_on_from_the_named_folder(runs, undisturbed):
     runs.assert_same("there", undisturbed[2])
 
 
+@pytest.mark.slow
+def test_an_epoch_that_was_saved_at_its_last_step_is_ended(runs):
+    """save_freq 2 leaves out epoch 1, so only the set within it, after its last step, is there."""
+    runs.run(2, "three", max_epoch=3)
+    flags = {"max_epoch": 3, "save_freq": 2, "save_steps": STEPS}
+    code, output = runs.run_until(2, "last", f"1-{STEPS}.pdparams", signal.SIGKILL, **flags)
+    assert code == -signal.SIGKILL, output
+    output = runs.run(2, "last", resume="auto", **flags)
+    assert f"training from epoch 2 step {STEPS + 1}" in output
+    runs.assert_same("last", "three")
+
+
 def test_a_finished_run_resumes_to_nothing(runs, undisturbed):
     shutil.copytree(runs.work / undisturbed[2], runs.work / "finished")
     (runs.work / "finished" / "final.pdparams").unlink()
@@ -178,6 +190,7 @@ def test_nothing_to_resume(runs):
     assert output.splitlines()[-1].startswith("error: --resume ")
 
 
+@pytest.mark.slow
 def test_other_images_within_an_epoch_are_refused(runs, undisturbed):
     runs.run_until(2, "other", "saved", signal.SIGKILL, save_steps=2)
     output = runs.run(2, "other", code=2, resume="auto", batch_size=5)
@@ -205,10 +218,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(runs):
         )
 
 
+@pytest.mark.slow
 def test_keep_leaves_the_first_and_the_newest_epochs(runs):
     runs.run(2, "kept", max_epoch=4, keep=1, save_steps=2)
     names = {path.name for path in (runs.work / "kept").glob("*.pdparams")}
     assert names == {"0.pdparams", "3.pdparams", "final.pdparams"}
+    # A new run in the same folder: epoch 3 is not its own.
+    runs.run(2, "kept", max_epoch=3, keep=1)
+    names = {path.name for path in (runs.work / "kept").glob("*.pdparams")}
+    assert names == {"0.pdparams", "2.pdparams", "3.pdparams", "final.pdparams"}
 
 
 def test_states_hold_what_resuming_needs(runs, undisturbed):

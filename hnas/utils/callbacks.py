@@ -97,7 +97,7 @@ class TrainLogger(Callback):
         code = (codes or [logs["arch"]])[0]
         return DivergedError(
             f"{what} at epoch {self._epoch + 1} step {step + 1}, learning rate {logs['lr']:.6g}, "
-            f"sub-network {code}; checkpoints from before are good: resume from them, lower lr"
+            f"sub-network {code}; earlier checkpoints are good: resume from them, lower lr"
         )
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -178,20 +178,22 @@ class Checkpoints(Callback):
         epoch, done, steps = self._epoch, step + 1, self.params["steps"]
         if done == steps and self._epoch_is_due(epoch):
             return
-        every = self.options.save_steps
-        if (every and (epoch * steps + done) % every == 0) or self.stop.received:
+        stopped_by, every = self.stop.received, self.options.save_steps
+        if (every and (epoch * steps + done) % every == 0) or stopped_by:
             self.save(f"{epoch}-{done}", epoch, done, logs)
-            self._stop_if_asked(f"after epoch {epoch + 1} step {done}")
+        if stopped_by:
+            self._end(stopped_by, f"after epoch {epoch + 1} step {done}")
 
     def on_epoch_end(self, epoch, logs=None):
+        stopped_by = self.stop.received
         if self._epoch_is_due(epoch):
             self.save(str(epoch), epoch + 1, 0, logs)
-        elif self.stop.received:
+        elif stopped_by:
             self.save(f"{epoch + 1}-0", epoch + 1, 0, logs)
         if is_chief():
             write_json(self.folder / "history.json", self.log.history())
-        if epoch + 1 < self.params["epochs"]:
-            self._stop_if_asked(f"after epoch {epoch + 1}")
+        if stopped_by and epoch + 1 < self.params["epochs"]:
+            self._end(stopped_by, f"after epoch {epoch + 1}")
 
     def _epoch_is_due(self, epoch: int) -> bool:
         return epoch % self.options.save_freq == 0 or epoch + 1 == self.params["epochs"]
@@ -220,20 +222,24 @@ class Checkpoints(Callback):
         self._remove_older(name)
 
     def _remove_older(self, newest: str) -> None:
-        """Delete other sets within epochs and, beyond ``keep``, of whole epochs but the first."""
+        """Delete other sets within epochs and, beyond ``keep``, of whole epochs but the first.
+
+        Epochs after the newest are of an earlier run in the same folder, and are left alone.
+        """
         names = {path.name.partition(".")[0] for path in self.folder.iterdir()}
         sets = [match for match in map(SET_NAME.fullmatch, names) if match]
-        within = [match[0] for match in sets if match[2] and match[0] != newest]
-        whole = sorted(int(match[1]) for match in sets if not match[2] and int(match[1]) > 0)
-        beyond = whole[: -self.options.keep] if self.options.keep else []
-        for name in (*within, *map(str, beyond)):
+        old = [match[0] for match in sets if match[2] and match[0] != newest]
+        if self.options.keep and newest.isdigit():
+            epochs = sorted(int(match[1]) for match in sets if not match[2])
+            whole = [epoch for epoch in epochs if 0 < epoch <= int(newest)]
+            old += map(str, whole[: -self.options.keep])
+        for name in old:
             remove_set(self.folder / name)
 
-    def _stop_if_asked(self, where: str) -> None:
-        if self.stop.received:
-            name = signal.Signals(self.stop.received).name
-            logger.warning("stopped by %s %s; continue with --resume auto", name, where)
-            raise Stopped(self.stop.received)
+    def _end(self, number: int, where: str) -> None:
+        name = signal.Signals(number).name
+        logger.warning("stopped by %s %s; continue with --resume auto", name, where)
+        raise Stopped(number)
 
 
 class EvaluateExtremes(Callback):
