@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from hnas.models.registry import build_classifier, find_backbone
 from hnas.tools import chaos
 from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.safe_pickle import load_pickle
+from hnas.utils.stopping import StopSignals
 
 CLASSES, IMAGES, BATCH = 10, 2, 4
 STEPS = CLASSES * IMAGES // BATCH
@@ -154,6 +156,34 @@ def test_signals_save_and_end_with_their_code(stage, number, code, workers, runs
     assert "training from epoch 1 step " in resumed
     assert "training from epoch 1 step 1\n" not in resumed
     runs.assert_same(folder, undisturbed[stage])
+
+
+def test_the_second_signal_acts_at_once():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_loader_processes_do_not_outlive_a_killed_run(runs):
+    process = runs.start(2, "orphans", num_workers=2)
+    for printed in process.stdout:
+        if "epoch 1/2 step 2/" in printed:
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    os.killpg(process.pid, 0)
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.2)
 
 
 def test_resuming_elsewhere_goes_on_from_the_named_folder(runs, undisturbed):
