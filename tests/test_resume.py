@@ -210,7 +210,10 @@ def test_an_epoch_that_was_saved_at_its_last_step_is_ended(runs):
 
 def test_a_finished_run_resumes_to_nothing(runs, undisturbed):
     shutil.copytree(runs.work / undisturbed[2], runs.work / "finished")
+    # As if the kill had come right after the last epoch's checkpoint.
     (runs.work / "finished" / "final.pdparams").unlink()
+    history = runs.work / "finished" / "history.json"
+    history.write_text(json.dumps({"epoch_losses": runs.losses("finished")[:1]}))
     runs.run(2, "finished", resume="auto")
     runs.assert_same("finished", undisturbed[2])
 

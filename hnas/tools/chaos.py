@@ -183,7 +183,11 @@ def torment(training: Training, kills: int, seed: int) -> dict:
             report["kills"] += killed
             report["cut_while_saving"] += killed and training.saving_was_cut()
         report["runs"] += 1
-        report["identical"] += training.result() == expected
+        result = training.result()
+        report["identical"] += result == expected
+        for key in expected:
+            if result.get(key) != expected[key]:
+                logger.warning("stage %d: %s differs", training.stage, key)
         logger.info("stage %d: %s", training.stage, report)
     return report
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from paddle import nn
 
 from hnas.dataset.loader import EpochLoader
+from hnas.evaluation.architecture_file import write_json
 from hnas.models.registry import build_classifier
 from hnas.models.resnet import ResNet
 from hnas.utils.callbacks import Checkpoints, TrainLogger, is_chief
@@ -102,6 +103,8 @@ def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=(
         saver = Checkpoints(options, log, stop, run)
         model.fit(loader, options.max_epoch, [log, saver, *callbacks], start)
     if is_chief():
+        # Also when nothing was left to train: a kill may have come just before either.
+        write_json(Path(options.save_dir) / "history.json", log.history())
         write_state(Path(options.save_dir) / f"final{PARAMS}", model.network.state_dict())
 
 
