@@ -27,6 +27,9 @@ flip_prob=${flip_prob:-0.5}
 use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in memory
 num_workers=${num_workers:-8}
 save_freq=${save_freq:-1}                                       # epochs
+save_steps=${save_steps:-500}                                   # steps; 0: at epochs' ends only
+keep=${keep:-0}                                                 # epochs besides the first; 0: all
+bad_images=${bad_images:-fatal}                                 # or skip
 log_freq=${log_freq:-50}                                        # steps
 resume=${resume:-None}                                          # a folder, or auto
 seed=${seed:-0}
@@ -47,5 +50,6 @@ exec "$python" -u train_supernet_pinas_stage1.py run \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
     --pretrained "$pretrained" --image_dir "$image_dir" --save_dir_new "$save_dir" \
     --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
-    --save_freq "$save_freq" --log_freq "$log_freq" --resume "$resume" --seed "$seed" \
+    --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
+    --bad_images "$bad_images" --log_freq "$log_freq" --resume "$resume" --seed "$seed" \
     --device "$device" "$@"

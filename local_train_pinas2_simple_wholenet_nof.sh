@@ -29,6 +29,9 @@ bn_calibration_images=${bn_calibration_images:-0}               # 0: running sta
 use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in memory
 num_workers=${num_workers:-8}
 save_freq=${save_freq:-1}                                       # epochs
+save_steps=${save_steps:-500}                                   # steps; 0: at epochs' ends only
+keep=${keep:-0}                                                 # epochs besides the first; 0: all
+bad_images=${bad_images:-fatal}                                 # or skip
 eval_freq=${eval_freq:-1}                                       # epochs; 0: never
 log_freq=${log_freq:-50}                                        # steps
 resume=${resume:-None}                                          # a folder, or auto
@@ -52,5 +55,6 @@ exec "$python" -u train_supernet_pinas_stage2_simple.py run \
     --pretrained "$pretrained" --use_ckpt "$use_ckpt" --ckpt_dir "$ckpt_dir" \
     --image_dir "$image_dir" --save_dir "$save_dir" \
     --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
-    --save_freq "$save_freq" --eval_freq "$eval_freq" --log_freq "$log_freq" \
+    --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
+    --bad_images "$bad_images" --eval_freq "$eval_freq" --log_freq "$log_freq" \
     --resume "$resume" --train_flag "$train_flag" --seed "$seed" --device "$device" "$@"

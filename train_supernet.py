@@ -15,9 +15,10 @@ import numpy as np
 from hnas.evaluation.architecture_file import read_architectures
 from hnas.evaluation.engine import evaluate_one_by_one, evaluate_shared, write_submission
 from hnas.evaluation.images import DecodedImages, balanced_order
-from hnas.evaluation.state import architectures_hash, file_hash
+from hnas.evaluation.state import architectures_hash
 from hnas.models.registry import build_classifier, find_backbone
 from hnas.search_space import Architecture, SearchSpace
+from hnas.utils.atomic import file_digest
 from hnas.utils.checkpoint import find_checkpoint
 from hnas.utils.errors import UserError, run_main
 from hnas.utils.options import Options, parse_options
@@ -81,7 +82,7 @@ def main() -> None:
 def identity(options: Options, archs: dict, images: DecodedImages) -> dict[str, str]:
     """What a saved state belongs to: whatever the accuracies depend on."""
     return {
-        "checkpoint": file_hash(find_checkpoint(options.ckpt_dir)),
+        "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
         "image_list": images.hash,
         "architecture_list": architectures_hash(archs),
         "setting": f"{options.backbone} truncate_widths={options.truncate_widths} "

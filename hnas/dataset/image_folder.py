@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from hnas.dataset.image_index import ScanCache, stamp_of
 from hnas.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+LISTED = 10
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
 
@@ -41,12 +50,29 @@ class ImageList:
         paths = tuple(self.paths[index] for index in indices)
         return ImageList(self.folder, self.classes, paths, self.labels[indices])
 
+    def name(self, path: Path) -> str:
+        """``CLASS/FILE`` of an image."""
+        return str(path)[len(str(self.folder)) + 1 :]
 
-def scan_images(root: str | Path, split: str) -> ImageList:
+    def digest(self) -> str:
+        """SHA-256 of the images' names: which image has which index."""
+        return hashlib.sha256(os.fsencode("\0".join(map(self.name, self.paths)))).hexdigest()
+
+
+def scan_images(
+    root: str | Path, split: str, verify: bool = False, bad_images: str = "fatal"
+) -> ImageList:
     """List the images of ``root/split``.
 
+    Links to folders are followed once, not into deeper folders, so a loop of links ends.
+
+    Args:
+        verify: decode every image now, rather than when it is needed.
+        bad_images: ``fatal``, or ``skip`` to verify and leave out those that cannot be decoded.
+
     Raises:
-        DataError: the folder is missing, or holds no class, or a class has no image.
+        DataError: the folder is missing, or holds no class, or a class has no image, or images
+            cannot be decoded (at most ten are listed, the log has all).
     """
     root = Path(root)
     folder = root / split
@@ -54,19 +80,99 @@ def scan_images(root: str | Path, split: str) -> ImageList:
         raise DataError(f"image_dir {root} is not a folder")
     if not folder.is_dir():
         raise DataError(f"image_dir {root} has no folder {split}/ (expected {split}/CLASS/*.jpg)")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    try:
+        names = _list_classes(folder)
+        images = _image_list(folder, names)
+        if verify or bad_images == "skip":
+            images = _leave_out_bad(images, _bad_images(images), bad_images)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename or folder}: {error.strerror or error}"
+        ) from error
+    return images
+
+
+def _list_classes(folder: Path) -> dict[str, list[str]]:
+    """Image names by class, both sorted."""
+    cache = ScanCache(folder, "names")
+    classes = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            logger.warning("left out %s: a symbolic link in a loop or to nothing", entry.path)
+        elif entry.is_dir():
+            stamp = stamp_of(entry.path)
+            names = cache.get(entry.name, stamp)
+            if names is None:
+                names = sorted(n for n in os.listdir(entry.path) if _is_image_name(n))
+                cache.put(entry.name, stamp, names)
+            classes[entry.name] = names
+    cache.save()
+    return classes
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _image_list(folder: Path, classes: dict[str, list[str]]) -> ImageList:
     if not classes:
-        raise DataError(f"{folder} has no class folders (expected {split}/CLASS/*.jpg)")
+        raise DataError(f"{folder} has no class folders (expected {folder.name}/CLASS/*.jpg)")
     paths, labels = [], []
-    for label, name in enumerate(classes):
-        images = sorted(
-            path for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
-        )
+    for label, (name, images) in enumerate(classes.items()):
         if not images:
             raise DataError(f"class folder {folder / name} has no images; fill or remove it")
-        paths += images
+        paths += [folder / name / image for image in images]
         labels += [label] * len(images)
     return ImageList(folder, tuple(classes), tuple(paths), np.asarray(labels, dtype=np.int64))
+
+
+def _bad_images(images: ImageList) -> dict[Path, str]:
+    """Why an image cannot be decoded, by its path, for those that cannot."""
+    cache = ScanCache(images.folder, "checked")
+
+    def check(path: Path) -> str:
+        try:
+            stamp = stamp_of(path)
+        except OSError as error:
+            return error.strerror or str(error)
+        reason = cache.get(images.name(path), stamp)
+        if reason is None:
+            reason = decoding_error(path)
+            cache.put(images.name(path), stamp, reason)
+        return reason
+
+    # Pillow decodes outside of Python's lock.
+    bar = tqdm(desc=f"verifying {images.folder}", total=len(images), unit="image")
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        bad = {}
+        for path, reason in zip(images.paths, pool.map(check, images.paths), strict=True):
+            bar.update()
+            if reason:
+                bad[path] = reason
+    cache.save()
+    return bad
+
+
+def _leave_out_bad(images: ImageList, bad: dict[Path, str], bad_images: str) -> ImageList:
+    for path, reason in bad.items():
+        logger.warning("cannot decode image %s: %s", path, reason)
+    if not bad:
+        return images
+    if bad_images == "fatal":
+        listed = ", ".join(str(path) for path in list(bad)[:LISTED])
+        more = ", ..." if len(bad) > LISTED else ""
+        raise DataError(
+            f"{len(bad)} images cannot be decoded: {listed}{more}; replace or remove them, or "
+            "pass --bad_images skip"
+        )
+    logger.warning("left out %d of %d images of %s", len(bad), len(images), images.folder)
+    kept = [index for index, path in enumerate(images.paths) if path not in bad]
+    labels = images.labels[kept]
+    for label in set(range(len(images.classes))) - set(labels.tolist()):
+        raise DataError(f"no image of class {images.classes[label]!r} can be decoded")
+    return ImageList(
+        images.folder, images.classes, tuple(images.paths[index] for index in kept), labels
+    )
 
 
 def check_same_classes(train: ImageList, val: ImageList) -> None:
@@ -89,7 +195,21 @@ def decode_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            # Pillow itself only warns up to twice the limit.
+            if limit and image.width * image.height > limit:
+                raise DataError(f"{image.width} x {image.height} px, more than {limit} in all")
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot decode image {path}: {reason}; replace or remove it") from error
+    except Exception as error:
+        # A broken image can make its decoder fail in any way.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot decode image {path}: {reason}; replace or remove it") from None
+
+
+def decoding_error(path: Path) -> str:
+    """Why :func:`decode_image` refuses an image; empty if it does not."""
+    try:
+        decode_image(path)
+    except DataError as error:
+        return str(error).removeprefix(f"cannot decode image {path}: ")
+    return ""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -11,6 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
+
+WORKER_GRACE_SECONDS = 20
+PARENT_CHECK_SECONDS = 2
 
 
 class ImageDataset(Dataset):
@@ -34,8 +42,8 @@ class ImageDataset(Dataset):
         self.epoch = 0
         self._pixels = None
         if in_memory:
-            progress = tqdm(images.paths, desc=f"decoding {images.folder}", unit="image")
-            self._pixels = [np.asarray(decode_image(path)) for path in progress]
+            with tqdm(images.paths, desc=f"decoding {images.folder}", unit="image") as paths:
+                self._pixels = [np.asarray(decode_image(path)) for path in paths]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -119,16 +127,26 @@ def load_batches(
         for batch in batches:
             yield [paddle.to_tensor(part) for part in stack_items(map(dataset.__getitem__, batch))]
         return
+    sampler = _FixedBatches(batches)
     loader = DataLoader(
         _ErrorsAsItems(dataset),
-        batch_sampler=_FixedBatches(batches),
+        batch_sampler=sampler,
         collate_fn=stack_items,
         num_workers=num_workers,
+        worker_init_fn=_obey_main_only,
     )
-    for parts in loader:
-        if len(parts) == 1:
-            raise DataError(parts[0].numpy().tobytes().decode())
-        yield parts
+    iterator = iter(loader)
+    for parts in iterator:
+        try:
+            if len(parts) == 1:
+                raise DataError(parts[0].numpy().tobytes().decode())
+            yield parts
+        except BaseException:
+            # Nobody wants the rest. The workers only end when theirs does.
+            sampler.stop()
+            for _ in iterator:
+                pass
+            raise
 
 
 def stack_items(items: Iterable) -> list[np.ndarray]:
@@ -159,11 +177,35 @@ class _ErrorsAsItems(Dataset):
 class _FixedBatches(BatchSampler):
     """Batches that were drawn beforehand."""
 
-    def __init__(self, batches):
+    def __init__(self, batches: Sequence[np.ndarray]):
         self._batches = [batch.tolist() for batch in batches]
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Give no more batches."""
+        self._stopped = True
 
     def __iter__(self):
-        return iter(self._batches)
+        return itertools.takewhile(lambda _: not self._stopped, self._batches)
 
     def __len__(self):
         return len(self._batches)
+
+
+def _obey_main_only(worker: int) -> None:
+    """Set up a loader process: it ends when the main process says so or is gone.
+
+    Ctrl-C and cluster managers signal a whole process group; the main process finishes and saves
+    its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))
+    # Paddle's workers look for their parent only between batches, which never come when it is
+    # killed.
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)

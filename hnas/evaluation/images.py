@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform
-from hnas.utils.errors import UserError
+from hnas.utils.atomic import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +98,7 @@ class DecodedImages:
                 progress.update(len(pixels))
 
     def _decode_to_file(self, path, shape, images, order, size, num_workers):
-        temporary = path.with_suffix(".tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
             self.pixels = np.memmap(temporary, dtype=np.uint8, mode="w+", shape=shape)
             self._decode(images, order, size, num_workers)
             self.pixels.flush()
-            os.replace(temporary, path)
-        except OSError as error:
-            raise UserError(f"cannot write images to {path}: {error.strerror or error}") from error

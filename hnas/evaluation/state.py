@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from hnas.evaluation.hits import Counts
 from hnas.search_space import Architecture
+from hnas.utils.atomic import replacing
 from hnas.utils.errors import UserError
 
 FIELDS = ("top1", "top5", "near1", "near5")
@@ -20,15 +19,6 @@ FIELDS = ("top1", "top5", "near1", "near5")
 
 class StateError(UserError):
     """A state file that is broken or belongs to another evaluation."""
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def architectures_hash(archs: Mapping[str, Architecture]) -> str:
@@ -43,27 +33,12 @@ def save_state(path: Path, identity: Mapping[str, str], chunk: int, counts: Coun
     """Write counts, the images that they are over, and whose they are, in one step.
 
     Raises:
-        StateError: the file cannot be written; the earlier one is intact.
+        UserError: the file cannot be written; the earlier one is intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(
-                file,
-                chunk=chunk,
-                images=counts.images,
-                **dict(zip(FIELDS, counts.columns(), strict=True)),
-                **{f"identity_{name}": np.array(value) for name, value in identity.items()},
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StateError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    columns = dict(zip(FIELDS, counts.columns(), strict=True))
+    whose = {f"identity_{name}": np.array(value) for name, value in identity.items()}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, chunk=chunk, images=counts.images, **columns, **whose)
 
 
 def load_state(path: Path, identity: Mapping[str, str]) -> tuple[int, Counts] | None:

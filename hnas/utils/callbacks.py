@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import paddle
 from paddle.callbacks import Callback
 
-from hnas.utils.checkpoint import save_training
+from hnas.evaluation.architecture_file import write_json
+from hnas.utils.atomic import remove_leftovers
+from hnas.utils.checkpoint import SET_NAME, NotFiniteError, remove_set, save_training
+from hnas.utils.errors import UserError
+from hnas.utils.generators import generators_state
+from hnas.utils.options import Options
+from hnas.utils.stopping import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
+
+
+class DivergedError(UserError):
+    """The loss is not finite any more; no checkpoint was written since it was."""
 
 
 def is_chief() -> bool:
@@ -22,38 +35,96 @@ def is_chief() -> bool:
 
 
 class TrainLogger(Callback):
-    """A line every ``log_freq`` steps and at an epoch's end; keeps the mean loss of each epoch."""
+    """A line every ``log_freq`` steps and at an epoch's end; keeps the mean loss of each epoch.
+
+    Losses are read from the device when a line is due or a checkpoint is about to be written,
+    and checked then, so a step never waits for its loss and no checkpoint follows a bad one.
+    """
 
     def __init__(self, log_freq: int):
         super().__init__()
         self.log_freq = log_freq
         self.epoch_losses: list[float] = []
+        self._losses: list[float] = []
+        self._unread: list[tuple[int, dict]] = []
+        self._epoch = 0
+        self._earlier_seconds = 0.0
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, the parts before resuming included."""
+        return self._earlier_seconds + time.perf_counter() - self._began
+
+    def state(self) -> dict:
+        """The losses so far, for a checkpoint."""
+        self.read_losses()
+        return {
+            "epoch_losses": np.array(self.epoch_losses, np.float64),
+            "step_losses": np.array(self._losses, np.float64),
+            "best_epoch": self.history()["best_epoch"],
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: Mapping) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.epoch_losses = state["epoch_losses"].tolist()
+        self._losses = state["step_losses"].tolist()
+        self._earlier_seconds = state["seconds"]
+
+    def history(self) -> dict:
+        """Mean loss of each epoch, the epoch (from 0) of the least, and the seconds."""
+        losses = self.epoch_losses
+        best = int(np.argmin(losses)) if losses else None
+        return {"epoch_losses": losses, "best_epoch": best, "seconds": round(self.seconds, 1)}
+
+    def read_losses(self) -> None:
+        """Fetch the losses since the last call.
+
+        Raises:
+            DivergedError: one is not finite; names its step, sub-network and learning rate.
+        """
+        for step, logs in self._unread:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise self.diverged(f"loss is {loss}", step, logs)
+            self._losses.append(loss)
+        self._unread.clear()
+
+    def diverged(self, what: str, step: int, logs: Mapping) -> DivergedError:
+        """The error that says where it happened: step, sub-network and learning rate."""
+        codes = [code for code, part in logs["parts"] if not math.isfinite(float(part))]
+        code = (codes or [logs["arch"]])[0]
+        return DivergedError(
+            f"{what} at epoch {self._epoch + 1} step {step + 1}, learning rate {logs['lr']:.6g}, "
+            f"sub-network {code}; earlier checkpoints are good: resume from them, lower lr"
+        )
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
-        self._losses = []
-        self._mark = time.perf_counter()
+        self._mark = self._batch_end = time.perf_counter()
         self._since = self._data_time = 0
 
     def on_train_batch_begin(self, step, logs=None):
-        self._data_time += time.perf_counter() - getattr(self, "_batch_end", self._mark)
+        self._data_time += time.perf_counter() - self._batch_end
 
     def on_train_batch_end(self, step, logs=None):
-        self._losses.append(logs["loss"])
+        self._unread.append((step, logs))
         self._since += 1
         last = step + 1 == self.params["steps"]
-        if is_chief() and ((step + 1) % self.log_freq == 0 or last):
-            self._log_line(step, logs)
+        if (step + 1) % self.log_freq == 0 or last:
+            self.read_losses()
+            if is_chief():
+                self._log_line(step, logs)
+            self._mark = time.perf_counter()
+            self._since = self._data_time = 0
         self._batch_end = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        # The next epoch's first wait starts a new clock.
-        del self._batch_end
-        losses = [float(loss) for loss in self._losses]
-        self.epoch_losses.append(sum(losses) / len(losses))
+        self.epoch_losses.append(sum(self._losses) / len(self._losses))
+        self._losses = []
 
     def _log_line(self, step, logs):
-        loss, top1 = float(logs["loss"]), float(logs["top1"])
         elapsed = time.perf_counter() - self._mark
         steps, epochs = self.params["steps"], self.params["epochs"]
         left = (epochs - self._epoch) * steps - step - 1
@@ -66,31 +137,109 @@ class TrainLogger(Callback):
             step + 1,
             steps,
             logs["lr"],
-            loss,
-            top1,
+            float(logs["loss"]),
+            float(logs["top1"]),
             self._since * self.params["batch_size"] / elapsed,
             self._data_time / self._since,
             eta,
             logs["arch"],
         )
-        self._mark = time.perf_counter()
-        self._since = self._data_time = 0
 
 
-class EpochCheckpoint(Callback):
-    """``SAVE_DIR/0.pdparams``, ``1.pdparams``, ... with what a resumed run needs beside them."""
+class Checkpoints(Callback):
+    """``SAVE_DIR/0.pdparams``, ``1.pdparams``, ... with what a resumed run needs beside them.
 
-    def __init__(self, save_dir: str | Path, save_freq: int = 1):
+    Between them, every ``save_steps`` steps, sets named ``EPOCH-STEP``, of which only the newest
+    stays. On a signal the step under way is finished and saved, and the program ends.
+
+    Args:
+        options: ``save_dir``, ``save_freq``, ``save_steps`` and ``keep`` are used.
+        log: whose losses are checked before a checkpoint and kept in it.
+        stop: the signals to end on.
+        run: what identifies the run, to be compared when resuming.
+    """
+
+    def __init__(self, options: Options, log: TrainLogger, stop: StopSignals, run: Mapping):
         super().__init__()
-        self.save_dir = Path(save_dir)
-        self.save_freq = save_freq
+        self.options = options
+        self.folder = Path(options.save_dir)
+        self.log = log
+        self.stop = stop
+        self.run = run
+
+    def on_train_begin(self, logs=None):
+        if is_chief():
+            remove_leftovers(self.folder)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_end(self, step, logs=None):
+        epoch, done, steps = self._epoch, step + 1, self.params["steps"]
+        if done == steps and self._epoch_is_due(epoch):
+            return
+        stopped_by, every = self.stop.received, self.options.save_steps
+        if (every and (epoch * steps + done) % every == 0) or stopped_by:
+            self.save(f"{epoch}-{done}", epoch, done, logs)
+        if stopped_by:
+            self._end(stopped_by, f"after epoch {epoch + 1} step {done}")
 
     def on_epoch_end(self, epoch, logs=None):
-        last = epoch + 1 == self.params["epochs"]
-        if is_chief() and (epoch % self.save_freq == 0 or last):
-            stem = self.save_dir / str(epoch)
-            save_training(stem, self.model.network, self.model._optimizer, {"epoch": epoch + 1})
-            logger.info("saved %s.pdparams", stem)
+        stopped_by = self.stop.received
+        if self._epoch_is_due(epoch):
+            self.save(str(epoch), epoch + 1, 0, logs)
+        elif stopped_by:
+            self.save(f"{epoch + 1}-0", epoch + 1, 0, logs)
+        if is_chief():
+            write_json(self.folder / "history.json", self.log.history())
+        if stopped_by and epoch + 1 < self.params["epochs"]:
+            self._end(stopped_by, f"after epoch {epoch + 1}")
+
+    def _epoch_is_due(self, epoch: int) -> bool:
+        return epoch % self.options.save_freq == 0 or epoch + 1 == self.params["epochs"]
+
+    def save(self, name: str, epoch: int, step: int, logs: Mapping) -> None:
+        """Write the set ``name``; the next step is ``step`` (from 0) of ``epoch`` (from 0).
+
+        Raises:
+            DivergedError: losses or weights are not finite; nothing is written.
+        """
+        losses = self.log.state()
+        if not is_chief():
+            return
+        progress = {
+            "epoch": epoch,
+            "step": step,
+            "losses": losses,
+            "generators": generators_state(),
+            "run": self.run,
+        }
+        try:
+            save_training(self.folder / name, self.model.network, self.model._optimizer, progress)
+        except NotFiniteError as error:
+            raise self.log.diverged(str(error), self.model.step, logs) from None
+        logger.info("saved %s.pdparams", self.folder / name)
+        self._remove_older(name)
+
+    def _remove_older(self, newest: str) -> None:
+        """Delete other sets within epochs and, beyond ``keep``, of whole epochs but the first.
+
+        Epochs after the newest are of an earlier run in the same folder, and are left alone.
+        """
+        names = {path.name.partition(".")[0] for path in self.folder.iterdir()}
+        sets = [match for match in map(SET_NAME.fullmatch, names) if match]
+        old = [match[0] for match in sets if match[2] and match[0] != newest]
+        if self.options.keep and newest.isdigit():
+            epochs = sorted(int(match[1]) for match in sets if not match[2])
+            whole = [epoch for epoch in epochs if 0 < epoch <= int(newest)]
+            old += map(str, whole[: -self.options.keep])
+        for name in old:
+            remove_set(self.folder / name)
+
+    def _end(self, number: int, where: str) -> None:
+        name = signal.Signals(number).name
+        logger.warning("stopped by %s %s; continue with --resume auto", name, where)
+        raise Stopped(number)
 
 
 class EvaluateExtremes(Callback):

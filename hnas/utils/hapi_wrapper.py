@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 import numpy as np
 import paddle
@@ -20,33 +21,46 @@ from hnas.utils.SampleMethod import Sampler
 
 
 class SupernetModel(paddle.Model):
-    """A ``paddle.Model`` whose training can start in any epoch and sees (epoch, step).
+    """A ``paddle.Model`` whose training can start at any step and sees (epoch, step).
 
-    Sub-classes give ``train_batch(inputs) -> logs``, one optimizer step on a batch; the logs are
-    scalars by name, tensors among them, which are read only when a line is logged. Batches hold
-    uint8 images [N, 3, H, W].
+    Sub-classes give ``train_batch(inputs) -> logs``, one optimizer step on a batch: the scalar
+    tensors ``loss`` and ``top1``, which are read only when a line is logged, ``parts``, the code
+    and loss of each sub-network, and ``arch``, the last one's code. Batches hold uint8 images
+    [N, 3, H, W].
     """
 
     epoch = 0
     step = 0
 
-    def fit(self, loader: EpochLoader, epochs: int, callbacks: Sequence = (), start_epoch: int = 0):
-        """Train from ``start_epoch`` to ``epochs``, one learning rate step a batch."""
-        callbacks = CallbackList([*callbacks, LRScheduler(by_step=True)])
+    def fit(
+        self,
+        loader: EpochLoader,
+        epochs: int,
+        callbacks: Sequence = (),
+        start: tuple[int, int] = (0, 0),
+    ):
+        """Train from the (epoch, step) of ``start`` to ``epochs``, one learning rate step a batch.
+
+        The learning rate is already the next step's when the callbacks see a batch's end, so a
+        checkpoint that one of them writes goes on as if nothing had been written.
+        """
+        callbacks = CallbackList([LRScheduler(by_step=True), *callbacks])
         callbacks.set_model(self)
         callbacks.set_params(
             {"epochs": epochs, "steps": len(loader), "batch_size": loader.batch_size}
         )
         callbacks.on_begin("train")
         logs = {}
-        for epoch in range(start_epoch, epochs):
+        for epoch in range(start[0], epochs):
+            first = start[1] if epoch == start[0] else 0
             callbacks.on_epoch_begin(epoch)
-            for step, batch in enumerate(loader.epoch(epoch)):
-                callbacks.on_batch_begin("train", step, logs)
-                self.epoch, self.step = epoch, step
-                logs = self.train_batch(batch)
-                logs["lr"] = self._optimizer.get_lr()
-                callbacks.on_batch_end("train", step, logs)
+            with closing(loader.epoch(epoch, first)) as batches:
+                for step, batch in enumerate(batches, first):
+                    callbacks.on_batch_begin("train", step, logs)
+                    self.epoch, self.step = epoch, step
+                    lr = self._optimizer.get_lr()
+                    logs = {**self.train_batch(batch), "lr": lr}
+                    callbacks.on_batch_end("train", step, logs)
             callbacks.on_epoch_end(epoch, logs)
         callbacks.on_end("train", logs)
 
@@ -109,17 +123,20 @@ class DistillationModel(SupernetModel):
         with paddle.no_grad():
             targets = None if self.teacher is None else F.softmax(self.teacher(images))
         archs = [self.sampler.sample(self.epoch, self.step, i) for i in range(self.subnetworks)]
-        total = 0.0
+        parts = []
         for arch, weight in zip(archs, self.loss_weight(archs), strict=True):
             self.network.activate(arch)
             logits = self.network(images)
             loss = float(weight) * distillation_loss(logits, labels, targets)
             loss.backward()
-            total = total + loss.detach()
+            parts.append((arch.code, loss.detach()))
         self._optimizer.step()
-        self._optimizer.clear_grad()
+        # Not to zero: a block that no sub-network of a step ran must be left alone whether or not
+        # an earlier step ran it, or a resumed run would differ.
+        self._optimizer.clear_grad(set_to_zero=False)
         hits = (logits.argmax(axis=1) == labels).astype("float32").mean()
-        return {"loss": total / len(archs), "top1": hits, "arch": archs[-1].code}
+        loss = sum(loss for _, loss in parts) / len(parts)
+        return {"loss": loss, "top1": hits, "arch": archs[-1].code, "parts": parts}
 
 
 def distillation_loss(logits, labels, targets) -> paddle.Tensor:

@@ -40,14 +40,16 @@ class ContrastiveModel(SupernetModel):
         view_a, view_b = (normalize(view) for view in inputs[:2])
         self.network.train()
         self.network.update_key_encoder()
-        total, hits, keys = 0.0, 0.0, 0.0
+        parts, hits, keys = [], 0.0, 0.0
         for path_a, path_b in self.paths():
             output = self.network(view_a, view_b, path_a, path_b)
             (output.loss / self.pairs).backward()
-            total = total + output.loss.detach() / self.pairs
+            parts.append((path_a.code, output.loss.detach()))
             hits = hits + output.accuracy / self.pairs
             keys = keys + output.keys
         self._optimizer.step()
-        self._optimizer.clear_grad()
+        # Not to zero, for the same reason as in stage two.
+        self._optimizer.clear_grad(set_to_zero=False)
         self.network.enqueue(F.normalize(keys, axis=1))
-        return {"loss": total, "top1": hits, "arch": path_a.code}
+        loss = sum(loss for _, loss in parts) / self.pairs
+        return {"loss": loss, "top1": hits, "arch": path_a.code, "parts": parts}

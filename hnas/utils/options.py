@@ -79,6 +79,12 @@ class Options:
     save_dir: str = _flag("checkpoint_files/output", "where results go", "folder")
     save_dir_new: str = _flag("", "stage 1's name for save_dir, which it overrides", "folder", "1")
     save_freq: int = _flag(1, "epochs between checkpoints", "epochs", "012", low=1)
+    save_steps: int = _flag(
+        500, "steps between checkpoints within an epoch; 0: at the ends only", "steps", "012", low=0
+    )
+    keep: int = _flag(
+        0, "newest epochs' checkpoints to keep, besides epoch 0's; 0: all", "epochs", "012", low=0
+    )
     log_freq: int = _flag(50, "steps between log lines", "steps", "012", low=1)
     eval_freq: int = _flag(
         1, "epochs between evaluations of the largest and smallest; 0: never", "epochs", "2", low=0
@@ -88,6 +94,12 @@ class Options:
     )
     num_workers: int = _flag(8, "loader processes; 0: load in the main one", "processes", low=0)
     use_tensor_dataset: bool = _flag(False, "decode all images once and keep them in memory")
+    verify_images: bool = _flag(
+        False, "decode every image before the start and list those that cannot be"
+    )
+    bad_images: str = _flag(
+        "fatal", "images that cannot be decoded: fatal, or skip (implies verify_images)", "name"
+    )
     crop_scale_min: float = _flag(
         0.08, "smallest random crop in training", "share of the image", "012", low=0.01, high=1
     )
@@ -98,7 +110,7 @@ class Options:
     key_momentum: float = _flag(0.999, "of the key encoder", "", "1", low=0, high=1)
     temperature: float = _flag(0.2, "of the contrastive loss", "", "1", low=0.001)
     resume: str = _flag(
-        "", "continue training from a folder's newest epoch; auto: from save_dir's", "folder", "012"
+        "", "continue from a folder's newest checkpoint; auto: from save_dir's", "folder", "012"
     )
     seed: int = _flag(
         0, "of data order, augmentations, sub-networks and new weights", low=0, high=2**32 - 1
@@ -275,6 +287,7 @@ def _check_bounds(options: Options) -> None:
         "device": ("auto", "cpu", "gpu"),
         "eval_engine": ("shared", "reference"),
         "amp": ("O0", "O1", "O2"),
+        "bad_images": ("fatal", "skip"),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:

@@ -63,7 +63,7 @@ def require(options: Options, *names: str) -> None:
 def training_images(options: Options) -> ImageList:
     """The images of ``image_dir/train``."""
     require(options, "image_dir")
-    images = scan_images(options.image_dir, "train")
+    images = scan_images(options.image_dir, "train", options.verify_images, options.bad_images)
     logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
     return images
 
@@ -71,7 +71,7 @@ def training_images(options: Options) -> ImageList:
 def validation_images(options: Options, train: ImageList | None = None) -> ImageList:
     """The images of ``image_dir/val``, whose classes must be those of ``train``."""
     require(options, "image_dir")
-    images = scan_images(options.image_dir, "val")
+    images = scan_images(options.image_dir, "val", options.verify_images, options.bad_images)
     logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
     if train is not None:
         check_same_classes(train, images)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
-import time
 from pathlib import Path
 
 from paddle import nn
@@ -13,19 +12,35 @@ from hnas.dataset.loader import EpochLoader
 from hnas.evaluation.architecture_file import write_json
 from hnas.models.registry import build_classifier
 from hnas.models.resnet import ResNet
-from hnas.utils.callbacks import EpochCheckpoint, TrainLogger
+from hnas.utils.callbacks import Checkpoints, TrainLogger, is_chief
 from hnas.utils.checkpoint import (
+    PARAMS,
     CheckpointError,
     backbone_weights,
-    latest_training,
+    check_classes,
     load_training,
     load_weights,
+    newest_set,
     read_weights,
+    write_state,
 )
+from hnas.utils.generators import restore_generators
 from hnas.utils.hapi_wrapper import SupernetModel, learning_rate, momentum_optimizer
 from hnas.utils.options import Options
+from hnas.utils.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
+
+# Flags that do not change what is computed; paths may differ on another machine.
+# fmt: off
+NEUTRAL_FLAGS = frozenset((
+    "save_dir", "save_dir_new", "save_freq", "save_steps", "keep", "log_freq", "eval_freq",
+    "bn_calibration_images", "resume", "train_flag", "image_dir", "pretrained", "use_ckpt",
+    "ckpt_dir", "num_workers", "use_tensor_dataset", "device", "verify_images", "bad_images",
+))
+# fmt: on
+# What decides which images a step of an epoch sees.
+DATA_ORDER = frozenset({"images", "batch_size", "seed"})
 
 
 def pretrained_network(options: Options, num_classes: int, space) -> ResNet:
@@ -35,7 +50,9 @@ def pretrained_network(options: Options, num_classes: int, space) -> ResNet:
         CheckpointError: missing or of another network, e.g. for another number of classes.
     """
     network = build_classifier(options.backbone, num_classes, space, elastic=False)
-    load_weights(network, read_weights(options.pretrained), options.pretrained)
+    weights = read_weights(options.pretrained)
+    check_classes(weights, num_classes, options.pretrained)
+    load_weights(network, weights, options.pretrained)
     network.eval()
     return network
 
@@ -49,7 +66,9 @@ def start_from_pretrained(supernet: nn.Layer, network: ResNet) -> None:
 
 def start_from_checkpoint(supernet: nn.Layer, path: str) -> None:
     """Give a supernet the weights of a checkpoint of any stage."""
-    load_weights(supernet, backbone_weights(read_weights(path)), path)
+    weights = backbone_weights(read_weights(path))
+    check_classes(weights, supernet.num_classes, path)
+    load_weights(supernet, weights, path)
     logger.info("weights from %s", path)
 
 
@@ -68,39 +87,73 @@ def prepare(model: SupernetModel, options: Options, steps_per_epoch: int, **more
 def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=()) -> None:
     """Train from the start or from where ``--resume`` says, save, and record the losses.
 
-    ``SAVE_DIR/history.json`` holds the mean loss of each epoch and the seconds of this run.
-    """
-    start_epoch = resume(model, options)
-    began = time.perf_counter()
-    log = TrainLogger(options.log_freq)
-    saver = EpochCheckpoint(options.save_dir, options.save_freq)
-    model.fit(loader, options.max_epoch, [log, saver, *callbacks], start_epoch)
-    history = Path(options.save_dir) / "history.json"
-    earlier = json.loads(history.read_text())["epoch_losses"] if start_epoch else []
-    write_json(
-        history,
-        {
-            "epoch_losses": earlier[:start_epoch] + log.epoch_losses,
-            "seconds": round(time.perf_counter() - began, 1),
-        },
-    )
-
-
-def resume(model: SupernetModel, options: Options) -> int:
-    """Restore the newest epoch of the folder that ``--resume`` names; gives the next epoch.
+    ``SAVE_DIR/final.pdparams`` holds the last weights, ``SAVE_DIR/history.json`` the mean loss of
+    each epoch.
 
     Raises:
-        CheckpointError: a folder was named and holds nothing to resume from.
+        Stopped: SIGTERM or Ctrl-C, after saving.
+        DivergedError: the loss is not finite.
+    """
+    log = TrainLogger(options.log_freq)
+    run = describe_run(options, loader)
+    start = resume(model, options, log, run)
+    logger.info("training from epoch %d step %d", start[0] + 1, start[1] + 1)
+    with StopSignals() as stop:
+        saver = Checkpoints(options, log, stop, run)
+        model.fit(loader, options.max_epoch, [log, saver, *callbacks], start)
+    if is_chief():
+        # Also when nothing was left to train: a kill may have come just before either.
+        write_json(Path(options.save_dir) / "history.json", log.history())
+        write_state(Path(options.save_dir) / f"final{PARAMS}", model.network.state_dict())
+
+
+def describe_run(options: Options, loader: EpochLoader) -> dict:
+    """What a run's result depends on: its settings and its images.
+
+    The samplers and augmentations have no state of their own: what they draw depends on these
+    settings, the epoch and the step.
+    """
+    settings = {
+        option.name: getattr(options, option.name)
+        for option in dataclasses.fields(options)
+        if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] != "3"
+    }
+    return {**settings, "images": loader.dataset.images.digest()}
+
+
+def resume(model: SupernetModel, options: Options, log: TrainLogger, run: dict) -> tuple[int, int]:
+    """Restore the newest checkpoint of the folder that ``--resume`` names.
+
+    Returns:
+        The (epoch, step) that is next, both from 0.
+
+    Raises:
+        CheckpointError: a folder was named and holds nothing to resume from, or the checkpoint
+            is within an epoch of other images, batches or seed.
     """
     if not options.resume:
-        return 0
+        return 0, 0
     folder = options.save_dir if options.resume == "auto" else options.resume
-    stem = latest_training(folder)
+    stem = newest_set(folder)
     if stem is None and options.resume != "auto":
-        raise CheckpointError(f"--resume {folder}: no epoch with .pdparams, .pdopt and .pdstates")
+        raise CheckpointError(f"--resume {folder}: no whole set of .pdparams, .pdopt, .pdstates")
     if stem is None:
         logger.info("nothing to resume in %s: starting anew", folder)
-        return 0
+        return 0, 0
     progress = load_training(stem, model.network, model._optimizer)
-    logger.info("resumed from %s: epoch %d is next", stem, progress["epoch"] + 1)
-    return progress["epoch"]
+    try:
+        log.restore(progress["losses"])
+        restore_generators(progress["generators"])
+        epoch, step = int(progress["epoch"]), int(progress["step"])
+        changed = [key for key in run if progress["run"].get(key, run[key]) != run[key]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{stem}.pdstates is not what this program saves: {error}") from None
+    if step and set(changed) & DATA_ORDER:
+        raise CheckpointError(
+            f"{stem} is in the middle of an epoch, and {', '.join(changed)} differ now; resume "
+            "with the same, or start anew"
+        )
+    if changed:
+        logger.warning("resumed with other values than before: %s", ", ".join(changed))
+    logger.info("resumed from %s", stem)
+    return epoch, step

@@ -1,0 +1,40 @@
+"""Ending a training run on SIGTERM or Ctrl-C without losing the step that is under way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+
+class StopSignals:
+    """Within the context, the first SIGTERM or Ctrl-C is noted only; the next one acts at once.
+
+    Attributes:
+        received: the signal's number, or None.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python lets no other thread set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        self.__exit__()
+
+
+class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
+    """Ends the program with the exit code that shells give to a signal: 130 or 143."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)

@@ -1,0 +1,342 @@
+"""Malicious and broken pickles are refused with nothing executed; Paddle's own load as they are."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import re
+import subprocess
+import time
+import tracemalloc
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hnas.utils.safe_pickle import UnsafePickleError, load_pickle
+
+
+class Call:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+class CallWithState(Call):
+    """Pickles as a call whose result is given a state."""
+
+    def __reduce__(self):
+        return self.function, self.arguments, {"a": 1}
+
+
+def text(value) -> bytes:
+    """The instruction that puts a string on the stack (BINUNICODE)."""
+    encoded = str(value).encode()
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded
+
+
+def shell(marker: Path) -> bytes:
+    return text(f"touch '{marker}'")
+
+
+# Each creates the file ``marker`` when Python's own unpickler reads it.
+LIVE = {
+    "os.system": lambda marker: pickle.dumps(Call(os.system, f"touch '{marker}'"), 4),
+    "os.system in protocol 2": lambda marker: pickle.dumps(Call(os.system, f"touch '{marker}'"), 2),
+    "builtins.eval": lambda marker: pickle.dumps(Call(eval, f"open({str(marker)!r}, 'w')"), 4),
+    "__builtin__.exec": lambda marker: pickle.dumps(Call(exec, f"open({str(marker)!r}, 'w')"), 2),
+    "subprocess among weights": lambda marker: pickle.dumps(
+        OrderedDict(weight=np.ones(3), bias=Call(subprocess.check_output, ["touch", str(marker)])),
+        4,
+    ),
+    "call inside a call": lambda marker: pickle.dumps(
+        Call(tuple, Call(list, Call(os.listdir, Call(os.mkdir, str(marker))))), 4
+    ),
+    "array of objects": lambda marker: pickle.dumps(
+        np.array([Call(os.system, f"touch '{marker}'")], dtype=object), 4
+    ),
+    "call of what a call gave": lambda marker: (
+        b"\x80\x02cbuiltins\ngetattr\ncos\nsystem\n"
+        + text("__call__")
+        + b"\x86R"
+        + shell(marker)
+        + b"\x85R."
+    ),
+    "INST": lambda marker: b"\x80\x02(" + shell(marker) + b"ios\nsystem\n.",
+    "OBJ": lambda marker: b"\x80\x02(cos\nsystem\n" + shell(marker) + b"o.",
+    "STACK_GLOBAL": lambda marker: (
+        b"\x80\x04" + text("os") + text("system") + b"\x93" + shell(marker) + b"\x85R."
+    ),
+    "OrderedDict from a call": lambda marker: pickle.dumps(
+        Call(OrderedDict, Call(eval, f"open({str(marker)!r}, 'w') and []")), 4
+    ),
+    "state of a call": lambda marker: (
+        b"\x80\x02ccollections\nOrderedDict\n)Rcos\nsystem\n" + shell(marker) + b"\x85Rb."
+    ),
+    "numpy's loader": lambda marker: (
+        b"\x80\x02cnumpy\nload\ncbuiltins\nopen\n" + text(marker) + text("w") + b"\x86R\x85R."
+    ),
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load bytes from a file."""
+
+    def load(content: bytes):
+        path = tmp_path / "weights.pdparams"
+        path.write_bytes(content)
+        return load_pickle(path)
+
+    return load
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_nothing_is_executed(name, tmp_path, load):
+    marker = tmp_path / "executed"
+    content = LIVE[name](marker)
+    with pytest.raises(UnsafePickleError, match="^refused to load"):
+        load(content)
+    assert not marker.exists()
+
+    # The payload does work where it is allowed to.
+    try:
+        pickle.loads(content)
+    except Exception as error:
+        assert not isinstance(error, FileNotFoundError)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (LIVE["os.system"](Path("x")), f"{os.system.__module__}.system"),
+        (LIVE["builtins.eval"](Path("x")), "builtins.eval"),
+        (LIVE["__builtin__.exec"](Path("x")), "__builtin__.exec"),
+        (b"\x80\x02cnumpy.core.multiarray\nfromfile\n.", "numpy.core.multiarray.fromfile"),
+        (b"\x80\x02cpaddle\nload\n.", "paddle.load"),
+        (b"\x80\x04\x8c\x08builtins\x8c\x0ftuple.__class__\x93.", "builtins.tuple.__class__"),
+    ],
+)
+def test_refusal_names_the_global(content, named, load):
+    with pytest.raises(UnsafePickleError, match=re.escape(repr(named))):
+        load(content)
+
+
+BROKEN = {
+    "empty": b"",
+    "text": b"hello",
+    "PyTorch's zip": b"PK\x03\x04" + bytes(100),
+    "gzip bomb": gzip.compress(bytes(10**8)),
+    "protocol 0": pickle.dumps({"a": 1}, 0),
+    "protocol 5": pickle.dumps({"a": np.ones(3)}, 5),
+    "protocol 77": b"\x80\x4d}.",
+    "truncated array": pickle.dumps({"a": np.ones(1000)}, 4)[:-500],
+    "truncated in front of the end": pickle.dumps({"a": 1}, 2)[:-1],
+    "no value": b"\x80\x02.",
+    "two values": b"\x80\x02}}.",
+    "pop from nothing": b"\x80\x02s.",
+    "unknown instruction": b"\x80\x02\xff.",
+    "unknown memo": b"\x80\x02h\x07.",
+    "mark in a container": b"\x80\x02](a.",
+    "persistent id": b"\x80\x02X\x01\x00\x00\x00aQ.",
+    "persistent id as text": b"\x80\x02Pabc\n.",
+    "extension registry": b"\x80\x02\x82\x01.",
+    "set": pickle.dumps({"a": {1, 2}}, 4),
+    "function without a call": b"\x80\x02ccollections\nOrderedDict\n.",
+    "call of a string": b"\x80\x02X\x01\x00\x00\x00a)R.",
+    "array that was never filled": (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85X\x01\x00\x00\x00b"
+        b"\x87R."
+    ),
+    "structured array": pickle.dumps(np.zeros(3, dtype=[("a", "f4"), ("b", "O")]), 4),
+    "dates": pickle.dumps(np.zeros(3, dtype="datetime64[s]"), 4),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_one_line(name, load):
+    with pytest.raises(UnsafePickleError) as caught:
+        load(BROKEN[name])
+    assert "\n" not in str(caught.value)
+    assert "weights.pdparams" in str(caught.value)
+
+
+def array_claiming(shape: tuple, data: bytes) -> bytes:
+    """A pickled float32 array of ``shape`` with ``data`` as its content."""
+    honest = pickle.dumps(np.zeros(1, np.float32), 2)
+    assert honest.count(b"K\x01\x85") == 1
+    sizes = b"".join(b"\x8a\x08" + size.to_bytes(8, "little", signed=True) for size in shape)
+    bytes_now = text("\0\0\0\0")
+    assert honest.count(bytes_now) == 1
+    return honest.replace(b"K\x01\x85", b"(" + sizes + b"t").replace(
+        bytes_now, text(data.decode("latin1"))
+    )
+
+
+def repeated_encoding(length: int, times: int) -> bytes:
+    once = b"h\x01h\x02" + text("latin1") + b"\x86R"
+    start = b"\x80\x02c_codecs\nencode\nq\x01" + text("a" * length) + b"q\x02(l"
+    return start.replace(b"(l", b"]") + (once + b"a") * times + b"."
+
+
+# Small files that ask for gigabytes, or for years, and why they are refused.
+HUNGRY = {
+    "bytes of 2**60": (b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"abc.", "expected"),
+    "text of 2**31": (b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"abc.", "expected"),
+    "number of 2**31 bytes": (
+        b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"abc.",
+        "not enough data",
+    ),
+    "array of 2**40": (array_claiming((2**40,), b"\0\0\0\0"), "with 4 bytes"),
+    "array of a negative size": (array_claiming((-1, -1), b"\0\0\0\0"), "impossible shape"),
+    "array of many axes": (array_claiming((1,) * 100, b"\0\0\0\0"), "impossible shape"),
+    "empty array of 2**62": (array_claiming((0, 2**62), b""), "impossible shape"),
+    "one text encoded over and over": (repeated_encoding(10**5, 10**4), "many times"),
+    "hashing nested tuples": (
+        b"\x80\x02}K\x01" + b"q\x01h\x01\x86" * 100 + b"K\x01s.",
+        "key that is not text",
+    ),
+    "many instructions": (b"\x80\x02" + b"}" * 510_000 + b".", "500000 instructions"),
+}
+
+
+@pytest.mark.parametrize("name", HUNGRY)
+def test_a_small_file_costs_little(name, load):
+    content, reason = HUNGRY[name]
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        with pytest.raises(UnsafePickleError, match=reason):
+            load(content)
+        seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 400 * 2**20
+    assert seconds < 60
+
+
+def test_memo_numbers_cost_nothing(load):
+    """Python's unpickler allocates up to the number, 32 GB here."""
+    assert load(b"\x80\x02}r\xff\xff\xff\xff.") == {}
+
+
+def test_a_frame_may_claim_any_length(load):
+    assert load(b"\x80\x04\x95" + (2**60).to_bytes(8, "little") + b"}.") == {}
+
+
+def test_deep_nesting_is_no_crash(load):
+    value = load(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
+    assert isinstance(value, list)
+
+
+def layouts(state: dict) -> dict[str, bytes]:
+    """The same state as NumPy 1 and NumPy 2 would pickle it, in each protocol."""
+    found = {}
+    for protocol in (2, 3):
+        # These two name modules in lines, so that the other NumPy's name can be put in.
+        content = pickle.dumps(state, protocol)
+        found[f"numpy 1, {protocol}"] = content.replace(b"numpy._core.", b"numpy.core.")
+        found[f"numpy 2, {protocol}"] = content.replace(b"numpy.core.", b"numpy._core.")
+    found["4"] = pickle.dumps(state, 4)
+    return found
+
+
+STATE = OrderedDict(
+    {
+        "weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "half": np.ones(3, np.float16),
+        "big end": np.arange(3, dtype=">i4"),
+        "scalar": np.float32(0.1),
+        "zero axes": np.array(7, np.int64),
+        "empty": np.zeros((0, 5), np.float32),
+        "flags": np.array([True, False]),
+        "StructuredToParameterName@@": {"weight": "conv2d_0.w_0"},
+        "LR_Scheduler": {"last_epoch": 3, "last_lr": np.float64(0.25)},
+        "plain": [None, True, -1, 2**70, 0.5, "é", b"\x00\xff", (1, (2, "x"))],
+    }
+)
+
+
+def assert_same(left, right):
+    assert type(left) is type(right)
+    if isinstance(left, dict):
+        assert list(left) == list(right)
+        for key in left:
+            assert_same(left[key], right[key])
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    elif isinstance(left, np.ndarray):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+    else:
+        assert left == right
+
+
+@pytest.mark.parametrize("layout", layouts(STATE))
+def test_honest_states_load_exactly(layout, load):
+    assert_same(load(layouts(STATE)[layout]), STATE)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("nested", [False, True])
+def test_paddles_own_files(protocol, nested, tmp_path):
+    layer = paddle.nn.Sequential(paddle.nn.Conv2D(2, 3, 3), paddle.nn.BatchNorm2D(3))
+    state = layer.state_dict()
+    path = tmp_path / "a.pdparams"
+    paddle.save({"model": state, "epoch": 3} if nested else state, str(path), protocol=protocol)
+    loaded = load_pickle(path)
+    loaded = loaded["model"] if nested else loaded
+    for name, tensor in state.items():
+        array = loaded[name][1] if nested else loaded[name]
+        np.testing.assert_array_equal(array, tensor.numpy())
+
+
+def test_an_array_used_twice_is_one(load):
+    array = np.ones(5, np.float32)
+    first, second = load(pickle.dumps([array, array], 4))
+    np.testing.assert_array_equal(first, array)
+    np.testing.assert_array_equal(second, array)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damage_anywhere_is_refused_or_harmless(data, load):
+    content = bytearray(pickle.dumps(STATE, data.draw(st.sampled_from([2, 4]))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position] = data.draw(st.integers(0, 255))
+    try:
+        load(bytes(content))
+    except UnsafePickleError as error:
+        assert "\n" not in str(error)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=st.binary(max_size=200))
+def test_noise_is_refused_or_harmless(content, load):
+    try:
+        load(b"\x80\x04" + content + b".")
+    except UnsafePickleError as error:
+        assert "\n" not in str(error)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UnsafePickleError, match=r"cannot read .*none\.pdparams"):
+        load_pickle(tmp_path / "none.pdparams")
