@@ -25,8 +25,10 @@ STAGE3 = "local_eval.sh"
 
 
 def launch(script, **variables):
+    # Not the caller's variables: one of them may be a launcher's.
+    inherited = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
     environment = {
-        **os.environ,
+        **{name: os.environ[name] for name in inherited if name in os.environ},
         "python": sys.executable,
         "PYTHONWARNINGS": "ignore",
         **{name: str(value) for name, value in variables.items()},
