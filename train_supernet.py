@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from itertools import islice
 from pathlib import Path
@@ -64,7 +65,7 @@ def main() -> None:
             archs,
             decoded,
             save_dir,
-            identity(options, archs, decoded),
+            identity(options, archs, decoded, calibration),
             calibration,
             options.chunk_size,
             options.target_se,
@@ -79,15 +80,17 @@ def main() -> None:
     )
 
 
-def identity(options: Options, archs: dict, images: DecodedImages) -> dict[str, str]:
+def identity(options: Options, archs: dict, images: DecodedImages, calibration) -> dict[str, str]:
     """What a saved state belongs to: whatever the accuracies depend on."""
     return {
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
         "image_list": images.hash,
         "architecture_list": architectures_hash(archs),
         "setting": f"{options.backbone} truncate_widths={options.truncate_widths} "
-        f"amp={options.amp} bn_calibration_images={options.bn_calibration_images} "
-        f"seed={options.seed}",
+        f"amp={options.amp}",
+        "calibration": "none"
+        if calibration is None
+        else hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
     }
 
 
