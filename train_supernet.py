@@ -19,7 +19,7 @@ from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.state import architectures_hash
 from hnas.models.registry import build_classifier, find_backbone
 from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.atomic import file_digest
+from hnas.utils.atomic import file_digest, remove_leftovers
 from hnas.utils.checkpoint import find_checkpoint
 from hnas.utils.errors import UserError, run_main
 from hnas.utils.options import Options, parse_options
@@ -52,6 +52,7 @@ def main() -> None:
     start_from_checkpoint(network, options.ckpt_dir)
 
     save_dir = Path(options.save_dir)
+    remove_leftovers(save_dir)
     calibration = calibration_images(options)
     if options.eval_engine == "reference":
         loader = validation_loader(options, images, order)

@@ -156,6 +156,14 @@ def test_variables_before_an_inline_launcher_exist(readme):
         assert names <= set(launcher_variables(launcher)), line
 
 
+@BOTH
+def test_fields_of_the_benchmark_exist(readme):
+    rows = table_after(text_of(readme), "bench_eval fields")
+    fields = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    known = set(re.findall(r'^ +"(\w+)": ', text_of("hnas/tools/bench_eval.py"), re.M))
+    assert fields and set(fields) <= known
+
+
 # --- files
 
 
@@ -172,6 +180,15 @@ def test_paths_of_the_layout_exist(readme):
             folders.append(name)
     assert len(paths) > 30
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@BOTH
+def test_layout_names_every_file(readme):
+    block = code_blocks(text_of(readme).split("<!-- layout -->")[1])[0]
+    named = {line.split()[0] for line in block.splitlines()}
+    files = {path.name for path in (ROOT / "hnas").rglob("*.py")} - {"__init__.py"}
+    files |= {path.name for path in ROOT.glob("*") if path.suffix in (".py", ".sh")}
+    assert files - named == set()
 
 
 @ALL
@@ -197,7 +214,7 @@ def test_both_languages_link_to_each_other_and_give_the_same_commands():
     assert "](README_ch.md)" in english[:200] and "](README.md)" in chinese[:200]
     assert commands(english) == commands(chinese)
     assert english.count("\n## ") == chinese.count("\n## ")
-    for marker in ("launcher variables", "flags without a variable"):
+    for marker in ("launcher variables", "flags without a variable", "bench_eval fields"):
         names = [[row[0] for row in table_after(text, marker)] for text in (english, chinese)]
         assert names[0] == names[1]
 

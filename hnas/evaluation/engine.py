@@ -74,6 +74,13 @@ def evaluate_shared(
         chunk, counts = earlier
         logger.info("continuing after %d of %d images", counts.images, len(images))
     chunk = min(chunk, len(images))
+    if chunk < min(evaluator.calibration_images, len(images)):
+        logger.warning(
+            "every walk carries %d calibration images for %d scored ones: raise chunk_size, or "
+            "lower bn_calibration_images",
+            evaluator.calibration_images,
+            chunk,
+        )
     chunks = -(-len(images) // chunk)
     logger.info(
         "%d architectures, %d images in chunks of %d: %.1f GMAC an image instead of %.1f",
