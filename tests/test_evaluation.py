@@ -16,6 +16,7 @@ from hnas.evaluation.kernels import DygraphKernels, MatmulKernels, window_indice
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator, _Walk
 from hnas.evaluation.tree import PrefixTree, naive_macs
+from hnas.evaluation.weights import Convolution, corner_windows
 from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier
 from hnas.search_space import Architecture
 
@@ -213,12 +214,21 @@ def test_matmul_convolution(height, width, kernel, stride, padding):
     assert window_indices(height, width, kernel, stride, padding).max() <= height * width
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_corner_windows_convolve_tiny_maps(size):
+    x, filters = paddle.randn([3, 5, size, size]), paddle.randn([7, 5, 3, 3])
+    expected = F.conv2d(x, filters, padding=1).transpose([0, 2, 3, 1])
+    windows = corner_windows(filters.transpose([0, 2, 3, 1]), size)
+    found = MatmulKernels().convolve(x.transpose([0, 2, 3, 1]), windows, 1, 1)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
+
+
 def test_the_gpus_layout_computes_the_same():
     """NHWC, as on GPUs, in dygraph on a CPU."""
     plain, last = DygraphKernels(), DygraphKernels(layout="NHWC")
     x, filters, bias = paddle.randn([2, 6, 8, 8]), paddle.randn([6, 6, 3, 3]), paddle.randn([6])
-    conv = (filters, bias.reshape([1, -1, 1, 1]))
-    conv_last = (filters, bias.reshape([1, 1, 1, -1]))
+    conv = Convolution(filters, (bias.reshape([1, -1, 1, 1]),), 0)
+    conv_last = Convolution(filters, (bias.reshape([1, 1, 1, -1]),), 0)
     expected = plain.block(x, conv, conv, 0)
     found = last.block(last.accept(x, plain), conv_last, conv_last, 0)
     np.testing.assert_allclose(plain.accept(found, last).numpy(), expected.numpy(), atol=1e-4)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
-from itertools import cycle, product
 from pathlib import Path
 
 import paddle
 from paddle import inference, nn
+from paddle.base.core import set_num_threads
 from paddle.nn import functional as F  # noqa: N812
 from paddle.static import InputSpec
 
 from hnas.evaluation.kernels import DygraphKernels
-from hnas.evaluation.weights import Convolution
+from hnas.evaluation.weights import Convolution, new_identity
 
-TICK_DIMENSIONS = 8
-_TICK_SHAPES = cycle(product((1, 2, 3), repeat=TICK_DIMENSIONS))
+MARK_DIMENSIONS, MARK_BASE = 8, 5
+
+
+def mark_shape(identity: int) -> list[int]:
+    """A tensor shape for each number; it comes back after 5**8."""
+    return [1 + identity // MARK_BASE**place % MARK_BASE for place in range(MARK_DIMENSIONS)]
 
 
 class InferenceKernels(DygraphKernels):
@@ -35,15 +40,18 @@ class InferenceKernels(DygraphKernels):
         plain = _Definition(calibration)
         parts = 3 if calibration else 2  # tensors of a convolution
 
+        def conv(tensors):
+            return Convolution(tensors[0], tuple(tensors[1:]), 0)
+
         def block(x, *tensors):
-            return plain.block(x, tensors[:parts], tensors[parts:], level=0)
+            return plain.block(x, conv(tensors[:parts]), conv(tensors[parts:]), level=0)
 
         operations = {
-            "stem": (lambda x, *conv: plain.stem(x, conv), 1, [7]),
-            "first1": (lambda x, *conv: plain.first(x, conv, 1), 1, [3]),
-            "first2": (lambda x, *conv: plain.first(x, conv, 2), 1, [3]),
-            "project": (lambda x, *conv: plain.project(x, conv), 1, [1]),
-            "last": (lambda y, shortcut, *conv: plain.last(y, shortcut, conv), 2, [3]),
+            "stem": (lambda x, *w: plain.stem(x, conv(w)), 1, [7]),
+            "first1": (lambda x, *w: plain.first(x, conv(w), 1), 1, [3]),
+            "first2": (lambda x, *w: plain.first(x, conv(w), 2), 1, [3]),
+            "project": (lambda x, *w: plain.project(x, conv(w)), 1, [1]),
+            "last": (lambda y, shortcut, *w: plain.last(y, shortcut, conv(w)), 2, [3]),
             "block0": (block, 1, [3, 3]),
             "block1": (block, 1, [3, 3]),
         }
@@ -54,19 +62,19 @@ class InferenceKernels(DygraphKernels):
             }
 
     def stem(self, x, conv: Convolution):
-        return self._programs["stem"].run(x, *conv)
+        return self._programs["stem"].run([x], conv)
 
     def first(self, x, conv1: Convolution, stride: int):
-        return self._programs[f"first{stride}"].run(x, *conv1)
+        return self._programs[f"first{stride}"].run([x], conv1)
 
     def project(self, x, conv: Convolution):
-        return self._programs["project"].run(x, *conv)
+        return self._programs["project"].run([x], conv)
 
     def last(self, y, shortcut, conv2: Convolution):
-        return self._programs["last"].run(y, shortcut, *conv2)
+        return self._programs["last"].run([y, shortcut], conv2)
 
     def block(self, x, conv1: Convolution, conv2: Convolution, level: int):
-        return self._programs[f"block{level % 2}"].run(x, *conv1, *conv2)
+        return self._programs[f"block{level % 2}"].run([x], conv1, conv2)
 
     def keep(self, x):
         return x.clone()
@@ -80,13 +88,18 @@ class _Definition(DygraphKernels):
         return F.adaptive_avg_pool2d(x, 1).sum(0, keepdim=True) / self.calibration
 
 
+def cpu_threads() -> int:
+    """``OMP_NUM_THREADS``, as everything else in the process uses, or one a core."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
 class Program:
     """One operation, compiled for any batch, width and size.
 
     oneDNN's kernels in Paddle Inference keep re-ordered filters by the shapes of all inputs, and
     would go on using them for other filters of the same shapes, even those of another program.
-    Hence the last input: zeros, of a shape that does not come back for thousands of runs, with a
-    cache of one entry. Every run then re-orders the filters that it is given.
+    Hence the last input: zeros, whose shape stands for the convolutions that are given. The same
+    shapes then mean the same filters. One combination is kept: keeping more gained nothing.
 
     Args:
         function: of activations, then the tensors of one or two convolutions.
@@ -109,7 +122,7 @@ class Program:
         shapes = [[None] * 4] * activations
         for size in kernels:
             shapes += [[None, None, size, size]] + [[1, None, 1, 1]] * (parts - 1)
-        shapes.append([None] * TICK_DIMENSIONS)
+        shapes.append([None] * MARK_DIMENSIONS)
         specs = [InputSpec(s, "float32", f"input{i}") for i, s in enumerate(shapes)]
         layer = paddle.jit.to_static(_Operation(function), input_spec=[specs], full_graph=True)
         paddle.jit.save(layer, str(path))
@@ -120,10 +133,20 @@ class Program:
         config.set_cpu_math_library_num_threads(threads)
         config.disable_glog_info()
         self._predictor = inference.create_predictor(config)
+        self._threads = threads
+        self._marks: dict[tuple[int, ...], list[int]] = {}
 
-    def run(self, *tensors: paddle.Tensor) -> paddle.Tensor:
+    def run(self, activations: list[paddle.Tensor], *convolutions: Convolution) -> paddle.Tensor:
         """The output, valid until the next run."""
-        return self._predictor.run([*tensors, paddle.zeros(next(_TICK_SHAPES))])[0]
+        whose = tuple(convolution.identity for convolution in convolutions)
+        if whose not in self._marks:
+            self._marks[whose] = mark_shape(new_identity())
+        tensors = [part for conv in convolutions for part in (conv.filters, *conv.rest)]
+        mark = paddle.zeros(self._marks[whose])
+        output = self._predictor.run([*activations, *tensors, mark])[0]
+        # A predictor leaves the process with one thread for matrix products.
+        set_num_threads(self._threads)
+        return output
 
 
 class _Operation(nn.Layer):
@@ -134,8 +157,8 @@ class _Operation(nn.Layer):
         self._function = function
 
     def forward(self, tensors):
-        *tensors, bias, tick = tensors
-        return self._function(*tensors, bias + tick.sum())
+        *tensors, bias, mark = tensors
+        return self._function(*tensors, bias + mark.sum())
 
 
 def filters_are_fresh(kernels: InferenceKernels) -> bool:
@@ -144,11 +167,16 @@ def filters_are_fresh(kernels: InferenceKernels) -> bool:
     Relies on no documented promise of Paddle, so it is tried before it is trusted.
     """
     plain = DygraphKernels(kernels.calibration)
+    parts = 2 if kernels.calibration else 1
     x = paddle.randn([kernels.calibration + 2, 16, 4, 4])
     for _ in range(4):
         conv1, conv2 = (
-            (paddle.randn([16, 16, 3, 3]), *(paddle.randn([1, 16, 1, 1]) for _ in rest))
-            for rest in (range(2 if kernels.calibration else 1),) * 2
+            Convolution(
+                paddle.randn([16, 16, 3, 3]),
+                tuple(paddle.randn([1, 16, 1, 1]) for _ in range(parts)),
+                new_identity(),
+            )
+            for _ in range(2)
         )
         expected = plain.block(x, conv1, conv2, 0)
         difference = (kernels.block(x, conv1, conv2, 0) - expected).abs().max()

@@ -55,7 +55,7 @@ class DygraphKernels:
 
     def conv_norm(self, x, convolution: Convolution, stride: int, padding: int):
         """A convolution and its BatchNorm, folded or by the calibration images' statistics."""
-        filters, *rest = convolution
+        filters, rest, _ = convolution
         y = self.convolve(x, filters, stride, padding)
         if not self.calibration:
             return y + rest[0]
@@ -126,6 +126,8 @@ class MatmulKernels(DygraphKernels):
         self._indices: dict[tuple, paddle.Tensor] = {}
 
     def convolve(self, x, filters, stride: int, padding: int):
+        if isinstance(filters, tuple):
+            return self._convolve_corners(x, filters)
         batch, height, width, channels = x.shape
         outputs, kernel = filters.shape[:2]
         key = (height, width, kernel, stride, padding)
@@ -140,6 +142,16 @@ class MatmulKernels(DygraphKernels):
         y = paddle.matmul(columns, filters.reshape([outputs, -1]), transpose_y=True)
         shape = [(size + 2 * padding - kernel) // stride + 1 for size in (height, width)]
         return y.reshape([batch, *shape, outputs])
+
+    def _convolve_corners(self, x, windows):
+        """3x3 convolution of a tiny map: each output by the taps that do not see padding."""
+        batch, height, width, channels = x.shape
+        x = x.reshape([batch, height * width * channels])
+        outputs = [
+            paddle.matmul(x, window.reshape([window.shape[0], -1]), transpose_y=True)
+            for window in windows
+        ]
+        return paddle.stack(outputs, axis=1).reshape([batch, height, width, -1])
 
 
 def window_indices(height: int, width: int, kernel: int, stride: int, padding: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ import paddle
 
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.hits import Counts, count_hits
-from hnas.evaluation.inference import InferenceKernels, filters_are_fresh
+from hnas.evaluation.inference import InferenceKernels, cpu_threads, filters_are_fresh
 from hnas.evaluation.kernels import DygraphKernels, MatmulKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree, feature_sizes
-from hnas.evaluation.weights import SlicedWeights, leading_channels
+from hnas.evaluation.weights import SlicedWeights, filter_size, leading_channels
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture
+from hnas.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,16 @@ class SharedEvaluator:
             tiny = MatmulKernels(number)
         else:
             wide = tiny = DygraphKernels(number, layout="NHWC", amp=self._amp)
+        _, sizes = feature_sizes(image_size)
         rooms = {}
         for kernels in {id(k): k for k in (wide, tiny)}.values():
-            weights = SlicedWeights(network, not number, kernels.filters, kernels.channel_axis)
+            corners = {}
+            if isinstance(kernels, MatmulKernels):
+                corners = {stage: size for stage, size in enumerate(sizes) if size <= 2}
+            weights = SlicedWeights(
+                network, not number, kernels.filters, kernels.channel_axis, corners
+            )
             rooms[id(kernels)] = Room(kernels, weights)
-        _, sizes = feature_sizes(image_size)
         chosen = {stage: tiny if size <= TINY_MAP else wide for stage, size in enumerate(sizes)}
         return {part: rooms[id(kernels)] for part, kernels in {-1: wide, **chosen}.items()}
 
@@ -119,8 +124,8 @@ class SharedEvaluator:
 
 def cpu_kernels(calibration: int) -> DygraphKernels:
     """Paddle Inference with oneDNN, or dygraph where that cannot be trusted, which is logged."""
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    kernels = InferenceKernels(threads, calibration)
+    keep_freed_memory()
+    kernels = InferenceKernels(cpu_threads(), calibration)
     if filters_are_fresh(kernels):
         return kernels
     logger.warning(
@@ -146,7 +151,7 @@ class _Walk:
         room, widest = self._rooms[-1], self._tree.stem_channels
         conv = room.weights.get(("stem",), 3, widest)
         size = (x.shape[2] + 1) // 2
-        self._evaluator.macs += conv[0].size * size * size * len(self._labels)
+        self._evaluator.macs += conv.filters.size * size * size * len(self._labels)
         x = room.kernels.accept(x, _PIXELS)
         stem = self._timed(room.kernels.keep, self._timed(room.kernels.stem, x, conv))
         for channels, low, high in self._tree.roots():
@@ -241,7 +246,9 @@ class _Walk:
 
     def _count(self, room: Room, y, *convolutions) -> None:
         positions = room.kernels.map_size(y) * len(self._labels)
-        self._evaluator.macs += positions * sum(filters.size for filters, *_ in convolutions)
+        self._evaluator.macs += positions * sum(
+            filter_size(filters) for filters, *_ in convolutions
+        )
 
     def _timed(self, operation, *arguments):
         began = time.perf_counter()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle import inference
+from paddle.base.core import set_num_threads
 from paddle.static import InputSpec
 from PIL import Image
 
@@ -30,6 +30,7 @@ from hnas.dataset.transforms import EvalTransform, normalize
 from hnas.evaluation.architecture_file import read_architectures
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages
+from hnas.evaluation.inference import cpu_threads
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import PrefixTree, naive_macs
@@ -106,7 +107,7 @@ def measure(options, space, archs, folder: Path, rng) -> dict:
     limit_s = shared.macs / limit.macs_per_second()
     return {
         "n_images": options.n_images,
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        "threads": cpu_threads(),
         "reference_s": round(reference_s, 3),
         "shared_s": round(shared_s, 3),
         "ratio": round(reference_s / shared_s, 3),
@@ -203,21 +204,24 @@ class Limit:
         config = inference.Config(f"{path}.json", f"{path}.pdiparams")
         config.disable_gpu()
         config.enable_mkldnn()
-        config.set_cpu_math_library_num_threads(
-            int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-        )
+        threads = cpu_threads()
+        config.set_cpu_math_library_num_threads(threads)
         config.disable_glog_info()
         self._predictor = inference.create_predictor(config)
+        self._threads = threads
         self._images = paddle.randn([n_images, 3, image_size, image_size])
         self._macs = space.macs(space.largest(), image_size, num_classes=0) * n_images
         self._seconds: list[float] = []
-        self._predictor.run([self._images])
+        self.run(1)
+        self._seconds.clear()
 
     def run(self, times: int = 5) -> None:
         for _ in range(times):
             began = time.perf_counter()
             self._predictor.run([self._images])
             self._seconds.append(time.perf_counter() - began)
+        # A predictor leaves the process with one thread for matrix products.
+        set_num_threads(self._threads)
 
     def macs_per_second(self) -> float:
         return self._macs / float(np.mean(self._seconds))
