@@ -1,11 +1,25 @@
 """What several test files share."""
 
+import os
+
 import numpy as np
+import pytest
 from hypothesis import settings
 
 # The same examples in every run, and no deadline, since machines are shared.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Indices of image folders go to a folder of the tests', not to the user's."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("XDG_CACHE_HOME")
+    if before is not None:
+        os.environ["XDG_CACHE_HOME"] = before
 
 
 def option_ranks(codes, max_digits):

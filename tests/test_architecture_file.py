@@ -135,7 +135,8 @@ def test_the_type_is_named_in_the_files_terms(write):
 @pytest.mark.parametrize("entry", [None, True, 1, LARGEST, [], [LARGEST], {}, {"acc": 0.5}])
 def test_an_entry_of_the_wrong_form(write, entry):
     message = refusal(write({"good": {"arch": SMALL}, "bad": entry}))
-    assert message == 'FILE: entry \'bad\' is not of the form {"acc": 0.0, "arch": "1252..."}'
+    form = '{"acc": 0.0, "arch": "1252..."}'
+    assert message == f"FILE: entry 2 ('bad') is not of the form {form}"
 
 
 @pytest.mark.parametrize("length", [1, 50, 53, 100_000])

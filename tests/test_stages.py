@@ -26,7 +26,7 @@ STAGE3 = "local_eval.sh"
 
 def launch(script, **variables):
     # Not the caller's variables: one of them may be a launcher's.
-    inherited = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+    inherited = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
     environment = {
         **{name: os.environ[name] for name in inherited if name in os.environ},
         "python": sys.executable,

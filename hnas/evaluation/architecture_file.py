@@ -61,11 +61,12 @@ def _json_entries(path: Path, text: str) -> list[tuple[str, object]]:
         plain = (dict(item) if isinstance(item, _Pairs) else item for item in content)
         return [(f"arch{i}", code) for i, code in enumerate(plain, 1)]
     entries = []
-    for name, value in content:
+    for position, (name, value) in enumerate(content, 1):
         codes = [item for key, item in value if key == "arch"] if isinstance(value, _Pairs) else []
         if len(codes) != 1:
             raise ArchitectureFileError(
-                f'{path}: entry {name!r} is not of the form {{"acc": 0.0, "arch": "1252..."}}'
+                f"{path}: entry {position} ({name!r}) is not of the form "
+                '{"acc": 0.0, "arch": "1252..."}'
             )
         entries.append((name, codes[0]))
     return entries

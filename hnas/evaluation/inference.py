@@ -93,6 +93,24 @@ def cpu_threads() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
+def onednn_predictor(program: str, weights: str, threads: int, cache: int | None = None):
+    """A predictor on CPUs with oneDNN.
+
+    Args:
+        program, weights: files that ``paddle.jit.save`` wrote; no weights: an empty name.
+        threads: of oneDNN.
+        cache: combinations of input shapes whose kernels are kept; None: Paddle's default.
+    """
+    config = inference.Config(program, weights)
+    config.disable_gpu()
+    config.enable_mkldnn()
+    if cache is not None:
+        config.set_mkldnn_cache_capacity(cache)
+    config.set_cpu_math_library_num_threads(threads)
+    config.disable_glog_info()
+    return inference.create_predictor(config)
+
+
 class Program:
     """One operation, compiled for any batch, width and size.
 
@@ -126,13 +144,7 @@ class Program:
         specs = [InputSpec(s, "float32", f"input{i}") for i, s in enumerate(shapes)]
         layer = paddle.jit.to_static(_Operation(function), input_spec=[specs], full_graph=True)
         paddle.jit.save(layer, str(path))
-        config = inference.Config(f"{path}.json", "")
-        config.disable_gpu()
-        config.enable_mkldnn()
-        config.set_mkldnn_cache_capacity(1)
-        config.set_cpu_math_library_num_threads(threads)
-        config.disable_glog_info()
-        self._predictor = inference.create_predictor(config)
+        self._predictor = onednn_predictor(f"{path}.json", "", threads, cache=1)
         self._threads = threads
         self._marks: dict[tuple[int, ...], list[int]] = {}
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddle import inference
 from paddle.base.core import set_num_threads
 from paddle.static import InputSpec
 from PIL import Image
@@ -30,7 +29,7 @@ from hnas.dataset.transforms import EvalTransform, normalize
 from hnas.evaluation.architecture_file import read_architectures
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages
-from hnas.evaluation.inference import cpu_threads
+from hnas.evaluation.inference import cpu_threads, onednn_predictor
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import PrefixTree, naive_macs
@@ -201,14 +200,8 @@ class Limit:
         spec = [InputSpec([None, 3, None, None], "float32", "image")]
         path = str(folder / "largest")
         paddle.jit.save(paddle.jit.to_static(plain, input_spec=spec), path)
-        config = inference.Config(f"{path}.json", f"{path}.pdiparams")
-        config.disable_gpu()
-        config.enable_mkldnn()
-        threads = cpu_threads()
-        config.set_cpu_math_library_num_threads(threads)
-        config.disable_glog_info()
-        self._predictor = inference.create_predictor(config)
-        self._threads = threads
+        self._threads = cpu_threads()
+        self._predictor = onednn_predictor(f"{path}.json", f"{path}.pdiparams", self._threads)
         self._images = paddle.randn([n_images, 3, image_size, image_size])
         self._macs = space.macs(space.largest(), image_size, num_classes=0) * n_images
         self._seconds: list[float] = []
