@@ -106,11 +106,7 @@ def architectures(options: Options, space: SearchSpace) -> dict[str, Architectur
         archs = read_architectures(options.modelarch_file)
         archs = dict(islice(archs.items(), wanted or None))
     elif wanted:
-        rng = np.random.default_rng(options.seed)
-        drawn: dict[Architecture, None] = {}
-        while len(drawn) < wanted:
-            drawn[space.sample(rng)] = None
-        archs = {f"arch{i}": arch for i, arch in enumerate(drawn, 1)}
+        archs = space.sample_distinct(np.random.default_rng(options.seed), wanted)
     else:
         raise UserError("--modelarch_file is missing (or --eval_sample_num N to draw some)")
     for name, arch in archs.items():

@@ -72,7 +72,7 @@ def main() -> None:
     callbacks = []
     if options.eval_freq or not options.train_flag:
         val = validation_loader(options, validation_images(options, images))
-        calibration = calibration_images(options)
+        calibration = calibration_images(options, images)
         extremes = {"largest": space.largest(), "smallest": space.smallest()}
 
         def evaluate() -> dict[str, float]:

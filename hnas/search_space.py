@@ -6,6 +6,7 @@ This is the only module that knows how the digits of a code are laid out; all ot
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -231,13 +232,11 @@ class SearchSpace:
     def macs(self, arch: Architecture, image_size: int = 224, num_classes: int = 1000) -> int:
         """Multiply-accumulates per image: all convolutions and the classifier."""
         plan = self.plan(arch)
-        size = _halve(image_size)
-        total = size * size * 3 * plan.stem * 49
-        size = _halve(size)
-        for _, cin, mid, cout, stride in plan.blocks():
-            size = _halve(size) if stride == 2 else size
+        stem, sizes = feature_sizes(image_size)
+        total = stem * stem * 3 * plan.stem * 49
+        for stage, cin, mid, cout, _ in plan.blocks():
             weights = 9 * cin * mid + 9 * mid * cout + (cin * cout if cin != cout else 0)
-            total += size * size * weights
+            total += sizes[stage] ** 2 * weights
         return total + plan.out_channels * num_classes
 
     def params(self, arch: Architecture, num_classes: int = 1000) -> int:
@@ -280,10 +279,31 @@ class SearchSpace:
             )
         return Architecture(depths, widths[0][0][1], tuple(widths))
 
+    def sample_distinct(
+        self, rng: np.random.Generator, number: int, first: Iterable[Architecture] = ()
+    ) -> dict[str, Architecture]:
+        """``first`` and then uniform draws, none twice, until there are ``number``.
+
+        They are named arch1, arch2, ..., as the organisers name theirs.
+        """
+        drawn = dict.fromkeys(first)
+        while len(drawn) < number:
+            drawn[self.sample(rng)] = None
+        return {f"arch{i}": arch for i, arch in enumerate(drawn, 1)}
+
 
 def _halve(size: int) -> int:
     """Output size of the stride-2 layers here, all padded to ``ceil(size / 2)``."""
     return (size + 1) // 2
+
+
+def feature_sizes(image_size: int) -> tuple[int, list[int]]:
+    """Height of the stem's convolution and of the four stages' feature maps."""
+    stem = _halve(image_size)
+    sizes = [_halve(stem)]
+    for _ in STAGE_STRIDES[1:]:
+        sizes.append(_halve(sizes[-1]))
+    return stem, sizes
 
 
 def choice_probabilities(options: int, tilt: float) -> np.ndarray:

@@ -45,7 +45,7 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def select(self, indices: np.ndarray) -> ImageList:
+    def select(self, indices: list[int] | np.ndarray) -> ImageList:
         """The images at ``indices``, in that order."""
         paths = tuple(self.paths[index] for index in indices)
         return ImageList(self.folder, self.classes, paths, self.labels[indices])
@@ -167,12 +167,10 @@ def _leave_out_bad(images: ImageList, bad: dict[Path, str], bad_images: str) -> 
         )
     logger.warning("left out %d of %d images of %s", len(bad), len(images), images.folder)
     kept = [index for index, path in enumerate(images.paths) if path not in bad]
-    labels = images.labels[kept]
-    for label in set(range(len(images.classes))) - set(labels.tolist()):
+    left = images.select(kept)
+    for label in set(range(len(images.classes))) - set(left.labels.tolist()):
         raise DataError(f"no image of class {images.classes[label]!r} can be decoded")
-    return ImageList(
-        images.folder, images.classes, tuple(images.paths[index] for index in kept), labels
-    )
+    return left
 
 
 def check_same_classes(train: ImageList, val: ImageList) -> None:

@@ -16,9 +16,9 @@ from hnas.evaluation.images import DecodedImages
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.state import estimates, load_state, save_state
-from hnas.evaluation.tree import feature_sizes
+from hnas.evaluation.tree import naive_macs
 from hnas.models.elastic import ElasticResNet
-from hnas.search_space import Architecture, SearchSpace
+from hnas.search_space import Architecture, SearchSpace, feature_sizes
 from hnas.utils.errors import UserError
 from hnas.utils.memory import available_bytes, peak_gib
 
@@ -88,7 +88,7 @@ def evaluate_shared(
         len(images),
         chunk,
         evaluator.tree.macs(size) / 1e9,
-        sum(network.space.macs(arch, size, 0) for arch in archs.values()) / 1e9,
+        naive_macs(network.space, archs.values(), size) / 1e9,
     )
     while counts.images < len(images):
         began = time.perf_counter()
@@ -189,8 +189,7 @@ def choose_chunk(space: SearchSpace, image_size: int, calibration: int) -> int:
         free = properties.total_memory - paddle.device.cuda.memory_allocated()
     stem, sizes = feature_sizes(image_size)
     floats = 2 * stem * stem * space.base_channels[0]
-    for _, cin, mid, cout, stride in space.plan(space.largest()).blocks():
-        stage = space.base_channels.index(cout)
-        floats += 3 * sizes[stage] ** 2 * max(mid, cout) + (stride > 1) * cin
+    for stage, _, mid, cout, _ in space.plan(space.largest()).blocks():
+        floats += 3 * sizes[stage] ** 2 * max(mid, cout)
     images = int(free / 4 / (4 * floats)) - calibration
     return max(1, min(MAX_CHUNK, images))

@@ -14,10 +14,10 @@ from hnas.dataset.transforms import normalize
 from hnas.evaluation.hits import Counts, count_hits
 from hnas.evaluation.inference import InferenceKernels, cpu_threads, filters_are_fresh
 from hnas.evaluation.kernels import DygraphKernels, MatmulKernels
-from hnas.evaluation.tree import Group, Node, PrefixTree, feature_sizes
+from hnas.evaluation.tree import Group, Node, PrefixTree
 from hnas.evaluation.weights import SlicedWeights, filter_size, leading_channels
 from hnas.models.elastic import ElasticResNet
-from hnas.search_space import Architecture
+from hnas.search_space import Architecture, feature_sizes
 from hnas.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,13 @@ slice of the same convolution at a larger one, and so is a second convolution wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from hnas.search_space import MAX_DEPTHS, Architecture, SearchSpace
+from hnas.search_space import MAX_DEPTHS, Architecture, SearchSpace, feature_sizes
 
 END = 0
 _FIELD = 1 << 16
@@ -158,18 +158,16 @@ class PrefixTree:
         for start, stop in zip(starts[:-1], starts[1:], strict=True):
             yield values[start], low + start, low + stop
 
-    def nodes(self) -> Iterator[tuple[Node, int]]:
-        """Every node with its stage's index (-1 after the stem), depth first."""
-        pending = [
-            (self.node(low, high, 0, channels), 0, -1) for channels, low, high in self.roots()
-        ]
+    def nodes(self) -> Iterator[Node]:
+        """Every node, depth first."""
+        pending = [(self.node(low, high, 0, channels), 0) for channels, low, high in self.roots()]
         while pending:
-            node, level, stage = pending.pop()
-            yield node, stage
+            node, level = pending.pop()
+            yield node
             for group in node.groups:
                 for child in group.children:
                     below = self.node(child.low, child.high, level + 1, child.cout)
-                    pending.append((below, level + 1, group.stage))
+                    pending.append((below, level + 1))
 
     def macs(self, image_size: int) -> int:
         """Multiply-accumulates an image that one walk over the tree executes.
@@ -178,7 +176,7 @@ class PrefixTree:
         """
         stem, sizes = feature_sizes(image_size)
         total = stem * stem * 3 * 49 * self.stem_channels
-        for node, _ in self.nodes():
+        for node in self.nodes():
             total += sum(group.macs(sizes[group.stage]) for group in node.groups)
         return total
 
@@ -189,15 +187,6 @@ def _positions(plan) -> Iterator[tuple[int, int, int, int]]:
             yield stage, block, mid, cout
 
 
-def feature_sizes(image_size: int) -> tuple[int, list[int]]:
-    """Height of the stem's convolution and of the four stages' feature maps."""
-    stem = (image_size + 1) // 2
-    sizes = [(stem + 1) // 2]
-    for _ in range(3):
-        sizes.append((sizes[-1] + 1) // 2)
-    return stem, sizes
-
-
-def naive_macs(space: SearchSpace, archs: Sequence[Architecture], image_size: int) -> int:
+def naive_macs(space: SearchSpace, archs: Iterable[Architecture], image_size: int) -> int:
     """Multiply-accumulates an image of evaluating each on its own, heads not counted."""
     return sum(space.macs(arch, image_size, num_classes=0) for arch in archs)

@@ -27,10 +27,7 @@ def main(argv=None) -> None:
 
     space = search_space("resnet48", options.sample_space)
     rng = np.random.default_rng(options.seed)
-    drawn = {space.largest(): None, space.smallest(): None}
-    while len(drawn) < options.number:
-        drawn[space.sample(rng)] = None
-    archs = {f"arch{i}": arch for i, arch in enumerate(drawn, 1)}
+    archs = space.sample_distinct(rng, options.number, (space.largest(), space.smallest()))
     write_json(options.output, submission(archs, [0.0] * len(archs)))
 
 

@@ -84,8 +84,10 @@ def training_loader(options: Options, images: ImageList, transform: Callable) ->
     return EpochLoader(dataset, options.batch_size, options.num_workers)
 
 
-def calibration_images(options: Options) -> paddle.Tensor | None:
+def calibration_images(options: Options, images: ImageList | None = None) -> paddle.Tensor | None:
     """``bn_calibration_images`` training images, uint8 [N, 3, H, W], drawn by the seed.
+
+    ``images`` is the training split, where it was scanned already.
 
     Raises:
         DataError: the training split holds fewer.
@@ -93,7 +95,7 @@ def calibration_images(options: Options) -> paddle.Tensor | None:
     number = options.bn_calibration_images
     if not number:
         return None
-    images = training_images(options)
+    images = images or training_images(options)
     if number > len(images):
         raise DataError(f"--bn_calibration_images {number}, but {images.folder} has {len(images)}")
     chosen = np.random.default_rng(options.seed).permutation(len(images))[:number]
