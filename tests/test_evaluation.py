@@ -21,7 +21,7 @@ from hnas.evaluation.kernels import (
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator, _Walk
 from hnas.evaluation.tree import PrefixTree, naive_macs
-from hnas.evaluation.weights import Convolution, SlicedWeights, leading_part
+from hnas.evaluation.weights import Convolution, SlicedWeights, leading_channels
 from hnas.evaluation.winograd import WinogradKernels
 from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier
 from hnas.search_space import Architecture
@@ -236,10 +236,9 @@ def test_winograd_convolution_of_any_width(size, inputs, outputs):
     kernels = WinogradKernels(DygraphKernels())
     x, filters = paddle.randn([5, inputs, size, size]), paddle.randn([7, 6, 3, 3])
     form = kernels.form(size, stride=1)
-    arranged = form.arrange(filters)
-    lengths = list(arranged.shape)
-    lengths[form.inputs], lengths[form.outputs] = inputs, outputs
-    found = kernels.convolve(x.transpose([2, 3, 0, 1]), leading_part(arranged, lengths), 1, 1)
+    arranged = leading_channels(form.arrange(filters), inputs, form.inputs)
+    arranged = leading_channels(arranged, outputs, form.outputs)
+    found = kernels.convolve(x.transpose([2, 3, 0, 1]), arranged, 1, 1)
     expected = F.conv2d(x, filters[:outputs, :inputs], padding=1)
     np.testing.assert_allclose(found.transpose([2, 3, 0, 1]).numpy(), expected.numpy(), atol=2e-5)
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
-import numpy as np
 import paddle
-from paddle.utils.dlpack import from_dlpack
 
 from hnas.models.elastic import ElasticResNet
 
@@ -105,13 +103,11 @@ class SlicedWeights:
 
     def _slice(self, name: tuple, whole: paddle.Tensor, form: Form, cin: int, cout: int):
         """A slice of one tensor; of its leading axis it is a view, else a copy that is kept."""
-        lengths = list(whole.shape)
-        lengths[form.inputs] = cin
+        # One axis after the other: Paddle copies a slice of two axes element by element.
+        narrow = self._slices.get((*name, cin), whole, cin, form.inputs)
         if form.outputs == 0:
-            narrow = self._slices.get((*name, cin), whole, lengths)
             return narrow[:cout] if cout < narrow.shape[0] else narrow
-        lengths[form.outputs] = cout
-        return self._slices.get((*name, cin, cout), whole, lengths)
+        return self._slices.get((*name, cin, cout), narrow, cout, form.outputs)
 
     @paddle.no_grad()
     def _prepare(self, key: tuple) -> tuple:
@@ -143,29 +139,19 @@ class _LatestSlices:
         self._used = 0
         self._parts: OrderedDict[tuple, paddle.Tensor] = OrderedDict()
 
-    def get(self, key: tuple, whole: paddle.Tensor, lengths: list[int]) -> paddle.Tensor:
-        """The leading part of ``whole``, which is what ``key`` stands for."""
-        if whole.shape == lengths:
+    def get(self, key: tuple, whole: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:
+        """The leading ``channels`` of ``whole``, which is what ``key`` stands for."""
+        if whole.shape[axis] == channels:
             return whole
         if key in self._parts:
             self._parts.move_to_end(key)
             return self._parts[key]
-        self._parts[key] = part = leading_part(whole, lengths)
+        self._parts[key] = part = leading_channels(whole, channels, axis)
         self._used += part.size * part.element_size()
         while self._used > self._capacity and len(self._parts) > 1:
             _, oldest = self._parts.popitem(last=False)
             self._used -= oldest.size * oldest.element_size()
         return part
-
-
-def leading_part(x: paddle.Tensor, lengths: list[int]) -> paddle.Tensor:
-    """The first elements of ``x`` along each axis, contiguous."""
-    part = tuple(slice(0, length) for length in lengths)
-    axes = sum(length < whole for length, whole in zip(lengths, x.shape, strict=True))
-    if axes > 1 and x.place.is_cpu_place():
-        # NumPy copies rows, Paddle single elements if two axes are cut.
-        return from_dlpack(np.ascontiguousarray(np.from_dlpack(x)[part]))
-    return x[part].contiguous()
 
 
 def leading_channels(x: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:
