@@ -16,6 +16,8 @@ from hnas.evaluation.ranking import none_if_nan, pearson
 from hnas.search_space import RATIOS, Architecture
 
 STAGES = range(4)
+PERCENT_OF_DIGIT = tuple(round(100 * ratio) for ratio in RATIOS)
+"""Width digits 1 to 7 in percent of the full width."""
 DISCRETE = tuple(f"{kind} {stage + 1}" for kind in ("depth", "output width") for stage in STAGES)
 """Choices of few options, each of which many architectures share."""
 
@@ -27,17 +29,20 @@ def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
     (both in percent of the full width). The output width is that of the stage's last block; in
     what a supernet can hold, all blocks and, in stage 1, the stem share it.
     """
-    percent = {digit: round(100 * ratio) for digit, ratio in enumerate(RATIOS, 1)}
     found = {}
     for s in STAGES:
         found[f"depth {s + 1}"] = [arch.depths[s] for arch in archs]
     for s in STAGES:
-        found[f"output width {s + 1}"] = [percent[arch.widths[s][-1][1]] for arch in archs]
+        found[f"output width {s + 1}"] = [_percent(arch.widths[s][-1][1]) for arch in archs]
     for s in STAGES:
         found[f"inner width {s + 1}"] = [
-            np.mean([percent[inner] for inner, _ in arch.widths[s]]) for arch in archs
+            np.mean([_percent(inner) for inner, _ in arch.widths[s]]) for arch in archs
         ]
     return {name: np.array(values, np.float64) for name, values in found.items()}
+
+
+def _percent(digit: int) -> int:
+    return PERCENT_OF_DIGIT[digit - 1]
 
 
 def by_option(values: np.ndarray, errors: np.ndarray) -> list[dict]:

@@ -6,6 +6,8 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from hnas.evaluation.breakdown import PERCENT_OF_DIGIT
+
 NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman", "abs_pearson": "|Pearson|"}
 MINUS = "\N{MINUS SIGN}"
 
@@ -23,7 +25,8 @@ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e6e
 th { font-weight: 600; color: #3c4452; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.code { font-family: ui-monospace, monospace; font-size: .82rem; text-align: left; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; }
+.row { display: flex; flex-wrap: wrap; gap: 0 2rem; }
+.row > div { flex: 1 1 18rem; }
 .wide { overflow-x: auto; }
 figure { margin: .5rem 0; flex: 1 1 26rem; }
 img { max-width: 100%; height: auto; }
@@ -85,8 +88,10 @@ def number(value: float | None, digits: int = 3, sign: str = "") -> str:
 
 
 def option_label(choice: str, option: float) -> str:
-    """An option as people say it: blocks of a depth, percent of a width."""
-    return f"{option:g} blocks" if choice.startswith("depth") else f"{option:g} %"
+    """An option as people say it: blocks of a depth, percent and digit of a width."""
+    if choice.startswith("depth"):
+        return f"{option:g} blocks"
+    return f"{option:g} % (digit {PERCENT_OF_DIGIT.index(option) + 1})"
 
 
 def _correlations(report: Mapping) -> str:

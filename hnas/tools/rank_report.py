@@ -125,7 +125,7 @@ def analyse(matched: Matched, seed: int = 0, resamples: int = RESAMPLES) -> dict
         "resamples": resamples,
         "seed": seed,
         "correlations": found,
-        "top_k": [asdict(row) for row in best],
+        "top_k": [{**asdict(row), "regret": round(row.regret, 6)} for row in best],
         "mean_absolute_rank_error": float(np.abs(errors).mean()),
         "by_option": {name: by_option(chosen[name], errors) for name in DISCRETE},
         "attribution": {
