@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from hnas.evaluation.ranking import mean_ranks
 
 DPI = 120
-BLUE, ORANGE, GREY = "#2563a8", "#d9662b", "#8a8f98"
+BLUE, ORANGE, GREY, DARK = "#2563a8", "#d9662b", "#8a8f98", "#3c4452"
 DENSE = 3000
 """More points than this overlap so much that their density is shown instead."""
 
@@ -35,16 +35,28 @@ def rank_plot(pred: np.ndarray, gt: np.ndarray, share: float = 0.1) -> bytes:
     true, predicted = (count + 1 - mean_ranks(values) for values in (gt, pred))
     figure, axes = _square()
     edge = count * share + 0.5
-    axes.axhspan(0.5, edge, color=ORANGE, alpha=0.12, lw=0, label=f"predicted best {share:.0%}")
-    axes.axvspan(0.5, edge, color=BLUE, alpha=0.12, lw=0, label=f"truly best {share:.0%}")
-    axes.plot([1, count], [1, count], color=GREY, lw=1, ls="--", label="perfect ranking")
+    bands = (
+        (axes.axhspan, axes.axhline, ORANGE, "predicted"),
+        (axes.axvspan, axes.axvline, BLUE, "truly"),
+    )
+    for fill, line, color, what in bands:
+        fill(0.5, edge, color=color, alpha=0.12, lw=0, label=f"{what} best {share:.0%}")
+        line(edge, color=color, lw=1, zorder=4)
+    axes.plot([1, count], [1, count], color=DARK, lw=1, ls="--", zorder=4, label="perfect ranking")
     _points(figure, axes, true, predicted)
     axes.set_xlim(0.5, count + 0.5)
     axes.set_ylim(0.5, count + 0.5)
     axes.set_aspect("equal")
     axes.set_xlabel("true rank (1 is the best)")
     axes.set_ylabel("predicted rank (1 is the best)")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    axes.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        columnspacing=1,
+    )
     return _png(figure)
 
 
@@ -97,7 +109,9 @@ def _style(axes) -> None:
 def _points(figure: Figure, axes, x: np.ndarray, y: np.ndarray) -> None:
     if len(x) > DENSE:
         cells = axes.hexbin(x, y, gridsize=60, bins="log", mincnt=1, cmap="Blues", linewidths=0.1)
-        figure.colorbar(cells, ax=axes, label="architectures in a cell", shrink=0.7)
+        bar = figure.colorbar(cells, ax=axes, shrink=0.7, format="%d")
+        bar.set_label("architectures in a cell", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
     else:
         size, alpha = (22, 0.75) if len(x) <= 300 else (8, 0.45)
         axes.scatter(x, y, s=size, alpha=alpha, color=BLUE, linewidths=0, zorder=3)
