@@ -38,10 +38,15 @@ def start(options: Options) -> None:
     paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
     if options.amp != "O0" and paddle.get_device() == "cpu":
         raise UserError(f"--amp {options.amp} needs a GPU; on CPUs stage 3 runs in float32")
-    random.seed(options.seed)
-    np.random.seed(options.seed)
-    paddle.seed(options.seed)
+    seed_generators(options.seed)
     logger.info("device %s, seed %d", paddle.get_device(), options.seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and Paddle's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    paddle.seed(seed)
 
 
 def space_of(options: Options) -> SearchSpace:

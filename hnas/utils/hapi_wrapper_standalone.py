@@ -1,0 +1,35 @@
+"""The step of a network that is trained alone, on ``paddle.Model``'s conventions."""
+
+from __future__ import annotations
+
+from paddle import nn
+from paddle.nn import functional as F  # noqa: N812
+
+from hnas.dataset.transforms import normalize
+from hnas.utils.hapi_wrapper import SupernetModel
+
+
+class StandaloneModel(SupernetModel):
+    """One plain network, taught by labels; nothing to activate.
+
+    Args:
+        network: float images [N, 3, H, W] to logits [N, classes].
+        code: of its architecture, for log lines.
+    """
+
+    def __init__(self, network: nn.Layer, code: str):
+        super().__init__(network)
+        self.code = code
+
+    def train_batch(self, inputs, labels=None, update=True) -> dict:
+        """One step of cross-entropy on uint8 images [N, 3, H, W] and labels [N]."""
+        images, labels = inputs
+        self.network.train()
+        logits = self.network(normalize(images))
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.clear_grad()
+        loss = loss.detach()
+        hits = (logits.argmax(axis=1) == labels).astype("float32").mean()
+        return {"loss": loss, "top1": hits, "arch": self.code, "parts": [(self.code, loss)]}
