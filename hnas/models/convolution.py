@@ -28,9 +28,7 @@ class PlainConv2D(nn.Conv2D):
 
     def forward(self, x):
         if self.onednn and onednn_takes(x):
-            return onednn_conv2d(
-                x, self.weight, self._out_channels, self._stride[0], self._padding
-            )
+            return onednn_conv2d(x, self.weight, self._out_channels, self._stride[0], self._padding)
         return super().forward(x)
 
 

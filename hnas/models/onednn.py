@@ -83,9 +83,7 @@ class Library:
         arguments = len(shape), _dimensions(shape), FLOAT32
         if strides is None:
             return self.make("dnnl_memory_desc_create_with_tag", *arguments, ANY_FORMAT)
-        return self.make(
-            "dnnl_memory_desc_create_with_strides", *arguments, _dimensions(strides)
-        )
+        return self.make("dnnl_memory_desc_create_with_strides", *arguments, _dimensions(strides))
 
     def size(self, description) -> int:
         """Bytes that a memory descriptor needs."""
@@ -180,9 +178,8 @@ class Convolution:
     def __init__(self, shape: Shape):
         self.shape = shape
         lib = self._lib = library()
-        (n, cin, h, w), (_, cout, out_h, out_w) = shape.x, shape.y
         kernel = shape.weight[2]
-        part = (cout, cin, kernel, kernel)
+        part = (shape.channels, shape.x[1], kernel, kernel)
         x, y = (lib.description(s, _channels_last(s)) for s in (shape.x, shape.y))
         x_plain, y_plain = (lib.description(s, _dense(s)) for s in (shape.x, shape.y))
         # A slice of the whole weight: its strides are the whole's.
