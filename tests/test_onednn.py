@@ -107,7 +107,7 @@ def test_a_supernet_computes_the_same_with_both():
     teacher.eval()
     before = teacher(images).numpy()
     assert use_onednn(teacher) and teacher.stem.conv.onednn
-    np.testing.assert_allclose(teacher(images).numpy(), before, atol=1e-4)
+    np.testing.assert_allclose(teacher(images).numpy(), before, atol=1e-5 * np.abs(before).max())
 
 
 def test_other_precisions_stay_with_paddle():
@@ -132,7 +132,7 @@ def test_a_library_that_differs_is_not_used(monkeypatch, caplog):
 
 
 def test_a_refused_call_is_an_error():
-    with pytest.raises(onednn.OneDNNError, match="convolution_forward"):
+    with pytest.raises(onednn.OneDNNError, match="returned"):
         onednn.Convolution(onednn.Shape((1, 3, 4, 4), (8, 3, 9, 9), 8, 1, 0))
 
 

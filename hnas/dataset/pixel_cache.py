@@ -13,6 +13,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -83,7 +84,7 @@ class PixelCache:
             logger.warning("%s is damaged: decoding the images again", self.path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             logger.warning("%s cannot be used (%s): decoding again", self._table_path, error)
         return None
 

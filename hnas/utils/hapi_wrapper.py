@@ -154,7 +154,7 @@ class DistillationModel(SupernetModel):
         if self.teacher is None:
             return None
         with self.update.autocast():
-            return F.softmax(self.teacher(images).astype("float32"))
+            return F.softmax(self.teacher(images))
 
 
 def distillation_loss(logits, labels, targets) -> paddle.Tensor:
