@@ -37,6 +37,7 @@ from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 from hnas.utils.updates import Update
 
 OURS, STRAIGHTFORWARD, PLAIN = "ours", "straightforward", "plain"
+CALM_SCALE = 0.2
 PASSES = 2  # of stage one: an image is a query in both
 
 
@@ -86,6 +87,17 @@ class PlainSteps:
         return {"loss": loss}
 
 
+@paddle.no_grad()
+def calm(network) -> None:
+    """Scale the last BatchNorm of every block down, as trained networks have it.
+
+    With scales of 1 untrained blocks magnify differences of rounding some ten times a step, until
+    loss curves of the same computation have nothing in common.
+    """
+    for block in network.active_blocks():
+        block.bn2.weight.scale_(CALM_SCALE)
+
+
 class Loop:
     """A model and its loader."""
 
@@ -119,6 +131,8 @@ class Loop:
                 settings.backbone, settings.num_classes, space, queue_size=settings.queue_size
             )
             kind = StraightforwardContrast if straight else ContrastiveModel
+            calm(network.backbone)
+            network.reset_key_encoder()
             model = kind(network, LargestSampler(space))
             if self.kind == PLAIN:
                 return PlainSteps(settings, network.backbone, [space.largest()] * PASSES)
@@ -126,6 +140,8 @@ class Loop:
             network = build_classifier(settings.backbone, settings.num_classes, space)
             teacher = build_classifier(settings.backbone, settings.num_classes, space, False)
             kind = StraightforwardDistillation if straight else DistillationModel
+            calm(network)
+            calm(teacher)
             model = kind(network, teacher, sampler, settings.subnetworks)
             if self.kind == PLAIN:
                 archs = [sampler.sample(0, 0, i) for i in range(settings.subnetworks)]

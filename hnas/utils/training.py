@@ -120,13 +120,14 @@ def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=(
         DivergedError: the loss is not finite.
     """
     log = TrainLogger(options.log_freq)
+    if options.visualdl_dir:
+        callbacks = [*callbacks, VisualDLWriter(options.visualdl_dir, options.log_freq)]
     run = describe_run(options, loader)
     start = resume(model, options, log, run)
     logger.info("training from epoch %d step %d", start[0] + 1, start[1] + 1)
     with StopSignals() as stop:
         saver = Checkpoints(options, log, stop, run)
-        more = [VisualDLWriter(options.visualdl_dir, options.log_freq)] * bool(options.visualdl_dir)
-        model.fit(loader, options.max_epoch, [log, saver, *more, *callbacks], start)
+        model.fit(loader, options.max_epoch, [log, saver, *callbacks], start)
     if is_chief():
         # Also when nothing was left to train: a kill may have come just before either.
         write_json(Path(options.save_dir) / "history.json", log.history())
