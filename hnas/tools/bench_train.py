@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from hnas.utils.errors import UserError, run_main
-from hnas.utils.options import OneLineParser, whole_number
+from hnas.utils.options import OneLineParser, read_bool, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def main(argv=None) -> None:
     parser.add_argument("--num_workers", type=whole_number(0), default=2, help="of the loaders")
     parser.add_argument("--num_classes", type=whole_number(2), default=1000)
     parser.add_argument("--threads", type=whole_number(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--loader_only", type=read_bool, default=False, help="loaders, dry")
     parser.add_argument("--seed", type=whole_number(0), default=0)
     options = parser.parse_args(argv)
     results = []
@@ -154,50 +155,60 @@ def describe(options, stage: int) -> dict:
 
 def compare(options, stage: int, workers: dict[str, Worker]) -> dict:
     """The stage's figures."""
-    result = {}
-    if options.curve_steps:
-        ours, other = (
-            np.array(workers[kind].ask("curve", options.curve_steps)["losses"])
-            for kind in LOOPS[:2]
-        )
-        result["curve_steps"] = options.curve_steps
-        result["largest_relative_loss_difference"] = float(f"{np.abs(ours / other - 1).max():.2g}")
-        result["first_and_last_loss"] = [round(ours[0], 4), round(ours[-1], 4)]
-    forwards = options.batch_size * (2 if stage == 1 else options.subnetworks)
+    result = {} if options.loader_only else compare_curves(options, workers)
     turns = {kind: [] for kind in LOOPS}
     loads = {kind: [] for kind in LOOPS[:2]}
-    for worker in workers.values():
-        worker.ask("run", 2)
     for number in range(options.rounds):
-        for kind, worker in workers.items():
-            turns[kind].append(worker.ask("run", options.steps))
+        if not options.loader_only:
+            for kind, worker in workers.items():
+                if not number:
+                    worker.ask("run", 2)
+                turns[kind].append(worker.ask("run", options.steps))
+            said = ", ".join(f"{kind} {turns[kind][-1]['seconds']:.2f} s" for kind in LOOPS)
+            logger.info("stage %d round %d/%d: %s", stage, number + 1, options.rounds, said)
         for kind in loads:
             loads[kind].append(workers[kind].ask("load", options.steps)["seconds"])
-        speeds = [f"{kind} {turns[kind][-1]['seconds']:.2f} s" for kind in LOOPS]
-        logger.info(
-            "stage %d round %d/%d: %s", stage, number + 1, options.rounds, ", ".join(speeds)
-        )
+    if not options.loader_only:
+        result |= compare_turns(options, stage, turns)
+    for kind, times in loads.items():
+        rate = options.batch_size * options.steps * options.rounds / sum(times)
+        result[f"{kind}_loader_images_per_s"] = round(rate)
+    return result
+
+
+def compare_curves(options, workers: dict[str, Worker]) -> dict:
+    """How far the losses of both loops are apart."""
+    if not options.curve_steps:
+        return {}
+    ours, other = (
+        np.array(workers[kind].ask("curve", options.curve_steps)["losses"]) for kind in LOOPS[:2]
+    )
+    return {
+        "curve_steps": options.curve_steps,
+        "largest_relative_loss_difference": float(f"{np.abs(ours / other - 1).max():.2g}"),
+        "first_and_last_loss": [round(ours[0], 4), round(ours[-1], 4)],
+    }
+
+
+def compare_turns(options, stage: int, turns: dict[str, list[dict]]) -> dict:
+    """Speeds, their ratios, and where our time goes."""
+    forwards = options.batch_size * (2 if stage == 1 else options.subnetworks)
     seconds = {kind: sum(turn["seconds"] for turn in turns[kind]) for kind in LOOPS}
-    for kind in LOOPS:
-        rate = forwards * options.steps * options.rounds / seconds[kind]
-        result[f"{kind}_sample_forwards_per_s"] = round(rate, 1)
-    ratios = [
-        b["seconds"] / a["seconds"]
-        for a, b in zip(turns["ours"], turns["straightforward"], strict=True)
-    ]
-    result["ratio"] = round(seconds["straightforward"] / seconds["ours"], 2)
-    result["ratio_of_rounds"] = [round(min(ratios), 2), round(max(ratios), 2)]
-    result["share_of_limit"] = round(seconds["plain"] / seconds["ours"], 2)
+    rates = {kind: forwards * options.steps * options.rounds / seconds[kind] for kind in LOOPS}
+    pairs = zip(turns["ours"], turns["straightforward"], strict=True)
+    ratios = [other["seconds"] / ours["seconds"] for ours, other in pairs]
     shares = {
         name: sum(turn[name] for turn in turns["ours"]) / seconds["ours"]
         for name in ("data", "backward", "optimizer")
     }
     shares["forward"] = 1 - sum(shares.values())
-    result["ours_shares"] = {name: round(share, 3) for name, share in sorted(shares.items())}
-    for kind, times in loads.items():
-        rate = options.batch_size * options.steps * options.rounds / sum(times)
-        result[f"{kind}_loader_images_per_s"] = round(rate)
-    return result
+    return {
+        **{f"{kind}_sample_forwards_per_s": round(rate, 1) for kind, rate in rates.items()},
+        "ratio": round(seconds["straightforward"] / seconds["ours"], 2),
+        "ratio_of_rounds": [round(min(ratios), 2), round(max(ratios), 2)],
+        "share_of_limit": round(seconds["plain"] / seconds["ours"], 2),
+        "ours_shares": {name: round(share, 3) for name, share in sorted(shares.items())},
+    }
 
 
 if __name__ == "__main__":
