@@ -24,13 +24,19 @@ key_momentum=${key_momentum:-0.999}
 temperature=${temperature:-0.2}
 crop_scale_min=${crop_scale_min:-0.2}
 flip_prob=${flip_prob:-0.5}
-use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in memory
+amp=${amp:-O0}                                                  # O1: mixed precision on GPUs
+accumulate=${accumulate:-1}                                     # parts of a batch
+clip_norm=${clip_norm:-0}                                       # of all gradients; 0: any
+use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in a file
+storage_size=${storage_size:-0}                                 # px of it; 0: 8/7 of image_size
+cache_dir=${cache_dir:-None}                                    # its folder; None: ~/.cache/pinas
 num_workers=${num_workers:-8}
 save_freq=${save_freq:-1}                                       # epochs
 save_steps=${save_steps:-500}                                   # steps; 0: at epochs' ends only
 keep=${keep:-0}                                                 # epochs besides the first; 0: all
 bad_images=${bad_images:-fatal}                                 # or skip
 log_freq=${log_freq:-50}                                        # steps
+visualdl_dir=${visualdl_dir:-None}                              # folder of curves
 resume=${resume:-None}                                          # a folder, or auto
 seed=${seed:-0}
 device=${device:-auto}
@@ -49,7 +55,9 @@ exec "$python" -u train_supernet_pinas_stage1.py run \
     --queue_size "$queue_size" --key_momentum "$key_momentum" --temperature "$temperature" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
     --pretrained "$pretrained" --image_dir "$image_dir" --save_dir_new "$save_dir" \
-    --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
+    --amp "$amp" --accumulate "$accumulate" --clip_norm "$clip_norm" \
+    --use_tensor_dataset "$use_tensor_dataset" --storage_size "$storage_size" \
+    --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
     --bad_images "$bad_images" --log_freq "$log_freq" --resume "$resume" --seed "$seed" \
     --device "$device" "$@"

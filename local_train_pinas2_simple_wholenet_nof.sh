@@ -26,7 +26,12 @@ use_loss_expand=${use_loss_expand:-False}                       # losses weighte
 crop_scale_min=${crop_scale_min:-0.08}
 flip_prob=${flip_prob:-0.5}
 bn_calibration_images=${bn_calibration_images:-0}               # 0: running statistics
-use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in memory
+amp=${amp:-O0}                                                  # O1: mixed precision on GPUs
+accumulate=${accumulate:-1}                                     # parts of a batch
+clip_norm=${clip_norm:-0}                                       # of all gradients; 0: any
+use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in a file
+storage_size=${storage_size:-0}                                 # px of it; 0: 8/7 of image_size
+cache_dir=${cache_dir:-None}                                    # its folder; None: ~/.cache/pinas
 num_workers=${num_workers:-8}
 save_freq=${save_freq:-1}                                       # epochs
 save_steps=${save_steps:-500}                                   # steps; 0: at epochs' ends only
@@ -34,6 +39,7 @@ keep=${keep:-0}                                                 # epochs besides
 bad_images=${bad_images:-fatal}                                 # or skip
 eval_freq=${eval_freq:-1}                                       # epochs; 0: never
 log_freq=${log_freq:-50}                                        # steps
+visualdl_dir=${visualdl_dir:-None}                              # folder of curves
 resume=${resume:-None}                                          # a folder, or auto
 train_flag=${train_flag:-True}                                  # False: evaluate only
 seed=${seed:-0}
@@ -54,7 +60,9 @@ exec "$python" -u train_supernet_pinas_stage2_simple.py run \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
     --pretrained "$pretrained" --use_ckpt "$use_ckpt" --ckpt_dir "$ckpt_dir" \
     --image_dir "$image_dir" --save_dir "$save_dir" \
-    --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
+    --amp "$amp" --accumulate "$accumulate" --clip_norm "$clip_norm" \
+    --use_tensor_dataset "$use_tensor_dataset" --storage_size "$storage_size" \
+    --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
     --bad_images "$bad_images" --eval_freq "$eval_freq" --log_freq "$log_freq" \
     --resume "$resume" --train_flag "$train_flag" --seed "$seed" --device "$device" "$@"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import paddle
@@ -29,18 +30,27 @@ class ImageDataset(Dataset):
 
     Args:
         images: what to load.
-        transform: called with a PIL image and a generator.
+        transform: called with a PIL image and a generator; its method ``batch``, if there is one,
+            with lists of both, and then giving the same arrays, stacked.
         seed: of the augmentations.
         in_memory: decode every image once, now, and keep the pixels (uint8, full size).
+        pixels: decoded images [H, W, 3] to take instead of the files.
     """
 
-    def __init__(self, images: ImageList, transform: Callable, seed: int, in_memory: bool = False):
+    def __init__(
+        self,
+        images: ImageList,
+        transform: Callable,
+        seed: int,
+        in_memory: bool = False,
+        pixels: Sequence[np.ndarray] | None = None,
+    ):
         super().__init__()
         self.images = images
         self.transform = transform
         self.seed = seed
         self.epoch = 0
-        self._pixels = None
+        self._pixels = pixels
         if in_memory:
             with tqdm(images.paths, desc=f"decoding {images.folder}", unit="image") as paths:
                 self._pixels = [np.asarray(decode_image(path)) for path in paths]
@@ -49,14 +59,31 @@ class ImageDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int):
-        rng = np.random.default_rng((self.seed, self.epoch, index))
+        arrays = self.transform(self.image(index), self.generator(index))
+        return (*_as_tuple(arrays), self.images.labels[index])
+
+    def image(self, index: int) -> Image.Image:
+        """The image before its transform."""
         if self._pixels is None:
-            image = decode_image(self.images.paths[index])
-        else:
-            image = Image.fromarray(self._pixels[index])
-        arrays = self.transform(image, rng)
-        arrays = arrays if isinstance(arrays, tuple) else (arrays,)
-        return (*arrays, self.images.labels[index])
+            return decode_image(self.images.paths[index])
+        return Image.fromarray(self._pixels[index])
+
+    def generator(self, index: int) -> np.random.Generator:
+        """What the image's transform draws from in this epoch."""
+        return np.random.default_rng((self.seed, self.epoch, int(index)))
+
+    def load(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """The items at ``indices``, each of their parts stacked."""
+        if not hasattr(self.transform, "batch"):
+            items = [self[index] for index in indices]
+            return [np.stack(part) for part in zip(*items, strict=True)]
+        images = [self.image(index) for index in indices]
+        arrays = self.transform.batch(images, [self.generator(index) for index in indices])
+        return [*_as_tuple(arrays), self.images.labels[indices]]
+
+
+def _as_tuple(value) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
 
 
 class EpochLoader:
@@ -113,7 +140,7 @@ class EvalLoader:
 
 
 def load_batches(
-    dataset: Dataset, batches: Sequence[np.ndarray], num_workers: int
+    dataset: ImageDataset, batches: Sequence[np.ndarray], num_workers: int
 ) -> Iterator[list[paddle.Tensor]]:
     """Yield the items of each batch of indices, stacked, in order.
 
@@ -125,13 +152,13 @@ def load_batches(
     """
     if not num_workers:
         for batch in batches:
-            yield [paddle.to_tensor(part) for part in stack_items(map(dataset.__getitem__, batch))]
+            yield [paddle.to_tensor(part) for part in dataset.load(batch)]
         return
     sampler = _FixedBatches(batches)
     loader = DataLoader(
-        _ErrorsAsItems(dataset),
+        _Indices(len(dataset)),
         batch_sampler=sampler,
-        collate_fn=stack_items,
+        collate_fn=functools.partial(_load_or_message, dataset),
         num_workers=num_workers,
         worker_init_fn=_obey_main_only,
     )
@@ -149,29 +176,29 @@ def load_batches(
             raise
 
 
-def stack_items(items: Iterable) -> list[np.ndarray]:
-    """The parts of all items, each stacked; or, of a failed item, its message as bytes."""
-    items = list(items)
-    for item in items:
-        if isinstance(item, DataError):
-            return [np.frombuffer(str(item).encode(), dtype=np.uint8)]
-    return [np.stack(part) for part in zip(*items, strict=True)]
+def _load_or_message(dataset: ImageDataset, indices: list[int]) -> list[np.ndarray]:
+    """A worker's batch; or, of a failed one, the message as bytes.
+
+    Paddle would end in a traceback.
+    """
+    try:
+        return dataset.load(indices)
+    except DataError as error:
+        return [np.frombuffer(str(error).encode(), dtype=np.uint8)]
 
 
-class _ErrorsAsItems(Dataset):
-    """Hands a worker's errors to the main process, where Paddle would end in a traceback."""
+class _Indices(Dataset):
+    """What Paddle's loader takes for images: whole batches are read where they are collated."""
 
-    def __init__(self, dataset):
-        self._dataset = dataset
+    def __init__(self, number: int):
+        super().__init__()
+        self._number = number
 
     def __len__(self):
-        return len(self._dataset)
+        return self._number
 
     def __getitem__(self, index):
-        try:
-            return self._dataset[index]
-        except DataError as error:
-            return error
+        return index
 
 
 class _FixedBatches(BatchSampler):

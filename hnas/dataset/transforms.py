@@ -1,5 +1,6 @@
 """Augmentations of single images. Each takes a PIL image and a generator, so that what is done
-to an image depends on the generator's seed only, and gives uint8 [3, H, W]."""
+to an image depends on the generator's seed only, and gives uint8 [3, H, W]. Those of training have
+a method ``batch`` that takes lists of both and gives the same for all, uint8 [N, 3, H, W]."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 from PIL import Image, ImageEnhance, ImageFilter
+
+from hnas.dataset.batch_transforms import HUE, Draws, finish_batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -70,6 +73,23 @@ def color_jitter(image, rng, strength: float = 0.4, hue: float = 0.1):
     return image
 
 
+def draw_jitter(rng, strength: float = 0.4, hue: float = 0.1) -> list[tuple[int, float]]:
+    """What :func:`color_jitter` draws."""
+    return [
+        (
+            int(step),
+            rng.uniform(-hue, hue) if step == HUE else rng.uniform(1 - strength, 1 + strength),
+        )
+        for step in rng.permutation(4)
+    ]
+
+
+def crop_batch(images, rngs, size: int, scale_min: float) -> np.ndarray:
+    """Random resized crops of PIL images as uint8 [N, size, size, 3]."""
+    pairs = zip(images, rngs, strict=True)
+    return np.stack([random_resized_crop(image, rng, size, scale_min) for image, rng in pairs])
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """Random resized crop and flip: stage two's input, and stage one's weaker view."""
@@ -81,6 +101,11 @@ class TrainTransform:
     def __call__(self, image, rng) -> np.ndarray:
         image = random_resized_crop(image, rng, self.size, self.scale_min)
         return to_array(random_flip(image, rng, self.flip))
+
+    def batch(self, images, rngs) -> np.ndarray:
+        crops = crop_batch(images, rngs, self.size, self.scale_min)
+        draws = [Draws([], False, 0.0, rng.random() < self.flip) for rng in rngs]
+        return finish_batch(crops, draws)
 
 
 @dataclass(frozen=True)
@@ -102,6 +127,17 @@ class StrongTransform:
             radius = rng.uniform(0.1, 2.0) * self.size / 224
             image = image.filter(ImageFilter.GaussianBlur(radius))
         return to_array(random_flip(image, rng, self.flip))
+
+    def batch(self, images, rngs) -> np.ndarray:
+        crops = crop_batch(images, rngs, self.size, self.scale_min)
+        return finish_batch(crops, [self._draw(rng) for rng in rngs])
+
+    def _draw(self, rng) -> Draws:
+        """What a call draws after its crop, in the same order."""
+        jitter = draw_jitter(rng) if rng.random() < 0.8 else []
+        grey = rng.random() < 0.2
+        radius = rng.uniform(0.1, 2.0) * self.size / 224 if rng.random() < 0.5 else 0.0
+        return Draws(jitter, grey, radius, rng.random() < self.flip)
 
 
 @dataclass(frozen=True)
@@ -129,3 +165,6 @@ class TwoViews:
 
     def __call__(self, image, rng) -> tuple[np.ndarray, np.ndarray]:
         return self.first(image, rng), self.second(image, rng)
+
+    def batch(self, images, rngs) -> tuple[np.ndarray, np.ndarray]:
+        return self.first.batch(images, rngs), self.second.batch(images, rngs)

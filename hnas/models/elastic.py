@@ -6,9 +6,10 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
 from paddleslim.nas.ofa.convert_super import supernet
-from paddleslim.nas.ofa.layers import SuperBatchNorm2D
+from paddleslim.nas.ofa.layers import SuperBatchNorm2D, SuperConv2D
 from paddleslim.nas.ofa.layers_base import Block
 
+from hnas.models.convolution import onednn_conv2d, onednn_takes
 from hnas.models.resnet import ResNet
 from hnas.search_space import RATIOS, Architecture, SearchSpace
 
@@ -54,6 +55,8 @@ class ElasticResNet(ResNet):
     are named as in :class:`ResNet` with PaddleSlim's ``.fn`` before the last part of the
     convolutions' and the classifier's names.
     """
+
+    onednn = False
 
     def __init__(self, space: SearchSpace, num_classes: int = 1000):
         super().__init__(space.shared_plan(space.largest()), num_classes)
@@ -101,7 +104,10 @@ class ElasticResNet(ResNet):
 
     def layers_forward(self, block: Block, x: paddle.Tensor) -> paddle.Tensor:
         """Run an elastic layer at the active width; PaddleSlim's blocks call this."""
-        return block.fn(x, channel=self._channels[block.key])
+        layer, channels = block.fn, self._channels[block.key]
+        if self.onednn and isinstance(layer, SuperConv2D) and onednn_takes(x):
+            return onednn_conv2d(x, layer.weight, channels, layer._stride[0], layer._padding)
+        return layer(x, channel=channels)
 
     @paddle.no_grad()
     def extract(self, arch: Architecture) -> ResNet:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import paddle
 from paddle import nn
 
+from hnas.models.convolution import PlainConv2D
 from hnas.search_space import ChannelPlan
 
 
 def conv_bn(cin: int, cout: int, kernel: int, stride: int) -> tuple[nn.Conv2D, nn.BatchNorm2D]:
     """A convolution without bias, padded to keep the size at stride 1, and its BatchNorm."""
     init = nn.initializer.KaimingNormal(fan_in=kernel * kernel * cout)
-    conv = nn.Conv2D(
+    conv = PlainConv2D(
         cin,
         cout,
         kernel,

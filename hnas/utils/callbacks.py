@@ -212,6 +212,7 @@ class Checkpoints(Callback):
             "step": step,
             "losses": losses,
             "generators": generators_state(),
+            "scaler": self.model.update.state(),
             "run": self.run,
         }
         try:

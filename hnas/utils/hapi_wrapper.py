@@ -18,6 +18,7 @@ from hnas.evaluation.calibration import calibrated
 from hnas.search_space import Architecture
 from hnas.utils.errors import UserError
 from hnas.utils.SampleMethod import Sampler
+from hnas.utils.updates import Update
 
 
 class SupernetModel(paddle.Model):
@@ -31,6 +32,12 @@ class SupernetModel(paddle.Model):
 
     epoch = 0
     step = 0
+    update: Update | None = None
+
+    def prepare(self, optimizer=None, *arguments, update: Update | None = None, **more):
+        """As in ``paddle.Model``; ``update`` says how to step if not plainly."""
+        super().prepare(optimizer, *arguments, **more)
+        self.update = update or Update(optimizer)
 
     def fit(
         self,
@@ -118,25 +125,36 @@ class DistillationModel(SupernetModel):
     def train_batch(self, inputs, labels=None, update=True) -> dict:
         """One step. The gradients of the sub-networks add up, as in Once-for-all's training."""
         images, labels = inputs
-        images = normalize(images)
         self.network.train()
-        with paddle.no_grad():
-            targets = None if self.teacher is None else F.softmax(self.teacher(images))
         archs = [self.sampler.sample(self.epoch, self.step, i) for i in range(self.subnetworks)]
-        parts = []
-        for arch, weight in zip(archs, self.loss_weight(archs), strict=True):
-            self.network.activate(arch)
-            logits = self.network(images)
-            loss = float(weight) * distillation_loss(logits, labels, targets)
-            loss.backward()
-            parts.append((arch.code, loss.detach()))
-        self._optimizer.step()
-        # Not to zero: a block that no sub-network of a step ran must be left alone whether or not
-        # an earlier step ran it, or a resumed run would differ.
-        self._optimizer.clear_grad(set_to_zero=False)
-        hits = (logits.argmax(axis=1) == labels).astype("float32").mean()
-        loss = sum(loss for _, loss in parts) / len(parts)
-        return {"loss": loss, "top1": hits, "arch": archs[-1].code, "parts": parts}
+        weights = self.loss_weight(archs)
+        losses, hits = [0.0] * len(archs), 0.0
+        for part, answers in self.update.parts(normalize(images), labels):
+            targets = self.teach(part)
+            for index, (arch, weight) in enumerate(zip(archs, weights, strict=True)):
+                self.network.activate(arch)
+                with self.update.autocast():
+                    logits = self.network(part)
+                    loss = float(weight) * distillation_loss(logits, answers, targets)
+                self.update.backward(loss)
+                losses[index] += loss.detach() / self.update.accumulate
+            hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
+        self.update.step()
+        codes = [arch.code for arch in archs]
+        return {
+            "loss": sum(losses) / len(losses),
+            "top1": hits / labels.shape[0],
+            "arch": codes[-1],
+            "parts": list(zip(codes, losses, strict=True)),
+        }
+
+    @paddle.no_grad()
+    def teach(self, images) -> paddle.Tensor | None:
+        """The teacher's probabilities [N, C], if there is one: once for all sub-networks."""
+        if self.teacher is None:
+            return None
+        with self.update.autocast():
+            return F.softmax(self.teacher(images))
 
 
 def distillation_loss(logits, labels, targets) -> paddle.Tensor:
@@ -173,11 +191,17 @@ def learning_rate(
     return paddle.optimizer.lr.LambdaDecay(base * total_batch / 256, factor)
 
 
-def momentum_optimizer(network: nn.Layer, schedule, momentum: float, weight_decay: float):
-    """Momentum SGD on the parameters that train."""
+def momentum_optimizer(
+    network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
+):
+    """Momentum SGD on the parameters that train.
+
+    ``clip_norm`` is the largest norm of all gradients together; 0: any.
+    """
     return paddle.optimizer.Momentum(
         schedule,
         momentum,
         parameters=[p for p in network.parameters() if not p.stop_gradient],
         weight_decay=paddle.regularizer.L2Decay(weight_decay),
+        grad_clip=nn.ClipGradByGlobalNorm(clip_norm) if clip_norm else None,
     )

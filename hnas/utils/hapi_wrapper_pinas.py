@@ -37,19 +37,26 @@ class ContrastiveModel(SupernetModel):
 
     def train_batch(self, inputs, labels=None, update=True) -> dict:
         """One step: update the key encoder, contrast both passes, step, enqueue the keys."""
-        view_a, view_b = (normalize(view) for view in inputs[:2])
         self.network.train()
         self.network.update_key_encoder()
-        parts, hits, keys = [], 0.0, 0.0
-        for path_a, path_b in self.paths():
-            output = self.network(view_a, view_b, path_a, path_b)
-            (output.loss / self.pairs).backward()
-            parts.append((path_a.code, output.loss.detach()))
-            hits = hits + output.accuracy / self.pairs
-            keys = keys + output.keys
-        self._optimizer.step()
-        # Not to zero, for the same reason as in stage two.
-        self._optimizer.clear_grad(set_to_zero=False)
-        self.network.enqueue(F.normalize(keys, axis=1))
-        loss = sum(loss for _, loss in parts) / self.pairs
-        return {"loss": loss, "top1": hits, "arch": path_a.code, "parts": parts}
+        paths = self.paths()
+        losses, hits, keys = [0.0] * len(paths), 0.0, []
+        for views in self.update.parts(*(normalize(view) for view in inputs[:2])):
+            found = 0.0
+            for index, pair in enumerate(paths):
+                with self.update.autocast():
+                    output = self.network(*views, *pair)
+                self.update.backward(output.loss / self.pairs)
+                losses[index] += output.loss.detach() / self.update.accumulate
+                hits += output.accuracy / self.pairs / self.update.accumulate
+                found += output.keys
+            keys.append(found)
+        self.update.step()
+        self.network.enqueue(F.normalize(paddle.concat(keys), axis=1))
+        codes = [path_a.code for path_a, _ in paths]
+        return {
+            "loss": sum(losses) / self.pairs,
+            "top1": hits,
+            "arch": codes[-1],
+            "parts": list(zip(codes, losses, strict=True)),
+        }

@@ -25,11 +25,14 @@ class StandaloneModel(SupernetModel):
         """One step of cross-entropy on uint8 images [N, 3, H, W] and labels [N]."""
         images, labels = inputs
         self.network.train()
-        logits = self.network(normalize(images))
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        self._optimizer.step()
-        self._optimizer.clear_grad()
-        loss = loss.detach()
-        hits = (logits.argmax(axis=1) == labels).astype("float32").mean()
-        return {"loss": loss, "top1": hits, "arch": self.code, "parts": [(self.code, loss)]}
+        loss, hits = 0.0, 0.0
+        for part, answers in self.update.parts(normalize(images), labels):
+            with self.update.autocast():
+                logits = self.network(part)
+                part_loss = F.cross_entropy(logits, answers)
+            self.update.backward(part_loss)
+            loss += part_loss.detach() / self.update.accumulate
+            hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
+        self.update.step()
+        top1 = hits / labels.shape[0]
+        return {"loss": loss, "top1": top1, "arch": self.code, "parts": [(self.code, loss)]}

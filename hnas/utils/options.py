@@ -97,7 +97,9 @@ class Options:
         0, "training images to re-calibrate BatchNorm with when evaluating", "images", "23", low=0
     )
     num_workers: int = _flag(8, "loader processes; 0: load in the main one", "processes", low=0)
-    use_tensor_dataset: bool = _flag(False, "decode all images once and keep them in memory")
+    use_tensor_dataset: bool = _flag(
+        False, "decode all images once; training keeps them in a file, evaluation in memory"
+    )
     verify_images: bool = _flag(
         False, "decode every image before the start and list those that cannot be"
     )
@@ -141,7 +143,24 @@ class Options:
     cache_gb: float = _flag(
         8.0, "most memory for decoded images; more go to a file in save_dir", "GiB", "3", low=0
     )
-    amp: str = _flag("O0", "mixed precision on GPUs: O0 (none), O1 or O2", "name", "3")
+    amp: str = _flag(
+        "O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 O2", "name", "0123"
+    )
+    accumulate: int = _flag(
+        1, "parts that a batch is split into, one after the other, to save memory", "", "012", low=1
+    )
+    clip_norm: float = _flag(0.0, "largest norm of all gradients; 0: any", "", "012", low=0)
+    channels_last: bool = _flag(
+        False, "let Paddle choose NHWC where it is faster; GPUs only", "", "012"
+    )
+    onednn: bool = _flag(True, "training's convolutions by oneDNN on CPUs, if it works", "", "012")
+    storage_size: int = _flag(
+        0, "shorter side of cached images; 0: 8/7 of image_size", "px", "012", low=0
+    )
+    cache_dir: str = _flag(
+        "", "where the images of use_tensor_dataset are kept; none: ~/.cache/pinas", "folder", "012"
+    )
+    visualdl_dir: str = _flag("", "write curves for VisualDL to it", "folder", "012")
     eval_sample_num: int = _flag(
         0,
         "score the first N architectures of the file, or draw N without one; 0: the whole file",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -17,6 +18,7 @@ from hnas.dataset.image_folder import (
     scan_images,
 )
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
+from hnas.dataset.pixel_cache import PixelCache
 from hnas.dataset.transforms import EvalTransform
 from hnas.models.registry import search_space
 from hnas.search_space import SearchSpace
@@ -37,7 +39,9 @@ def start(options: Options) -> None:
         raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
     paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
     if options.amp != "O0" and paddle.get_device() == "cpu":
-        raise UserError(f"--amp {options.amp} needs a GPU; on CPUs stage 3 runs in float32")
+        raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
+    if options.channels_last and paddle.get_device() == "cpu":
+        raise UserError("--channels_last True needs a GPU; on CPUs see --onednn")
     seed_generators(options.seed)
     logger.info("device %s, seed %d", paddle.get_device(), options.seed)
 
@@ -84,8 +88,12 @@ def validation_images(options: Options, train: ImageList | None = None) -> Image
 
 
 def training_loader(options: Options, images: ImageList, transform: Callable) -> EpochLoader:
-    """Shuffled, augmented batches of ``images``."""
-    dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
+    """Shuffled, augmented batches of ``images``, decoded once if ``use_tensor_dataset`` says so."""
+    pixels = None
+    if options.use_tensor_dataset:
+        size = options.storage_size or round(options.image_size * 256 / 224)
+        pixels = PixelCache(images, size, Path(options.cache_dir) if options.cache_dir else None)
+    dataset = ImageDataset(images, transform, options.seed, pixels=pixels)
     return EpochLoader(dataset, options.batch_size, options.num_workers)
 
 

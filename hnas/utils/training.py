@@ -6,10 +6,12 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import paddle
 from paddle import nn
 
 from hnas.dataset.loader import EpochLoader
 from hnas.evaluation.architecture_file import write_json
+from hnas.models.convolution import use_onednn
 from hnas.models.registry import build_classifier
 from hnas.models.resnet import ResNet
 from hnas.utils.callbacks import Checkpoints, TrainLogger, is_chief
@@ -24,10 +26,13 @@ from hnas.utils.checkpoint import (
     read_weights,
     write_state,
 )
+from hnas.utils.errors import UserError
 from hnas.utils.generators import restore_generators
 from hnas.utils.hapi_wrapper import SupernetModel, learning_rate, momentum_optimizer
 from hnas.utils.options import Options
 from hnas.utils.stopping import StopSignals
+from hnas.utils.updates import Update
+from hnas.utils.visualdl_writer import VisualDLWriter
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +41,8 @@ logger = logging.getLogger(__name__)
 NEUTRAL_FLAGS = frozenset((
     "save_dir", "save_dir_new", "save_freq", "save_steps", "keep", "log_freq", "eval_freq",
     "bn_calibration_images", "resume", "train_flag", "image_dir", "pretrained", "use_ckpt",
-    "ckpt_dir", "num_workers", "use_tensor_dataset", "device", "verify_images", "bad_images",
-    "modelarch_file",
+    "ckpt_dir", "num_workers", "device", "verify_images", "bad_images", "cache_dir",
+    "visualdl_dir", "modelarch_file",
 ))
 # fmt: on
 # What decides which images a step of an epoch sees.
@@ -74,15 +79,34 @@ def start_from_checkpoint(supernet: nn.Layer, path: str) -> None:
 
 
 def prepare(model: SupernetModel, options: Options, steps_per_epoch: int, **more) -> None:
-    """``paddle.Model.prepare`` with the recipe's optimizer and learning rate."""
+    """``paddle.Model.prepare`` with the recipe's optimizer and learning rate.
+
+    Raises:
+        UserError: the batch cannot be split as ``--accumulate`` says, or ``--amp O2``.
+    """
+    if options.batch_size % options.accumulate:
+        raise UserError(
+            f"--batch_size {options.batch_size} is not a multiple of "
+            f"--accumulate {options.accumulate}"
+        )
+    if options.amp == "O2":
+        raise UserError("--amp O2 is for stage 3; train with O1, which keeps float32 weights")
     schedule = learning_rate(
         options.lr,
         options.batch_size,
         options.warmup * steps_per_epoch,
         options.max_epoch * steps_per_epoch,
     )
-    optimizer = momentum_optimizer(model.network, schedule, options.momentum, options.weight_decay)
-    model.prepare(optimizer, **more)
+    optimizer = momentum_optimizer(
+        model.network, schedule, options.momentum, options.weight_decay, options.clip_norm
+    )
+    if options.onednn:
+        teacher = getattr(model, "teacher", None)
+        use_onednn(model.network, *([teacher] if teacher is not None else []))
+    if options.channels_last:
+        paddle.incubate.autotune.set_config({"layout": {"enable": True}})
+    update = Update(optimizer, options.accumulate, options.amp)
+    model.prepare(optimizer, update=update, **more)
 
 
 def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=()) -> None:
@@ -96,6 +120,8 @@ def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=(
         DivergedError: the loss is not finite.
     """
     log = TrainLogger(options.log_freq)
+    if options.visualdl_dir:
+        callbacks = [*callbacks, VisualDLWriter(options.visualdl_dir, options.log_freq)]
     run = describe_run(options, loader)
     start = resume(model, options, log, run)
     logger.info("training from epoch %d step %d", start[0] + 1, start[1] + 1)
@@ -145,6 +171,7 @@ def resume(model: SupernetModel, options: Options, log: TrainLogger, run: dict) 
     try:
         log.restore(progress["losses"])
         restore_generators(progress["generators"])
+        model.update.restore(progress.get("scaler", {}))
         epoch, step = int(progress["epoch"]), int(progress["step"])
         changed = [key for key in run if progress["run"].get(key, run[key]) != run[key]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

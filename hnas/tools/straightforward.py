@@ -1,0 +1,83 @@
+"""The training loops that `bench_train` measures against, as public code writes them.
+
+PaddleSlim's own layers and Paddle's own operators; the teacher runs again for every sub-network;
+the momentum encoder is updated parameter by parameter; every loss is fetched in its step; images
+are decoded and augmented one by one in the loader. Only what would make it another computation is
+as in the real loops: gradients are cleared, not set to zero.
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle import nn
+from paddle.nn import functional as F  # noqa: N812
+from paddleslim.nas.ofa.layers import SuperBatchNorm2D
+
+from hnas.dataset.transforms import normalize
+from hnas.models.elastic import ElasticBatchNorm2D
+from hnas.utils.hapi_wrapper import DistillationModel, distillation_loss
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+
+
+def with_paddleslim_norms(layer: nn.Layer) -> nn.Layer:
+    """Replace this project's BatchNorm by PaddleSlim's, which it mends (never trained after eval).
+
+    In a network that is only trained both compute the same.
+    """
+    for name, child in list(layer.named_children()):
+        if isinstance(child, ElasticBatchNorm2D):
+            norm = SuperBatchNorm2D(
+                child.weight.shape[0], momentum=child._momentum, epsilon=child._epsilon
+            )
+            norm.set_state_dict(child.state_dict())
+            for own, other in zip(norm.parameters(), child.parameters(), strict=True):
+                own.stop_gradient = other.stop_gradient
+            setattr(layer, name, norm)
+        else:
+            with_paddleslim_norms(child)
+    return layer
+
+
+class StraightforwardDistillation(DistillationModel):
+    """Stage two."""
+
+    def train_batch(self, inputs, labels=None, update=True) -> dict:
+        images, labels = inputs
+        images = normalize(images)
+        self.network.train()
+        losses = []
+        for index in range(self.subnetworks):
+            arch = self.sampler.sample(self.epoch, self.step, index)
+            self.network.activate(arch)
+            with paddle.no_grad():
+                targets = F.softmax(self.teacher(images))
+            logits = self.network(images)
+            loss = distillation_loss(logits, labels, targets)
+            loss.backward()
+            losses.append(loss.item())
+        accuracy = (logits.argmax(axis=1) == labels).astype("float32").mean().item()
+        self._optimizer.step()
+        self._optimizer.clear_grad(set_to_zero=False)
+        return {"loss": sum(losses) / len(losses), "top1": accuracy}
+
+
+class StraightforwardContrast(ContrastiveModel):
+    """Stage one."""
+
+    def train_batch(self, inputs, labels=None, update=True) -> dict:
+        network = self.network
+        view_a, view_b = (normalize(view) for view in inputs[:2])
+        network.train()
+        with paddle.no_grad():
+            momentum = network.key_momentum
+            pairs = zip(network.key_parameters(), network.query_parameters(), strict=True)
+            for key, query in pairs:
+                key.set_value(key * momentum + query * (1 - momentum))
+        [(path_a, path_b)] = self.paths()
+        output = network(view_a, view_b, path_a, path_b)
+        output.loss.backward()
+        logs = {"loss": output.loss.item(), "top1": output.accuracy.item()}
+        self._optimizer.step()
+        self._optimizer.clear_grad(set_to_zero=False)
+        network.enqueue(F.normalize(output.keys, axis=1))
+        return logs

@@ -1,0 +1,120 @@
+"""Accumulation and clipping against whole batches and numpy."""
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from hnas.models.registry import RESNET48_MINI, build_classifier
+from hnas.utils.errors import UserError
+from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.options import Options
+from hnas.utils.SampleMethod import LargestSampler, RandomSampler
+from hnas.utils.training import prepare
+from hnas.utils.updates import Update
+from hnas.utils.visualdl_writer import VisualDLWriter
+
+
+def distillation(accumulate):
+    paddle.seed(0)
+    network = build_classifier("resnet48_mini", 10)
+    teacher = build_classifier("resnet48_mini", 10, elastic=False)
+    model = DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 1), 2)
+    optimizer = momentum_optimizer(network, 0.01, 0.9, 1e-4)
+    model.prepare(optimizer, update=Update(optimizer, accumulate))
+    return model
+
+
+def contrastive(accumulate):
+    paddle.seed(0)
+    network = build_classifier("resnet48pinasv2_mini", 10, queue_size=16)
+    model = ContrastiveModel(network, LargestSampler(RESNET48_MINI))
+    optimizer = momentum_optimizer(network, 0.01, 0.9, 1e-4)
+    model.prepare(optimizer, update=Update(optimizer, accumulate))
+    return model
+
+
+@pytest.mark.parametrize("build", [distillation, contrastive])
+def test_accumulated_parts_equal_the_whole_batch(build):
+    """Without batch statistics, which differ: BatchNorm is kept at its running ones."""
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+    second = np.arange(8) if build is distillation else images[::-1].copy()
+    logs, states = [], []
+    for accumulate in (1, 4):
+        model = build(accumulate)
+        model.network.train = model.network.eval
+        logs.append(model.train_batch([paddle.to_tensor(images), paddle.to_tensor(second)]))
+        states.append({n: t.numpy().copy() for n, t in model.network.state_dict().items()})
+    for key in ("loss", "top1"):
+        assert float(logs[0][key]) == pytest.approx(float(logs[1][key]), rel=1e-5)
+    assert logs[0]["arch"] == logs[1]["arch"]
+    for (code, whole), (other, parts) in zip(logs[0]["parts"], logs[1]["parts"], strict=True):
+        assert code == other and float(whole) == pytest.approx(float(parts), rel=1e-5)
+    for name, value in states[0].items():
+        np.testing.assert_allclose(states[1][name], value, atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0])
+def test_clipped_step_is_that_of_numpy(limit):
+    paddle.seed(3)
+    layer = nn.Linear(4, 3)
+    before = [p.numpy().copy() for p in layer.parameters()]
+    update = Update(momentum_optimizer(layer, 0.1, 0.0, 0.0, clip_norm=limit))
+    x = paddle.randn([5, 4])
+    update.backward((layer(x) ** 2).sum())
+    gradients = [p.grad.numpy().copy() for p in layer.parameters()]
+    update.step()
+    norm = np.sqrt(sum((g.astype(float) ** 2).sum() for g in gradients))
+    assert 0.5 < norm < 100
+    factor = min(1.0, limit / norm)
+    for tensor, old, gradient in zip(layer.parameters(), before, gradients, strict=True):
+        np.testing.assert_allclose(tensor.numpy(), old - 0.1 * factor * gradient, rtol=1e-5)
+        assert tensor.grad is None
+
+
+def test_batches_that_cannot_be_split_are_refused():
+    update = Update(None, accumulate=3)
+    with pytest.raises(UserError, match="batch of 8 .* 3"):
+        update.parts(paddle.zeros([8, 2]))
+    with pytest.raises(UserError, match="--accumulate 3"):
+        prepare(distillation(1), Options(batch_size=8, accumulate=3), 10)
+
+
+def test_training_in_half_precision_only_is_refused():
+    with pytest.raises(UserError, match="O1"):
+        prepare(distillation(1), Options(batch_size=8, amp="O2"), 10)
+
+
+def test_visualdl_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "visualdl", None)
+    with pytest.raises(UserError, match="pip install visualdl"):
+        VisualDLWriter("curves", 1)
+
+
+def test_visualdl_gets_a_point_every_log_freq_steps(monkeypatch):
+    points = []
+
+    class Writer:
+        def __init__(self, folder):
+            points.append(folder)
+
+        def add_scalar(self, tag, value, step):
+            points.append((tag, value, step))
+
+        def close(self):
+            points.append("closed")
+
+    module = type("visualdl", (), {"LogWriter": Writer})
+    monkeypatch.setitem(__import__("sys").modules, "visualdl", module)
+    writer = VisualDLWriter("curves", 2)
+    writer.set_params({"epochs": 2, "steps": 3, "batch_size": 4})
+    for epoch in range(2):
+        writer.on_epoch_begin(epoch)
+        for step in range(3):
+            writer.on_train_batch_end(step, {"loss": epoch * 10.0 + step, "top1": 0.5, "lr": 0.1})
+    writer.on_train_end()
+    losses = [point[1:] for point in points if point[0] == "train/loss"]
+    assert losses == [(1.0, 2), (11.0, 5)]
+    assert points[0] == "curves" and points[-1] == "closed"
