@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnas.evaluation import architecture_file
-from hnas.evaluation.architecture_file import read_architectures, submission, write_json
+from hnas.evaluation.architecture_file import (
+    read_accuracies,
+    read_architectures,
+    submission,
+    write_json,
+)
 from hnas.search_space import Architecture
 from hnas.utils.errors import UserError
 
@@ -32,10 +37,10 @@ def write(tmp_path):
     return write_content
 
 
-def refusal(path):
+def refusal(path, read=read_architectures):
     """The one line that a user is told."""
     with pytest.raises(UserError) as error:
-        read_architectures(path)
+        read(path)
     message = str(error.value)
     assert len(message.splitlines()) == 1 and str(path) in message
     return message.replace(str(path), "FILE")
@@ -299,3 +304,42 @@ def test_a_path_that_cannot_exist_is_a_user_error(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         write_json(tmp_path / name, {})
+
+
+# --- accuracies
+
+
+def test_accuracies_come_with_their_architectures(write):
+    values = [0, 71.5, 1e-3]
+    content = {
+        name: {"se": 1, "acc": value, "arch": code}
+        for name, value, code in zip("abc", values, CODES, strict=True)
+    }
+    archs, accuracies = read_accuracies(write(content))
+    assert archs == read_architectures(write(content))
+    assert accuracies.dtype == "float64" and accuracies.tolist() == values
+
+
+@pytest.mark.parametrize(
+    "value", ["null", "true", '"0.5"', "NaN", "Infinity", "-1e999", "1" + "0" * 400, "[1]", "{}"]
+)
+def test_an_accuracy_that_is_not_a_number(write, value):
+    good = f'"good": {{"acc": 0.5, "arch": "{SMALL}"}}'
+    path = write(f'{{{good}, "bad": {{"acc": {value}, "arch": "{LARGEST}"}}}}')
+    message = refusal(path, read_accuracies)
+    assert message.startswith("FILE: entry 2 ('bad'): \"acc\" is ")
+    assert message.endswith("not a finite number") and len(message) < 100
+    # Where accuracies are not asked for, they may be anything.
+    assert len(read_architectures(path)) == 2
+
+
+@pytest.mark.parametrize("fields", ["", '"acc": 0.5, "acc": 0.6, '])
+def test_one_accuracy_is_needed(write, fields):
+    message = refusal(write(f'{{"bad": {{{fields}"arch": "{LARGEST}"}}}}'), read_accuracies)
+    assert "entry 1 ('bad'): one accuracy is needed" in message
+
+
+@pytest.mark.parametrize("form", [list, ",".join])
+def test_lists_and_text_hold_no_accuracies(write, form):
+    message = refusal(write(form(CODES)), read_accuracies)
+    assert "entry 1 ('arch1'): one accuracy is needed, and 0 are there" in message

@@ -12,11 +12,17 @@ from paddle.nn import functional as F  # noqa: N812
 from hnas.evaluation.architecture_file import read_architectures
 from hnas.evaluation.hits import Counts, count_hits
 from hnas.evaluation.inference import InferenceKernels, filters_are_fresh
-from hnas.evaluation.kernels import DygraphKernels, MatmulKernels, window_indices
+from hnas.evaluation.kernels import (
+    DygraphKernels,
+    MatmulKernels,
+    corner_windows,
+    window_indices,
+)
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator, _Walk
 from hnas.evaluation.tree import PrefixTree, naive_macs
-from hnas.evaluation.weights import Convolution, corner_windows
+from hnas.evaluation.weights import Convolution, SlicedWeights, leading_channels
+from hnas.evaluation.winograd import WinogradKernels
 from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier
 from hnas.search_space import Architecture
 
@@ -218,9 +224,78 @@ def test_matmul_convolution(height, width, kernel, stride, padding):
 def test_corner_windows_convolve_tiny_maps(size):
     x, filters = paddle.randn([3, 5, size, size]), paddle.randn([7, 5, 3, 3])
     expected = F.conv2d(x, filters, padding=1).transpose([0, 2, 3, 1])
-    windows = corner_windows(filters.transpose([0, 2, 3, 1]), size)
+    windows = corner_windows(filters, size)
     found = MatmulKernels().convolve(x.transpose([0, 2, 3, 1]), windows, 1, 1)
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 5, 6, 7])
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 7), (4, 7), (6, 3), (4, 3)])
+def test_winograd_convolution_of_any_width(size, inputs, outputs):
+    paddle.seed(size)
+    kernels = WinogradKernels(DygraphKernels())
+    x, filters = paddle.randn([5, inputs, size, size]), paddle.randn([7, 6, 3, 3])
+    form = kernels.form(size, stride=1)
+    arranged = leading_channels(form.arrange(filters), inputs, form.inputs)
+    arranged = leading_channels(arranged, outputs, form.outputs)
+    found = kernels.convolve(x.transpose([2, 3, 0, 1]), arranged, 1, 1)
+    expected = F.conv2d(x, filters[:outputs, :inputs], padding=1)
+    np.testing.assert_allclose(found.transpose([2, 3, 0, 1]).numpy(), expected.numpy(), atol=2e-5)
+
+
+def test_winograd_stages_take_their_inputs_from_others():
+    """A whole first block of a stage: stride 2 and the projection elsewhere, the rest here."""
+    paddle.seed(0)
+    plain = DygraphKernels()
+    kernels = WinogradKernels(plain)
+
+    def conv(outputs, inputs, kernel, form):
+        filters = paddle.randn([outputs, inputs, kernel, kernel])
+        bias = paddle.randn([outputs])
+        shape = [1, 1, 1, 1]
+        shape[form.channel_axis] = -1
+        own = Convolution(form.arrange(filters), (bias.reshape(shape),), 0)
+        return own, Convolution(filters, (bias.reshape([1, -1, 1, 1]),), 0)
+
+    conv1, conv1_plain = conv(6, 5, 3, kernels.form(4, 2))
+    project, project_plain = conv(7, 5, 1, kernels.form(4, 2))
+    conv2, conv2_plain = conv(7, 6, 3, kernels.form(4, 1))
+    x = paddle.randn([3, 5, 8, 8])
+    expected = plain.last(
+        plain.first(x, conv1_plain, 2), plain.project(x, project_plain), conv2_plain
+    )
+    for before in (plain, DygraphKernels(layout="NHWC"), kernels):
+        inputs = kernels.accept(DygraphKernels.accept(before, x, plain), before, stride=2)
+        found = kernels.last(
+            kernels.first(inputs, conv1, 2), kernels.project(inputs, project), conv2
+        )
+        assert kernels.map_size(found) == 16
+        np.testing.assert_allclose(
+            kernels.pooled(found).numpy(), plain.pooled(expected).numpy(), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            plain.accept(found, kernels).numpy(), expected.numpy(), atol=1e-4
+        )
+
+
+def test_slices_are_the_same_with_little_memory(monkeypatch):
+    """Whether copies are kept or made again does not show."""
+    net = supernet(RESNET48_MINI)
+    for capacity in (0, 20_000):
+        monkeypatch.setattr("hnas.evaluation.weights.CACHE_BYTES", capacity)
+        for kernels in (DygraphKernels(), WinogradKernels(DygraphKernels()), MatmulKernels()):
+            weights = SlicedWeights(net, False, lambda stage, stride, k=kernels: k.form(4, stride))
+            form = kernels.form(4, 1)
+            for cin, cout in [(60, 64), (64, 60), (50, 51), (60, 64)]:
+                given = weights.get((2, 1, "conv1"), cin, cout)
+                whole = net.stage_blocks(2)[1].conv1.fn.weight[:cout, :cin]
+                np.testing.assert_allclose(
+                    given.filters.numpy(), form.arrange(whole).numpy(), rtol=1e-6
+                )
+                assert given.macs == 9 * cin * cout
+            again = weights.get((2, 1, "conv1"), 60, 64)
+            assert again.identity == weights.get((2, 1, "conv1"), 60, 64).identity
+            assert weights._slices._used <= max(capacity, 16 * 64 * 64 * 4)
 
 
 def test_the_gpus_layout_computes_the_same():

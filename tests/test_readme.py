@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hnas.evaluation.ranking import CORRELATIONS
 from hnas.utils.options import Options
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,15 @@ def test_fields_of_the_benchmark_exist(readme):
     assert fields and set(fields) <= known
 
 
+@BOTH
+def test_fields_of_the_ranking_report_are_all_told(readme):
+    rows = table_after(text_of(readme), "rank_report fields")
+    fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    source = text_of("hnas/tools/rank_report.py").split("def summary(")[1]
+    printed = set(re.findall(r'^ +"(\w+)": ', source, re.M)) | set(CORRELATIONS)
+    assert fields == printed - {"pred", "gt", "report"}
+
+
 # --- files
 
 
@@ -214,7 +224,12 @@ def test_both_languages_link_to_each_other_and_give_the_same_commands():
     assert "](README_ch.md)" in english[:200] and "](README.md)" in chinese[:200]
     assert commands(english) == commands(chinese)
     assert english.count("\n## ") == chinese.count("\n## ")
-    for marker in ("launcher variables", "flags without a variable", "bench_eval fields"):
+    for marker in (
+        "launcher variables",
+        "flags without a variable",
+        "bench_eval fields",
+        "rank_report fields",
+    ):
         names = [[row[0] for row in table_after(text, marker)] for text in (english, chinese)]
         assert names[0] == names[1]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.evaluation.weights import Convolution
+from hnas.evaluation.weights import Convolution, Form, leading_channels
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +34,17 @@ class DygraphKernels:
     whatever the layout.
     """
 
-    filters = "OIHW"
-
     def __init__(self, calibration: int = 0, layout: str = "NCHW", amp: str = "O0"):
         self.calibration = calibration
         self.layout = layout
         self.amp = amp
         self.channel_axis = layout.index("C")
+        self._batch_axis = layout.index("N")
         self._spatial = [layout.index("H"), layout.index("W")]
+
+    def form(self, size: int, stride: int) -> Form:
+        """How a convolution's tensors must lie, by the height of its output and its stride."""
+        return Form(channel_axis=self.channel_axis)
 
     def precision(self):
         """Context of a walk: mixed precision, or nothing."""
@@ -55,20 +59,25 @@ class DygraphKernels:
 
     def conv_norm(self, x, convolution: Convolution, stride: int, padding: int):
         """A convolution and its BatchNorm, folded or by the calibration images' statistics."""
-        filters, rest, _ = convolution
-        y = self.convolve(x, filters, stride, padding)
+        y = self.convolve(x, convolution.filters, stride, padding)
         if not self.calibration:
-            return y + rest[0]
-        scale, shift = rest
-        seen = y[: self.calibration]
+            return self._add_bias(y, convolution.rest[0])
+        scale, shift = convolution.rest
+        seen = leading_channels(y, self.calibration, self._batch_axis)
         mean = self._mean_of_calibration(seen)
         variance = self._mean_of_calibration((seen - mean).square())
         factor = scale * paddle.rsqrt(variance + EPSILON)
         return y * factor + (shift - mean * factor)
 
+    def _add_bias(self, y, bias):
+        if self.channel_axis < 3:
+            return y + bias
+        # As a matrix: Paddle adds a row several times as fast as it broadcasts over four axes.
+        return (y.reshape([-1, y.shape[3]]) + bias.reshape([-1])).reshape(y.shape)
+
     def _mean_of_calibration(self, x):
         """Mean over images and positions, [1, C, 1, 1]."""
-        return x.mean([0, *self._spatial], keepdim=True)
+        return x.mean([self._batch_axis, *self._spatial], keepdim=True)
 
     def stem(self, x, conv: Convolution):
         """7x7/2 convolution, ReLU, 3x3/2 max pooling: [N, 3, H, W] -> [N, C, H/4, W/4]."""
@@ -95,15 +104,16 @@ class DygraphKernels:
         """``x`` such that it outlives further operations."""
         return x
 
-    def accept(self, x, kernels: DygraphKernels):
-        """An activation of other kernels in this layout."""
+    def accept(self, x, kernels: DygraphKernels, stride: int = 1):
+        """An activation of other kernels in the layout that a block of ``stride`` takes."""
         if kernels.layout == self.layout:
             return x
         return x.transpose([kernels.layout.index(axis) for axis in self.layout]).contiguous()
 
     def pooled(self, x):
         """Global average of the images behind the calibration's: float32 [N, C]."""
-        return x[self.calibration :].astype("float32").mean(self._spatial)
+        scored = x[(slice(None),) * self._batch_axis + (slice(self.calibration, None),)]
+        return scored.astype("float32").mean(self._spatial)
 
     def map_size(self, x) -> int:
         """Positions of a feature map, H times W."""
@@ -119,11 +129,14 @@ class MatmulKernels(DygraphKernels):
     with the filters as they lie.
     """
 
-    filters = "OHWI"
-
     def __init__(self, calibration: int = 0):
         super().__init__(calibration, layout="NHWC")
         self._indices: dict[tuple, paddle.Tensor] = {}
+
+    def form(self, size: int, stride: int) -> Form:
+        if size <= 2 and stride == 1:
+            return Form(partial(corner_windows, size=size), 3, 0, self.channel_axis)
+        return Form(channels_last, 3, 0, self.channel_axis)
 
     def convolve(self, x, filters, stride: int, padding: int):
         if isinstance(filters, tuple):
@@ -164,3 +177,26 @@ def window_indices(height: int, width: int, kernel: int, stride: int, padding: i
     padded[inside] = np.arange(height * width).reshape(height, width)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel))
     return windows[::stride, ::stride].reshape(-1)
+
+
+def channels_last(filters: paddle.Tensor) -> paddle.Tensor:
+    """[O, I, K, K] -> [O, K, K, I]."""
+    return filters.transpose([0, 2, 3, 1]).contiguous()
+
+
+def corner_windows(filters: paddle.Tensor, size: int) -> tuple[paddle.Tensor, ...]:
+    """The parts of 3x3 filters [O, I, 3, 3] that the outputs of a tiny map use.
+
+    Args:
+        filters: with stride 1 and padding 1.
+        size: height and width of the map, 1 or 2.
+
+    Returns:
+        For each output [O, size, size, I]; its other taps only see padding.
+    """
+    filters = channels_last(filters)
+    return tuple(
+        filters[:, 1 - row : 1 - row + size, 1 - column : 1 - column + size].contiguous()
+        for row in range(size)
+        for column in range(size)
+    )

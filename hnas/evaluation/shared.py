@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import paddle
@@ -15,7 +14,8 @@ from hnas.evaluation.hits import Counts, count_hits
 from hnas.evaluation.inference import InferenceKernels, cpu_threads, filters_are_fresh
 from hnas.evaluation.kernels import DygraphKernels, MatmulKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree
-from hnas.evaluation.weights import SlicedWeights, filter_size, leading_channels
+from hnas.evaluation.weights import STEM, SlicedWeights, leading_channels
+from hnas.evaluation.winograd import WinogradKernels
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture, feature_sizes
 from hnas.utils.memory import keep_freed_memory
@@ -24,16 +24,10 @@ logger = logging.getLogger(__name__)
 
 TINY_MAP = 3
 """Feature maps of at most this height are multiplied as matrices on CPUs."""
+WINOGRAD_MAP = 7
+"""Larger maps up to this height go through Winograd's transforms there."""
 HEAD_ROWS = 2048
 """Feature vectors that are collected before the classifier multiplies them."""
-
-
-@dataclass
-class Room:
-    """How one part of the network (the stem, a stage) is run."""
-
-    kernels: DygraphKernels
-    weights: SlicedWeights
 
 
 class SharedEvaluator:
@@ -66,7 +60,14 @@ class SharedEvaluator:
         self.kernel_seconds = 0.0
         self._calibration = None if calibration is None else normalize(calibration)
         self._amp = amp
-        self._rooms = self._build_rooms(network, image_size)
+        _, sizes = feature_sizes(image_size)
+        kernels = self._choose_kernels(sizes)
+        self._kernels = kernels
+        self._weights = SlicedWeights(
+            network,
+            fold=not self.calibration_images,
+            form=lambda stage, stride: kernels[stage].form(sizes[stage], stride),
+        )
         self._classifier = (
             network.head.fc.fn.weight.detach(),
             network.head.fc.fn.bias.detach(),
@@ -77,26 +78,18 @@ class SharedEvaluator:
         """Images at the front of every batch."""
         return 0 if self._calibration is None else len(self._calibration)
 
-    def _build_rooms(self, network: ElasticResNet, image_size: int) -> dict[int, Room]:
-        """The room of the stem (-1) and of each stage (0 to 3)."""
+    def _choose_kernels(self, sizes: Sequence[int]) -> dict[int, DygraphKernels]:
+        """The kernels of the stem (-1) and of each stage (0 to 3), by the size of its maps."""
         number = self.calibration_images
-        if paddle.get_device() == "cpu":
-            wide = cpu_kernels(number)
-            tiny = MatmulKernels(number)
-        else:
-            wide = tiny = DygraphKernels(number, layout="NHWC", amp=self._amp)
-        _, sizes = feature_sizes(image_size)
-        rooms = {}
-        for kernels in {id(k): k for k in (wide, tiny)}.values():
-            corners = {}
-            if isinstance(kernels, MatmulKernels):
-                corners = {stage: size for stage, size in enumerate(sizes) if size <= 2}
-            weights = SlicedWeights(
-                network, not number, kernels.filters, kernels.channel_axis, corners
-            )
-            rooms[id(kernels)] = Room(kernels, weights)
-        chosen = {stage: tiny if size <= TINY_MAP else wide for stage, size in enumerate(sizes)}
-        return {part: rooms[id(kernels)] for part, kernels in {-1: wide, **chosen}.items()}
+        if paddle.get_device() != "cpu":
+            return dict.fromkeys(range(-1, len(sizes)), DygraphKernels(number, "NHWC", self._amp))
+        wide = cpu_kernels(number)
+        small, tiny = WinogradKernels(wide), MatmulKernels(number)
+        chosen = {
+            stage: tiny if size <= TINY_MAP else small if size <= WINOGRAD_MAP else wide
+            for stage, size in enumerate(sizes)
+        }
+        return {-1: wide, **chosen}
 
     @paddle.no_grad()
     def evaluate(
@@ -117,7 +110,7 @@ class SharedEvaluator:
         x = normalize(images)
         if self._calibration is not None:
             x = paddle.concat([self._calibration, x])
-        with self._rooms[0].kernels.precision():
+        with self._kernels[-1].precision():
             walk.run(x)
         counts.images += len(labels)
 
@@ -140,7 +133,8 @@ class _Walk:
     def __init__(self, evaluator: SharedEvaluator, labels, counts: Counts, progress):
         self._evaluator = evaluator
         self._tree = evaluator.tree
-        self._rooms = evaluator._rooms
+        self._kernels = evaluator._kernels
+        self._weights = evaluator._weights
         self._labels = labels
         self._counts = counts
         self._progress = progress
@@ -148,80 +142,81 @@ class _Walk:
 
     def run(self, x) -> None:
         """Walk from the stem; ``x`` are float images [N, 3, H, W]."""
-        room, widest = self._rooms[-1], self._tree.stem_channels
-        conv = room.weights.get(("stem",), 3, widest)
+        kernels = self._kernels[-1]
+        conv = self._weights.get(STEM, 3, self._tree.stem_channels)
         size = (x.shape[2] + 1) // 2
-        self._evaluator.macs += conv.filters.size * size * size * len(self._labels)
-        x = room.kernels.accept(x, _PIXELS)
-        stem = self._timed(room.kernels.keep, self._timed(room.kernels.stem, x, conv))
+        self._evaluator.macs += conv.macs * size * size * len(self._labels)
+        x = kernels.accept(x, _PIXELS)
+        stem = self._timed(kernels.keep, self._timed(kernels.stem, x, conv))
         for channels, low, high in self._tree.roots():
             node = self._tree.node(low, high, 0, channels)
-            self._visit(leading_channels(stem, channels, room.kernels.channel_axis), node, 0, room)
+            self._visit(leading_channels(stem, channels, kernels.channel_axis), node, 0, kernels)
         for channels in list(self._features):
             self._multiply_heads(channels)
 
-    def _visit(self, x, node: Node, level: int, room: Room) -> None:
-        """Everything below a node; ``x`` is its activation in the layout of ``room``."""
+    def _visit(self, x, node: Node, level: int, kernels: DygraphKernels) -> None:
+        """Everything below a node; ``x`` is its activation in the layout of ``kernels``."""
         if node.leaves:
-            self._collect(x, node, room)
+            self._collect(x, node, kernels)
         for group in node.groups:
-            own = self._rooms[group.stage]
-            inputs = self._timed(own.kernels.accept, x, room.kernels)
+            own = self._kernels[group.stage]
+            inputs = self._timed(own.accept, x, kernels, group.stride)
             if len(group.children) == 1 and not group.projects:
                 self._single(inputs, group, level, own)
             else:
                 self._siblings(inputs, group, level, own)
 
-    def _single(self, x, group: Group, level: int, room: Room) -> None:
+    def _single(self, x, group: Group, level: int, kernels: DygraphKernels) -> None:
         """A block that continues its stage without alternatives."""
         (child,) = group.children
-        conv1 = self._conv(room, group, "conv1", group.cin, child.mid)
-        conv2 = self._conv(room, group, "conv2", child.mid, child.cout)
-        y = self._timed(room.kernels.block, x, conv1, conv2, level)
-        self._count(room, y, conv1, conv2)
-        self._enter(y, child, level, room)
+        conv1 = self._conv(group, "conv1", group.cin, child.mid)
+        conv2 = self._conv(group, "conv2", child.mid, child.cout)
+        y = self._timed(kernels.block, x, conv1, conv2, level)
+        self._count(kernels, y, conv1, conv2)
+        self._enter(y, child, level, kernels)
 
-    def _siblings(self, x, group: Group, level: int, room: Room) -> None:
+    def _siblings(self, x, group: Group, level: int, kernels: DygraphKernels) -> None:
         """Blocks with the same input: conv1 once at the largest width, conv2 once a width."""
-        kernels = room.kernels
         axis = kernels.channel_axis
         several = len(group.by_mid) > 1
-        conv1 = self._conv(room, group, "conv1", group.cin, group.widest_mid)
+        conv1 = self._conv(group, "conv1", group.cin, group.widest_mid)
         y = self._timed(kernels.first, x, conv1, group.stride)
-        self._count(room, y, conv1)
+        self._count(kernels, y, conv1)
         shortcut = x
         if group.projects:
-            conv = self._conv(room, group, "project", group.cin, group.widest_out)
+            conv = self._conv(group, "project", group.cin, group.widest_out)
             shortcut = self._timed(kernels.project, x, conv)
-            self._count(room, shortcut, conv)
+            self._count(kernels, shortcut, conv)
         if several:
             y = self._timed(kernels.keep, y)
             shortcut = self._timed(kernels.keep, shortcut) if group.projects else shortcut
         for mid, children in group.by_mid.items():
             widest = max(child.cout for child in children)
-            conv2 = self._conv(room, group, "conv2", mid, widest)
+            conv2 = self._conv(group, "conv2", mid, widest)
             z = self._timed(
                 kernels.last,
                 self._timed(leading_channels, y, mid, axis),
                 self._timed(leading_channels, shortcut, widest, axis),
                 conv2,
             )
-            self._count(room, z, conv2)
+            self._count(kernels, z, conv2)
             if len(children) > 1:
                 z = self._timed(kernels.keep, z)
             for child in children:
-                self._enter(self._timed(leading_channels, z, child.cout, axis), child, level, room)
+                self._enter(
+                    self._timed(leading_channels, z, child.cout, axis), child, level, kernels
+                )
 
-    def _enter(self, x, child, level: int, room: Room) -> None:
+    def _enter(self, x, child, level: int, kernels: DygraphKernels) -> None:
         node = self._tree.node(child.low, child.high, level + 1, child.cout)
         if node.reused:
-            x = self._timed(room.kernels.keep, x)
-        self._visit(x, node, level + 1, room)
+            x = self._timed(kernels.keep, x)
+        self._visit(x, node, level + 1, kernels)
 
-    def _collect(self, x, node: Node, room: Room) -> None:
+    def _collect(self, x, node: Node, kernels: DygraphKernels) -> None:
         """Keep a leaf's pooled features until enough are there for one matrix product."""
         rows = self._features.setdefault(node.channels, [])
-        rows.append((node.leaves, self._timed(room.kernels.pooled, x)))
+        rows.append((node.leaves, self._timed(kernels.pooled, x)))
         if len(rows) * len(self._labels) >= HEAD_ROWS:
             self._multiply_heads(node.channels)
 
@@ -240,15 +235,13 @@ class _Walk:
             logits = paddle.stack(features) @ weight[:channels] + bias
             return count_hits(logits, self._labels)
 
-    def _conv(self, room: Room, group: Group, name: str, cin: int, cout: int):
+    def _conv(self, group: Group, name: str, cin: int, cout: int):
         key = (group.stage, group.block, name)
-        return self._timed(room.weights.get, key, cin, cout)
+        return self._timed(self._weights.get, key, cin, cout)
 
-    def _count(self, room: Room, y, *convolutions) -> None:
-        positions = room.kernels.map_size(y) * len(self._labels)
-        self._evaluator.macs += positions * sum(
-            filter_size(filters) for filters, *_ in convolutions
-        )
+    def _count(self, kernels: DygraphKernels, y, *convolutions) -> None:
+        positions = kernels.map_size(y) * len(self._labels)
+        self._evaluator.macs += positions * sum(conv.macs for conv in convolutions)
 
     def _timed(self, operation, *arguments):
         began = time.perf_counter()

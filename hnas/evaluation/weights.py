@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
@@ -11,7 +13,26 @@ import paddle
 from hnas.models.elastic import ElasticResNet
 
 Filters = paddle.Tensor | tuple[paddle.Tensor, ...]
-"""[O, I, K, K] or [O, K, K, I]; or the windows of :func:`corner_windows`."""
+"""Filters in the form that some kernels want; several tensors if that form has parts."""
+
+STEM = (-1, 0, "stem")
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Form:
+    """How kernels want the tensors of a convolution to lie in memory.
+
+    Attributes:
+        arrange: from filters [O, I, K, K] to this form.
+        inputs, outputs: axes of the channels in the arranged filters.
+        channel_axis: of the activations, and so of bias, scale and shift.
+    """
+
+    arrange: Callable[[paddle.Tensor], Filters] = lambda filters: filters
+    inputs: int = 1
+    outputs: int = 0
+    channel_axis: int = 1
 
 
 class Convolution(NamedTuple):
@@ -21,11 +42,13 @@ class Convolution(NamedTuple):
         filters: of it.
         rest: (bias,), or with BatchNorm re-calibration (scale, shift).
         identity: a number that no other convolution of this process has.
+        macs: multiply-accumulates a position, those with padding included.
     """
 
     filters: Filters
     rest: tuple[paddle.Tensor, ...]
     identity: int
+    macs: int = 0
 
 
 new_identity = count().__next__
@@ -34,34 +57,17 @@ new_identity = count().__next__
 class SlicedWeights:
     """Convolutions of any width out of one supernet.
 
-    A slice of input channels is copied once and kept, which takes at most one copy per width of
-    the search space; a slice of output channels is a view.
-
     Args:
-        network: the supernet; must not be trained while this is in use.
+        network: the supernet; its weights must not change while this is in use.
         fold: fold the running statistics of BatchNorm into filters and bias. This is done once
             per output channel, so slices stay valid. False keeps filters, scale and shift apart
             for statistics that are measured later.
-        filters: layout of the filters, ``OIHW`` or ``OHWI``.
-        channel_axis: of the activations, 1 (NCHW) or 3 (NHWC): where bias, scale, shift go.
-        corners: size 1 or 2 of the feature maps of stages whose 3x3 filters of stride 1 are
-            wanted as corner windows, by stage.
+        form: of the convolutions of a stage (0 to 3; -1: the stem) and a stride.
     """
 
-    def __init__(
-        self,
-        network: ElasticResNet,
-        fold: bool,
-        filters: str = "OIHW",
-        channel_axis: int = 1,
-        corners: Mapping[int, int] | None = None,
-    ):
+    def __init__(self, network: ElasticResNet, fold: bool, form: Callable[[int, int], Form]):
         self._fold = fold
-        self._order = ["OIHW".index(axis) for axis in filters]
-        self._input_axis = filters.index("I")
-        self._channel_axis = channel_axis
-        self._corners = corners or {}
-        self._layers = {("stem",): (network.stem.conv.fn, network.stem.bn)}
+        self._layers = {STEM: (network.stem.conv.fn, network.stem.bn)}
         for stage in range(len(network.depths)):
             for index, block in enumerate(network.stage_blocks(stage)):
                 self._layers[stage, index, "conv1"] = block.conv1.fn, block.bn1
@@ -69,34 +75,39 @@ class SlicedWeights:
                 if block.downsample is not None:
                     conv, norm = block.downsample
                     self._layers[stage, index, "project"] = conv.fn, norm
+        self._forms = {
+            key: form(key[0], conv._stride[0]) for key, (conv, _) in self._layers.items()
+        }
         self._whole: dict[tuple, tuple] = {}
-        self._narrow: dict[tuple, paddle.Tensor] = {}
-        self._given: dict[tuple, Convolution] = {}
+        self._rest: dict[tuple, tuple] = {}
+        self._slices = _LatestSlices(CACHE_BYTES)
 
     def get(self, key: tuple, cin: int, cout: int) -> Convolution:
-        """The convolution ``(stage, block, "conv1" | "conv2" | "project")`` or ``("stem",)``."""
-        if (key, cin, cout) in self._given:
-            return self._given[key, cin, cout]
+        """The convolution ``(stage, block, "conv1" | "conv2" | "project")``, or ``STEM``."""
         if key not in self._whole:
             self._whole[key] = self._prepare(key)
         filters, *rest = self._whole[key]
+        form = self._forms[key]
         if isinstance(filters, tuple):
-            sliced = tuple(self._slice((key, i), f, cin, cout) for i, f in enumerate(filters))
+            sliced = tuple(
+                self._slice((key, part), whole, form, cin, cout)
+                for part, whole in enumerate(filters)
+            )
         else:
-            sliced = self._slice(key, filters, cin, cout)
-        axis = self._channel_axis
-        given = Convolution(
-            sliced, tuple(leading_channels(part, cout, axis) for part in rest), new_identity()
-        )
-        self._given[key, cin, cout] = given
-        return given
+            sliced = self._slice((key,), filters, form, cin, cout)
+        if (key, cin, cout) not in self._rest:
+            narrow = tuple(leading_channels(part, cout, form.channel_axis) for part in rest)
+            self._rest[key, cin, cout] = narrow, new_identity()
+        kernel = self._layers[key][0].weight.shape[2]
+        return Convolution(sliced, *self._rest[key, cin, cout], kernel * kernel * cin * cout)
 
-    def _slice(self, key: tuple, filters: paddle.Tensor, cin: int, cout: int) -> paddle.Tensor:
-        if cin < filters.shape[self._input_axis]:
-            if (key, cin) not in self._narrow:
-                self._narrow[key, cin] = leading_channels(filters, cin, self._input_axis)
-            filters = self._narrow[key, cin]
-        return filters[:cout] if cout < filters.shape[0] else filters
+    def _slice(self, name: tuple, whole: paddle.Tensor, form: Form, cin: int, cout: int):
+        """A slice of one tensor; of its leading axis it is a view, else a copy that is kept."""
+        # One axis after the other: Paddle copies a slice of two axes element by element.
+        narrow = self._slices.get((*name, cin), whole, cin, form.inputs)
+        if form.outputs == 0:
+            return narrow[:cout] if cout < narrow.shape[0] else narrow
+        return self._slices.get((*name, cin, cout), narrow, cout, form.outputs)
 
     @paddle.no_grad()
     def _prepare(self, key: tuple) -> tuple:
@@ -111,37 +122,36 @@ class SlicedWeights:
             factor = scale / paddle.sqrt(variance + norm._epsilon)
             filters = filters * factor.astype("float32").reshape([-1, 1, 1, 1])
             parts = ((shift - mean * factor).astype("float32"),)
+        form = self._forms[key]
         shape = [1, 1, 1, 1]
-        shape[self._channel_axis] = -1
-        filters = filters.transpose(self._order).contiguous().detach()
-        stride_1 = key[2:] == ("conv2",) or (key[2:] == ("conv1",) and key[1] > 0)
-        if key[0] in self._corners and stride_1:
-            filters = corner_windows(filters, self._corners[key[0]])
-        return (filters, *(part.reshape(shape).detach() for part in parts))
+        shape[form.channel_axis] = -1
+        return (
+            form.arrange(filters.detach()),
+            *(part.reshape(shape).detach() for part in parts),
+        )
 
 
-def corner_windows(filters: paddle.Tensor, size: int) -> tuple[paddle.Tensor, ...]:
-    """The parts of 3x3 filters [O, 3, 3, I] that the outputs of a tiny map use.
+class _LatestSlices:
+    """Copies of slices, the latest used ones, of at most ``capacity`` bytes in all."""
 
-    Args:
-        filters: with stride 1 and padding 1.
-        size: height and width of the map, 1 or 2.
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._used = 0
+        self._parts: OrderedDict[tuple, paddle.Tensor] = OrderedDict()
 
-    Returns:
-        For each output [O, size, size, I]; its other taps only see padding.
-    """
-    return tuple(
-        filters[:, 1 - row : 1 - row + size, 1 - column : 1 - column + size].contiguous()
-        for row in range(size)
-        for column in range(size)
-    )
-
-
-def filter_size(filters: Filters) -> int:
-    """Multiply-accumulates of a convolution for each position, padding included."""
-    if isinstance(filters, tuple):
-        return filters[0].size * 9 // len(filters)
-    return filters.size
+    def get(self, key: tuple, whole: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:
+        """The leading ``channels`` of ``whole``, which is what ``key`` stands for."""
+        if whole.shape[axis] == channels:
+            return whole
+        if key in self._parts:
+            self._parts.move_to_end(key)
+            return self._parts[key]
+        self._parts[key] = part = leading_channels(whole, channels, axis)
+        self._used += part.size * part.element_size()
+        while self._used > self._capacity and len(self._parts) > 1:
+            _, oldest = self._parts.popitem(last=False)
+            self._used -= oldest.size * oldest.element_size()
+        return part
 
 
 def leading_channels(x: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:

@@ -16,7 +16,7 @@ from hnas.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def _flag(default, help_text: str, unit: str = "", stages: str = "0123", low=None, high=None):
+def _flag(default, help_text: str, unit: str = "", stages: str = "01234", low=None, high=None):
     """A field with what ``--help`` prints, the stages that use it, and its bounds."""
     metadata = {"help": help_text, "unit": unit, "stages": stages, "low": low, "high": high}
     return field(default=default, metadata=metadata)
@@ -29,15 +29,15 @@ class Options:
 
     backbone: str = _flag("resnet48", "network: see hnas/models/registry.py", "name")
     image_size: int = _flag(224, "height and width of the network's input", "px", low=32)
-    max_epoch: int = _flag(5, "epochs to train", "epochs", "012", low=1)
-    lr: float = _flag(0.0005, "base learning rate for a batch of 256", "", "012", low=0)
-    weight_decay: float = _flag(1e-4, "L2 penalty", "", "012", low=0)
-    momentum: float = _flag(0.9, "of the optimizer", "", "012", low=0, high=1)
+    max_epoch: int = _flag(5, "epochs to train", "epochs", "0124", low=1)
+    lr: float = _flag(0.0005, "base learning rate for a batch of 256", "", "0124", low=0)
+    weight_decay: float = _flag(1e-4, "L2 penalty", "", "0124", low=0)
+    momentum: float = _flag(0.9, "of the optimizer", "", "0124", low=0, high=1)
     batch_size: int = _flag(256, "images a step and device", "images", low=1)
     dyna_batch_size: int = _flag(
         4, "sub-networks a step; 0: the largest network only", "sub-networks", "2", low=0
     )
-    warmup: int = _flag(5, "linear warm-up of the learning rate", "epochs", "012", low=0)
+    warmup: int = _flag(5, "linear warm-up of the learning rate", "epochs", "0124", low=0)
     sample_method: str = _flag("random", "random, biased or sandwich", "name", "12")
     bias_sample_flag: bool = _flag(False, "tilt the sampling toward large", "", "12")
     bias_strength: float = _flag(
@@ -78,14 +78,18 @@ class Options:
     image_dir: str = _flag("", "images: train/CLASS/* and val/CLASS/*", "folder")
     save_dir: str = _flag("checkpoint_files/output", "where results go", "folder")
     save_dir_new: str = _flag("", "stage 1's name for save_dir, which it overrides", "folder", "1")
-    save_freq: int = _flag(1, "epochs between checkpoints", "epochs", "012", low=1)
+    save_freq: int = _flag(1, "epochs between checkpoints", "epochs", "0124", low=1)
     save_steps: int = _flag(
-        500, "steps between checkpoints within an epoch; 0: at the ends only", "steps", "012", low=0
+        500,
+        "steps between checkpoints within an epoch; 0: at the ends only",
+        "steps",
+        "0124",
+        low=0,
     )
     keep: int = _flag(
-        0, "newest epochs' checkpoints to keep, besides epoch 0's; 0: all", "epochs", "012", low=0
+        0, "newest epochs' checkpoints to keep, besides epoch 0's; 0: all", "epochs", "0124", low=0
     )
-    log_freq: int = _flag(50, "steps between log lines", "steps", "012", low=1)
+    log_freq: int = _flag(50, "steps between log lines", "steps", "0124", low=1)
     eval_freq: int = _flag(
         1, "epochs between evaluations of the largest and smallest; 0: never", "epochs", "2", low=0
     )
@@ -103,9 +107,9 @@ class Options:
         "fatal", "images that cannot be decoded: fatal, or skip (implies verify_images)", "name"
     )
     crop_scale_min: float = _flag(
-        0.08, "smallest random crop in training", "share of the image", "012", low=0.01, high=1
+        0.08, "smallest random crop in training", "share of the image", "0124", low=0.01, high=1
     )
-    flip_prob: float = _flag(0.5, "of mirroring in training", "probability", "012", low=0, high=1)
+    flip_prob: float = _flag(0.5, "of mirroring in training", "probability", "0124", low=0, high=1)
     queue_size: int = _flag(
         65536, "negatives of stage 1; a multiple of the batch", "keys", "1", low=1
     )
@@ -118,7 +122,10 @@ class Options:
         0, "of data order, augmentations, sub-networks and new weights", low=0, high=2**32 - 1
     )
     device: str = _flag("auto", "auto, cpu or gpu", "name")
-    modelarch_file: str = _flag("", "architectures to score: JSON or text", "file", "3")
+    arch: str = _flag("", "architecture to train stand-alone: 52 or 51 digits", "code", "4")
+    modelarch_file: str = _flag(
+        "", "architectures to score (3) or to train stand-alone: JSON or text", "file", "34"
+    )
     eval_engine: str = _flag("shared", "shared, or reference: one by one", "name", "3")
     eval_images: int = _flag(
         0,
@@ -187,7 +194,7 @@ def parse_options(
     """Read the command line of a stage.
 
     Args:
-        stage: 1, 2 or 3; 0 for making the pretrained weights.
+        stage: 1, 2 or 3; 0 for making the pretrained weights, 4 for stand-alone networks.
         defaults: of this stage, where they differ from :class:`Options`.
         argv: arguments after the script's name; ``sys.argv[1:]`` if None.
         about: first line of ``--help``.

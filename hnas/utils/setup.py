@@ -42,10 +42,15 @@ def start(options: Options) -> None:
         raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
     if options.channels_last and paddle.get_device() == "cpu":
         raise UserError("--channels_last True needs a GPU; on CPUs see --onednn")
-    random.seed(options.seed)
-    np.random.seed(options.seed)
-    paddle.seed(options.seed)
+    seed_generators(options.seed)
     logger.info("device %s, seed %d", paddle.get_device(), options.seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and Paddle's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    paddle.seed(seed)
 
 
 def space_of(options: Options) -> SearchSpace:

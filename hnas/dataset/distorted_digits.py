@@ -1,0 +1,141 @@
+"""A small task on which rankings can be measured: handwritten digits, each time distorted anew.
+
+Scikit-learn's digits (real scans, UCI) under a random rotation, scale and shift, grey on black
+with noise: hard enough that networks differ by several points, small enough that hundreds of
+trainings fit into hours on two CPU cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import paddle
+
+CLASSES = 10
+SCAN_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How strongly the scans are distorted.
+
+    Attributes:
+        size: height and width of the images, px.
+        rotation: largest angle either way, radians.
+        shrink: bounds of the factor by which a scan is smaller than the image.
+        noise: standard deviation of the Gaussian noise; white is 1.
+    """
+
+    size: int = 32
+    rotation: float = 0.6
+    shrink: tuple[float, float] = (1.2, 2.2)
+    noise: float = 0.3
+
+    def apply(self, scans: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Scans [N, 8, 8] of values 0 to 1, each distorted: uint8 [N, 3, size, size]."""
+        number = len(scans)
+        angle = rng.uniform(-self.rotation, self.rotation, number)
+        shrink = rng.uniform(*self.shrink, number)
+        # The scan stays within the image: half of what is left on either side.
+        room = 1 - 1 / shrink
+        shift = rng.uniform(-1, 1, (number, 2)) * room[:, None]
+        axis = (np.arange(self.size) + 0.5) / self.size * 2 - 1
+        y, x = axis[:, None] - shift[:, 0, None, None], axis[None, :] - shift[:, 1, None, None]
+        cos, sin = (shrink * f(angle) for f in (np.cos, np.sin))
+        rows = cos[:, None, None] * y - sin[:, None, None] * x
+        columns = sin[:, None, None] * y + cos[:, None, None] * x
+        pixels = sample_bilinear(scans, (rows + 1) * SCAN_SIZE / 2, (columns + 1) * SCAN_SIZE / 2)
+        pixels = pixels + rng.normal(0, self.noise, pixels.shape).astype(np.float32)
+        grey = (np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+        return np.repeat(grey[:, None], 3, axis=1)
+
+
+def sample_bilinear(images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Values of ``images`` [N, H, W] at positions [N, h, w] in pixels (0: the upper left edge).
+
+    Black outside.
+    """
+    padded = np.pad(images.astype(np.float32), ((0, 0), (2, 2), (2, 2)))
+    height, width = padded.shape[1:]
+    rows = np.clip(rows + 1.5, 0, height - 1.001).astype(np.float32)
+    columns = np.clip(columns + 1.5, 0, width - 1.001).astype(np.float32)
+    top, left = rows.astype(np.int64), columns.astype(np.int64)
+    down, right = rows - top, columns - left
+    flat = padded.reshape(-1)
+    corner = np.arange(len(images))[:, None, None] * (height * width) + top * width + left
+    above = flat[corner] * (1 - right) + flat[corner + 1] * right
+    below = flat[corner + width] * (1 - right) + flat[corner + width + 1] * right
+    return above * (1 - down) + below * down
+
+
+@dataclass(frozen=True)
+class DigitsTask:
+    """Training and validation images of the task.
+
+    Attributes:
+        train_scans: scans to train on; validation images are distorted from the others.
+        validation_images: how many of them, the same in every run.
+    """
+
+    distortion: Distortion = Distortion()
+    train_scans: int = 1200
+    validation_images: int = 4000
+
+    @cached_property
+    def _scans(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All scans [N, 8, 8], their labels [N], and an order fixed once and for all."""
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        order = np.random.default_rng(0).permutation(len(digits.target))
+        return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64), order
+
+    @cached_property
+    def validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images [N, 3, H, W] and labels [N]."""
+        scans, labels, order = self._scans
+        rng = np.random.default_rng(1)
+        chosen = np.resize(order[self.train_scans :], self.validation_images)
+        return self.distortion.apply(scans[chosen], rng), labels[chosen]
+
+    def training_batch(
+        self, size: int, views: int, seed: tuple[int, ...]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Views of ``size`` random training scans, distorted independently, and labels [size]."""
+        scans, labels, order = self._scans
+        rng = np.random.default_rng(seed)
+        chosen = order[rng.integers(0, self.train_scans, size)]
+        return [self.distortion.apply(scans[chosen], rng) for _ in range(views)], labels[chosen]
+
+
+class DigitsLoader:
+    """Batches of a :class:`DigitsTask`, as :class:`hnas.dataset.loader.EpochLoader` gives them.
+
+    Args:
+        task: what to draw from.
+        batch_size: images a batch.
+        steps: batches an epoch.
+        seed: of the draws; a batch depends on (seed, epoch, step) only.
+        views: how many of each image.
+    """
+
+    def __init__(self, task: DigitsTask, batch_size: int, steps: int, seed: int, views: int = 1):
+        self.task = task
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+        self.views = views
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
+        """The batches of ``epoch`` from ``start_step`` on: views [N, 3, H, W], labels [N]."""
+        for step in range(start_step, self.steps):
+            views, labels = self.task.training_batch(
+                self.batch_size, self.views, (self.seed, epoch, step)
+            )
+            yield [paddle.to_tensor(part) for part in (*views, labels)]

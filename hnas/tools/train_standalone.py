@@ -1,0 +1,234 @@
+"""Train sub-networks from scratch, each as a network of its own: the ground truth of a ranking.
+
+    python -m hnas.tools.train_standalone run --arch CODE --image_dir DIR
+    python -m hnas.tools.train_standalone run --modelarch_file F --image_dir DIR --save_dir OUT
+
+Takes the entry scripts' flags. OUT/results.json holds the accuracy of every architecture that is
+finished, in the organisers' form, so it can be a --gt of hnas.tools.rank_report. The same command
+continues after any kill.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import paddle
+
+from hnas.dataset.image_folder import ImageList
+from hnas.dataset.loader import EpochLoader, EvalLoader
+from hnas.dataset.transforms import TrainTransform, normalize
+from hnas.evaluation.architecture_file import read_accuracies, read_architectures, write_json
+from hnas.evaluation.hits import count_hits
+from hnas.models.resnet import ResNet
+from hnas.search_space import Architecture
+from hnas.utils.atomic import remove_leftovers
+from hnas.utils.checkpoint import SET_NAME, remove_set
+from hnas.utils.errors import UserError, run_main
+from hnas.utils.hapi_wrapper_standalone import StandaloneModel
+from hnas.utils.options import Options, parse_options
+from hnas.utils.setup import (
+    seed_generators,
+    space_of,
+    start,
+    training_images,
+    training_loader,
+    validation_images,
+    validation_loader,
+)
+from hnas.utils.training import describe_run, fit, prepare
+
+logger = logging.getLogger(__name__)
+
+STAGE = 4
+DEFAULTS = {"max_epoch": 90, "lr": 0.1, "keep": 1, "save_dir": "checkpoint_files/standalone"}
+
+
+def main(argv=None) -> None:
+    options = parse_options(STAGE, DEFAULTS, argv, about=__doc__.splitlines()[0])
+    archs = architectures(options)
+    start(options)
+    train = training_images(options)
+    val = validation_images(options, train)
+    crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
+    loader = training_loader(options, train, crop)
+    results = Results.open(Path(options.save_dir), archs, identity(options, loader, val))
+    train_all(options, archs, loader, validation_loader(options, val), results)
+    logger.info("accuracies of %d architectures: %s", len(results.entries), results.path)
+
+
+def architectures(options: Options) -> dict[str, Architecture]:
+    """What to train: one code, which is its own name, or those of a file.
+
+    Raises:
+        UserError: neither or both are given.
+    """
+    if bool(options.arch) == bool(options.modelarch_file):
+        raise UserError("give either --arch CODE or --modelarch_file FILE")
+    if options.arch:
+        return {options.arch: Architecture.from_code(options.arch)}
+    return read_architectures(options.modelarch_file)
+
+
+def identity(options: Options, loader: EpochLoader, val: ImageList) -> dict:
+    """What all accuracies of a folder depend on besides their architecture."""
+    return {**describe_run(replace(options, arch=""), loader), "val_images": val.digest()}
+
+
+@dataclass
+class Results:
+    """``SAVE_DIR/results.json``, and ``run.json``, which says what they were made with.
+
+    Attributes:
+        path: of the results.
+        names: of the architectures, in the file's order: those asked for, then earlier ones.
+        entries: what is finished.
+    """
+
+    path: Path
+    names: dict[Architecture, str]
+    entries: dict[Architecture, dict]
+
+    @classmethod
+    def open(cls, folder: Path, archs: Mapping[str, Architecture], run: Mapping) -> Results:
+        """Continue the results in ``folder``, or begin them.
+
+        Raises:
+            UserError: they are of other settings or images, or a name means two architectures.
+        """
+        remove_leftovers(folder)
+        results = cls(folder / "results.json", {arch: name for name, arch in archs.items()}, {})
+        _check_run(folder / "run.json", results.path, run)
+        if results.path.is_file():
+            content = read_json(results.path)
+            for name, arch in read_accuracies(results.path)[0].items():
+                if archs.get(name, arch) != arch:
+                    raise UserError(
+                        f"{results.path} has another architecture of the name {name!r}; choose "
+                        "another --save_dir"
+                    )
+                results.names.setdefault(arch, name)
+                results.entries[arch] = content[name]
+        return results
+
+    def write(self) -> None:
+        """Write what is finished, in one step."""
+        content = {
+            name: {**self.entries[arch], "arch": arch.code}
+            for arch, name in self.names.items()
+            if arch in self.entries
+        }
+        write_json(self.path, content)
+
+
+def _check_run(path: Path, results: Path, run: Mapping) -> None:
+    """Note what the results of a folder are made with, or compare with what was noted."""
+    if not path.is_file():
+        if results.is_file():
+            raise UserError(f"{results} is there without {path.name}; choose another --save_dir")
+        write_json(path, run)
+        return
+    earlier = read_json(path)
+    changed = [key for key in run if earlier.get(key) != run[key]]
+    if changed:
+        raise UserError(
+            f"{path.parent} holds results of other settings ({', '.join(changed)}); give the same "
+            "as before, or choose another --save_dir"
+        )
+
+
+def read_json(path: Path) -> dict:
+    """A file that this program wrote.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not what this program saves; choose another --save_dir")
+    return content
+
+
+def train_all(
+    options: Options,
+    archs: Mapping[str, Architecture],
+    loader: EpochLoader,
+    val: EvalLoader,
+    results: Results,
+) -> None:
+    """Train what ``results`` has not, one architecture after the other."""
+    for number, (name, arch) in enumerate(archs.items(), 1):
+        folder = results.path.parent / replace(arch, image_digit=True).code
+        if arch not in results.entries:
+            logger.info("architecture %d of %d: %s (%s)", number, len(archs), name, arch.code)
+            entry = train_one(options, arch, loader, val, folder)
+            results.entries[arch] = entry
+            results.write()
+            logger.info("%s: validation top-1 %.4f", name, entry["acc"])
+        remove_sets(folder)
+    # An architecture that was finished earlier may have another name or place now.
+    results.write()
+
+
+def train_one(
+    options: Options, arch: Architecture, loader: EpochLoader, val: EvalLoader, folder: Path
+) -> dict:
+    """Train one architecture, from the newest checkpoint in ``folder`` if there is one.
+
+    The result depends on the options and the images only, not on what was trained before.
+
+    Returns:
+        Its entry of ``results.json``.
+    """
+    classes = len(loader.dataset.images.classes)
+    space = space_of(options)
+    code = replace(arch, image_digit=True).code
+    own = replace(options, arch=code, save_dir=str(folder), resume="auto")
+    seed_generators(options.seed)
+    # Paddle numbers the layers and velocities that a process makes and saves them by these
+    # names; here they begin anew for every network.
+    with paddle.utils.unique_name.guard():
+        network = ResNet(space.plan(arch), classes)
+        model = StandaloneModel(network, code)
+        prepare(model, own, len(loader))
+        fit(model, own, loader)
+    top1, top5, images = evaluate(network, val)
+    return {
+        "acc": top1 / images,
+        "arch": arch.code,
+        "seed": options.seed,
+        "top5": top5 / images,
+        "images": images,
+        "epochs": options.max_epoch,
+        "loss": read_json(folder / "history.json")["epoch_losses"][-1],
+        "macs": space.macs(arch, options.image_size, classes),
+        "params": space.params(arch, classes),
+    }
+
+
+@paddle.no_grad()
+def evaluate(network: ResNet, loader: EvalLoader) -> tuple[int, int, int]:
+    """Top-1 hits, top-5 hits and images; the network is left in eval mode."""
+    network.eval()
+    top1 = top5 = images = 0
+    for batch, labels in loader:
+        hits = count_hits(network(normalize(batch)).unsqueeze(0), labels)[0]
+        top1, top5, images = top1 + int(hits[0]), top5 + int(hits[1]), images + len(labels)
+    return top1, top5, images
+
+
+def remove_sets(folder: Path) -> None:
+    """Delete what a finished architecture would have been resumed from; ``final`` stays."""
+    for stem in {path.name.partition(".")[0] for path in folder.glob("*")}:
+        if SET_NAME.fullmatch(stem):
+            remove_set(folder / stem)
+
+
+if __name__ == "__main__":
+    run_main(main)

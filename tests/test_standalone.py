@@ -1,0 +1,323 @@
+"""python -m hnas.tools.train_standalone: plain networks, their accuracies, kills and resuming."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+from hnas.models.registry import RESNET48_MINI
+from hnas.models.resnet import ResNet
+from hnas.search_space import Architecture, ArchitectureError
+from hnas.tools import chaos, rank_report
+from hnas.tools.train_standalone import main
+from hnas.utils.errors import UserError
+from hnas.utils.hapi_wrapper import momentum_optimizer
+from hnas.utils.hapi_wrapper_standalone import StandaloneModel
+
+CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3
+SMALL = "122223" + "3313000000" + "2212000000" + "5414" + "0" * 12 + "6727000000"
+# 51 digits; stage 2 is narrower from its second block on, which the supernet refuses.
+PROJECTED = "22221" + "1111000000" + "1113000000" + "1111" + "0" * 12 + "1111000000"
+WIDE = "122221" + "1111000000" + "1111000000" + "1111" + "0" * 12 + "1111000000"
+CODES = {"small": SMALL, "projected": PROJECTED, "wide": WIDE}
+
+
+def flags(work, **changes):
+    """A command line for a few digits on the CPU."""
+    values = {
+        "modelarch_file": work / "codes.json",
+        "image_dir": work / "images",
+        "save_dir": work / "undisturbed",
+        "backbone": "resnet48_mini",
+        "image_size": 32,
+        "batch_size": BATCH,
+        "max_epoch": EPOCHS,
+        "lr": 0.3,
+        "warmup": 1,
+        "seed": SEED,
+        "num_workers": 0,
+        "log_freq": 1,
+        "save_steps": 1,
+        "device": "cpu",
+        **changes,
+    }
+    return ["run", *(str(part) for name, value in values.items() for part in (f"--{name}", value))]
+
+
+def command(work, **changes):
+    """The tool in a process of its own: only there equal bits are promised."""
+    program = [sys.executable, "-W", "ignore", "-um", "hnas.tools.train_standalone"]
+    return {
+        "args": [*program, *flags(work, **changes)],
+        "env": {**os.environ, "PYTHONPATH": str(chaos.ROOT)},
+        "text": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Two images a class, three codes, and ``undisturbed/``, an uninterrupted run of them."""
+    folder = tmp_path_factory.mktemp("standalone")
+    chaos.write_inputs(folder, images_per_class=2)
+    entries = {name: {"acc": 0.0, "arch": code} for name, code in CODES.items()}
+    (folder / "codes.json").write_text(json.dumps(entries))
+    subprocess.run(**command(folder), timeout=120, check=True)
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def refusal(*arguments, **changes):
+    with pytest.raises(UserError) as error:
+        main(flags(*arguments, **changes))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def weights_path(folder, code):
+    return folder / ("1" + code)[-52:] / "final.pdparams"
+
+
+def validation(work):
+    """All validation images as the network sees them, by Pillow and NumPy alone."""
+    pixels, labels = [], []
+    for path in sorted((work / "images/val").glob("*/*")):
+        image = Image.open(path).convert("RGB").resize((37, 37), Image.Resampling.BILINEAR)
+        pixels.append(np.asarray(image.crop((2, 2, 34, 34))).transpose(2, 0, 1))
+        labels.append(int(path.parent.name))
+    mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
+    return paddle.to_tensor((np.float32(pixels) / np.float32(255) - mean) / std), np.array(labels)
+
+
+# --- what is trained
+
+
+def test_a_step_is_momentum_on_the_cross_entropy():
+    arch = Architecture.from_code(PROJECTED)
+    paddle.seed(1)
+    network, other = (ResNet(RESNET48_MINI.plan(arch), CLASSES) for _ in range(2))
+    other.set_state_dict({name: value.clone() for name, value in network.state_dict().items()})
+    model = StandaloneModel(network, arch.code)
+    model.prepare(momentum_optimizer(network, 0.05, 0.9, 1e-3))
+    rng = np.random.default_rng(0)
+    velocity = {}
+    trained = [(n, p) for n, p in other.named_parameters() if not p.stop_gradient]
+    for _ in range(2):
+        images = rng.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+        labels = rng.integers(0, CLASSES, 8)
+        logs = model.train_batch([paddle.to_tensor(images), paddle.to_tensor(labels)])
+
+        other.train()
+        mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(
+            2, 1, 3, 1, 1
+        )
+        logits = other(paddle.to_tensor((np.float32(images) / 255 - mean) / std))
+        log_p = logits - paddle.logsumexp(logits, axis=1, keepdim=True)
+        loss = -log_p[list(range(8)), labels.tolist()].mean()
+        loss.backward()
+        for name, weight in trained:
+            gradient = weight.grad.numpy() + 1e-3 * weight.numpy()
+            velocity[name] = 0.9 * velocity.get(name, 0) + gradient
+            weight.set_value(weight.numpy() - np.float32(0.05) * velocity[name])
+            weight.clear_grad()
+        assert float(logs["loss"]) == pytest.approx(float(loss), rel=1e-4)
+        assert float(logs["top1"]) == np.mean(logits.numpy().argmax(1) == labels)
+        assert logs["arch"] == PROJECTED and [code for code, _ in logs["parts"]] == [PROJECTED]
+    expected = dict(trained)
+    assert len(expected) > 40
+    for name, weight in network.named_parameters():
+        if weight.stop_gradient:
+            continue
+        np.testing.assert_allclose(weight.numpy(), expected[name].numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_supernet_would_refuse_one_of_them():
+    """Otherwise the tests here would not show that a plain network is trained."""
+    with pytest.raises(ArchitectureError, match="no projection"):
+        RESNET48_MINI.shared_plan(Architecture.from_code(PROJECTED))
+
+
+def test_accuracies_are_those_of_the_final_weights(work):
+    images, labels = validation(work)
+    found = results(work / "undisturbed")
+    assert {name: entry["arch"] for name, entry in found.items()} == CODES
+    assert list(found) == list(CODES)
+    for name, code in CODES.items():
+        network = ResNet(RESNET48_MINI.plan(Architecture.from_code(code)), CLASSES)
+        state = paddle.load(str(weights_path(work / "undisturbed", code)))
+        missing, unexpected = network.set_state_dict(state)
+        assert missing == unexpected == []
+        network.eval()
+        logits = network(images).numpy()
+        order = np.argsort(-logits, axis=1, kind="stable")
+        entry = found[name]
+        assert entry["images"] == len(labels) == 20
+        assert entry["acc"] == (order[:, 0] == labels).mean()
+        assert entry["top5"] == (order[:, :5] == labels[:, None]).any(axis=1).mean()
+        assert (entry["seed"], entry["epochs"]) == (SEED, EPOCHS)
+        assert entry["params"] == sum(
+            int(np.prod(p.shape)) for p in network.parameters() if not p.stop_gradient
+        )
+    assert len({entry["loss"] for entry in found.values()}) == 3
+
+
+def test_training_changes_the_weights_of_the_seed(work):
+    paddle.seed(SEED)
+    fresh = ResNet(RESNET48_MINI.plan(Architecture.from_code(SMALL)), CLASSES).state_dict()
+    final = paddle.load(str(weights_path(work / "undisturbed", SMALL)))
+    name = "blocks.0.conv.weight"
+    difference = np.abs(final[name].numpy() - fresh[name].numpy())
+    assert 0 < difference.max() < 1
+
+
+def test_what_is_left_of_a_finished_architecture(work):
+    names = {path.name for path in (work / "undisturbed" / SMALL).iterdir()}
+    assert names == {"final.pdparams", "final.pdparams.sha256", "history.json"}
+
+
+def test_the_results_are_a_ground_truth(work, tmp_path, capsys):
+    gt = work / "undisturbed/results.json"
+    counts = ["--backbone", "resnet48_mini", "--image_size", "32", "--num_classes", "10"]
+    arguments = ["--pred", "macs", "--gt", str(gt), "--out", str(tmp_path), "--resamples", "5"]
+    rank_report.main([*arguments, *counts])
+    assert json.loads(capsys.readouterr().out)["architectures"] == len(CODES)
+
+
+# --- one or many, once or again
+
+
+def test_one_architecture_alone_is_the_same(work, tmp_path):
+    """So results do not depend on what was trained before, nor on the code's image digit."""
+    code = "1" + PROJECTED
+    alone = command(work, arch=code, modelarch_file="", save_dir=tmp_path)
+    subprocess.run(**alone, timeout=120, check=True)
+    expected = {**results(work / "undisturbed")["projected"], "arch": code}
+    assert results(tmp_path) == {code: expected}
+    one, other = (weights_path(folder, PROJECTED) for folder in (tmp_path, work / "undisturbed"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_same_command_again_trains_nothing(work, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(work / "undisturbed", folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    content = (folder / "results.json").read_bytes()
+    main(flags(work, save_dir=folder))
+    assert (folder / "results.json").read_bytes() == content
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before
+
+
+def test_other_names_and_orders_keep_what_is_finished(work, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(work / "undisturbed", folder)
+    (tmp_path / "codes.txt").write_text(f"{WIDE[1:]}\n{SMALL}\n")
+    main(flags(work, save_dir=folder, modelarch_file=tmp_path / "codes.txt"))
+    before, after = results(work / "undisturbed"), results(folder)
+    assert list(after) == ["arch1", "arch2", "projected"]
+    assert after["arch1"] == {**before["wide"], "arch": WIDE[1:]}
+    assert after["arch2"] == before["small"] and after["projected"] == before["projected"]
+
+
+def test_another_seed_is_another_network(work, tmp_path):
+    main(flags(work, seed=SEED + 1, arch=SMALL, modelarch_file="", save_dir=tmp_path))
+    entry = results(tmp_path)[SMALL]
+    assert entry["seed"] == SEED + 1
+    assert entry["loss"] != results(work / "undisturbed")["small"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (signal.SIGKILL, "epoch 1/2 step 3/"),
+        (signal.SIGTERM, "epoch 2/2 step 2/"),
+        (signal.SIGKILL, "epoch 2/2 step 5/"),
+    ],
+)
+def test_a_killed_run_that_is_continued_ends_in_the_same_bytes(work, tmp_path, number, line):
+    """Stopped within the second architecture, or when the third's last step is just done."""
+    process = subprocess.Popen(
+        **command(work, save_dir=tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    third = line == "epoch 2/2 step 5/"
+    wanted = WIDE if third else PROJECTED
+    for printed in process.stdout:
+        if line in printed and printed.rstrip().endswith(wanted):
+            process.send_signal(number)
+            break
+    process.communicate(timeout=120)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[number]
+    assert list(results(tmp_path)) == list(CODES)[: 1 + third]
+
+    done = subprocess.run(**command(work, save_dir=tmp_path), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    trained = re.findall(r"architecture \d of 3: (\w+)", done.stderr)
+    assert trained == list(CODES)[1 + third :]
+    expected = work / "undisturbed"
+    for name in ("results.json", *(weights_path(Path(), code) for code in CODES.values())):
+        assert (tmp_path / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("changes", [{"modelarch_file": ""}, {"arch": SMALL}])
+def test_either_a_code_or_a_file(work, changes):
+    assert "either --arch CODE or --modelarch_file FILE" in refusal(work, **changes)
+
+
+def test_it_resumes_by_itself_and_knows_no_teacher(work, caplog):
+    with caplog.at_level(logging.INFO), pytest.raises(UserError):
+        main(flags(work, resume="auto", pretrained="x", arch=SMALL))
+    assert [line for line in caplog.messages if "no effect" in line] == [
+        "--pretrained has no effect here",
+        "--resume has no effect here",
+    ]
+
+
+def test_a_wrong_code(work):
+    message = refusal(work, arch="9" + SMALL[1:], modelarch_file="")
+    assert "digit 1 (image size) is 9" in message
+
+
+@pytest.mark.parametrize(("flag", "value"), [("seed", 4), ("lr", 0.2), ("max_epoch", 3)])
+def test_results_of_other_settings_are_not_mixed(work, flag, value):
+    before = (work / "undisturbed/results.json").read_bytes()
+    message = refusal(work, **{flag: value})
+    assert f"undisturbed holds results of other settings ({flag})" in message
+    assert (work / "undisturbed/results.json").read_bytes() == before
+
+
+def test_results_of_other_images_are_not_mixed(work, tmp_path):
+    for split in ("train", "val"):
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        shutil.copytree(work / "images", tmp_path / "images")
+        sorted((tmp_path / "images" / split / "3").iterdir())[0].unlink()
+        message = refusal(work, image_dir=tmp_path / "images")
+        assert ("(images)" if split == "train" else "(val_images)") in message
+
+
+def test_a_name_for_two_architectures(work, tmp_path):
+    entries = {"wide": {"acc": 0, "arch": SMALL}}
+    (tmp_path / "codes.json").write_text(json.dumps(entries))
+    message = refusal(work, modelarch_file=tmp_path / "codes.json")
+    assert "another architecture of the name 'wide'" in message
+
+
+def test_results_of_unknown_origin(work, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    assert "results.json is there without run.json" in refusal(work, save_dir=tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    assert "run.json is not what this program saves" in refusal(work, save_dir=tmp_path)
