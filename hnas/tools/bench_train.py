@@ -60,10 +60,16 @@ def main(argv=None) -> None:
 
 
 def make_images(options, folder: Path) -> None:
-    """JPEG files of smooth noise, a class each, enough for a few turns."""
+    """JPEG files of smooth noise, enough for all turns in one epoch.
+
+    Every epoch forks loader processes, and copying the pages that they share would slow the first
+    steps, which in long epochs are few.
+    """
     rng = np.random.default_rng(options.seed)
     size = options.source_size or 2 * options.image_size
-    classes = rng.integers(0, options.num_classes, options.batch_size * (options.steps + 2) * 2)
+    classes = rng.integers(
+        0, options.num_classes, options.batch_size * (options.rounds * options.steps + 3)
+    )
     classes[: options.num_classes] = np.arange(options.num_classes)[: len(classes)]
     for index, label in enumerate(classes):
         target = folder / "train" / f"{label:04d}"
@@ -166,6 +172,7 @@ def compare(options, stage: int, workers: dict[str, Worker]) -> dict:
                 turns[kind].append(worker.ask("run", options.steps))
             said = ", ".join(f"{kind} {turns[kind][-1]['seconds']:.2f} s" for kind in LOOPS)
             logger.info("stage %d round %d/%d: %s", stage, number + 1, options.rounds, said)
+    for _ in range(options.rounds):
         for kind in loads:
             loads[kind].append(workers[kind].ask("load", options.steps)["seconds"])
     if not options.loader_only:

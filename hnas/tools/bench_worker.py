@@ -37,7 +37,7 @@ from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 from hnas.utils.updates import Update
 
 OURS, STRAIGHTFORWARD, PLAIN = "ours", "straightforward", "plain"
-CALM_SCALE = 0.2
+CALM_SCALE = 0.1
 PASSES = 2  # of stage one: an image is a query in both
 
 
