@@ -16,6 +16,7 @@ from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.calibration import calibrated
 from hnas.search_space import Architecture
+from hnas.utils.distributed import GradientExchange, seen_alone
 from hnas.utils.errors import UserError
 from hnas.utils.SampleMethod import Sampler
 
@@ -31,6 +32,21 @@ class SupernetModel(paddle.Model):
 
     epoch = 0
     step = 0
+    exchange: GradientExchange | None = None
+    """With other ranks; None: there are none."""
+
+    def __init__(self, *arguments):
+        with seen_alone():
+            super().__init__(*arguments)
+
+    def prepare(self, *arguments, **more):
+        with seen_alone():
+            super().prepare(*arguments, **more)
+
+    def exchange_gradients(self) -> None:
+        """Average the step's gradients over ranks; between the backward passes and the step."""
+        if self.exchange is not None:
+            self.exchange.run()
 
     def fit(
         self,
@@ -47,7 +63,7 @@ class SupernetModel(paddle.Model):
         callbacks = CallbackList([LRScheduler(by_step=True), *callbacks])
         callbacks.set_model(self)
         callbacks.set_params(
-            {"epochs": epochs, "steps": len(loader), "batch_size": loader.batch_size}
+            {"epochs": epochs, "steps": len(loader), "batch_size": loader.total_batch}
         )
         callbacks.on_begin("train")
         logs = {}
@@ -130,6 +146,7 @@ class DistillationModel(SupernetModel):
             loss = float(weight) * distillation_loss(logits, labels, targets)
             loss.backward()
             parts.append((arch.code, loss.detach()))
+        self.exchange_gradients()
         self._optimizer.step()
         # Not to zero: a block that no sub-network of a step ran must be left alone whether or not
         # an earlier step ran it, or a resumed run would differ.

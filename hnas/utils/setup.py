@@ -20,6 +20,7 @@ from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform
 from hnas.models.registry import search_space
 from hnas.search_space import SearchSpace
+from hnas.utils.distributed import is_chief, join_processes, local_ranks, rank, ranks
 from hnas.utils.errors import UserError
 from hnas.utils.options import Options
 
@@ -27,21 +28,26 @@ logger = logging.getLogger(__name__)
 
 
 def start(options: Options) -> None:
-    """Choose the device and seed every generator.
+    """Choose the device, meet the run's other processes and seed every generator.
 
     Raises:
-        UserError: a GPU is asked for and Paddle has none.
+        UserError: a GPU is asked for and Paddle has none, or other processes cannot be reached.
     """
+    if not is_chief():
+        logging.getLogger().setLevel(logging.WARNING)
     has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     if options.device == "gpu" and not has_gpu:
         raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
     paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
     if options.amp != "O0" and paddle.get_device() == "cpu":
         raise UserError(f"--amp {options.amp} needs a GPU; on CPUs stage 3 runs in float32")
+    join_processes(cpu=paddle.get_device() == "cpu")
     random.seed(options.seed)
     np.random.seed(options.seed)
     paddle.seed(options.seed)
     logger.info("device %s, seed %d", paddle.get_device(), options.seed)
+    if ranks() > 1:
+        logger.info("%d processes, %d of them on this machine", ranks(), local_ranks())
 
 
 def space_of(options: Options) -> SearchSpace:
@@ -81,7 +87,7 @@ def validation_images(options: Options, train: ImageList | None = None) -> Image
 def training_loader(options: Options, images: ImageList, transform: Callable) -> EpochLoader:
     """Shuffled, augmented batches of ``images``."""
     dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
-    return EpochLoader(dataset, options.batch_size, options.num_workers)
+    return EpochLoader(dataset, options.batch_size, options.num_workers, rank(), ranks())
 
 
 def calibration_images(options: Options, images: ImageList | None = None) -> paddle.Tensor | None:

@@ -12,7 +12,7 @@ from hnas.dataset.loader import EpochLoader
 from hnas.evaluation.architecture_file import write_json
 from hnas.models.registry import build_classifier
 from hnas.models.resnet import ResNet
-from hnas.utils.callbacks import Checkpoints, TrainLogger, is_chief
+from hnas.utils.callbacks import Checkpoints, TrainLogger
 from hnas.utils.checkpoint import (
     PARAMS,
     CheckpointError,
@@ -23,6 +23,15 @@ from hnas.utils.checkpoint import (
     newest_set,
     read_weights,
     write_state,
+)
+from hnas.utils.distributed import (
+    GradientExchange,
+    agree,
+    copy_from_chief,
+    is_chief,
+    leave,
+    meet,
+    ranks,
 )
 from hnas.utils.generators import restore_generators
 from hnas.utils.hapi_wrapper import SupernetModel, learning_rate, momentum_optimizer
@@ -40,7 +49,7 @@ NEUTRAL_FLAGS = frozenset((
 ))
 # fmt: on
 # What decides which images a step of an epoch sees.
-DATA_ORDER = frozenset({"images", "batch_size", "seed"})
+DATA_ORDER = frozenset({"images", "total_batch", "seed"})
 
 
 def pretrained_network(options: Options, num_classes: int, space) -> ResNet:
@@ -76,7 +85,7 @@ def prepare(model: SupernetModel, options: Options, steps_per_epoch: int, **more
     """``paddle.Model.prepare`` with the recipe's optimizer and learning rate."""
     schedule = learning_rate(
         options.lr,
-        options.batch_size,
+        options.batch_size * ranks(),
         options.warmup * steps_per_epoch,
         options.max_epoch * steps_per_epoch,
     )
@@ -98,13 +107,20 @@ def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=(
     run = describe_run(options, loader)
     start = resume(model, options, log, run)
     logger.info("training from epoch %d step %d", start[0] + 1, start[1] + 1)
-    with StopSignals() as stop:
+    with StopSignals(patient=ranks() > 1) as stop:
+        if ranks() > 1:
+            agree(start, "the epoch and step to start from")
+            copy_from_chief([*model.network.state_dict().values()])
+            trained = [p for p in model.network.parameters() if not p.stop_gradient]
+            stop = model.exchange = GradientExchange(trained, stop)
         saver = Checkpoints(options, log, stop, run)
         model.fit(loader, options.max_epoch, [log, saver, *callbacks], start)
     if is_chief():
         # Also when nothing was left to train: a kill may have come just before either.
         write_json(Path(options.save_dir) / "history.json", log.history())
         write_state(Path(options.save_dir) / f"final{PARAMS}", model.network.state_dict())
+    meet()
+    leave()
 
 
 def describe_run(options: Options, loader: EpochLoader) -> dict:
@@ -118,7 +134,11 @@ def describe_run(options: Options, loader: EpochLoader) -> dict:
         for option in dataclasses.fields(options)
         if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] != "3"
     }
-    return {**settings, "images": loader.dataset.images.digest()}
+    return {
+        **settings,
+        "total_batch": loader.total_batch,
+        "images": loader.dataset.images.digest(),
+    }
 
 
 def resume(model: SupernetModel, options: Options, log: TrainLogger, run: dict) -> tuple[int, int]:
@@ -145,7 +165,11 @@ def resume(model: SupernetModel, options: Options, log: TrainLogger, run: dict) 
         log.restore(progress["losses"])
         restore_generators(progress["generators"])
         epoch, step = int(progress["epoch"]), int(progress["step"])
-        changed = [key for key in run if progress["run"].get(key, run[key]) != run[key]]
+        before = progress["run"]
+        if "batch_size" in before:
+            # Checkpoints of times when one process was all there was.
+            before = {"total_batch": before["batch_size"], **before}
+        changed = [key for key in run if before.get(key, run[key]) != run[key]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{stem}.pdstates is not what this program saves: {error}") from None
     if step and set(changed) & DATA_ORDER:
