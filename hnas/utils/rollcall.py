@@ -92,7 +92,8 @@ class RollCall:
         with self._news:
             self._news.wait_for(lambda: self._left & self._absent() or not self._absent())
             if self._absent():
-                raise LostRankError(f"rank {min(self._absent())} has ended before the others")
+                gone = min(self._left & self._absent())
+                raise LostRankError(f"rank {gone} has ended before the others")
         if answers:
             self._say(HERE)
 
