@@ -35,9 +35,12 @@ launch() {
     if [ "$local_processes" = 1 ] && [ "$nnodes" = 1 ]; then
         exec "$python" -u "$@"
     fi
+    logs="$save_dir/log"
     if [ "$nnodes" != 1 ]; then
+        # Each machine numbers its logs from 0.
+        logs="$save_dir/log$node_rank"
         set -- --nnodes "$nnodes" --master "$master" --rank "$node_rank" "$@"
     fi
     exec "$python" -m paddle.distributed.launch --nproc_per_node "$local_processes" \
-        --log_dir "$save_dir/log" --log_level WARNING "$@"
+        --log_dir "$logs" --log_level WARNING "$@"
 }

@@ -140,9 +140,7 @@ class RollCall:
         # If all end for the same reason, each says it itself.
         time.sleep(1)
         logger.error(
-            "rank %d is gone, so this process ends too; why, its log says (workerlog.%d in the "
-            "folder log on its machine)",
-            rank,
+            "rank %d is gone, so this process ends too; its log in save_dir may say why",
             rank,
         )
         time.sleep(REPORT_SECONDS)
