@@ -65,6 +65,7 @@ class Recipe:
     tilt: float = 2.0
     queue_size: int = 65536
     gpus: int = 1
+    memory_gib: int = 80
 
 
 def stage1_macs(space: SearchSpace, recipe: Recipe) -> float:
@@ -112,10 +113,11 @@ def training_bytes(space: SearchSpace, recipe: Recipe, stage: int) -> int:
 
 
 def scoring_bytes(space: SearchSpace, recipe: Recipe) -> int:
-    """Weights, folded weights and one path of activations of a chunk's images."""
+    """Weights, folded weights and a chunk's activations, at most a quarter of the memory."""
     chunk = even_chunk(MAX_CHUNK, recipe.images, recipe.gpus)
     weights = 2 * space.params(space.largest(), recipe.num_classes)
-    return FLOAT * (weights + 3 * chunk * activation_floats(space, recipe.image_size))
+    activations = 3 * chunk * activation_floats(space, recipe.image_size)
+    return FLOAT * weights + min(FLOAT * activations, recipe.memory_gib * 2**30 // 4)
 
 
 def estimate(
@@ -171,7 +173,8 @@ def assumptions(options, macs_per_s: float) -> list[str]:
         "stage 1 trains the largest network only; its first convolution's saving is ignored",
         "the naive loop runs at the same rate and decodes nothing anew, which flatters it",
         f"memory: float32, {options.batch_size} images a step and device, each convolution's "
-        "output kept three times for the backward pass; libraries' own memory not counted",
+        "output kept three times for the backward pass; libraries' own memory not counted; "
+        f"stage 3 takes chunks of a quarter of {GPUS[options.gpu].memory_gib} GiB",
     ]
 
 
@@ -211,6 +214,7 @@ def main(argv=None) -> None:
         stage2_epochs=options.stage2_epochs,
         subnetworks=options.dyna_batch_size,
         gpus=options.gpus,
+        memory_gib=GPUS[options.gpu].memory_gib,
     )
     gpu = GPUS[options.gpu]
     if options.gmacs_per_s:
