@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -24,6 +25,8 @@ from hnas.evaluation.hits import Counts
 from hnas.evaluation.ledger import Ledger, even_chunk, share_out
 from hnas.models.registry import RESNET48_MINI
 from hnas.tools import chaos
+from hnas.utils import training
+from hnas.utils.options import Options
 from hnas.utils.rollcall import LostRankError, RollCall
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +130,15 @@ def test_ranks_share_the_batches_of_one_process(work):
         joined = zip(*(share.batches(epoch) for share in shares), strict=True)
         for batch, parts in zip(whole.batches(epoch), joined, strict=True):
             np.testing.assert_array_equal(np.concatenate(parts), batch)
+
+
+def test_learning_rate_follows_the_total_batch(monkeypatch):
+    monkeypatch.setattr(training, "ranks", lambda: 4)
+    model = SimpleNamespace(network=paddle.nn.Linear(1, 1))
+    model.prepare = lambda optimizer: setattr(model, "optimizer", optimizer)
+    options = Options(lr=0.1, batch_size=128, warmup=0, max_epoch=1)
+    training.prepare(model, options, steps_per_epoch=10)
+    assert model.optimizer.get_lr() == pytest.approx(0.1 * 128 * 4 / 256)
 
 
 # --- runs

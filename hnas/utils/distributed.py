@@ -3,6 +3,11 @@
 Processes are started by ``paddle.distributed.launch``; with one, everything here does nothing.
 Rank r of R loads the r-th share of every batch, so that R processes with batches of B see in a
 step what one process with batches of R * B sees.
+
+Gloo as Paddle 3.3.1 has it (tried): sums, broadcasts and gathers work for float32, float64, int32,
+int64 and uint8, and give the same bits on all ranks and in every run. Means, reduce_scatter and
+all_to_all are missing, sums of float16 come out infinite, and whatever has to wait for a peer
+fails after 30 seconds; after a peer's death it fails at once.
 """
 
 from __future__ import annotations
