@@ -36,13 +36,13 @@ def main() -> None:
     options = parse_options(1, DEFAULTS, about=__doc__.splitlines()[0])
     if not find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} has no neck; stage 1 takes resnet48pinasv2")
-    start(options)
     if options.queue_size % (options.batch_size * ranks()):
         times = f" times {ranks()} processes" if ranks() > 1 else ""
         raise UserError(
             f"--queue_size {options.queue_size} is not a multiple of "
             f"--batch_size {options.batch_size}{times}"
         )
+    start(options)
     images = training_images(options)
     space = space_of(options)
     network = build_classifier(
