@@ -23,13 +23,9 @@ use_tensor_dataset=${use_tensor_dataset:-True}                  # decode once, k
 num_workers=${num_workers:-8}
 seed=${seed:-0}
 device=${device:-auto}
-python=${python:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-threads=${threads:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+. hnas/tools/launch.sh
 
-# Before Python starts: Paddle reads these when it is imported. The last one is for AMD.
-export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" MKL_DEBUG_CPU_TYPE=5
-
-exec "$python" -u train_supernet.py run \
+launch train_supernet.py run \
     --backbone "$backbone" --image_size "$image_size" --batch_size "$batch_size" \
     --ckpt_dir "$ckpt_dir" --modelarch_file "$modelarch_file" \
     --bn_calibration_images "$bn_calibration_images" \

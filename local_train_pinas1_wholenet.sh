@@ -40,13 +40,9 @@ visualdl_dir=${visualdl_dir:-None}                              # folder of curv
 resume=${resume:-None}                                          # a folder, or auto
 seed=${seed:-0}
 device=${device:-auto}
-python=${python:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-threads=${threads:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+. hnas/tools/launch.sh
 
-# Before Python starts: Paddle reads these when it is imported. The last one is for AMD.
-export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" MKL_DEBUG_CPU_TYPE=5
-
-exec "$python" -u train_supernet_pinas_stage1.py run \
+launch train_supernet_pinas_stage1.py run \
     --backbone "$backbone" --image_size "$image_size" --max_epoch "$max_epoch" \
     --batch_size "$batch_size" --dyna_batch_size 0 --lr "$lr" --warmup "$warmup" \
     --weight_decay "$weight_decay" --momentum "$momentum" \

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
+from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.architecture_file import read_architectures
 from hnas.evaluation.engine import evaluate_one_by_one, evaluate_shared, write_submission
-from hnas.evaluation.images import DecodedImages, balanced_order
+from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
 from hnas.evaluation.state import architectures_hash
 from hnas.models.registry import build_classifier, find_backbone
 from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.atomic import file_digest, remove_leftovers
 from hnas.utils.checkpoint import find_checkpoint
+from hnas.utils.distributed import is_chief, leave, meet, ranks
 from hnas.utils.errors import UserError, run_main
 from hnas.utils.options import Options, parse_options
 from hnas.utils.setup import (
@@ -43,6 +45,8 @@ def main() -> None:
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; stage 3 takes resnet48")
     start(options)
+    if ranks() > 1 and options.eval_engine == "reference":
+        raise UserError("--eval_engine reference runs in one process; shared runs in several")
     require(options, "ckpt_dir")
     space = space_of(options)
     archs = architectures(options, space)
@@ -52,15 +56,15 @@ def main() -> None:
     start_from_checkpoint(network, options.ckpt_dir)
 
     save_dir = Path(options.save_dir)
-    remove_leftovers(save_dir)
+    if is_chief():
+        remove_leftovers(save_dir)
+    meet()
     calibration = calibration_images(options)
     if options.eval_engine == "reference":
         loader = validation_loader(options, images, order)
         counts = evaluate_one_by_one(network, archs, loader, calibration)
     else:
-        decoded = DecodedImages(
-            images, order, options.image_size, options.cache_gb, save_dir, options.num_workers
-        )
+        decoded = decoded_images(options, images, order)
         counts = evaluate_shared(
             network,
             archs,
@@ -72,16 +76,34 @@ def main() -> None:
             options.target_se,
             options.amp,
         )
-    write_submission(save_dir / "submission.json", archs, counts)
-    logger.info(
-        "scored %d architectures on %d images: %s",
-        len(archs),
-        counts.images,
-        save_dir / "submission.json",
+    if is_chief():
+        write_submission(save_dir / "submission.json", archs, counts)
+        logger.info(
+            "scored %d architectures on %d images: %s",
+            len(archs),
+            counts.images,
+            save_dir / "submission.json",
+        )
+    leave()
+
+
+def decoded_images(
+    options: Options, images: ImageList, order: np.ndarray
+) -> DecodedImages | ImagesOnDemand:
+    """The images in that order; one of several processes decodes those of its chunks only."""
+    if ranks() > 1:
+        return ImagesOnDemand(images, order, options.image_size, options.num_workers)
+    return DecodedImages(
+        images,
+        order,
+        options.image_size,
+        options.cache_gb,
+        Path(options.save_dir),
+        options.num_workers,
     )
 
 
-def identity(options: Options, archs: dict, images: DecodedImages, calibration) -> dict[str, str]:
+def identity(options: Options, archs: dict, images, calibration) -> dict[str, str]:
     """What a saved state belongs to: whatever the accuracies depend on."""
     return {
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
 from hnas.models.registry import build_classifier, find_backbone
+from hnas.utils.distributed import ranks
 from hnas.utils.errors import UserError, run_main
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.options import parse_options
@@ -35,10 +36,11 @@ def main() -> None:
     options = parse_options(1, DEFAULTS, about=__doc__.splitlines()[0])
     if not find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} has no neck; stage 1 takes resnet48pinasv2")
-    if options.queue_size % options.batch_size:
+    if options.queue_size % (options.batch_size * ranks()):
+        times = f" times {ranks()} processes" if ranks() > 1 else ""
         raise UserError(
             f"--queue_size {options.queue_size} is not a multiple of "
-            f"--batch_size {options.batch_size}"
+            f"--batch_size {options.batch_size}{times}"
         )
     start(options)
     images = training_images(options)
@@ -67,6 +69,7 @@ def main() -> None:
         network,
         LargestSampler(space) if largest else sampled,
         pairs=1 if largest else options.stage1_sample_num,
+        seed=options.seed,
     )
     crop = {"scale_min": options.crop_scale_min, "flip": options.flip_prob}
     views = TwoViews(

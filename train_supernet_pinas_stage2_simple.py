@@ -13,6 +13,7 @@ import paddle
 from hnas.dataset.transforms import TrainTransform
 from hnas.models.registry import build_classifier, find_backbone
 from hnas.utils.callbacks import EvaluateExtremes
+from hnas.utils.distributed import is_chief, leave
 from hnas.utils.errors import UserError, run_main
 from hnas.utils.hapi_wrapper import DistillationModel, macs_weights
 from hnas.utils.options import parse_options
@@ -84,9 +85,10 @@ def main() -> None:
         callbacks.append(EvaluateExtremes(evaluate, options.eval_freq))
     if options.train_flag:
         fit(model, options, loader, callbacks)
-    else:
+    elif is_chief():
         for name, accuracy in evaluate().items():
             logger.info("validation top-1 of the %s sub-network: %.4f", name, accuracy)
+    leave()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ def own_cache(tmp_path_factory):
     """Indices of image folders go to a folder of the tests', not to the user's."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    # Builds its font list there now; later, a program under test would say so in its output.
+    import matplotlib.font_manager  # noqa: F401
+
     yield
     os.environ.pop("XDG_CACHE_HOME")
     if before is not None:

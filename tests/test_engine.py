@@ -21,6 +21,7 @@ from hnas.evaluation.architecture_file import submission, write_json
 from hnas.evaluation.engine import EngineError, choose_chunk, evaluate_shared, spot_check
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, balanced_order
+from hnas.evaluation.ledger import STATE_FILE
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.state import StateError, load_state, save_state
@@ -140,7 +141,7 @@ def test_interrupted_evaluation_continues_to_the_same_file(
     monkeypatch.setattr(SharedEvaluator, "evaluate", failing)
     with pytest.raises(KeyboardInterrupt):
         evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, chunk=5)
-    _, partial = load_state(tmp_path / "b" / engine.STATE_FILE, IDENTITY)
+    _, partial = load_state(tmp_path / "b" / STATE_FILE, IDENTITY)
     assert partial.images == 10
     # Another chunk size asked for: the first run's is kept, so that the chunks are the same.
     resumed = evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, chunk=7)
@@ -175,15 +176,15 @@ def test_spot_check_finds_a_wrong_count(network, archs, folder, tmp_path):
     images = decoded(folder, tmp_path)
     batch = images.batch(0, 24)
     named = list(archs.items())[2]
-    before, after = Counts.zeros(6), Counts.zeros(6)
+    counts = Counts.zeros(6)
     right = evaluate_reference(network, [named[1]], [batch])
-    after.top1[2], after.top5[2] = right.top1[0], right.top5[0]
-    spot_check(network, named, 2, batch, None, before, after)
-    after.top1[2] += 1
+    counts.top1[2], counts.top5[2] = right.top1[0], right.top5[0]
+    spot_check(network, named, 2, batch, None, counts)
+    counts.top1[2] += 1
     with pytest.raises(EngineError, match="n2"):
-        spot_check(network, named, 2, batch, None, before, after)
-    after.near1[2] = 1  # one image's logits are that close
-    spot_check(network, named, 2, batch, None, before, after)
+        spot_check(network, named, 2, batch, None, counts)
+    counts.near1[2] = 1  # one image's logits are that close
+    spot_check(network, named, 2, batch, None, counts)
 
 
 def test_chunk_follows_the_free_memory(monkeypatch):
@@ -219,7 +220,7 @@ def test_killed_evaluations_end_in_the_same_file(network, folder, tmp_path):
             command(folder, tmp_path, name), env=environment, stderr=subprocess.PIPE
         )
         if seconds is not None:
-            state = tmp_path / name / engine.STATE_FILE
+            state = tmp_path / name / STATE_FILE
             deadline = time.monotonic() + 60
             while not state.is_file() and time.monotonic() < deadline:
                 time.sleep(0.01)

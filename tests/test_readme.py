@@ -25,9 +25,15 @@ def text_of(path):
     return (ROOT / path).read_text(encoding="utf-8")
 
 
+def launcher_text(name):
+    """A launcher with what it sources."""
+    text = text_of(name)
+    return "\n".join([text, *map(text_of, re.findall(r"^\. (\S+)$", text, re.M))])
+
+
 def launcher_variables(name):
     """``name=${name:-default}  # comment`` lines as a dict from name to default."""
-    return dict(re.findall(r"^(\w+)=\$\{\1:-(.*)\}(?: +#.*)?$", text_of(name), re.M))
+    return dict(re.findall(r"^(\w+)=\$\{\1:-(.*)\}(?: +#.*)?$", launcher_text(name), re.M))
 
 
 def table_after(text, marker):
@@ -68,7 +74,7 @@ def tool_flags(tool):
 
 def test_launchers_are_read_whole():
     for name in LAUNCHERS.values():
-        lines = re.findall(r"^\w+=\$\{.*$", text_of(name), re.M)
+        lines = re.findall(r"^\w+=\$\{.*$", launcher_text(name), re.M)
         assert len(launcher_variables(name)) == len(lines) > 10
 
 
@@ -85,6 +91,8 @@ def test_table_lists_every_launcher_variable_with_its_default(readme):
             where = f"{readme}: {name}, stage {stage}"
             if default is None:
                 assert cell == ABSENT, where
+            elif default == "":
+                assert cell in ("none", "无"), where
             elif default.startswith("$("):
                 # Told in words; the programs it names must be those of the script.
                 named = re.findall(r"`([^`]+)`", cell)

@@ -227,7 +227,10 @@ def test_nothing_to_resume(runs):
 def test_other_images_within_an_epoch_are_refused(runs, undisturbed):
     runs.run_until(2, "other", "saved", signal.SIGKILL, save_steps=2)
     output = runs.run(2, "other", code=2, resume="auto", batch_size=5)
-    assert "is in the middle of an epoch, and batch_size differ now" in output.splitlines()[-1]
+    assert (
+        "is in the middle of an epoch, and batch_size, total_batch differ now"
+        in output.splitlines()[-1]
+    )
     output = runs.run(2, "other", resume="auto", lr=0.2)
     assert "resumed with other values than before: lr" in output
 

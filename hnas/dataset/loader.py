@@ -91,31 +91,43 @@ class EpochLoader:
 
     Args:
         dataset: to load from.
-        batch_size: images a batch; the last, incomplete one is left out.
+        batch_size: images a batch and rank; the last, incomplete one is left out.
         num_workers: loader processes; 0 loads in this one.
+        rank, ranks: each of ``ranks`` processes loads its consecutive share of every batch, so
+            that R of them see together what one with batches of R times the size sees.
 
     Raises:
         DataError: fewer images than one batch.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 0):
-        if len(dataset) < batch_size:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.total_batch = batch_size * ranks
+        if len(dataset) < self.total_batch:
             raise DataError(
                 f"{dataset.images.folder} holds {len(dataset)} images, fewer than one batch of "
-                f"{batch_size}; lower batch_size"
+                f"{self.total_batch}; lower batch_size"
             )
         self.dataset = dataset
         self.batch_size = batch_size
+        self._share = slice(rank * batch_size, (rank + 1) * batch_size)
         self.num_workers = num_workers
 
     def __len__(self) -> int:
         """Steps an epoch."""
-        return len(self.dataset) // self.batch_size
+        return len(self.dataset) // self.total_batch
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """The image indices of each step of ``epoch``."""
+        """The image indices of each step of ``epoch``, this rank's share."""
         order = np.random.default_rng((self.dataset.seed, epoch)).permutation(len(self.dataset))
-        return np.split(order[: len(self) * self.batch_size], len(self))
+        whole = np.split(order[: len(self) * self.total_batch], len(self))
+        return [batch[self._share] for batch in whole]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
         """The batches of ``epoch`` from ``start_step`` on."""

@@ -7,18 +7,20 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import paddle
 from tqdm import tqdm
 
 from hnas.evaluation.architecture_file import submission, write_json
 from hnas.evaluation.hits import Counts
-from hnas.evaluation.images import DecodedImages
+from hnas.evaluation.images import DecodedImages, ImagesOnDemand
+from hnas.evaluation.ledger import Ledger, even_chunk, share_out
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import estimates, load_state, save_state
 from hnas.evaluation.tree import naive_macs
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
+from hnas.utils.distributed import from_chief, is_chief, local_ranks, meet, rank, ranks
 from hnas.utils.errors import UserError
 from hnas.utils.memory import available_bytes, peak_gib
 
@@ -29,14 +31,14 @@ class EngineError(UserError):
     """The shared engine disagrees with the reference engine."""
 
 
-STATE_FILE = "eval_state.npz"
+POLL_SECONDS = 0.2
 MAX_CHUNK = 1024
 
 
 def evaluate_shared(
     network: ElasticResNet,
     archs: Mapping[str, Architecture],
-    images: DecodedImages,
+    images: DecodedImages | ImagesOnDemand,
     save_dir: Path,
     identity: Mapping[str, str],
     calibration: paddle.Tensor | None = None,
@@ -44,10 +46,12 @@ def evaluate_shared(
     target_se: float = 0.0,
     amp: str = "O0",
 ) -> Counts:
-    """Score ``archs`` on ``images``; continue where an earlier run in ``save_dir`` stopped.
+    """Score ``archs`` on ``images``; continue where earlier runs in ``save_dir`` stopped.
 
     After every chunk ``save_dir`` holds the state, from which a killed run continues, and
-    ``estimates.json`` with an accuracy and standard error of every architecture.
+    ``estimates.json`` with an accuracy and standard error of every architecture. Several
+    processes call this together, with the same ``save_dir``, and take the chunks in turns; the
+    result is complete at rank 0. An earlier run may have had another number of processes.
 
     Args:
         network: the supernet.
@@ -56,24 +60,88 @@ def evaluate_shared(
         save_dir: for state and estimates.
         identity: what the state belongs to, e.g. hashes of checkpoint and lists.
         calibration: uint8 images [N, 3, H, W] for BatchNorm re-calibration, or None.
-        chunk: images a walk; 0 chooses by the free memory. A resumed run keeps its first.
+        chunk: images a walk; 0 chooses by the free memory, and such that every process gets as
+            many chunks. A resumed run keeps its first.
         target_se: stop when all standard errors are below it; 0: go through all images.
         amp: mixed precision on GPUs.
 
     Raises:
         StateError: the state in ``save_dir`` is of something else.
     """
-    size = images.pixels.shape[2]
-    evaluator = SharedEvaluator(network, list(archs.values()), size, calibration, amp)
-    state = save_dir / STATE_FILE
-    earlier = load_state(state, identity)
-    if earlier is None:
-        chunk = chunk or choose_chunk(network.space, size, evaluator.calibration_images)
+    evaluator = SharedEvaluator(network, list(archs.values()), images.size, calibration, amp)
+    ledger = Ledger(save_dir, identity, archs, len(images), target_se, keeps=is_chief())
+    if not chunk and not ledger.chunk:
+        free = choose_chunk(network.space, images.size, evaluator.calibration_images)
+        chunk = even_chunk(free, len(images), ranks())
+    # When all have read what earlier runs left, rank 0 tidies it up and decides.
+    meet()
+    if is_chief():
+        ledger.begin(min(chunk, len(images)) if chunk else 0)
+    (chunk,) = from_chief([ledger.chunk])
+    if not is_chief():
+        ledger.reload()
+        ledger.chunk = chunk
+    starts = ledger.starts()
+    undone = from_chief([not ledger.is_done(start) for start in starts])
+    own = share_out(np.array(undone), rank(), ranks())
+    describe(evaluator, network.space, archs, images, chunk, ledger)
+    for number in own:
+        if not is_chief():
+            ledger.reload()
+        if ledger.enough:
+            break
+        began = time.perf_counter()
+        batch = images.batch(starts[number], min(starts[number] + chunk, len(images)))
         counts = Counts.zeros(len(archs))
-    else:
-        chunk, counts = earlier
-        logger.info("continuing after %d of %d images", counts.images, len(images))
-    chunk = min(chunk, len(images))
+        title = f"chunk {number + 1}/{len(starts)}"
+        with tqdm(total=len(archs), desc=title, unit="arch", mininterval=1) as progress:
+            evaluator.evaluate(*batch, counts, progress.update)
+        if amp == "O0":
+            chosen = starts[number] % len(archs)
+            spot_check(network, list(archs.items())[chosen], chosen, batch, calibration, counts)
+        ledger.add(starts[number], counts)
+        seconds = time.perf_counter() - began
+        logger.info(
+            "%s: %d images, largest standard error %.4f, %.1f s, %.0f "
+            "images x architectures/s, eta %.0f s, peak memory %.2f GiB",
+            title,
+            ledger.counts.images,
+            ledger.largest_error,
+            seconds,
+            ranks() * counts.images * len(archs) / seconds,
+            (len(images) - ledger.counts.images) / counts.images * seconds / ranks(),
+            peak_gib(),
+        )
+    if is_chief():
+        wait_for_rest(ledger)
+        if ledger.counts.images < len(images):
+            logger.info("all standard errors are below %g: stopped early", target_se)
+    return ledger.counts
+
+
+def wait_for_rest(ledger: Ledger) -> None:
+    """Collect the other ranks' chunks until there are enough."""
+    if not ledger.enough:
+        logger.info("waiting for the other processes' chunks")
+    while not ledger.enough:
+        if ledger.collect():
+            logger.info("%d images", ledger.counts.images)
+        else:
+            time.sleep(POLL_SECONDS)
+    ledger.remove_rest()
+
+
+def describe(
+    evaluator: SharedEvaluator,
+    space: SearchSpace,
+    archs: Mapping[str, Architecture],
+    images: DecodedImages | ImagesOnDemand,
+    chunk: int,
+    ledger: Ledger,
+) -> None:
+    """Log what is going to be done, and what makes it slow."""
+    if ledger.counts.images:
+        logger.info("continuing after %d of %d images", ledger.counts.images, len(images))
     if chunk < min(evaluator.calibration_images, len(images)):
         logger.warning(
             "every walk carries %d calibration images for %d scored ones: raise chunk_size, or "
@@ -81,48 +149,18 @@ def evaluate_shared(
             evaluator.calibration_images,
             chunk,
         )
-    chunks = -(-len(images) // chunk)
+    if len(ledger.starts()) < ranks():
+        logger.warning(
+            "%d chunks for %d processes: lower chunk_size", len(ledger.starts()), ranks()
+        )
     logger.info(
         "%d architectures, %d images in chunks of %d: %.1f GMAC an image instead of %.1f",
         len(archs),
         len(images),
         chunk,
-        evaluator.tree.macs(size) / 1e9,
-        naive_macs(network.space, archs.values(), size) / 1e9,
+        evaluator.tree.macs(images.size) / 1e9,
+        naive_macs(space, archs.values(), images.size) / 1e9,
     )
-    while counts.images < len(images):
-        began = time.perf_counter()
-        start = counts.images
-        batch = images.batch(start, min(start + chunk, len(images)))
-        title = f"chunk {start // chunk + 1}/{chunks}"
-        with tqdm(total=len(archs), desc=title, unit="arch", mininterval=1) as progress:
-            before = counts.copy()
-            evaluator.evaluate(*batch, counts, progress.update)
-        if amp == "O0":
-            chosen = start % len(archs)
-            spot_check(
-                network, list(archs.items())[chosen], chosen, batch, calibration, before, counts
-            )
-        save_state(state, identity, chunk, counts)
-        write_json(save_dir / "estimates.json", estimates(archs, counts))
-        seconds = time.perf_counter() - began
-        worst = float(counts.standard_error().max())
-        logger.info(
-            "chunk %d/%d: %d images, largest standard error %.4f, %.1f s, %.0f "
-            "images x architectures/s, eta %.0f s, peak memory %.2f GiB",
-            start // chunk + 1,
-            chunks,
-            counts.images,
-            worst,
-            seconds,
-            len(batch[1]) * len(archs) / seconds,
-            (len(images) - counts.images) / len(batch[1]) * seconds,
-            peak_gib(),
-        )
-        if worst < target_se:
-            logger.info("all standard errors are below %g: stopped early", target_se)
-            break
-    return counts
 
 
 def spot_check(
@@ -131,8 +169,7 @@ def spot_check(
     index: int,
     batch: tuple[paddle.Tensor, paddle.Tensor],
     calibration: paddle.Tensor | None,
-    before: Counts,
-    after: Counts,
+    counts: Counts,
 ) -> None:
     """Compare one architecture's hits on a chunk with the reference engine's.
 
@@ -145,8 +182,7 @@ def spot_check(
     name, arch = named
     expected = evaluate_reference(network, [arch], [batch], calibration)
     for hits, near in (("top1", "near1"), ("top5", "near5")):
-        found = getattr(after, hits)[index] - getattr(before, hits)[index]
-        allowed = getattr(after, near)[index] - getattr(before, near)[index]
+        found, allowed = getattr(counts, hits)[index], getattr(counts, near)[index]
         if abs(found - getattr(expected, hits)[0]) > allowed:
             raise EngineError(
                 f"architecture {name}: the shared engine counts {found} {hits} hits in a chunk, "
@@ -183,7 +219,7 @@ def choose_chunk(space: SearchSpace, image_size: int, calibration: int) -> int:
     shortcut, all at full width and depth.
     """
     if paddle.get_device() == "cpu":
-        free = available_bytes()
+        free = available_bytes() / local_ranks()
     else:
         properties = paddle.device.cuda.get_device_properties()
         free = properties.total_memory - paddle.device.cuda.memory_allocated()

@@ -32,6 +32,12 @@ class Counts:
     def copy(self) -> Counts:
         return Counts(*(column.copy() for column in self.columns()), self.images)
 
+    def add(self, more: Counts) -> None:
+        """Take in the counts over other images."""
+        for own, others in zip(self.columns(), more.columns(), strict=True):
+            own += others
+        self.images += more.images
+
     def columns(self) -> tuple[np.ndarray, ...]:
         return self.top1, self.top5, self.near1, self.near5
 

@@ -69,6 +69,7 @@ class DecodedImages:
     ):
         self.hash = list_hash(images, order, size)
         self.labels = images.labels[order]
+        self.size = size
         shape = (len(order), 3, size, size)
         if np.prod(shape, dtype=np.int64) <= limit_gb * 2**30:
             self.pixels = np.empty(shape, dtype=np.uint8)
@@ -102,3 +103,27 @@ class DecodedImages:
             self.pixels = np.memmap(temporary, dtype=np.uint8, mode="w+", shape=shape)
             self._decode(images, order, size, num_workers)
             self.pixels.flush()
+
+
+class ImagesOnDemand:
+    """As :class:`DecodedImages`, but decoded when a batch is asked for, and not kept.
+
+    For one of several processes, which goes once through the images of its own chunks.
+    """
+
+    def __init__(self, images: ImageList, order: np.ndarray, size: int, num_workers: int = 0):
+        self.hash = list_hash(images, order, size)
+        self.labels = images.labels[order]
+        self.size = size
+        self._images = images.select(order)
+        self._num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, start: int, stop: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Images [N, 3, S, S] uint8 and labels [N] of the positions from ``start`` to ``stop``."""
+        chosen = self._images.select(np.arange(start, stop))
+        dataset = ImageDataset(chosen, EvalTransform(self.size), seed=0)
+        parts = [pixels for pixels, _ in EvalLoader(dataset, DECODE_BATCH, self._num_workers)]
+        return paddle.concat(parts), paddle.to_tensor(self.labels[start:stop])

@@ -15,6 +15,7 @@ from paddleslim.nas.ofa.layers import SuperLinear
 
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture, SearchSpace
+from hnas.utils.distributed import ShuffledViews
 from hnas.utils.errors import UserError
 
 
@@ -129,22 +130,38 @@ class PiNASv2(nn.Layer):
         self.key_backbone.activate(path)
         return self.key_neck(self.key_backbone.features(images))
 
-    def forward(self, view_a, view_b, path_a: Architecture, path_b: Architecture) -> PassOutput:
+    def _all_keys(self, view, shuffled, path: Architecture):
+        """Keys [N, D] of this rank's images and [ranks * N, D] of all ranks', in their order."""
+        if shuffled is None:
+            keys = self.embed_keys(view, path)
+            return keys, keys
+        keys = shuffled.restore(self.embed_keys(view, path))
+        return shuffled.own(keys), keys
+
+    def forward(
+        self,
+        view_a,
+        view_b,
+        path_a: Architecture,
+        path_b: Architecture,
+        shuffled: ShuffledViews | None = None,
+    ) -> PassOutput:
         """Both passes over two views [N, 3, H, W] of the same images.
 
         Pass 0 queries path A with view A against the keys of path B with view B; pass 1 is the
-        reverse.
+        reverse. With other ranks, ``shuffled`` holds the images to compute keys of.
 
         Returns:
-            The mean loss of both passes; their keys averaged and renormalised [N, D], for
-            :meth:`enqueue` after the backward pass; and the share of queries that find their
-            own key first among all of the queue.
+            The mean loss of both passes; their keys averaged and renormalised, all ranks'
+            [ranks * N, D], for :meth:`enqueue` after the backward pass; and the share of queries
+            that find their own key first among all of the queue.
         """
-        key_b = self.embed_keys(view_b, path_b)
+        images_a, images_b = (view_a, view_b) if shuffled is None else shuffled.views
+        key_b, every_b = self._all_keys(images_b, shuffled, path_b)
         loss_0, accuracy_0 = self.contrast(self.embed_queries(view_a, path_a), key_b)
-        key_a = self.embed_keys(view_a, path_a)
+        key_a, every_a = self._all_keys(images_a, shuffled, path_a)
         loss_1, accuracy_1 = self.contrast(self.embed_queries(view_b, path_b), key_a)
-        keys = F.normalize((key_a + key_b) / 2, axis=1)
+        keys = F.normalize((every_a + every_b) / 2, axis=1)
         return PassOutput((loss_0 + loss_1) / 2, keys, (accuracy_0 + accuracy_1) / 2)
 
     def contrast(self, queries, keys) -> tuple[paddle.Tensor, paddle.Tensor]:

@@ -14,6 +14,7 @@ import paddle
 from hnas.dataset.transforms import TrainTransform
 from hnas.models.registry import build_classifier
 from hnas.utils.checkpoint import write_state
+from hnas.utils.distributed import is_chief
 from hnas.utils.errors import run_main
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.options import parse_options
@@ -47,6 +48,8 @@ def main() -> None:
     loader = training_loader(options, images, crop)
     prepare(model, options, len(loader), metrics=paddle.metric.Accuracy())
     fit(model, options, loader)
+    if not is_chief():
+        return
     write_state(options.pretrained, network.extract(space.largest()).state_dict())
     metrics = model.evaluate_architecture(validation_loader(options, val), space.largest())
     logger.info("validation top-1 %.4f, weights in %s", metrics["acc"], options.pretrained)

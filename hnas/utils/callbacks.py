@@ -17,6 +17,7 @@ from paddle.callbacks import Callback
 from hnas.evaluation.architecture_file import write_json
 from hnas.utils.atomic import remove_leftovers
 from hnas.utils.checkpoint import SET_NAME, NotFiniteError, remove_set, save_training
+from hnas.utils.distributed import is_chief, leave, mean_over_ranks, meet, ranks
 from hnas.utils.errors import UserError
 from hnas.utils.generators import generators_state
 from hnas.utils.options import Options
@@ -27,11 +28,6 @@ logger = logging.getLogger(__name__)
 
 class DivergedError(UserError):
     """The loss is not finite any more; no checkpoint was written since it was."""
-
-
-def is_chief() -> bool:
-    """Whether this process logs and saves: rank 0 of a distributed run."""
-    return paddle.distributed.get_rank() == 0
 
 
 class TrainLogger(Callback):
@@ -79,17 +75,32 @@ class TrainLogger(Callback):
         return {"epoch_losses": losses, "best_epoch": best, "seconds": round(self.seconds, 1)}
 
     def read_losses(self) -> None:
-        """Fetch the losses since the last call.
+        """Fetch the losses since the last call, means over all ranks, which call this together.
 
         Raises:
             DivergedError: one is not finite; names its step, sub-network and learning rate.
         """
+        self._average()
         for step, logs in self._unread:
             loss = float(logs["loss"])
             if not math.isfinite(loss):
                 raise self.diverged(f"loss is {loss}", step, logs)
             self._losses.append(loss)
         self._unread.clear()
+
+    def _average(self) -> None:
+        """Replace what the unread steps logged on this rank by its mean over ranks."""
+        if ranks() < 2 or not self._unread:
+            return
+        figures = [
+            [logs["loss"], logs["top1"], *(part for _, part in logs["parts"])]
+            for _, logs in self._unread
+        ]
+        flat = paddle.stack([tensor.astype("float32") for row in figures for tensor in row])
+        means = iter(mean_over_ranks(flat).tolist())
+        for _, logs in self._unread:
+            logs["loss"], logs["top1"] = next(means), next(means)
+            logs["parts"] = [(code, next(means)) for code, _ in logs["parts"]]
 
     def diverged(self, what: str, step: int, logs: Mapping) -> DivergedError:
         """The error that says where it happened: step, sub-network and learning rate."""
@@ -239,7 +250,11 @@ class Checkpoints(Callback):
 
     def _end(self, number: int, where: str) -> None:
         name = signal.Signals(number).name
-        logger.warning("stopped by %s %s; continue with --resume auto", name, where)
+        # The launcher ends the others soon after the first: let rank 0 save before.
+        meet()
+        if is_chief():
+            logger.warning("stopped by %s %s; continue with --resume auto", name, where)
+        leave()
         raise Stopped(number)
 
 
@@ -252,8 +267,9 @@ class EvaluateExtremes(Callback):
         self.eval_freq = eval_freq
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.eval_freq == 0:
-            accuracies = self.evaluate()
-            if is_chief():
-                line = ", ".join(f"{name} {value:.4f}" for name, value in accuracies.items())
-                logger.info("epoch %d validation top-1: %s", epoch + 1, line)
+        if (epoch + 1) % self.eval_freq:
+            return
+        if is_chief():
+            line = ", ".join(f"{name} {value:.4f}" for name, value in self.evaluate().items())
+            logger.info("epoch %d validation top-1: %s", epoch + 1, line)
+        meet()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,11 +22,17 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.stderr.write(f"{_who()}error: {one_line(error)}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+
+
+def _who() -> str:
+    """Which of several processes speaks, in the launcher's variables."""
+    several = os.environ.get("PADDLE_TRAINERS_NUM", "1") != "1"
+    return f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: " if several else ""
 
 
 def one_line(error: UserError) -> str:

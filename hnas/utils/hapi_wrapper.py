@@ -16,6 +16,7 @@ from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.calibration import calibrated
 from hnas.search_space import Architecture
+from hnas.utils.distributed import GradientExchange, seen_alone
 from hnas.utils.errors import UserError
 from hnas.utils.SampleMethod import Sampler
 from hnas.utils.updates import Update
@@ -33,11 +34,23 @@ class SupernetModel(paddle.Model):
     epoch = 0
     step = 0
     update: Update | None = None
+    exchange: GradientExchange | None = None
+    """With other ranks; None: there are none."""
+
+    def __init__(self, *arguments):
+        with seen_alone():
+            super().__init__(*arguments)
 
     def prepare(self, optimizer=None, *arguments, update: Update | None = None, **more):
         """As in ``paddle.Model``; ``update`` says how to step if not plainly."""
-        super().prepare(optimizer, *arguments, **more)
+        with seen_alone():
+            super().prepare(optimizer, *arguments, **more)
         self.update = update or Update(optimizer)
+
+    def exchange_gradients(self) -> None:
+        """Average the step's gradients over ranks; between the backward passes and the step."""
+        if self.exchange is not None:
+            self.exchange.run()
 
     def fit(
         self,
@@ -54,7 +67,7 @@ class SupernetModel(paddle.Model):
         callbacks = CallbackList([LRScheduler(by_step=True), *callbacks])
         callbacks.set_model(self)
         callbacks.set_params(
-            {"epochs": epochs, "steps": len(loader), "batch_size": loader.batch_size}
+            {"epochs": epochs, "steps": len(loader), "batch_size": loader.total_batch}
         )
         callbacks.on_begin("train")
         logs = {}
@@ -146,6 +159,7 @@ class DistillationModel(SupernetModel):
                 self.update.backward(loss)
                 losses[index] += loss.detach() / self.update.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
+        self.exchange_gradients()
         self.update.step()
         codes = [arch.code for arch in archs]
         return {

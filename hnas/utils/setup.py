@@ -22,6 +22,7 @@ from hnas.dataset.pixel_cache import PixelCache
 from hnas.dataset.transforms import EvalTransform
 from hnas.models.registry import search_space
 from hnas.search_space import SearchSpace
+from hnas.utils.distributed import is_chief, join_processes, local_ranks, meet, rank, ranks
 from hnas.utils.errors import UserError
 from hnas.utils.options import Options
 
@@ -29,11 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 def start(options: Options) -> None:
-    """Choose the device and seed every generator.
+    """Choose the device, meet the run's other processes and seed every generator.
 
     Raises:
-        UserError: a GPU is asked for and Paddle has none.
+        UserError: a GPU is asked for and Paddle has none, or other processes cannot be reached.
     """
+    if not is_chief():
+        logging.getLogger().setLevel(logging.WARNING)
     has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     if options.device == "gpu" and not has_gpu:
         raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
@@ -42,8 +45,11 @@ def start(options: Options) -> None:
         raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
     if options.channels_last and paddle.get_device() == "cpu":
         raise UserError("--channels_last True needs a GPU; on CPUs see --onednn")
+    join_processes(cpu=paddle.get_device() == "cpu")
     seed_generators(options.seed)
     logger.info("device %s, seed %d", paddle.get_device(), options.seed)
+    if ranks() > 1:
+        logger.info("%d processes, %d of them on this machine", ranks(), local_ranks())
 
 
 def seed_generators(seed: int) -> None:
@@ -89,12 +95,21 @@ def validation_images(options: Options, train: ImageList | None = None) -> Image
 
 def training_loader(options: Options, images: ImageList, transform: Callable) -> EpochLoader:
     """Shuffled, augmented batches of ``images``, decoded once if ``use_tensor_dataset`` says so."""
-    pixels = None
-    if options.use_tensor_dataset:
-        size = options.storage_size or round(options.image_size * 256 / 224)
-        pixels = PixelCache(images, size, Path(options.cache_dir) if options.cache_dir else None)
+    pixels = _pixel_cache(options, images) if options.use_tensor_dataset else None
     dataset = ImageDataset(images, transform, options.seed, pixels=pixels)
-    return EpochLoader(dataset, options.batch_size, options.num_workers)
+    return EpochLoader(dataset, options.batch_size, options.num_workers, rank(), ranks())
+
+
+def _pixel_cache(options: Options, images: ImageList) -> PixelCache:
+    """Decoded images; of the processes of a machine one decodes, and the others wait for it."""
+    size = options.storage_size or round(options.image_size * 256 / 224)
+    decodes = rank() % local_ranks() == 0
+    if not decodes:
+        meet()
+    pixels = PixelCache(images, size, Path(options.cache_dir) if options.cache_dir else None)
+    if decodes:
+        meet()
+    return pixels
 
 
 def calibration_images(options: Options, images: ImageList | None = None) -> paddle.Tensor | None:

@@ -9,11 +9,16 @@ import threading
 class StopSignals:
     """Within the context, the first SIGTERM or Ctrl-C is noted only; the next one acts at once.
 
+    Args:
+        patient: later ones are noted only, too. Paddle's launcher sends SIGTERM several times
+            within a second, and SIGKILL after 30.
+
     Attributes:
         received: the signal's number, or None.
     """
 
-    def __init__(self):
+    def __init__(self, patient: bool = False):
+        self._patient = patient
         self.received: int | None = None
         self._previous: dict[int, object] = {}
 
@@ -30,7 +35,8 @@ class StopSignals:
 
     def _note(self, number: int, frame) -> None:
         self.received = number
-        self.__exit__()
+        if not self._patient:
+            self.__exit__()
 
 
 class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)

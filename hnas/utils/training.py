@@ -14,7 +14,7 @@ from hnas.evaluation.architecture_file import write_json
 from hnas.models.convolution import use_onednn
 from hnas.models.registry import build_classifier
 from hnas.models.resnet import ResNet
-from hnas.utils.callbacks import Checkpoints, TrainLogger, is_chief
+from hnas.utils.callbacks import Checkpoints, TrainLogger
 from hnas.utils.checkpoint import (
     PARAMS,
     CheckpointError,
@@ -25,6 +25,15 @@ from hnas.utils.checkpoint import (
     newest_set,
     read_weights,
     write_state,
+)
+from hnas.utils.distributed import (
+    GradientExchange,
+    agree,
+    copy_from_chief,
+    is_chief,
+    leave,
+    meet,
+    ranks,
 )
 from hnas.utils.errors import UserError
 from hnas.utils.generators import restore_generators
@@ -46,7 +55,7 @@ NEUTRAL_FLAGS = frozenset((
 ))
 # fmt: on
 # What decides which images a step of an epoch sees.
-DATA_ORDER = frozenset({"images", "batch_size", "seed"})
+DATA_ORDER = frozenset({"images", "total_batch", "seed"})
 
 
 def pretrained_network(options: Options, num_classes: int, space) -> ResNet:
@@ -93,7 +102,7 @@ def prepare(model: SupernetModel, options: Options, steps_per_epoch: int, **more
         raise UserError("--amp O2 is for stage 3; train with O1, which keeps float32 weights")
     schedule = learning_rate(
         options.lr,
-        options.batch_size,
+        options.batch_size * ranks(),
         options.warmup * steps_per_epoch,
         options.max_epoch * steps_per_epoch,
     )
@@ -120,18 +129,25 @@ def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=(
         DivergedError: the loss is not finite.
     """
     log = TrainLogger(options.log_freq)
-    if options.visualdl_dir:
+    if options.visualdl_dir and is_chief():
         callbacks = [*callbacks, VisualDLWriter(options.visualdl_dir, options.log_freq)]
     run = describe_run(options, loader)
     start = resume(model, options, log, run)
     logger.info("training from epoch %d step %d", start[0] + 1, start[1] + 1)
-    with StopSignals() as stop:
+    with StopSignals(patient=ranks() > 1) as stop:
+        if ranks() > 1:
+            agree(start, "the epoch and step to start from")
+            copy_from_chief([*model.network.state_dict().values()])
+            trained = [p for p in model.network.parameters() if not p.stop_gradient]
+            stop = model.exchange = GradientExchange(trained, stop)
         saver = Checkpoints(options, log, stop, run)
         model.fit(loader, options.max_epoch, [log, saver, *callbacks], start)
     if is_chief():
         # Also when nothing was left to train: a kill may have come just before either.
         write_json(Path(options.save_dir) / "history.json", log.history())
         write_state(Path(options.save_dir) / f"final{PARAMS}", model.network.state_dict())
+    meet()
+    leave()
 
 
 def describe_run(options: Options, loader: EpochLoader) -> dict:
@@ -145,7 +161,11 @@ def describe_run(options: Options, loader: EpochLoader) -> dict:
         for option in dataclasses.fields(options)
         if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] != "3"
     }
-    return {**settings, "images": loader.dataset.images.digest()}
+    return {
+        **settings,
+        "total_batch": loader.total_batch,
+        "images": loader.dataset.images.digest(),
+    }
 
 
 def resume(model: SupernetModel, options: Options, log: TrainLogger, run: dict) -> tuple[int, int]:
@@ -173,7 +193,11 @@ def resume(model: SupernetModel, options: Options, log: TrainLogger, run: dict) 
         restore_generators(progress["generators"])
         model.update.restore(progress.get("scaler", {}))
         epoch, step = int(progress["epoch"]), int(progress["step"])
-        changed = [key for key in run if progress["run"].get(key, run[key]) != run[key]]
+        before = progress["run"]
+        if "batch_size" in before:
+            # Checkpoints of times when one process was all there was.
+            before = {"total_batch": before["batch_size"], **before}
+        changed = [key for key in run if before.get(key, run[key]) != run[key]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{stem}.pdstates is not what this program saves: {error}") from None
     if step and set(changed) & DATA_ORDER:

@@ -1,0 +1,121 @@
+"""What the processes of test_distributed.py run: writes one .npz a rank.
+
+    python -m paddle.distributed.launch --nproc_per_node N distributed_worker.py FOLDER
+
+With plain Python it is the one process that the others are compared with.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+
+from hnas.models.elastic import ElasticBatchNorm2D
+from hnas.models.pinasv2 import PiNASv2
+from hnas.models.registry import RESNET48_MINI, build_classifier
+from hnas.utils.distributed import GradientExchange, join_processes, leave, rank, ranks
+from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.SampleMethod import RandomSampler
+from hnas.utils.stopping import StopSignals
+
+TOTAL, CLASSES, STEPS = 8, 10, 12
+
+
+def batch(step: int) -> list[paddle.Tensor]:
+    """This rank's share of a step's images, twice, and labels."""
+    rng = np.random.default_rng(step)
+    images = rng.integers(0, 256, (2, TOTAL, 3, 32, 32), dtype=np.uint8)
+    labels = rng.integers(0, CLASSES, TOTAL)
+    share = slice(rank() * TOTAL // ranks(), (rank() + 1) * TOTAL // ranks())
+    return [paddle.to_tensor(part[share]) for part in (*images, labels)]
+
+
+def contrastive() -> ContrastiveModel:
+    paddle.seed(1)
+    network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
+    return trained(ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1), pairs=2, seed=5))
+
+
+def distilled() -> DistillationModel:
+    paddle.seed(2)
+    network = build_classifier("resnet48_mini", CLASSES)
+    teacher = build_classifier("resnet48_mini", CLASSES, elastic=False)
+    return trained(DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 1.0), 3))
+
+
+def trained(model):
+    optimizer = momentum_optimizer(model.network, 0.05, 0.9, 1e-4)
+    model.prepare(optimizer)
+    parameters = [p for p in model.network.parameters() if not p.stop_gradient]
+    if ranks() > 1:
+        model.exchange = GradientExchange(parameters, StopSignals())
+    return model
+
+
+def use_running_statistics(model) -> None:
+    """Normalise by statistics that do not depend on the batch, so that shares add up exactly."""
+    for layer in model.network.sublayers():
+        if isinstance(layer, ElasticBatchNorm2D):
+            layer.train = layer.eval
+            layer.eval()
+    model.network.train = lambda: None
+
+
+def gradients_of_one_step(model, step: int) -> dict[str, np.ndarray]:
+    """Gradients as the optimizer sees them, and which parameters have none."""
+    use_running_statistics(model)
+    seen = {}
+
+    def look():
+        for name, parameter in model.network.named_parameters():
+            if parameter.grad is not None:
+                seen[name] = parameter.grad.numpy()
+
+    model._optimizer.step = look
+    model.epoch, model.step = 1, step
+    parts = batch(step)
+    model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])
+    return seen
+
+
+def counted(model, steps: int) -> list[int]:
+    """Train; gives the all-reduces of each step."""
+    calls = []
+    all_reduce = dist.all_reduce
+
+    def count(*arguments, **more):
+        calls[-1] += 1
+        return all_reduce(*arguments, **more)
+
+    dist.all_reduce = count
+    for step in range(steps):
+        calls.append(0)
+        model.epoch, model.step = 0, step
+        parts = batch(step)
+        model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])
+    dist.all_reduce = all_reduce
+    return calls
+
+
+def main(folder: Path) -> None:
+    paddle.set_device("cpu")
+    join_processes(cpu=True)
+    found = {}
+    for name, build in (("stage1", contrastive), ("stage2", distilled)):
+        for key, value in gradients_of_one_step(build(), 3).items():
+            found[f"{name} gradient {key}"] = value
+        model = build()
+        initial = {key: value.numpy() for key, value in model.network.state_dict().items()}
+        found[f"{name} calls"] = np.array(counted(model, STEPS))
+        for key, value in model.network.state_dict().items():
+            found[f"{name} state {key}"] = value.numpy()
+            found[f"{name} moved {key}"] = np.array(not np.array_equal(initial[key], value.numpy()))
+    np.savez(folder / f"{rank()}of{ranks()}.npz", **found)
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

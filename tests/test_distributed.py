@@ -1,0 +1,431 @@
+"""Several gloo processes against one: gradients, queues, resuming, deaths, scores."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hnas.dataset.image_folder import scan_images
+from hnas.dataset.loader import EpochLoader, ImageDataset
+from hnas.evaluation.architecture_file import write_json
+from hnas.evaluation.hits import Counts
+from hnas.evaluation.ledger import Ledger, even_chunk, share_out
+from hnas.models.registry import RESNET48_MINI
+from hnas.tools import chaos
+from hnas.utils import training
+from hnas.utils.options import Options
+from hnas.utils.rollcall import LostRankError, RollCall
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = Path(__file__).with_name("distributed_worker.py")
+LAUNCHERS = {
+    1: "local_train_pinas1_wholenet.sh",
+    2: "local_train_pinas2_simple_wholenet_nof.sh",
+    3: "local_eval.sh",
+}
+TIMEOUT = 120
+
+
+# --- steps
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the worker's processes wrote, by the number of processes."""
+    work = tmp_path_factory.mktemp("worker")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for number in (1, 2, 4):
+        launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(number)]
+        launcher += ["--log_dir", str(work / f"log{number}")]
+        done = subprocess.run(
+            [sys.executable, *(launcher if number > 1 else []), str(WORKER), str(work)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return {
+        number: [dict(np.load(work / f"{rank}of{number}.npz")) for rank in range(number)]
+        for number in (1, 2, 4)
+    }
+
+
+def of(results, prefix):
+    return {key: value for key, value in results.items() if key.startswith(prefix)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradients_are_those_of_one_process_on_the_joined_batch(found, stage, ranks):
+    expected = of(found[1][0], f"{stage} gradient")
+    largest = max(np.abs(value).max() for value in expected.values())
+    assert len(expected) > 100 and largest > 0.1
+    for results in found[ranks]:
+        gradients = of(results, f"{stage} gradient")
+        assert gradients.keys() == expected.keys()  # the others are untouched everywhere
+        for key, value in gradients.items():
+            np.testing.assert_allclose(value, expected[key], rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_weights_queue_and_key_encoder_stay_equal_bit_for_bit(found, ranks):
+    first = found[ranks][0]
+    for stage in ("stage1", "stage2"):
+        compared = {
+            key: value
+            for key, value in of(first, f"{stage} state").items()
+            if not key.endswith(("._mean", "._variance"))
+        }
+        assert {"stage1 state queue", "stage1 state key_neck.project.weight"} <= set(first)
+        for other, key in itertools.product(found[ranks][1:], compared):
+            assert other[key].tobytes() == compared[key].tobytes(), key
+    assert first["stage1 moved queue"] and first["stage1 moved key_neck.project.weight"]
+    assert first["stage1 moved key_backbone.blocks.0.conv.fn.weight"]
+    # The statistics are each rank's own: the comparison above is not one of equal inputs.
+    name = "stage1 state key_backbone.blocks.0.bn._mean"
+    assert first[name].tobytes() != found[ranks][1][name].tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_reduces_gradients_once(found, ranks):
+    for stage in ("stage1", "stage2"):
+        assert found[ranks][0][f"{stage} calls"].tolist() == [1] * 12
+        assert found[1][0][f"{stage} calls"].tolist() == [0] * 12
+
+
+# --- data
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Images and a network to start from."""
+    folder = tmp_path_factory.mktemp("inputs")
+    chaos.write_inputs(folder, 4)
+    return folder
+
+
+def test_ranks_share_the_batches_of_one_process(work):
+    dataset = ImageDataset(scan_images(work / "images", "train"), lambda *_: (), seed=3)
+    whole = EpochLoader(dataset, 12)
+    shares = [EpochLoader(dataset, 3, rank=rank, ranks=4) for rank in range(4)]
+    assert {len(share) for share in shares} == {len(whole)} == {3}
+    for epoch in (0, 5):
+        joined = zip(*(share.batches(epoch) for share in shares), strict=True)
+        for batch, parts in zip(whole.batches(epoch), joined, strict=True):
+            np.testing.assert_array_equal(np.concatenate(parts), batch)
+
+
+def test_learning_rate_follows_the_total_batch(monkeypatch):
+    monkeypatch.setattr(training, "ranks", lambda: 4)
+    model = SimpleNamespace(network=paddle.nn.Linear(1, 1))
+    model.prepare = lambda optimizer: setattr(model, "optimizer", optimizer)
+    options = Options(lr=0.1, batch_size=128, warmup=0, max_epoch=1)
+    training.prepare(model, options, steps_per_epoch=10)
+    assert model.optimizer.get_lr() == pytest.approx(0.1 * 128 * 4 / 256)
+
+
+# --- runs
+
+
+class Runs:
+    """Starts the launchers on several processes."""
+
+    def __init__(self, work: Path):
+        self.work = work
+
+    def start(self, stage: int, name: str, processes: int, **variables) -> subprocess.Popen:
+        variables = {
+            "processes": processes,
+            "save_dir": self.work / name,
+            "backbone": "resnet48pinasv2_mini" if stage == 1 else "resnet48_mini",
+            "image_dir": self.work / "images",
+            "pretrained": self.work / "pretrained.pdparams",
+            "use_ckpt": False,
+            "max_epoch": 6,
+            "image_size": 32,
+            "batch_size": 4,
+            "queue_size": 32,
+            "dyna_batch_size": 2,
+            "lr": 0.3,
+            "warmup": 1,
+            "eval_freq": 0,
+            "log_freq": 1,
+            "num_workers": 0,
+            "device": "cpu",
+            "threads": 1,
+            "python": sys.executable,
+            "PYTHONWARNINGS": "ignore",
+            **variables,
+        }
+        return subprocess.Popen(
+            ["sh", LAUNCHERS[stage]],
+            cwd=ROOT,
+            env={**os.environ, **{name: str(value) for name, value in variables.items()}},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, stage: int, name: str, processes: int, code: int = 0, **variables) -> str:
+        process = self.start(stage, name, processes, **variables)
+        output, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == code, output[-3000:]
+        return output
+
+    def wait_for(self, name: str, text: str) -> None:
+        """Until rank 0's log holds a text."""
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            if text in self.log(name):
+                return
+            time.sleep(0.01)
+        raise AssertionError(self.log(name))
+
+    def log(self, name: str, rank: int = 0) -> str:
+        logs = sorted((self.work / name).glob(f"log*/workerlog.{rank}"))
+        return "".join(path.read_text(errors="replace") for path in logs)
+
+    def weights(self, name: str) -> dict[str, bytes]:
+        state = paddle.load(str(self.work / name / "final.pdparams"), return_numpy=True)
+        return {key: value.tobytes() for key, value in state.items()}
+
+
+@pytest.fixture
+def runs(work):
+    return Runs(work)
+
+
+def kill_last_rank(process: subprocess.Popen) -> None:
+    """SIGKILL the launcher's youngest child."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(max(map(int, children)), signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "machines"), [(1, 1), (2, 2)])
+def test_a_dead_rank_ends_the_run_which_resumes_exactly(runs, stage, machines):
+    """Two ranks under one launcher, or each under its own, as on two machines."""
+    whole, parts = f"whole{stage}", f"parts{stage}"
+    runs.run(stage, whole, 2)
+    shared = {"save_steps": 2, "nnodes": machines, "master": f"127.0.0.1:{free_port()}"}
+    launchers = [
+        runs.start(stage, parts, 2 // machines, node_rank=number, **shared)
+        for number in range(machines)
+    ]
+    runs.wait_for(parts, "epoch 2/6 step 1/5")
+    kill_last_rank(launchers[-1])
+    began = time.monotonic()
+    output = "".join(launcher.communicate(timeout=60)[0] for launcher in launchers)
+    assert time.monotonic() - began < 60
+    assert all(launcher.returncode for launcher in launchers)
+    # The launcher tells of the dead one, or of the other, which says why it ends.
+    told = output + runs.log(parts)
+    assert "Container failed" in output and "Traceback" not in told
+    assert "rank 1 is gone" in told or "lost another process" in told
+    runs.run(stage, parts, 2, resume="auto", save_steps=2)
+    assert "training from epoch 2" in runs.log(parts)
+    assert runs.weights(parts) == runs.weights(whole)
+    losses = [
+        json.loads((runs.work / name / "history.json").read_text())["epoch_losses"]
+        for name in (whole, parts)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_resumes_on_another_number_of_ranks(runs):
+    process = runs.start(2, "stopped", 2, save_steps=0)
+    runs.wait_for("stopped", "epoch 2/6 step 1/5")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == signal.SIGTERM  # the launcher's way
+    log = runs.log("stopped")
+    stopped = log[log.index("stopped by SIGTERM after epoch") :].split()
+    epoch, step = int(stopped[5]), int(stopped[7].rstrip(";"))
+    # Another total batch within an epoch would see some images twice and others never.
+    output = runs.run(2, "stopped", 1, code=2, resume="auto", batch_size=4)
+    assert "total_batch differ" in output.splitlines()[-1]
+    output = runs.run(2, "stopped", 1, resume="auto", batch_size=8)
+    assert f"training from epoch {epoch} step {step + 1}" in output
+    history = json.loads((runs.work / "stopped/history.json").read_text())
+    assert len(history["epoch_losses"]) == 6
+
+
+@pytest.mark.slow
+def test_scores_are_one_processs_byte_for_byte(runs, work):
+    rng = np.random.default_rng(0)
+    archs = {f"n{i}": RESNET48_MINI.sample(rng) for i in range(30)}
+    file = {name: {"acc": 0.0, "arch": arch.code} for name, arch in archs.items()}
+    write_json(work / "archs.json", file)
+    variables = {
+        "ckpt_dir": work / "pretrained.pdparams",
+        "modelarch_file": work / "archs.json",
+        "chunk_size": 3,
+        "eval_images": 37,
+    }
+    runs.run(3, "scores1", 1, **variables)
+    process = runs.start(3, "scores", 2, **variables)
+    deadline = time.monotonic() + TIMEOUT
+    while not (work / "scores/estimates.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kill_last_rank(process)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, output[-3000:]
+    assert not (work / "scores/submission.json").is_file()
+    runs.run(3, "scores", 3, **variables)
+    assert "continuing after" in runs.log("scores")
+    for name in ("submission.json", "estimates.json"):
+        whole = (work / "scores1" / name).read_bytes()
+        assert (work / "scores" / name).read_bytes() == whole
+    assert not list((work / "scores").glob("eval_chunk_*"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"gpus": "0,1", "processes": 2}, "gpus and processes"),
+        ({"nnodes": 2, "node_rank": 0}, "master=HOST:PORT"),
+        ({"nnodes": 2, "master": "here:6170"}, "node_rank"),
+    ],
+)
+def test_launchers_refuse_what_does_not_fit(runs, variables, words):
+    output = runs.run(2, "refused", variables.pop("processes", 1), code=2, **variables)
+    assert output.startswith("error: ") and words in output
+
+
+# --- the ledger of chunks
+
+IDENTITY = {"checkpoint": "c" * 64}
+ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
+
+
+def chunk_counts(start, stop):
+    """Multiples of 5 are hits of one architecture, all of the other."""
+    hits = np.array([sum(image % 5 == 0 for image in range(start, stop)), stop - start])
+    return Counts(hits, hits, 0 * hits, 0 * hits, stop - start)
+
+
+@given(st.permutations(range(5)), st.integers(0, 4))
+def test_chunks_in_any_order_by_anyone_add_up(tmp_path_factory, order, restart_after):
+    folder = tmp_path_factory.mktemp("ledger")
+
+    def ledger(keeps=True):
+        made = Ledger(folder, IDENTITY, ARCHS, 13, keeps=keeps)
+        made.begin(3)
+        return made
+
+    chief, other = ledger(), ledger(keeps=False)
+    for turn, number in enumerate(order):
+        if turn == restart_after:
+            chief = ledger()
+        start = 3 * number
+        assert not chief.is_done(start)
+        (chief if number % 2 else other).add(start, chunk_counts(start, min(start + 3, 13)))
+        assert chief.is_done(start)
+    chief.collect()
+    assert chief.enough and chief.counts.images == 13
+    np.testing.assert_array_equal(chief.counts.top1, [3, 13])
+    assert not list(folder.glob("eval_chunk_*"))
+
+
+def test_early_stops_do_not_depend_on_who_is_faster(tmp_path):
+    ledger = Ledger(tmp_path, IDENTITY, ARCHS, 400, target_se=0.03)
+    ledger.begin(100)
+    perfect = np.array([100, 100])
+    helper = Ledger(tmp_path, IDENTITY, ARCHS, 400, keeps=False)
+    helper.begin(100)
+    for start in (100, 200, 300):
+        helper.add(start, Counts(perfect, perfect, 0 * perfect, 0 * perfect, 100))
+    assert not ledger.collect()
+    ledger.add(0, Counts(perfect, perfect, 0 * perfect, 0 * perfect, 100))
+    # (101 / 102 * 1 / 102 / 100) ** 0.5 = 0.0099: the first chunk is enough.
+    assert ledger.counts.images == 100 and ledger.enough
+
+
+@given(st.integers(1, 2000), st.integers(1, 60000), st.integers(1, 64))
+def test_chunks_are_even(limit, images, processes):
+    chunk = even_chunk(limit, images, processes)
+    assert 1 <= chunk <= limit
+    undone = np.ones(-(-images // chunk), dtype=bool)
+    shares = [share_out(undone, rank, processes) for rank in range(processes)]
+    assert sorted(itertools.chain(*shares)) == list(range(len(undone)))
+    if processes > 1 and images >= processes:
+        # As many rounds as the limit forces, not one more.
+        assert max(map(len, shares)) <= -(-images // (limit * processes))
+
+
+# --- the roll call
+
+
+def roll_calls(ranks):
+    """One for each rank, all in this process."""
+    box, ready = [], threading.Event()
+
+    def share(numbers):
+        if numbers[0]:
+            box.extend(numbers)
+            ready.set()
+        assert ready.wait(10)
+        return box
+
+    made = [None] * ranks
+
+    def connect(rank):
+        made[rank] = RollCall.connect(rank, ranks, "127.0.0.1", share)
+
+    threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    assert ready.wait(10)
+    # A stranger at the door is turned away.
+    with socket.create_connection(("127.0.0.1", box[0])) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    for thread in threads:
+        thread.join(10)
+    return made
+
+
+def test_roll_call_waits_for_the_last():
+    calls = roll_calls(3)
+    arrived, left = [], []
+
+    def come(rank, delay):
+        for turn in range(2):
+            time.sleep(delay)
+            arrived.append(turn)
+            calls[rank].wait()
+            left.append((turn, len([t for t in arrived if t == turn])))
+
+    threads = [threading.Thread(target=come, args=(rank, 0.1 * rank)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(left) == 6 and all(number == 3 for _, number in left)
+    calls[2].leave()
+    with pytest.raises(LostRankError, match="rank 2 has ended"):
+        calls[0].wait()
+    for call in calls[:2]:
+        call.leave()
