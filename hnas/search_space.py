@@ -6,7 +6,7 @@ This is the only module that knows how the digits of a code are laid out; all ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -268,14 +268,25 @@ class SearchSpace:
         probability proportional to ``exp(tilt * k / (n - 1))``: 0 is uniform, as the released
         45,000 are; a positive tilt favours depth and width.
         """
+        return self.compose(lambda options, *choice: _draw(rng, options, tilt))
+
+    def compose(self, choose: Callable[..., int]) -> Architecture:
+        """An architecture from one call of ``choose`` for each of its choices, in a fixed order.
+
+        Args:
+            choose: called with the number n of options, the stage, and what is chosen there (0:
+                depth, 1: conv2's width, 2 and up: conv1's width of each block); returns an option
+                from 0 (shallow, narrow) to n - 1.
+        """
         depths = tuple(
-            MIN_DEPTH + _draw(rng, deepest - MIN_DEPTH + 1, tilt) for deepest in MAX_DEPTHS
+            MIN_DEPTH + choose(deepest - MIN_DEPTH + 1, stage, 0)
+            for stage, deepest in enumerate(MAX_DEPTHS)
         )
         widths = []
-        for depth, narrowest in zip(depths, self.max_digits, strict=True):
-            conv2 = narrowest - _draw(rng, narrowest, tilt)
+        for stage, (depth, narrowest) in enumerate(zip(depths, self.max_digits, strict=True)):
+            conv2 = narrowest - choose(narrowest, stage, 1)
             widths.append(
-                tuple((narrowest - _draw(rng, narrowest, tilt), conv2) for _ in range(depth))
+                tuple((narrowest - choose(narrowest, stage, 2 + b), conv2) for b in range(depth))
             )
         return Architecture(depths, widths[0][0][1], tuple(widths))
 

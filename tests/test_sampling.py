@@ -144,7 +144,7 @@ def test_largest_sampler():
 
 
 def test_unknown_method_names_the_known_ones():
-    with pytest.raises(UserError, match="'evolution'; there are random, biased, sandwich"):
+    with pytest.raises(UserError, match="'evolution'; there are random, biased, sandwich, fair"):
         build_sampler("evolution", SPACE, 0, 2.0)
 
 

@@ -63,7 +63,29 @@ class SandwichSampler:
         return RandomSampler(self.space, self.seed, self.tilt).sample(epoch, step, index)
 
 
-METHODS = ("random", "biased", "sandwich")
+@dataclass(frozen=True)
+class FairSampler:
+    """Every option of every choice equally often (after Chu et al., FairNAS, ICCV 2021).
+
+    For each choice (four depths, one output width per stage, one inner width per block) the
+    sub-networks of a step go through the options in a random order, and again in another one when
+    all had their turn. With as many sub-networks a step as a choice has options, each step trains
+    every option exactly once.
+    """
+
+    space: SearchSpace
+    seed: int
+
+    def sample(self, epoch: int, step: int, index: int) -> Architecture:
+        def turn(options: int, *choice: int) -> int:
+            turns, place = divmod(index, options)
+            rng = np.random.default_rng((self.seed, epoch, step, *choice, turns))
+            return int(rng.permutation(options)[place])
+
+        return self.space.compose(turn)
+
+
+METHODS = ("random", "biased", "sandwich", "fair")
 
 
 def build_sampler(
@@ -72,7 +94,7 @@ def build_sampler(
     """Build a sampler by the name that the command line uses.
 
     Args:
-        method: ``random`` (uniform), ``biased`` (toward large) or ``sandwich``.
+        method: ``random`` (uniform), ``biased`` (toward large), ``sandwich`` or ``fair``.
         bias_strength: tilt toward large networks where it is on.
         bias: turn the tilt on for ``random`` (which makes it ``biased``) and for the random
             part of ``sandwich``.
@@ -85,4 +107,6 @@ def build_sampler(
     tilt = bias_strength if bias or method == "biased" else 0.0
     if method == "sandwich":
         return SandwichSampler(space, seed, tilt)
+    if method == "fair":
+        return FairSampler(space, seed)
     return RandomSampler(space, seed, tilt)

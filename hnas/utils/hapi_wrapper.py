@@ -102,6 +102,8 @@ class DistillationModel(SupernetModel):
         sampler: chooses the sub-networks.
         subnetworks: how many a step.
         loss_weight: weights of the losses of a step's sub-networks, from the list of them.
+        temperature: T of the soft targets: both sides are softened by it, and the loss grows by
+            T squared, so that gradients keep their size (Hinton et al., 2015).
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class DistillationModel(SupernetModel):
         sampler: Sampler,
         subnetworks: int,
         loss_weight: Callable[[list[Architecture]], np.ndarray] | None = None,
+        temperature: float = 1.0,
     ):
         spec = [paddle.static.InputSpec([None, 3, None, None], "uint8", "image")]
         label = [paddle.static.InputSpec([None], "int64", "label")]
@@ -119,6 +122,7 @@ class DistillationModel(SupernetModel):
         self.sampler = sampler
         self.subnetworks = subnetworks
         self.loss_weight = loss_weight or (lambda archs: np.ones(len(archs)))
+        self.temperature = temperature
         if teacher is not None:
             teacher.eval()
 
@@ -135,7 +139,10 @@ class DistillationModel(SupernetModel):
                 self.network.activate(arch)
                 with self.update.autocast():
                     logits = self.network(part)
-                    loss = float(weight) * distillation_loss(logits, answers, targets)
+                    loss = float(weight) * distillation_loss(
+                        logits, answers, targets, self.temperature
+                    )
+                targets = self.next_targets(targets, logits)
                 self.update.backward(loss)
                 losses[index] += loss.detach() / self.update.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
@@ -154,15 +161,31 @@ class DistillationModel(SupernetModel):
         if self.teacher is None:
             return None
         with self.update.autocast():
-            return F.softmax(self.teacher(images))
+            return F.softmax(self.teacher(images) / self.temperature)
+
+    def next_targets(self, targets, logits) -> paddle.Tensor | None:
+        """What teaches a step's next sub-network; ``logits`` [N, C] are the last one's."""
+        return targets
 
 
-def distillation_loss(logits, labels, targets) -> paddle.Tensor:
+class InPlaceDistillationModel(DistillationModel):
+    """Without a teacher of its own: a step's first sub-network learns from the labels and teaches
+    the others (Yu et al., BigNAS, ECCV 2020). The sampler should give the largest first."""
+
+    def __init__(self, network: nn.Layer, sampler: Sampler, subnetworks: int, **more):
+        super().__init__(network, None, sampler, subnetworks, **more)
+
+    def next_targets(self, targets, logits) -> paddle.Tensor:
+        return F.softmax(logits.detach() / self.temperature) if targets is None else targets
+
+
+def distillation_loss(logits, labels, targets, temperature: float = 1.0) -> paddle.Tensor:
     """Cross-entropy with labels [N] plus, if given, with the teacher's probabilities [N, C]."""
     loss = F.cross_entropy(logits, labels)
     if targets is None:
         return loss
-    return loss + F.cross_entropy(logits, targets, soft_label=True)
+    soft = F.cross_entropy(logits / temperature, targets, soft_label=True)
+    return loss + temperature**2 * soft
 
 
 def macs_weights(space, image_size: int) -> Callable[[list[Architecture]], np.ndarray]:
