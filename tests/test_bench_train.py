@@ -69,7 +69,14 @@ def test_the_straightforward_loop_is_the_same_computation(stage, ours, straightf
 
 @pytest.mark.slow
 def test_the_bench_prints_a_line_a_stage():
-    flags = {"--batch_size": 8, "--rounds": 1, "--steps": 1, "--curve_steps": 2, "--num_workers": 0}
+    flags = {
+        "--batch_size": 8,
+        "--rounds": 1,
+        "--steps": 1,
+        "--curve_steps": 2,
+        "--num_workers": 0,
+        "--control": True,
+    }
     done = subprocess.run(
         [
             sys.executable,
@@ -87,6 +94,7 @@ def test_the_bench_prints_a_line_a_stage():
     assert [line["stage"] for line in lines] == [1, 2]
     for line in lines:
         assert line["largest_relative_loss_difference"] < 1e-3
+        assert line["largest_relative_loss_difference_of_control"] < 1e-3
         speeds = [line[f"{kind}_sample_forwards_per_s"] for kind in ("ours", "straightforward")]
         assert line["ratio"] == pytest.approx(speeds[0] / speeds[1], abs=0.05)
         assert sum(line["ours_shares"].values()) == pytest.approx(1, abs=0.01)

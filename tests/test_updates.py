@@ -11,6 +11,7 @@ from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.options import Options
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
+from hnas.utils.setup import start
 from hnas.utils.training import prepare
 from hnas.utils.updates import Update
 from hnas.utils.visualdl_writer import VisualDLWriter
@@ -118,3 +119,9 @@ def test_visualdl_gets_a_point_every_log_freq_steps(monkeypatch):
     losses = [point[1:] for point in points if point[0] == "train/loss"]
     assert losses == [(1.0, 2), (11.0, 5)]
     assert points[0] == "curves" and points[-1] == "closed"
+
+
+@pytest.mark.parametrize("flags", [{"amp": "O1"}, {"channels_last": True}])
+def test_what_needs_a_gpu_is_refused_on_a_cpu(flags):
+    with pytest.raises(UserError, match=f"--{next(iter(flags))} .* needs a GPU"):
+        start(Options(device="cpu", **flags))

@@ -2,7 +2,7 @@
 
 Each image has its own generator, and draws from it what the single image's transform draws, in
 that order. Resizing and blurring are single calls of Pillow per image anyway; colours are changed
-for all images of the batch together, with Pillow's own rounding.
+for all images of the batch together, with Pillow's own rounding. That pays for small images only.
 """
 
 from __future__ import annotations

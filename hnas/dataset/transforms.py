@@ -13,6 +13,8 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from hnas.dataset.batch_transforms import HUE, Draws, finish_batch
 
+# Larger images are faster one by one, in Pillow alone: a batch of them leaves the caches.
+WHOLE_BATCH_PX = 48
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -84,6 +86,11 @@ def draw_jitter(rng, strength: float = 0.4, hue: float = 0.1) -> list[tuple[int,
     ]
 
 
+def one_by_one(transform, images, rngs) -> np.ndarray:
+    """What a transform gives for each image, stacked."""
+    return np.stack([transform(image, rng) for image, rng in zip(images, rngs, strict=True)])
+
+
 def crop_batch(images, rngs, size: int, scale_min: float) -> np.ndarray:
     """Random resized crops of PIL images as uint8 [N, size, size, 3]."""
     pairs = zip(images, rngs, strict=True)
@@ -103,9 +110,7 @@ class TrainTransform:
         return to_array(random_flip(image, rng, self.flip))
 
     def batch(self, images, rngs) -> np.ndarray:
-        crops = crop_batch(images, rngs, self.size, self.scale_min)
-        draws = [Draws([], False, 0.0, rng.random() < self.flip) for rng in rngs]
-        return finish_batch(crops, draws)
+        return one_by_one(self, images, rngs)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ class StrongTransform:
         return to_array(random_flip(image, rng, self.flip))
 
     def batch(self, images, rngs) -> np.ndarray:
+        if self.size > WHOLE_BATCH_PX:
+            return one_by_one(self, images, rngs)
         crops = crop_batch(images, rngs, self.size, self.scale_min)
         return finish_batch(crops, [self._draw(rng) for rng in rngs])
 

@@ -6,7 +6,9 @@ Three processes take turns of a few steps each, so that a busy machine slows all
 threads that the launchers set; the straightforward loop (hnas/tools/straightforward.py) as a user
 starts it, with Paddle's own threads; and plain networks of the same architectures, forward,
 backward and step, as the limit. Before that both loops train on the same batches, and their losses
-are compared. The last lines are JSON, one a stage. Images are synthetic.
+are compared; ``--control True`` also compares the straightforward loop with itself, started from
+weights that differ by about their last bit. The last lines are JSON, one a stage. Images
+are synthetic.
 
 A sample-forward is one image through one sub-network in training, its backward pass included: a
 step has ``batch_size`` times ``subnetworks`` in stage two, and in stage one twice ``batch_size``.
@@ -48,6 +50,9 @@ def main(argv=None) -> None:
     parser.add_argument("--num_workers", type=whole_number(0), default=2, help="of the loaders")
     parser.add_argument("--num_classes", type=whole_number(2), default=1000)
     parser.add_argument("--threads", type=whole_number(1), default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--control", type=read_bool, default=False, help="also compare it with itself, nudged"
+    )
     parser.add_argument("--loader_only", type=read_bool, default=False, help="loaders, dry")
     parser.add_argument("--seed", type=whole_number(0), default=0)
     options = parser.parse_args(argv)
@@ -190,11 +195,20 @@ def compare_curves(options, workers: dict[str, Worker]) -> dict:
     ours, other = (
         np.array(workers[kind].ask("curve", options.curve_steps)["losses"]) for kind in LOOPS[:2]
     )
-    return {
+    result = {
         "curve_steps": options.curve_steps,
-        "largest_relative_loss_difference": float(f"{np.abs(ours / other - 1).max():.2g}"),
+        "largest_relative_loss_difference": largest_difference(ours, other),
         "first_and_last_loss": [round(ours[0], 4), round(ours[-1], 4)],
     }
+    if options.control:
+        nudged = np.array(workers[LOOPS[1]].ask("control", options.curve_steps)["losses"])
+        result["largest_relative_loss_difference_of_control"] = largest_difference(nudged, other)
+    return result
+
+
+def largest_difference(losses: np.ndarray, others: np.ndarray) -> float:
+    """Of two curves, relative, with two digits."""
+    return float(f"{np.abs(losses / others - 1).max():.2g}")
 
 
 def compare_turns(options, stage: int, turns: dict[str, list[dict]]) -> dict:

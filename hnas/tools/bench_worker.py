@@ -3,7 +3,8 @@
     python -m hnas.tools.bench_worker LOOP SETTINGS
 
 Reads lines of JSON, ``[command, steps]``, and answers each with one: ``run`` times steps, ``load``
-times the loader alone, ``curve`` trains on the same batches whatever the loop and gives its losses.
+times the loader alone, ``curve`` trains on the same batches whatever the loop and gives its losses,
+``control`` does so from weights that differ by about their last bit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
@@ -38,6 +40,7 @@ from hnas.utils.updates import Update
 
 OURS, STRAIGHTFORWARD, PLAIN = "ours", "straightforward", "plain"
 CALM_SCALE = 0.1
+LAST_BIT = 2.0**-24  # of a float32, relative
 PASSES = 2  # of stage one: an image is a query in both
 
 
@@ -191,7 +194,21 @@ class Loop:
 
     def curve(self, steps: int) -> dict:
         """Losses of a new model over the same batches in all loops, decoded from the files."""
-        settings, model = self.settings, self.build()
+        return self.train_alike(self.build(), steps)
+
+    def control(self, steps: int) -> dict:
+        """The same after changing the convolutions' weights by about their last bit."""
+        model = self.build()
+        rng = np.random.default_rng(self.settings.seed)
+        for parameter in model.network.parameters():
+            if parameter.ndim == 4:
+                signs = rng.choice([-1, 1], parameter.shape)
+                nudged = parameter.numpy() * (1 + signs * LAST_BIT)
+                parameter.set_value(nudged.astype("float32"))
+        return self.train_alike(model, steps)
+
+    def train_alike(self, model, steps: int) -> dict:
+        settings = self.settings
         dataset = ImageDataset(self.images, self.transform, settings.seed)
         order = EpochLoader(dataset, settings.batch_size).batches(0)
         losses = []
@@ -206,7 +223,9 @@ def main() -> None:
     loop = Loop(sys.argv[1], SimpleNamespace(**json.loads(sys.argv[2])))
     for line in sys.stdin:
         command, steps = json.loads(line)
-        answer = {"run": loop.run, "load": loop.load, "curve": loop.curve}[command](steps)
+        answer = {"run": loop.run, "load": loop.load, "curve": loop.curve, "control": loop.control}[
+            command
+        ](steps)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
