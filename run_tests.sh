@@ -9,7 +9,7 @@ if ! "$venv_python" -c 'import pytest, hypothesis' 2>/dev/null || [ ! -x .venv/b
         'pytest>=8' 'hypothesis>=6.100' 'ruff>=0.6'
 fi
 threads=${threads:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
-export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads" MKL_DEBUG_CPU_TYPE=5
+export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads"
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -135,7 +135,7 @@ def test_ranks_share_the_batches_of_one_process(work):
 def test_learning_rate_follows_the_total_batch(monkeypatch):
     monkeypatch.setattr(training, "ranks", lambda: 4)
     model = SimpleNamespace(network=paddle.nn.Linear(1, 1))
-    model.prepare = lambda optimizer: setattr(model, "optimizer", optimizer)
+    model.prepare = lambda optimizer, **_: setattr(model, "optimizer", optimizer)
     options = Options(lr=0.1, batch_size=128, warmup=0, max_epoch=1)
     training.prepare(model, options, steps_per_epoch=10)
     assert model.optimizer.get_lr() == pytest.approx(0.1 * 128 * 4 / 256)
