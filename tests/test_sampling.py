@@ -138,7 +138,7 @@ def test_sandwich_is_largest_smallest_then_random():
 
 @pytest.mark.parametrize("step", range(5))
 def test_fair_trains_every_option_once_a_step(step):
-    """84 sub-networks are a multiple of every choice's options: 2, 3, 4, 5, 7."""
+    """A step of 420 sub-networks is a multiple of every choice's options: 3, 4, 5 and 7."""
     sampler = build_sampler("fair", SPACE, 3, 2.0)
     codes = [str(sampler.sample(1, step, index)) for index in range(420)]
     for options in (3, 4, 5, 7):

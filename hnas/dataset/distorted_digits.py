@@ -39,7 +39,7 @@ class Distortion:
         number = len(scans)
         angle = rng.uniform(-self.rotation, self.rotation, number)
         shrink = rng.uniform(*self.shrink, number)
-        # The scan stays within the image: half of what is left on either side.
+        # But for its rotated corners the scan stays within the image: half of the rest on a side.
         room = 1 - 1 / shrink
         shift = rng.uniform(-1, 1, (number, 2)) * room[:, None]
         axis = (np.arange(self.size) + 0.5) / self.size * 2 - 1

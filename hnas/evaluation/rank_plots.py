@@ -124,7 +124,7 @@ def methods_plot(
     axes.axvline(0, color=DARK, lw=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("Kendall's tau-b with stand-alone accuracies, held-out architectures")
+    axes.set_xlabel("tau-b with stand-alone accuracies, held-out architectures", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
