@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from hnas.search_space import RELEASED_DIGITS, SearchSpace
 from hnas.utils.errors import UserError
 from hnas.utils.options import parse_options
-from hnas.utils.SampleMethod import LargestSampler, build_sampler
+from hnas.utils.SampleMethod import AnnealedSampler, LargestSampler, build_sampler
 
 ROOT = Path(__file__).parents[1]
 SPACE = SearchSpace()
@@ -50,7 +50,7 @@ def expected_macs(b):
     return total
 
 
-@pytest.mark.parametrize("method", ["random", "biased", "sandwich"])
+@pytest.mark.parametrize("method", ["random", "biased", "sandwich", "fair"])
 def test_a_choice_depends_on_its_seed_and_place_only(method):
     places = list(itertools.product(range(3), range(3), range(3), range(2, 5)))
     sampler = {seed: build_sampler(method, SPACE, seed, 2.0) for seed in range(3)}
@@ -134,6 +134,53 @@ def test_sandwich_is_largest_smallest_then_random():
         ranks = option_ranks(map(str, archs), RELEASED_DIGITS)
         counts = np.bincount(ranks["depth 3"][1], minlength=7)
         assert chisquare(counts, law(7, b) * len(archs)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_fair_trains_every_option_once_a_step(step):
+    """A step of 420 sub-networks is a multiple of every choice's options: 3, 4, 5 and 7."""
+    sampler = build_sampler("fair", SPACE, 3, 2.0)
+    codes = [str(sampler.sample(1, step, index)) for index in range(420)]
+    for options in (3, 4, 5, 7):
+        choices = option_ranks(codes[:options], RELEASED_DIGITS)
+        for choice, (number, ranks) in choices.items():
+            # Blocks that not all of them have are seen less often.
+            if number == options and not choice.startswith("inner"):
+                assert sorted(ranks) == list(range(options)), choice
+    for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
+        counts = np.bincount(ranks, minlength=options)
+        if choice.startswith("inner") and not choice.endswith((".1", ".2")):
+            assert counts.min() > 0, choice
+        else:
+            assert (counts == 420 / options).all(), choice
+
+
+def test_fair_orders_are_random_and_independent_of_each_other():
+    sampler = build_sampler("fair", SPACE, 0, 2.0)
+    codes = [str(sampler.sample(0, step, 0)) for step in range(600)]
+    ranks = option_ranks(codes, RELEASED_DIGITS)
+    for choice, (options, chosen) in ranks.items():
+        counts = np.bincount(chosen, minlength=options)
+        assert chisquare(counts).pvalue > 1e-4, choice
+    # Choices with as many options do not move together, nor do a step's turns.
+    same = (ranks["output width 1"][1] == ranks["output width 2"][1]).mean()
+    assert abs(same - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
+    later = [str(sampler.sample(0, step, 3)) for step in range(600)]
+    again = option_ranks(later, RELEASED_DIGITS)["output width 1"][1]
+    assert abs((again == ranks["output width 1"][1]).mean() - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
+
+
+def test_annealed_goes_from_one_tilt_to_the_other():
+    number, steps = 400, 5
+    sampler = AnnealedSampler(SPACE, 1, 2.0, -1.0, steps)
+    for step, b in enumerate((2.0, 1.25, 0.5, -0.25, -1.0)):
+        codes = [str(sampler.sample(0, step, index)) for index in range(number)]
+        for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
+            counts = np.bincount(ranks, minlength=options)
+            assert chisquare(counts, law(options, b) * len(ranks)).pvalue > 1e-4, (step, choice)
+    assert AnnealedSampler(SPACE, 1, 2.0, -1.0, 1).sample(0, 0, 0) == build_sampler(
+        "biased", SPACE, 1, 2.0
+    ).sample(0, 0, 0)
 
 
 def test_largest_sampler():

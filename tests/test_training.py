@@ -12,12 +12,13 @@ from hnas.models.registry import RESNET48_MINI, build_classifier
 from hnas.utils.errors import UserError
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
+    InPlaceDistillationModel,
     distillation_loss,
     learning_rate,
     macs_weights,
     momentum_optimizer,
 )
-from hnas.utils.SampleMethod import RandomSampler
+from hnas.utils.SampleMethod import RandomSampler, SandwichSampler
 
 CLASSES, RATE, MOMENTUM, DECAY = 10, 0.05, 0.9, 1e-3
 
@@ -96,6 +97,95 @@ def test_a_step_equals_independent_gradients(expand):
             net.state_dict()[name].numpy(), expected, atol=2e-6, rtol=1e-5, err_msg=name
         )
     assert moved > 100
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_temperature_softens_both_sides_and_keeps_the_gradients_size(temperature):
+    rng = np.random.default_rng(1)
+    logits, teacher = rng.normal(scale=2, size=(2, 6, CLASSES))
+    labels = rng.integers(0, CLASSES, 6)
+
+    def softmax(values):
+        return np.exp(values) / np.exp(values).sum(1, keepdims=True)
+
+    q, p = softmax(teacher / temperature), softmax(logits / temperature)
+    hard = -np.log(softmax(logits)[np.arange(6), labels]).mean()
+    soft = -(temperature**2) * (q * np.log(p)).sum(1).mean()
+    student = paddle.to_tensor(logits)
+    student.stop_gradient = False
+    loss = distillation_loss(student, paddle.to_tensor(labels), paddle.to_tensor(q), temperature)
+    assert float(loss) == pytest.approx(hard + soft, rel=1e-6)
+    loss.backward()
+    # By hand: d hard = p1 - onehot, d soft = T (p - q), both over N.
+    expected = softmax(logits) - np.eye(CLASSES)[labels] + temperature * (p - q)
+    np.testing.assert_allclose(student.grad.numpy(), expected / 6, atol=1e-7)
+
+
+def log_softmax(logits):
+    logits = logits - logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize(("in_place", "temperature"), [(True, 1.0), (True, 3.0), (False, 3.0)])
+def test_losses_of_a_step_equal_independent_ones(in_place, temperature):
+    """In place the first sub-network learns from labels and teaches all others."""
+    paddle.seed(9)
+    net = build_classifier("resnet48_mini", CLASSES)
+    teacher = build_classifier("resnet48_mini", CLASSES, elastic=False)
+    # In float64, since new networks amplify rounding; normalisation gives float32 images.
+    for network in (net, teacher):
+        network.to(dtype="float64")
+        network.forward = lambda x, run=network.forward: run(x.astype("float64"))
+    sampler = SandwichSampler(RESNET48_MINI, seed=2)
+    if in_place:
+        model = InPlaceDistillationModel(net, sampler, 3, temperature=temperature)
+    else:
+        model = DistillationModel(net, teacher, sampler, 3, temperature=temperature)
+    model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
+    images, labels = batch(11)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    x = paddle.to_tensor(normalized(images)).astype("float64")
+    teacher.eval()
+    with paddle.no_grad():
+        soft = None if in_place else teacher(x).numpy() / temperature
+        expected = []
+        for index in range(3):
+            code = sampler.sample(0, 0, index).code
+            logits = independent.forward(state, code, x, (20, 32, 64, 128), 1, True).numpy()
+            loss = -log_softmax(logits)[np.arange(16), labels].mean()
+            if soft is not None:
+                q = np.exp(log_softmax(soft))
+                own = log_softmax(logits / temperature)
+                loss += -(temperature**2) * (q * own).sum(1).mean()
+            elif in_place:
+                soft = logits / temperature
+            expected.append(loss)
+    logs = model.train_batch([paddle.to_tensor(images), paddle.to_tensor(labels)])
+    codes = [code for code, _ in logs["parts"]]
+    assert codes[:2] == [RESNET48_MINI.largest().code, RESNET48_MINI.smallest().code]
+    np.testing.assert_allclose([float(loss) for _, loss in logs["parts"]], expected, rtol=1e-5)
+
+
+def test_a_teacher_in_place_gets_no_gradient_from_its_pupils():
+    """With a pupil or without, what only the largest network has gets the same gradient."""
+    gradients = []
+    for subnetworks in (1, 2):
+        paddle.seed(12)
+        net = build_classifier("resnet48_mini", CLASSES)
+        model = InPlaceDistillationModel(net, SandwichSampler(RESNET48_MINI, 0), subnetworks)
+        before = {name: p.numpy().copy() for name, p in net.named_parameters()}
+        model.prepare(paddle.optimizer.SGD(0.1, parameters=net.parameters()))
+        model.train_batch([paddle.to_tensor(part) for part in batch(13)])
+        gradients.append({name: p.numpy() - before[name] for name, p in net.named_parameters()})
+    # Of a filter [out, in, 3, 3] the smallest network has the first 70 to 90 % each way.
+    own, shared = 0, 0
+    for name, alone in gradients[0].items():
+        if alone.ndim == 4 and name.startswith("blocks.") and alone.shape[0] > 90:
+            corner = np.s_[-1, -1]
+            np.testing.assert_allclose(gradients[1][name][corner], alone[corner], atol=1e-6)
+            own += np.abs(alone[corner]).max() > 1e-6
+            shared += np.abs(gradients[1][name][0, 0] - alone[0, 0]).max() > 1e-6
+    assert own > 3 and shared > 1
 
 
 def test_teacher_never_changes():

@@ -85,6 +85,22 @@ class FairSampler:
         return self.space.compose(turn)
 
 
+@dataclass(frozen=True)
+class AnnealedSampler:
+    """As :class:`RandomSampler`, with a tilt that goes linearly over an epoch's ``steps``."""
+
+    space: SearchSpace
+    seed: int
+    start: float
+    end: float
+    steps: int
+
+    def sample(self, epoch: int, step: int, index: int) -> Architecture:
+        share = min(1.0, step / max(1, self.steps - 1))
+        tilt = self.start + share * (self.end - self.start)
+        return RandomSampler(self.space, self.seed, tilt).sample(epoch, step, index)
+
+
 METHODS = ("random", "biased", "sandwich", "fair")
 
 

@@ -38,7 +38,7 @@ class Options:
         4, "sub-networks a step; 0: the largest network only", "sub-networks", "2", low=0
     )
     warmup: int = _flag(5, "linear warm-up of the learning rate", "epochs", "0124", low=0)
-    sample_method: str = _flag("random", "random, biased or sandwich", "name", "12")
+    sample_method: str = _flag("random", "random, biased, sandwich or fair", "name", "12")
     bias_sample_flag: bool = _flag(False, "tilt the sampling toward large", "", "12")
     bias_strength: float = _flag(
         2.0,

@@ -1,0 +1,176 @@
+"""How well supernets rank: their accuracies against those of networks trained alone.
+
+    python -m hnas.tools.bench_rank ground_truth --out output/rank
+    python -m hnas.tools.bench_rank supernets --out output/rank
+    python -m hnas.tools.bench_rank report --out output/rank
+
+Everything is trained on distorted digits (hnas/dataset/distorted_digits.py). What is finished is
+not done again, so any command continues after any kill. The report writes summary.json, table.md
+and methods.png to --out and prints a JSON object as its last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hnas.evaluation.architecture_file import write_json
+from hnas.tools.rank_methods import DEFAULTS, find_method
+from hnas.tools.rank_runs import Bench, Job, Scale, run_job
+from hnas.tools.rank_summary import Truth, headline, summarize, truth_file, write_summary
+from hnas.utils.atomic import remove_leftovers
+from hnas.utils.errors import UserError, run_main
+from hnas.utils.options import OneLineParser, read_bool, whole_number
+
+logger = logging.getLogger(__name__)
+
+COMMANDS = ("ground_truth", "supernets", "report")
+
+
+def main(argv=None) -> None:
+    options = parse(argv)
+    bench = Bench(options.out, Scale.quick() if options.quick else Scale())
+    if options.jobs:
+        work(bench, [Job.from_name(name) for name in options.jobs.split(",")])
+        return
+    seeds = range(options.seeds or bench.scale.seeds)
+    {"ground_truth": ground_truth, "supernets": supernets, "report": report}[options.command](
+        bench, options, seeds
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: it is wrong, a method's name included.
+    """
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--workers", type=whole_number(1), default=2, help="processes [default 2]")
+    parser.add_argument("--quick", type=read_bool, default=False, help="a trial of the machinery")
+    parser.add_argument("--methods", default="", help="names, separated by commas")
+    parser.add_argument("--seeds", type=whole_number(1), help="[default 3; quick: 1]")
+    parser.add_argument("--ground_truth", default="", help="file [default OUT/ground_truth.json]")
+    parser.add_argument("--jobs", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    default = QUICK_METHODS if options.quick else DEFAULTS
+    names = [name for name in options.methods.split(",") if name] or default
+    options.methods = list(dict.fromkeys(names))
+    for name in options.methods:
+        find_method(name)
+    return options
+
+
+QUICK_METHODS = ("uniform_distill", "sandwich_inplace", "seed_recipe")
+
+
+def ground_truth(bench: Bench, options: argparse.Namespace, seeds: range) -> None:
+    """Train every architecture alone, and write ground_truth.json."""
+    # Whole seeds one after the other: a bench that is stopped has some of use.
+    jobs = [Job("truth", name, seed) for seed in seeds for name in bench.archs]
+    run_phase(bench, options, jobs)
+    write_json(options.out / "ground_truth.json", truth_file(bench, seeds))
+    about = {"command": command_line(options, len(seeds)), "scale": asdict(bench.scale)}
+    write_json(options.out / "ground_truth_settings.json", about)
+    logger.info("ground truth: %s", options.out / "ground_truth.json")
+
+
+def command_line(options: argparse.Namespace, seeds: int) -> str:
+    """What regenerates the ground truth; the folder does not matter."""
+    quick = " --quick True" if options.quick else ""
+    return f"python -m hnas.tools.bench_rank ground_truth --out OUT --seeds {seeds}{quick}"
+
+
+def supernets(bench: Bench, options: argparse.Namespace, seeds: range) -> None:
+    """Train the supernets of all methods, and what they start from."""
+    methods = {name: find_method(name) for name in options.methods}
+    for method in methods.values():
+        bench.scale.steps(method)
+    stage1 = dict.fromkeys(method.stage1 for method in methods.values() if method.stage1 != "none")
+    for jobs in (
+        [Job("pretrain", "", seed) for seed in seeds],
+        [Job("stage1", variant, seed) for seed in seeds for variant in stage1],
+        [Job("supernet", name, seed) for seed in seeds for name in methods],
+    ):
+        run_phase(bench, options, jobs)
+
+
+def report(bench: Bench, options: argparse.Namespace, seeds: range) -> None:
+    """Compare what is finished."""
+    truth = Truth.read(options.ground_truth or options.out / "ground_truth.json")
+    summary = summarize(bench, truth, options.methods, seeds)
+    write_summary(summary, options.out)
+    sys.stdout.write(json.dumps(headline(summary)) + "\n")
+
+
+def run_phase(bench: Bench, options: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """Run the jobs that are not finished, shared among worker processes.
+
+    Raises:
+        UserError: a worker failed, or a result is of other settings.
+    """
+    for folder in ("runs", "weights", "seconds"):
+        remove_leftovers(bench.folder / folder)
+    pending = [job.name for job in jobs if bench.result(job) is None]
+    if not pending:
+        return
+    number = min(options.workers, len(pending))
+    logger.info("%d of %d jobs to do, %d at a time", len(pending), len(jobs), number)
+    workers = [start_worker(options, pending[index::number]) for index in range(number)]
+    try:
+        codes = [worker.wait() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.terminate()
+    if any(codes):
+        raise UserError(
+            f"{sum(map(bool, codes))} of {number} workers failed (exit codes "
+            f"{', '.join(map(str, codes))}), see above; the same command continues"
+        )
+
+
+def start_worker(options: argparse.Namespace, names: Sequence[str]) -> subprocess.Popen:
+    """A process for some jobs, with its share of the cores.
+
+    The share depends on ``--workers`` only: the number of threads decides the last digits.
+    """
+    threads = str(max(1, len(os.sched_getaffinity(0)) // options.workers))
+    return subprocess.Popen(
+        [sys.executable, "-m", "hnas.tools.bench_rank", options.command]
+        + ["--out", str(options.out.resolve()), "--quick", str(options.quick)]
+        + ["--jobs", ",".join(names)],
+        # Libraries print; the program's own output is its last line.
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        cwd=Path(__file__).resolve().parents[2],
+    )
+
+
+def work(bench: Bench, jobs: Sequence[Job]) -> None:
+    """A worker's part: its jobs, one after the other, as long as its parent lives."""
+    parent = os.getppid()
+    for number, job in enumerate(jobs, 1):
+        if os.getppid() != parent:
+            logger.info("the main process is gone: stopping")
+            return
+        run_job(bench, job)
+        logger.info(
+            "%s: %s s (%d of %d of this worker)",
+            job.name,
+            bench.seconds(job),
+            number,
+            len(jobs),
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

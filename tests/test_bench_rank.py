@@ -1,0 +1,310 @@
+"""The ranking bench: its budget, its files, and its figures against scipy's."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from scipy import stats
+
+from hnas.evaluation.architecture_file import write_json
+from hnas.models.registry import RESNET48_MINI
+from hnas.search_space import Architecture
+from hnas.tools import bench_rank, rank_report, rank_summary
+from hnas.tools.rank_methods import DEFAULTS, METHODS, STAGE1_FORWARDS
+from hnas.tools.rank_runs import Bench, Job, Scale, train_alone
+from hnas.utils.checkpoint import NotFiniteError
+from hnas.utils.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+QUICK = ("uniform_distill", "sandwich_inplace", "seed_recipe")
+
+
+def run(*arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "hnas.tools.bench_rank", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder after ground_truth, supernets and report, and what the last one printed."""
+    out = tmp_path_factory.mktemp("rank")
+    common = ("--out", out, "--quick", True, "--workers", 2)
+    run("ground_truth", *common)
+    run("supernets", *common)
+    return out, run("report", *common).stdout
+
+
+# --- the budget
+
+
+def test_all_methods_cost_the_same():
+    assert set(DEFAULTS) < set(METHODS)
+    for scale in (Scale(), Scale.quick(), replace(Scale(), budget=2499, stage1_steps=7)):
+        for name, method in METHODS.items():
+            # Passes of a step: the sub-networks', and the teacher's if it is a network apart.
+            step = method.subnetworks + {"pretrained": 1, "in place": 0, "none": 0}[method.teacher]
+            spent = scale.steps(method) * step
+            spent += {"none": 0}.get(method.stage1, 4 * scale.stage1_steps)
+            assert spent == scale.steps(method) * method.forwards + scale.stage1_forwards(method)
+            assert scale.budget - step < spent <= scale.budget, name
+    assert STAGE1_FORWARDS == 4
+
+
+def test_a_budget_without_a_step_is_refused():
+    with pytest.raises(UserError, match="no step of stage 2"):
+        replace(Scale(), budget=402).steps(METHODS["seed_recipe"])
+
+
+def test_selection_and_held_out_are_disjoint_and_smaller_benches_begin_alike():
+    bench = Bench(Path(), Scale())
+    splits = [bench.split(name) for name in bench.archs]
+    assert splits == ["selection"] * 16 + ["held_out"] * 32
+    quick = Bench(Path(), Scale.quick()).archs
+    assert list(quick.items()) == list(bench.archs.items())[:5]
+    for arch in bench.archs.values():
+        RESNET48_MINI.shared_plan(arch)
+    assert len({RESNET48_MINI.plan(arch) for arch in bench.archs.values()}) == 48
+
+
+def test_a_run_that_diverges_is_no_result(tmp_path):
+    bench = Bench(tmp_path, Scale.quick())
+    paddle.seed(0)
+    with pytest.raises(NotFiniteError):
+        train_alone(bench, Job("truth", "arch1", 0), RESNET48_MINI.smallest(), 4, 1e12)
+
+
+# --- end to end
+
+
+def test_every_job_leaves_one_file(finished):
+    out, _ = finished
+    expected = {f"truth-arch{i}-0" for i in range(1, 6)} | {"pretrain-0", "stage1-largest-0"}
+    expected |= {f"supernet-{name}-0" for name in QUICK}
+    assert {path.stem for path in (out / "runs").iterdir()} == expected
+    for job in expected:
+        assert Job.from_name(job).name == job
+        settings = json.loads((out / "runs" / f"{job}.json").read_text())["settings"]
+        assert settings["batch_size"] == 16 and settings["task"]["train_scans"] == 1200
+    for name in QUICK:
+        result = json.loads((out / "runs" / f"supernet-{name}-0.json").read_text())
+        forwards = {"uniform_distill": 5, "sandwich_inplace": 4, "seed_recipe": 5}[name]
+        before = 12 if name == "seed_recipe" else 0
+        assert result["forwards"] == before + result["steps"] * forwards
+        assert 40 - forwards < result["forwards"] <= 40 and result["images"] == 200
+        for entry in result["archs"].values():
+            assert 0 <= entry["hits"] <= 200 and 0 <= entry["calibrated_hits"] <= 200
+    assert list(out.rglob("*.tmp")) == []
+
+
+def test_the_figures_are_scipys(finished):
+    out, printed = finished
+    truth = json.loads((out / "ground_truth.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
+    held_out = [name for name, entry in truth.items() if entry["split"] == "held_out"]
+    assert held_out == ["arch3", "arch4", "arch5"]
+    acc = [truth[name]["acc"] for name in held_out]
+    for name in QUICK:
+        archs = json.loads((out / "runs" / f"supernet-{name}-0.json").read_text())["archs"]
+        for kind, column in (("plain", "hits"), ("calibrated", "calibrated_hits")):
+            scores = [archs[arch][column] for arch in held_out]
+            expected = stats.kendalltau(scores, acc).statistic
+            found = summary["methods"][name]["held_out"][kind]["kendall_tau_b"]
+            if np.isnan(expected):
+                assert found["mean"] is None
+            else:
+                assert found["mean"] == pytest.approx(expected)
+                assert found["seeds"] == [pytest.approx(expected)] and found["se"] is None
+        assert summary["methods"][name]["seconds"] > 0
+    macs = [RESNET48_MINI.macs(Architecture.from_code(truth[a]["arch"]), 32, 10) for a in held_out]
+    tau = stats.kendalltau(macs, acc).statistic
+    assert summary["baselines"]["macs"]["held_out"]["kendall_tau_b"] == pytest.approx(tau)
+    headline = json.loads(printed.splitlines()[-1])
+    assert headline["held_out_tau"]["macs"] == pytest.approx(tau)
+    assert headline["architectures"] == 3 and headline["ceiling"] is None
+
+
+def test_table_and_plot_hold_every_method(finished):
+    out, _ = finished
+    rows = (out / "table.md").read_text().splitlines()
+    assert len({row.count("|") for row in rows}) == 1
+    assert [row.split("|")[1].strip(" `") for row in rows[2:]] == [
+        *QUICK,
+        "macs",
+        "params",
+        "ceiling",
+    ]
+    assert (out / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rank_report_reads_the_ground_truth(finished, tmp_path, capsys):
+    out, _ = finished
+    truth = out / "ground_truth.json"
+    size = ["--image_size", "32", "--num_classes", "10", "--backbone", "resnet48_mini"]
+    rank_report.main(["--pred", "params", "--gt", str(truth), "--out", str(tmp_path), *size])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["architectures"] == 5
+    about = json.loads((out / "ground_truth_settings.json").read_text())
+    assert about["scale"]["truth_steps"] == 12
+    words = about["command"].replace("OUT", "x").split()[3:]
+    assert bench_rank.parse(words).command == "ground_truth"
+
+
+def test_what_is_missing_is_done_again_to_the_same_bytes(finished):
+    out, _ = finished
+    before = contents(out)
+    stamps = {path: (out / path).stat().st_mtime_ns for path in before}
+    lost = {Path("runs/supernet-seed_recipe-0.json"), Path("runs/stage1-largest-0.json")}
+    lost |= {Path("weights/stage1-largest-0.pdparams"), Path("runs/truth-arch2-0.json")}
+    for path in lost:
+        (out / path).unlink()
+    common = ("--out", out, "--quick", True, "--workers", 2)
+    run("report", *common, "--methods", "uniform_distill")
+    error = run("report", *common, "--methods", "seed_recipe", code=2).stderr
+    assert "no method with all of its seeds" in error.splitlines()[-1]
+    for command in ("ground_truth", "supernets", "report"):
+        run(command, *common)
+    after = contents(out)
+    assert set(after) == set(before)
+    for path, content in before.items():
+        if path.parts[0] != "seconds" and path.name not in ("summary.json", "table.md"):
+            assert after[path] == content, path
+        if path.parts[0] in ("runs", "weights") and not any(
+            path.name.startswith(name.name) for name in lost
+        ):
+            assert (out / path).stat().st_mtime_ns == stamps[path], path
+
+
+def test_results_of_other_settings_are_refused_in_one_line(finished, tmp_path, monkeypatch):
+    out, _ = finished
+    error = run("supernets", "--out", out, code=2).stderr
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "pretrain-0.json is of other settings (" in lines[0]
+    # What a job does not depend on may differ; what it starts from may not.
+    recipe, alone = Job("supernet", "seed_recipe", 0), Job("truth", "arch1", 0)
+    other = Bench(out, replace(Scale.quick(), stage1_lr=0.1))
+    assert other.result(alone) and other.result(Job("pretrain", "", 0))
+    with pytest.raises(UserError, match=r"other settings \(stage1_lr\)"):
+        other.result(recipe)
+    monkeypatch.setitem(METHODS, "seed_recipe", replace(METHODS["seed_recipe"], tilt=1.0))
+    with pytest.raises(UserError, match=r"other settings \(method\)"):
+        Bench(out, Scale.quick()).result(recipe)
+    monkeypatch.undo()
+    assert Bench(out, Scale.quick()).result(recipe)
+
+
+def test_a_failing_worker_ends_the_bench_with_one_line(finished, tmp_path):
+    out, _ = finished
+    # A file where the folder of the runs should be made.
+    (tmp_path / "runs").write_text("")
+    error = run("ground_truth", "--out", tmp_path, "--quick", True, "--workers", 1, code=2).stderr
+    assert "Traceback" not in error
+    assert "1 of 1 workers failed" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "seed_recipe,evolution"], "unknown method 'evolution'"),
+        (["--seeds", "0"], "out of bounds"),
+        (["--workers", "none"], "not a whole number"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        bench_rank.main(["supernets", "--out", str(tmp_path), *arguments])
+
+
+# --- figures of several seeds
+
+
+def made_up(seed, archs, seeds):
+    """A ground truth of random accuracies."""
+    rng = np.random.default_rng(seed)
+    acc = rng.random(archs) + 0.3 * rng.random((seeds, archs))
+    codes = list(Bench(Path(), Scale()).archs.values())[:archs]
+    splits = ["selection"] * (archs // 3) + ["held_out"] * (archs - archs // 3)
+    return rank_summary.Truth(codes, splits, acc)
+
+
+def test_ceiling_is_the_mean_tau_of_a_seed_against_the_others():
+    truth = made_up(0, 12, 3)
+    taus = []
+    for seed, others in ((0, [1, 2]), (1, [0, 2]), (2, [0, 1])):
+        rest = (truth.acc[others[0]] + truth.acc[others[1]]) / 2
+        taus.append(stats.kendalltau(truth.acc[seed], rest).statistic)
+    assert rank_summary.ceiling(truth.acc) == pytest.approx(np.mean(taus))
+    figures = rank_summary.describe_truth(truth, RESNET48_MINI, 32)
+    assert figures["ceiling"] == pytest.approx(np.mean(taus))
+    pairs = [stats.kendalltau(truth.acc[a], truth.acc[b]).statistic for a, b in ((0, 1), (0, 2))]
+    pairs.append(stats.kendalltau(truth.acc[1], truth.acc[2]).statistic)
+    assert figures["tau_between_seeds"] == pytest.approx(np.mean(pairs))
+    assert figures["highest"] == pytest.approx(truth.acc.mean(axis=0).max())
+
+
+def test_spread_over_seeds_and_splits():
+    truth = made_up(1, 12, 3)
+    rng = np.random.default_rng(2)
+    hits = rng.integers(0, 1000, (3, 12))
+    runs = [
+        {
+            "archs": {
+                f"a{i}": {"arch": arch.code, "hits": int(row[i]), "calibrated_hits": -int(row[i])}
+                for i, arch in reversed(list(enumerate(truth.archs)))
+            }
+        }
+        for row in hits
+    ]
+    found = rank_summary.describe_method(truth, runs)
+    for split, part in (("selection", slice(0, 4)), ("held_out", slice(4, 12))):
+        mean = truth.acc.mean(axis=0)[part]
+        taus = [stats.kendalltau(row[part], mean).statistic for row in hits]
+        own = found[split]["plain"]["kendall_tau_b"]
+        assert own["seeds"] == pytest.approx(taus) and own["mean"] == pytest.approx(np.mean(taus))
+        assert own["se"] == pytest.approx(stats.sem(taus))
+        assert own["sd"] == pytest.approx(np.std(taus, ddof=1))
+        turned = found[split]["calibrated"]
+        assert turned["kendall_tau_b"]["mean"] == pytest.approx(-np.mean(taus))
+        rho = [abs(stats.pearsonr(row[part], mean).statistic) for row in hits]
+        assert turned["abs_pearson"]["seeds"] == pytest.approx(rho)
+    runs[0]["archs"].pop("a11")
+    with pytest.raises(UserError, match="did not score 1 architectures"):
+        rank_summary.describe_method(truth, runs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.pop("split"),
+        lambda entry: entry.update(split="test"),
+        lambda entry: entry.pop("acc_seeds"),
+        lambda entry: entry.update(acc_seeds=0.5),
+        lambda entry: entry.update(acc_seeds=[0.5]),
+        lambda entry: entry.update(acc_seeds=[0.5, None]),
+    ],
+)
+def test_another_kind_of_file_is_no_ground_truth(change, tmp_path):
+    archs = list(Bench(Path(), Scale.quick()).archs.values())
+    content = {
+        f"arch{i}": {"acc": 0.5, "arch": arch.code, "acc_seeds": [0.4, 0.6], "split": "held_out"}
+        for i, arch in enumerate(archs)
+    }
+    write_json(tmp_path / "good.json", content)
+    assert rank_summary.Truth.read(tmp_path / "good.json").acc.shape == (2, 5)
+    change(content["arch3"])
+    write_json(tmp_path / "bad.json", content)
+    with pytest.raises(UserError, match="not a ground truth of bench_rank"):
+        rank_summary.Truth.read(tmp_path / "bad.json")
