@@ -125,7 +125,7 @@ class DigitsLoader:
 
     def __init__(self, task: DigitsTask, batch_size: int, steps: int, seed: int, views: int = 1):
         self.task = task
-        self.batch_size = batch_size
+        self.batch_size = self.total_batch = batch_size
         self.steps = steps
         self.seed = seed
         self.views = views
