@@ -14,15 +14,13 @@ settings.load_profile("fixed")
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Indices of image folders go to a folder of the tests', not to the user's."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    # Builds its font list there now; later, a program under test would say so in its output.
-    import matplotlib.font_manager  # noqa: F401
+    # Matplotlib says so when it lists the fonts; programs under test find the list made here.
+    import matplotlib.font_manager
 
-    yield
-    os.environ.pop("XDG_CACHE_HOME")
-    if before is not None:
-        os.environ["XDG_CACHE_HOME"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def option_ranks(codes, max_digits):
