@@ -1,7 +1,5 @@
 """What several test files share."""
 
-import os
-
 import numpy as np
 import pytest
 from hypothesis import settings
