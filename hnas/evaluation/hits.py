@@ -29,9 +29,6 @@ class Counts:
     def zeros(cls, architectures: int) -> Counts:
         return cls(*np.zeros((4, architectures), dtype=np.int64))
 
-    def copy(self) -> Counts:
-        return Counts(*(column.copy() for column in self.columns()), self.images)
-
     def add(self, more: Counts) -> None:
         """Take in the counts over other images."""
         for own, others in zip(self.columns(), more.columns(), strict=True):
