@@ -131,6 +131,15 @@ class ResNet(nn.Layer):
         return self.head(self.features(x))
 
     @paddle.no_grad()
+    def start_as_shortcuts(self) -> None:
+        """Scale every block's last BatchNorm by zero: a block begins as its shortcut.
+
+        Deep networks then train from the first step on (Goyal et al., arXiv:1706.02677, 5.1).
+        """
+        for block in self.active_blocks():
+            block.bn2.weight.set_value(paddle.zeros_like(block.bn2.weight))
+
+    @paddle.no_grad()
     def reorder(self) -> None:
         """Sort every block's inner channels by importance; the network's function stays."""
         for block in self.active_blocks():
