@@ -188,6 +188,25 @@ def test_reorder_keeps_the_function_and_sorts_by_importance():
         assert np.all(np.diff(importance) <= 1e-4)
 
 
+def test_networks_that_start_as_shortcuts_are_their_projections():
+    """Only projections and pooling are left, whatever the convolutions' weights are."""
+    paddle.seed(4)
+    network = ResNet(RESNET48_MINI.plan(RESNET48_MINI.smallest()), CLASSES)
+    network.start_as_shortcuts()
+    network.eval()
+    images = paddle.randn([2, 3, 32, 32])
+    expected = network.stem(images)
+    for block in network.active_blocks():
+        if block.downsample is not None:
+            conv, norm = block.downsample
+            stride = conv._stride[0]
+            weight = conv.weight.squeeze([2, 3]) / float(np.sqrt(1 + norm._epsilon))
+            expected = paddle.nn.functional.relu(
+                paddle.einsum("nchw,oc->nohw", expected[:, :, ::stride, ::stride], weight)
+            )
+    np.testing.assert_allclose(network.features(images).numpy(), expected.numpy(), atol=1e-5)
+
+
 def test_registry_names_and_errors():
     assert isinstance(build_classifier("resnet48_mini", 7), ElasticResNet)
     plain = build_classifier("resnet48_mini", 7, elastic=False)
