@@ -32,7 +32,7 @@ class Distortion:
         noise: standard deviation of the Gaussian noise; white is 1.
     """
 
-    size: int = 32
+    size: int = 48
     rotation: float = 0.6
     shrink: tuple[float, float] = (1.6, 2.4)
     noise: float = 0.2
