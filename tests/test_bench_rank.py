@@ -130,7 +130,7 @@ def test_the_figures_are_scipys(finished):
                 assert found["mean"] == pytest.approx(expected)
                 assert found["seeds"] == [pytest.approx(expected)] and found["se"] is None
         assert summary["methods"][name]["seconds"] > 0
-    macs = [RESNET48_MINI.macs(Architecture.from_code(truth[a]["arch"]), 32, 100) for a in held_out]
+    macs = [RESNET48_MINI.macs(Architecture.from_code(truth[a]["arch"]), 48, 100) for a in held_out]
     tau = stats.kendalltau(macs, acc).statistic
     assert summary["baselines"]["macs"]["held_out"]["kendall_tau_b"] == pytest.approx(tau)
     headline = json.loads(printed.splitlines()[-1])
@@ -154,7 +154,7 @@ def test_table_and_plot_hold_every_method(finished):
 def test_rank_report_reads_the_ground_truth(finished, tmp_path, capsys):
     out, _ = finished
     truth = out / "ground_truth.json"
-    size = ["--image_size", "32", "--num_classes", "100", "--backbone", "resnet48_mini"]
+    size = ["--image_size", "48", "--num_classes", "100", "--backbone", "resnet48_mini"]
     rank_report.main(["--pred", "params", "--gt", str(truth), "--out", str(tmp_path), *size])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["architectures"] == 5
     about = json.loads((out / "ground_truth_settings.json").read_text())

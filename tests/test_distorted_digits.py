@@ -105,7 +105,7 @@ def test_views_show_the_same_scans_distorted_independently():
     task = DigitsTask(distortion=Distortion(noise=0))
     loader = DigitsLoader(task, 64, 1, seed=2, views=2)
     ((one, two, labels),) = batches(loader)
-    assert one.shape == two.shape == (64, 3, 32, 32) and labels.shape == (64,)
+    assert one.shape == two.shape == (64, 3, 48, 48) and labels.shape == (64,)
     assert one.dtype == np.uint8 and labels.dtype == np.int64
     same = [(a == b).all() for a, b in zip(one, two, strict=True)]
     assert not any(same)
@@ -158,6 +158,6 @@ def test_validation_is_fixed_and_balanced():
     for part, again in zip(one.validation, other.validation, strict=True):
         np.testing.assert_array_equal(part, again)
     images, labels = one.validation
-    assert images.shape == (900, 3, 32, 32)
+    assert images.shape == (900, 3, 48, 48)
     for digits in (labels // 10, labels % 10):
         assert len(np.unique(digits)) == 10 and np.bincount(digits).min() > 60
