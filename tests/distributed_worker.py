@@ -20,8 +20,9 @@ from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import RandomSampler
 from hnas.utils.stopping import StopSignals
+from hnas.utils.updates import Update
 
-TOTAL, CLASSES, STEPS = 8, 10, 12
+TOTAL, CLASSES = 8, 10
 
 
 def batch(step: int) -> list[paddle.Tensor]:
@@ -33,10 +34,16 @@ def batch(step: int) -> list[paddle.Tensor]:
     return [paddle.to_tensor(part[share]) for part in (*images, labels)]
 
 
-def contrastive() -> ContrastiveModel:
+def contrastive(accumulate: int = 1) -> ContrastiveModel:
     paddle.seed(1)
     network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
-    return trained(ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1), pairs=2, seed=5))
+    model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1), pairs=2, seed=5)
+    return trained(model, accumulate)
+
+
+def accumulated() -> ContrastiveModel:
+    """Stage one's, a rank's images in two parts."""
+    return contrastive(2)
 
 
 def distilled() -> DistillationModel:
@@ -46,9 +53,9 @@ def distilled() -> DistillationModel:
     return trained(DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 1.0), 3))
 
 
-def trained(model):
+def trained(model, accumulate: int = 1):
     optimizer = momentum_optimizer(model.network, 0.05, 0.9, 1e-4)
-    model.prepare(optimizer)
+    model.prepare(optimizer, update=Update(optimizer, accumulate))
     parameters = [p for p in model.network.parameters() if not p.stop_gradient]
     if ranks() > 1:
         model.exchange = GradientExchange(parameters, StopSignals())
@@ -104,12 +111,16 @@ def main(folder: Path) -> None:
     paddle.set_device("cpu")
     join_processes(cpu=True)
     found = {}
-    for name, build in (("stage1", contrastive), ("stage2", distilled)):
+    for name, build, steps in (
+        ("stage1", contrastive, 12),
+        ("accumulated", accumulated, 4),
+        ("stage2", distilled, 12),
+    ):
         for key, value in gradients_of_one_step(build(), 3).items():
             found[f"{name} gradient {key}"] = value
         model = build()
         initial = {key: value.numpy() for key, value in model.network.state_dict().items()}
-        found[f"{name} calls"] = np.array(counted(model, STEPS))
+        found[f"{name} calls"] = np.array(counted(model, steps))
         for key, value in model.network.state_dict().items():
             found[f"{name} state {key}"] = value.numpy()
             found[f"{name} moved {key}"] = np.array(not np.array_equal(initial[key], value.numpy()))

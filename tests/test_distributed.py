@@ -69,10 +69,15 @@ def of(results, prefix):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize(
+    ("stage", "whole"),
+    [("stage1", "stage1"), ("accumulated", "stage1"), ("stage2", "stage2")],
+)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_gradients_are_those_of_one_process_on_the_joined_batch(found, stage, ranks):
-    expected = of(found[1][0], f"{stage} gradient")
+def test_gradients_are_those_of_one_process_on_the_joined_batch(found, stage, whole, ranks):
+    """Also if each rank splits its share in two, which the one process does not."""
+    prefix = f"{whole} gradient"
+    expected = {f"{stage}{key[len(whole) :]}": v for key, v in of(found[1][0], prefix).items()}
     largest = max(np.abs(value).max() for value in expected.values())
     assert len(expected) > 100 and largest > 0.1
     for results in found[ranks]:
@@ -86,17 +91,20 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(found, stage, ra
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_weights_queue_and_key_encoder_stay_equal_bit_for_bit(found, ranks):
     first = found[ranks][0]
-    for stage in ("stage1", "stage2"):
+    for stage in ("stage1", "accumulated", "stage2"):
         compared = {
             key: value
             for key, value in of(first, f"{stage} state").items()
             if not key.endswith(("._mean", "._variance"))
         }
-        assert {"stage1 state queue", "stage1 state key_neck.project.weight"} <= set(first)
+        contrastive = {f"{stage} state queue", f"{stage} state key_neck.project.weight"}
+        assert stage == "stage2" or contrastive <= set(compared)
         for other, key in itertools.product(found[ranks][1:], compared):
             assert other[key].tobytes() == compared[key].tobytes(), key
-    assert first["stage1 moved queue"] and first["stage1 moved key_neck.project.weight"]
-    assert first["stage1 moved key_backbone.blocks.0.conv.fn.weight"]
+    for stage in ("stage1", "accumulated"):
+        assert first[f"{stage} moved queue"]
+        assert first[f"{stage} moved key_neck.project.weight"]
+        assert first[f"{stage} moved key_backbone.blocks.0.conv.fn.weight"]
     # The statistics are each rank's own: the comparison above is not one of equal inputs.
     name = "stage1 state key_backbone.blocks.0.bn._mean"
     assert first[name].tobytes() != found[ranks][1][name].tobytes()
@@ -108,6 +116,7 @@ def test_a_step_reduces_gradients_once(found, ranks):
     for stage in ("stage1", "stage2"):
         assert found[ranks][0][f"{stage} calls"].tolist() == [1] * 12
         assert found[1][0][f"{stage} calls"].tolist() == [0] * 12
+    assert found[ranks][0]["accumulated calls"].tolist() == [1] * 4
 
 
 # --- data

@@ -90,6 +90,34 @@ def test_queue_replaces_the_oldest_keys_and_wraps(network):
         network.enqueue(paddle.zeros([5, DIM]))
 
 
+def test_a_loaded_queue_goes_on_at_its_pointer(network):
+    rng = np.random.default_rng(4)
+    for _ in range(QUEUE // BATCH - 1):
+        network.enqueue(paddle.to_tensor(unit_rows(rng, BATCH)))
+    saved = {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+    assert saved["queue_pointer"].tolist() == [QUEUE - BATCH]
+    network.enqueue(paddle.to_tensor(unit_rows(rng, BATCH)))  # now at 0, and loaded over
+    network.set_state_dict({name: paddle.to_tensor(value) for name, value in saved.items()})
+    expected, last = saved["queue"], QUEUE - BATCH
+    for start in (last, 0):
+        keys = unit_rows(rng, BATCH)
+        expected[:, start : start + BATCH] = keys.T
+        network.enqueue(paddle.to_tensor(keys))
+        np.testing.assert_array_equal(network.queue.numpy(), expected)
+    assert network.queue_pointer.numpy().tolist() == [BATCH]
+    assert network.queue_pointer.dtype == paddle.int64
+
+
+def test_enqueue_never_waits_for_the_device(network, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the host read a tensor")
+
+    keys = paddle.to_tensor(unit_rows(np.random.default_rng(5), BATCH))
+    for name in ("numpy", "item", "tolist", "__int__", "__bool__", "__index__"):
+        monkeypatch.setattr(paddle.Tensor, name, refuse)
+    network.enqueue(keys)
+
+
 def test_key_encoder_follows_by_momentum(network):
     query = network.neck.project.weight
     before = network.key_neck.project.weight.numpy().copy()

@@ -56,7 +56,7 @@ def test_a_batch_gets_the_pixels_that_its_images_get_alone(sizes, seed, size, fl
 def test_every_augmentation_happens_in_the_batches_compared():
     """What the test above compares is not a copy of its input."""
     rngs = [np.random.default_rng(i) for i in range(200)]
-    draws = [StrongTransform(32)._draw(rng) for rng in rngs]
+    draws = [StrongTransform(32).draw(rng) for rng in rngs]
     shares = [np.mean([bool(getattr(d, n)) for d in draws]) for n in NAMES]
     np.testing.assert_allclose(shares, [0.8, 0.2, 0.5, 0.5], atol=0.1)
 

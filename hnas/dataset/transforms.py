@@ -15,6 +15,8 @@ from hnas.dataset.batch_transforms import HUE, Draws, finish_batch
 
 # Larger images are faster one by one, in Pillow alone: a batch of them leaves the caches.
 WHOLE_BATCH_PX = 48
+# Least and most blur of the strong view, in px: MoCo's, for images of 224 px.
+MIN_RADIUS, MAX_RADIUS = 0.1, 2.0
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -31,9 +33,10 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def random_resized_crop(image, rng, size: int, scale_min: float, ratio=(3 / 4, 4 / 3)):
-    """Crop a random area (``scale_min`` to 1 of the image) and aspect, resized to ``size``."""
-    width, height = image.size
+def draw_crop(
+    width: int, height: int, rng, scale_min: float, ratio=(3 / 4, 4 / 3)
+) -> tuple[int, int, int, int]:
+    """A box (left, top, right, bottom) of a random share (``scale_min`` to 1) and aspect."""
     for _ in range(10):
         area = width * height * rng.uniform(scale_min, 1.0)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -45,7 +48,12 @@ def random_resized_crop(image, rng, size: int, scale_min: float, ratio=(3 / 4, 4
     else:
         w = h = min(width, height)
         left, top = (width - w) // 2, (height - h) // 2
-    box = (left, top, left + w, top + h)
+    return left, top, left + w, top + h
+
+
+def random_resized_crop(image, rng, size: int, scale_min: float):
+    """Crop a random area (``scale_min`` to 1 of the image) and aspect, resized to ``size``."""
+    box = draw_crop(*image.size, rng, scale_min)
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
@@ -112,6 +120,10 @@ class TrainTransform:
     def batch(self, images, rngs) -> np.ndarray:
         return one_by_one(self, images, rngs)
 
+    def draw(self, rng) -> Draws:
+        """What a call draws after its crop, in the same order."""
+        return Draws([], False, 0.0, rng.random() < self.flip)
+
 
 @dataclass(frozen=True)
 class StrongTransform:
@@ -128,8 +140,7 @@ class StrongTransform:
         if rng.random() < 0.2:
             image = image.convert("L").convert("RGB")
         if rng.random() < 0.5:
-            # MoCo's sigmas are for 224 px.
-            radius = rng.uniform(0.1, 2.0) * self.size / 224
+            radius = rng.uniform(MIN_RADIUS, MAX_RADIUS) * self.size / 224
             image = image.filter(ImageFilter.GaussianBlur(radius))
         return to_array(random_flip(image, rng, self.flip))
 
@@ -137,13 +148,15 @@ class StrongTransform:
         if self.size > WHOLE_BATCH_PX:
             return one_by_one(self, images, rngs)
         crops = crop_batch(images, rngs, self.size, self.scale_min)
-        return finish_batch(crops, [self._draw(rng) for rng in rngs])
+        return finish_batch(crops, [self.draw(rng) for rng in rngs])
 
-    def _draw(self, rng) -> Draws:
+    def draw(self, rng) -> Draws:
         """What a call draws after its crop, in the same order."""
         jitter = draw_jitter(rng) if rng.random() < 0.8 else []
         grey = rng.random() < 0.2
-        radius = rng.uniform(0.1, 2.0) * self.size / 224 if rng.random() < 0.5 else 0.0
+        radius = (
+            rng.uniform(MIN_RADIUS, MAX_RADIUS) * self.size / 224 if rng.random() < 0.5 else 0.0
+        )
         return Draws(jitter, grey, radius, rng.random() < self.flip)
 
 

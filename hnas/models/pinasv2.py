@@ -115,9 +115,11 @@ class PiNASv2(nn.Layer):
                 f"queue_size {size} is not a multiple of the batch of {batch} keys; "
                 "choose queue_size or batch_size so that one divides the other"
             )
-        start = int(self.queue_pointer)
-        self.queue[:, start : start + batch] = keys.T
-        self.queue_pointer[:] = (start + batch) % size
+        # The pointer is never read here: that would let the host wait for the GPU's whole step.
+        columns = (self.queue_pointer + paddle.arange(batch)) % size
+        rows = paddle.arange(self.queue.shape[0]).unsqueeze(1)
+        self.queue.index_put_((rows, columns), keys.T.astype(self.queue.dtype))
+        self.queue_pointer.set_value((self.queue_pointer + batch) % size)
 
     def embed_queries(self, images, path: Architecture) -> paddle.Tensor:
         """Query embeddings [N, D] of ``images`` [N, 3, H, W] under the sub-network ``path``."""

@@ -160,6 +160,12 @@ class Options:
     cache_dir: str = _flag(
         "", "where the images of use_tensor_dataset are kept; none: ~/.cache/pinas", "folder", "012"
     )
+    augment_on: str = _flag(
+        "workers",
+        "where training augments: workers, or device with use_tensor_dataset",
+        "name",
+        "0124",
+    )
     visualdl_dir: str = _flag("", "write curves for VisualDL to it", "folder", "012")
     eval_sample_num: int = _flag(
         0,
@@ -222,6 +228,8 @@ def parse_options(
     values.pop("command")
     options = Options(**values)
     _check_bounds(options)
+    if stage != 3 and options.augment_on == "device" and not options.use_tensor_dataset:
+        raise UserError("--augment_on device needs decoded images: add --use_tensor_dataset True")
     for option in fields:
         given = any(a == f"--{option.name}" or a.startswith(f"--{option.name}=") for a in arguments)
         if given and str(stage) not in option.metadata["stages"]:
@@ -314,6 +322,7 @@ def _check_bounds(options: Options) -> None:
         "eval_engine": ("shared", "reference"),
         "amp": ("O0", "O1", "O2"),
         "bad_images": ("fatal", "skip"),
+        "augment_on": ("workers", "device"),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from hnas.dataset.device_transforms import CropDataset, DeviceLoader
 from hnas.dataset.image_folder import (
     DataError,
     ImageList,
@@ -93,11 +94,15 @@ def validation_images(options: Options, train: ImageList | None = None) -> Image
     return images
 
 
-def training_loader(options: Options, images: ImageList, transform: Callable) -> EpochLoader:
+def training_loader(
+    options: Options, images: ImageList, transform: Callable
+) -> EpochLoader | DeviceLoader:
     """Shuffled, augmented batches of ``images``, decoded once if ``use_tensor_dataset`` says so."""
     pixels = _pixel_cache(options, images) if options.use_tensor_dataset else None
-    dataset = ImageDataset(images, transform, options.seed, pixels=pixels)
-    return EpochLoader(dataset, options.batch_size, options.num_workers, rank(), ranks())
+    kind = CropDataset if options.augment_on == "device" else ImageDataset
+    dataset = kind(images, transform, options.seed, pixels=pixels)
+    loader = EpochLoader(dataset, options.batch_size, options.num_workers, rank(), ranks())
+    return DeviceLoader(loader) if options.augment_on == "device" else loader
 
 
 def _pixel_cache(options: Options, images: ImageList) -> PixelCache:
