@@ -11,12 +11,14 @@ import pytest
 
 from hnas.models.elastic import ElasticBatchNorm2D
 from hnas.models.registry import RESNET48_MINI, build_classifier
+from hnas.tools import bench_train
 from hnas.tools.bench_worker import calm
 from hnas.tools.straightforward import (
     StraightforwardContrast,
     StraightforwardDistillation,
     with_paddleslim_norms,
 )
+from hnas.utils.errors import UserError
 from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
@@ -98,3 +100,14 @@ def test_the_bench_prints_a_line_a_stage():
         speeds = [line[f"{kind}_sample_forwards_per_s"] for kind in ("ours", "straightforward")]
         assert line["ratio"] == pytest.approx(speeds[0] / speeds[1], abs=0.05)
         assert sum(line["ours_shares"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_loaders_that_leave_augmenting_to_the_device_are_timed_alone(capsys):
+    small = ["--batch_size", "4", "--rounds", "1", "--steps", "1", "--num_workers", "0"]
+    device = ["--stages", "1", "--augment_on", "device"]
+    with pytest.raises(UserError, match="add --loader_only True"):
+        bench_train.main([*small, *device])
+    bench_train.main([*small, *device, "--loader_only", "True"])
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["augment_on"] == "device" and "ratio" not in line
+    assert line["ours_loader_images_per_s"] > 0 < line["straightforward_loader_images_per_s"]

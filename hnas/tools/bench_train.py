@@ -54,8 +54,16 @@ def main(argv=None) -> None:
         "--control", type=read_bool, default=False, help="also compare it with itself, nudged"
     )
     parser.add_argument("--loader_only", type=read_bool, default=False, help="loaders, dry")
+    parser.add_argument(
+        "--augment_on",
+        choices=("workers", "device"),
+        default="workers",
+        help="device, with --loader_only True: our loader leaves augmenting to it",
+    )
     parser.add_argument("--seed", type=whole_number(0), default=0)
     options = parser.parse_args(argv)
+    if options.augment_on == "device" and not options.loader_only:
+        raise UserError("--augment_on device is for loaders alone: add --loader_only True")
     results = []
     with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
         make_images(options, Path(folder))
@@ -140,7 +148,7 @@ def measure(options, stage: int, folder: str) -> dict:
         "storage_size": round(options.image_size * 8 / 7),
         **{
             name: getattr(options, name)
-            for name in ("image_size", "batch_size", "subnetworks", "num_workers")
+            for name in ("image_size", "batch_size", "subnetworks", "num_workers", "augment_on")
         },
         "num_classes": len(list((Path(folder) / "train").iterdir())),
         "seed": options.seed,
@@ -161,6 +169,7 @@ def describe(options, stage: int) -> dict:
         "batch_size": options.batch_size,
         "threads": options.threads,
         "num_workers": options.num_workers,
+        "augment_on": options.augment_on,
     }
 
 

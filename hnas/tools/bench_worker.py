@@ -21,6 +21,7 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.dataset.device_transforms import CropDataset
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset, load_batches
 from hnas.dataset.pixel_cache import PixelCache
@@ -117,7 +118,9 @@ class Loop:
             pixels = PixelCache(self.images, settings.storage_size, folder)
         # A bound method has no batch method: one image at a time.
         transform = self.transform.__call__ if kind == STRAIGHTFORWARD else self.transform
-        dataset = ImageDataset(self.images, transform, settings.seed, pixels=pixels)
+        on_device = settings.augment_on == "device" and kind != STRAIGHTFORWARD
+        dataset_type = CropDataset if on_device else ImageDataset
+        dataset = dataset_type(self.images, transform, settings.seed, pixels=pixels)
         self.loader = EpochLoader(dataset, settings.batch_size, settings.num_workers)
         self.model = self.build()
         self._epoch, self._left = -1, 0
