@@ -60,8 +60,8 @@ class Distortion:
         axis = ((np.arange(self.size, dtype=np.float32) + 0.5) / self.size) * 2 - 1
         y, x = axis[:, None] - down[:, None, None], axis[None, :] - right[:, None, None]
         cos, sin = (shrink[:, None, None] * f(angle)[:, None, None] for f in (np.cos, np.sin))
-        rows, columns = cos * y - sin * x, sin * y + cos * x
-        return sample_bilinear(scans, (rows + 1) * (SCAN_SIZE / 2), (columns + 1) * (SCAN_SIZE / 2))
+        y, x = cos * y - sin * x, sin * y + cos * x
+        return sample_bilinear(scans, (y + 1) * (SCAN_SIZE / 2), (x + 1) * (SCAN_SIZE / 2))
 
     def expose(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Pixels [N, H, W] of values 0 to 1 with noise, as images: uint8 [N, 3, H, W]."""

@@ -94,6 +94,11 @@ def draw_jitter(rng, strength: float = 0.4, hue: float = 0.1) -> list[tuple[int,
     ]
 
 
+def draw_radius(rng, size: int) -> float:
+    """The strong view's blur of an image of ``size``, px."""
+    return rng.uniform(MIN_RADIUS, MAX_RADIUS) * size / 224
+
+
 def one_by_one(transform, images, rngs) -> np.ndarray:
     """What a transform gives for each image, stacked."""
     return np.stack([transform(image, rng) for image, rng in zip(images, rngs, strict=True)])
@@ -140,8 +145,7 @@ class StrongTransform:
         if rng.random() < 0.2:
             image = image.convert("L").convert("RGB")
         if rng.random() < 0.5:
-            radius = rng.uniform(MIN_RADIUS, MAX_RADIUS) * self.size / 224
-            image = image.filter(ImageFilter.GaussianBlur(radius))
+            image = image.filter(ImageFilter.GaussianBlur(draw_radius(rng, self.size)))
         return to_array(random_flip(image, rng, self.flip))
 
     def batch(self, images, rngs) -> np.ndarray:
@@ -154,9 +158,7 @@ class StrongTransform:
         """What a call draws after its crop, in the same order."""
         jitter = draw_jitter(rng) if rng.random() < 0.8 else []
         grey = rng.random() < 0.2
-        radius = (
-            rng.uniform(MIN_RADIUS, MAX_RADIUS) * self.size / 224 if rng.random() < 0.5 else 0.0
-        )
+        radius = draw_radius(rng, self.size) if rng.random() < 0.5 else 0.0
         return Draws(jitter, grey, radius, rng.random() < self.flip)
 
 
