@@ -15,8 +15,9 @@ from hnas.evaluation.architecture_file import write_json
 from hnas.models.registry import RESNET48_MINI
 from hnas.search_space import Architecture
 from hnas.tools import bench_rank, rank_report, rank_summary
+from hnas.tools.rank_jobs import Bench, Job, Scale
 from hnas.tools.rank_methods import DEFAULTS, METHODS, STAGE1_FORWARDS
-from hnas.tools.rank_runs import Bench, Job, Scale, train_alone
+from hnas.tools.rank_runs import train_alone
 from hnas.utils.checkpoint import NotFiniteError
 from hnas.utils.errors import UserError
 

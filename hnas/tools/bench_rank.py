@@ -22,8 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hnas.evaluation.architecture_file import write_json
+from hnas.tools.rank_jobs import Bench, Job, Scale
 from hnas.tools.rank_methods import DEFAULTS, find_method
-from hnas.tools.rank_runs import Bench, Job, Scale, run_job
+from hnas.tools.rank_runs import run_job
 from hnas.tools.rank_summary import Truth, headline, summarize, truth_file, write_summary
 from hnas.utils.atomic import remove_leftovers
 from hnas.utils.errors import UserError, run_main

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hnas.dataset.distorted_digits import CLASSES
 from hnas.evaluation.architecture_file import read_accuracies, write_json
 from hnas.evaluation.rank_plots import methods_plot
 from hnas.evaluation.ranking import CORRELATIONS, kendall_tau_b, none_if_nan
 from hnas.search_space import Architecture, SearchSpace
+from hnas.tools.rank_jobs import Bench, Job
 from hnas.tools.rank_methods import METHODS
-from hnas.tools.rank_runs import CLASSES, Bench, Job
 from hnas.tools.train_standalone import read_json
 from hnas.utils.atomic import replacing
 from hnas.utils.errors import UserError
