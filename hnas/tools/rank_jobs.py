@@ -45,11 +45,11 @@ class Scale:
         calibration_images: to re-calibrate BatchNorm with, where it is.
     """
 
-    architectures: int = 48
+    architectures: int = 40
     selection: int = 16
     seeds: int = 3
     batch_size: int = 32
-    truth_steps: int = 1600
+    truth_steps: int = 3200
     truth_lr: float = 0.05
     pretrain_steps: int = 3200
     pretrain_lr: float = 0.05
