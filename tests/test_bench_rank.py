@@ -74,12 +74,12 @@ def test_a_budget_without_a_step_is_refused():
 def test_selection_and_held_out_are_disjoint_and_smaller_benches_begin_alike():
     bench = Bench(Path(), Scale())
     splits = [bench.split(name) for name in bench.archs]
-    assert splits == ["selection"] * 16 + ["held_out"] * 32
+    assert splits == ["selection"] * 16 + ["held_out"] * 24
     quick = Bench(Path(), Scale.quick()).archs
     assert list(quick.items()) == list(bench.archs.items())[:5]
     for arch in bench.archs.values():
         RESNET48_MINI.shared_plan(arch)
-    assert len({RESNET48_MINI.plan(arch) for arch in bench.archs.values()}) == 48
+    assert len({RESNET48_MINI.plan(arch) for arch in bench.archs.values()}) == 40
 
 
 def test_a_run_that_diverges_is_no_result(tmp_path):
@@ -284,6 +284,44 @@ def test_spread_over_seeds_and_splits():
     runs[0]["archs"].pop("a11")
     with pytest.raises(UserError, match="did not score 1 architectures"):
         rank_summary.describe_method(truth, runs)
+
+
+def with_taus(taus, baselines, ceiling):
+    """A summary with held-out taus of methods: mean and s.e., or None where not finished."""
+    kinds = {name: dict.fromkeys(("plain", "calibrated"), None) for name in taus}
+    for name, pair in taus.items():
+        for kind, (mean, se) in zip(kinds[name], pair, strict=True):
+            kinds[name][kind] = {"kendall_tau_b": {"mean": mean, "se": se}}
+    return {
+        "methods": {name: {"held_out": own} for name, own in kinds.items()},
+        "baselines": {
+            name: {"held_out": {"kendall_tau_b": tau}} for name, tau in baselines.items()
+        },
+        "truth": {"held_out": {"ceiling": ceiling}},
+    }
+
+
+def test_verdict_takes_the_best_baseline_in_either_scoring(monkeypatch):
+    monkeypatch.setattr(rank_summary, "RECIPE", "seed_recipe")
+    monkeypatch.setattr(rank_summary, "RECIPE_SCORES", "calibrated")
+    taus = {
+        "seed_recipe": ((0.9, 0.0), (0.6, 0.04)),
+        # An ablation is no rival.
+        "bias_4": ((0.8, 0.01), (0.8, 0.01)),
+        "fair": ((0.5, 0.03), (0.3, 0.01)),
+        "single_path": ((0.1, 0.01), (0.4, 0.01)),
+    }
+    found = rank_summary.verdict(with_taus(taus, {"macs": 0.45, "params": None}, 0.75))
+    assert found["best_baseline"] == "fair plain" and found["tau"] == 0.6
+    assert found["margin"] == pytest.approx(0.1) and found["margin_se"] == pytest.approx(0.05)
+    assert found["share_of_ceiling"] == pytest.approx(0.8)
+    found = rank_summary.verdict(with_taus(taus, {"macs": 0.7}, None))
+    assert found["best_baseline"] == "macs" and found["margin"] == pytest.approx(-0.1)
+    assert found["margin_se"] == pytest.approx(0.04) and found["share_of_ceiling"] is None
+    taus["seed_recipe"] = ((0.9, None), (0.6, None))
+    assert rank_summary.verdict(with_taus(taus, {"macs": 0.7}, 0.7))["margin_se"] is None
+    taus.pop("seed_recipe")
+    assert rank_summary.verdict(with_taus(taus, {"macs": 0.7}, 0.7)) is None
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,12 @@ CANDIDATES = {
     ),
 }
 
+RECIPE = "seed_recipe"
+"""The method whose settings are the launchers'."""
+
+RECIPE_SCORES = "calibrated"
+"""Which of its scores: ``calibrated`` or ``plain`` (``bn_calibration_images=0``)."""
+
 METHODS = {**BASELINES, **ABLATIONS, **CANDIDATES}
 
 
