@@ -87,6 +87,12 @@ CANDIDATES = {
     "macs_weighted": Method(
         "the recipe, losses weighted by MACs", "largest", "biased", 2.0, macs_weighted=True
     ),
+    "bias_1_temperature_4": Method(
+        "the recipe, bias 1 and temperature 4", "largest", "biased", 1.0, temperature=4.0
+    ),
+    "bias_1_temperature_4_no_stage1": Method(
+        "the same without stage 1", sampler="biased", tilt=1.0, temperature=4.0
+    ),
 }
 
 RECIPE = "seed_recipe"
