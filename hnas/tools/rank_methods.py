@@ -21,8 +21,8 @@ class Method:
     Attributes:
         about: one line for tables.
         stage1: ``none``, ``largest`` (both paths the largest network) or ``sampled``.
-        sampler: ``random``, ``biased``, ``annealed``, ``sandwich`` or ``fair``.
-        tilt: of ``biased``; ``annealed`` goes from it to ``tilt_end``.
+        sampler: ``random``, ``biased``, ``annealed``, ``stratified``, ``sandwich`` or ``fair``.
+        tilt: of ``biased`` and ``stratified``; ``annealed`` goes from it to ``tilt_end``.
         teacher: ``pretrained``, ``in place`` (the step's first sub-network) or ``none``.
         subnetworks: a step.
         temperature: of the soft targets.
@@ -92,6 +92,13 @@ CANDIDATES = {
     ),
     "bias_1_temperature_4_no_stage1": Method(
         "the same without stage 1", sampler="biased", tilt=1.0, temperature=4.0
+    ),
+    "stratified": Method(
+        "the recipe, bias 1, temperature 4, a step's sub-networks spread evenly",
+        "largest",
+        "stratified",
+        1.0,
+        temperature=4.0,
     ),
 }
 

@@ -32,7 +32,13 @@ from hnas.utils.hapi_wrapper import (
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.hapi_wrapper_standalone import StandaloneModel
-from hnas.utils.SampleMethod import AnnealedSampler, LargestSampler, Sampler, build_sampler
+from hnas.utils.SampleMethod import (
+    AnnealedSampler,
+    LargestSampler,
+    Sampler,
+    StratifiedSampler,
+    build_sampler,
+)
 from hnas.utils.setup import seed_generators
 from hnas.utils.training import start_from_pretrained
 
@@ -197,6 +203,8 @@ def method_sampler(bench: Bench, method: Method, steps: int, seed: int) -> Sampl
     """What draws a method's sub-networks."""
     if method.sampler == "annealed":
         return AnnealedSampler(bench.space, seed, method.tilt, method.tilt_end, steps)
+    if method.sampler == "stratified":
+        return StratifiedSampler(bench.space, seed, method.subnetworks, method.tilt)
     return named_sampler(bench, method.sampler, seed, method.tilt)
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hnas.search_space import Architecture, SearchSpace
+from hnas.search_space import Architecture, SearchSpace, choice_probabilities
 from hnas.utils.errors import UserError
 
 
@@ -83,6 +83,34 @@ class FairSampler:
             return int(rng.permutation(options)[place])
 
         return self.space.compose(turn)
+
+
+@dataclass(frozen=True)
+class StratifiedSampler:
+    """As :class:`RandomSampler`, with a step's sub-networks spread evenly over every choice.
+
+    For each choice the step's ``number`` sub-networks take, in a random order, one draw from each
+    of ``number`` equally likely parts of the distribution (stratified sampling; Latin hypercube
+    sampling over all choices: McKay et al., Technometrics, 1979). Each sub-network by itself is
+    distributed as without it, but no step has large or small options only.
+    """
+
+    space: SearchSpace
+    seed: int
+    number: int
+    tilt: float = 0.0
+
+    def sample(self, epoch: int, step: int, index: int) -> Architecture:
+        round_, place = divmod(index, self.number)
+
+        def draw(options: int, *choice: int) -> int:
+            rng = np.random.default_rng((self.seed, epoch, step, round_, *choice))
+            part, within = rng.permutation(self.number)[place], rng.random(self.number)[place]
+            shares = np.cumsum(choice_probabilities(options, self.tilt))
+            # The last sum may be a little less than 1.
+            return int(np.searchsorted(shares[:-1], (part + within) / self.number, "right"))
+
+        return self.space.compose(draw)
 
 
 @dataclass(frozen=True)
