@@ -20,12 +20,13 @@ weight_decay=${weight_decay:-0.0001}
 momentum=${momentum:-0.9}
 sample_method=${sample_method:-random}                          # random, biased, sandwich, fair
 bias_sample_flag=${bias_sample_flag:-True}                      # tilt toward large
-bias_strength=${bias_strength:-2.0}
+bias_strength=${bias_strength:-1.0}
 sample_space=${sample_space:-released}                          # released or full
 use_loss_expand=${use_loss_expand:-False}                       # losses weighted by MACs
+distill_temperature=${distill_temperature:-4.0}                 # of soft targets
 crop_scale_min=${crop_scale_min:-0.08}
 flip_prob=${flip_prob:-0.5}
-bn_calibration_images=${bn_calibration_images:-0}               # 0: running statistics
+bn_calibration_images=${bn_calibration_images:-64}              # 0: running statistics
 amp=${amp:-O0}                                                  # O1: mixed precision on GPUs
 accumulate=${accumulate:-1}                                     # parts of a batch
 clip_norm=${clip_norm:-0}                                       # of all gradients; 0: any
@@ -53,7 +54,8 @@ launch train_supernet_pinas_stage2_simple.py run \
     --warmup "$warmup" --weight_decay "$weight_decay" --momentum "$momentum" \
     --sample_method "$sample_method" --bias_sample_flag "$bias_sample_flag" \
     --bias_strength "$bias_strength" --sample_space "$sample_space" \
-    --use_loss_expand "$use_loss_expand" --bn_calibration_images "$bn_calibration_images" \
+    --use_loss_expand "$use_loss_expand" --distill_temperature "$distill_temperature" \
+    --bn_calibration_images "$bn_calibration_images" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
     --pretrained "$pretrained" --use_ckpt "$use_ckpt" --ckpt_dir "$ckpt_dir" \
     --image_dir "$image_dir" --save_dir "$save_dir" \

@@ -65,6 +65,7 @@ def main() -> None:
         sampler if options.dyna_batch_size else LargestSampler(space),
         subnetworks=max(1, options.dyna_batch_size),
         loss_weight=macs_weights(space, options.image_size) if options.use_loss_expand else None,
+        temperature=options.distill_temperature,
     )
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)

@@ -204,6 +204,7 @@ def command(folder, tmp_path, name):
         *("--backbone", "resnet48_mini", "--image_size", "32", "--image_dir", str(folder)),
         *("--ckpt_dir", str(tmp_path / "net"), "--modelarch_file", str(tmp_path / "archs.json")),
         *("--save_dir", str(tmp_path / name), "--num_workers", "0", "--chunk_size", "2"),
+        *("--bn_calibration_images", "0"),
     ]
 
 

@@ -304,7 +304,7 @@ UNITS = {
     "num_workers": "8 processes",
     "eval_sample_num": "0 architectures",
     "queue_size": "65536 keys",
-    "bn_calibration_images": "0 images",
+    "bn_calibration_images": "64 images",
     "flip_prob": "0.5 probability",
     "image_dir": "none folder",
     "modelarch_file": "none file",

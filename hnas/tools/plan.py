@@ -62,7 +62,8 @@ class Recipe:
     stage1_epochs: int = 10
     stage2_epochs: int = 5
     subnetworks: int = 4
-    tilt: float = 2.0
+    tilt: float = 1.0
+    calibration: int = 64
     queue_size: int = 65536
     gpus: int = 1
     memory_gib: int = 80
@@ -112,12 +113,18 @@ def training_bytes(space: SearchSpace, recipe: Recipe, stage: int) -> int:
     return FLOAT * floats
 
 
+def scored_chunk(space: SearchSpace, recipe: Recipe) -> int:
+    """Images a walk scores: with the calibration's they take at most a quarter of the memory."""
+    image = 3 * FLOAT * activation_floats(space, recipe.image_size)
+    free = recipe.memory_gib * 2**30 // 4 // image - recipe.calibration
+    return even_chunk(max(1, min(MAX_CHUNK, free)), recipe.images, recipe.gpus)
+
+
 def scoring_bytes(space: SearchSpace, recipe: Recipe) -> int:
-    """Weights, folded weights and a chunk's activations, at most a quarter of the memory."""
-    chunk = even_chunk(MAX_CHUNK, recipe.images, recipe.gpus)
+    """Weights, folded weights, and the activations of a chunk and of the calibration images."""
+    images = scored_chunk(space, recipe) + recipe.calibration
     weights = 2 * space.params(space.largest(), recipe.num_classes)
-    activations = 3 * chunk * activation_floats(space, recipe.image_size)
-    return FLOAT * weights + min(FLOAT * activations, recipe.memory_gib * 2**30 // 4)
+    return FLOAT * (weights + 3 * images * activation_floats(space, recipe.image_size))
 
 
 def estimate(
@@ -129,7 +136,10 @@ def estimate(
         archs: to be scored.
         macs_per_s: of one device.
     """
-    walk = PrefixTree(space, archs).macs(recipe.image_size)
+    chunk = scored_chunk(space, recipe)
+    # Every walk carries the calibration images along.
+    carried = (chunk + recipe.calibration) / chunk
+    walk = carried * PrefixTree(space, archs).macs(recipe.image_size)
     naive = naive_macs(space, archs, recipe.image_size)
     steps = recipe.train_images // (recipe.batch_size * recipe.gpus)
     trained = steps * recipe.batch_size * recipe.gpus
@@ -174,7 +184,8 @@ def assumptions(options, macs_per_s: float) -> list[str]:
         "the naive loop runs at the same rate and decodes nothing anew, which flatters it",
         f"memory: float32, {options.batch_size} images a step and device, each convolution's "
         "output kept three times for the backward pass; libraries' own memory not counted; "
-        f"stage 3 takes chunks of a quarter of {GPUS[options.gpu].memory_gib} GiB",
+        f"stage 3 takes chunks of a quarter of {GPUS[options.gpu].memory_gib} GiB, of which "
+        f"{options.bn_calibration_images} images re-calibrate BatchNorm",
     ]
 
 
@@ -194,6 +205,7 @@ def main(argv=None) -> None:
     parser.add_argument("--stage1_epochs", type=whole_number(1), default=recipe.stage1_epochs)
     parser.add_argument("--stage2_epochs", type=whole_number(1), default=recipe.stage2_epochs)
     parser.add_argument("--dyna_batch_size", type=whole_number(1), default=recipe.subnetworks)
+    parser.add_argument("--bn_calibration_images", type=whole_number(0), default=recipe.calibration)
     parser.add_argument("--backbone", default="resnet48", help="[default resnet48]")
     options = parser.parse_args(argv)
     if min(options.efficiency, options.gmacs_per_s) < 0 or options.efficiency > 1:
@@ -213,6 +225,7 @@ def main(argv=None) -> None:
         stage1_epochs=options.stage1_epochs,
         stage2_epochs=options.stage2_epochs,
         subnetworks=options.dyna_batch_size,
+        calibration=options.bn_calibration_images,
         gpus=options.gpus,
         memory_gib=GPUS[options.gpu].memory_gib,
     )

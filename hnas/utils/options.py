@@ -41,7 +41,7 @@ class Options:
     sample_method: str = _flag("random", "random, biased, sandwich or fair", "name", "12")
     bias_sample_flag: bool = _flag(False, "tilt the sampling toward large", "", "12")
     bias_strength: float = _flag(
-        2.0,
+        1.0,
         "tilt b: the largest option is exp(b) times as likely as the smallest",
         "",
         "12",
@@ -66,6 +66,7 @@ class Options:
     use_loss_expand: bool = _flag(
         False, "weight each sub-network's loss by its MACs over the step's mean MACs", "", "2"
     )
+    distill_temperature: float = _flag(4.0, "of the teacher's soft targets", "", "2", low=0.001)
     train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", "", "2")
     use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", "", "12")
     ckpt_dir: str = _flag("", "weights to start from (stages 1, 2) or to score (3)", "file", "123")
@@ -94,7 +95,11 @@ class Options:
         1, "epochs between evaluations of the largest and smallest; 0: never", "epochs", "2", low=0
     )
     bn_calibration_images: int = _flag(
-        0, "training images to re-calibrate BatchNorm with when evaluating", "images", "23", low=0
+        64,
+        "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics",
+        "images",
+        "23",
+        low=0,
     )
     num_workers: int = _flag(8, "loader processes; 0: load in the main one", "processes", low=0)
     use_tensor_dataset: bool = _flag(

@@ -128,9 +128,15 @@ def calibration_images(options: Options, images: ImageList | None = None) -> pad
     number = options.bn_calibration_images
     if not number:
         return None
+    wanted = f"--bn_calibration_images {number}"
+    instead = "0 for running statistics, which rank worse"
+    root = Path(options.image_dir)
+    if root.is_dir() and not (root / "train").is_dir():
+        raise DataError(f"{wanted} takes training images, but {root} has no train/; give {instead}")
     images = images or training_images(options)
     if number > len(images):
-        raise DataError(f"--bn_calibration_images {number}, but {images.folder} has {len(images)}")
+        has = f"{images.folder} has {len(images)}"
+        raise DataError(f"{wanted}, but {has}; lower it, or give {instead}")
     chosen = np.random.default_rng(options.seed).permutation(len(images))[:number]
     transform = EvalTransform(options.image_size)
     return paddle.to_tensor(np.stack([transform(decode_image(images.paths[i])) for i in chosen]))
