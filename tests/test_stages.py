@@ -89,8 +89,6 @@ def run(tmp_path_factory):
             backbone="resnet48_mini",
             ckpt_dir=root / "stage1/0.pdparams",
             save_dir=root / "stage2",
-            # A teacher that knows nothing, softened, teaches one answer to all.
-            distill_temperature=1.0,
         ),
     ]
     scoring = {

@@ -102,7 +102,7 @@ CANDIDATES = {
     ),
 }
 
-RECIPE = "seed_recipe"
+RECIPE = "bias_1"
 """The method whose settings are the launchers'."""
 
 RECIPE_SCORES = "calibrated"

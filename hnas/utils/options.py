@@ -66,7 +66,7 @@ class Options:
     use_loss_expand: bool = _flag(
         False, "weight each sub-network's loss by its MACs over the step's mean MACs", "", "2"
     )
-    distill_temperature: float = _flag(4.0, "of the teacher's soft targets", "", "2", low=0.001)
+    distill_temperature: float = _flag(1.0, "of the teacher's soft targets", "", "2", low=0.001)
     train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", "", "2")
     use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", "", "12")
     ckpt_dir: str = _flag("", "weights to start from (stages 1, 2) or to score (3)", "file", "123")
