@@ -175,6 +175,7 @@ class Runs:
             "lr": 0.3,
             "warmup": 1,
             "eval_freq": 0,
+            "bn_calibration_images": 8,
             "log_freq": 1,
             "num_workers": 0,
             "device": "cpu",

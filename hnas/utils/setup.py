@@ -129,7 +129,7 @@ def calibration_images(options: Options, images: ImageList | None = None) -> pad
     if not number:
         return None
     wanted = f"--bn_calibration_images {number}"
-    instead = "0 for running statistics, which rank worse"
+    instead = "0 for running statistics"
     root = Path(options.image_dir)
     if root.is_dir() and not (root / "train").is_dir():
         raise DataError(f"{wanted} takes training images, but {root} has no train/; give {instead}")
