@@ -1,5 +1,7 @@
 """Augmentations and loaders: determinism, and what each augmentation does."""
 
+import shutil
+
 import numpy as np
 import paddle
 import pytest
@@ -15,6 +17,8 @@ from hnas.dataset.transforms import (
     normalize,
     shift_hue,
 )
+from hnas.utils.options import Options
+from hnas.utils.setup import calibration_images
 
 
 def gradient_image(width=48, height=40):
@@ -142,3 +146,33 @@ def test_too_few_images_for_a_batch(folder):
     dataset = ImageDataset(scan_images(folder, "train"), TrainTransform(32), 0)
     with pytest.raises(DataError, match="fewer than one batch"):
         EpochLoader(dataset, batch_size=13)
+
+
+def calibration(root, number, **flags):
+    options = Options(image_dir=str(root), image_size=32, bn_calibration_images=number, **flags)
+    images = calibration_images(options)
+    return sorted(image.tobytes() for image in images.numpy())
+
+
+def test_calibration_images_are_drawn_and_only_they_are_decoded(folder, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(folder, root)
+    crop = EvalTransform(32)
+    every = {
+        crop(Image.open(path).convert("RGB")).tobytes() for path in (root / "train").glob("*/*.png")
+    }
+    assert set(calibration(root, 12)) == every
+    some = [calibration(root, 3, seed=seed) for seed in (0, 0, 1)]
+    assert some[0] == some[1] != some[2]
+    assert set(some[0]) < every and len(set(some[0])) == 3
+
+    for path in (root / "train/a").glob("*.png"):
+        path.write_bytes(b"broken")
+    # The images of class b are the last six.
+    lucky = next(s for s in range(99) if min(np.random.default_rng(s).permutation(12)[:3]) >= 6)
+    assert len(calibration(root, 3, seed=lucky, verify_images=True)) == 3
+    with pytest.raises(DataError, match=r"cannot decode image .*/train/a/\d\.png"):
+        calibration(root, 12)
+    assert len(set(calibration(root, 6, bad_images="skip"))) == 6
+    with pytest.raises(DataError, match="only 6 images of .*train can be decoded; lower it"):
+        calibration(root, 7, bad_images="skip")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import paddle
+from PIL import Image
 
 from hnas.dataset.device_transforms import CropDataset, DeviceLoader
 from hnas.dataset.image_folder import (
@@ -120,10 +122,11 @@ def _pixel_cache(options: Options, images: ImageList) -> PixelCache:
 def calibration_images(options: Options, images: ImageList | None = None) -> paddle.Tensor | None:
     """``bn_calibration_images`` training images, uint8 [N, 3, H, W], drawn by the seed.
 
-    ``images`` is the training split, where it was scanned already.
+    ``images`` is the training split, where it was scanned already. With ``bad_images=skip`` others
+    are drawn in place of those that cannot be decoded.
 
     Raises:
-        DataError: the training split holds fewer.
+        DataError: the training split holds fewer, or one of them cannot be decoded.
     """
     number = options.bn_calibration_images
     if not number:
@@ -133,13 +136,32 @@ def calibration_images(options: Options, images: ImageList | None = None) -> pad
     root = Path(options.image_dir)
     if root.is_dir() and not (root / "train").is_dir():
         raise DataError(f"{wanted} takes training images, but {root} has no train/; give {instead}")
-    images = images or training_images(options)
+    # Only what is drawn gets decoded, whatever verify_images says: these are few of many.
+    images = images or scan_images(root, "train")
     if number > len(images):
         has = f"{images.folder} has {len(images)}"
         raise DataError(f"{wanted}, but {has}; lower it, or give {instead}")
-    chosen = np.random.default_rng(options.seed).permutation(len(images))[:number]
+    drawn = np.random.default_rng(options.seed).permutation(len(images))
+    decoded = _decoded((images.paths[i] for i in drawn), options.bad_images == "skip")
     transform = EvalTransform(options.image_size)
-    return paddle.to_tensor(np.stack([transform(decode_image(images.paths[i])) for i in chosen]))
+    crops = [transform(image) for image in islice(decoded, number)]
+    if len(crops) < number:
+        raise DataError(
+            f"{wanted}, but only {len(crops)} images of {images.folder} can be decoded; lower it, "
+            f"or give {instead}"
+        )
+    return paddle.to_tensor(np.stack(crops))
+
+
+def _decoded(paths: Iterable[Path], skip: bool) -> Iterator[Image.Image]:
+    """Images as they are asked for; ``skip`` leaves out those that cannot be decoded."""
+    for path in paths:
+        try:
+            yield decode_image(path)
+        except DataError as error:
+            if not skip:
+                raise
+            logger.warning("%s", error)
 
 
 def validation_loader(
