@@ -287,13 +287,18 @@ def test_spread_over_seeds_and_splits():
 
 
 def with_taus(taus, baselines, ceiling):
-    """A summary with held-out taus of methods: mean and s.e., or None where not finished."""
-    kinds = {name: dict.fromkeys(("plain", "calibrated"), None) for name in taus}
-    for name, pair in taus.items():
-        for kind, (mean, se) in zip(kinds[name], pair, strict=True):
-            kinds[name][kind] = {"kendall_tau_b": {"mean": mean, "se": se}}
+    """A summary of held-out taus: by method, plain and calibrated ones, a list over two seeds."""
     return {
-        "methods": {name: {"held_out": own} for name, own in kinds.items()},
+        "seeds": 2,
+        "methods": {
+            name: {
+                "held_out": {
+                    kind: {"kendall_tau_b": rank_summary.spread(seeds)}
+                    for kind, seeds in zip(("plain", "calibrated"), pair, strict=True)
+                }
+            }
+            for name, pair in taus.items()
+        },
         "baselines": {
             name: {"held_out": {"kendall_tau_b": tau}} for name, tau in baselines.items()
         },
@@ -305,23 +310,40 @@ def test_verdict_takes_the_best_baseline_in_either_scoring(monkeypatch):
     monkeypatch.setattr(rank_summary, "RECIPE", "seed_recipe")
     monkeypatch.setattr(rank_summary, "RECIPE_SCORES", "calibrated")
     taus = {
-        "seed_recipe": ((0.9, 0.0), (0.6, 0.04)),
+        "seed_recipe": ([0.9, 0.9], [0.56, 0.64]),
         # An ablation is no rival.
-        "bias_4": ((0.8, 0.01), (0.8, 0.01)),
-        "fair": ((0.5, 0.03), (0.3, 0.01)),
-        "single_path": ((0.1, 0.01), (0.4, 0.01)),
+        "bias_4": ([0.8, 0.8], [0.8, 0.8]),
+        "fair": ([0.40, 0.46], [0.55, 0.53]),
+        "single_path": ([0.1, 0.1], [0.4, 0.4]),
     }
-    found = rank_summary.verdict(with_taus(taus, {"macs": 0.45, "params": None}, 0.75))
-    assert found["best_baseline"] == "fair plain" and found["tau"] == 0.6
-    assert found["margin"] == pytest.approx(0.1) and found["margin_se"] == pytest.approx(0.05)
+    found = rank_summary.verdict(with_taus(taus, {"macs": 0.42, "params": None}, 0.75))
+    assert found["tau"] == pytest.approx(0.6)
     assert found["share_of_ceiling"] == pytest.approx(0.8)
+    either, plain = found["either"], found["plain"]
+    assert either["best_baseline"] == "fair calibrated"
+    assert either["margin"] == pytest.approx(0.06)
+    # Standard errors of two values are half of their difference.
+    assert either["margin_se"] == pytest.approx(np.hypot(0.04, 0.01))
+    assert either["paired_se"] == pytest.approx((0.11 - 0.01) / 2)
+    assert plain["best_baseline"] == "fair plain" and plain["margin"] == pytest.approx(0.17)
+    assert plain["paired_se"] == pytest.approx((0.18 - 0.16) / 2)
+
     found = rank_summary.verdict(with_taus(taus, {"macs": 0.7}, None))
-    assert found["best_baseline"] == "macs" and found["margin"] == pytest.approx(-0.1)
-    assert found["margin_se"] == pytest.approx(0.04) and found["share_of_ceiling"] is None
-    taus["seed_recipe"] = ((0.9, None), (0.6, None))
-    assert rank_summary.verdict(with_taus(taus, {"macs": 0.7}, 0.7))["margin_se"] is None
+    assert found["plain"] == found["either"] and found["share_of_ceiling"] is None
+    assert found["plain"]["best_baseline"] == "macs"
+    assert found["plain"]["margin"] == pytest.approx(-0.1)
+    assert found["plain"]["margin_se"] == found["plain"]["paired_se"] == pytest.approx(0.04)
+    taus["seed_recipe"] = ([0.9, 0.9], [0.6, float("nan")])
+    assert rank_summary.verdict(with_taus(taus, {"macs": 0.7}, 0.7)) is None
     taus.pop("seed_recipe")
     assert rank_summary.verdict(with_taus(taus, {"macs": 0.7}, 0.7)) is None
+
+
+def test_verdict_of_one_seed_has_no_error():
+    taus = {rank_summary.RECIPE: ([0.6], [0.6])}
+    found = rank_summary.verdict(with_taus(taus, {"macs": 0.5}, 0.7) | {"seeds": 1})
+    assert found["either"]["margin"] == pytest.approx(0.1)
+    assert found["either"]["margin_se"] is None and found["either"]["paired_se"] is None
 
 
 @pytest.mark.parametrize(

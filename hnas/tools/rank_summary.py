@@ -27,6 +27,7 @@ from hnas.utils.errors import UserError
 SPLITS = ("selection", "held_out")
 STATISTICS = {"plain": "hits", "calibrated": "calibrated_hits"}
 TAU = "kendall_tau_b"
+READINGS = {"either": tuple(STATISTICS), "plain": ("plain",)}
 
 
 @dataclass(frozen=True)
@@ -249,35 +250,51 @@ def total_seconds(bench: Bench, name: str, seeds: Sequence[int]) -> float | None
 def verdict(summary: Mapping) -> dict | None:
     """The recipe's held-out tau against the best baseline's; None where one is not there.
 
-    Baselines are taken as they score better, with or without calibration. ``margin_se`` is that of
-    a difference of two means over seeds; what needs no training has no spread.
+    ``either`` takes baselines as they score better, with or without re-calibrated BatchNorm, and
+    ``plain`` at their running statistics. ``margin_se`` is that of a difference of two means over
+    seeds, and ``paired_se`` of the mean difference within a seed, whose supernets have the start
+    and the images in common; what needs no training has no spread.
     """
     own = summary["methods"].get(RECIPE)
-    rivals = {
-        f"{name} {kind}": summary["methods"][name]["held_out"][kind][TAU]
-        for name in BASELINES
-        if name in summary["methods"]
-        for kind in STATISTICS
-    }
-    rivals |= {
-        name: {"mean": figures["held_out"][TAU], "se": 0.0}
-        for name, figures in summary["baselines"].items()
-    }
-    rivals = {name: tau for name, tau in rivals.items() if tau["mean"] is not None}
     tau = own["held_out"][RECIPE_SCORES][TAU] if own else {"mean": None}
-    if tau["mean"] is None or not rivals:
+    rivals = {reading: _rivals(summary, kinds) for reading, kinds in READINGS.items()}
+    if tau["mean"] is None or not all(rivals.values()):
         return None
-    best = max(rivals, key=lambda name: rivals[name]["mean"])
-    errors = [tau["se"], rivals[best]["se"]]
     limit = summary["truth"]["held_out"]["ceiling"]
     return {
         "recipe": f"{RECIPE} {RECIPE_SCORES}",
         "tau": tau["mean"],
+        "share_of_ceiling": tau["mean"] / limit if limit else None,
+        **{reading: _lead(tau, own) for reading, own in rivals.items()},
+    }
+
+
+def _rivals(summary: Mapping, kinds: Sequence[str]) -> dict[str, Mapping]:
+    """Held-out taus over seeds of the baselines, where they are defined."""
+    rivals = {
+        f"{name} {kind}": summary["methods"][name]["held_out"][kind][TAU]
+        for name in BASELINES
+        if name in summary["methods"]
+        for kind in kinds
+    }
+    for name, figures in summary["baselines"].items():
+        tau = figures["held_out"][TAU]
+        rivals[name] = {"mean": tau, "se": 0.0, "seeds": [tau] * summary["seeds"]}
+    return {name: tau for name, tau in rivals.items() if tau["mean"] is not None}
+
+
+def _lead(tau: Mapping, rivals: Mapping[str, Mapping]) -> dict:
+    """Of the recipe over the best of its rivals."""
+    best = max(rivals, key=lambda name: rivals[name]["mean"])
+    errors = [tau["se"], rivals[best]["se"]]
+    pairs = list(zip(tau["seeds"], rivals[best]["seeds"], strict=True))
+    defined = all(None not in pair for pair in pairs)
+    return {
         "best_baseline": best,
         "best_baseline_tau": rivals[best]["mean"],
         "margin": tau["mean"] - rivals[best]["mean"],
         "margin_se": None if None in errors else float(np.hypot(*errors)),
-        "share_of_ceiling": tau["mean"] / limit if limit else None,
+        "paired_se": spread([mine - theirs for mine, theirs in pairs])["se"] if defined else None,
     }
 
 
