@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,20 @@ def test_ceiling_is_the_mean_tau_of_a_seed_against_the_others():
     pairs.append(stats.kendalltau(truth.acc[1], truth.acc[2]).statistic)
     assert figures["tau_between_seeds"] == pytest.approx(np.mean(pairs))
     assert figures["highest"] == pytest.approx(truth.acc.mean(axis=0).max())
+    rho = [stats.pearsonr(*pair).statistic for pair in combinations(truth.acc, 2)]
+    assert figures["pearson_between_seeds"] == pytest.approx(np.mean(rho))
+    assert figures["expected_tau_of_means"] == rank_summary.expected_tau(np.mean(rho), 3)
+
+
+@pytest.mark.parametrize(("noise", "seeds"), [(0.5, 1), (0.5, 3), (1.0, 3), (1.0, 5)])
+def test_expected_tau_is_that_of_two_simulated_means(noise, seeds):
+    rng = np.random.default_rng(3)
+    skill = rng.standard_normal(4000)
+    means = [(skill + noise * rng.standard_normal((seeds, 4000))).mean(axis=0) for _ in range(2)]
+    found = rank_summary.expected_tau(1 / (1 + noise**2), seeds)
+    # The standard error of the simulated tau is below 0.01.
+    assert found == pytest.approx(stats.kendalltau(*means).statistic, abs=0.03)
+    assert np.isnan(rank_summary.expected_tau(-0.1, seeds))
 
 
 def test_spread_over_seeds_and_splits():

@@ -64,14 +64,14 @@ BASELINES = {
 
 ABLATIONS = {
     "seed_recipe": Method(
-        "stage 1 (largest), biased 2, distillation: the recipe", "largest", "biased", tilt=2.0
+        "seed recipe: stage 1 (largest), bias 2, distillation", "largest", "biased", tilt=2.0
     ),
-    "no_stage1": Method("the recipe without stage 1", sampler="biased", tilt=2.0),
-    "no_bias": Method("the recipe without bias", "largest"),
-    "bias_1": Method("the recipe with bias 1", "largest", "biased", tilt=1.0),
-    "bias_4": Method("the recipe with bias 4", "largest", "biased", tilt=4.0),
+    "no_stage1": Method("seed recipe without stage 1", sampler="biased", tilt=2.0),
+    "no_bias": Method("seed recipe without bias", "largest"),
+    "bias_1": Method("seed recipe with bias 1", "largest", "biased", tilt=1.0),
+    "bias_4": Method("seed recipe with bias 4", "largest", "biased", tilt=4.0),
     "stage1_sampled": Method(
-        "the recipe, stage 1 with two sampled paths (Pi-NAS)", "sampled", "biased", tilt=2.0
+        "seed recipe, stage 1 with two sampled paths (Pi-NAS)", "sampled", "biased", tilt=2.0
     ),
 }
 
@@ -79,22 +79,25 @@ DEFAULTS = (*BASELINES, *ABLATIONS)
 
 CANDIDATES = {
     "annealed": Method(
-        "the recipe, bias going from 2 to 0", "largest", "annealed", tilt=2.0, tilt_end=0.0
+        "seed recipe, bias going from 2 to 0", "largest", "annealed", tilt=2.0, tilt_end=0.0
     ),
     "temperature_4": Method(
-        "the recipe, soft targets of temperature 4", "largest", "biased", 2.0, temperature=4.0
+        "seed recipe, soft targets of temperature 4", "largest", "biased", 2.0, temperature=4.0
     ),
     "macs_weighted": Method(
-        "the recipe, losses weighted by MACs", "largest", "biased", 2.0, macs_weighted=True
+        "seed recipe, losses weighted by MACs", "largest", "biased", 2.0, macs_weighted=True
     ),
     "bias_1_temperature_4": Method(
-        "the recipe, bias 1 and temperature 4", "largest", "biased", 1.0, temperature=4.0
+        "seed recipe, bias 1 and temperature 4", "largest", "biased", 1.0, temperature=4.0
     ),
     "bias_1_temperature_4_no_stage1": Method(
-        "the same without stage 1", sampler="biased", tilt=1.0, temperature=4.0
+        "seed recipe, bias 1, temperature 4, no stage 1",
+        sampler="biased",
+        tilt=1.0,
+        temperature=4.0,
     ),
     "stratified": Method(
-        "the recipe, bias 1, temperature 4, a step's sub-networks spread evenly",
+        "seed recipe, bias 1, temperature 4, a step's sub-networks spread evenly",
         "largest",
         "stratified",
         1.0,

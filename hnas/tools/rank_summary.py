@@ -119,6 +119,17 @@ def ceiling(acc: np.ndarray) -> float:
     return float(np.mean(taus))
 
 
+def expected_tau(pearson: float, seeds: int) -> float:
+    """Tau between two means over so many seeds each, from the correlation of single seeds.
+
+    Spearman-Brown's formula gives the correlation of the means; for normal values tau is
+    2 / pi * arcsin of it (Kendall, Rank Correlation Methods). NaN where seeds do not agree.
+    """
+    if not pearson > 0:
+        return float("nan")
+    return float(2 / np.pi * np.arcsin(seeds * pearson / (1 + (seeds - 1) * pearson)))
+
+
 def spread(values: Sequence[float]) -> dict:
     """Mean, sample standard deviation and standard error over seeds, and the values."""
     values = np.asarray(values, np.float64)
@@ -133,8 +144,9 @@ def spread(values: Sequence[float]) -> dict:
 
 def describe_truth(truth: Truth, space: SearchSpace, size: int) -> dict:
     """How far accuracies are apart, how well seeds agree, and whether size helps."""
-    pairs = combinations(truth.acc, 2)
+    pairs = list(combinations(truth.acc, 2))
     taus = [kendall_tau_b(one, other) for one, other in pairs]
+    pearson = [float(np.corrcoef(pair)[0, 1]) for pair in pairs]
     macs = [space.macs(arch, size, CLASSES) for arch in truth.archs]
     return {
         "architectures": len(truth.archs),
@@ -142,6 +154,10 @@ def describe_truth(truth: Truth, space: SearchSpace, size: int) -> dict:
         "highest": float(truth.mean.max()),
         "sd": none_if_nan(truth.mean.std(ddof=1)) if len(truth.archs) > 1 else None,
         "tau_between_seeds": none_if_nan(np.mean(taus)) if taus else None,
+        "pearson_between_seeds": none_if_nan(np.mean(pearson)) if pearson else None,
+        "expected_tau_of_means": (
+            none_if_nan(expected_tau(np.mean(pearson), len(truth.acc))) if pearson else None
+        ),
         "tau_of_macs": none_if_nan(kendall_tau_b(macs, truth.mean)),
         "ceiling": none_if_nan(ceiling(truth.acc)),
     }
@@ -213,6 +229,7 @@ def summarize(bench: Bench, truth: Truth, methods: Sequence[str], seeds: Sequenc
         raise UserError(f"{bench.folder} has no method with all of its seeds; run supernets first")
     size = bench.task.distortion.size
     return {
+        "recipe": RECIPE,
         "seeds": len(seeds),
         "truth_seeds": len(truth.acc),
         "truth": {
@@ -330,7 +347,8 @@ def table(summary: Mapping) -> str:
         cells = [shown(own[split][kind][TAU]) for split in SPLITS for kind in STATISTICS]
         used = own["held_out"][RECIPE_SCORES]
         cells += [shown(used["abs_pearson"]), shown(used["spearman"]), number(own["seconds"], 0)]
-        lines.append(f"| `{name}` | {own['about']} | {' | '.join(cells)} |")
+        mark = " **(the defaults)**" if name == summary["recipe"] else ""
+        lines.append(f"| `{name}` | {own['about']}{mark} | {' | '.join(cells)} |")
     for name, own in summary["baselines"].items():
         taus = [number(own[split][TAU]) for split in SPLITS for _ in STATISTICS]
         others = [number(own["held_out"][key]) for key in ("abs_pearson", "spearman")]
