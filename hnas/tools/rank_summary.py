@@ -304,14 +304,14 @@ def _lead(tau: Mapping, rivals: Mapping[str, Mapping]) -> dict:
     """Of the recipe over the best of its rivals."""
     best = max(rivals, key=lambda name: rivals[name]["mean"])
     errors = [tau["se"], rivals[best]["se"]]
-    pairs = list(zip(tau["seeds"], rivals[best]["seeds"], strict=True))
-    defined = all(None not in pair for pair in pairs)
+    # A mean is defined where all seeds are.
+    differences = np.subtract(tau["seeds"], rivals[best]["seeds"])
     return {
         "best_baseline": best,
         "best_baseline_tau": rivals[best]["mean"],
         "margin": tau["mean"] - rivals[best]["mean"],
         "margin_se": None if None in errors else float(np.hypot(*errors)),
-        "paired_se": spread([mine - theirs for mine, theirs in pairs])["se"] if defined else None,
+        "paired_se": spread(differences)["se"],
     }
 
 
