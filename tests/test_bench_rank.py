@@ -17,7 +17,7 @@ from hnas.models.registry import RESNET48_MINI
 from hnas.search_space import Architecture
 from hnas.tools import bench_rank, rank_report, rank_summary
 from hnas.tools.rank_jobs import Bench, Job, Scale
-from hnas.tools.rank_methods import DEFAULTS, METHODS, STAGE1_FORWARDS
+from hnas.tools.rank_methods import DEFAULTS, FINALISTS, METHODS, RECIPE, STAGE1_FORWARDS
 from hnas.tools.rank_runs import train_alone
 from hnas.utils.checkpoint import NotFiniteError
 from hnas.utils.errors import UserError
@@ -72,15 +72,39 @@ def test_a_budget_without_a_step_is_refused():
         replace(Scale(), budget=402).steps(METHODS["seed_recipe"])
 
 
-def test_selection_and_held_out_are_disjoint_and_smaller_benches_begin_alike():
+def test_splits_are_disjoint_and_smaller_benches_begin_alike():
     bench = Bench(Path(), Scale())
     splits = [bench.split(name) for name in bench.archs]
-    assert splits == ["selection"] * 16 + ["held_out"] * 24
+    assert splits == ["selection"] * 16 + ["seen"] * 24 + ["sealed"] * 24
     quick = Bench(Path(), Scale.quick()).archs
     assert list(quick.items()) == list(bench.archs.items())[:5]
     for arch in bench.archs.values():
         RESNET48_MINI.shared_plan(arch)
-    assert len({RESNET48_MINI.plan(arch) for arch in bench.archs.values()}) == 40
+    assert len({RESNET48_MINI.plan(arch) for arch in bench.archs.values()}) == 64
+
+
+def test_only_finalists_are_scored_on_sealed_architectures():
+    assert RECIPE in FINALISTS and "uniform_distill" in FINALISTS
+    for scale in (Scale(), Scale.quick()):
+        bench = Bench(Path(), scale)
+        for name in METHODS:
+            own = bench.scored(name)
+            splits = {bench.split(arch) for arch in own}
+            assert own.items() <= bench.archs.items()
+            assert splits == {"selection", "seen", *(["sealed"] if name in FINALISTS else [])}
+            settings = bench.settings(Job("supernet", name, 0))
+            assert settings["architectures"] == len(own)
+        assert len(bench.archs) - len(bench.scored("bias_4")) == scale.sealed > 0
+
+
+def test_finalists_have_more_seeds_unless_told():
+    bench = Bench(Path(), Scale())
+    options = bench_rank.parse(["supernets", "--out", "x"])
+    seeds = bench_rank.seeds_of(bench, options)
+    assert set(seeds) == set(DEFAULTS)
+    assert seeds["fair"] == seeds[RECIPE] == range(5) and seeds["single_path"] == range(3)
+    options = bench_rank.parse(["supernets", "--out", "x", "--seeds", "2"])
+    assert set(bench_rank.seeds_of(bench, options).values()) == {range(2)}
 
 
 def test_a_run_that_diverges_is_no_result(tmp_path):
@@ -113,44 +137,54 @@ def test_every_job_leaves_one_file(finished):
     assert list(out.rglob("*.tmp")) == []
 
 
-def test_the_figures_are_scipys(finished):
+@pytest.mark.parametrize("part", ["held_out", "seen"])
+def test_the_figures_are_scipys(finished, part):
     out, printed = finished
     truth = json.loads((out / "ground_truth.json").read_text())
     summary = json.loads((out / "summary.json").read_text())
-    held_out = [name for name, entry in truth.items() if entry["split"] == "held_out"]
-    assert held_out == ["arch3", "arch4", "arch5"]
-    acc = [truth[name]["acc"] for name in held_out]
+    splits = {"held_out": ["seen", "seen", "sealed"], "seen": ["seen", "seen"]}[part]
+    chosen = [name for name, entry in truth.items() if entry["split"] in splits]
+    assert [truth[name]["split"] for name in chosen] == splits
+    acc = [truth[name]["acc"] for name in chosen]
     for name in QUICK:
+        if part == "held_out" and name not in FINALISTS:
+            assert part not in summary["methods"][name]
+            continue
         archs = json.loads((out / "runs" / f"supernet-{name}-0.json").read_text())["archs"]
         for kind, column in (("plain", "hits"), ("calibrated", "calibrated_hits")):
-            scores = [archs[arch][column] for arch in held_out]
+            scores = [archs[arch][column] for arch in chosen]
             expected = stats.kendalltau(scores, acc).statistic
-            found = summary["methods"][name]["held_out"][kind]["kendall_tau_b"]
+            found = summary["methods"][name][part][kind]["kendall_tau_b"]
             if np.isnan(expected):
                 assert found["mean"] is None
             else:
                 assert found["mean"] == pytest.approx(expected)
                 assert found["seeds"] == [pytest.approx(expected)] and found["se"] is None
         assert summary["methods"][name]["seconds"] > 0
-    macs = [RESNET48_MINI.macs(Architecture.from_code(truth[a]["arch"]), 48, 100) for a in held_out]
+    macs = [RESNET48_MINI.macs(Architecture.from_code(truth[a]["arch"]), 48, 100) for a in chosen]
     tau = stats.kendalltau(macs, acc).statistic
-    assert summary["baselines"]["macs"]["held_out"]["kendall_tau_b"] == pytest.approx(tau)
+    assert summary["baselines"]["macs"][part]["kendall_tau_b"] == pytest.approx(tau)
     headline = json.loads(printed.splitlines()[-1])
-    assert headline["held_out_tau"]["macs"] == pytest.approx(tau)
+    assert headline[f"{part}_tau"]["macs"] == pytest.approx(tau)
+    assert ("sandwich_inplace plain" in headline[f"{part}_tau"]) == (part == "seen")
     assert headline["architectures"] == 3 and headline["ceiling"] is None
 
 
-def test_table_and_plot_hold_every_method(finished):
+@pytest.mark.parametrize(
+    ("kind", "methods"),
+    [("finalists", [name for name in QUICK if name in FINALISTS]), ("methods", QUICK)],
+)
+def test_tables_and_plots_hold_their_methods(finished, kind, methods):
     out, _ = finished
-    rows = (out / "table.md").read_text().splitlines()
+    rows = (out / f"{kind}.md").read_text().splitlines()
     assert len({row.count("|") for row in rows}) == 1
     assert [row.split("|")[1].strip(" `") for row in rows[2:]] == [
-        *QUICK,
+        *methods,
         "macs",
         "params",
         "ceiling",
     ]
-    assert (out / "methods.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rank_report_reads_the_ground_truth(finished, tmp_path, capsys):
@@ -182,7 +216,11 @@ def test_what_is_missing_is_done_again_to_the_same_bytes(finished):
     after = contents(out)
     assert set(after) == set(before)
     for path, content in before.items():
-        if path.parts[0] != "seconds" and path.name not in ("summary.json", "table.md"):
+        if path.parts[0] != "seconds" and path.name not in (
+            "summary.json",
+            "finalists.md",
+            "methods.md",
+        ):
             assert after[path] == content, path
         if path.parts[0] in ("runs", "weights") and not any(
             path.name.startswith(name.name) for name in lost
@@ -238,7 +276,8 @@ def made_up(seed, archs, seeds):
     rng = np.random.default_rng(seed)
     acc = rng.random(archs) + 0.3 * rng.random((seeds, archs))
     codes = list(Bench(Path(), Scale()).archs.values())[:archs]
-    splits = ["selection"] * (archs // 3) + ["held_out"] * (archs - archs // 3)
+    third = archs // 3
+    splits = ["selection"] * third + ["seen"] * third + ["sealed"] * (archs - 2 * third)
     return rank_summary.Truth(codes, splits, acc)
 
 
@@ -285,7 +324,10 @@ def test_spread_over_seeds_and_splits():
         for row in hits
     ]
     found = rank_summary.describe_method(truth, runs)
-    for split, part in (("selection", slice(0, 4)), ("held_out", slice(4, 12))):
+    parts = {"selection": (0, 4), "seen": (4, 8), "sealed": (8, 12), "held_out": (4, 12)}
+    assert set(found) == set(parts)
+    for split, bounds in parts.items():
+        part = slice(*bounds)
         mean = truth.acc.mean(axis=0)[part]
         taus = [stats.kendalltau(row[part], mean).statistic for row in hits]
         own = found[split]["plain"]["kendall_tau_b"]
@@ -297,6 +339,8 @@ def test_spread_over_seeds_and_splits():
         rho = [abs(stats.pearsonr(row[part], mean).statistic) for row in hits]
         assert turned["abs_pearson"]["seeds"] == pytest.approx(rho)
     runs[0]["archs"].pop("a11")
+    opened = rank_summary.describe_method(truth, runs, rank_summary.OPEN_PARTS)
+    assert opened == {part: found[part] for part in ("selection", "seen")}
     with pytest.raises(UserError, match="did not score 1 architectures"):
         rank_summary.describe_method(truth, runs)
 
@@ -304,7 +348,6 @@ def test_spread_over_seeds_and_splits():
 def with_taus(taus, baselines, ceiling):
     """A summary of held-out taus: by method, plain and calibrated ones, a list over two seeds."""
     return {
-        "seeds": 2,
         "methods": {
             name: {
                 "held_out": {
@@ -348,6 +391,15 @@ def test_verdict_takes_the_best_baseline_in_either_scoring(monkeypatch):
     assert found["plain"]["best_baseline"] == "macs"
     assert found["plain"]["margin"] == pytest.approx(-0.1)
     assert found["plain"]["margin_se"] == found["plain"]["paired_se"] == pytest.approx(0.04)
+    # A rival with more seeds is paired by those in common.
+    more = taus | {"fair": ([0.1], [0.75, 0.79, 0.9, 0.9])}
+    found = rank_summary.verdict(with_taus(more, {"macs": 0.7}, None))["either"]
+    assert found["best_baseline_tau"] == pytest.approx(0.835) and found["pairs"] == 2
+    assert found["paired_se"] == pytest.approx((0.19 - 0.15) / 2)
+    # Only the finalists of a part are compared on it.
+    summary = with_taus(taus, {"macs": 0.1}, None)
+    summary["methods"]["fair"]["seen"] = summary["methods"]["fair"].pop("held_out")
+    assert rank_summary.verdict(summary)["either"]["best_baseline"] == "single_path calibrated"
     taus["seed_recipe"] = ([0.9, 0.9], [0.6, float("nan")])
     assert rank_summary.verdict(with_taus(taus, {"macs": 0.7}, 0.7)) is None
     taus.pop("seed_recipe")
@@ -356,7 +408,7 @@ def test_verdict_takes_the_best_baseline_in_either_scoring(monkeypatch):
 
 def test_verdict_of_one_seed_has_no_error():
     taus = {rank_summary.RECIPE: ([0.6], [0.6])}
-    found = rank_summary.verdict(with_taus(taus, {"macs": 0.5}, 0.7) | {"seeds": 1})
+    found = rank_summary.verdict(with_taus(taus, {"macs": 0.5}, 0.7))
     assert found["either"]["margin"] == pytest.approx(0.1)
     assert found["either"]["margin_se"] is None and found["either"]["paired_se"] is None
 
@@ -365,7 +417,7 @@ def test_verdict_of_one_seed_has_no_error():
     "change",
     [
         lambda entry: entry.pop("split"),
-        lambda entry: entry.update(split="test"),
+        lambda entry: entry.update(split="held_out"),
         lambda entry: entry.pop("acc_seeds"),
         lambda entry: entry.update(acc_seeds=0.5),
         lambda entry: entry.update(acc_seeds=[0.5]),
@@ -375,7 +427,7 @@ def test_verdict_of_one_seed_has_no_error():
 def test_another_kind_of_file_is_no_ground_truth(change, tmp_path):
     archs = list(Bench(Path(), Scale.quick()).archs.values())
     content = {
-        f"arch{i}": {"acc": 0.5, "arch": arch.code, "acc_seeds": [0.4, 0.6], "split": "held_out"}
+        f"arch{i}": {"acc": 0.5, "arch": arch.code, "acc_seeds": [0.4, 0.6], "split": "sealed"}
         for i, arch in enumerate(archs)
     }
     write_json(tmp_path / "good.json", content)

@@ -8,7 +8,9 @@ import pytest
 from scipy import stats
 
 from hnas.tools.rank_jobs import Bench, Scale
-from hnas.tools.rank_summary import Truth, summarize, table, truth_file
+from hnas.tools.rank_methods import DEFAULTS, FINALISTS
+from hnas.tools.rank_summary import PARTS, Truth, summarize, truth_file
+from hnas.tools.rank_tables import COLUMNS, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "hnas/tools/results/rank"
@@ -31,30 +33,35 @@ def test_ground_truth_is_of_the_committed_runs():
 
 def test_summary_is_of_the_committed_runs():
     summary = committed("summary.json")
-    truth = Truth.read(RESULTS / "ground_truth.json")
-    found = summarize(Bench(RESULTS, Scale()), truth, list(summary["methods"]), SEEDS)
+    scale = Scale()
+    seeds = {name: scale.seeds_of(name) for name in summary["methods"]}
+    assert set(DEFAULTS) <= set(seeds)
+    found = summarize(Bench(RESULTS, scale), Truth.read(RESULTS / "ground_truth.json"), seeds)
     assert json.loads(json.dumps(found)) == summary
-    assert (RESULTS / "table.md").read_text(encoding="utf-8") == table(summary)
+    for kind in COLUMNS:
+        assert (RESULTS / f"{kind}.md").read_text(encoding="utf-8") == table(summary, kind)
 
 
 @pytest.mark.parametrize(("kind", "column"), [("plain", "hits"), ("calibrated", "calibrated_hits")])
-@pytest.mark.parametrize("split", ["selection", "held_out"])
-def test_taus_are_scipys(split, kind, column):
+@pytest.mark.parametrize("part", PARTS)
+def test_taus_are_scipys(part, kind, column):
     truth = committed("ground_truth.json")
-    names = [name for name, entry in truth.items() if entry["split"] == split]
+    names = [name for name, entry in truth.items() if entry["split"] in PARTS[part]]
     for method, own in committed("summary.json")["methods"].items():
-        runs = [committed(f"runs/supernet-{method}-{seed}.json")["archs"] for seed in SEEDS]
-        taus = [
-            stats.kendalltau(
-                [run[name][column] for name in names], [truth[name]["acc"] for name in names]
-            ).statistic
-            for run in runs
-        ]
-        assert own[split][kind]["kendall_tau_b"]["seeds"] == pytest.approx(taus), method
+        if "sealed" in PARTS[part] and method not in FINALISTS:
+            assert part not in own
+            continue
+        taus = []
+        for seed in range(own["seeds"]):
+            run = committed(f"runs/supernet-{method}-{seed}.json")["archs"]
+            acc = [truth[name]["acc"] for name in names]
+            taus.append(stats.kendalltau([run[name][column] for name in names], acc).statistic)
+        assert own[part][kind]["kendall_tau_b"]["seeds"] == pytest.approx(taus), method
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README_ch.md"])
-def test_readme_shows_the_table_and_the_plot(readme):
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_readme_shows_the_tables_and_the_plots(readme, kind):
     text = (ROOT / readme).read_text(encoding="utf-8")
-    assert (RESULTS / "table.md").read_text(encoding="utf-8") in text
-    assert "(hnas/tools/results/rank/methods.png)" in text
+    assert (RESULTS / f"{kind}.md").read_text(encoding="utf-8") in text
+    assert f"(hnas/tools/results/rank/{kind}.png)" in text

@@ -97,6 +97,7 @@ def methods_plot(
     methods: Mapping[str, Mapping[str, Sequence[float | None]]],
     baselines: Mapping[str, float | None],
     ceiling: float | None,
+    where: str,
 ) -> bytes:
     """Kendall's tau of ways to predict, as PNG: bars of the means, a point for each seed.
 
@@ -104,6 +105,7 @@ def methods_plot(
         methods: for each method and kind of scoring (at most two kinds) the seeds' taus.
         baselines: a single tau each.
         ceiling: drawn as a line.
+        where: which architectures, for the axis.
     """
     names = [*methods, *baselines]
     figure = Figure(figsize=(7, 1 + 0.42 * len(names)), layout="constrained")
@@ -124,7 +126,7 @@ def methods_plot(
     axes.axvline(0, color=DARK, lw=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("tau-b with stand-alone accuracies, held-out architectures", fontsize=9)
+    axes.set_xlabel(f"tau-b with stand-alone accuracies, {where} architectures", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)

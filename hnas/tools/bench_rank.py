@@ -25,7 +25,8 @@ from hnas.evaluation.architecture_file import write_json
 from hnas.tools.rank_jobs import Bench, Job, Scale
 from hnas.tools.rank_methods import DEFAULTS, find_method
 from hnas.tools.rank_runs import run_job
-from hnas.tools.rank_summary import Truth, headline, summarize, truth_file, write_summary
+from hnas.tools.rank_summary import Truth, headline, summarize, truth_file
+from hnas.tools.rank_tables import write_summary
 from hnas.utils.atomic import remove_leftovers
 from hnas.utils.errors import UserError, run_main
 from hnas.utils.options import OneLineParser, read_bool, whole_number
@@ -41,9 +42,8 @@ def main(argv=None) -> None:
     if options.jobs:
         work(bench, [Job.from_name(name) for name in options.jobs.split(",")])
         return
-    seeds = range(options.seeds or bench.scale.seeds)
     {"ground_truth": ground_truth, "supernets": supernets, "report": report}[options.command](
-        bench, options, seeds
+        bench, options
     )
 
 
@@ -59,7 +59,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=whole_number(1), default=2, help="processes [default 2]")
     parser.add_argument("--quick", type=read_bool, default=False, help="a trial of the machinery")
     parser.add_argument("--methods", default="", help="names, separated by commas")
-    parser.add_argument("--seeds", type=whole_number(1), help="[default 3; quick: 1]")
+    parser.add_argument(
+        "--seeds", type=whole_number(1), help="[default 3, of finalists 5; quick: 1]"
+    )
     parser.add_argument("--ground_truth", default="", help="file [default OUT/ground_truth.json]")
     parser.add_argument("--jobs", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -74,8 +76,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 QUICK_METHODS = ("uniform_distill", "sandwich_inplace", "seed_recipe")
 
 
-def ground_truth(bench: Bench, options: argparse.Namespace, seeds: range) -> None:
+def ground_truth(bench: Bench, options: argparse.Namespace) -> None:
     """Train every architecture alone, and write ground_truth.json."""
+    seeds = range(options.seeds or bench.scale.seeds)
     # Whole seeds one after the other: a bench that is stopped has some of use.
     jobs = [Job("truth", name, seed) for seed in seeds for name in bench.archs]
     run_phase(bench, options, jobs)
@@ -91,24 +94,35 @@ def command_line(options: argparse.Namespace, seeds: int) -> str:
     return f"python -m hnas.tools.bench_rank ground_truth --out OUT --seeds {seeds}{quick}"
 
 
-def supernets(bench: Bench, options: argparse.Namespace, seeds: range) -> None:
+def supernets(bench: Bench, options: argparse.Namespace) -> None:
     """Train the supernets of all methods, and what they start from."""
     methods = {name: find_method(name) for name in options.methods}
     for method in methods.values():
         bench.scale.steps(method)
-    stage1 = dict.fromkeys(method.stage1 for method in methods.values() if method.stage1 != "none")
+    # Whole seeds one after the other here too.
+    pairs = [(seed, name) for name, seeds in seeds_of(bench, options).items() for seed in seeds]
+    pairs.sort(key=lambda pair: pair[0])
+    stage1 = {(seed, methods[name].stage1) for seed, name in pairs}
     for jobs in (
-        [Job("pretrain", "", seed) for seed in seeds],
-        [Job("stage1", variant, seed) for seed in seeds for variant in stage1],
-        [Job("supernet", name, seed) for seed in seeds for name in methods],
+        [Job("pretrain", "", seed) for seed in dict.fromkeys(seed for seed, _ in pairs)],
+        [Job("stage1", kind, seed) for seed, kind in sorted(stage1) if kind != "none"],
+        [Job("supernet", name, seed) for seed, name in pairs],
     ):
         run_phase(bench, options, jobs)
 
 
-def report(bench: Bench, options: argparse.Namespace, seeds: range) -> None:
+def seeds_of(bench: Bench, options: argparse.Namespace) -> dict[str, range]:
+    """The seeds of each chosen method."""
+    return {
+        name: range(options.seeds) if options.seeds else bench.scale.seeds_of(name)
+        for name in options.methods
+    }
+
+
+def report(bench: Bench, options: argparse.Namespace) -> None:
     """Compare what is finished."""
     truth = Truth.read(options.ground_truth or options.out / "ground_truth.json")
-    summary = summarize(bench, truth, options.methods, seeds)
+    summary = summarize(bench, truth, seeds_of(bench, options))
     write_summary(summary, options.out)
     sys.stdout.write(json.dumps(headline(summary)) + "\n")
 

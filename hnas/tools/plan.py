@@ -62,7 +62,7 @@ class Recipe:
     stage1_epochs: int = 10
     stage2_epochs: int = 5
     subnetworks: int = 4
-    tilt: float = 1.0
+    tilt: float = 2.0
     calibration: int = 64
     queue_size: int = 65536
     gpus: int = 1

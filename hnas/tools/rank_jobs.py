@@ -16,7 +16,7 @@ import numpy as np
 from hnas.dataset.distorted_digits import DigitsTask
 from hnas.models.registry import search_space
 from hnas.search_space import Architecture, SearchSpace
-from hnas.tools.rank_methods import STAGE1_FORWARDS, Method, find_method
+from hnas.tools.rank_methods import FINALISTS, STAGE1_FORWARDS, Method, find_method
 from hnas.tools.train_standalone import read_json
 from hnas.utils.errors import UserError
 
@@ -33,7 +33,9 @@ class Scale:
     Attributes:
         architectures: how many, drawn from the released distribution.
         selection: how many of them, the first, recipes may be tuned on.
+        sealed: how many of them, the last, only the finalists are scored on.
         seeds: independent runs of everything.
+        finalist_seeds: of the finalists.
         batch_size: images a step.
         truth_steps, truth_lr: of the networks that are trained alone.
         pretrain_steps, pretrain_lr: of the network that supernets start from and learn from.
@@ -45,9 +47,11 @@ class Scale:
         calibration_images: to re-calibrate BatchNorm with, where it is.
     """
 
-    architectures: int = 40
+    architectures: int = 64
     selection: int = 16
+    sealed: int = 24
     seeds: int = 3
+    finalist_seeds: int = 5
     batch_size: int = 32
     truth_steps: int = 3200
     truth_lr: float = 0.05
@@ -69,7 +73,9 @@ class Scale:
         return cls(
             architectures=5,
             selection=2,
+            sealed=1,
             seeds=1,
+            finalist_seeds=1,
             batch_size=16,
             truth_steps=12,
             pretrain_steps=20,
@@ -91,6 +97,10 @@ class Scale:
             raise UserError(f"a budget of {self.budget} forward passes leaves no step of stage 2")
         return left // method.forwards
 
+    def seeds_of(self, name: str) -> range:
+        """The seeds that a method is trained with."""
+        return range(self.finalist_seeds if name in FINALISTS else self.seeds)
+
     def stage1_forwards(self, method: Method) -> int:
         """Forward passes over a batch that a method's stage 1 takes."""
         return 0 if method.stage1 == "none" else STAGE1_FORWARDS * self.stage1_steps
@@ -104,7 +114,7 @@ DEPENDS = {
     "truth": (*COMMON, "truth_steps", "truth_lr"),
     "pretrain": PRETRAIN,
     "stage1": STAGE1,
-    "supernet": (*STAGE1, "budget", "supernet_lr", "architectures", "calibration_images"),
+    "supernet": (*STAGE1, "budget", "supernet_lr", "calibration_images"),
 }
 
 
@@ -154,9 +164,16 @@ class Bench:
         return self.space.sample_distinct(rng, self.scale.architectures)
 
     def split(self, name: str) -> str:
-        """``selection`` or ``held_out``."""
-        chosen = list(self.archs)[: self.scale.selection]
-        return "selection" if name in chosen else "held_out"
+        """An architecture's: ``selection``, ``seen`` or ``sealed``."""
+        place = list(self.archs).index(name)
+        if place < self.scale.selection:
+            return "selection"
+        return "seen" if place < self.scale.architectures - self.scale.sealed else "sealed"
+
+    def scored(self, method: str) -> dict[str, Architecture]:
+        """The architectures that a method's supernets are scored on."""
+        sealed = 0 if method in FINALISTS else self.scale.sealed
+        return dict(list(self.archs.items())[: self.scale.architectures - sealed])
 
     def path(self, job: Job) -> Path:
         return self.folder / "runs" / f"{job.name}.json"
@@ -181,6 +198,7 @@ class Bench:
         elif job.kind == "supernet":
             settings["method"] = asdict(find_method(job.what))
             settings["method"].pop("about")
+            settings["architectures"] = len(self.scored(job.what))
         return json.loads(json.dumps(settings))
 
     def result(self, job: Job) -> dict | None:

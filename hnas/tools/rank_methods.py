@@ -105,8 +105,11 @@ CANDIDATES = {
     ),
 }
 
-RECIPE = "bias_1"
+RECIPE = "seed_recipe"
 """The method whose settings are the launchers'."""
+
+FINALISTS = ("uniform_distill", "fair", RECIPE)
+"""The recipe and the baselines near it: more seeds, and scores on the sealed architectures too."""
 
 RECIPE_SCORES = "calibrated"
 """Which of its scores: ``calibrated`` or ``plain`` (``bn_calibration_images=0``)."""

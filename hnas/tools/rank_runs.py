@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import paddle
@@ -165,15 +165,16 @@ def run_supernet(bench: Bench, job: Job) -> dict:
     train(bench, job, model, steps, lr)
     seed = (CALIBRATION_SEED + job.seed, 0, 0)
     (calibration,), _ = bench.task.training_batch(scale.calibration_images, 1, seed)
-    hits = score_supernet(bench, network, None)
-    calibrated = score_supernet(bench, network, paddle.to_tensor(calibration))
+    archs = bench.scored(job.what)
+    hits = score_supernet(bench, network, archs, None)
+    calibrated = score_supernet(bench, network, archs, paddle.to_tensor(calibration))
     return {
         "steps": steps,
         "forwards": scale.stage1_forwards(method) + steps * method.forwards,
         "images": scale.validation_images,
         "archs": {
             name: {"arch": arch.code, "hits": int(hits[i]), "calibrated_hits": int(calibrated[i])}
-            for i, (name, arch) in enumerate(bench.archs.items())
+            for i, (name, arch) in enumerate(archs.items())
         },
     }
 
@@ -214,11 +215,14 @@ def named_sampler(bench: Bench, name: str, seed: int, tilt: float = 0.0) -> Samp
 
 
 def score_supernet(
-    bench: Bench, network: ElasticResNet, calibration: paddle.Tensor | None
+    bench: Bench,
+    network: ElasticResNet,
+    archs: Mapping[str, Architecture],
+    calibration: paddle.Tensor | None,
 ) -> np.ndarray:
-    """Hits of all architectures on the validation images, int64 [architectures]."""
-    archs = list(bench.archs.values())
-    evaluator = SharedEvaluator(network, archs, bench.task.distortion.size, calibration)
+    """Hits of architectures on the validation images, int64 [architectures]."""
+    size = bench.task.distortion.size
+    evaluator = SharedEvaluator(network, list(archs.values()), size, calibration)
     counts = Counts.zeros(len(archs))
     for images, labels in validation_chunks(bench.task):
         evaluator.evaluate(images, labels, counts)

@@ -14,17 +14,23 @@ from pathlib import Path
 import numpy as np
 
 from hnas.dataset.distorted_digits import CLASSES
-from hnas.evaluation.architecture_file import read_accuracies, write_json
-from hnas.evaluation.rank_plots import methods_plot
+from hnas.evaluation.architecture_file import read_accuracies
 from hnas.evaluation.ranking import CORRELATIONS, kendall_tau_b, none_if_nan
 from hnas.search_space import Architecture, SearchSpace
 from hnas.tools.rank_jobs import Bench, Job
-from hnas.tools.rank_methods import BASELINES, METHODS, RECIPE, RECIPE_SCORES
+from hnas.tools.rank_methods import BASELINES, FINALISTS, METHODS, RECIPE, RECIPE_SCORES
 from hnas.tools.train_standalone import read_json
-from hnas.utils.atomic import replacing
 from hnas.utils.errors import UserError
 
-SPLITS = ("selection", "held_out")
+SPLITS = ("selection", "seen", "sealed")
+"""Architectures to tune on; held out, but looked at once; held out and scored by finalists only."""
+
+PARTS = {**{split: (split,) for split in SPLITS}, "held_out": ("seen", "sealed")}
+"""What figures are given for."""
+
+OPEN_PARTS = ("selection", "seen")
+"""What all methods are scored on."""
+
 STATISTICS = {"plain": "hits", "calibrated": "calibrated_hits"}
 TAU = "kendall_tau_b"
 READINGS = {"either": tuple(STATISTICS), "plain": ("plain",)}
@@ -36,7 +42,7 @@ class Truth:
 
     Attributes:
         archs: the architectures.
-        splits: of each, ``selection`` or ``held_out``.
+        splits: of each, one of ``SPLITS``.
         acc: shares of 1 [seeds, architectures].
     """
 
@@ -61,15 +67,17 @@ class Truth:
         if acc.ndim != 2 or not np.isfinite(acc).all() or set(splits) - set(SPLITS):
             raise UserError(
                 f"{path} is not a ground truth of bench_rank: every entry needs acc_seeds, one "
-                f"list of numbers of the same length, and a split ({' or '.join(SPLITS)})"
+                f"list of numbers of the same length, and a split ({', '.join(SPLITS)})"
             )
         return cls(list(archs.values()), splits, acc)
 
-    def of_split(self, split: str) -> Truth:
-        """The part that a split holds."""
-        chosen = [index for index, own in enumerate(self.splits) if own == split]
+    def of_part(self, part: str) -> Truth:
+        """The architectures of one of ``PARTS``."""
+        chosen = [index for index, own in enumerate(self.splits) if own in PARTS[part]]
         return Truth(
-            [self.archs[index] for index in chosen], [split] * len(chosen), self.acc[:, chosen]
+            [self.archs[index] for index in chosen],
+            [self.splits[index] for index in chosen],
+            self.acc[:, chosen],
         )
 
     @property
@@ -164,42 +172,51 @@ def describe_truth(truth: Truth, space: SearchSpace, size: int) -> dict:
 
 
 def baselines(truth: Truth, space: SearchSpace, size: int) -> dict:
-    """Correlations of what needs no training, by split."""
+    """Correlations of what needs no training, by part."""
     counts = {
         "macs": lambda arch: space.macs(arch, size, CLASSES),
         "params": lambda arch: space.params(arch, CLASSES),
     }
-    parts = {split: truth.of_split(split) for split in SPLITS}
     return {
         name: {
-            split: {
-                statistic: none_if_nan(function([count(arch) for arch in part.archs], part.mean))
+            part: {
+                statistic: none_if_nan(function([count(arch) for arch in own.archs], own.mean))
                 for statistic, function in CORRELATIONS.items()
             }
-            for split, part in parts.items()
+            for part, own in present(truth).items()
         }
         for name, count in counts.items()
     }
 
 
-def describe_method(truth: Truth, runs: Sequence[Mapping]) -> dict:
-    """Correlations of a method's supernets, by split, with and without calibration.
+def present(truth: Truth) -> dict[str, Truth]:
+    """The parts that a ground truth has architectures of."""
+    parts = {part: truth.of_part(part) for part in PARTS}
+    return {part: own for part, own in parts.items() if own.archs}
+
+
+def describe_method(
+    truth: Truth, runs: Sequence[Mapping], parts: Iterable[str] = tuple(PARTS)
+) -> dict:
+    """Correlations of a method's supernets, by part, with and without calibration.
 
     Args:
         truth: what they are compared with.
         runs: results of ``run_supernet``, one a seed.
+        parts: which ones.
 
     Raises:
-        UserError: they do not score all architectures of the truth.
+        UserError: they do not score all architectures of these parts.
     """
     result = {}
-    for split in SPLITS:
-        part = truth.of_split(split)
-        result[split] = {}
+    for part, own in present(truth).items():
+        if part not in parts:
+            continue
+        result[part] = {}
         for kind, column in STATISTICS.items():
-            scores = [_scores(run, column, part.archs) for run in runs]
-            result[split][kind] = {
-                statistic: spread([function(score, part.mean) for score in scores])
+            scores = [_scores(run, column, own.archs) for run in runs]
+            result[part][kind] = {
+                statistic: spread([function(score, own.mean) for score in scores])
                 for statistic, function in CORRELATIONS.items()
             }
     return result
@@ -216,39 +233,44 @@ def _scores(run: Mapping, column: str, archs: Sequence[Architecture]) -> list[in
     return [hits[arch] for arch in archs]
 
 
-def summarize(bench: Bench, truth: Truth, methods: Sequence[str], seeds: Sequence[int]) -> dict:
+def summarize(bench: Bench, truth: Truth, seeds: Mapping[str, Sequence[int]]) -> dict:
     """All figures, as plain values, of the methods of which every seed is finished.
+
+    Args:
+        bench: where the runs are.
+        truth: what they are compared with.
+        seeds: of each method.
 
     Raises:
         UserError: there is none.
     """
-    jobs = {name: [Job("supernet", name, seed) for seed in seeds] for name in methods}
-    results = {name: [bench.result(job) for job in own] for name, own in jobs.items()}
+    results = {
+        name: [bench.result(Job("supernet", name, seed)) for seed in own]
+        for name, own in seeds.items()
+    }
     done = [name for name, own in results.items() if None not in own]
     if not done:
         raise UserError(f"{bench.folder} has no method with all of its seeds; run supernets first")
     size = bench.task.distortion.size
     return {
         "recipe": RECIPE,
-        "seeds": len(seeds),
         "truth_seeds": len(truth.acc),
         "truth": {
-            split: describe_truth(truth.of_split(split), bench.space, size)
-            for split in SPLITS
-            if split in truth.splits
+            part: describe_truth(own, bench.space, size) for part, own in present(truth).items()
         },
         "baselines": baselines(truth, bench.space, size),
         "methods": {
             name: {
                 "about": METHODS[name].about,
+                "seeds": len(seeds[name]),
                 "steps": results[name][0]["steps"],
                 "forwards": results[name][0]["forwards"],
-                "seconds": total_seconds(bench, name, seeds),
-                **describe_method(truth, results[name]),
+                "seconds": total_seconds(bench, name, seeds[name]),
+                **describe_method(truth, results[name], PARTS if name in FINALISTS else OPEN_PARTS),
             }
             for name in done
         },
-        "unfinished": [name for name in methods if name not in done],
+        "unfinished": [name for name in seeds if name not in done],
     }
 
 
@@ -264,20 +286,20 @@ def total_seconds(bench: Bench, name: str, seeds: Sequence[int]) -> float | None
     return round(float(np.mean(known)), 1) if known else None
 
 
-def verdict(summary: Mapping) -> dict | None:
-    """The recipe's held-out tau against the best baseline's; None where one is not there.
+def verdict(summary: Mapping, part: str = "held_out") -> dict | None:
+    """The recipe's tau against the best baseline's; None where one is not there.
 
     ``either`` takes baselines as they score better, with or without re-calibrated BatchNorm, and
     ``plain`` at their running statistics. ``margin_se`` is that of a difference of two means over
     seeds, and ``paired_se`` of the mean difference within a seed, whose supernets have the start
     and the images in common; what needs no training has no spread.
     """
-    own = summary["methods"].get(RECIPE)
-    tau = own["held_out"][RECIPE_SCORES][TAU] if own else {"mean": None}
-    rivals = {reading: _rivals(summary, kinds) for reading, kinds in READINGS.items()}
+    own = summary["methods"].get(RECIPE, {}).get(part)
+    tau = own[RECIPE_SCORES][TAU] if own else {"mean": None}
+    rivals = {reading: _rivals(summary, part, kinds) for reading, kinds in READINGS.items()}
     if tau["mean"] is None or not all(rivals.values()):
         return None
-    limit = summary["truth"]["held_out"]["ceiling"]
+    limit = summary["truth"][part]["ceiling"]
     return {
         "recipe": f"{RECIPE} {RECIPE_SCORES}",
         "tau": tau["mean"],
@@ -286,17 +308,16 @@ def verdict(summary: Mapping) -> dict | None:
     }
 
 
-def _rivals(summary: Mapping, kinds: Sequence[str]) -> dict[str, Mapping]:
-    """Held-out taus over seeds of the baselines, where they are defined."""
+def _rivals(summary: Mapping, part: str, kinds: Sequence[str]) -> dict[str, Mapping]:
+    """Taus over seeds of the baselines, where they are defined."""
     rivals = {
-        f"{name} {kind}": summary["methods"][name]["held_out"][kind][TAU]
+        f"{name} {kind}": summary["methods"][name][part][kind][TAU]
         for name in BASELINES
-        if name in summary["methods"]
+        if part in summary["methods"].get(name, {})
         for kind in kinds
     }
     for name, figures in summary["baselines"].items():
-        tau = figures["held_out"][TAU]
-        rivals[name] = {"mean": tau, "se": 0.0, "seeds": [tau] * summary["seeds"]}
+        rivals[name] = {"mean": figures[part][TAU], "se": 0.0, "seeds": None}
     return {name: tau for name, tau in rivals.items() if tau["mean"] is not None}
 
 
@@ -304,92 +325,44 @@ def _lead(tau: Mapping, rivals: Mapping[str, Mapping]) -> dict:
     """Of the recipe over the best of its rivals."""
     best = max(rivals, key=lambda name: rivals[name]["mean"])
     errors = [tau["se"], rivals[best]["se"]]
+    theirs = rivals[best]["seeds"] or [rivals[best]["mean"]] * len(tau["seeds"])
     # A mean is defined where all seeds are.
-    differences = np.subtract(tau["seeds"], rivals[best]["seeds"])
+    differences = [own - other for own, other in zip(tau["seeds"], theirs, strict=False)]
     return {
         "best_baseline": best,
         "best_baseline_tau": rivals[best]["mean"],
         "margin": tau["mean"] - rivals[best]["mean"],
         "margin_se": None if None in errors else float(np.hypot(*errors)),
         "paired_se": spread(differences)["se"],
+        "pairs": len(differences),
     }
 
 
 def headline(summary: Mapping) -> dict:
-    """What the program prints: mean held-out taus, best first, and the recipe's lead."""
+    """What the program prints: mean taus, best first, and the recipe's lead."""
     truth = summary["truth"].get("held_out", {})
-    taus = {
-        f"{name} {kind}": own["held_out"][kind][TAU]["mean"]
-        for name, own in summary["methods"].items()
-        for kind in STATISTICS
-    }
-    taus |= {name: own["held_out"][TAU] for name, own in summary["baselines"].items()}
-    ranked = sorted(taus, key=lambda name: (taus[name] is None, -(taus[name] or 0)))
     return {
         "architectures": truth.get("architectures", 0),
-        "seeds": summary["seeds"],
         "ceiling": truth.get("ceiling"),
-        "held_out_tau": {name: taus[name] for name in ranked},
-        "verdict": verdict(summary),
+        "held_out_tau": mean_taus(summary, "held_out"),
+        "seen_tau": mean_taus(summary, "seen"),
+        "verdict": {
+            part: verdict(summary, part)
+            for part in ("held_out", "seen", "sealed")
+            if part in summary["truth"]
+        },
         "unfinished": summary["unfinished"],
     }
 
 
-def table(summary: Mapping) -> str:
-    """Markdown: tau-b by method, mean and standard error over seeds."""
-    heads = [f"{split.replace('_', '-')}, {kind}" for split in SPLITS for kind in STATISTICS]
-    heads += ["abs. Pearson, held-out", "Spearman, held-out", "seconds"]
-    lines = [
-        f"| method | what | {' | '.join(heads)} |",
-        "|---" * (2 + len(heads)) + "|",
-    ]
-    for name, own in summary["methods"].items():
-        cells = [shown(own[split][kind][TAU]) for split in SPLITS for kind in STATISTICS]
-        used = own["held_out"][RECIPE_SCORES]
-        cells += [shown(used["abs_pearson"]), shown(used["spearman"]), number(own["seconds"], 0)]
-        mark = " **(the defaults)**" if name == summary["recipe"] else ""
-        lines.append(f"| `{name}` | {own['about']}{mark} | {' | '.join(cells)} |")
-    for name, own in summary["baselines"].items():
-        taus = [number(own[split][TAU]) for split in SPLITS for _ in STATISTICS]
-        others = [number(own["held_out"][key]) for key in ("abs_pearson", "spearman")]
-        lines.append(f"| {name} | no training | {' | '.join([*taus, *others])} | – |")
-    limits = [
-        number(summary["truth"].get(split, {}).get("ceiling"))
-        for split in SPLITS
-        for _ in STATISTICS
-    ]
-    lines.append(
-        f"| ceiling | one seed of the ground truth against the others | {' | '.join(limits)} "
-        "| – | – | – |"
-    )
-    return "\n".join(lines) + "\n"
-
-
-def shown(value: Mapping) -> str:
-    """Mean ± standard error; the latter only where there are several seeds."""
-    error = "" if value["se"] is None else f" ± {number(value['se'])}"
-    return number(value["mean"]) + error
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A cell of a table; a dash where nothing is known."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def write_summary(summary: Mapping, folder: Path) -> None:
-    """``summary.json``, ``table.md`` and ``methods.png``.
-
-    Raises:
-        UserError: they cannot be written.
-    """
-    write_json(folder / "summary.json", summary)
-    with replacing(folder / "table.md") as temporary:
-        temporary.write_text(table(summary), encoding="utf-8")
-    methods = {
-        name: {kind: own["held_out"][kind][TAU]["seeds"] for kind in STATISTICS}
+def mean_taus(summary: Mapping, part: str) -> dict[str, float | None]:
+    """Of everything that is compared on a part, best first."""
+    taus = {
+        f"{name} {kind}": own[part][kind][TAU]["mean"]
         for name, own in summary["methods"].items()
+        if part in own
+        for kind in STATISTICS
     }
-    plain = {name: own["held_out"][TAU] for name, own in summary["baselines"].items()}
-    limit = summary["truth"].get("held_out", {}).get("ceiling")
-    with replacing(folder / "methods.png") as temporary:
-        temporary.write_bytes(methods_plot(methods, plain, limit))
+    taus |= {name: own[part][TAU] for name, own in summary["baselines"].items() if part in own}
+    ranked = sorted(taus, key=lambda name: (taus[name] is None, -(taus[name] or 0)))
+    return {name: taus[name] for name in ranked}

@@ -41,7 +41,7 @@ class Options:
     sample_method: str = _flag("random", "random, biased, sandwich or fair", "name", "12")
     bias_sample_flag: bool = _flag(False, "tilt the sampling toward large", "", "12")
     bias_strength: float = _flag(
-        1.0,
+        2.0,
         "tilt b: the largest option is exp(b) times as likely as the smallest",
         "",
         "12",
