@@ -296,7 +296,8 @@ def test_ceiling_is_the_mean_tau_of_a_seed_against_the_others():
     assert figures["highest"] == pytest.approx(truth.acc.mean(axis=0).max())
     rho = [stats.pearsonr(*pair).statistic for pair in combinations(truth.acc, 2)]
     assert figures["pearson_between_seeds"] == pytest.approx(np.mean(rho))
-    assert figures["expected_tau_of_means"] == rank_summary.expected_tau(np.mean(rho), 3)
+    expected = rank_summary.expected_tau(np.mean(rho), 3)
+    assert figures["expected_tau_of_means"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("noise", "seeds"), [(0.5, 1), (0.5, 3), (1.0, 3), (1.0, 5)])
@@ -316,10 +317,11 @@ def test_spread_over_seeds_and_splits():
     hits = rng.integers(0, 1000, (3, 12))
     runs = [
         {
+            "images": 2000,
             "archs": {
                 f"a{i}": {"arch": arch.code, "hits": int(row[i]), "calibrated_hits": -int(row[i])}
                 for i, arch in reversed(list(enumerate(truth.archs)))
-            }
+            },
         }
         for row in hits
     ]
@@ -338,6 +340,14 @@ def test_spread_over_seeds_and_splits():
         assert turned["kendall_tau_b"]["mean"] == pytest.approx(-np.mean(taus))
         rho = [abs(stats.pearsonr(row[part], mean).statistic) for row in hits]
         assert turned["abs_pearson"]["seeds"] == pytest.approx(rho)
+        shares = found[split]["plain"]
+        assert shares["score_sd"] == pytest.approx(
+            np.mean([np.std(row[part] / 20, ddof=1) for row in hits])
+        )
+        rho = [
+            stats.pearsonr(one[part], other[part]).statistic for one, other in combinations(hits, 2)
+        ]
+        assert shares["pearson_between_seeds"] == pytest.approx(np.mean(rho))
     runs[0]["archs"].pop("a11")
     opened = rank_summary.describe_method(truth, runs, rank_summary.OPEN_PARTS)
     assert opened == {part: found[part] for part in ("selection", "seen")}

@@ -15,7 +15,7 @@ import numpy as np
 
 from hnas.dataset.distorted_digits import CLASSES
 from hnas.evaluation.architecture_file import read_accuracies
-from hnas.evaluation.ranking import CORRELATIONS, kendall_tau_b, none_if_nan
+from hnas.evaluation.ranking import CORRELATIONS, kendall_tau_b, none_if_nan, pearson
 from hnas.search_space import Architecture, SearchSpace
 from hnas.tools.rank_jobs import Bench, Job
 from hnas.tools.rank_methods import BASELINES, FINALISTS, METHODS, RECIPE, RECIPE_SCORES
@@ -154,7 +154,7 @@ def describe_truth(truth: Truth, space: SearchSpace, size: int) -> dict:
     """How far accuracies are apart, how well seeds agree, and whether size helps."""
     pairs = list(combinations(truth.acc, 2))
     taus = [kendall_tau_b(one, other) for one, other in pairs]
-    pearson = [float(np.corrcoef(pair)[0, 1]) for pair in pairs]
+    agreement = [pearson(*pair) for pair in pairs]
     macs = [space.macs(arch, size, CLASSES) for arch in truth.archs]
     return {
         "architectures": len(truth.archs),
@@ -162,9 +162,9 @@ def describe_truth(truth: Truth, space: SearchSpace, size: int) -> dict:
         "highest": float(truth.mean.max()),
         "sd": none_if_nan(truth.mean.std(ddof=1)) if len(truth.archs) > 1 else None,
         "tau_between_seeds": none_if_nan(np.mean(taus)) if taus else None,
-        "pearson_between_seeds": none_if_nan(np.mean(pearson)) if pearson else None,
+        "pearson_between_seeds": none_if_nan(np.mean(agreement)) if agreement else None,
         "expected_tau_of_means": (
-            none_if_nan(expected_tau(np.mean(pearson), len(truth.acc))) if pearson else None
+            none_if_nan(expected_tau(np.mean(agreement), len(truth.acc))) if agreement else None
         ),
         "tau_of_macs": none_if_nan(kendall_tau_b(macs, truth.mean)),
         "ceiling": none_if_nan(ceiling(truth.acc)),
@@ -216,10 +216,33 @@ def describe_method(
         for kind, column in STATISTICS.items():
             scores = [_scores(run, column, own.archs) for run in runs]
             result[part][kind] = {
-                statistic: spread([function(score, own.mean) for score in scores])
-                for statistic, function in CORRELATIONS.items()
+                **{
+                    statistic: spread([function(score, own.mean) for score in scores])
+                    for statistic, function in CORRELATIONS.items()
+                },
+                **describe_scores(scores, [run["images"] for run in runs]),
             }
     return result
+
+
+def describe_scores(scores: Sequence[Sequence[int]], images: Sequence[int]) -> dict:
+    """How far a method's scores are apart, and how well its supernets agree with each other.
+
+    Args:
+        scores: hits of the architectures, for each seed.
+        images: that they were counted on, for each seed.
+
+    Returns:
+        ``score_sd``, the standard deviation over architectures in percentage points of accuracy,
+        mean over seeds; and ``pearson_between_seeds``, mean over pairs of them.
+    """
+    points = 100 * np.array(scores, np.float64) / np.array(images, np.float64)[:, None]
+    deviation = points.std(axis=1, ddof=1).mean() if points.shape[1] > 1 else float("nan")
+    pairs = [pearson(one, other) for one, other in combinations(points, 2)]
+    return {
+        "score_sd": none_if_nan(deviation),
+        "pearson_between_seeds": none_if_nan(np.mean(pairs)) if pairs else None,
+    }
 
 
 def _scores(run: Mapping, column: str, archs: Sequence[Architecture]) -> list[int]:

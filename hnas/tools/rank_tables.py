@@ -33,23 +33,25 @@ def table(summary: Mapping, kind: str) -> str:
     columns = COLUMNS[kind]
     last = columns[-1][0]
     heads = [f"{part.replace('_', '-')}, {scores}" for part, scores in columns]
-    heads += [f"abs. Pearson, {last.replace('_', '-')}", "Spearman", "seeds", "seconds"]
+    # The others are of the last part's calibrated scores.
+    heads += ["abs. Pearson", "Spearman", "sd of scores, %", "seeds agree", "seeds", "seconds"]
     lines = [f"| method | what | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for name, own in compared(summary, last).items():
         cells = [shown(own[part][scores][TAU]) for part, scores in columns]
         used = own[last][RECIPE_SCORES]
         cells += [shown(used["abs_pearson"]), shown(used["spearman"])]
+        cells += [number(used["score_sd"], 2), number(used["pearson_between_seeds"], 2)]
         cells += [str(own["seeds"]), number(own["seconds"], 0)]
         mark = " **(the defaults)**" if name == summary["recipe"] else ""
         lines.append(f"| `{name}` | {own['about']}{mark} | {' | '.join(cells)} |")
     for name, own in summary["baselines"].items():
         taus = [number(own[part][TAU]) for part, _ in columns]
         others = [number(own[last][key]) for key in ("abs_pearson", "spearman")]
-        lines.append(f"| {name} | no training | {' | '.join([*taus, *others])} | – | – |")
+        lines.append(f"| {name} | no training | {' | '.join([*taus, *others])} {'| – ' * 4}|")
     limits = [number(summary["truth"][part]["ceiling"]) for part, _ in columns]
     lines.append(
         f"| ceiling | one seed of the ground truth against the others | {' | '.join(limits)} "
-        "| – | – | – | – |"
+        f"{'| – ' * 6}|"
     )
     return "\n".join(lines) + "\n"
 
