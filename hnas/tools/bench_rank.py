@@ -99,14 +99,19 @@ def supernets(bench: Bench, options: argparse.Namespace) -> None:
     methods = {name: find_method(name) for name in options.methods}
     for method in methods.values():
         bench.scale.steps(method)
-    # Whole seeds one after the other here too.
-    pairs = [(seed, name) for name, seeds in seeds_of(bench, options).items() for seed in seeds]
-    pairs.sort(key=lambda pair: pair[0])
-    stage1 = {(seed, methods[name].stage1) for seed, name in pairs}
+    # Whole seeds one after the other here too. What finished supernets started from is not needed.
+    todo = [
+        job
+        for name, seeds in seeds_of(bench, options).items()
+        for job in (Job("supernet", name, seed) for seed in seeds)
+        if bench.result(job) is None
+    ]
+    todo.sort(key=lambda job: job.seed)
+    stage1 = {(job.seed, methods[job.what].stage1) for job in todo}
     for jobs in (
-        [Job("pretrain", "", seed) for seed in dict.fromkeys(seed for seed, _ in pairs)],
+        [Job("pretrain", "", seed) for seed in dict.fromkeys(job.seed for job in todo)],
         [Job("stage1", kind, seed) for seed, kind in sorted(stage1) if kind != "none"],
-        [Job("supernet", name, seed) for seed, name in pairs],
+        todo,
     ):
         run_phase(bench, options, jobs)
 
