@@ -1,6 +1,7 @@
 """The ranking bench: its budget, its files, and its figures against scipy's."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,7 +46,7 @@ def contents(folder):
 def finished(tmp_path_factory):
     """A folder after ground_truth, supernets and report, and what the last one printed."""
     out = tmp_path_factory.mktemp("rank")
-    common = ("--out", out, "--quick", True, "--workers", 2)
+    common = ("--out", out, "--quick", True, "--sealed", True, "--workers", 2)
     run("ground_truth", *common)
     run("supernets", *common)
     return out, run("report", *common).stdout
@@ -97,13 +98,16 @@ def test_only_finalists_are_scored_on_sealed_architectures():
         assert len(bench.archs) - len(bench.scored("bias_4")) == scale.sealed > 0
 
 
-def test_finalists_have_more_seeds_unless_told():
+def test_finalists_have_more_seeds_where_the_sealed_are_compared_unless_told():
     bench = Bench(Path(), Scale())
     options = bench_rank.parse(["supernets", "--out", "x"])
     seeds = bench_rank.seeds_of(bench, options)
-    assert set(seeds) == set(DEFAULTS)
-    assert seeds["fair"] == seeds[RECIPE] == range(5) and seeds["single_path"] == range(3)
-    options = bench_rank.parse(["supernets", "--out", "x", "--seeds", "2"])
+    assert set(seeds) == set(DEFAULTS) and set(seeds.values()) == {range(3)}
+    sealed = ["--sealed", "True"]
+    seeds = bench_rank.seeds_of(bench, bench_rank.parse(["supernets", "--out", "x", *sealed]))
+    assert seeds["fair"] == seeds[RECIPE] == range(bench.scale.finalist_seeds)
+    assert bench.scale.finalist_seeds > 3 and seeds["single_path"] == range(3)
+    options = bench_rank.parse(["supernets", "--out", "x", "--seeds", "2", *sealed])
     assert set(bench_rank.seeds_of(bench, options).values()) == {range(2)}
 
 
@@ -207,7 +211,7 @@ def test_what_is_missing_is_done_again_to_the_same_bytes(finished):
     lost |= {Path("weights/stage1-largest-0.pdparams"), Path("runs/truth-arch2-0.json")}
     for path in lost:
         (out / path).unlink()
-    common = ("--out", out, "--quick", True, "--workers", 2)
+    common = ("--out", out, "--quick", True, "--sealed", True, "--workers", 2)
     run("report", *common, "--methods", "uniform_distill")
     error = run("report", *common, "--methods", "seed_recipe", code=2).stderr
     assert "no method with all of its seeds" in error.splitlines()[-1]
@@ -228,11 +232,32 @@ def test_what_is_missing_is_done_again_to_the_same_bytes(finished):
             assert (out / path).stat().st_mtime_ns == stamps[path], path
 
 
+def test_without_the_sealed_all_methods_are_compared_on_the_rest(finished, tmp_path):
+    out, _ = finished
+    shutil.copytree(out / "runs", tmp_path / "runs")
+    sealed = tmp_path / "runs/truth-arch5-0.json"
+    sealed.unlink()
+    common = ("--out", tmp_path, "--quick", True)
+    # Weights are not there, but nothing starts from them any more.
+    for command in ("ground_truth", "supernets"):
+        run(command, *common)
+    assert not sealed.exists() and not (tmp_path / "weights").exists()
+    headline = json.loads(run("report", *common).stdout.splitlines()[-1])
+    assert headline["architectures"] == 2 and set(headline["verdict"]) == {"seen"}
+    assert headline["held_out_tau"] == {} and "seed_recipe plain" in headline["seen_tau"]
+    assert {path.name for path in tmp_path.glob("*.md")} == {"methods.md"}
+    error = run("report", *common, "--sealed", True, code=2).stderr
+    assert "ground_truth.json has no sealed architectures" in error.splitlines()[-1]
+    # A ground truth that has them gives the same comparison without them.
+    again = run("report", *common, "--ground_truth", out / "ground_truth.json").stdout
+    assert json.loads(again.splitlines()[-1]) == headline
+
+
 def test_results_of_other_settings_are_refused_in_one_line(finished, tmp_path, monkeypatch):
     out, _ = finished
     error = run("supernets", "--out", out, code=2).stderr
     lines = [line for line in error.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "pretrain-0.json is of other settings (" in lines[0]
+    assert len(lines) == 1 and "uniform_distill-0.json is of other settings (" in lines[0]
     # What a job does not depend on may differ; what it starts from may not.
     recipe, alone = Job("supernet", "seed_recipe", 0), Job("truth", "arch1", 0)
     other = Bench(out, replace(Scale.quick(), stage1_lr=0.1))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from hnas.tools import bench_rank
 from hnas.tools.rank_jobs import Bench, Scale
 from hnas.tools.rank_methods import DEFAULTS, FINALISTS
 from hnas.tools.rank_summary import PARTS, Truth, summarize, truth_file
@@ -23,7 +24,8 @@ def committed(name):
 
 def test_ground_truth_is_of_the_committed_runs():
     truth = committed("ground_truth.json")
-    assert truth == truth_file(Bench(RESULTS, Scale()), SEEDS)
+    bench = Bench(RESULTS, Scale())
+    assert truth == truth_file(bench, bench.archs, SEEDS)
     assert len(truth) >= 40
     for name, entry in truth.items():
         runs = [committed(f"runs/truth-{name}-{seed}.json") for seed in SEEDS]
@@ -33,10 +35,12 @@ def test_ground_truth_is_of_the_committed_runs():
 
 def test_summary_is_of_the_committed_runs():
     summary = committed("summary.json")
-    scale = Scale()
-    seeds = {name: scale.seeds_of(name) for name in summary["methods"]}
+    bench = Bench(RESULTS, Scale())
+    methods = ["--methods", ",".join(summary["methods"])]
+    options = bench_rank.parse(["report", "--out", "x", "--sealed", "True", *methods])
+    seeds = bench_rank.seeds_of(bench, options)
     assert set(DEFAULTS) <= set(seeds)
-    found = summarize(Bench(RESULTS, scale), Truth.read(RESULTS / "ground_truth.json"), seeds)
+    found = summarize(bench, Truth.read(RESULTS / "ground_truth.json"), seeds)
     assert json.loads(json.dumps(found)) == summary
     for kind in COLUMNS:
         assert (RESULTS / f"{kind}.md").read_text(encoding="utf-8") == table(summary, kind)

@@ -5,8 +5,9 @@
     python -m hnas.tools.bench_rank report --out output/rank
 
 Everything is trained on distorted digits (hnas/dataset/distorted_digits.py). What is finished is
-not done again, so any command continues after any kill. The report writes summary.json, table.md
-and methods.png to --out and prints a JSON object as its last line.
+not done again, so any command continues after any kill. With --sealed True all three go on to the
+sealed architectures, on which only the finalists are compared. The report writes summary.json,
+tables and plots to --out and prints a JSON object as its last line.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from pathlib import Path
 
 from hnas.evaluation.architecture_file import write_json
 from hnas.tools.rank_jobs import Bench, Job, Scale
-from hnas.tools.rank_methods import DEFAULTS, find_method
+from hnas.tools.rank_methods import DEFAULTS, FINALISTS, find_method
 from hnas.tools.rank_runs import run_job
-from hnas.tools.rank_summary import Truth, headline, summarize, truth_file
+from hnas.tools.rank_summary import OPEN_PARTS, Truth, headline, summarize, truth_file
 from hnas.tools.rank_tables import write_summary
 from hnas.utils.atomic import remove_leftovers
 from hnas.utils.errors import UserError, run_main
@@ -58,9 +59,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of all results")
     parser.add_argument("--workers", type=whole_number(1), default=2, help="processes [default 2]")
     parser.add_argument("--quick", type=read_bool, default=False, help="a trial of the machinery")
+    parser.add_argument(
+        "--sealed",
+        type=read_bool,
+        default=False,
+        help="the sealed architectures too, and more seeds of the finalists",
+    )
     parser.add_argument("--methods", default="", help="names, separated by commas")
     parser.add_argument(
-        "--seeds", type=whole_number(1), help="[default 3, of finalists 5; quick: 1]"
+        "--seeds", type=whole_number(1), help="[default 3, sealed: 5 of finalists; quick: 1]"
     )
     parser.add_argument("--ground_truth", default="", help="file [default OUT/ground_truth.json]")
     parser.add_argument("--jobs", default="", help=argparse.SUPPRESS)
@@ -77,12 +84,13 @@ QUICK_METHODS = ("uniform_distill", "sandwich_inplace", "seed_recipe")
 
 
 def ground_truth(bench: Bench, options: argparse.Namespace) -> None:
-    """Train every architecture alone, and write ground_truth.json."""
+    """Train architectures alone, and write ground_truth.json."""
     seeds = range(options.seeds or bench.scale.seeds)
+    archs = bench.archs if options.sealed else bench.open_archs
     # Whole seeds one after the other: a bench that is stopped has some of use.
-    jobs = [Job("truth", name, seed) for seed in seeds for name in bench.archs]
+    jobs = [Job("truth", name, seed) for seed in seeds for name in archs]
     run_phase(bench, options, jobs)
-    write_json(options.out / "ground_truth.json", truth_file(bench, seeds))
+    write_json(options.out / "ground_truth.json", truth_file(bench, archs, seeds))
     about = {"command": command_line(options, len(seeds)), "scale": asdict(bench.scale)}
     write_json(options.out / "ground_truth_settings.json", about)
     logger.info("ground truth: %s", options.out / "ground_truth.json")
@@ -90,8 +98,8 @@ def ground_truth(bench: Bench, options: argparse.Namespace) -> None:
 
 def command_line(options: argparse.Namespace, seeds: int) -> str:
     """What regenerates the ground truth; the folder does not matter."""
-    quick = " --quick True" if options.quick else ""
-    return f"python -m hnas.tools.bench_rank ground_truth --out OUT --seeds {seeds}{quick}"
+    flags = "".join(f" --{name} True" for name in ("sealed", "quick") if getattr(options, name))
+    return f"python -m hnas.tools.bench_rank ground_truth --out OUT --seeds {seeds}{flags}"
 
 
 def supernets(bench: Bench, options: argparse.Namespace) -> None:
@@ -118,15 +126,29 @@ def supernets(bench: Bench, options: argparse.Namespace) -> None:
 
 def seeds_of(bench: Bench, options: argparse.Namespace) -> dict[str, range]:
     """The seeds of each chosen method."""
+    scale = bench.scale
     return {
-        name: range(options.seeds) if options.seeds else bench.scale.seeds_of(name)
+        name: range(
+            options.seeds
+            or (scale.finalist_seeds if options.sealed and name in FINALISTS else scale.seeds)
+        )
         for name in options.methods
     }
 
 
 def report(bench: Bench, options: argparse.Namespace) -> None:
-    """Compare what is finished."""
-    truth = Truth.read(options.ground_truth or options.out / "ground_truth.json")
+    """Compare what is finished.
+
+    Raises:
+        UserError: there is nothing, or no ground truth of the sealed architectures where they
+            are asked for.
+    """
+    path = options.ground_truth or options.out / "ground_truth.json"
+    truth = Truth.read(path)
+    if not options.sealed:
+        truth = truth.of_splits(OPEN_PARTS)
+    elif "sealed" not in truth.splits:
+        raise UserError(f"{path} has no sealed architectures; run ground_truth with --sealed True")
     summary = summarize(bench, truth, seeds_of(bench, options))
     write_summary(summary, options.out)
     sys.stdout.write(json.dumps(headline(summary)) + "\n")

@@ -35,7 +35,7 @@ class Scale:
         selection: how many of them, the first, recipes may be tuned on.
         sealed: how many of them, the last, only the finalists are scored on.
         seeds: independent runs of everything.
-        finalist_seeds: of the finalists.
+        finalist_seeds: of the finalists, where the sealed are compared.
         batch_size: images a step.
         truth_steps, truth_lr: of the networks that are trained alone.
         pretrain_steps, pretrain_lr: of the network that supernets start from and learn from.
@@ -96,10 +96,6 @@ class Scale:
         if left < method.forwards:
             raise UserError(f"a budget of {self.budget} forward passes leaves no step of stage 2")
         return left // method.forwards
-
-    def seeds_of(self, name: str) -> range:
-        """The seeds that a method is trained with."""
-        return range(self.finalist_seeds if name in FINALISTS else self.seeds)
 
     def stage1_forwards(self, method: Method) -> int:
         """Forward passes over a batch that a method's stage 1 takes."""
@@ -170,10 +166,14 @@ class Bench:
             return "selection"
         return "seen" if place < self.scale.architectures - self.scale.sealed else "sealed"
 
+    @property
+    def open_archs(self) -> dict[str, Architecture]:
+        """All but the sealed ones."""
+        return {name: arch for name, arch in self.archs.items() if self.split(name) != "sealed"}
+
     def scored(self, method: str) -> dict[str, Architecture]:
         """The architectures that a method's supernets are scored on."""
-        sealed = 0 if method in FINALISTS else self.scale.sealed
-        return dict(list(self.archs.items())[: self.scale.architectures - sealed])
+        return self.archs if method in FINALISTS else self.open_archs
 
     def path(self, job: Job) -> Path:
         return self.folder / "runs" / f"{job.name}.json"

@@ -71,9 +71,9 @@ class Truth:
             )
         return cls(list(archs.values()), splits, acc)
 
-    def of_part(self, part: str) -> Truth:
-        """The architectures of one of ``PARTS``."""
-        chosen = [index for index, own in enumerate(self.splits) if own in PARTS[part]]
+    def of_splits(self, splits: Sequence[str]) -> Truth:
+        """The architectures of some of ``SPLITS``."""
+        chosen = [index for index, own in enumerate(self.splits) if own in splits]
         return Truth(
             [self.archs[index] for index in chosen],
             [self.splits[index] for index in chosen],
@@ -86,14 +86,14 @@ class Truth:
         return self.acc.mean(axis=0)
 
 
-def truth_file(bench: Bench, seeds: Iterable[int]) -> dict:
+def truth_file(bench: Bench, archs: Mapping[str, Architecture], seeds: Iterable[int]) -> dict:
     """The organisers' form: ``acc`` is the mean over seeds; ``acc_seeds`` and ``split`` besides.
 
     Raises:
         UserError: something is not trained yet.
     """
     content = {}
-    for name, arch in bench.archs.items():
+    for name, arch in archs.items():
         runs = [_finished(bench, Job("truth", name, seed)) for seed in seeds]
         acc = [run["hits"] / run["images"] for run in runs]
         content[name] = {
@@ -190,9 +190,12 @@ def baselines(truth: Truth, space: SearchSpace, size: int) -> dict:
 
 
 def present(truth: Truth) -> dict[str, Truth]:
-    """The parts that a ground truth has architectures of."""
-    parts = {part: truth.of_part(part) for part in PARTS}
-    return {part: own for part, own in parts.items() if own.archs}
+    """The parts that a ground truth has all splits of."""
+    return {
+        part: truth.of_splits(splits)
+        for part, splits in PARTS.items()
+        if set(splits) <= set(truth.splits)
+    }
 
 
 def describe_method(
@@ -363,7 +366,7 @@ def _lead(tau: Mapping, rivals: Mapping[str, Mapping]) -> dict:
 
 def headline(summary: Mapping) -> dict:
     """What the program prints: mean taus, best first, and the recipe's lead."""
-    truth = summary["truth"].get("held_out", {})
+    truth = summary["truth"].get("held_out") or summary["truth"].get("seen", {})
     return {
         "architectures": truth.get("architectures", 0),
         "ceiling": truth.get("ceiling"),

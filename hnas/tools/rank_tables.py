@@ -84,13 +84,15 @@ def plot(summary: Mapping, part: str) -> bytes:
 
 
 def write_summary(summary: Mapping, folder: Path) -> None:
-    """``summary.json``, and for finalists and all methods a table and a plot.
+    """``summary.json``, and for finalists (where there are) and all methods a table and a plot.
 
     Raises:
         UserError: they cannot be written.
     """
     write_json(folder / "summary.json", summary)
     for kind, columns in COLUMNS.items():
+        if any(part not in summary["truth"] for part, _ in columns):
+            continue
         with replacing(folder / f"{kind}.md") as temporary:
             temporary.write_text(table(summary, kind), encoding="utf-8")
         with replacing(folder / f"{kind}.png") as temporary:
