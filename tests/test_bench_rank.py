@@ -17,7 +17,7 @@ from hnas.evaluation.architecture_file import write_json
 from hnas.models.registry import RESNET48_MINI
 from hnas.search_space import Architecture
 from hnas.tools import bench_rank, rank_report, rank_summary
-from hnas.tools.rank_jobs import Bench, Job, Scale
+from hnas.tools.rank_jobs import OPEN_SPLITS, SPLITS, Bench, Job, Scale
 from hnas.tools.rank_methods import DEFAULTS, FINALISTS, METHODS, RECIPE, STAGE1_FORWARDS
 from hnas.tools.rank_runs import train_alone
 from hnas.utils.checkpoint import NotFiniteError
@@ -46,7 +46,7 @@ def contents(folder):
 def finished(tmp_path_factory):
     """A folder after ground_truth, supernets and report, and what the last one printed."""
     out = tmp_path_factory.mktemp("rank")
-    common = ("--out", out, "--quick", True, "--sealed", True, "--workers", 2)
+    common = ("--out", out, "--quick", True, "--splits", ",".join(SPLITS), "--workers", 2)
     run("ground_truth", *common)
     run("supernets", *common)
     return out, run("report", *common).stdout
@@ -103,7 +103,7 @@ def test_finalists_have_more_seeds_where_the_sealed_are_compared_unless_told():
     options = bench_rank.parse(["supernets", "--out", "x"])
     seeds = bench_rank.seeds_of(bench, options)
     assert set(seeds) == set(DEFAULTS) and set(seeds.values()) == {range(3)}
-    sealed = ["--sealed", "True"]
+    sealed = ["--splits", "sealed,seen,selection"]
     seeds = bench_rank.seeds_of(bench, bench_rank.parse(["supernets", "--out", "x", *sealed]))
     assert seeds["fair"] == seeds[RECIPE] == range(bench.scale.finalist_seeds)
     assert bench.scale.finalist_seeds > 3 and seeds["single_path"] == range(3)
@@ -211,7 +211,7 @@ def test_what_is_missing_is_done_again_to_the_same_bytes(finished):
     lost |= {Path("weights/stage1-largest-0.pdparams"), Path("runs/truth-arch2-0.json")}
     for path in lost:
         (out / path).unlink()
-    common = ("--out", out, "--quick", True, "--sealed", True, "--workers", 2)
+    common = ("--out", out, "--quick", True, "--splits", ",".join(SPLITS), "--workers", 2)
     run("report", *common, "--methods", "uniform_distill")
     error = run("report", *common, "--methods", "seed_recipe", code=2).stderr
     assert "no method with all of its seeds" in error.splitlines()[-1]
@@ -246,8 +246,8 @@ def test_without_the_sealed_all_methods_are_compared_on_the_rest(finished, tmp_p
     assert headline["architectures"] == 2 and set(headline["verdict"]) == {"seen"}
     assert headline["held_out_tau"] == {} and "seed_recipe plain" in headline["seen_tau"]
     assert {path.name for path in tmp_path.glob("*.md")} == {"methods.md"}
-    error = run("report", *common, "--sealed", True, code=2).stderr
-    assert "ground_truth.json has no sealed architectures" in error.splitlines()[-1]
+    error = run("report", *common, "--splits", "selection,sealed", code=2).stderr
+    assert "has no architectures of the split 'sealed'" in error.splitlines()[-1]
     # A ground truth that has them gives the same comparison without them.
     again = run("report", *common, "--ground_truth", out / "ground_truth.json").stdout
     assert json.loads(again.splitlines()[-1]) == headline
@@ -286,6 +286,7 @@ def test_a_failing_worker_ends_the_bench_with_one_line(finished, tmp_path):
         (["--methods", "seed_recipe,evolution"], "unknown method 'evolution'"),
         (["--seeds", "0"], "out of bounds"),
         (["--workers", "none"], "not a whole number"),
+        (["--splits", "seen,held_out"], "no split is called 'held_out'"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, message, tmp_path):
@@ -323,6 +324,27 @@ def test_ceiling_is_the_mean_tau_of_a_seed_against_the_others():
     assert figures["pearson_between_seeds"] == pytest.approx(np.mean(rho))
     expected = rank_summary.expected_tau(np.mean(rho), 3)
     assert figures["expected_tau_of_means"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 4, 6])
+def test_halves_of_the_seeds_are_compared_in_all_ways(seeds):
+    acc = made_up(2, 12, seeds).acc
+    ways = {
+        1: [],
+        2: [((0,), (1,))],
+        3: [((0,), (1,)), ((0,), (2,)), ((1,), (2,))],
+        4: [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))],
+        6: [
+            ((0, *pair), tuple({1, 2, 3, 4, 5} - set(pair)))
+            for pair in combinations(range(1, 6), 2)
+        ],
+    }[seeds]
+    taus = [
+        stats.kendalltau(sum(acc[i] for i in one), sum(acc[i] for i in other)).statistic
+        for one, other in ways
+    ]
+    found = rank_summary.tau_between_halves(acc)
+    assert found == pytest.approx(np.mean(taus)) if taus else np.isnan(found)
 
 
 @pytest.mark.parametrize(("noise", "seeds"), [(0.5, 1), (0.5, 3), (1.0, 3), (1.0, 5)])
@@ -374,7 +396,7 @@ def test_spread_over_seeds_and_splits():
         ]
         assert shares["pearson_between_seeds"] == pytest.approx(np.mean(rho))
     runs[0]["archs"].pop("a11")
-    opened = rank_summary.describe_method(truth, runs, rank_summary.OPEN_PARTS)
+    opened = rank_summary.describe_method(truth, runs, OPEN_SPLITS)
     assert opened == {part: found[part] for part in ("selection", "seen")}
     with pytest.raises(UserError, match="did not score 1 architectures"):
         rank_summary.describe_method(truth, runs)

@@ -5,9 +5,9 @@
     python -m hnas.tools.bench_rank report --out output/rank
 
 Everything is trained on distorted digits (hnas/dataset/distorted_digits.py). What is finished is
-not done again, so any command continues after any kill. With --sealed True all three go on to the
-sealed architectures, on which only the finalists are compared. The report writes summary.json,
-tables and plots to --out and prints a JSON object as its last line.
+not done again, so any command continues after any kill. With --splits selection,seen,sealed all
+three go on to the sealed architectures, on which only the finalists are compared. The report writes
+summary.json, tables and plots to --out and prints a JSON object as its last line.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hnas.evaluation.architecture_file import write_json
-from hnas.tools.rank_jobs import Bench, Job, Scale
+from hnas.tools.rank_jobs import OPEN_SPLITS, SPLITS, Bench, Job, Scale
 from hnas.tools.rank_methods import DEFAULTS, FINALISTS, find_method
 from hnas.tools.rank_runs import run_job
-from hnas.tools.rank_summary import OPEN_PARTS, Truth, headline, summarize, truth_file
+from hnas.tools.rank_summary import Truth, headline, summarize, truth_file
 from hnas.tools.rank_tables import write_summary
 from hnas.utils.atomic import remove_leftovers
 from hnas.utils.errors import UserError, run_main
@@ -60,10 +60,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=whole_number(1), default=2, help="processes [default 2]")
     parser.add_argument("--quick", type=read_bool, default=False, help="a trial of the machinery")
     parser.add_argument(
-        "--sealed",
-        type=read_bool,
-        default=False,
-        help="the sealed architectures too, and more seeds of the finalists",
+        "--splits",
+        type=read_splits,
+        default=OPEN_SPLITS,
+        help="of the architectures; with sealed, finalists have more seeds "
+        f"[default {','.join(OPEN_SPLITS)}]",
     )
     parser.add_argument("--methods", default="", help="names, separated by commas")
     parser.add_argument(
@@ -83,10 +84,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 QUICK_METHODS = ("uniform_distill", "sandwich_inplace", "seed_recipe")
 
 
+def read_splits(text: str) -> tuple[str, ...]:
+    """``argparse`` type: some of the splits, separated by commas, in their own order."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in SPLITS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no split is called {unknown[0]!r}; there are {', '.join(SPLITS)}"
+        )
+    return tuple(split for split in SPLITS if split in names)
+
+
 def ground_truth(bench: Bench, options: argparse.Namespace) -> None:
     """Train architectures alone, and write ground_truth.json."""
     seeds = range(options.seeds or bench.scale.seeds)
-    archs = bench.archs if options.sealed else bench.open_archs
+    archs = bench.of_splits(options.splits)
     # Whole seeds one after the other: a bench that is stopped has some of use.
     jobs = [Job("truth", name, seed) for seed in seeds for name in archs]
     run_phase(bench, options, jobs)
@@ -98,8 +110,9 @@ def ground_truth(bench: Bench, options: argparse.Namespace) -> None:
 
 def command_line(options: argparse.Namespace, seeds: int) -> str:
     """What regenerates the ground truth; the folder does not matter."""
-    flags = "".join(f" --{name} True" for name in ("sealed", "quick") if getattr(options, name))
-    return f"python -m hnas.tools.bench_rank ground_truth --out OUT --seeds {seeds}{flags}"
+    flags = f"--splits {','.join(options.splits)} --seeds {seeds}"
+    flags += " --quick True" if options.quick else ""
+    return f"python -m hnas.tools.bench_rank ground_truth --out OUT {flags}"
 
 
 def supernets(bench: Bench, options: argparse.Namespace) -> None:
@@ -126,11 +139,10 @@ def supernets(bench: Bench, options: argparse.Namespace) -> None:
 
 def seeds_of(bench: Bench, options: argparse.Namespace) -> dict[str, range]:
     """The seeds of each chosen method."""
-    scale = bench.scale
+    scale, sealed = bench.scale, "sealed" in options.splits
     return {
         name: range(
-            options.seeds
-            or (scale.finalist_seeds if options.sealed and name in FINALISTS else scale.seeds)
+            options.seeds or (scale.finalist_seeds if sealed and name in FINALISTS else scale.seeds)
         )
         for name in options.methods
     }
@@ -140,15 +152,16 @@ def report(bench: Bench, options: argparse.Namespace) -> None:
     """Compare what is finished.
 
     Raises:
-        UserError: there is nothing, or no ground truth of the sealed architectures where they
-            are asked for.
+        UserError: there is nothing, or no ground truth of a split.
     """
     path = options.ground_truth or options.out / "ground_truth.json"
-    truth = Truth.read(path)
-    if not options.sealed:
-        truth = truth.of_splits(OPEN_PARTS)
-    elif "sealed" not in truth.splits:
-        raise UserError(f"{path} has no sealed architectures; run ground_truth with --sealed True")
+    truth = Truth.read(path).of_splits(options.splits)
+    for split in options.splits:
+        if split not in truth.splits:
+            raise UserError(
+                f"{path} has no architectures of the split {split!r}; run ground_truth with "
+                f"--splits {','.join(options.splits)}, or give the report other ones"
+            )
     summary = summarize(bench, truth, seeds_of(bench, options))
     write_summary(summary, options.out)
     sys.stdout.write(json.dumps(headline(summary)) + "\n")

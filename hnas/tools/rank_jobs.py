@@ -7,6 +7,7 @@ jobs start from are ``OUT/weights/NAME.pdparams``, and seconds ``OUT/seconds/NAM
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,12 @@ from hnas.utils.errors import UserError
 
 BACKBONE = "resnet48_mini"
 ARCHITECTURES_SEED = 2022
+
+SPLITS = ("selection", "seen", "sealed")
+"""Architectures to tune on; held out, but looked at once; held out and scored by finalists only."""
+
+OPEN_SPLITS = ("selection", "seen")
+"""What all methods are scored on."""
 
 
 @dataclass(frozen=True)
@@ -160,20 +167,19 @@ class Bench:
         return self.space.sample_distinct(rng, self.scale.architectures)
 
     def split(self, name: str) -> str:
-        """An architecture's: ``selection``, ``seen`` or ``sealed``."""
+        """An architecture's, one of ``SPLITS``."""
         place = list(self.archs).index(name)
         if place < self.scale.selection:
             return "selection"
         return "seen" if place < self.scale.architectures - self.scale.sealed else "sealed"
 
-    @property
-    def open_archs(self) -> dict[str, Architecture]:
-        """All but the sealed ones."""
-        return {name: arch for name, arch in self.archs.items() if self.split(name) != "sealed"}
+    def of_splits(self, splits: Sequence[str]) -> dict[str, Architecture]:
+        """The architectures of some of ``SPLITS``."""
+        return {name: arch for name, arch in self.archs.items() if self.split(name) in splits}
 
     def scored(self, method: str) -> dict[str, Architecture]:
         """The architectures that a method's supernets are scored on."""
-        return self.archs if method in FINALISTS else self.open_archs
+        return self.archs if method in FINALISTS else self.of_splits(OPEN_SPLITS)
 
     def path(self, job: Job) -> Path:
         return self.folder / "runs" / f"{job.name}.json"

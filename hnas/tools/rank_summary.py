@@ -17,19 +17,13 @@ from hnas.dataset.distorted_digits import CLASSES
 from hnas.evaluation.architecture_file import read_accuracies
 from hnas.evaluation.ranking import CORRELATIONS, kendall_tau_b, none_if_nan, pearson
 from hnas.search_space import Architecture, SearchSpace
-from hnas.tools.rank_jobs import Bench, Job
+from hnas.tools.rank_jobs import OPEN_SPLITS, SPLITS, Bench, Job
 from hnas.tools.rank_methods import BASELINES, FINALISTS, METHODS, RECIPE, RECIPE_SCORES
 from hnas.tools.train_standalone import read_json
 from hnas.utils.errors import UserError
 
-SPLITS = ("selection", "seen", "sealed")
-"""Architectures to tune on; held out, but looked at once; held out and scored by finalists only."""
-
 PARTS = {**{split: (split,) for split in SPLITS}, "held_out": ("seen", "sealed")}
 """What figures are given for."""
-
-OPEN_PARTS = ("selection", "seen")
-"""What all methods are scored on."""
 
 STATISTICS = {"plain": "hits", "calibrated": "calibrated_hits"}
 TAU = "kendall_tau_b"
@@ -127,6 +121,23 @@ def ceiling(acc: np.ndarray) -> float:
     return float(np.mean(taus))
 
 
+def tau_between_halves(acc: np.ndarray) -> float:
+    """Mean tau-b of means over two halves of the seeds, all ways to halve them; NaN for one seed.
+
+    Of an odd number one seed is left out.
+
+    Args:
+        acc: [seeds, architectures].
+    """
+    seeds, half = range(len(acc)), len(acc) // 2
+    taus = [
+        kendall_tau_b(acc[list(one)].mean(axis=0), acc[list(other)].mean(axis=0))
+        for one, other in combinations(combinations(seeds, half), 2)
+        if half and not set(one) & set(other)
+    ]
+    return float(np.mean(taus)) if taus else float("nan")
+
+
 def expected_tau(pearson: float, seeds: int) -> float:
     """Tau between two means over so many seeds each, from the correlation of single seeds.
 
@@ -166,6 +177,7 @@ def describe_truth(truth: Truth, space: SearchSpace, size: int) -> dict:
         "expected_tau_of_means": (
             none_if_nan(expected_tau(np.mean(agreement), len(truth.acc))) if agreement else None
         ),
+        "tau_between_halves": none_if_nan(tau_between_halves(truth.acc)),
         "tau_of_macs": none_if_nan(kendall_tau_b(macs, truth.mean)),
         "ceiling": none_if_nan(ceiling(truth.acc)),
     }
@@ -292,7 +304,9 @@ def summarize(bench: Bench, truth: Truth, seeds: Mapping[str, Sequence[int]]) ->
                 "steps": results[name][0]["steps"],
                 "forwards": results[name][0]["forwards"],
                 "seconds": total_seconds(bench, name, seeds[name]),
-                **describe_method(truth, results[name], PARTS if name in FINALISTS else OPEN_PARTS),
+                **describe_method(
+                    truth, results[name], PARTS if name in FINALISTS else OPEN_SPLITS
+                ),
             }
             for name in done
         },
