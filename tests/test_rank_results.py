@@ -10,8 +10,9 @@ from scipy import stats
 from hnas.tools import bench_rank
 from hnas.tools.rank_jobs import SPLITS, Bench, Scale
 from hnas.tools.rank_methods import DEFAULTS, FINALISTS
-from hnas.tools.rank_summary import PARTS, Truth, summarize, truth_file
+from hnas.tools.rank_summary import summarize
 from hnas.tools.rank_tables import COLUMNS, table
+from hnas.tools.rank_truth import PARTS, Truth, truth_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "hnas/tools/results/rank"

@@ -26,8 +26,9 @@ from hnas.evaluation.architecture_file import write_json
 from hnas.tools.rank_jobs import OPEN_SPLITS, SPLITS, Bench, Job, Scale
 from hnas.tools.rank_methods import DEFAULTS, FINALISTS, find_method
 from hnas.tools.rank_runs import run_job
-from hnas.tools.rank_summary import Truth, headline, summarize, truth_file
+from hnas.tools.rank_summary import headline, summarize
 from hnas.tools.rank_tables import write_summary
+from hnas.tools.rank_truth import Truth, truth_file
 from hnas.utils.atomic import remove_leftovers
 from hnas.utils.errors import UserError, run_main
 from hnas.utils.options import OneLineParser, read_bool, whole_number
