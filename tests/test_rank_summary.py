@@ -135,6 +135,13 @@ def with_taus(taus, baselines, ceiling):
             name: {"held_out": {"kendall_tau_b": tau}} for name, tau in baselines.items()
         },
         "truth": {"held_out": {"ceiling": ceiling}},
+        "margin_architectures_se": {
+            "held_out": {
+                **{f"{name} {kind}": 0.5 for name in taus for kind in ("plain", "calibrated")},
+                "fair calibrated": 0.25,
+                **dict.fromkeys(baselines, 0.125),
+            }
+        },
     }
 
 
@@ -157,12 +164,14 @@ def test_verdict_takes_the_best_baseline_in_either_scoring(monkeypatch):
     # Standard errors of two values are half of their difference.
     assert either["margin_se"] == pytest.approx(np.hypot(0.04, 0.01))
     assert either["paired_se"] == pytest.approx((0.11 - 0.01) / 2)
+    assert either["architectures_se"] == 0.25 and plain["architectures_se"] == 0.5
     assert plain["best_baseline"] == "fair plain" and plain["margin"] == pytest.approx(0.17)
     assert plain["paired_se"] == pytest.approx((0.18 - 0.16) / 2)
 
     found = rank_summary.verdict(with_taus(taus, {"macs": 0.7}, None))
     assert found["plain"] == found["either"] and found["share_of_ceiling"] is None
     assert found["plain"]["best_baseline"] == "macs"
+    assert found["plain"]["architectures_se"] == 0.125
     assert found["plain"]["margin"] == pytest.approx(-0.1)
     assert found["plain"]["margin_se"] == found["plain"]["paired_se"] == pytest.approx(0.04)
     # A rival with more seeds is paired by those in common.

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--methods", default="", help="names, separated by commas")
     parser.add_argument(
-        "--seeds", type=whole_number(1), help="[default 3, sealed: 5 of finalists; quick: 1]"
+        "--seeds", type=whole_number(1), help="[default 3, sealed: 8 of finalists; quick: 1]"
     )
     parser.add_argument("--ground_truth", default="", help="file [default OUT/ground_truth.json]")
     parser.add_argument("--jobs", default="", help=argparse.SUPPRESS)

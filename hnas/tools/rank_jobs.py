@@ -58,7 +58,7 @@ class Scale:
     selection: int = 16
     sealed: int = 24
     seeds: int = 3
-    finalist_seeds: int = 5
+    finalist_seeds: int = 8
     batch_size: int = 32
     truth_steps: int = 3200
     truth_lr: float = 0.05

@@ -6,13 +6,13 @@ statistic that is not defined is None.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 
 from hnas.dataset.distorted_digits import CLASSES
-from hnas.evaluation.ranking import CORRELATIONS, none_if_nan, pearson
+from hnas.evaluation.ranking import CORRELATIONS, none_if_nan, pearson, resampled_taus
 from hnas.search_space import Architecture, SearchSpace
 from hnas.tools.rank_jobs import OPEN_SPLITS, Bench, Job
 from hnas.tools.rank_methods import BASELINES, FINALISTS, METHODS, RECIPE, RECIPE_SCORES
@@ -38,10 +38,6 @@ def spread(values: Sequence[float]) -> dict:
 
 def baselines(truth: Truth, space: SearchSpace, size: int) -> dict:
     """Correlations of what needs no training, by part."""
-    counts = {
-        "macs": lambda arch: space.macs(arch, size, CLASSES),
-        "params": lambda arch: space.params(arch, CLASSES),
-    }
     return {
         name: {
             part: {
@@ -50,7 +46,15 @@ def baselines(truth: Truth, space: SearchSpace, size: int) -> dict:
             }
             for part, own in present(truth).items()
         }
-        for name, count in counts.items()
+        for name, count in counts(space, size).items()
+    }
+
+
+def counts(space: SearchSpace, size: int) -> dict[str, Callable[[Architecture], int]]:
+    """What can be known of an architecture without training."""
+    return {
+        "macs": lambda arch: space.macs(arch, size, CLASSES),
+        "params": lambda arch: space.params(arch, CLASSES),
     }
 
 
@@ -154,8 +158,51 @@ def summarize(bench: Bench, truth: Truth, seeds: Mapping[str, Sequence[int]]) ->
             }
             for name in done
         },
+        "margin_architectures_se": {
+            part: margin_errors(bench.space, size, own, {name: results[name] for name in done})
+            for part, own in present(truth).items()
+            if RECIPE in done
+        },
         "unfinished": [name for name in seeds if name not in done],
     }
+
+
+def margin_errors(
+    space: SearchSpace, size: int, truth: Truth, results: Mapping[str, Sequence[Mapping]]
+) -> dict[str, float | None]:
+    """How much the recipe's lead over each baseline depends on the architectures.
+
+    Standard errors of the differences of mean tau-b, by bootstrap over the architectures.
+
+    Args:
+        space, size: to count MACs and parameters.
+        truth: of one part.
+        results: runs of the recipe and of other methods; those that are not scored on all of
+            the part are left out.
+    """
+
+    def taus(preds: Sequence[Sequence[int]]) -> np.ndarray:
+        return resampled_taus(preds, truth.mean, seed=0)
+
+    def taus_of(name: str, kind: str) -> np.ndarray:
+        return taus([_scores(run, STATISTICS[kind], truth.archs) for run in results[name]])
+
+    rivals = {
+        f"{name} {kind}": taus_of(name, kind)
+        for name in BASELINES
+        if name in results and (name in FINALISTS or set(truth.splits) <= set(OPEN_SPLITS))
+        for kind in STATISTICS
+    }
+    for name, count in counts(space, size).items():
+        rivals[name] = taus([[count(arch) for arch in truth.archs]])
+    own = taus_of(RECIPE, RECIPE_SCORES)
+    return {name: _error(own - other) for name, other in rivals.items()}
+
+
+def _error(differences: np.ndarray) -> float | None:
+    # Where few architectures are drawn from, a resample may hold equal accuracies only.
+    known = differences[np.isfinite(differences)]
+    return float(known.std()) if len(known) else None
 
 
 def total_seconds(bench: Bench, name: str, seeds: Sequence[int]) -> float | None:
@@ -176,7 +223,8 @@ def verdict(summary: Mapping, part: str = "held_out") -> dict | None:
     ``either`` takes baselines as they score better, with or without re-calibrated BatchNorm, and
     ``plain`` at their running statistics. ``margin_se`` is that of a difference of two means over
     seeds, and ``paired_se`` of the mean difference within a seed, whose supernets have the start
-    and the images in common; what needs no training has no spread.
+    and the images in common; what needs no training has no spread. Both hold for these
+    architectures; ``architectures_se`` is of the mean margin over others of the same distribution.
     """
     own = summary["methods"].get(RECIPE, {}).get(part)
     tau = own[RECIPE_SCORES][TAU] if own else {"mean": None}
@@ -188,7 +236,10 @@ def verdict(summary: Mapping, part: str = "held_out") -> dict | None:
         "recipe": f"{RECIPE} {RECIPE_SCORES}",
         "tau": tau["mean"],
         "share_of_ceiling": tau["mean"] / limit if limit else None,
-        **{reading: _lead(tau, own) for reading, own in rivals.items()},
+        **{
+            reading: _lead(tau, own, summary["margin_architectures_se"][part])
+            for reading, own in rivals.items()
+        },
     }
 
 
@@ -205,7 +256,9 @@ def _rivals(summary: Mapping, part: str, kinds: Sequence[str]) -> dict[str, Mapp
     return {name: tau for name, tau in rivals.items() if tau["mean"] is not None}
 
 
-def _lead(tau: Mapping, rivals: Mapping[str, Mapping]) -> dict:
+def _lead(
+    tau: Mapping, rivals: Mapping[str, Mapping], architectures_se: Mapping[str, float | None]
+) -> dict:
     """Of the recipe over the best of its rivals."""
     best = max(rivals, key=lambda name: rivals[name]["mean"])
     errors = [tau["se"], rivals[best]["se"]]
@@ -219,6 +272,7 @@ def _lead(tau: Mapping, rivals: Mapping[str, Mapping]) -> dict:
         "margin_se": None if None in errors else float(np.hypot(*errors)),
         "paired_se": spread(differences)["se"],
         "pairs": len(differences),
+        "architectures_se": architectures_se[best],
     }
 
 
