@@ -1,6 +1,7 @@
 """The committed comparison of the ranking bench: what its runs give, and what README shows."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hnas.tools.rank_jobs import SPLITS, Bench, Scale
 from hnas.tools.rank_methods import DEFAULTS, FINALISTS, RECIPE
 from hnas.tools.rank_summary import summarize
 from hnas.tools.rank_tables import COLUMNS, table
-from hnas.tools.rank_truth import PARTS, Truth, truth_file
+from hnas.tools.rank_truth import PARTS, Truth, tau_between_halves, truth_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "hnas/tools/results/rank"
@@ -49,6 +50,30 @@ def test_ground_truth_is_of_the_committed_runs():
         runs = [committed(f"runs/truth-{name}-{seed}.json") for seed in SEEDS]
         assert {run["settings"]["arch"] for run in runs} == {entry["arch"]}
         assert entry["acc"] == pytest.approx(np.mean([run["hits"] / 4000 for run in runs]))
+
+
+def test_halves_of_six_seeds_agree_as_readme_says():
+    truth = committed("ground_truth_six_seeds.json")
+    bench = Bench(RESULTS, Scale())
+    assert truth == truth_file(bench, bench.of_splits(["selection"]), range(6))
+    acc = np.array([entry["acc_seeds"] for entry in truth.values()]).T
+    # The half with seed 0 names the other one.
+    taus = [
+        stats.kendalltau(
+            acc[[0, *others]].mean(axis=0), np.delete(acc, [0, *others], axis=0).mean(axis=0)
+        ).statistic
+        for others in combinations(range(1, 6), 2)
+    ]
+    assert len(taus) == 10
+    assert tau_between_halves(acc) == pytest.approx(np.mean(taus))
+    for readme in ("README.md", "README_ch.md"):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        line = next(
+            line
+            for line in text.splitlines()
+            if "(hnas/tools/results/rank/ground_truth_six" in line
+        )
+        assert f"{np.mean(taus):.2f}" in line
 
 
 def test_summary_is_of_the_committed_runs():
