@@ -33,7 +33,6 @@ clip_norm=${clip_norm:-0}                                       # of all gradien
 use_tensor_dataset=${use_tensor_dataset:-False}                 # decode once, keep in a file
 storage_size=${storage_size:-0}                                 # px of it; 0: 8/7 of image_size
 cache_dir=${cache_dir:-None}                                    # its folder; None: ~/.cache/pinas
-augment_on=${augment_on:-workers}                               # device: needs the decoded file
 num_workers=${num_workers:-8}
 save_freq=${save_freq:-1}                                       # epochs
 save_steps=${save_steps:-500}                                   # steps; 0: at epochs' ends only
@@ -61,7 +60,7 @@ launch train_supernet_pinas_stage2_simple.py run \
     --image_dir "$image_dir" --save_dir "$save_dir" \
     --amp "$amp" --accumulate "$accumulate" --clip_norm "$clip_norm" \
     --use_tensor_dataset "$use_tensor_dataset" --storage_size "$storage_size" \
-    --cache_dir "$cache_dir" --augment_on "$augment_on" --visualdl_dir "$visualdl_dir" \
+    --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" \
     --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
     --bad_images "$bad_images" --eval_freq "$eval_freq" --log_freq "$log_freq" \

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
+from hnas.architecture_file import read_architectures
+from hnas.base.errors import UserError, run_main
+from hnas.base.files import file_digest, remove_leftovers
 from hnas.dataset.image_folder import ImageList
-from hnas.evaluation.architecture_file import read_architectures
 from hnas.evaluation.engine import evaluate_one_by_one, evaluate_shared, write_submission
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
 from hnas.evaluation.state import architectures_hash
-from hnas.models.registry import build_classifier, find_backbone
-from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.atomic import file_digest, remove_leftovers
+from hnas.models.registry import build_network
+from hnas.parallel.distributed import barrier, is_main_process, leave, world_size
+from hnas.search_space import Architecture, SearchSpace, find_backbone
 from hnas.utils.checkpoint import find_checkpoint
-from hnas.utils.distributed import is_chief, leave, meet, ranks
-from hnas.utils.errors import UserError, run_main
 from hnas.utils.options import Options, parse_options
-from hnas.utils.setup import (
+from hnas.utils.runtime import (
     calibration_images,
     require,
     space_of,
@@ -45,20 +45,20 @@ def main() -> None:
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; stage 3 takes resnet48")
     start(options)
-    if ranks() > 1 and options.eval_engine == "reference":
+    if world_size() > 1 and options.eval_engine == "reference":
         raise UserError("--eval_engine reference runs in one process; shared runs in several")
     require(options, "ckpt_dir")
     space = space_of(options)
     archs = architectures(options, space)
     images = validation_images(options)
     order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
-    network = build_classifier(options.backbone, len(images.classes), space)
+    network = build_network(options.backbone, len(images.classes), space)
     start_from_checkpoint(network, options.ckpt_dir)
 
     save_dir = Path(options.save_dir)
-    if is_chief():
+    if is_main_process():
         remove_leftovers(save_dir)
-    meet()
+    barrier()
     calibration = calibration_images(options)
     if options.eval_engine == "reference":
         loader = validation_loader(options, images, order)
@@ -76,7 +76,7 @@ def main() -> None:
             options.target_se,
             options.amp,
         )
-    if is_chief():
+    if is_main_process():
         write_submission(save_dir / "submission.json", archs, counts)
         logger.info(
             "scored %d architectures on %d images: %s",
@@ -91,7 +91,7 @@ def decoded_images(
     options: Options, images: ImageList, order: np.ndarray
 ) -> DecodedImages | ImagesOnDemand:
     """The images in that order; one of several processes decodes those of its chunks only."""
-    if ranks() > 1:
+    if world_size() > 1:
         return ImagesOnDemand(images, order, options.image_size, options.num_workers)
     return DecodedImages(
         images,
@@ -109,8 +109,7 @@ def identity(options: Options, archs: dict, images, calibration) -> dict[str, st
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
         "image_list": images.hash,
         "architecture_list": architectures_hash(archs),
-        "setting": f"{options.backbone} truncate_widths={options.truncate_widths} "
-        f"amp={options.amp}",
+        "setting": f"{options.backbone} amp={options.amp}",
         "calibration": "none"
         if calibration is None
         else hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),

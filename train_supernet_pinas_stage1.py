@@ -5,14 +5,15 @@ python3 -u train_supernet_pinas_stage1.py run --image_dir DIR --pretrained FILE
 
 from __future__ import annotations
 
+from hnas.base.errors import UserError, run_main
 from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
-from hnas.models.registry import build_classifier, find_backbone
-from hnas.utils.distributed import ranks
-from hnas.utils.errors import UserError, run_main
+from hnas.models.registry import build_network
+from hnas.parallel.distributed import world_size
+from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.options import parse_options
+from hnas.utils.runtime import require, space_of, start, training_images, training_loader
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
-from hnas.utils.setup import require, space_of, start, training_images, training_loader
 from hnas.utils.training import (
     fit,
     prepare,
@@ -36,8 +37,8 @@ def main() -> None:
     options = parse_options(1, DEFAULTS, about=__doc__.splitlines()[0])
     if not find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} has no neck; stage 1 takes resnet48pinasv2")
-    if options.queue_size % (options.batch_size * ranks()):
-        times = f" times {ranks()} processes" if ranks() > 1 else ""
+    if options.queue_size % (options.batch_size * world_size()):
+        times = f" times {world_size()} processes" if world_size() > 1 else ""
         raise UserError(
             f"--queue_size {options.queue_size} is not a multiple of "
             f"--batch_size {options.batch_size}{times}"
@@ -45,7 +46,7 @@ def main() -> None:
     start(options)
     images = training_images(options)
     space = space_of(options)
-    network = build_classifier(
+    network = build_network(
         options.backbone,
         len(images.classes),
         space,

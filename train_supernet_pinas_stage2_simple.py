@@ -10,15 +10,15 @@ import logging
 
 import paddle
 
+from hnas.base.errors import UserError, run_main
 from hnas.dataset.transforms import TrainTransform
-from hnas.models.registry import build_classifier, find_backbone
+from hnas.models.registry import build_network
+from hnas.parallel.distributed import is_main_process, leave
+from hnas.search_space import find_backbone
 from hnas.utils.callbacks import EvaluateExtremes
-from hnas.utils.distributed import is_chief, leave
-from hnas.utils.errors import UserError, run_main
 from hnas.utils.hapi_wrapper import DistillationModel, macs_weights
 from hnas.utils.options import parse_options
-from hnas.utils.SampleMethod import LargestSampler, build_sampler
-from hnas.utils.setup import (
+from hnas.utils.runtime import (
     calibration_images,
     require,
     space_of,
@@ -28,6 +28,7 @@ from hnas.utils.setup import (
     validation_images,
     validation_loader,
 )
+from hnas.utils.SampleMethod import LargestSampler, build_sampler
 from hnas.utils.training import (
     fit,
     prepare,
@@ -49,7 +50,7 @@ def main() -> None:
     require(options, "pretrained")
     images = training_images(options)
     space = space_of(options)
-    network = build_classifier(options.backbone, len(images.classes), space)
+    network = build_network(options.backbone, len(images.classes), space)
     teacher = pretrained_network(options, len(images.classes), space)
     if options.initial_weights:
         start_from_checkpoint(network, options.initial_weights)
@@ -86,7 +87,7 @@ def main() -> None:
         callbacks.append(EvaluateExtremes(evaluate, options.eval_freq))
     if options.train_flag:
         fit(model, options, loader, callbacks)
-    elif is_chief():
+    elif is_main_process():
         for name, accuracy in evaluate().items():
             logger.info("validation top-1 of the %s sub-network: %.4f", name, accuracy)
     leave()

@@ -6,12 +6,13 @@ This is the only module that knows how the digits of a code are laid out; all ot
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hnas.utils.errors import UserError
+from hnas.base.errors import UserError
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 MIN_DEPTH = 2
@@ -183,21 +184,18 @@ class SearchSpace:
     Attributes:
         base_channels: full channel counts of the four stages; the stem has the first's.
         divisor: channel counts are rounded to multiples of it.
-        truncate: ``int(base * ratio)`` instead of rounding, as the organisers' demo did.
         max_digits: largest width digit that sampling uses in each stage.
     """
 
     base_channels: tuple[int, ...] = (64, 128, 256, 512)
     divisor: int = 8
-    truncate: bool = False
     max_digits: tuple[int, ...] = RELEASED_DIGITS
 
     def channels(self, stage: int, digit: int) -> int:
         """Channel count of width digit 1..7 in ``stage`` (0..3)."""
-        value = self.base_channels[stage] * RATIOS[digit - 1]
         # The products are a hair below the integer for some ratios (e.g. 90 * 0.7).
-        value = round(value, 6)
-        return int(value) if self.truncate else make_divisible(value, self.divisor)
+        value = round(self.base_channels[stage] * RATIOS[digit - 1], 6)
+        return make_divisible(value, self.divisor)
 
     def plan(self, arch: Architecture) -> ChannelPlan:
         """Channel counts of ``arch``."""
@@ -326,3 +324,47 @@ def choice_probabilities(options: int, tilt: float) -> np.ndarray:
 
 def _draw(rng: np.random.Generator, options: int, tilt: float) -> int:
     return int(rng.choice(options, p=choice_probabilities(options, tilt)))
+
+
+RESNET48 = SearchSpace()
+
+# A quarter of ResNet48's widths for CPUs, with a divisor of 1, since multiples of 8 would merge
+# the ratios. The first stage has 20 channels instead of 16: between 70 and 100 % of 16 lie only
+# six integers for seven ratios.
+RESNET48_MINI = SearchSpace(base_channels=(20, 32, 64, 128), divisor=1)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A named network: its search space, and whether it is stage one's contrastive model."""
+
+    space: SearchSpace
+    contrastive: bool
+
+
+BACKBONES = {
+    "resnet48": Backbone(RESNET48, contrastive=False),
+    "resnet48pinasv2": Backbone(RESNET48, contrastive=True),
+    "resnet48_mini": Backbone(RESNET48_MINI, contrastive=False),
+    "resnet48pinasv2_mini": Backbone(RESNET48_MINI, contrastive=True),
+}
+SAMPLE_SPACES = {"released": RELEASED_DIGITS, "full": FULL_DIGITS}
+
+
+def find_backbone(name: str) -> Backbone:
+    """The backbone of that name.
+
+    Raises:
+        UserError: there is none; the message lists the names.
+    """
+    if name not in BACKBONES:
+        nearest = difflib.get_close_matches(name, BACKBONES, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise UserError(f"unknown backbone {name!r}; {hint}there are {', '.join(BACKBONES)}")
+    return BACKBONES[name]
+
+
+def search_space(name: str, sample_space: str = "released") -> SearchSpace:
+    """The search space of a backbone; ``sample_space`` is ``released`` or ``full``."""
+    digits = SAMPLE_SPACES[sample_space]
+    return replace(find_backbone(name).space, max_digits=digits)

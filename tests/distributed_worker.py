@@ -14,13 +14,14 @@ import paddle.distributed as dist
 
 from hnas.models.elastic import ElasticBatchNorm2D
 from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import RESNET48_MINI, build_classifier
-from hnas.utils.distributed import GradientExchange, join_processes, leave, rank, ranks
+from hnas.models.registry import build_network
+from hnas.parallel.distributed import GradientExchange, join_processes, leave, rank, world_size
+from hnas.parallel.stopping import StopSignals
+from hnas.search_space import RESNET48_MINI
+from hnas.utils.gradient_step import Update
 from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import RandomSampler
-from hnas.utils.stopping import StopSignals
-from hnas.utils.updates import Update
 
 TOTAL, CLASSES = 8, 10
 
@@ -30,7 +31,7 @@ def batch(step: int) -> list[paddle.Tensor]:
     rng = np.random.default_rng(step)
     images = rng.integers(0, 256, (2, TOTAL, 3, 32, 32), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, TOTAL)
-    share = slice(rank() * TOTAL // ranks(), (rank() + 1) * TOTAL // ranks())
+    share = slice(rank() * TOTAL // world_size(), (rank() + 1) * TOTAL // world_size())
     return [paddle.to_tensor(part[share]) for part in (*images, labels)]
 
 
@@ -48,8 +49,8 @@ def accumulated() -> ContrastiveModel:
 
 def distilled() -> DistillationModel:
     paddle.seed(2)
-    network = build_classifier("resnet48_mini", CLASSES)
-    teacher = build_classifier("resnet48_mini", CLASSES, elastic=False)
+    network = build_network("resnet48_mini", CLASSES)
+    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
     return trained(DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 1.0), 3))
 
 
@@ -57,7 +58,7 @@ def trained(model, accumulate: int = 1):
     optimizer = momentum_optimizer(model.network, 0.05, 0.9, 1e-4)
     model.prepare(optimizer, update=Update(optimizer, accumulate))
     parameters = [p for p in model.network.parameters() if not p.stop_gradient]
-    if ranks() > 1:
+    if world_size() > 1:
         model.exchange = GradientExchange(parameters, StopSignals())
     return model
 
@@ -124,7 +125,7 @@ def main(folder: Path) -> None:
         for key, value in model.network.state_dict().items():
             found[f"{name} state {key}"] = value.numpy()
             found[f"{name} moved {key}"] = np.array(not np.array_equal(initial[key], value.numpy()))
-    np.savez(folder / f"{rank()}of{ranks()}.npz", **found)
+    np.savez(folder / f"{rank()}of{world_size()}.npz", **found)
     leave()
 
 

@@ -7,15 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnas.evaluation import architecture_file
-from hnas.evaluation.architecture_file import (
-    read_accuracies,
-    read_architectures,
-    submission,
-    write_json,
-)
+from hnas import architecture_file
+from hnas.architecture_file import read_accuracies, read_architectures, submission
+from hnas.base.errors import UserError
+from hnas.base.files import write_json
 from hnas.search_space import Architecture
-from hnas.utils.errors import UserError
 
 LARGEST = "1558511111111111111111111111111111111111111111111111"
 SMALL = "12222" + "3" + "3313000000" + "2212000000" + "5414" + "0" * 12 + "6727000000"

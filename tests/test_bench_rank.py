@@ -12,14 +12,14 @@ import paddle
 import pytest
 from scipy import stats
 
-from hnas.models.registry import RESNET48_MINI
-from hnas.search_space import Architecture
-from hnas.tools import bench_rank, rank_report
-from hnas.tools.rank_jobs import SPLITS, Bench, Job, Scale
-from hnas.tools.rank_methods import DEFAULTS, FINALISTS, METHODS, RECIPE, STAGE1_FORWARDS
-from hnas.tools.rank_runs import train_alone
+from hnas.base.errors import UserError
+from hnas.bench.rank import __main__ as bench_rank
+from hnas.bench.rank.jobs import SPLITS, Bench, Job, Scale
+from hnas.bench.rank.methods import DEFAULTS, FINALISTS, METHODS, RECIPE, STAGE1_FORWARDS
+from hnas.bench.rank.runs import train_alone
+from hnas.search_space import RESNET48_MINI, Architecture
+from hnas.tools import rank_report
 from hnas.utils.checkpoint import NotFiniteError
-from hnas.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("uniform_distill", "sandwich_inplace", "seed_recipe")
@@ -27,7 +27,7 @@ QUICK = ("uniform_distill", "sandwich_inplace", "seed_recipe")
 
 def run(*arguments, code=0):
     done = subprocess.run(
-        [sys.executable, "-m", "hnas.tools.bench_rank", *map(str, arguments)],
+        [sys.executable, "-m", "hnas.bench.rank", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from conftest import option_ranks
 
-from hnas.evaluation.breakdown import DISCRETE, attribute, by_option, choices
-from hnas.models.registry import RESNET48
-from hnas.search_space import RATIOS, Architecture
+from hnas.ranking.breakdown import DISCRETE, attribute, by_option, choices
+from hnas.search_space import RATIOS, RESNET48, Architecture
 
 CODE = "1" + "2345" + "2" + "1232000000" + "232323" + "0000" + "5141" * 2 + "0" * 8 + "7464546474"
 

@@ -13,9 +13,10 @@ import paddle
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hnas.models.registry import build_classifier
+from hnas.base.errors import UserError
+from hnas.base.files import remove_leftovers, replacing
+from hnas.models.registry import build_network
 from hnas.utils import checkpoint
-from hnas.utils.atomic import remove_leftovers, replacing
 from hnas.utils.checkpoint import (
     CheckpointError,
     NotFiniteError,
@@ -29,7 +30,6 @@ from hnas.utils.checkpoint import (
     save_training,
     write_state,
 )
-from hnas.utils.errors import UserError
 from hnas.utils.generators import generators_state, restore_generators
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def plain():
     """A plain network with statistics that are not the initial ones."""
     paddle.seed(1)
-    network = build_classifier("resnet48_mini", num_classes=10, elastic=False)
+    network = build_network("resnet48_mini", num_classes=10, elastic=False)
     network(paddle.randn([4, 3, 32, 32]))
     network.eval()
     return network
@@ -82,14 +82,14 @@ def test_official_weights_load_whatever_wrote_them(naming, suffix, plain, tmp_pa
     else:
         save_file({name: tensor.numpy() for name, tensor in renamed.items()}, path)
     paddle.seed(2)
-    other = build_classifier("resnet48_mini", num_classes=10, elastic=False)
+    other = build_network("resnet48_mini", num_classes=10, elastic=False)
     load_weights(other, read_weights(path), path)
     assert_equal(arrays_of(other), arrays_of(plain))
 
 
 def test_a_supernet_takes_plain_weights_and_computes_the_same(plain, tmp_path):
     write_state(tmp_path / "plain.pdparams", plain.state_dict())
-    supernet = build_classifier("resnet48_mini", num_classes=10)
+    supernet = build_network("resnet48_mini", num_classes=10)
     load_weights(supernet, read_weights(tmp_path / "plain"), "plain")
     supernet.eval()
     images = paddle.randn([2, 3, 32, 32])
@@ -97,7 +97,7 @@ def test_a_supernet_takes_plain_weights_and_computes_the_same(plain, tmp_path):
 
 
 def test_supernet_names_are_those_of_this_test(plain):
-    supernet = build_classifier("resnet48_mini", num_classes=10)
+    supernet = build_network("resnet48_mini", num_classes=10)
     assert sorted(supernet.state_dict()) == sorted(map(fn_name, plain.state_dict()))
 
 
@@ -165,7 +165,7 @@ def test_differences_are_counted_and_ten_are_listed(plain):
 
 def test_floats_of_other_precision_are_converted(plain):
     weights = {name: array.astype(np.float64) for name, array in arrays_of(plain).items()}
-    other = build_classifier("resnet48_mini", num_classes=10, elastic=False)
+    other = build_network("resnet48_mini", num_classes=10, elastic=False)
     load_weights(other, weights, "F")
     assert_equal(arrays_of(other), arrays_of(plain))
 
@@ -185,8 +185,8 @@ def test_class_count_is_checked_against_the_folders(plain):
 
 def test_only_stage_ones_own_tensors_are_left_behind(caplog):
     paddle.seed(3)
-    contrastive = build_classifier("resnet48pinasv2_mini", num_classes=10, queue_size=16)
-    supernet = build_classifier("resnet48_mini", num_classes=10)
+    contrastive = build_network("resnet48pinasv2_mini", num_classes=10, queue_size=16)
+    supernet = build_network("resnet48_mini", num_classes=10)
     state = {checkpoint.plain_name(n): t.numpy() for n, t in contrastive.state_dict().items()}
     with caplog.at_level("INFO"):
         load_weights(supernet, backbone_weights(state), "F")
@@ -228,7 +228,7 @@ FULL_DISK = """
 import resource, sys
 import numpy as np
 from hnas.utils.checkpoint import write_state
-from hnas.utils.errors import run_main
+from hnas.base.errors import run_main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 run_main(lambda: write_state(sys.argv[1], {"a": np.zeros(1_000_000, np.float32)}))
 """

@@ -18,7 +18,7 @@ from hnas.dataset.transforms import (
     shift_hue,
 )
 from hnas.utils.options import Options
-from hnas.utils.setup import calibration_images
+from hnas.utils.runtime import calibration_images
 
 
 def gradient_image(width=48, height=40):

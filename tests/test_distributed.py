@@ -18,16 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hnas.base.files import write_json
+from hnas.bench import chaos
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset
-from hnas.evaluation.architecture_file import write_json
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.ledger import Ledger, even_chunk, share_out
-from hnas.models.registry import RESNET48_MINI
-from hnas.tools import chaos
+from hnas.parallel.rollcall import LostRankError, RollCall
+from hnas.search_space import RESNET48_MINI
 from hnas.utils import training
 from hnas.utils.options import Options
-from hnas.utils.rollcall import LostRankError, RollCall
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("distributed_worker.py")

@@ -14,10 +14,11 @@ import paddle
 import pytest
 from PIL import Image
 
+from hnas.architecture_file import submission
+from hnas.base.files import write_json
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation import engine
-from hnas.evaluation.architecture_file import submission, write_json
 from hnas.evaluation.engine import EngineError, choose_chunk, evaluate_shared, spot_check
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, balanced_order
@@ -25,7 +26,8 @@ from hnas.evaluation.ledger import STATE_FILE
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.state import StateError, load_state, save_state
-from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48, RESNET48_MINI
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
@@ -47,7 +49,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def network():
     paddle.seed(0)
-    net = build_classifier("resnet48_mini", 3)
+    net = build_network("resnet48_mini", 3)
     net.train()
     with paddle.no_grad():
         for _ in range(10):
@@ -241,7 +243,7 @@ def test_killed_evaluations_end_in_the_same_file(network, folder, tmp_path):
     whole = (tmp_path / "whole/submission.json").read_bytes()
     assert (tmp_path / "parts/submission.json").read_bytes() == whole
     # Another checkpoint in its place: refused in one line.
-    other = build_classifier("resnet48_mini", 3)
+    other = build_network("resnet48_mini", 3)
     paddle.save(other.state_dict(), str(tmp_path / "net.pdparams"))
     code, errors = run("parts")
     assert code == 2

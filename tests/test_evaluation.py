@@ -9,9 +9,10 @@ import paddle
 import pytest
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.evaluation.architecture_file import read_architectures
+from hnas.architecture_file import read_architectures
+from hnas.evaluation.cpu.inference import InferenceKernels, filters_are_fresh
+from hnas.evaluation.cpu.winograd import WinogradKernels
 from hnas.evaluation.hits import Counts, count_hits
-from hnas.evaluation.inference import InferenceKernels, filters_are_fresh
 from hnas.evaluation.kernels import (
     DygraphKernels,
     MatmulKernels,
@@ -22,9 +23,8 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator, _Walk
 from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.evaluation.weights import Convolution, SlicedWeights, leading_channels
-from hnas.evaluation.winograd import WinogradKernels
-from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier
-from hnas.search_space import Architecture
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48, RESNET48_MINI, Architecture
 
 OFFICIAL = Path(__file__).parents[2] / "shared/data/CVPR_2022_NAS_Track1_test.json"
 
@@ -55,7 +55,7 @@ def family(space, seed):
 def supernet(space, classes=10, size=32):
     paddle.seed(0)
     name = "resnet48_mini" if space is RESNET48_MINI else "resnet48"
-    net = build_classifier(name, classes)
+    net = build_network(name, classes)
     net.train()
     with paddle.no_grad():
         for _ in range(10):  # running statistics that keep activations in range

@@ -7,11 +7,10 @@ import paddle
 import pytest
 from paddle import nn
 
-from hnas.models.registry import RESNET48, RESNET48_MINI
+from hnas.base.errors import UserError
 from hnas.models.resnet import ResNet
-from hnas.search_space import Architecture
+from hnas.search_space import RESNET48, RESNET48_MINI, Architecture
 from hnas.tools.flops import main
-from hnas.utils.errors import UserError
 
 LARGEST = "1558511111111111111111111111111111111111111111111111"
 # 51 digits, without the image size; small enough to run at any size.

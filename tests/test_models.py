@@ -6,11 +6,11 @@ import paddle
 import pytest
 from paddleslim.nas.ofa.layers import SuperBatchNorm2D
 
+from hnas.base.errors import UserError
 from hnas.models.elastic import ElasticBatchNorm2D, ElasticResNet
-from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier, search_space
+from hnas.models.registry import build_network
 from hnas.models.resnet import ResNet
-from hnas.search_space import Architecture, ArchitectureError
-from hnas.utils.errors import UserError
+from hnas.search_space import RESNET48, RESNET48_MINI, Architecture, ArchitectureError, search_space
 
 CLASSES = 10
 NOT_SHAREABLE = "1222211213000000121200000012120000000000001212000000"
@@ -208,15 +208,15 @@ def test_networks_that_start_as_shortcuts_are_their_projections():
 
 
 def test_registry_names_and_errors():
-    assert isinstance(build_classifier("resnet48_mini", 7), ElasticResNet)
-    plain = build_classifier("resnet48_mini", 7, elastic=False)
+    assert isinstance(build_network("resnet48_mini", 7), ElasticResNet)
+    plain = build_network("resnet48_mini", 7, elastic=False)
     assert type(plain) is ResNet and plain.head.fc.weight.shape == [128, 7]
     with pytest.raises(UserError, match="did you mean resnet48"):
-        build_classifier("resnet84")
+        build_network("resnet84")
 
 
 def test_official_parameter_names():
-    names = set(build_classifier("resnet48_mini", 7, elastic=False).state_dict())
+    names = set(build_network("resnet48_mini", 7, elastic=False).state_dict())
     for name in ("blocks.0.conv.weight", "blocks.0.bn._mean", "blocks.1.conv1.weight"):
         assert name in names
     # Stage 2 starts with block 6, and the head is block 24.

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 
 from hnas.models import convolution, onednn
 from hnas.models.convolution import onednn_conv2d, use_onednn
-from hnas.models.registry import RESNET48_MINI, build_classifier
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48_MINI
 
 
 def by_hand(x, w, stride, padding, dy):
@@ -82,8 +83,8 @@ def test_inputs_that_are_not_dense():
 
 def test_a_supernet_computes_the_same_with_both():
     paddle.seed(3)
-    network = build_classifier("resnet48_mini", 10)
-    teacher = build_classifier("resnet48_mini", 10, elastic=False)
+    network = build_network("resnet48_mini", 10)
+    teacher = build_network("resnet48_mini", 10, elastic=False)
     rng = np.random.default_rng(4)
     images = paddle.to_tensor(rng.normal(size=(16, 3, 32, 32)).astype("float32"))
     for arch in (RESNET48_MINI.largest(), RESNET48_MINI.sample(rng), RESNET48_MINI.smallest()):
@@ -111,14 +112,14 @@ def test_a_supernet_computes_the_same_with_both():
 
 
 def test_other_precisions_stay_with_paddle():
-    network = build_classifier("resnet48_mini", 10)
+    network = build_network("resnet48_mini", 10)
     network.to(dtype="float64")
     assert use_onednn(network)
     assert network(paddle.zeros([1, 3, 32, 32], "float64")).dtype == paddle.float64
 
 
 def test_a_library_that_differs_is_not_used(monkeypatch, caplog):
-    network = build_classifier("resnet48_mini", 10)
+    network = build_network("resnet48_mini", 10)
     monkeypatch.setattr(convolution, "_largest_difference", lambda: float("nan"))
     assert not use_onednn(network) and not network.onednn
     assert "differ" in caplog.text

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hnas.utils.errors import UserError
+from hnas.base.errors import UserError
 from hnas.utils.options import Options, parse_options
-from hnas.utils.setup import start
+from hnas.utils.runtime import start
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {

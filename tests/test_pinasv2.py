@@ -4,9 +4,9 @@ import numpy as np
 import paddle
 import pytest
 
+from hnas.base.errors import UserError
 from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import RESNET48_MINI
-from hnas.utils.errors import UserError
+from hnas.search_space import RESNET48_MINI
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 

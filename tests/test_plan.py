@@ -7,11 +7,12 @@ import paddle
 import pytest
 from paddle import nn
 
+from hnas.base.errors import UserError
 from hnas.evaluation.tree import PrefixTree
-from hnas.models.registry import RESNET48, RESNET48_MINI, build_classifier
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools import plan
 from hnas.tools.plan import Recipe
-from hnas.utils.errors import UserError
 
 LARGEST = 5_282_238_464
 
@@ -55,7 +56,7 @@ def test_stage_two_counts_the_networks_that_are_sampled():
 
 
 def test_activations_are_what_the_convolutions_put_out():
-    network = build_classifier("resnet48_mini", 10, elastic=False)
+    network = build_network("resnet48_mini", 10, elastic=False)
     sizes = []
     for layer in network.sublayers():
         if isinstance(layer, nn.Conv2D):

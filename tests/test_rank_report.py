@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from hnas.evaluation.ranking import bootstrap_interval, kendall_tau_b
-from hnas.models.registry import RESNET48, RESNET48_MINI
+from hnas.base.errors import UserError
+from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b
+from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools.rank_report import main
-from hnas.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 NUMBER = 60
@@ -306,7 +306,7 @@ def test_values_out_of_bounds(report, files, flag, value):
 
 
 def test_the_program_ends_with_one_line_and_exit_code_2(tmp_path):
-    command = "import sys; from hnas.utils.errors import run_main; "
+    command = "import sys; from hnas.base.errors import run_main; "
     command += "from hnas.tools.rank_report import main; run_main(main)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", command, "--pred", "macs", "--gt", "none.json"]

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hnas.models.registry import RESNET48_MINI
-from hnas.search_space import Architecture
-from hnas.tools import bench_rank
-from hnas.tools.rank_jobs import SPLITS, Bench, Scale
-from hnas.tools.rank_methods import DEFAULTS, FINALISTS, RECIPE
-from hnas.tools.rank_summary import summarize
-from hnas.tools.rank_tables import COLUMNS, table
-from hnas.tools.rank_truth import PARTS, Truth, tau_between_halves, truth_file
+from hnas.bench.rank import __main__ as bench_rank
+from hnas.bench.rank.jobs import SPLITS, Bench, Scale
+from hnas.bench.rank.methods import DEFAULTS, FINALISTS, RECIPE
+from hnas.bench.rank.summary import summarize
+from hnas.bench.rank.tables import COLUMNS, table
+from hnas.bench.rank.truth import PARTS, Truth, tau_between_halves, truth_file
+from hnas.search_space import RESNET48_MINI, Architecture
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "hnas/tools/results/rank"

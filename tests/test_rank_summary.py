@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hnas.evaluation.architecture_file import write_json
-from hnas.models.registry import RESNET48_MINI
-from hnas.tools import rank_summary, rank_truth
-from hnas.tools.rank_jobs import OPEN_SPLITS, Bench, Scale
-from hnas.utils.errors import UserError
+from hnas.base.errors import UserError
+from hnas.base.files import write_json
+from hnas.bench.rank import summary as rank_summary
+from hnas.bench.rank import truth as rank_truth
+from hnas.bench.rank.jobs import OPEN_SPLITS, Bench, Scale
+from hnas.search_space import RESNET48_MINI
 
 
 def made_up(seed, archs, seeds):

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hnas.evaluation.ranking import (
+from hnas.ranking.correlations import (
     CORRELATIONS,
     TopK,
     abs_pearson,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hnas.evaluation.ranking import CORRELATIONS
+from hnas.ranking.correlations import CORRELATIONS
 from hnas.utils.options import Options
 
 ROOT = Path(__file__).parents[1]
@@ -169,7 +169,7 @@ def test_variables_before_an_inline_launcher_exist(readme):
 def test_fields_of_the_benchmark_exist(readme):
     rows = table_after(text_of(readme), "bench_eval fields")
     fields = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
-    known = set(re.findall(r'^ +"(\w+)": ', text_of("hnas/tools/bench_eval.py"), re.M))
+    known = set(re.findall(r'^ +"(\w+)": ', text_of("hnas/bench/speed_scoring.py"), re.M))
     assert fields and set(fields) <= known
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import paddle
 import pytest
 
-from hnas.models.registry import build_classifier, find_backbone
-from hnas.tools import chaos
+from hnas.base.safe_pickle import load_pickle
+from hnas.bench import chaos
+from hnas.models.registry import build_network
+from hnas.parallel.stopping import StopSignals
+from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
-from hnas.utils.safe_pickle import load_pickle
-from hnas.utils.stopping import StopSignals
 
 CLASSES, IMAGES, BATCH = 10, 2, 4
 STEPS = CLASSES * IMAGES // BATCH
@@ -292,7 +293,7 @@ def test_blocks_that_a_step_does_not_run_are_left_alone():
     """Else a step would depend on which blocks ran before, which no checkpoint tells."""
     paddle.seed(0)
     space = find_backbone("resnet48_mini").space
-    network = build_classifier("resnet48_mini", num_classes=10)
+    network = build_network("resnet48_mini", num_classes=10)
     model = DistillationModel(network, None, LargestThenSmallest(space), subnetworks=1)
     model.prepare(momentum_optimizer(network, 0.1, momentum=0.9, weight_decay=0.1))
     batch = [paddle.randint(0, 256, [4, 3, 32, 32]).astype("uint8"), paddle.arange(4)]
@@ -313,7 +314,7 @@ def test_blocks_that_a_step_does_not_run_are_left_alone():
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(capsys):
-    """The bounded version of ``python -m hnas.tools.chaos``."""
+    """The bounded version of ``python -m hnas.bench.chaos``."""
     chaos.main(["--kills", "2", "--images", "3", "--epochs", "2", "--seed", "1"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ok"]

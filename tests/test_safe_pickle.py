@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hnas.utils.safe_pickle import UnsafePickleError, load_pickle
+from hnas.base.safe_pickle import UnsafePickleError, load_pickle
 
 
 class Call:

@@ -11,8 +11,8 @@ import pytest
 from conftest import option_ranks
 from scipy.stats import chisquare
 
+from hnas.base.errors import UserError
 from hnas.search_space import RELEASED_DIGITS, SearchSpace
-from hnas.utils.errors import UserError
 from hnas.utils.options import parse_options
 from hnas.utils.SampleMethod import (
     AnnealedSampler,

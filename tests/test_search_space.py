@@ -14,9 +14,17 @@ from paddle.hapi import dynamic_flops
 from scipy.stats import chi2_contingency, chisquare
 
 from hnas.models.convolution import PlainConv2D
-from hnas.models.registry import RESNET48, RESNET48_MINI, search_space
 from hnas.models.resnet import ResNet
-from hnas.search_space import Architecture, ArchitectureError, SearchSpace
+from hnas.search_space import (
+    RATIOS,
+    RESNET48,
+    RESNET48_MINI,
+    Architecture,
+    ArchitectureError,
+    SearchSpace,
+    make_divisible,
+    search_space,
+)
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "CVPR_2022_NAS_Track1_test.json"
 LARGEST = "1558511111111111111111111111111111111111111111111111"
@@ -192,48 +200,48 @@ def test_stem_must_have_stage_ones_width():
 # --- widths
 
 
-def exact_channels(base, digit, divisor, truncate):
+def exact_channels(base, digit, divisor):
     """Channel count in integers: the ratio is 100, 95, ..., 70 hundredths."""
     hundredths = base * (105 - 5 * digit)
-    if truncate:
-        return hundredths // 100
     multiples = range(divisor, base + divisor, divisor)
     # Nearest, the larger of two equally near ones, unless more than a tenth is lost.
     nearest = min(multiples, key=lambda m: (abs(100 * m - hundredths), -m))
     return nearest if 1000 * nearest >= 9 * hundredths else nearest + divisor
 
 
-@pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize("divisor", [1, 4, 8, 16])
 @pytest.mark.parametrize(
     "bases", [(64, 128, 256, 512), (20, 32, 64, 128), (16, 24, 40, 100), (90, 170, 180, 340)]
 )
-def test_widths_equal_integer_arithmetic(bases, divisor, truncate):
-    space = SearchSpace(bases, divisor, truncate)
+def test_widths_equal_integer_arithmetic(bases, divisor):
+    space = SearchSpace(bases, divisor)
     for stage, base in enumerate(bases):
         for digit in range(1, 8):
-            expected = exact_channels(base, digit, divisor, truncate)
+            expected = exact_channels(base, digit, divisor)
             assert space.channels(stage, digit) == expected, (base, digit)
 
 
 def test_documented_widths():
-    def widths(stage, **changes):
-        return [SearchSpace(**changes).channels(stage, digit) for digit in range(1, 8)]
+    def widths(stage):
+        return [RESNET48.channels(stage, digit) for digit in range(1, 8)]
 
     assert widths(0) == [64, 64, 56, 56, 48, 48, 48]
     assert widths(1) == [128, 120, 112, 112, 104, 96, 88]
-    assert widths(0, truncate=True) == [64, 60, 57, 54, 51, 48, 44]
-    assert search_space("resnet48", truncate=True).channels(0, 2) == 60
+
+
+def test_truncating_before_rounding_changes_no_width():
+    # The organisers' and the winners' supernets round int(base * ratio) to multiples of 8.
+    for stage, base in enumerate(RESNET48.base_channels):
+        for digit, ratio in enumerate(RATIOS, 1):
+            assert make_divisible(int(base * ratio), 8) == RESNET48.channels(stage, digit)
 
 
 def test_mini_space_keeps_seven_ratios_apart():
-    for truncate in (False, True):
-        space = search_space("resnet48_mini", truncate=truncate)
-        for stage in range(4):
-            widths = [space.channels(stage, digit) for digit in range(1, 8)]
-            assert sorted(set(widths), reverse=True) == widths
-            ratios = np.array(widths) / widths[0]
-            np.testing.assert_allclose(ratios, np.arange(1, 0.69, -0.05), atol=0.05)
+    for stage in range(4):
+        widths = [RESNET48_MINI.channels(stage, digit) for digit in range(1, 8)]
+        assert sorted(set(widths), reverse=True) == widths
+        ratios = np.array(widths) / widths[0]
+        np.testing.assert_allclose(ratios, np.arange(1, 0.69, -0.05), atol=0.05)
 
 
 # --- MACs and parameters
@@ -275,7 +283,7 @@ FULL_SAMPLE = search_space("resnet48", "full").sample(np.random.default_rng(2)).
         pytest.param(RESNET48, RELEASED_SAMPLE, 96, 1000, id="released"),
         pytest.param(RESNET48, FULL_SAMPLE, 75, 10, id="odd size"),
         pytest.param(RESNET48, NOT_SHAREABLE, 64, 10, id="not shareable"),
-        pytest.param(search_space("resnet48", truncate=True), MIXED, 33, 10, id="truncated"),
+        pytest.param(RESNET48, MIXED, 33, 10, id="mixed"),
         pytest.param(RESNET48_MINI, LARGEST, 32, 10, id="mini largest"),
         pytest.param(RESNET48_MINI, MIXED, 45, 7, id="mini"),
         pytest.param(RESNET48_MINI, NOT_SHAREABLE, 32, 10, id="mini not shareable"),

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from hnas.dataset.image_folder import scan_images
-from hnas.models.registry import RESNET48_MINI, build_classifier
-from hnas.search_space import Architecture
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
 from hnas.utils.checkpoint import read_weights
 
@@ -55,7 +55,7 @@ def run(tmp_path_factory):
             for path in sorted((root / "all" / split / str(label)).iterdir())[:number]:
                 shutil.copy(path, target)
     paddle.seed(0)
-    network = build_classifier("resnet48_mini", 10, elastic=False)
+    network = build_network("resnet48_mini", 10, elastic=False)
     paddle.save(network.state_dict(), str(root / "pretrained.pdparams"))
     rng = np.random.default_rng(0)
     archs = [RESNET48_MINI.largest(), *(RESNET48_MINI.sample(rng) for _ in range(4))]
@@ -140,7 +140,7 @@ def normalized(pixels):
 def test_standalone_networks_reproduce_the_submission(run):
     root, _, codes, _ = run
     pixels, labels = validation_batch(root)
-    supernet = build_classifier("resnet48_mini", 10)
+    supernet = build_network("resnet48_mini", 10)
     supernet.set_state_dict(paddle.load(str(root / "stage2/0.pdparams")))
     submission = json.loads((root / "stage3/submission.json").read_text())
     for index, code in enumerate(codes):

@@ -15,12 +15,12 @@ import paddle
 import pytest
 from PIL import Image
 
-from hnas.models.registry import RESNET48_MINI
+from hnas.base.errors import UserError
+from hnas.bench import chaos
 from hnas.models.resnet import ResNet
-from hnas.search_space import Architecture, ArchitectureError
-from hnas.tools import chaos, rank_report
+from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
+from hnas.tools import rank_report
 from hnas.tools.train_standalone import main
-from hnas.utils.errors import UserError
 from hnas.utils.hapi_wrapper import momentum_optimizer
 from hnas.utils.hapi_wrapper_standalone import StandaloneModel
 

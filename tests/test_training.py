@@ -8,8 +8,9 @@ import paddle
 import pytest
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.models.registry import RESNET48_MINI, build_classifier
-from hnas.utils.errors import UserError
+from hnas.base.errors import UserError
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48_MINI
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     InPlaceDistillationModel,
@@ -52,8 +53,8 @@ def test_distillation_loss_is_both_cross_entropies():
 @pytest.mark.parametrize("expand", [False, True])
 def test_a_step_equals_independent_gradients(expand):
     paddle.seed(4)
-    net = build_classifier("resnet48_mini", CLASSES)
-    teacher = build_classifier("resnet48_mini", CLASSES, elastic=False)
+    net = build_network("resnet48_mini", CLASSES)
+    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
     for network in (net, teacher):
         network.to(dtype="float64")
     sampler = RandomSampler(RESNET48_MINI, seed=1, tilt=1.0)
@@ -130,8 +131,8 @@ def log_softmax(logits):
 def test_losses_of_a_step_equal_independent_ones(in_place, temperature):
     """In place the first sub-network learns from labels and teaches all others."""
     paddle.seed(9)
-    net = build_classifier("resnet48_mini", CLASSES)
-    teacher = build_classifier("resnet48_mini", CLASSES, elastic=False)
+    net = build_network("resnet48_mini", CLASSES)
+    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
     # In float64, since new networks amplify rounding; normalisation gives float32 images.
     for network in (net, teacher):
         network.to(dtype="float64")
@@ -171,7 +172,7 @@ def test_a_teacher_in_place_gets_no_gradient_from_its_pupils():
     gradients = []
     for subnetworks in (1, 2):
         paddle.seed(12)
-        net = build_classifier("resnet48_mini", CLASSES)
+        net = build_network("resnet48_mini", CLASSES)
         model = InPlaceDistillationModel(net, SandwichSampler(RESNET48_MINI, 0), subnetworks)
         before = {name: p.numpy().copy() for name, p in net.named_parameters()}
         model.prepare(paddle.optimizer.SGD(0.1, parameters=net.parameters()))
@@ -190,8 +191,8 @@ def test_a_teacher_in_place_gets_no_gradient_from_its_pupils():
 
 def test_teacher_never_changes():
     paddle.seed(6)
-    net = build_classifier("resnet48_mini", CLASSES)
-    teacher = build_classifier("resnet48_mini", CLASSES, elastic=False)
+    net = build_network("resnet48_mini", CLASSES)
+    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
     before = {name: tensor.numpy().copy() for name, tensor in teacher.state_dict().items()}
     model = DistillationModel(net, teacher, RandomSampler(RESNET48_MINI, 0), 2)
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
@@ -206,7 +207,7 @@ def test_teacher_never_changes():
 
 def test_evaluating_a_subnetwork_leaves_the_supernet_alone():
     paddle.seed(7)
-    net = build_classifier("resnet48_mini", CLASSES)
+    net = build_network("resnet48_mini", CLASSES)
     model = DistillationModel(net, None, RandomSampler(RESNET48_MINI, 0), 1)
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY), metrics=paddle.metric.Accuracy())
     images, labels = batch(8)

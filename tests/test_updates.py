@@ -5,22 +5,23 @@ import paddle
 import pytest
 from paddle import nn
 
-from hnas.models.registry import RESNET48_MINI, build_classifier
-from hnas.utils.errors import UserError
+from hnas.base.errors import UserError
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48_MINI
+from hnas.utils.gradient_step import Update
 from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.options import Options
+from hnas.utils.runtime import start
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
-from hnas.utils.setup import start
 from hnas.utils.training import prepare
-from hnas.utils.updates import Update
 from hnas.utils.visualdl_writer import VisualDLWriter
 
 
 def distillation(accumulate):
     paddle.seed(0)
-    network = build_classifier("resnet48_mini", 10)
-    teacher = build_classifier("resnet48_mini", 10, elastic=False)
+    network = build_network("resnet48_mini", 10)
+    teacher = build_network("resnet48_mini", 10, elastic=False)
     model = DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 1), 2)
     optimizer = momentum_optimizer(network, 0.01, 0.9, 1e-4)
     model.prepare(optimizer, update=Update(optimizer, accumulate))
@@ -29,7 +30,7 @@ def distillation(accumulate):
 
 def contrastive(accumulate):
     paddle.seed(0)
-    network = build_classifier("resnet48pinasv2_mini", 10, queue_size=16)
+    network = build_network("resnet48pinasv2_mini", 10, queue_size=16)
     model = ContrastiveModel(network, LargestSampler(RESNET48_MINI))
     optimizer = momentum_optimizer(network, 0.01, 0.9, 1e-4)
     model.prepare(optimizer, update=Update(optimizer, accumulate))

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from hnas.base.errors import UserError
 from hnas.dataset.image_index import ScanCache, stamp_of
-from hnas.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

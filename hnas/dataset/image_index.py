@@ -15,8 +15,8 @@ import os
 import time
 from pathlib import Path
 
-from hnas.evaluation.architecture_file import write_json
-from hnas.utils.errors import UserError
+from hnas.base.errors import UserError
+from hnas.base.files import write_json
 
 logger = logging.getLogger(__name__)
 

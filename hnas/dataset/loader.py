@@ -30,8 +30,7 @@ class ImageDataset(Dataset):
 
     Args:
         images: what to load.
-        transform: called with a PIL image and a generator; its method ``batch``, if there is one,
-            with lists of both, and then giving the same arrays, stacked.
+        transform: called with a PIL image and a generator; gives an array or a tuple of them.
         seed: of the augmentations.
         in_memory: decode every image once, now, and keep the pixels (uint8, full size).
         pixels: decoded images [H, W, 3] to take instead of the files.
@@ -60,7 +59,8 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int):
         arrays = self.transform(self.image(index), self.generator(index))
-        return (*_as_tuple(arrays), self.images.labels[index])
+        arrays = arrays if isinstance(arrays, tuple) else (arrays,)
+        return (*arrays, self.images.labels[index])
 
     def image(self, index: int) -> Image.Image:
         """The image before its transform."""
@@ -74,16 +74,8 @@ class ImageDataset(Dataset):
 
     def load(self, indices: Sequence[int]) -> list[np.ndarray]:
         """The items at ``indices``, each of their parts stacked."""
-        if not hasattr(self.transform, "batch"):
-            items = [self[index] for index in indices]
-            return [np.stack(part) for part in zip(*items, strict=True)]
-        images = [self.image(index) for index in indices]
-        arrays = self.transform.batch(images, [self.generator(index) for index in indices])
-        return [*_as_tuple(arrays), self.images.labels[indices]]
-
-
-def _as_tuple(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
+        items = [self[index] for index in indices]
+        return [np.stack(part) for part in zip(*items, strict=True)]
 
 
 class EpochLoader:
@@ -93,8 +85,8 @@ class EpochLoader:
         dataset: to load from.
         batch_size: images a batch and rank; the last, incomplete one is left out.
         num_workers: loader processes; 0 loads in this one.
-        rank, ranks: each of ``ranks`` processes loads its consecutive share of every batch, so
-            that R of them see together what one with batches of R times the size sees.
+        rank, world_size: each of so many processes loads its consecutive share of every batch,
+            so that R of them see together what one with batches of R times the size sees.
 
     Raises:
         DataError: fewer images than one batch.
@@ -106,9 +98,9 @@ class EpochLoader:
         batch_size: int,
         num_workers: int = 0,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
     ):
-        self.total_batch = batch_size * ranks
+        self.total_batch = batch_size * world_size
         if len(dataset) < self.total_batch:
             raise DataError(
                 f"{dataset.images.folder} holds {len(dataset)} images, fewer than one batch of "

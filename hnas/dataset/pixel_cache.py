@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from hnas.base.files import file_digest, replacing
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
 from hnas.dataset.image_index import cache_folder, stamp_of
-from hnas.utils.atomic import file_digest, replacing
 
 logger = logging.getLogger(__name__)
 

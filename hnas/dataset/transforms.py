@@ -1,6 +1,7 @@
-"""Augmentations of single images. Each takes a PIL image and a generator, so that what is done
-to an image depends on the generator's seed only, and gives uint8 [3, H, W]. Those of training have
-a method ``batch`` that takes lists of both and gives the same for all, uint8 [N, 3, H, W]."""
+"""Augmentations: each takes a PIL image and a generator and gives uint8 [3, H, W].
+
+What is done to an image depends on the generator's seed only.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +12,6 @@ import numpy as np
 import paddle
 from PIL import Image, ImageEnhance, ImageFilter
 
-from hnas.dataset.batch_transforms import HUE, Draws, finish_batch
-
-# Larger images are faster one by one, in Pillow alone: a batch of them leaves the caches.
-WHOLE_BATCH_PX = 48
 # Least and most blur of the strong view, in px: MoCo's, for images of 224 px.
 MIN_RADIUS, MAX_RADIUS = 0.1, 2.0
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -83,33 +80,6 @@ def color_jitter(image, rng, strength: float = 0.4, hue: float = 0.1):
     return image
 
 
-def draw_jitter(rng, strength: float = 0.4, hue: float = 0.1) -> list[tuple[int, float]]:
-    """What :func:`color_jitter` draws."""
-    return [
-        (
-            int(step),
-            rng.uniform(-hue, hue) if step == HUE else rng.uniform(1 - strength, 1 + strength),
-        )
-        for step in rng.permutation(4)
-    ]
-
-
-def draw_radius(rng, size: int) -> float:
-    """The strong view's blur of an image of ``size``, px."""
-    return rng.uniform(MIN_RADIUS, MAX_RADIUS) * size / 224
-
-
-def one_by_one(transform, images, rngs) -> np.ndarray:
-    """What a transform gives for each image, stacked."""
-    return np.stack([transform(image, rng) for image, rng in zip(images, rngs, strict=True)])
-
-
-def crop_batch(images, rngs, size: int, scale_min: float) -> np.ndarray:
-    """Random resized crops of PIL images as uint8 [N, size, size, 3]."""
-    pairs = zip(images, rngs, strict=True)
-    return np.stack([random_resized_crop(image, rng, size, scale_min) for image, rng in pairs])
-
-
 @dataclass(frozen=True)
 class TrainTransform:
     """Random resized crop and flip: stage two's input, and stage one's weaker view."""
@@ -121,13 +91,6 @@ class TrainTransform:
     def __call__(self, image, rng) -> np.ndarray:
         image = random_resized_crop(image, rng, self.size, self.scale_min)
         return to_array(random_flip(image, rng, self.flip))
-
-    def batch(self, images, rngs) -> np.ndarray:
-        return one_by_one(self, images, rngs)
-
-    def draw(self, rng) -> Draws:
-        """What a call draws after its crop, in the same order."""
-        return Draws([], False, 0.0, rng.random() < self.flip)
 
 
 @dataclass(frozen=True)
@@ -145,21 +108,9 @@ class StrongTransform:
         if rng.random() < 0.2:
             image = image.convert("L").convert("RGB")
         if rng.random() < 0.5:
-            image = image.filter(ImageFilter.GaussianBlur(draw_radius(rng, self.size)))
+            radius = rng.uniform(MIN_RADIUS, MAX_RADIUS) * self.size / 224
+            image = image.filter(ImageFilter.GaussianBlur(radius))
         return to_array(random_flip(image, rng, self.flip))
-
-    def batch(self, images, rngs) -> np.ndarray:
-        if self.size > WHOLE_BATCH_PX:
-            return one_by_one(self, images, rngs)
-        crops = crop_batch(images, rngs, self.size, self.scale_min)
-        return finish_batch(crops, [self.draw(rng) for rng in rngs])
-
-    def draw(self, rng) -> Draws:
-        """What a call draws after its crop, in the same order."""
-        jitter = draw_jitter(rng) if rng.random() < 0.8 else []
-        grey = rng.random() < 0.2
-        radius = draw_radius(rng, self.size) if rng.random() < 0.5 else 0.0
-        return Draws(jitter, grey, radius, rng.random() < self.flip)
 
 
 @dataclass(frozen=True)
@@ -187,6 +138,3 @@ class TwoViews:
 
     def __call__(self, image, rng) -> tuple[np.ndarray, np.ndarray]:
         return self.first(image, rng), self.second(image, rng)
-
-    def batch(self, images, rngs) -> tuple[np.ndarray, np.ndarray]:
-        return self.first.batch(images, rngs), self.second.batch(images, rngs)

@@ -11,7 +11,10 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
-from hnas.evaluation.architecture_file import submission, write_json
+from hnas.architecture_file import submission
+from hnas.base.errors import UserError
+from hnas.base.files import write_json
+from hnas.base.memory import available_bytes, peak_gib
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
 from hnas.evaluation.ledger import Ledger, even_chunk, share_out
@@ -19,10 +22,15 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import naive_macs
 from hnas.models.elastic import ElasticResNet
+from hnas.parallel.distributed import (
+    barrier,
+    from_main_process,
+    is_main_process,
+    local_ranks,
+    rank,
+    world_size,
+)
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
-from hnas.utils.distributed import from_chief, is_chief, local_ranks, meet, rank, ranks
-from hnas.utils.errors import UserError
-from hnas.utils.memory import available_bytes, peak_gib
 
 logger = logging.getLogger(__name__)
 
@@ -69,24 +77,24 @@ def evaluate_shared(
         StateError: the state in ``save_dir`` is of something else.
     """
     evaluator = SharedEvaluator(network, list(archs.values()), images.size, calibration, amp)
-    ledger = Ledger(save_dir, identity, archs, len(images), target_se, keeps=is_chief())
+    ledger = Ledger(save_dir, identity, archs, len(images), target_se, keeps=is_main_process())
     if not chunk and not ledger.chunk:
         free = choose_chunk(network.space, images.size, evaluator.calibration_images)
-        chunk = even_chunk(free, len(images), ranks())
+        chunk = even_chunk(free, len(images), world_size())
     # When all have read what earlier runs left, rank 0 tidies it up and decides.
-    meet()
-    if is_chief():
+    barrier()
+    if is_main_process():
         ledger.begin(min(chunk, len(images)) if chunk else 0)
-    (chunk,) = from_chief([ledger.chunk])
-    if not is_chief():
+    (chunk,) = from_main_process([ledger.chunk])
+    if not is_main_process():
         ledger.reload()
         ledger.chunk = chunk
     starts = ledger.starts()
-    undone = from_chief([not ledger.is_done(start) for start in starts])
-    own = share_out(np.array(undone), rank(), ranks())
+    undone = from_main_process([not ledger.is_done(start) for start in starts])
+    own = share_out(np.array(undone), rank(), world_size())
     describe(evaluator, network.space, archs, images, chunk, ledger)
     for number in own:
-        if not is_chief():
+        if not is_main_process():
             ledger.reload()
         if ledger.enough:
             break
@@ -108,11 +116,11 @@ def evaluate_shared(
             ledger.counts.images,
             ledger.largest_error,
             seconds,
-            ranks() * counts.images * len(archs) / seconds,
-            (len(images) - ledger.counts.images) / counts.images * seconds / ranks(),
+            world_size() * counts.images * len(archs) / seconds,
+            (len(images) - ledger.counts.images) / counts.images * seconds / world_size(),
             peak_gib(),
         )
-    if is_chief():
+    if is_main_process():
         wait_for_rest(ledger)
         if ledger.counts.images < len(images):
             logger.info("all standard errors are below %g: stopped early", target_se)
@@ -149,9 +157,9 @@ def describe(
             evaluator.calibration_images,
             chunk,
         )
-    if len(ledger.starts()) < ranks():
+    if len(ledger.starts()) < world_size():
         logger.warning(
-            "%d chunks for %d processes: lower chunk_size", len(ledger.starts()), ranks()
+            "%d chunks for %d processes: lower chunk_size", len(ledger.starts()), world_size()
         )
     logger.info(
         "%d architectures, %d images in chunks of %d: %.1f GMAC an image instead of %.1f",

@@ -10,10 +10,10 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
+from hnas.base.files import replacing
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform
-from hnas.utils.atomic import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.evaluation.architecture_file import write_json
+from hnas.base.files import write_json
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.state import StateError, estimates, load_state, save_state
 from hnas.search_space import Architecture
@@ -154,10 +154,10 @@ def even_chunk(limit: int, images: int, processes: int) -> int:
     return -(-images // (rounds * processes))
 
 
-def share_out(undone: np.ndarray, rank: int, ranks: int) -> list[int]:
+def share_out(undone: np.ndarray, rank: int, world_size: int) -> list[int]:
     """The chunks (by number, of a mask of undone ones) that ``rank`` takes.
 
     In turns, so that those of all ranks together grow from the beginning, whose images are a
     balanced sample.
     """
-    return np.flatnonzero(undone)[rank::ranks].tolist()
+    return np.flatnonzero(undone)[rank::world_size].tolist()

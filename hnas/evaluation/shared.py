@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import paddle
 
+from hnas.base.memory import keep_freed_memory
 from hnas.dataset.transforms import normalize
+from hnas.evaluation.cpu.inference import InferenceKernels, cpu_threads, filters_are_fresh
+from hnas.evaluation.cpu.winograd import WinogradKernels
 from hnas.evaluation.hits import Counts, count_hits
-from hnas.evaluation.inference import InferenceKernels, cpu_threads, filters_are_fresh
 from hnas.evaluation.kernels import DygraphKernels, MatmulKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree
 from hnas.evaluation.weights import STEM, SlicedWeights, leading_channels
-from hnas.evaluation.winograd import WinogradKernels
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture, feature_sizes
-from hnas.utils.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

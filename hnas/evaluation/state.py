@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hnas.base.errors import UserError
+from hnas.base.files import replacing
 from hnas.evaluation.hits import Counts
 from hnas.search_space import Architecture
-from hnas.utils.atomic import replacing
-from hnas.utils.errors import UserError
 
 FIELDS = ("top1", "top5", "near1", "near5")
 

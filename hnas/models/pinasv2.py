@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import paddle
 from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
 from paddleslim.nas.ofa.layers import SuperLinear
 
+from hnas.base.errors import UserError
 from hnas.models.elastic import ElasticResNet
+from hnas.parallel.distributed import gather, rank, world_size
 from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.distributed import ShuffledViews
-from hnas.utils.errors import UserError
 
 
 class MLPNeck(nn.Layer):
@@ -35,6 +36,34 @@ class MLPNeck(nn.Layer):
     def forward(self, x):
         x = self.avgpool(x).flatten(1)
         return F.normalize(self.project(self.relu(self.hidden(x))), axis=1)
+
+
+class ShuffledViews:
+    """The key encoder's images in a step: drawn from all ranks' batches, each on one rank.
+
+    MoCo's shuffling (He et al., https://arxiv.org/abs/1911.05722): were keys and queries of an
+    image normalised by the same batch, their statistics would give away which belong together.
+
+    Args:
+        draw: what the permutation depends on: seed, epoch, step and part of the step.
+        views: uint8 [N, 3, H, W] each, of the same images.
+    """
+
+    def __init__(self, draw: tuple[int, ...], *views: paddle.Tensor):
+        images = len(views[0])
+        order = np.random.default_rng(draw).permutation(world_size() * images)
+        self._own = slice(rank() * images, (rank() + 1) * images)
+        self._back = paddle.to_tensor(np.argsort(order))
+        share = paddle.to_tensor(order[self._own])
+        self.views = [paddle.gather(gather(view), share) for view in views]
+
+    def restore(self, keys: paddle.Tensor) -> paddle.Tensor:
+        """Keys [world_size * N, D] of all, in the order of the images, of shuffled ones [N, D]."""
+        return paddle.gather(gather(keys), self._back)
+
+    def own(self, keys: paddle.Tensor) -> paddle.Tensor:
+        """The keys [N, D] of this rank's images, of all."""
+        return keys[self._own]
 
 
 class PassOutput(NamedTuple):
@@ -133,7 +162,7 @@ class PiNASv2(nn.Layer):
         return self.key_neck(self.key_backbone.features(images))
 
     def _all_keys(self, view, shuffled, path: Architecture):
-        """Keys [N, D] of this rank's images and [ranks * N, D] of all ranks', in their order."""
+        """Keys [N, D] of this rank's images, and [world_size * N, D] of all ranks' in order."""
         if shuffled is None:
             keys = self.embed_keys(view, path)
             return keys, keys
@@ -155,8 +184,8 @@ class PiNASv2(nn.Layer):
 
         Returns:
             The mean loss of both passes; their keys averaged and renormalised, all ranks'
-            [ranks * N, D], for :meth:`enqueue` after the backward pass; and the share of queries
-            that find their own key first among all of the queue.
+            [world_size * N, D], for :meth:`enqueue` after the backward pass; and the share of
+            queries that find their own key first among all of the queue.
         """
         images_a, images_b = (view_a, view_b) if shuffled is None else shuffled.views
         key_b, every_b = self._all_keys(images_b, shuffled, path_b)

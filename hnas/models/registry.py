@@ -1,63 +1,16 @@
-"""The backbones that the command line knows."""
+"""The networks that the command line knows, by name."""
 
 from __future__ import annotations
-
-import difflib
-from dataclasses import dataclass, replace
 
 from paddle import nn
 
 from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
-from hnas.search_space import FULL_DIGITS, RELEASED_DIGITS, SearchSpace
-from hnas.utils.errors import UserError
-
-RESNET48 = SearchSpace()
-
-# A quarter of ResNet48's widths for CPUs, with a divisor of 1, since multiples of 8 would merge
-# the ratios. The first stage has 20 channels instead of 16: between 70 and 100 % of 16 lie only
-# six integers for seven ratios.
-RESNET48_MINI = SearchSpace(base_channels=(20, 32, 64, 128), divisor=1)
+from hnas.search_space import SearchSpace, find_backbone
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A named network: its search space, and whether it is stage one's contrastive model."""
-
-    space: SearchSpace
-    contrastive: bool
-
-
-BACKBONES = {
-    "resnet48": Backbone(RESNET48, contrastive=False),
-    "resnet48pinasv2": Backbone(RESNET48, contrastive=True),
-    "resnet48_mini": Backbone(RESNET48_MINI, contrastive=False),
-    "resnet48pinasv2_mini": Backbone(RESNET48_MINI, contrastive=True),
-}
-SAMPLE_SPACES = {"released": RELEASED_DIGITS, "full": FULL_DIGITS}
-
-
-def find_backbone(name: str) -> Backbone:
-    """The backbone of that name.
-
-    Raises:
-        UserError: there is none; the message lists the names.
-    """
-    if name not in BACKBONES:
-        nearest = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise UserError(f"unknown backbone {name!r}; {hint}there are {', '.join(BACKBONES)}")
-    return BACKBONES[name]
-
-
-def search_space(name: str, sample_space: str = "released", truncate: bool = False) -> SearchSpace:
-    """The search space of a backbone; ``sample_space`` is ``released`` or ``full``."""
-    digits = SAMPLE_SPACES[sample_space]
-    return replace(find_backbone(name).space, truncate=truncate, max_digits=digits)
-
-
-def build_classifier(
+def build_network(
     name: str,
     num_classes: int = 1000,
     space: SearchSpace | None = None,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hnas.utils.errors import UserError, run_main
+from hnas.base.errors import UserError, run_main
 from hnas.utils.options import OneLineParser
 
 DIGIT_SIZE, BORDER = 32, 4

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import sys
 
-from hnas.evaluation.architecture_file import read_architectures, write_json
-from hnas.models.registry import search_space
-from hnas.utils.errors import run_main
+from hnas.architecture_file import read_architectures
+from hnas.base.errors import run_main
+from hnas.base.files import write_json
+from hnas.search_space import search_space
 from hnas.utils.options import OneLineParser, whole_number
 
 

@@ -11,15 +11,14 @@ import logging
 
 import paddle
 
+from hnas.base.errors import run_main
 from hnas.dataset.transforms import TrainTransform
-from hnas.models.registry import build_classifier
+from hnas.models.registry import build_network
+from hnas.parallel.distributed import is_main_process
 from hnas.utils.checkpoint import write_state
-from hnas.utils.distributed import is_chief
-from hnas.utils.errors import run_main
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.options import parse_options
-from hnas.utils.SampleMethod import LargestSampler
-from hnas.utils.setup import (
+from hnas.utils.runtime import (
     require,
     space_of,
     start,
@@ -28,6 +27,7 @@ from hnas.utils.setup import (
     validation_images,
     validation_loader,
 )
+from hnas.utils.SampleMethod import LargestSampler
 from hnas.utils.training import fit, prepare
 
 logger = logging.getLogger(__name__)
@@ -42,13 +42,13 @@ def main() -> None:
     images = training_images(options)
     val = validation_images(options, images)
     space = space_of(options)
-    network = build_classifier(options.backbone, len(images.classes), space)
+    network = build_network(options.backbone, len(images.classes), space)
     model = DistillationModel(network, teacher=None, sampler=LargestSampler(space), subnetworks=1)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)
     prepare(model, options, len(loader), metrics=paddle.metric.Accuracy())
     fit(model, options, loader)
-    if not is_chief():
+    if not is_main_process():
         return
     write_state(options.pretrained, network.extract(space.largest()).state_dict())
     metrics = model.evaluate_architecture(validation_loader(options, val), space.largest())

@@ -17,21 +17,20 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.evaluation.architecture_file import read_accuracies, write_json
-from hnas.evaluation.breakdown import DISCRETE, attribute, by_option, choices
-from hnas.evaluation.rank_page import page, signed
-from hnas.evaluation.rank_plots import breakdown_plot, rank_plot, scatter_plot
-from hnas.evaluation.ranking import (
+from hnas.architecture_file import read_accuracies
+from hnas.base.errors import UserError, run_main
+from hnas.base.files import replacing, write_json
+from hnas.ranking.breakdown import DISCRETE, attribute, by_option, choices
+from hnas.ranking.correlations import (
     RESAMPLES,
     correlations,
     none_if_nan,
     rank_errors,
     top_k,
 )
-from hnas.models.registry import search_space
-from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.atomic import replacing
-from hnas.utils.errors import UserError, run_main
+from hnas.ranking.page import page, signed
+from hnas.ranking.plots import breakdown_plot, rank_plot, scatter_plot
+from hnas.search_space import Architecture, SearchSpace, search_space
 from hnas.utils.options import OneLineParser, whole_number
 
 FEWEST = 3

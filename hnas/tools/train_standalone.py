@@ -10,7 +10,6 @@ continues after any kill.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,19 +17,19 @@ from pathlib import Path
 
 import paddle
 
+from hnas.architecture_file import read_accuracies, read_architectures
+from hnas.base.errors import UserError, run_main
+from hnas.base.files import read_json, remove_leftovers, write_json
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform, normalize
-from hnas.evaluation.architecture_file import read_accuracies, read_architectures, write_json
 from hnas.evaluation.hits import count_hits
 from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture
-from hnas.utils.atomic import remove_leftovers
 from hnas.utils.checkpoint import SET_NAME, remove_set
-from hnas.utils.errors import UserError, run_main
 from hnas.utils.hapi_wrapper_standalone import StandaloneModel
 from hnas.utils.options import Options, parse_options
-from hnas.utils.setup import (
+from hnas.utils.runtime import (
     seed_generators,
     space_of,
     start,
@@ -138,21 +137,6 @@ def _check_run(path: Path, results: Path, run: Mapping) -> None:
             f"{path.parent} holds results of other settings ({', '.join(changed)}); give the same "
             "as before, or choose another --save_dir"
         )
-
-
-def read_json(path: Path) -> dict:
-    """A file that this program wrote.
-
-    Raises:
-        UserError: it is something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not what this program saves; choose another --save_dir")
-    return content
 
 
 def train_all(

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from hnas.base.errors import UserError
 from hnas.search_space import Architecture, SearchSpace, choice_probabilities
-from hnas.utils.errors import UserError
 
 
 class Sampler(Protocol):

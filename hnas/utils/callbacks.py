@@ -14,14 +14,13 @@ import numpy as np
 import paddle
 from paddle.callbacks import Callback
 
-from hnas.evaluation.architecture_file import write_json
-from hnas.utils.atomic import remove_leftovers
+from hnas.base.errors import UserError
+from hnas.base.files import remove_leftovers, write_json
+from hnas.parallel.distributed import barrier, is_main_process, leave, mean_over_ranks, world_size
+from hnas.parallel.stopping import Stopped, StopSignals
 from hnas.utils.checkpoint import SET_NAME, NotFiniteError, remove_set, save_training
-from hnas.utils.distributed import is_chief, leave, mean_over_ranks, meet, ranks
-from hnas.utils.errors import UserError
 from hnas.utils.generators import generators_state
 from hnas.utils.options import Options
-from hnas.utils.stopping import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class TrainLogger(Callback):
 
     def _average(self) -> None:
         """Replace what the unread steps logged on this rank by its mean over ranks."""
-        if ranks() < 2 or not self._unread:
+        if world_size() < 2 or not self._unread:
             return
         figures = [
             [logs["loss"], logs["top1"], *(part for _, part in logs["parts"])]
@@ -125,7 +124,7 @@ class TrainLogger(Callback):
         last = step + 1 == self.params["steps"]
         if (step + 1) % self.log_freq == 0 or last:
             self.read_losses()
-            if is_chief():
+            if is_main_process():
                 self._log_line(step, logs)
             self._mark = time.perf_counter()
             self._since = self._data_time = 0
@@ -179,7 +178,7 @@ class Checkpoints(Callback):
         self.run = run
 
     def on_train_begin(self, logs=None):
-        if is_chief():
+        if is_main_process():
             remove_leftovers(self.folder)
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -201,7 +200,7 @@ class Checkpoints(Callback):
             self.save(str(epoch), epoch + 1, 0, logs)
         elif stopped_by:
             self.save(f"{epoch + 1}-0", epoch + 1, 0, logs)
-        if is_chief():
+        if is_main_process():
             write_json(self.folder / "history.json", self.log.history())
         if stopped_by and epoch + 1 < self.params["epochs"]:
             self._end(stopped_by, f"after epoch {epoch + 1}")
@@ -216,7 +215,7 @@ class Checkpoints(Callback):
             DivergedError: losses or weights are not finite; nothing is written.
         """
         losses = self.log.state()
-        if not is_chief():
+        if not is_main_process():
             return
         progress = {
             "epoch": epoch,
@@ -251,8 +250,8 @@ class Checkpoints(Callback):
     def _end(self, number: int, where: str) -> None:
         name = signal.Signals(number).name
         # The launcher ends the others soon after the first: let rank 0 save before.
-        meet()
-        if is_chief():
+        barrier()
+        if is_main_process():
             logger.warning("stopped by %s %s; continue with --resume auto", name, where)
         leave()
         raise Stopped(number)
@@ -269,7 +268,7 @@ class EvaluateExtremes(Callback):
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.eval_freq:
             return
-        if is_chief():
+        if is_main_process():
             line = ", ".join(f"{name} {value:.4f}" for name, value in self.evaluate().items())
             logger.info("epoch %d validation top-1: %s", epoch + 1, line)
-        meet()
+        barrier()

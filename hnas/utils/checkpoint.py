@@ -18,10 +18,10 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from hnas.base.errors import UserError
+from hnas.base.files import digest_path, file_digest, replacing
+from hnas.base.safe_pickle import load_pickle
 from hnas.models.elastic import plain_name
-from hnas.utils.atomic import digest_path, file_digest, replacing
-from hnas.utils.errors import UserError
-from hnas.utils.safe_pickle import load_pickle
 
 logger = logging.getLogger(__name__)
 

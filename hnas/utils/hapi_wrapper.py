@@ -12,14 +12,14 @@ from paddle.callbacks import LRScheduler
 from paddle.hapi.callbacks import CallbackList
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.base.errors import UserError
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.calibration import calibrated
+from hnas.parallel.distributed import GradientExchange, seen_alone
 from hnas.search_space import Architecture
-from hnas.utils.distributed import GradientExchange, seen_alone
-from hnas.utils.errors import UserError
+from hnas.utils.gradient_step import Update
 from hnas.utils.SampleMethod import Sampler
-from hnas.utils.updates import Update
 
 
 class SupernetModel(paddle.Model):

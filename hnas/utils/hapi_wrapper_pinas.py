@@ -6,9 +6,9 @@ import paddle
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.dataset.transforms import normalize
-from hnas.models.pinasv2 import PiNASv2
+from hnas.models.pinasv2 import PiNASv2, ShuffledViews
+from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture
-from hnas.utils.distributed import ShuffledViews, ranks
 from hnas.utils.hapi_wrapper import SupernetModel
 from hnas.utils.SampleMethod import Sampler
 
@@ -51,7 +51,7 @@ class ContrastiveModel(SupernetModel):
         paths = self.paths()
         losses, hits, keys = [0.0] * len(paths), 0.0, []
         for number, views in enumerate(self.update.parts(*inputs[:2])):
-            shuffled = self.shuffled_views(views, number) if ranks() > 1 else None
+            shuffled = self.shuffled_views(views, number) if world_size() > 1 else None
             views = [normalize(view) for view in views]
             found = 0.0
             for index, pair in enumerate(paths):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from hnas.utils.errors import UserError
+from hnas.base.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,6 @@ class Options:
         "width digits to sample: released (those of the 45,000) or full (1 to 7)",
         "name",
         "123",
-    )
-    truncate_widths: bool = _flag(
-        False, "int(base * ratio) channels instead of multiples of the divisor"
     )
     stage1_sample_num: int = _flag(
         1, "pairs of sub-networks a step if largest_net_in_stage1 is False", "pairs", "1", low=1
@@ -155,21 +152,12 @@ class Options:
         1, "parts that a batch is split into, one after the other, to save memory", "", "012", low=1
     )
     clip_norm: float = _flag(0.0, "largest norm of all gradients; 0: any", "", "012", low=0)
-    channels_last: bool = _flag(
-        False, "let Paddle choose NHWC where it is faster; GPUs only", "", "012"
-    )
     onednn: bool = _flag(True, "training's convolutions by oneDNN on CPUs, if it works", "", "012")
     storage_size: int = _flag(
         0, "shorter side of cached images; 0: 8/7 of image_size", "px", "012", low=0
     )
     cache_dir: str = _flag(
         "", "where the images of use_tensor_dataset are kept; none: ~/.cache/pinas", "folder", "012"
-    )
-    augment_on: str = _flag(
-        "workers",
-        "where training augments: workers, or device with use_tensor_dataset",
-        "name",
-        "0124",
     )
     visualdl_dir: str = _flag("", "write curves for VisualDL to it", "folder", "012")
     eval_sample_num: int = _flag(
@@ -233,8 +221,6 @@ def parse_options(
     values.pop("command")
     options = Options(**values)
     _check_bounds(options)
-    if stage != 3 and options.augment_on == "device" and not options.use_tensor_dataset:
-        raise UserError("--augment_on device needs decoded images: add --use_tensor_dataset True")
     for option in fields:
         given = any(a == f"--{option.name}" or a.startswith(f"--{option.name}=") for a in arguments)
         if given and str(stage) not in option.metadata["stages"]:
@@ -327,7 +313,6 @@ def _check_bounds(options: Options) -> None:
         "eval_engine": ("shared", "reference"),
         "amp": ("O0", "O1", "O2"),
         "bad_images": ("fatal", "skip"),
-        "augment_on": ("workers", "device"),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:

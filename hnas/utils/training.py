@@ -6,14 +6,24 @@ import dataclasses
 import logging
 from pathlib import Path
 
-import paddle
 from paddle import nn
 
+from hnas.base.errors import UserError
+from hnas.base.files import write_json
 from hnas.dataset.loader import EpochLoader
-from hnas.evaluation.architecture_file import write_json
 from hnas.models.convolution import use_onednn
-from hnas.models.registry import build_classifier
+from hnas.models.registry import build_network
 from hnas.models.resnet import ResNet
+from hnas.parallel.distributed import (
+    GradientExchange,
+    agree,
+    barrier,
+    copy_from_main_process,
+    is_main_process,
+    leave,
+    world_size,
+)
+from hnas.parallel.stopping import StopSignals
 from hnas.utils.callbacks import Checkpoints, TrainLogger
 from hnas.utils.checkpoint import (
     PARAMS,
@@ -26,21 +36,10 @@ from hnas.utils.checkpoint import (
     read_weights,
     write_state,
 )
-from hnas.utils.distributed import (
-    GradientExchange,
-    agree,
-    copy_from_chief,
-    is_chief,
-    leave,
-    meet,
-    ranks,
-)
-from hnas.utils.errors import UserError
 from hnas.utils.generators import restore_generators
+from hnas.utils.gradient_step import Update
 from hnas.utils.hapi_wrapper import SupernetModel, learning_rate, momentum_optimizer
 from hnas.utils.options import Options
-from hnas.utils.stopping import StopSignals
-from hnas.utils.updates import Update
 from hnas.utils.visualdl_writer import VisualDLWriter
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def pretrained_network(options: Options, num_classes: int, space) -> ResNet:
     Raises:
         CheckpointError: missing or of another network, e.g. for another number of classes.
     """
-    network = build_classifier(options.backbone, num_classes, space, elastic=False)
+    network = build_network(options.backbone, num_classes, space, elastic=False)
     weights = read_weights(options.pretrained)
     check_classes(weights, num_classes, options.pretrained)
     load_weights(network, weights, options.pretrained)
@@ -102,7 +101,7 @@ def prepare(model: SupernetModel, options: Options, steps_per_epoch: int, **more
         raise UserError("--amp O2 is for stage 3; train with O1, which keeps float32 weights")
     schedule = learning_rate(
         options.lr,
-        options.batch_size * ranks(),
+        options.batch_size * world_size(),
         options.warmup * steps_per_epoch,
         options.max_epoch * steps_per_epoch,
     )
@@ -112,8 +111,6 @@ def prepare(model: SupernetModel, options: Options, steps_per_epoch: int, **more
     if options.onednn:
         teacher = getattr(model, "teacher", None)
         use_onednn(model.network, *([teacher] if teacher is not None else []))
-    if options.channels_last:
-        paddle.incubate.autotune.set_config({"layout": {"enable": True}})
     update = Update(optimizer, options.accumulate, options.amp)
     model.prepare(optimizer, update=update, **more)
 
@@ -129,24 +126,24 @@ def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=(
         DivergedError: the loss is not finite.
     """
     log = TrainLogger(options.log_freq)
-    if options.visualdl_dir and is_chief():
+    if options.visualdl_dir and is_main_process():
         callbacks = [*callbacks, VisualDLWriter(options.visualdl_dir, options.log_freq)]
     run = describe_run(options, loader)
     start = resume(model, options, log, run)
     logger.info("training from epoch %d step %d", start[0] + 1, start[1] + 1)
-    with StopSignals(patient=ranks() > 1) as stop:
-        if ranks() > 1:
+    with StopSignals(patient=world_size() > 1) as stop:
+        if world_size() > 1:
             agree(start, "the epoch and step to start from")
-            copy_from_chief([*model.network.state_dict().values()])
+            copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             stop = model.exchange = GradientExchange(trained, stop)
         saver = Checkpoints(options, log, stop, run)
         model.fit(loader, options.max_epoch, [log, saver, *callbacks], start)
-    if is_chief():
+    if is_main_process():
         # Also when nothing was left to train: a kill may have come just before either.
         write_json(Path(options.save_dir) / "history.json", log.history())
         write_state(Path(options.save_dir) / f"final{PARAMS}", model.network.state_dict())
-    meet()
+    barrier()
     leave()
 
 

@@ -6,7 +6,7 @@ import time
 
 from paddle.callbacks import Callback
 
-from hnas.utils.errors import UserError
+from hnas.base.errors import UserError
 
 
 class VisualDLWriter(Callback):

@@ -1,0 +1,159 @@
+"""Files of architectures: the organisers' JSON, a JSON list, or text."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hnas.base.errors import UserError
+from hnas.search_space import Architecture, ArchitectureError
+
+MAX_BYTES = 256 * 2**20
+
+
+class ArchitectureFileError(UserError):
+    """A file of architectures that cannot be used; the message names file and entry."""
+
+
+def read_architectures(path: str | Path) -> dict[str, Architecture]:
+    """Architectures by name, in the file's order.
+
+    Reads ``{"arch1": {"acc": 0.0, "arch": "1252..."}, ...}``, a JSON list of codes, or text
+    with codes separated by commas or white space; the latter two are named arch1, arch2, ...
+
+    Raises:
+        ArchitectureFileError: missing or broken file, wrong entry, a name or code twice.
+    """
+    path = Path(path)
+    return _parse_entries(path, _read_entries(path))
+
+
+def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
+    """Architectures by name, in the file's order, and their accuracies, float64 [n].
+
+    Reads the organisers' JSON, ``{"arch1": {"acc": 0.7, "arch": "1252..."}, ...}``.
+
+    Raises:
+        ArchitectureFileError: as :func:`read_architectures`, or an ``acc`` that is missing or is
+            not a finite number.
+    """
+    path = Path(path)
+    entries = _read_entries(path)
+    archs = _parse_entries(path, entries)
+    values = [_accuracy(_where(path, i, entry), entry) for i, entry in enumerate(entries, 1)]
+    return archs, np.array(values)
+
+
+class _Entry(NamedTuple):
+    """One architecture of a file, as it stands there.
+
+    Attributes:
+        accuracies: every ``acc``, normally one.
+    """
+
+    name: str
+    code: object
+    accuracies: Sequence[object] = ()
+
+
+def _where(path: Path, position: int, entry: _Entry) -> str:
+    return f"{path}: entry {position} ({entry.name!r})"
+
+
+def _accuracy(where: str, entry: _Entry) -> float:
+    if len(entry.accuracies) != 1:
+        raise ArchitectureFileError(
+            f"{where}: one accuracy is needed, and {len(entry.accuracies)} are there; "
+            'the form is {"acc": 0.7, "arch": "1252..."}'
+        )
+    value = entry.accuracies[0]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Whole numbers may be too large for a float; comparing them is exact.
+    if not is_number or not abs(value) <= sys.float_info.max:
+        shown = json.dumps(value)
+        shown = shown if len(shown) <= 30 else f"{shown[:27]}..."
+        raise ArchitectureFileError(f'{where}: "acc" is {shown}, not a finite number')
+    return float(value)
+
+
+def _read_entries(path: Path) -> list[_Entry]:
+    text = _read_text(path)
+    if text.lstrip()[:1] in ("{", "["):
+        entries = _json_entries(path, text)
+    else:
+        entries = _named([code for code in re.split(r"[\s,]+", text) if code])
+    if not entries:
+        raise ArchitectureFileError(f"{path} holds no architectures")
+    return entries
+
+
+def _named(codes: Iterable[object]) -> list[_Entry]:
+    return [_Entry(f"arch{i}", code) for i, code in enumerate(codes, 1)]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ArchitectureFileError(f"{path} is larger than {MAX_BYTES // 2**20} MiB")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ArchitectureFileError(f"cannot read architectures from {path}: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ArchitectureFileError(f"{path} is not a text file ({error.reason})") from error
+
+
+def _json_entries(path: Path, text: str) -> list[_Entry]:
+    try:
+        # Pairs, since a dict would drop all but the last of a name that stands twice.
+        content = json.loads(text, object_pairs_hook=_Pairs)
+    except (ValueError, RecursionError) as error:
+        raise ArchitectureFileError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, _Pairs):
+        return _named(dict(item) if isinstance(item, _Pairs) else item for item in content)
+    entries = []
+    for position, (name, value) in enumerate(content, 1):
+        pairs = value if isinstance(value, _Pairs) else ()
+        codes, accuracies = ([item for key, item in pairs if key == k] for k in ("arch", "acc"))
+        if len(codes) != 1:
+            raise ArchitectureFileError(
+                f"{path}: entry {position} ({name!r}) is not of the form "
+                '{"acc": 0.0, "arch": "1252..."}'
+            )
+        entries.append(_Entry(name, codes[0], accuracies))
+    return entries
+
+
+class _Pairs(list):
+    """A JSON object as (name, value) pairs; an array is a plain list."""
+
+
+def _parse_entries(path: Path, entries: Sequence[_Entry]) -> dict[str, Architecture]:
+    archs: dict[str, Architecture] = {}
+    names: dict[Architecture, str] = {}
+    for position, entry in enumerate(entries, 1):
+        where, name = _where(path, position, entry), entry.name
+        try:
+            arch = Architecture.from_code(entry.code)
+        except ArchitectureError as error:
+            raise ArchitectureFileError(f"{where}: {error}") from None
+        if name in archs:
+            raise ArchitectureFileError(f"{where}: the name stands twice")
+        if arch in names:
+            raise ArchitectureFileError(f"{where}: the same architecture as {names[arch]!r}")
+        archs[name], names[arch] = arch, name
+    return archs
+
+
+def submission(archs: Mapping[str, Architecture], accuracies: Sequence[float]) -> dict:
+    """The organisers' form, every code written as it was read."""
+    return {
+        name: {"acc": accuracy, "arch": arch.code}
+        for (name, arch), accuracy in zip(archs.items(), accuracies, strict=True)
+    }

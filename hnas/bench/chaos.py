@@ -1,0 +1,227 @@
+"""Kill training at random moments, resume it, and compare with a run that was left alone.
+
+    python -m hnas.bench.chaos [--kills 20] [--stages 1 2]
+
+Both stages train the mini networks on a few scans of digits, on the CPU. Each is killed (SIGKILL)
+the given number of times, at moments drawn uniformly over the duration of training, and resumed
+with --resume auto until it ends. The final weights, the first epoch's and the losses must be
+those of the undisturbed run, bit for bit. The last line printed is a JSON object; the exit code
+is 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+
+from hnas.base.errors import UserError, run_main
+from hnas.models.registry import build_network
+from hnas.tools.digits_folder import write_digits
+from hnas.utils.checkpoint import read_weights, write_state
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {1: "train_supernet_pinas_stage1.py", 2: "train_supernet_pinas_stage2_simple.py"}
+BACKBONES = {1: "resnet48pinasv2_mini", 2: "resnet48_mini"}
+COMPARED = ("0.pdparams", "final.pdparams")
+POLL_SECONDS = 0.005
+STEP_LINE = re.compile(r"epoch (\d+)/\d+ step (\d+)/(\d+) lr")
+START_LINE = re.compile(r"training from epoch (\d+) step (\d+)")
+
+
+@dataclass
+class Training:
+    """One stage on the inputs in ``work``; every start of it writes to the same ``save_dir``."""
+
+    stage: int
+    work: Path
+    epochs: int
+    save_steps: int
+
+    @property
+    def save_dir(self) -> Path:
+        return self.work / f"stage{self.stage}"
+
+    @property
+    def log(self) -> str:
+        """What the latest start has printed so far."""
+        return (self.work / "log").read_text(encoding="utf-8")
+
+    def start(self) -> subprocess.Popen:
+        """Start the stage, resuming from what is in ``save_dir``."""
+        flags = {
+            "backbone": BACKBONES[self.stage],
+            "image_dir": self.work / "images",
+            "pretrained": self.work / "pretrained.pdparams",
+            "save_dir": self.save_dir,
+            "resume": "auto",
+            "max_epoch": self.epochs,
+            "save_steps": self.save_steps,
+            "image_size": 32,
+            "batch_size": 8,
+            "queue_size": 64,
+            "dyna_batch_size": 2,
+            "lr": 0.3,
+            "warmup": 1,
+            "eval_freq": 0,
+            "log_freq": 1,
+            "num_workers": 0,
+            "device": "cpu",
+        }
+        arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        environment = {
+            "OMP_NUM_THREADS": "2",
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "XDG_CACHE_HOME": str(self.work / "cache"),
+        }
+        with open(self.work / "log", "w", encoding="utf-8") as log:
+            return subprocess.Popen(
+                [sys.executable, "-u", str(ROOT / SCRIPTS[self.stage]), "run", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+
+    def run(self, kill_after: float | None = None) -> tuple[bool, float]:
+        """Run to the end, or kill so many seconds after training began.
+
+        Returns:
+            Whether it was killed, and the seconds from the beginning of training.
+
+        Raises:
+            UserError: the program failed by itself.
+        """
+        process = self.start()
+        began = None
+        while process.poll() is None:
+            if began is None and START_LINE.search(self.log):
+                began = time.perf_counter()
+            if None not in (began, kill_after) and time.perf_counter() - began >= kill_after:
+                process.kill()
+                process.wait()
+                return True, kill_after
+            time.sleep(POLL_SECONDS)
+        if process.returncode:
+            last = (self.log.splitlines() or ["nothing printed"])[-1]
+            raise UserError(f"stage {self.stage} ended with {process.returncode}: {last}")
+        return False, time.perf_counter() - (began or time.perf_counter())
+
+    def steps_done(self) -> int:
+        """Steps from the first epoch's start that the log of the latest start has seen."""
+        lines = STEP_LINE.findall(self.log)
+        if not lines:
+            return self.steps_resumed()
+        epoch, step, steps = map(int, lines[-1])
+        return (epoch - 1) * steps + step
+
+    def steps_resumed(self) -> int:
+        """Steps that were done before the latest start."""
+        epoch, step = map(int, START_LINE.search(self.log).groups())
+        images = sum(1 for _ in (self.work / "images" / "train").glob("*/*"))
+        return (epoch - 1) * (images // 8) + step - 1
+
+    def result(self) -> dict:
+        """All that must not depend on kills: weights as bytes, and the losses."""
+        weights = {
+            (file, name): (array.dtype.str, array.shape, array.tobytes())
+            for file in COMPARED
+            for name, array in read_weights(self.save_dir / file).items()
+        }
+        history = json.loads((self.save_dir / "history.json").read_text(encoding="utf-8"))
+        return {**weights, "epoch_losses": history["epoch_losses"]}
+
+    def saving_was_cut(self) -> bool:
+        """Whether ``save_dir`` holds a set that is not whole, or a temporary file."""
+        names = [path.name for path in self.save_dir.glob("*")]
+        weights = {name.removesuffix(".pdparams") for name in names if name.endswith(".pdparams")}
+        states = {name.removesuffix(".pdstates") for name in names if name.endswith(".pdstates")}
+        return any(name.endswith(".tmp") for name in names) or bool(weights - states - {"final"})
+
+
+def write_inputs(work: Path, images_per_class: int) -> None:
+    """The images and a network to start from, whose weights are random."""
+    write_digits(work / "images")
+    for folder in (work / "images").glob("*/*"):
+        for path in sorted(folder.iterdir())[images_per_class:]:
+            path.unlink()
+    paddle.seed(0)
+    network = build_network("resnet48_mini", num_classes=10, elastic=False)
+    write_state(work / "pretrained.pdparams", network.state_dict())
+
+
+def torment(training: Training, kills: int, seed: int) -> dict:
+    """Kill and resume ``training`` until it was killed ``kills`` times; what came of it."""
+    rng = random.Random(seed)
+    _, seconds = training.run()
+    expected = training.result()
+    report = {"kills": 0, "runs": 0, "identical": 0, "cut_while_saving": 0, "most_steps_lost": 0}
+    while report["kills"] < kills:
+        shutil.rmtree(training.save_dir)
+        done = 0
+        killed = True
+        while killed:
+            kill_after = rng.uniform(0, seconds) if report["kills"] < kills else None
+            killed, _ = training.run(kill_after)
+            lost = done - training.steps_resumed()
+            report["most_steps_lost"] = max(report["most_steps_lost"], lost)
+            done = training.steps_done()
+            report["kills"] += killed
+            report["cut_while_saving"] += killed and training.saving_was_cut()
+        report["runs"] += 1
+        result = training.result()
+        report["identical"] += result == expected
+        for key in expected:
+            if result.get(key) != expected[key]:
+                logger.warning("stage %d: %s differs", training.stage, key)
+        logger.info("stage %d: %s", training.stage, report)
+    return report
+
+
+def passed(report: dict, save_steps: int) -> bool:
+    """Whether nothing differed, and no more was lost than since the last checkpoint."""
+    # A step may have been logged whose checkpoint was being written.
+    return report["identical"] == report["runs"] and report["most_steps_lost"] <= save_steps
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="of each stage [default 20]")
+    parser.add_argument("--stages", type=int, nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    parser.add_argument("--images", type=int, default=8, help="of each class [default 8]")
+    parser.add_argument("--epochs", type=int, default=3, help="[default 3]")
+    parser.add_argument("--save_steps", type=int, default=2, help="[default 2]")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments [default 0]")
+    options = parser.parse_args(argv)
+
+    began = time.perf_counter()
+    reports = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_inputs(work, options.images)
+        for stage in options.stages:
+            training = Training(stage, work, options.epochs, options.save_steps)
+            reports[f"stage{stage}"] = torment(training, options.kills, options.seed + stage)
+    ok = all(passed(report, options.save_steps) for report in reports.values())
+    seconds = round(time.perf_counter() - began, 1)
+    sys.stdout.write(json.dumps({"ok": ok, **reports, "seconds": seconds}) + "\n")
+    if not ok:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,227 @@
+"""What ``hnas.bench.rank`` is made of: how much is trained, the jobs, and their files.
+
+A job's result is ``OUT/runs/NAME.json``, which depends on its settings only; weights that later
+jobs start from are ``OUT/weights/NAME.pdparams``, and seconds ``OUT/seconds/NAME.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from hnas.base.errors import UserError
+from hnas.base.files import read_json
+from hnas.bench.rank.distorted_digits import DigitsTask
+from hnas.bench.rank.methods import FINALISTS, STAGE1_FORWARDS, Method, find_method
+from hnas.search_space import Architecture, SearchSpace, search_space
+
+BACKBONE = "resnet48_mini"
+ARCHITECTURES_SEED = 2022
+
+SPLITS = ("selection", "seen", "sealed")
+"""Architectures to tune on; held out, but looked at once; held out and scored by finalists only."""
+
+OPEN_SPLITS = ("selection", "seen")
+"""What all methods are scored on."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained.
+
+    Learning rates are peaks, reached after a tenth of the steps and followed by a cosine to zero.
+
+    Attributes:
+        architectures: how many, drawn from the released distribution.
+        selection: how many of them, the first, recipes may be tuned on.
+        sealed: how many of them, the last, only the finalists are scored on.
+        seeds: independent runs of everything.
+        finalist_seeds: of the finalists, where the sealed are compared.
+        batch_size: images a step.
+        truth_steps, truth_lr: of the networks that are trained alone.
+        pretrain_steps, pretrain_lr: of the network that supernets start from and learn from.
+        stage1_steps, stage1_lr, queue_size: of stage 1.
+        budget: forward passes over a batch that a supernet may take, stage 1's included.
+        supernet_lr: for the sum of the gradients of four sub-networks.
+        momentum, weight_decay: of all.
+        validation_images: that everything is measured on.
+        calibration_images: to re-calibrate BatchNorm with, where it is.
+    """
+
+    architectures: int = 64
+    selection: int = 16
+    sealed: int = 24
+    seeds: int = 3
+    finalist_seeds: int = 8
+    batch_size: int = 32
+    truth_steps: int = 3200
+    truth_lr: float = 0.05
+    pretrain_steps: int = 3200
+    pretrain_lr: float = 0.05
+    stage1_steps: int = 200
+    stage1_lr: float = 0.005
+    queue_size: int = 1024
+    budget: int = 6000
+    supernet_lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    validation_images: int = 4000
+    calibration_images: int = 256
+
+    @classmethod
+    def quick(cls) -> Scale:
+        """Just enough to run every part of the bench; its figures mean nothing."""
+        return cls(
+            architectures=5,
+            selection=2,
+            sealed=1,
+            seeds=1,
+            finalist_seeds=1,
+            batch_size=16,
+            truth_steps=12,
+            pretrain_steps=20,
+            stage1_steps=3,
+            queue_size=64,
+            budget=40,
+            validation_images=200,
+            calibration_images=32,
+        )
+
+    def steps(self, method: Method) -> int:
+        """Steps of stage 2 that the budget leaves to a method.
+
+        Raises:
+            UserError: none.
+        """
+        left = self.budget - self.stage1_forwards(method)
+        if left < method.forwards:
+            raise UserError(f"a budget of {self.budget} forward passes leaves no step of stage 2")
+        return left // method.forwards
+
+    def stage1_forwards(self, method: Method) -> int:
+        """Forward passes over a batch that a method's stage 1 takes."""
+        return 0 if method.stage1 == "none" else STAGE1_FORWARDS * self.stage1_steps
+
+
+# What a job's result depends on; later ones also on what they start from.
+COMMON = ("batch_size", "momentum", "weight_decay", "validation_images")
+PRETRAIN = (*COMMON, "pretrain_steps", "pretrain_lr")
+STAGE1 = (*PRETRAIN, "stage1_steps", "stage1_lr", "queue_size")
+DEPENDS = {
+    "truth": (*COMMON, "truth_steps", "truth_lr"),
+    "pretrain": PRETRAIN,
+    "stage1": STAGE1,
+    "supernet": (*STAGE1, "budget", "supernet_lr", "calibration_images"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        kind: ``truth``, ``pretrain``, ``stage1`` or ``supernet``.
+        what: an architecture's name, nothing, ``largest`` or ``sampled``, a method's name.
+        seed: from 0.
+    """
+
+    kind: str
+    what: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return "-".join(part for part in (self.kind, self.what, str(self.seed)) if part)
+
+    @classmethod
+    def from_name(cls, name: str) -> Job:
+        kind, *what, seed = name.split("-")
+        return cls(kind, "".join(what), int(seed))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The files of a bench, and what its jobs have in common."""
+
+    folder: Path
+    scale: Scale
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        return search_space(BACKBONE)
+
+    @cached_property
+    def task(self) -> DigitsTask:
+        return DigitsTask(validation_images=self.scale.validation_images)
+
+    @cached_property
+    def archs(self) -> dict[str, Architecture]:
+        """The architectures by name; those of a smaller bench are a larger one's first."""
+        rng = np.random.default_rng(ARCHITECTURES_SEED)
+        return self.space.sample_distinct(rng, self.scale.architectures)
+
+    def split(self, name: str) -> str:
+        """An architecture's, one of ``SPLITS``."""
+        place = list(self.archs).index(name)
+        if place < self.scale.selection:
+            return "selection"
+        return "seen" if place < self.scale.architectures - self.scale.sealed else "sealed"
+
+    def of_splits(self, splits: Sequence[str]) -> dict[str, Architecture]:
+        """The architectures of some of ``SPLITS``."""
+        return {name: arch for name, arch in self.archs.items() if self.split(name) in splits}
+
+    def scored(self, method: str) -> dict[str, Architecture]:
+        """The architectures that a method's supernets are scored on."""
+        return self.archs if method in FINALISTS else self.of_splits(OPEN_SPLITS)
+
+    def path(self, job: Job) -> Path:
+        return self.folder / "runs" / f"{job.name}.json"
+
+    def weights(self, job: Job) -> Path:
+        return self.folder / "weights" / f"{job.name}.pdparams"
+
+    def seconds(self, job: Job) -> float | None:
+        """What a job took, if that is known."""
+        path = self.folder / "seconds" / f"{job.name}.json"
+        return read_json(path)["seconds"] if path.is_file() else None
+
+    def settings(self, job: Job) -> dict:
+        """All that a job's result depends on, as JSON gives it back."""
+        settings = {
+            "backbone": BACKBONE,
+            "task": asdict(self.task),
+            **{name: getattr(self.scale, name) for name in DEPENDS[job.kind]},
+        }
+        if job.kind == "truth":
+            settings["arch"] = self.archs[job.what].code
+        elif job.kind == "supernet":
+            settings["method"] = asdict(find_method(job.what))
+            settings["method"].pop("about")
+            settings["architectures"] = len(self.scored(job.what))
+        return json.loads(json.dumps(settings))
+
+    def result(self, job: Job) -> dict | None:
+        """What a job left, if it is finished.
+
+        Raises:
+            UserError: it is of other settings.
+        """
+        path = self.path(job)
+        if not path.is_file():
+            return None
+        result, settings = read_json(path), self.settings(job)
+        found = result.get("settings", {})
+        changed = [key for key in settings if found.get(key) != settings[key]]
+        if changed:
+            raise UserError(
+                f"{path} is of other settings ({', '.join(changed)}); remove it, or choose another "
+                "--out"
+            )
+        needs_weights = job.kind in ("pretrain", "stage1")
+        return None if needs_weights and not self.weights(job).is_file() else result

@@ -1,0 +1,237 @@
+"""What one job of ``hnas.bench.rank`` trains and measures (jobs: ``rank_jobs.py``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from hnas.base.files import write_json
+from hnas.bench.rank.distorted_digits import CLASSES, DigitsLoader, DigitsTask
+from hnas.bench.rank.jobs import Bench, Job
+from hnas.bench.rank.methods import STAGE1_FORWARDS, Method, find_method
+from hnas.evaluation.hits import Counts
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.models.convolution import use_onednn
+from hnas.models.elastic import ElasticResNet
+from hnas.models.pinasv2 import PiNASv2
+from hnas.models.resnet import ResNet
+from hnas.search_space import Architecture
+from hnas.tools.train_standalone import evaluate
+from hnas.utils.checkpoint import check_finite, load_weights, read_weights, write_state
+from hnas.utils.hapi_wrapper import (
+    DistillationModel,
+    InPlaceDistillationModel,
+    SupernetModel,
+    learning_rate,
+    macs_weights,
+    momentum_optimizer,
+)
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.hapi_wrapper_standalone import StandaloneModel
+from hnas.utils.runtime import seed_generators
+from hnas.utils.SampleMethod import (
+    AnnealedSampler,
+    LargestSampler,
+    Sampler,
+    StratifiedSampler,
+    build_sampler,
+)
+from hnas.utils.training import start_from_pretrained
+
+CHUNK = 1000
+# Jobs of one seed draw from different images.
+DATA_SEEDS = {"truth": 1000, "pretrain": 2000, "stage1": 3000, "supernet": 4000}
+CALIBRATION_SEED = 5000
+
+
+def run_job(bench: Bench, job: Job) -> None:
+    """Train, measure, and leave the result.
+
+    It depends on the job's settings and the number of threads, not on what ran before.
+    """
+    began = time.perf_counter()
+    seed_generators(job.seed)
+    with paddle.utils.unique_name.guard():
+        result = RUN[job.kind](bench, job)
+    seconds = round(time.perf_counter() - began, 1)
+    # Apart, so that a repeated run gives the same file.
+    write_json(bench.folder / "seconds" / f"{job.name}.json", {"seconds": seconds})
+    write_json(bench.path(job), {"settings": bench.settings(job), **result})
+
+
+def train(
+    bench: Bench, job: Job, model: SupernetModel, steps: int, lr: float, views: int = 1
+) -> None:
+    """Train a model on the task's images.
+
+    Raises:
+        NotFiniteError: it diverged; its logits would compare as hits.
+    """
+    scale = bench.scale
+    # The schedule's batch of 256 stands for the bench's own, whatever its size.
+    schedule = learning_rate(lr, 256, max(1, steps // 10), steps)
+    optimizer = momentum_optimizer(
+        model.network, schedule, scale.momentum, scale.weight_decay, clip_norm=0.0
+    )
+    teacher = getattr(model, "teacher", None)
+    use_onednn(model.network, *([teacher] if teacher is not None else []))
+    model.prepare(optimizer)
+    seed = DATA_SEEDS[job.kind] + job.seed
+    model.fit(DigitsLoader(bench.task, scale.batch_size, steps, seed, views), 1)
+    check_finite(model.network)
+
+
+def train_alone(bench: Bench, job: Job, arch: Architecture, steps: int, lr: float) -> nn.Layer:
+    """A plain network, trained with labels."""
+    network = ResNet(bench.space.plan(arch), CLASSES)
+    # Without it deep networks come out worse in so few steps, the opposite of ImageNet.
+    network.start_as_shortcuts()
+    train(bench, job, StandaloneModel(network, arch.code), steps, lr)
+    return network
+
+
+def score_alone(bench: Bench, network: nn.Layer) -> dict:
+    """Hits of a plain network on the validation images."""
+    hits, _, images = evaluate(network, validation_chunks(bench.task))
+    return {"hits": hits, "images": images}
+
+
+def validation_chunks(task: DigitsTask) -> list[tuple[paddle.Tensor, paddle.Tensor]]:
+    """uint8 images [N, 3, H, W] and labels [N], a few at a time."""
+    images, labels = task.validation
+    return [
+        (paddle.to_tensor(images[first : first + CHUNK]), paddle.to_tensor(labels[first:][:CHUNK]))
+        for first in range(0, len(labels), CHUNK)
+    ]
+
+
+def run_truth(bench: Bench, job: Job) -> dict:
+    """One architecture, trained alone."""
+    scale = bench.scale
+    arch = bench.archs[job.what]
+    return score_alone(bench, train_alone(bench, job, arch, scale.truth_steps, scale.truth_lr))
+
+
+def run_pretrain(bench: Bench, job: Job) -> dict:
+    """The largest network, trained alone: start and teacher of all supernets of a seed."""
+    scale = bench.scale
+    network = train_alone(
+        bench, job, bench.space.largest(), scale.pretrain_steps, scale.pretrain_lr
+    )
+    write_state(bench.weights(job), network.state_dict())
+    return score_alone(bench, network)
+
+
+def start(bench: Bench, seed: int, supernet: ElasticResNet) -> ResNet:
+    """Give a supernet the pretrained weights; the pretrained network is handed back."""
+    path = bench.weights(Job("pretrain", "", seed))
+    network = ResNet(bench.space.plan(bench.space.largest()), CLASSES)
+    load_weights(network, read_weights(path), path)
+    start_from_pretrained(supernet, network)
+    return network
+
+
+def run_stage1(bench: Bench, job: Job) -> dict:
+    """Contrastive training; the supernet's weights are kept, neck and key encoder are not."""
+    scale = bench.scale
+    network = PiNASv2(bench.space, CLASSES, queue_size=scale.queue_size)
+    start(bench, job.seed, network.backbone)
+    network.reset_key_encoder()
+    largest = job.what == "largest"
+    sampler = LargestSampler(bench.space) if largest else named_sampler(bench, "random", job.seed)
+    train(
+        bench, job, ContrastiveModel(network, sampler), scale.stage1_steps, scale.stage1_lr, views=2
+    )
+    write_state(bench.weights(job), network.backbone.state_dict())
+    return {"forwards": STAGE1_FORWARDS * scale.stage1_steps}
+
+
+def run_supernet(bench: Bench, job: Job) -> dict:
+    """Stage 2 of a method, and the hits of all architectures with and without calibration."""
+    method, scale = find_method(job.what), bench.scale
+    network = ElasticResNet(bench.space, CLASSES)
+    teacher = start(bench, job.seed, network)
+    if method.stage1 != "none":
+        path = bench.weights(Job("stage1", method.stage1, job.seed))
+        load_weights(network, read_weights(path), path)
+    steps = scale.steps(method)
+    model = stage2_model(bench, method, network, teacher, steps, job.seed)
+    # The gradients of a step's sub-networks add up.
+    lr = scale.supernet_lr * 4 / method.subnetworks * method.lr
+    train(bench, job, model, steps, lr)
+    seed = (CALIBRATION_SEED + job.seed, 0, 0)
+    (calibration,), _ = bench.task.training_batch(scale.calibration_images, 1, seed)
+    archs = bench.scored(job.what)
+    hits = score_supernet(bench, network, archs, None)
+    calibrated = score_supernet(bench, network, archs, paddle.to_tensor(calibration))
+    return {
+        "steps": steps,
+        "forwards": scale.stage1_forwards(method) + steps * method.forwards,
+        "images": scale.validation_images,
+        "archs": {
+            name: {"arch": arch.code, "hits": int(hits[i]), "calibrated_hits": int(calibrated[i])}
+            for i, (name, arch) in enumerate(archs.items())
+        },
+    }
+
+
+def stage2_model(
+    bench: Bench,
+    method: Method,
+    network: ElasticResNet,
+    teacher: ResNet,
+    steps: int,
+    seed: int,
+) -> DistillationModel:
+    """A method's model of stage 2."""
+    sampler = method_sampler(bench, method, steps, seed)
+    size = bench.task.distortion.size
+    more = {
+        "loss_weight": macs_weights(bench.space, size) if method.macs_weighted else None,
+        "temperature": method.temperature,
+    }
+    if method.teacher == "in place":
+        return InPlaceDistillationModel(network, sampler, method.subnetworks, **more)
+    teacher = teacher if method.teacher == "pretrained" else None
+    return DistillationModel(network, teacher, sampler, method.subnetworks, **more)
+
+
+def method_sampler(bench: Bench, method: Method, steps: int, seed: int) -> Sampler:
+    """What draws a method's sub-networks."""
+    if method.sampler == "annealed":
+        return AnnealedSampler(bench.space, seed, method.tilt, method.tilt_end, steps)
+    if method.sampler == "stratified":
+        return StratifiedSampler(bench.space, seed, method.subnetworks, method.tilt)
+    return named_sampler(bench, method.sampler, seed, method.tilt)
+
+
+def named_sampler(bench: Bench, name: str, seed: int, tilt: float = 0.0) -> Sampler:
+    """A sampler of the command line's names."""
+    return build_sampler(name, bench.space, seed, tilt)
+
+
+def score_supernet(
+    bench: Bench,
+    network: ElasticResNet,
+    archs: Mapping[str, Architecture],
+    calibration: paddle.Tensor | None,
+) -> np.ndarray:
+    """Hits of architectures on the validation images, int64 [architectures]."""
+    size = bench.task.distortion.size
+    evaluator = SharedEvaluator(network, list(archs.values()), size, calibration)
+    counts = Counts.zeros(len(archs))
+    for images, labels in validation_chunks(bench.task):
+        evaluator.evaluate(images, labels, counts)
+    return counts.top1
+
+
+RUN: dict[str, Callable[[Bench, Job], dict]] = {
+    "truth": run_truth,
+    "pretrain": run_pretrain,
+    "stage1": run_stage1,
+    "supernet": run_supernet,
+}

@@ -1,0 +1,224 @@
+"""How fast stage three is: both engines on the same codes and images, in one run, interleaved.
+
+    python -m hnas.bench.speed_scoring --modelarch_file F --n_arch 300 --image_size 64 --n_images 64
+
+The last line is JSON. Times are seconds: the reference engine's for all codes, measured in parts
+between the runs of the shared engine, and the shared engine's mean over its runs, decoding and
+preparing included. The network has random weights, and an image's label is what the largest
+network says, so that hits are neither all nor none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle.base.core import set_num_threads
+from paddle.static import InputSpec
+from PIL import Image
+
+from hnas.architecture_file import read_architectures
+from hnas.base.errors import UserError, run_main
+from hnas.base.memory import peak_gib, reset_peak
+from hnas.dataset.image_folder import ImageList
+from hnas.dataset.loader import EvalLoader, ImageDataset
+from hnas.dataset.transforms import EvalTransform, normalize
+from hnas.evaluation.cpu.inference import cpu_threads, onednn_predictor
+from hnas.evaluation.hits import Counts
+from hnas.evaluation.images import DecodedImages
+from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.tree import PrefixTree, naive_macs
+from hnas.models.elastic import ElasticResNet
+from hnas.models.registry import build_network
+from hnas.search_space import search_space
+from hnas.utils.options import OneLineParser, read_bool, whole_number
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv=None) -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modelarch_file", required=True, help="architectures to draw from")
+    parser.add_argument("--n_arch", type=whole_number(0), default=0, help="drawn; 0: all")
+    parser.add_argument("--image_size", type=whole_number(32), default=224, help="px")
+    parser.add_argument("--n_images", type=whole_number(1), default=64, help="images")
+    parser.add_argument("--backbone", default="resnet48", help="[default resnet48]")
+    parser.add_argument("--rounds", type=whole_number(1), default=2, help="runs of each engine")
+    parser.add_argument("--num_classes", type=whole_number(2), default=1000)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--count_only", type=read_bool, default=False, help="MACs, no run")
+    options = parser.parse_args(argv)
+
+    space = search_space(options.backbone)
+    archs = list(read_architectures(options.modelarch_file).values())
+    rng = np.random.default_rng(options.seed)
+    if options.n_arch > len(archs):
+        raise UserError(f"--n_arch {options.n_arch}, but the file has {len(archs)} architectures")
+    if options.n_arch:
+        archs = [archs[index] for index in rng.permutation(len(archs))[: options.n_arch]]
+    result = {
+        "backbone": options.backbone,
+        "image_size": options.image_size,
+        "n_arch": len(archs),
+        "macs_naive": naive_macs(space, archs, options.image_size),
+        "macs_shared": PrefixTree(space, archs).macs(options.image_size),
+    }
+    if not options.count_only:
+        paddle.seed(options.seed)
+        with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
+            result |= measure(options, space, archs, Path(folder), rng)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def measure(options, space, archs, folder: Path, rng) -> dict:
+    """Run both engines ``rounds`` times, and the machine's limit between them."""
+    network = build_network(options.backbone, options.num_classes, space)
+    images = make_images(options, network, folder, rng)
+    limit = Limit(network, options.image_size, options.n_images, folder)
+    parts = np.array_split(np.arange(len(archs)), options.rounds)
+    reference, shared = Reference(options, network, images), Shared(options, network, images)
+    for number, part in enumerate(parts, 1):
+        reference.run([archs[index] for index in part])
+        limit.run()
+        shared.run(archs, folder)
+        limit.run()
+        logger.info(
+            "round %d/%d: reference %.1f s for %d of %d, shared %.1f s",
+            number,
+            options.rounds,
+            reference.seconds[-1],
+            len(part),
+            len(archs),
+            shared.seconds[-1],
+        )
+    found = np.stack(shared.counts.columns())
+    expected = np.concatenate([np.stack(columns) for columns in reference.columns], axis=1)
+    differences = np.abs(found - expected).max(axis=1)
+    reference_s, shared_s = sum(reference.seconds), float(np.mean(shared.seconds))
+    executed = shared.macs / options.n_images
+    limit_s = shared.macs / limit.macs_per_second()
+    return {
+        "n_images": options.n_images,
+        "threads": cpu_threads(),
+        "reference_s": round(reference_s, 3),
+        "shared_s": round(shared_s, 3),
+        "ratio": round(reference_s / shared_s, 3),
+        "macs_executed": round(executed),
+        "reference_images_x_archs_per_s": round(len(archs) * options.n_images / reference_s, 1),
+        "shared_images_x_archs_per_s": round(len(archs) * options.n_images / shared_s, 1),
+        "reference_peak_gib": round(reference.peak, 2),
+        "shared_peak_gib": round(shared.peak, 2),
+        "largest_difference_top1": int(differences[0]),
+        "largest_difference_top5": int(differences[1]),
+        "near_ties": int(shared.counts.near1.sum() + shared.counts.near5.sum()),
+        "mean_top1": round(float(shared.counts.accuracy().mean()), 4),
+        "onednn_limit_s": round(limit_s, 3),
+        "walk_over_limit": round(float(np.mean(shared.walk_seconds)) / limit_s, 3),
+        "python_share": round(1 - shared.kernel_seconds / shared.walk_seconds[-1], 4),
+    }
+
+
+@paddle.no_grad()
+def make_images(options, network: ElasticResNet, folder: Path, rng) -> ImageList:
+    """PNG files of smooth noise; BatchNorm is given their statistics, labels the predictions."""
+    paths = []
+    for index in range(options.n_images):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        image = coarse.resize((options.image_size,) * 2, Image.Resampling.BICUBIC)
+        paths.append(folder / f"{index:05d}.png")
+        image.save(paths[-1])
+    classes = tuple(str(label) for label in range(options.num_classes))
+    images = ImageList(folder, classes, tuple(paths), np.zeros(len(paths), dtype=np.int64))
+    dataset = ImageDataset(images, EvalTransform(options.image_size), options.seed)
+    batches = [normalize(batch) for batch, _ in EvalLoader(dataset, 64)]
+    network.train()
+    for _ in range(20):
+        network(batches[0])
+    network.eval()
+    labels = np.concatenate([network(batch).argmax(axis=1).numpy() for batch in batches])
+    return ImageList(folder, classes, tuple(paths), labels)
+
+
+class Reference:
+    """Runs of the reference engine: the images through a data loader for every architecture."""
+
+    def __init__(self, options, network, images):
+        dataset = ImageDataset(images, EvalTransform(options.image_size), options.seed)
+        self._network, self._loader = network, EvalLoader(dataset, 64)
+        self.seconds: list[float] = []
+        self.columns: list[tuple[np.ndarray, ...]] = []
+        self.peak = 0.0
+
+    def run(self, archs) -> None:
+        reset_peak()
+        began = time.perf_counter()
+        counts = evaluate_reference(self._network, archs, self._loader)
+        self.seconds.append(time.perf_counter() - began)
+        self.columns.append(counts.columns())
+        self.peak = max(self.peak, peak_gib())
+
+
+class Shared:
+    """Runs of the shared engine: decoding, preparing and one walk."""
+
+    def __init__(self, options, network, images):
+        self._options, self._network, self._images = options, network, images
+        self.seconds: list[float] = []
+        self.walk_seconds: list[float] = []
+        self.peak = 0.0
+
+    def run(self, archs, folder: Path) -> None:
+        reset_peak()
+        size, number = self._options.image_size, self._options.n_images
+        began = time.perf_counter()
+        decoded = DecodedImages(self._images, np.arange(number), size, 8.0, folder)
+        evaluator = SharedEvaluator(self._network, archs, size)
+        self.counts = Counts.zeros(len(archs))
+        walk = time.perf_counter()
+        evaluator.evaluate(*decoded.batch(0, number), self.counts)
+        ended = time.perf_counter()
+        self.seconds.append(ended - began)
+        self.walk_seconds.append(ended - walk)
+        self.macs, self.kernel_seconds = evaluator.macs, evaluator.kernel_seconds
+        self.peak = max(self.peak, peak_gib())
+
+
+class Limit:
+    """The largest network as a whole in Paddle Inference with oneDNN: what the machine can do."""
+
+    def __init__(self, network: ElasticResNet, image_size: int, n_images: int, folder: Path):
+        space = network.space
+        plain = network.extract(space.largest())
+        plain.eval()
+        spec = [InputSpec([None, 3, None, None], "float32", "image")]
+        path = str(folder / "largest")
+        paddle.jit.save(paddle.jit.to_static(plain, input_spec=spec), path)
+        self._threads = cpu_threads()
+        self._predictor = onednn_predictor(f"{path}.json", f"{path}.pdiparams", self._threads)
+        self._images = paddle.randn([n_images, 3, image_size, image_size])
+        self._macs = space.macs(space.largest(), image_size, num_classes=0) * n_images
+        self._seconds: list[float] = []
+        self.run(1)
+        self._seconds.clear()
+
+    def run(self, times: int = 5) -> None:
+        for _ in range(times):
+            began = time.perf_counter()
+            self._predictor.run([self._images])
+            self._seconds.append(time.perf_counter() - began)
+        # A predictor leaves the process with one thread for matrix products.
+        set_num_threads(self._threads)
+
+    def macs_per_second(self) -> float:
+        return self._macs / float(np.mean(self._seconds))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,237 @@
+"""Several processes of one run: joining, exchanging, one gradient all-reduce a step.
+
+Processes are started by ``paddle.distributed.launch``; with one, everything here does nothing.
+Rank r of R loads the r-th share of every batch, so that R processes with batches of B see in a
+step what one process with batches of R * B sees.
+
+Gloo as Paddle 3.3.1 has it (tried): sums, broadcasts and gathers work for float32, float64, int32,
+int64 and uint8, and give the same bits on all ranks and in every run. Means, reduce_scatter and
+all_to_all are missing, sums of float16 come out infinite, and whatever has to wait for a peer
+fails after 30 seconds; after a peer's death it fails at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import paddle
+import paddle.distributed as dist
+
+from hnas.base.errors import UserError
+from hnas.parallel.rollcall import LostRankError, RollCall
+from hnas.parallel.stopping import StopSignals
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_roll_call: RollCall | None = None
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """How many processes share the run."""
+    return dist.get_world_size()
+
+
+def is_main_process() -> bool:
+    """Whether this process logs and saves: rank 0."""
+    return rank() == 0
+
+
+def local_ranks() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("PADDLE_LOCAL_SIZE", 1))
+
+
+def join_processes(cpu: bool) -> None:
+    """Meet the other processes of the run, if there are any.
+
+    Args:
+        cpu: exchange by gloo, even where Paddle sees GPUs.
+
+    Raises:
+        UserError: they cannot be reached.
+    """
+    global _roll_call
+    if world_size() < 2 or _roll_call is not None:
+        return
+    if cpu:
+        os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
+    try:
+        dist.init_parallel_env()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"rank {rank()} cannot join the others: {_last_line(error)}") from error
+    host = os.environ["PADDLE_MASTER"].rpartition(":")[0]
+    _roll_call = RollCall.connect(rank(), world_size(), host, _from_main_process)
+
+
+def barrier() -> None:
+    """Wait, however long, until all ranks are here."""
+    if _roll_call is not None:
+        _roll_call.wait()
+
+
+def leave() -> None:
+    """This process has done its part of the run."""
+    global _roll_call
+    if _roll_call is not None:
+        _roll_call.leave()
+        _roll_call = None
+
+
+@contextmanager
+def seen_alone() -> Iterator[None]:
+    """Within the context Paddle's high-level classes take this process for the only one.
+
+    ``paddle.Model`` would wrap its network in ``DataParallel``, whose hooks reduce gradients at
+    every backward pass.
+    """
+    kept = os.environ.get("PADDLE_TRAINERS_NUM")
+    os.environ["PADDLE_TRAINERS_NUM"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PADDLE_TRAINERS_NUM"]
+        if kept is not None:
+            os.environ["PADDLE_TRAINERS_NUM"] = kept
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    if dist.get_backend() == "GLOO":
+        barrier()
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            f"rank {rank()} has lost another process ({_last_line(error)}); see the others' logs, "
+            "then resume"
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["unknown reason"])[-1]
+
+
+def _from_main_process(numbers: Sequence[int]) -> list[int]:
+    tensor = paddle.to_tensor(list(numbers), dtype="int64")
+    dist.broadcast(tensor, src=0)
+    return tensor.tolist()
+
+
+def from_main_process(numbers: Sequence[int]) -> list[int]:
+    """Rank 0's whole numbers."""
+    if world_size() < 2:
+        return list(numbers)
+    with _collective():
+        return _from_main_process(numbers)
+
+
+def gather(tensor: paddle.Tensor) -> paddle.Tensor:
+    """All ranks' tensors [N, ...], of equal shapes, in their order: [world_size * N, ...]."""
+    if world_size() < 2:
+        return tensor
+    parts: list[paddle.Tensor] = []
+    with _collective():
+        dist.all_gather(parts, tensor.contiguous())
+    return paddle.concat(parts)
+
+
+def sum_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
+    """The sum of all ranks' tensors; the same bits everywhere."""
+    if world_size() < 2:
+        return tensor
+    total = tensor.clone()
+    with _collective():
+        dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
+    """The mean of all ranks' float tensors; the same bits everywhere."""
+    return tensor if world_size() < 2 else sum_over_ranks(tensor) / world_size()
+
+
+def agree(numbers: Sequence[int], what: str) -> None:
+    """Check that all ranks have the same whole numbers.
+
+    Raises:
+        UserError: they differ; ``what`` says in what.
+    """
+    own = paddle.to_tensor([list(numbers)], dtype="int64")
+    found = {tuple(row) for row in gather(own).tolist()}
+    if len(found) > 1:
+        raise UserError(
+            f"the processes differ in {what}: {sorted(found)}; save_dir and the inputs must be the "
+            "same for all machines, e.g. on a shared disk"
+        )
+
+
+@paddle.no_grad()
+def copy_from_main_process(tensors: Sequence[paddle.Tensor]) -> None:
+    """Give tensors rank 0's values, with one broadcast a kind of number."""
+    if world_size() < 2:
+        return
+    for part in _by_dtype(tensors):
+        flat = paddle.concat([tensor.flatten() for tensor in part])
+        with _collective():
+            dist.broadcast(flat, src=0)
+        _unpack(flat, part)
+
+
+def _by_dtype(tensors: Sequence[paddle.Tensor]) -> list[list[paddle.Tensor]]:
+    kinds: dict = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    return list(kinds.values())
+
+
+def _unpack(flat: paddle.Tensor, tensors: Sequence[paddle.Tensor]) -> None:
+    """Write the consecutive parts of ``flat`` into ``tensors``."""
+    start = 0
+    for tensor in tensors:
+        paddle.assign(flat[start : start + tensor.size].reshape(tensor.shape), tensor)
+        start += tensor.size
+
+
+class GradientExchange:
+    """The one all-reduce of a step: mean gradients, and whether a rank was told to stop.
+
+    All ranks run the same sub-networks in a step, so the same parameters have gradients on all;
+    the others are left without. Losses are means over equal shares of the batch, so the mean of
+    the gradients is that of the whole batch.
+
+    Args:
+        parameters: all that train.
+        stop: this process's signals. One process may be signalled before another, within or
+            between steps; what all agree on is what they exchange.
+    """
+
+    def __init__(self, parameters: Sequence[paddle.Tensor], stop: StopSignals):
+        self._parameters = list(parameters)
+        self._stop = stop
+        self._notices: paddle.Tensor | None = None
+        self.received: int | None = None
+        """The signal that all ranks know of, as :class:`StopSignals` has it."""
+
+    @paddle.no_grad()
+    def run(self) -> None:
+        """To be called after the backward passes and before the optimizer's step."""
+        # Those of the step before: a GPU has them without waiting for this step.
+        if self._notices is not None and self.received is None:
+            counts = zip(SIGNALS, self._notices.tolist(), strict=True)
+            self.received = max((number for number, count in counts if count), default=None)
+        own = paddle.to_tensor([float(self._stop.received == number) for number in SIGNALS])
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        groups = _by_dtype([own, *gradients])
+        for group in groups:
+            flat = paddle.concat([tensor.flatten() for tensor in group])
+            with _collective():
+                dist.all_reduce(flat)
+            _unpack(flat / world_size(), group)
+        self._notices = own

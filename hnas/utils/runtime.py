@@ -1,0 +1,174 @@
+"""What every program does before its own work: device, seeds, data."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import paddle
+from PIL import Image
+
+from hnas.base.errors import UserError
+from hnas.dataset.image_folder import (
+    DataError,
+    ImageList,
+    check_same_classes,
+    decode_image,
+    scan_images,
+)
+from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
+from hnas.dataset.pixel_cache import PixelCache
+from hnas.dataset.transforms import EvalTransform
+from hnas.parallel.distributed import (
+    barrier,
+    is_main_process,
+    join_processes,
+    local_ranks,
+    rank,
+    world_size,
+)
+from hnas.search_space import SearchSpace, search_space
+from hnas.utils.options import Options
+
+logger = logging.getLogger(__name__)
+
+
+def start(options: Options) -> None:
+    """Choose the device, meet the run's other processes and seed every generator.
+
+    Raises:
+        UserError: a GPU is asked for and Paddle has none, or other processes cannot be reached.
+    """
+    if not is_main_process():
+        logging.getLogger().setLevel(logging.WARNING)
+    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if options.device == "gpu" and not has_gpu:
+        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
+    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
+    if options.amp != "O0" and paddle.get_device() == "cpu":
+        raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
+    join_processes(cpu=paddle.get_device() == "cpu")
+    seed_generators(options.seed)
+    logger.info("device %s, seed %d", paddle.get_device(), options.seed)
+    if world_size() > 1:
+        logger.info("%d processes, %d of them on this machine", world_size(), local_ranks())
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and Paddle's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    paddle.seed(seed)
+
+
+def space_of(options: Options) -> SearchSpace:
+    """The search space that the flags describe."""
+    return search_space(options.backbone, options.sample_space)
+
+
+def require(options: Options, *names: str) -> None:
+    """Refuse empty values of flags that a stage cannot do without.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in names:
+        if not getattr(options, name):
+            raise UserError(f"--{name} is missing")
+
+
+def training_images(options: Options) -> ImageList:
+    """The images of ``image_dir/train``."""
+    require(options, "image_dir")
+    images = scan_images(options.image_dir, "train", options.verify_images, options.bad_images)
+    logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
+    return images
+
+
+def validation_images(options: Options, train: ImageList | None = None) -> ImageList:
+    """The images of ``image_dir/val``, whose classes must be those of ``train``."""
+    require(options, "image_dir")
+    images = scan_images(options.image_dir, "val", options.verify_images, options.bad_images)
+    logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
+    if train is not None:
+        check_same_classes(train, images)
+    return images
+
+
+def training_loader(options: Options, images: ImageList, transform: Callable) -> EpochLoader:
+    """Shuffled, augmented batches of ``images``, decoded once if ``use_tensor_dataset`` says so."""
+    pixels = _pixel_cache(options, images) if options.use_tensor_dataset else None
+    dataset = ImageDataset(images, transform, options.seed, pixels=pixels)
+    return EpochLoader(dataset, options.batch_size, options.num_workers, rank(), world_size())
+
+
+def _pixel_cache(options: Options, images: ImageList) -> PixelCache:
+    """Decoded images; of the processes of a machine one decodes, and the others wait for it."""
+    size = options.storage_size or round(options.image_size * 256 / 224)
+    decodes = rank() % local_ranks() == 0
+    if not decodes:
+        barrier()
+    pixels = PixelCache(images, size, Path(options.cache_dir) if options.cache_dir else None)
+    if decodes:
+        barrier()
+    return pixels
+
+
+def calibration_images(options: Options, images: ImageList | None = None) -> paddle.Tensor | None:
+    """``bn_calibration_images`` training images, uint8 [N, 3, H, W], drawn by the seed.
+
+    ``images`` is the training split, where it was scanned already. With ``bad_images=skip`` others
+    are drawn in place of those that cannot be decoded.
+
+    Raises:
+        DataError: the training split holds fewer, or one of them cannot be decoded.
+    """
+    number = options.bn_calibration_images
+    if not number:
+        return None
+    wanted = f"--bn_calibration_images {number}"
+    instead = "0 for running statistics"
+    root = Path(options.image_dir)
+    if root.is_dir() and not (root / "train").is_dir():
+        raise DataError(f"{wanted} takes training images, but {root} has no train/; give {instead}")
+    # Only what is drawn gets decoded, whatever verify_images says: these are few of many.
+    images = images or scan_images(root, "train")
+    if number > len(images):
+        has = f"{images.folder} has {len(images)}"
+        raise DataError(f"{wanted}, but {has}; lower it, or give {instead}")
+    drawn = np.random.default_rng(options.seed).permutation(len(images))
+    decoded = _decoded((images.paths[i] for i in drawn), options.bad_images == "skip")
+    transform = EvalTransform(options.image_size)
+    crops = [transform(image) for image in islice(decoded, number)]
+    if len(crops) < number:
+        raise DataError(
+            f"{wanted}, but only {len(crops)} images of {images.folder} can be decoded; lower it, "
+            f"or give {instead}"
+        )
+    return paddle.to_tensor(np.stack(crops))
+
+
+def _decoded(paths: Iterable[Path], skip: bool) -> Iterator[Image.Image]:
+    """Images as they are asked for; ``skip`` leaves out those that cannot be decoded."""
+    for path in paths:
+        try:
+            yield decode_image(path)
+        except DataError as error:
+            if not skip:
+                raise
+            logger.warning("%s", error)
+
+
+def validation_loader(
+    options: Options, images: ImageList, order: np.ndarray | None = None
+) -> EvalLoader:
+    """Batches of centre crops, of all ``images`` or those that ``order`` names."""
+    if order is not None:
+        images = images.select(order)
+    transform = EvalTransform(options.image_size)
+    dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
+    return EvalLoader(dataset, options.batch_size, options.num_workers)
