@@ -23,7 +23,6 @@ from hnas.evaluation.state import architectures_hash
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import barrier, is_main_process, leave, world_size
 from hnas.search_space import Architecture, SearchSpace, find_backbone
-from hnas.utils.checkpoint import find_checkpoint
 from hnas.utils.options import Options, parse_options
 from hnas.utils.runtime import (
     calibration_images,
@@ -34,6 +33,7 @@ from hnas.utils.runtime import (
     validation_loader,
 )
 from hnas.utils.training import start_from_checkpoint
+from hnas.utils.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,12 @@ from paddle.nn import functional as F  # noqa: N812
 from hnas.base.errors import UserError
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
+from hnas.utils.gradient_step import learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     InPlaceDistillationModel,
     distillation_loss,
-    learning_rate,
     macs_weights,
-    momentum_optimizer,
 )
 from hnas.utils.SampleMethod import RandomSampler, SandwichSampler
 

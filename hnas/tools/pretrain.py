@@ -15,7 +15,6 @@ from hnas.base.errors import run_main
 from hnas.dataset.transforms import TrainTransform
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import is_main_process
-from hnas.utils.checkpoint import write_state
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.options import parse_options
 from hnas.utils.runtime import (
@@ -29,6 +28,7 @@ from hnas.utils.runtime import (
 )
 from hnas.utils.SampleMethod import LargestSampler
 from hnas.utils.training import fit, prepare
+from hnas.utils.weights import write_state
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from hnas.evaluation.hits import count_hits
 from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture
 from hnas.utils.checkpoint import SET_NAME, remove_set
-from hnas.utils.hapi_wrapper_standalone import StandaloneModel
+from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options, parse_options
 from hnas.utils.runtime import (
     seed_generators,

@@ -1,4 +1,7 @@
-"""Training a supernet on ``paddle.Model``'s conventions: the loop, and stage two's step."""
+"""Training on ``paddle.Model``'s conventions: the loop, and the steps that labels teach.
+
+Stage one's step is in ``hapi_wrapper_pinas.py``.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,16 @@ from paddle.callbacks import LRScheduler
 from paddle.hapi.callbacks import CallbackList
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.base.errors import UserError
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.calibration import calibrated
 from hnas.parallel.distributed import GradientExchange, seen_alone
 from hnas.search_space import Architecture
-from hnas.utils.gradient_step import Update
+from hnas.utils.gradient_step import GradientStep
 from hnas.utils.SampleMethod import Sampler
 
 
-class SupernetModel(paddle.Model):
+class ResumableModel(paddle.Model):
     """A ``paddle.Model`` whose training can start at any step and sees (epoch, step).
 
     Sub-classes give ``train_batch(inputs) -> logs``, one optimizer step on a batch: the scalar
@@ -33,7 +35,7 @@ class SupernetModel(paddle.Model):
 
     epoch = 0
     step = 0
-    update: Update | None = None
+    gradients: GradientStep | None = None
     exchange: GradientExchange | None = None
     """With other ranks; None: there are none."""
 
@@ -41,11 +43,11 @@ class SupernetModel(paddle.Model):
         with seen_alone():
             super().__init__(*arguments)
 
-    def prepare(self, optimizer=None, *arguments, update: Update | None = None, **more):
-        """As in ``paddle.Model``; ``update`` says how to step if not plainly."""
+    def prepare(self, optimizer=None, *arguments, gradients: GradientStep | None = None, **more):
+        """As in ``paddle.Model``; ``gradients`` says how to step if not plainly."""
         with seen_alone():
             super().prepare(optimizer, *arguments, **more)
-        self.update = update or Update(optimizer)
+        self.gradients = gradients or GradientStep(optimizer)
 
     def exchange_gradients(self) -> None:
         """Average the step's gradients over ranks; between the backward passes and the step."""
@@ -105,7 +107,7 @@ def _as_list(value) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-class DistillationModel(SupernetModel):
+class DistillationModel(ResumableModel):
     """Stage two: several sub-networks a step, taught by labels and a frozen teacher.
 
     Args:
@@ -139,28 +141,28 @@ class DistillationModel(SupernetModel):
         if teacher is not None:
             teacher.eval()
 
-    def train_batch(self, inputs, labels=None, update=True) -> dict:
+    def train_batch(self, inputs) -> dict:
         """One step. The gradients of the sub-networks add up, as in Once-for-all's training."""
         images, labels = inputs
         self.network.train()
         archs = [self.sampler.sample(self.epoch, self.step, i) for i in range(self.subnetworks)]
         weights = self.loss_weight(archs)
         losses, hits = [0.0] * len(archs), 0.0
-        for part, answers in self.update.parts(normalize(images), labels):
+        for part, answers in self.gradients.parts(normalize(images), labels):
             targets = self.teach(part)
             for index, (arch, weight) in enumerate(zip(archs, weights, strict=True)):
                 self.network.activate(arch)
-                with self.update.autocast():
+                with self.gradients.autocast():
                     logits = self.network(part)
                     loss = float(weight) * distillation_loss(
                         logits, answers, targets, self.temperature
                     )
                 targets = self.next_targets(targets, logits)
-                self.update.backward(loss)
-                losses[index] += loss.detach() / self.update.accumulate
+                self.gradients.backward(loss)
+                losses[index] += loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
         self.exchange_gradients()
-        self.update.step()
+        self.gradients.step()
         codes = [arch.code for arch in archs]
         return {
             "loss": sum(losses) / len(losses),
@@ -174,7 +176,7 @@ class DistillationModel(SupernetModel):
         """The teacher's probabilities [N, C], if there is one: once for all sub-networks."""
         if self.teacher is None:
             return None
-        with self.update.autocast():
+        with self.gradients.autocast():
             return F.softmax(self.teacher(images) / self.temperature)
 
     def next_targets(self, targets, logits) -> paddle.Tensor | None:
@@ -212,33 +214,30 @@ def macs_weights(space, image_size: int) -> Callable[[list[Architecture]], np.nd
     return weights
 
 
-def learning_rate(
-    base: float, total_batch: int, warmup_steps: int, total_steps: int
-) -> paddle.optimizer.lr.LRScheduler:
-    """Base times batch / 256; linear warm-up from one step's share, then cosine to zero."""
-    if total_steps < 1:
-        raise UserError("training has no steps; raise max_epoch or lower batch_size")
+class StandaloneModel(ResumableModel):
+    """One plain network, taught by labels; nothing to activate.
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        decay = max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + np.cos(np.pi * min(1.0, (step - warmup_steps) / decay)))
-
-    return paddle.optimizer.lr.LambdaDecay(base * total_batch / 256, factor)
-
-
-def momentum_optimizer(
-    network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
-):
-    """Momentum SGD on the parameters that train.
-
-    ``clip_norm`` is the largest norm of all gradients together; 0: any.
+    Args:
+        network: float images [N, 3, H, W] to logits [N, classes].
+        code: of its architecture, for log lines.
     """
-    return paddle.optimizer.Momentum(
-        schedule,
-        momentum,
-        parameters=[p for p in network.parameters() if not p.stop_gradient],
-        weight_decay=paddle.regularizer.L2Decay(weight_decay),
-        grad_clip=nn.ClipGradByGlobalNorm(clip_norm) if clip_norm else None,
-    )
+
+    def __init__(self, network: nn.Layer, code: str):
+        super().__init__(network)
+        self.code = code
+
+    def train_batch(self, inputs) -> dict:
+        """One step of cross-entropy on uint8 images [N, 3, H, W] and labels [N]."""
+        images, labels = inputs
+        self.network.train()
+        loss, hits = 0.0, 0.0
+        for part, answers in self.gradients.parts(normalize(images), labels):
+            with self.gradients.autocast():
+                logits = self.network(part)
+                part_loss = F.cross_entropy(logits, answers)
+            self.gradients.backward(part_loss)
+            loss += part_loss.detach() / self.gradients.accumulate
+            hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
+        self.gradients.step()
+        top1 = hits / labels.shape[0]
+        return {"loss": loss, "top1": top1, "arch": self.code, "parts": [(self.code, loss)]}
