@@ -17,7 +17,6 @@ from paddle.nn import functional as F  # noqa: N812
 
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
-from hnas.evaluation.calibration import calibrated
 from hnas.parallel.distributed import GradientExchange, seen_alone
 from hnas.search_space import Architecture
 from hnas.utils.gradient_step import GradientStep
@@ -43,10 +42,10 @@ class ResumableModel(paddle.Model):
         with seen_alone():
             super().__init__(*arguments)
 
-    def prepare(self, optimizer=None, *arguments, gradients: GradientStep | None = None, **more):
+    def prepare(self, optimizer=None, gradients: GradientStep | None = None):
         """As in ``paddle.Model``; ``gradients`` says how to step if not plainly."""
         with seen_alone():
-            super().prepare(optimizer, *arguments, **more)
+            super().prepare(optimizer)
         self.gradients = gradients or GradientStep(optimizer)
 
     def exchange_gradients(self) -> None:
@@ -85,26 +84,6 @@ class ResumableModel(paddle.Model):
                     callbacks.on_batch_end("train", step, logs)
             callbacks.on_epoch_end(epoch, logs)
         callbacks.on_end("train", logs)
-
-    def eval_batch(self, inputs, labels=None):
-        """As in ``paddle.Model``, on uint8 images."""
-        return super().eval_batch([normalize(images) for images in _as_list(inputs)], labels)
-
-    def evaluate_architecture(
-        self, loader, arch: Architecture, calibration: paddle.Tensor | None = None
-    ) -> dict[str, float]:
-        """Metrics of one sub-network over ``loader``.
-
-        ``calibration`` holds uint8 images [N, 3, H, W] to re-calibrate its BatchNorm with; None
-        evaluates at the running statistics.
-        """
-        self.network.activate(arch)
-        with calibrated(self.network, None if calibration is None else normalize(calibration)):
-            return self.evaluate(loader, verbose=0)
-
-
-def _as_list(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class DistillationModel(ResumableModel):

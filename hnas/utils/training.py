@@ -83,7 +83,7 @@ def start_from_checkpoint(supernet: nn.Layer, path: str) -> None:
     logger.info("weights from %s", path)
 
 
-def prepare(model: ResumableModel, options: Options, steps_per_epoch: int, **more) -> None:
+def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> None:
     """``paddle.Model.prepare`` with the recipe's optimizer and learning rate.
 
     Raises:
@@ -108,8 +108,7 @@ def prepare(model: ResumableModel, options: Options, steps_per_epoch: int, **mor
     if options.onednn:
         teacher = getattr(model, "teacher", None)
         use_onednn(model.network, *([teacher] if teacher is not None else []))
-    update = GradientStep(optimizer, options.accumulate, options.amp)
-    model.prepare(optimizer, gradients=update, **more)
+    model.prepare(optimizer, GradientStep(optimizer, options.accumulate, options.amp))
 
 
 def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=()) -> None:

@@ -14,13 +14,13 @@ from hnas.bench.rank.distorted_digits import CLASSES, DigitsLoader, DigitsTask
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import STAGE1_FORWARDS, Method, find_method
 from hnas.evaluation.hits import Counts
+from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture
-from hnas.tools.train_standalone import evaluate
 from hnas.utils.gradient_step import learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
@@ -95,8 +95,8 @@ def train_alone(bench: Bench, job: Job, arch: Architecture, steps: int, lr: floa
 
 def score_alone(bench: Bench, network: nn.Layer) -> dict:
     """Hits of a plain network on the validation images."""
-    hits, _, images = evaluate(network, validation_chunks(bench.task))
-    return {"hits": hits, "images": images}
+    counts = evaluate_network(network, validation_chunks(bench.task))
+    return {"hits": int(counts.top1[0]), "images": counts.images}
 
 
 def validation_chunks(task: DigitsTask) -> list[tuple[paddle.Tensor, paddle.Tensor]]:
