@@ -25,8 +25,8 @@ from hnas.utils.checkpoint import (
     restore_generators,
     save_training,
 )
+from hnas.utils.public_files import CheckpointError
 from hnas.utils.weights import (
-    CheckpointError,
     NotFiniteError,
     backbone_weights,
     check_classes,

@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.evaluation.calibration import batch_statistics
 from hnas.evaluation.weights import Convolution, Form, leading_channels
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,7 @@ class DygraphKernels:
             return self._add_bias(y, convolution.rest[0])
         scale, shift = convolution.rest
         seen = leading_channels(y, self.calibration, self._batch_axis)
-        mean = self._mean_of_calibration(seen)
-        variance = self._mean_of_calibration((seen - mean).square())
+        mean, variance = batch_statistics(seen, self._mean_of_calibration)
         factor = scale * paddle.rsqrt(variance + EPSILON)
         return y * factor + (shift - mean * factor)
 

@@ -21,10 +21,9 @@ from paddle import nn
 
 from hnas.base.errors import UserError
 from hnas.base.files import digest_path, file_digest
+from hnas.utils.public_files import NAME_TABLE, CheckpointError
 from hnas.utils.weights import (
-    NAME_TABLE,
     PARAMS,
-    CheckpointError,
     check_finite,
     load_weights,
     read_state,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-import numpy as np
 import paddle
 from paddle import nn
 from paddle.callbacks import LRScheduler
@@ -18,9 +17,9 @@ from paddle.nn import functional as F  # noqa: N812
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.parallel.distributed import GradientExchange, seen_alone
-from hnas.search_space import Architecture
+from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.gradient_step import GradientStep
-from hnas.utils.SampleMethod import Sampler
+from hnas.utils.SampleMethod import Sampler, weighted_channels
 
 
 class ResumableModel(paddle.Model):
@@ -93,9 +92,8 @@ class DistillationModel(ResumableModel):
         network: the student, a supernet.
         teacher: called with float images [N, 3, H, W], gives logits [N, classes]; run in eval
             mode and without gradient. None: labels only.
-        sampler: chooses the sub-networks.
-        subnetworks: how many a step.
-        loss_weight: weights of the losses of a step's sub-networks, from the list of them.
+        sampler: chooses the sub-networks of a step.
+        loss_weight: weight of a sub-network's loss; None: 1.
         temperature: T of the soft targets: both sides are softened by it, and the loss grows by
             T squared, so that gradients keep their size (Hinton et al., 2015).
     """
@@ -105,8 +103,7 @@ class DistillationModel(ResumableModel):
         network: nn.Layer,
         teacher: nn.Layer | None,
         sampler: Sampler,
-        subnetworks: int,
-        loss_weight: Callable[[list[Architecture]], np.ndarray] | None = None,
+        loss_weight: Callable[[Architecture], float] | None = None,
         temperature: float = 1.0,
     ):
         spec = [paddle.static.InputSpec([None, 3, None, None], "uint8", "image")]
@@ -114,8 +111,7 @@ class DistillationModel(ResumableModel):
         super().__init__(network, spec, label)
         self.teacher = teacher
         self.sampler = sampler
-        self.subnetworks = subnetworks
-        self.loss_weight = loss_weight or (lambda archs: np.ones(len(archs)))
+        self.loss_weight = loss_weight or (lambda arch: 1.0)
         self.temperature = temperature
         if teacher is not None:
             teacher.eval()
@@ -124,18 +120,16 @@ class DistillationModel(ResumableModel):
         """One step. The gradients of the sub-networks add up, as in Once-for-all's training."""
         images, labels = inputs
         self.network.train()
-        archs = [self.sampler.sample(self.epoch, self.step, i) for i in range(self.subnetworks)]
-        weights = self.loss_weight(archs)
+        archs = self.sampler.sample(self.epoch, self.step)
         losses, hits = [0.0] * len(archs), 0.0
         for part, answers in self.gradients.parts(normalize(images), labels):
             targets = self.teach(part)
-            for index, (arch, weight) in enumerate(zip(archs, weights, strict=True)):
+            for index, arch in enumerate(archs):
                 self.network.activate(arch)
                 with self.gradients.autocast():
                     logits = self.network(part)
-                    loss = float(weight) * distillation_loss(
-                        logits, answers, targets, self.temperature
-                    )
+                    loss = distillation_loss(logits, answers, targets, self.temperature)
+                    loss = self.loss_weight(arch) * loss
                 targets = self.next_targets(targets, logits)
                 self.gradients.backward(loss)
                 losses[index] += loss.detach() / self.gradients.accumulate
@@ -183,14 +177,13 @@ def distillation_loss(logits, labels, targets, temperature: float = 1.0) -> padd
     return loss + temperature**2 * soft
 
 
-def macs_weights(space, image_size: int) -> Callable[[list[Architecture]], np.ndarray]:
-    """``use_loss_expand``: each sub-network's MACs over the mean MACs of the step's."""
+def relative_size(space: SearchSpace) -> Callable[[Architecture], float]:
+    """``use_loss_expand``: an architecture's size over that of the largest network, at most 1.
 
-    def weights(archs):
-        macs = np.array([space.macs(arch, image_size) for arch in archs], dtype=np.float64)
-        return macs / macs.mean()
-
-    return weights
+    The size is the one by which the first place samples, see :func:`weighted_channels`.
+    """
+    largest = weighted_channels(space.largest())
+    return lambda arch: weighted_channels(arch) / largest
 
 
 class StandaloneModel(ResumableModel):

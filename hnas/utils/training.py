@@ -29,9 +29,9 @@ from hnas.utils.checkpoint import load_training, newest_set, restore_generators
 from hnas.utils.gradient_step import GradientStep, learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import Options
+from hnas.utils.public_files import CheckpointError
 from hnas.utils.weights import (
     PARAMS,
-    CheckpointError,
     backbone_weights,
     check_classes,
     load_weights,
