@@ -11,14 +11,10 @@ from paddle.nn import functional as F  # noqa: N812
 
 from hnas.architecture_file import read_architectures
 from hnas.evaluation.cpu.inference import InferenceKernels, filters_are_fresh
+from hnas.evaluation.cpu.matmul import MatmulKernels, corner_windows, window_indices
 from hnas.evaluation.cpu.winograd import WinogradKernels
 from hnas.evaluation.hits import Counts, count_hits
-from hnas.evaluation.kernels import (
-    DygraphKernels,
-    MatmulKernels,
-    corner_windows,
-    window_indices,
-)
+from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator, _Walk
 from hnas.evaluation.tree import PrefixTree, naive_macs
