@@ -1,8 +1,8 @@
-"""The training loops that `bench_train` measures against, as public code writes them.
+"""The loops that ``hnas.bench.speed_training`` measures against, as public code writes them.
 
 PaddleSlim's own layers and Paddle's own operators; the teacher runs again for every sub-network;
 the momentum encoder is updated parameter by parameter; every loss is fetched in its step; images
-are decoded and augmented one by one in the loader. Only what would make it another computation is
+are decoded from their files in every epoch. Only what would make it another computation is
 as in the real loops: gradients are cleared, not set to zero.
 """
 
@@ -41,7 +41,7 @@ def with_paddleslim_norms(layer: nn.Layer) -> nn.Layer:
 class StraightforwardDistillation(DistillationModel):
     """Stage two."""
 
-    def train_batch(self, inputs, labels=None, update=True) -> dict:
+    def train_batch(self, inputs) -> dict:
         images, labels = inputs
         images = normalize(images)
         self.network.train()
@@ -64,7 +64,7 @@ class StraightforwardDistillation(DistillationModel):
 class StraightforwardContrast(ContrastiveModel):
     """Stage one."""
 
-    def train_batch(self, inputs, labels=None, update=True) -> dict:
+    def train_batch(self, inputs) -> dict:
         network = self.network
         view_a, view_b = (normalize(view) for view in inputs[:2])
         network.train()

@@ -182,17 +182,6 @@ class DistillationModel(SupernetModel):
         return targets
 
 
-class InPlaceDistillationModel(DistillationModel):
-    """Without a teacher of its own: a step's first sub-network learns from the labels and teaches
-    the others (Yu et al., BigNAS, ECCV 2020). The sampler should give the largest first."""
-
-    def __init__(self, network: nn.Layer, sampler: Sampler, subnetworks: int, **more):
-        super().__init__(network, None, sampler, subnetworks, **more)
-
-    def next_targets(self, targets, logits) -> paddle.Tensor:
-        return F.softmax(logits.detach() / self.temperature) if targets is None else targets
-
-
 def distillation_loss(logits, labels, targets, temperature: float = 1.0) -> paddle.Tensor:
     """Cross-entropy with labels [N] plus, if given, with the teacher's probabilities [N, C]."""
     loss = F.cross_entropy(logits, labels)

@@ -1,4 +1,4 @@
-"""What one job of ``hnas.bench.rank`` trains and measures (jobs: ``rank_jobs.py``)."""
+"""What one job of ``hnas.bench.rank`` trains and measures (jobs: ``hnas/bench/rank/jobs.py``)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from hnas.base.files import write_json
 from hnas.bench.rank.distorted_digits import CLASSES, DigitsLoader, DigitsTask
+from hnas.bench.rank.in_place import InPlaceDistillationModel
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import STAGE1_FORWARDS, Method, find_method
+from hnas.bench.rank.samplers import AnnealedSampler, StratifiedSampler
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.convolution import use_onednn
@@ -24,7 +25,6 @@ from hnas.tools.train_standalone import evaluate
 from hnas.utils.checkpoint import check_finite, load_weights, read_weights, write_state
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
-    InPlaceDistillationModel,
     SupernetModel,
     learning_rate,
     macs_weights,
@@ -33,13 +33,7 @@ from hnas.utils.hapi_wrapper import (
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.hapi_wrapper_standalone import StandaloneModel
 from hnas.utils.runtime import seed_generators
-from hnas.utils.SampleMethod import (
-    AnnealedSampler,
-    LargestSampler,
-    Sampler,
-    StratifiedSampler,
-    build_sampler,
-)
+from hnas.utils.SampleMethod import LargestSampler, Sampler, build_sampler
 from hnas.utils.training import start_from_pretrained
 
 CHUNK = 1000
@@ -58,9 +52,8 @@ def run_job(bench: Bench, job: Job) -> None:
     with paddle.utils.unique_name.guard():
         result = RUN[job.kind](bench, job)
     seconds = round(time.perf_counter() - began, 1)
-    # Apart, so that a repeated run gives the same file.
-    write_json(bench.folder / "seconds" / f"{job.name}.json", {"seconds": seconds})
-    write_json(bench.path(job), {"settings": bench.settings(job), **result})
+    bench.times.put(job.name, {"seconds": seconds})
+    bench.runs.put(job.name, {"settings": bench.settings(job), **result})
 
 
 def train(
