@@ -8,18 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import option_ranks
+from conftest import law, option_ranks
 from scipy.stats import chisquare
 
 from hnas.base.errors import UserError
 from hnas.search_space import RELEASED_DIGITS, SearchSpace
 from hnas.utils.options import parse_options
-from hnas.utils.SampleMethod import (
-    AnnealedSampler,
-    LargestSampler,
-    StratifiedSampler,
-    build_sampler,
-)
+from hnas.utils.SampleMethod import LargestSampler, build_sampler
 
 ROOT = Path(__file__).parents[1]
 SPACE = SearchSpace()
@@ -32,12 +27,6 @@ def sample(method, number=NUMBER, seed=3, bias_strength=2.0, bias=False):
     """Sub-networks of ``number`` steps."""
     sampler = build_sampler(method, SPACE, seed, bias_strength, bias)
     return [sampler.sample(0, step, 0) for step in range(number)]
-
-
-def law(options, b):
-    """Probabilities of options k = 0 (small) .. n - 1, proportional to exp(b k / (n - 1))."""
-    weights = [np.exp(b * k / (options - 1)) for k in range(options)]
-    return np.array(weights) / sum(weights)
 
 
 def expected_macs(b):
@@ -173,43 +162,6 @@ def test_fair_orders_are_random_and_independent_of_each_other():
     later = [str(sampler.sample(0, step, 3)) for step in range(600)]
     again = option_ranks(later, RELEASED_DIGITS)["output width 1"][1]
     assert abs((again == ranks["output width 1"][1]).mean() - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
-
-
-@pytest.mark.parametrize(("number", "b"), [(4, 0.0), (4, 1.0), (3, -2.0), (1, 1.0)])
-def test_stratified_spreads_a_step_over_every_choice(number, b):
-    sampler = StratifiedSampler(SPACE, 5, number, b)
-    steps = [[str(sampler.sample(1, step, i)) for i in range(number)] for step in range(400)]
-    for codes in steps[:40]:
-        for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
-            if len(ranks) < number:  # a block that not all of them have
-                continue
-            below = np.searchsorted(sorted(ranks), range(1, options))
-            expected = number * np.cumsum(law(options, b))[:-1]
-            assert (np.abs(below - expected) < 1).all(), choice
-    # Each of a step's sub-networks follows the law by itself.
-    for index in {0, number - 1}:
-        codes = [step[index] for step in steps]
-        for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
-            counts = np.bincount(ranks, minlength=options)
-            assert chisquare(counts, law(options, b) * len(ranks)).pvalue > 1e-4, choice
-    ranks = option_ranks([step[0] for step in steps], RELEASED_DIGITS)
-    one, other = (np.array(ranks[f"output width {stage}"][1]) for stage in (1, 2))
-    assert abs(np.corrcoef(one, other)[0, 1]) < 4 / np.sqrt(len(steps))
-    # More sub-networks than the sampler was made for begin another round.
-    assert sampler.sample(0, 0, number) != sampler.sample(0, 0, 0)
-
-
-def test_annealed_goes_from_one_tilt_to_the_other():
-    number, steps = 400, 5
-    sampler = AnnealedSampler(SPACE, 1, 2.0, -1.0, steps)
-    for step, b in enumerate((2.0, 1.25, 0.5, -0.25, -1.0)):
-        codes = [str(sampler.sample(0, step, index)) for index in range(number)]
-        for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
-            counts = np.bincount(ranks, minlength=options)
-            assert chisquare(counts, law(options, b) * len(ranks)).pvalue > 1e-4, (step, choice)
-    assert AnnealedSampler(SPACE, 1, 2.0, -1.0, 1).sample(0, 0, 0) == build_sampler(
-        "biased", SPACE, 1, 2.0
-    ).sample(0, 0, 0)
 
 
 def test_largest_sampler():
