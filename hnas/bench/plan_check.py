@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from argparse import ArgumentDefaultsHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +109,18 @@ def walk_seconds(space: SearchSpace, images: paddle.Tensor, archs: list) -> floa
 
 
 def main(argv=None) -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="resnet48_mini", help="[default resnet48_mini]")
-    parser.add_argument("--image_size", type=whole_number(32), default=64, help="[default 64]")
-    parser.add_argument("--batch_size", type=whole_number(1), default=32, help="[default 32]")
-    parser.add_argument("--n_arch", type=whole_number(1), default=200, help="[default 200]")
-    parser.add_argument("--times", type=whole_number(1), default=5, help="repeats [default 5]")
+    parser = OneLineParser(
+        prog="python -m hnas.bench.plan_check",
+        description=__doc__.splitlines()[0],
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--backbone", default="resnet48_mini", help="supernet")
+    parser.add_argument("--image_size", type=whole_number(32), default=64, help="px")
+    parser.add_argument("--batch_size", type=whole_number(1), default=32, help="images")
+    parser.add_argument(
+        "--n_arch", type=whole_number(1), default=200, help="architectures to score"
+    )
+    parser.add_argument("--times", type=whole_number(1), default=5, help="of each measurement")
     options = parser.parse_args(argv)
 
     paddle.set_device("cpu")

@@ -39,7 +39,7 @@ from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 
-OURS, STRAIGHTFORWARD, PLAIN = "ours", "straightforward", "plain"
+STRAIGHTFORWARD, PLAIN = "straightforward", "plain"  # any other loop is ours
 CALM_SCALE = 0.1
 LAST_BIT = 2.0**-24  # of a float32, relative
 PASSES = 2  # of stage one: an image is a query in both
@@ -126,7 +126,6 @@ class Loop:
         settings = self.settings
         paddle.seed(settings.seed)
         space = search_space(settings.backbone)
-        sampler = RandomSampler(space, settings.seed, tilt=2.0)
         straight = self.kind == STRAIGHTFORWARD
         if settings.stage == 1:
             network = build_network(
@@ -144,6 +143,7 @@ class Loop:
             kind = StraightforwardDistillation if straight else DistillationModel
             calm(network)
             calm(teacher)
+            sampler = RandomSampler(space, settings.seed, tilt=2.0)
             model = kind(network, teacher, sampler, settings.subnetworks)
             if self.kind == PLAIN:
                 archs = [sampler.sample(0, 0, i) for i in range(settings.subnetworks)]
@@ -168,19 +168,16 @@ class Loop:
         """Seconds of ``steps`` steps, the data included, and where they went."""
         if self._left < steps:  # starting loader processes is not part of a step
             self._left = 0
-            self.train(self.batch())
+            self.model.train_batch(self.batch())
         self.seconds.clear()
         began = time.perf_counter()
         for step in range(steps):
             with clocked(self.seconds, "data"):
                 batch = self.batch()
             self.model.epoch, self.model.step = self._epoch, step
-            logs = self.train(batch)
-        float(logs["loss"])
+            logs = self.model.train_batch(batch)
+        float(logs["loss"])  # a GPU may still be computing
         return {"seconds": time.perf_counter() - began, **self.seconds}
-
-    def train(self, batch) -> dict:
-        return self.model.train_batch(batch)
 
     def load(self, steps: int) -> dict:
         """Seconds of ``steps`` batches of the loader alone, from a new epoch's second on."""

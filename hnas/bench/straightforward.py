@@ -1,8 +1,8 @@
-"""The training loops that `bench_train` measures against, as public code writes them.
+"""The loops that ``hnas.bench.speed_training`` measures against, as public code writes them.
 
 PaddleSlim's own layers and Paddle's own operators; the teacher runs again for every sub-network;
 the momentum encoder is updated parameter by parameter; every loss is fetched in its step; images
-are decoded and augmented one by one in the loader. Only what would make it another computation is
+are decoded from their files in every epoch. Only what would make it another computation is
 as in the real loops: gradients are cleared, not set to zero.
 """
 
