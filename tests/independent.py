@@ -83,3 +83,19 @@ def log_softmax(logits):
     """Of NumPy logits [N, C], in their precision."""
     logits = logits - logits.max(1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def first_place_size(code):
+    """The first place's size, digit by digit, in exact arithmetic."""
+    tenths = (640, 704, 1088, 1216)  # of a channel, in full widths
+
+    def convolution(stage, digit):
+        thousandths = tenths[stage] * (105 - 5 * digit)
+        return -(-thousandths // 8000) * 8
+
+    size, position = convolution(0, int(code[5])), 6
+    for stage, deepest in enumerate(DEPTHS):
+        digits = code[position : position + 2 * deepest]
+        size += sum(convolution(stage, int(digit)) for digit in digits if digit != "0")
+        position += 2 * deepest
+    return size

@@ -6,7 +6,7 @@ import independent
 import numpy as np
 import paddle
 import pytest
-from independent import log_softmax, normalized
+from independent import first_place_size, log_softmax, normalized
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import UserError
@@ -17,7 +17,7 @@ from hnas.utils.gradient_step import learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     distillation_loss,
-    macs_weights,
+    relative_sizes,
 )
 from hnas.utils.SampleMethod import RandomSampler, SandwichSampler
 
@@ -51,9 +51,9 @@ def test_a_step_equals_independent_gradients(expand):
     teacher = build_network("resnet48_mini", CLASSES, elastic=False)
     for network in (net, teacher):
         network.to(dtype="float64")
-    sampler = RandomSampler(RESNET48_MINI, seed=1, tilt=1.0)
-    weights = macs_weights(RESNET48_MINI, 32) if expand else None
-    model = DistillationModel(net, teacher, sampler, 3, weights)
+    sampler = RandomSampler(RESNET48_MINI, seed=1, number=3, tilt=1.0)
+    weights = relative_sizes(RESNET48_MINI) if expand else None
+    model = DistillationModel(net, teacher, sampler, weights)
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
     images, labels = batch(5)
     before = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
@@ -65,7 +65,7 @@ def test_a_step_equals_independent_gradients(expand):
     logs = model.train_batch([paddle.to_tensor(images), paddle.to_tensor(labels)])
 
     x = paddle.to_tensor(normalized(images)).astype("float64")
-    codes = [sampler.sample(2, 3, index).code for index in range(3)]
+    codes = [arch.code for arch in sampler.sample(2, 3)]
     assert logs["arch"] == codes[-1] and len(set(codes)) == 3
     trained = {name for name, p in net.named_parameters() if not p.stop_gradient}
     state = {name: tensor.clone() for name, tensor in before.items()}
@@ -73,8 +73,9 @@ def test_a_step_equals_independent_gradients(expand):
         state[name].stop_gradient = False
     with paddle.no_grad():
         targets = F.softmax(teacher(x))
-    macs = np.array([RESNET48_MINI.macs(sampler.sample(2, 3, i), 32) for i in range(3)], float)
-    factors = macs / macs.mean() if expand else np.ones(3)
+    sizes = np.array([first_place_size(code) for code in (*codes, RESNET48_MINI.largest().code)])
+    factors = sizes[:3] / sizes[3] if expand else np.ones(3)
+    assert not expand or 0.5 < factors.min() < factors.max() < 1
     y = paddle.to_tensor(labels)
     for code, factor in zip(codes, factors, strict=True):
         logits = independent.forward(state, code, x, (20, 32, 64, 128), 1, True)
@@ -125,8 +126,8 @@ def test_losses_of_a_softened_step_equal_independent_ones():
     for network in (net, teacher):
         network.to(dtype="float64")
         network.forward = lambda x, run=network.forward: run(x.astype("float64"))
-    sampler = SandwichSampler(RESNET48_MINI, seed=2)
-    model = DistillationModel(net, teacher, sampler, 3, temperature=temperature)
+    sampler = SandwichSampler(RESNET48_MINI, seed=2, number=3)
+    model = DistillationModel(net, teacher, sampler, temperature=temperature)
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
     images, labels = batch(11)
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -135,9 +136,8 @@ def test_losses_of_a_softened_step_equal_independent_ones():
     with paddle.no_grad():
         q = np.exp(log_softmax(teacher(x).numpy() / temperature))
         expected = []
-        for index in range(3):
-            code = sampler.sample(0, 0, index).code
-            logits = independent.forward(state, code, x, (20, 32, 64, 128), 1, True).numpy()
+        for arch in sampler.sample(0, 0):
+            logits = independent.forward(state, arch.code, x, (20, 32, 64, 128), 1, True).numpy()
             hard = -log_softmax(logits)[np.arange(16), labels].mean()
             soft = -(temperature**2) * (q * log_softmax(logits / temperature)).sum(1).mean()
             expected.append(hard + soft)
@@ -152,7 +152,7 @@ def test_teacher_never_changes():
     net = build_network("resnet48_mini", CLASSES)
     teacher = build_network("resnet48_mini", CLASSES, elastic=False)
     before = {name: tensor.numpy().copy() for name, tensor in teacher.state_dict().items()}
-    model = DistillationModel(net, teacher, RandomSampler(RESNET48_MINI, 0), 2)
+    model = DistillationModel(net, teacher, RandomSampler(RESNET48_MINI, 0, 2))
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
     for step in range(2):
         model.step = step

@@ -77,7 +77,7 @@ def inference_rate(space: SearchSpace, images: paddle.Tensor, times: int) -> flo
 
 def stage1_seconds(space: SearchSpace, images: paddle.Tensor, times: int) -> float:
     """Seconds of a step of stage one."""
-    model = ContrastiveModel(PiNASv2(space, CLASSES, queue_size=QUEUE), LargestSampler(space))
+    model = ContrastiveModel(PiNASv2(space, CLASSES, queue_size=QUEUE), LargestSampler(space, 2))
     model.prepare(momentum_optimizer(model.network, 0.01, 0.9, 1e-4))
     return seconds_of(lambda: model.train_batch([images, images]), times)
 
@@ -86,8 +86,8 @@ def stage2_seconds(space: SearchSpace, images: paddle.Tensor, recipe: Recipe, ti
     """Seconds of a step of stage two, sub-networks as the recipe draws them."""
     network = build_network("resnet48", CLASSES, space)
     teacher = build_network("resnet48", CLASSES, space, elastic=False)
-    sampler = RandomSampler(space, 0, recipe.tilt)
-    model = DistillationModel(network, teacher, sampler, recipe.subnetworks)
+    sampler = RandomSampler(space, 0, recipe.subnetworks, recipe.tilt)
+    model = DistillationModel(network, teacher, sampler)
     model.prepare(momentum_optimizer(network, 0.01, 0.9, 1e-4))
     labels = paddle.zeros([len(images)], dtype="int64")
 

@@ -134,7 +134,7 @@ class Loop:
             kind = StraightforwardContrast if straight else ContrastiveModel
             calm(network.backbone)
             network.reset_key_encoder()
-            model = kind(network, LargestSampler(space))
+            model = kind(network, LargestSampler(space, 2))
             if self.kind == PLAIN:
                 return PlainSteps(settings, network.backbone, [space.largest()] * PASSES)
         else:
@@ -143,10 +143,10 @@ class Loop:
             kind = StraightforwardDistillation if straight else DistillationModel
             calm(network)
             calm(teacher)
-            sampler = RandomSampler(space, settings.seed, tilt=2.0)
-            model = kind(network, teacher, sampler, settings.subnetworks)
+            sampler = RandomSampler(space, settings.seed, settings.subnetworks, tilt=2.0)
+            model = kind(network, teacher, sampler)
             if self.kind == PLAIN:
-                archs = [sampler.sample(0, 0, i) for i in range(settings.subnetworks)]
+                archs = sampler.sample(0, 0)
                 return PlainSteps(settings, network, archs)
         if straight:
             with_paddleslim_norms(network)

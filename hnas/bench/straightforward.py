@@ -46,8 +46,7 @@ class StraightforwardDistillation(DistillationModel):
         images = normalize(images)
         self.network.train()
         losses = []
-        for index in range(self.subnetworks):
-            arch = self.sampler.sample(self.epoch, self.step, index)
+        for arch in self.sampler.sample(self.epoch, self.step):
             self.network.activate(arch)
             with paddle.no_grad():
                 targets = F.softmax(self.teacher(images))
@@ -66,18 +65,23 @@ class StraightforwardContrast(ContrastiveModel):
 
     def train_batch(self, inputs) -> dict:
         network = self.network
-        view_a, view_b = (normalize(view) for view in inputs[:2])
+        views = [normalize(view) for view in inputs[:2]]
         network.train()
-        with paddle.no_grad():
-            momentum = network.key_momentum
-            pairs = zip(network.key_parameters(), network.query_parameters(), strict=True)
-            for key, query in pairs:
-                key.set_value(key * momentum + query * (1 - momentum))
-        path_a, path_b = self.paths()
-        output = network(view_a, view_b, path_a, path_b)
-        output.loss.backward()
-        logs = {"loss": output.loss.item(), "top1": output.accuracy.item()}
+        losses, hits, keys = [], [], []
+        for one in self.passes():
+            with paddle.no_grad():
+                momentum = network.key_momentum
+                pairs = zip(network.key_parameters(), network.query_parameters(), strict=True)
+                for key, query in pairs:
+                    key.set_value(key * momentum + query * (1 - momentum))
+            own = network.embed_keys(views[one.key_view], one.key_path)
+            queries = network.embed_queries(views[one.query_view], one.query_path)
+            loss, found = network.contrast(queries, own)
+            loss.backward()
+            losses.append(loss.item())
+            hits.append(found.item())
+            keys.append(own)
         self._optimizer.step()
         self._optimizer.clear_grad(set_to_zero=False)
-        network.enqueue(F.normalize(output.keys, axis=1))
-        return logs
+        network.enqueue((keys[0] + keys[1]) / 2)
+        return {"loss": sum(losses) / 2, "top1": sum(hits) / 2}
