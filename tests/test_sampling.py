@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 
 from hnas.base.errors import UserError
 from hnas.search_space import RELEASED_DIGITS, SearchSpace
-from hnas.utils.options import parse_options
+from hnas.utils.options import Stage, parse_options
 from hnas.utils.SampleMethod import (
     AnnealedSampler,
     LargestSampler,
@@ -226,7 +226,7 @@ def test_unknown_method_names_the_known_ones():
 
 def test_a_huge_bias_strength_is_refused_or_gives_the_largest():
     try:
-        options = parse_options(2, {}, ["run", "--bias_strength", "1000"])
+        options = parse_options(Stage.DISTILL, ["run", "--bias_strength", "1000"])
     except UserError:
         return
     sampler = build_sampler("biased", SPACE, 0, options.bias_strength)

@@ -39,7 +39,7 @@ from hnas.utils.checkpoint import (
 from hnas.utils.generators import restore_generators
 from hnas.utils.gradient_step import Update
 from hnas.utils.hapi_wrapper import SupernetModel, learning_rate, momentum_optimizer
-from hnas.utils.options import Options
+from hnas.utils.options import TRAINING, Options
 from hnas.utils.visualdl_writer import VisualDLWriter
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def describe_run(options: Options, loader: EpochLoader) -> dict:
     settings = {
         option.name: getattr(options, option.name)
         for option in dataclasses.fields(options)
-        if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] != "3"
+        if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] & TRAINING
     }
     return {
         **settings,
