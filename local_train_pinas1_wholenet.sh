@@ -15,14 +15,15 @@ lr=${lr:-0.0008}                                                # for a batch of
 warmup=${warmup:-1}                                             # epochs
 weight_decay=${weight_decay:-0.0001}
 momentum=${momentum:-0.9}
-largest_net_in_stage1=${largest_net_in_stage1:-True}            # else sampled pairs
-stage1_sample_num=${stage1_sample_num:-1}                       # pairs a step, if sampled
-sample_method=${sample_method:-random}                          # random, biased, sandwich, fair
-bias_sample_flag=${bias_sample_flag:-False}
-queue_size=${queue_size:-65536}
+lr_schedule=${lr_schedule:-cosine}                              # or swing, as the public code
+largest_net_in_stage1=${largest_net_in_stage1:-True}            # else two uniform draws
+stage1_views=${stage1_views:-two_kinds}                         # or one_kind, as the public code
+exchange_views=${exchange_views:-False}                         # in the second pass
+freeze_bn=${freeze_bn:-True}                                    # train at the statistics given
+queue_size=${queue_size:-40960}
 key_momentum=${key_momentum:-0.999}
-temperature=${temperature:-0.2}
-crop_scale_min=${crop_scale_min:-0.2}
+temperature=${temperature:-0.1}
+crop_scale_min=${crop_scale_min:-0.08}
 flip_prob=${flip_prob:-0.5}
 amp=${amp:-O0}                                                  # O1: mixed precision on GPUs
 accumulate=${accumulate:-1}                                     # parts of a batch
@@ -44,10 +45,10 @@ device=${device:-auto}
 
 launch train_supernet_pinas_stage1.py run \
     --backbone "$backbone" --image_size "$image_size" --max_epoch "$max_epoch" \
-    --batch_size "$batch_size" --dyna_batch_size 0 --lr "$lr" --warmup "$warmup" \
+    --batch_size "$batch_size" --lr "$lr" --warmup "$warmup" \
     --weight_decay "$weight_decay" --momentum "$momentum" \
-    --largest_net_in_stage1 "$largest_net_in_stage1" --stage1_sample_num "$stage1_sample_num" \
-    --sample_method "$sample_method" --bias_sample_flag "$bias_sample_flag" \
+    --lr_schedule "$lr_schedule" --largest_net_in_stage1 "$largest_net_in_stage1" \
+    --stage1_views "$stage1_views" --exchange_views "$exchange_views" --freeze_bn "$freeze_bn" \
     --queue_size "$queue_size" --key_momentum "$key_momentum" --temperature "$temperature" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
     --pretrained "$pretrained" --image_dir "$image_dir" --save_dir_new "$save_dir" \

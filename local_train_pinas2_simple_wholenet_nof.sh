@@ -16,17 +16,20 @@ batch_size=${batch_size:-256}
 dyna_batch_size=${dyna_batch_size:-4}                           # sub-networks a step
 lr=${lr:-0.0005}                                                # for a batch of 256
 warmup=${warmup:-5}                                             # epochs
-weight_decay=${weight_decay:-0.0001}
+weight_decay=${weight_decay:-0.00003}
 momentum=${momentum:-0.9}
-sample_method=${sample_method:-random}                          # random, biased, sandwich, fair
-bias_sample_flag=${bias_sample_flag:-True}                      # tilt toward large
-bias_strength=${bias_strength:-2.0}
+sample_method=${sample_method:-random}                          # random, tilted, sandwich, fair
+bias_sample_flag=${bias_sample_flag:-True}                      # random: the largest of many
+stage1_sample_num=${stage1_sample_num:-400}                     # how many
+extra_random_every=${extra_random_every:-3}                     # steps; a uniform one more; 0: never
+bias_strength=${bias_strength:-2.0}                             # of tilted
 sample_space=${sample_space:-released}                          # released or full
-use_loss_expand=${use_loss_expand:-False}                       # losses weighted by MACs
+use_loss_expand=${use_loss_expand:-False}                       # losses weighted by size
 distill_temperature=${distill_temperature:-1.0}                 # of soft targets
 crop_scale_min=${crop_scale_min:-0.08}
 flip_prob=${flip_prob:-0.5}
-bn_calibration_images=${bn_calibration_images:-64}              # 0: running statistics
+freeze_bn=${freeze_bn:-True}                                    # train at the statistics given
+bn_calibration_images=${bn_calibration_images:-auto}            # auto: 0 with freeze_bn, else 64
 amp=${amp:-O0}                                                  # O1: mixed precision on GPUs
 accumulate=${accumulate:-1}                                     # parts of a batch
 clip_norm=${clip_norm:-0}                                       # of all gradients; 0: any
@@ -52,9 +55,10 @@ launch train_supernet_pinas_stage2_simple.py run \
     --batch_size "$batch_size" --dyna_batch_size "$dyna_batch_size" --lr "$lr" \
     --warmup "$warmup" --weight_decay "$weight_decay" --momentum "$momentum" \
     --sample_method "$sample_method" --bias_sample_flag "$bias_sample_flag" \
+    --stage1_sample_num "$stage1_sample_num" --extra_random_every "$extra_random_every" \
     --bias_strength "$bias_strength" --sample_space "$sample_space" \
     --use_loss_expand "$use_loss_expand" --distill_temperature "$distill_temperature" \
-    --bn_calibration_images "$bn_calibration_images" \
+    --freeze_bn "$freeze_bn" --bn_calibration_images "$bn_calibration_images" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
     --pretrained "$pretrained" --use_ckpt "$use_ckpt" --ckpt_dir "$ckpt_dir" \
     --image_dir "$image_dir" --save_dir "$save_dir" \

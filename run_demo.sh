@@ -43,10 +43,10 @@ timed stage1 env backbone=resnet48pinasv2_mini save_dir="$demo/stage1" \
 
 timed stage2 env backbone=resnet48_mini save_dir="$demo/stage2" \
     ckpt_dir="$demo/stage1/0.pdparams" max_epoch=3 warmup=1 lr=0.01 crop_scale_min=0.8 \
-    bn_calibration_images=256 sh local_train_pinas2_simple_wholenet_nof.sh
+    sh local_train_pinas2_simple_wholenet_nof.sh
 
 timed stage3 env backbone=resnet48_mini save_dir="$demo/stage3" \
     ckpt_dir="$demo/stage2/0.pdparams" modelarch_file="$demo/architectures.json" \
-    bn_calibration_images=256 sh local_eval.sh
+    sh local_eval.sh
 
 "$python" -m hnas.tools.demo_summary --demo_dir "$demo"

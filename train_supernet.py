@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import paddle
 
 from hnas.architecture_file import read_architectures
 from hnas.base.errors import UserError, run_main
@@ -21,7 +22,7 @@ from hnas.evaluation.engine import (
     ScoringSettings,
     evaluate_one_by_one,
     evaluate_shared,
-    write_submission,
+    write_results,
 )
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
@@ -57,25 +58,27 @@ def main() -> None:
     archs = architectures(options, space)
     images = validation_images(options)
     network = build_network(options.backbone, len(images.classes), space)
-    start_from_checkpoint(network, options.ckpt_dir)
+    checkpoint = start_from_checkpoint(network, options.ckpt_dir, images.classes)
     save_dir = Path(options.save_dir)
     if is_main_process():
         remove_leftovers(save_dir)
     barrier()
-    counts = score(options, network, archs, images)
+    calibration = calibration_images(options, checkpoint.freeze_bn)
+    counts = score(options, network, archs, images, calibration)
     if is_main_process():
-        path = save_dir / "submission.json"
-        write_submission(path, archs, counts)
-        logger.info("scored %d architectures on %d images: %s", len(archs), counts.images, path)
+        write_results(save_dir, archs, counts)
     leave()
 
 
 def score(
-    options: Options, network: ElasticResNet, archs: dict[str, Architecture], images: ImageList
+    options: Options,
+    network: ElasticResNet,
+    archs: dict[str, Architecture],
+    images: ImageList,
+    calibration: paddle.Tensor | None,
 ) -> Counts:
     """Hits of all architectures, complete in the main process."""
     order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
-    calibration = calibration_images(options)
     if options.eval_engine == "reference":
         loader = validation_loader(options, images, order)
         return evaluate_one_by_one(network, archs, loader, calibration)

@@ -5,22 +5,27 @@ python3 -u train_supernet_pinas_stage1.py run --image_dir DIR --pretrained FILE
 
 from __future__ import annotations
 
+import logging
+
 from hnas.base.errors import UserError, run_main
 from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
+from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import world_size
 from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.options import Stage, parse_options
 from hnas.utils.runtime import require, space_of, start, training_images, training_loader
-from hnas.utils.SampleMethod import LargestSampler, build_sampler
+from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 from hnas.utils.training import (
     fit,
     prepare,
     pretrained_network,
-    start_from_checkpoint,
+    start_contrast_from_checkpoint,
     start_from_pretrained,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -45,22 +50,32 @@ def main() -> None:
         temperature=options.temperature,
     )
     if options.initial_weights:
-        start_from_checkpoint(network.backbone, options.initial_weights)
+        start_contrast_from_checkpoint(network, options.initial_weights, images.classes)
     else:
         require(options, "pretrained")
-        teacher = pretrained_network(options, len(images.classes), space)
+        teacher = pretrained_network(options, images.classes, space)
         start_from_pretrained(network.backbone, teacher)
-    network.reset_key_encoder()
+        network.reset_key_encoder()
+    if options.freeze_bn:
+        freeze_statistics(network)
+    elif world_size() == 1:
+        logger.warning(
+            "--freeze_bn False in one process: keys and queries are normalised by the same batch, "
+            "which gives away what belongs together; several processes shuffle the keys' images"
+        )
 
-    sampled = build_sampler(
-        options.sample_method, space, options.seed, options.bias_strength, options.bias_sample_flag
+    largest = LargestSampler(space, number=2)
+    uniform = RandomSampler(space, options.seed, number=2)
+    model = ContrastiveModel(
+        network,
+        largest if options.largest_net_in_stage1 else uniform,
+        exchange_views=options.exchange_views,
+        shuffle=not options.freeze_bn,
+        seed=options.seed,
     )
-    sampler = LargestSampler(space) if options.largest_net_in_stage1 else sampled
-    model = ContrastiveModel(network, sampler, options.seed)
-    crop = {"scale_min": options.crop_scale_min, "flip": options.flip_prob}
-    views = TwoViews(
-        StrongTransform(options.image_size, **crop), TrainTransform(options.image_size, **crop)
-    )
+    crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
+    strong = StrongTransform(options.image_size, options.crop_scale_min, options.flip_prob)
+    views = TwoViews(strong if options.stage1_views == "two_kinds" else crop, crop)
     loader = training_loader(options, images, views)
     prepare(model, options, len(loader))
     fit(model, options, loader)

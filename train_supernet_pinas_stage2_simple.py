@@ -11,11 +11,12 @@ import logging
 from hnas.base.errors import UserError, run_main
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_reference
+from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import is_main_process, leave
 from hnas.search_space import find_backbone
 from hnas.utils.callbacks import EvaluateExtremes
-from hnas.utils.hapi_wrapper import DistillationModel, macs_weights
+from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
 from hnas.utils.options import Stage, parse_options
 from hnas.utils.runtime import (
     calibration_images,
@@ -48,21 +49,23 @@ def main() -> None:
     images = training_images(options)
     space = space_of(options)
     network = build_network(options.backbone, len(images.classes), space)
-    teacher = pretrained_network(options, len(images.classes), space)
+    teacher = pretrained_network(options, images.classes, space)
+    frozen = False
     if options.initial_weights:
-        start_from_checkpoint(network, options.initial_weights)
+        frozen = start_from_checkpoint(network, options.initial_weights, images.classes).freeze_bn
     else:
         start_from_pretrained(network, teacher)
+    if options.train_flag:
+        frozen = options.freeze_bn
+    if frozen:
+        freeze_statistics(network)
 
-    sampler = build_sampler(
-        options.sample_method, space, options.seed, options.bias_strength, options.bias_sample_flag
-    )
+    largest_only = not options.dyna_batch_size
     model = DistillationModel(
         network,
         teacher,
-        sampler if options.dyna_batch_size else LargestSampler(space),
-        subnetworks=max(1, options.dyna_batch_size),
-        loss_weight=macs_weights(space, options.image_size) if options.use_loss_expand else None,
+        LargestSampler(space) if largest_only else build_sampler(options, space, options.seed),
+        loss_weights=relative_sizes(space) if options.use_loss_expand else None,
         temperature=options.distill_temperature,
     )
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
@@ -72,7 +75,7 @@ def main() -> None:
     callbacks = []
     if options.eval_freq or not options.train_flag:
         val = validation_loader(options, validation_images(options, images))
-        calibration = calibration_images(options, images)
+        calibration = calibration_images(options, frozen, images)
         extremes = {"largest": space.largest(), "smallest": space.smallest()}
 
         def evaluate() -> dict[str, float]:

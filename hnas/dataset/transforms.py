@@ -140,7 +140,7 @@ class EvalTransform:
 class TwoViews:
     """Two augmentations of one image, drawn one after the other."""
 
-    first: StrongTransform
+    first: StrongTransform | TrainTransform
     second: TrainTransform
 
     def __call__(self, image, rng) -> tuple[np.ndarray, np.ndarray]:

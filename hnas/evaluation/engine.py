@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hnas.architecture_file import submission
 from hnas.base.errors import UserError
-from hnas.base.files import write_json
+from hnas.base.files import replacing, write_json
 from hnas.base.memory import available_bytes, peak_gib
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
@@ -229,12 +229,28 @@ def evaluate_one_by_one(
         )
 
 
-def write_submission(path: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:
-    """Write the organisers' JSON and log how many hits hang on nearly equal logits."""
-    write_json(path, submission(archs, counts.accuracy().tolist()))
+def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:
+    """Write what was found, and log how many hits hang on nearly equal logits.
+
+    ``submission.json`` holds top-1 accuracies in the organisers' form, ``submission_top5.json``
+    top-5 ones; ``channel_sample.txt`` has a line ``CODE top1 top5`` for each architecture, which
+    the helpers of public code read.
+    """
+    top1, top5 = counts.accuracy().tolist(), counts.top5_accuracy().tolist()
+    write_json(folder / "submission_top5.json", submission(archs, top5))
+    with replacing(folder / "channel_sample.txt") as temporary:
+        rows = zip(archs.values(), top1, top5, strict=True)
+        temporary.write_text("".join(f"{arch.code} {one} {five}\n" for arch, one, five in rows))
+    write_json(folder / "submission.json", submission(archs, top1))
     logger.info(
         "%d top-1 and %d top-5 hits of %d hang on logits closer than 1e-4",
         counts.near1.sum(),
         counts.near5.sum(),
         len(archs) * counts.images,
+    )
+    logger.info(
+        "scored %d architectures on %d images: %s",
+        len(archs),
+        counts.images,
+        folder / "submission.json",
     )

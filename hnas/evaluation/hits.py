@@ -49,6 +49,10 @@ class Counts:
         """Top-1 accuracies, 0 to 1; float64 [architectures]."""
         return self.top1 / max(1, self.images)
 
+    def top5_accuracy(self) -> np.ndarray:
+        """Top-5 accuracies, float64."""
+        return self.top5 / max(1, self.images)
+
     def standard_error(self) -> np.ndarray:
         """Standard errors of the accuracies as estimates for more such images; as accuracies.
 

@@ -167,15 +167,19 @@ class Checkpoints(Callback):
         log: whose losses are checked before a checkpoint and kept in it.
         stop: the signals to end on.
         run: what identifies the run, to be compared when resuming.
+        about: what the weights' files say of themselves.
     """
 
-    def __init__(self, options: Options, log: TrainLogger, stop: StopSignals, run: Mapping):
+    def __init__(
+        self, options: Options, log: TrainLogger, stop: StopSignals, run: Mapping, about: Mapping
+    ):
         super().__init__()
         self.options = options
         self.folder = Path(options.save_dir)
         self.log = log
         self.stop = stop
         self.run = run
+        self.about = about
 
     def on_train_begin(self, logs=None):
         if is_main_process():
@@ -226,7 +230,13 @@ class Checkpoints(Callback):
             "run": self.run,
         }
         try:
-            save_training(self.folder / name, self.model.network, self.model._optimizer, progress)
+            save_training(
+                self.folder / name,
+                self.model.network,
+                self.model._optimizer,
+                progress,
+                self.about,
+            )
         except NotFiniteError as error:
             raise self.log.diverged(str(error), self.model.step, logs) from None
         logger.info("saved %s.pdparams", self.folder / name)

@@ -38,12 +38,15 @@ OPTIMIZER, STATES = ".pdopt", ".pdstates"
 SET_NAME = re.compile(r"(\d+)(?:-(\d+))?")
 
 
-def save_training(stem: str | Path, network: nn.Layer, optimizer, progress: Mapping) -> None:
+def save_training(
+    stem: str | Path, network: nn.Layer, optimizer, progress: Mapping, about: Mapping | None = None
+) -> None:
     """Write the set ``stem``.
 
     Args:
         stem: path without suffix.
         progress: what :func:`load_training` gives back: plain values and arrays.
+        about: how the weights are trained; see :class:`hnas.utils.weights.Checkpoint`.
 
     Raises:
         NotFiniteError: before anything is written.
@@ -51,7 +54,7 @@ def save_training(stem: str | Path, network: nn.Layer, optimizer, progress: Mapp
     """
     check_finite(network)
     digests = {
-        PARAMS: write_state(f"{stem}{PARAMS}", network.state_dict()),
+        PARAMS: write_state(f"{stem}{PARAMS}", network.state_dict(), about),
         OPTIMIZER: write_state(f"{stem}{OPTIMIZER}", optimizer_state(network, optimizer)),
     }
     write_state(f"{stem}{STATES}", {**progress, "digests": digests, "saved": time.time()})

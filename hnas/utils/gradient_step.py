@@ -97,6 +97,19 @@ def learning_rate(
     return paddle.optimizer.lr.LambdaDecay(base * total_batch / 256, factor)
 
 
+def swinging_rate(
+    base: float, total_batch: int, half_period: int
+) -> paddle.optimizer.lr.LRScheduler:
+    """A cosine from base times batch / 256 to zero in ``half_period`` steps, and back, and so on.
+
+    The first place's schedule of stage 1, whose half period is the number of epochs, taken for
+    steps; its mean is half the full rate.
+    """
+    return paddle.optimizer.lr.LambdaDecay(
+        base * total_batch / 256, lambda step: 0.5 * (1 + np.cos(np.pi * step / half_period))
+    )
+
+
 def momentum_optimizer(
     network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
 ):

@@ -7,6 +7,7 @@ import difflib
 import enum
 import logging
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,7 +38,9 @@ SCORE = frozenset({Stage.SCORE})
 STANDALONE = frozenset({Stage.STANDALONE})
 SUPERNET = CONTRAST | DISTILL
 TRAINING = ALL - SCORE
-NO_STAGE: frozenset[Stage] = frozenset()
+
+AUTO = -1
+"""``auto`` as a number: the program decides, and says so in the log."""
 
 
 def _flag(
@@ -48,6 +51,7 @@ def _flag(
     stages: frozenset[Stage] = ALL,
     low: float | None = None,
     high: float | None = None,
+    auto: bool = False,
     own: Mapping[Stage, object] | None = None,
 ):
     """A field of :class:`Options`.
@@ -57,10 +61,11 @@ def _flag(
         help_text, unit: for ``--help``.
         stages: where the flag has an effect.
         low, high: the least and the largest value that is allowed; None: any.
+        auto: whether ``auto`` is a value, too; it becomes ``AUTO``.
         own: defaults of single stages.
     """
     metadata = {"help": help_text, "unit": unit, "stages": stages, "own": own or {}}
-    return field(default=default, metadata={**metadata, "low": low, "high": high})
+    return field(default=default, metadata={**metadata, "low": low, "high": high, "auto": auto})
 
 
 @dataclass
@@ -91,7 +96,9 @@ class Options:
         low=0,
         own={Stage.PRETRAIN: 0.1, Stage.CONTRAST: 0.0008, Stage.STANDALONE: 0.1},
     )
-    weight_decay: float = _flag(1e-4, "L2 penalty", stages=TRAINING, low=0)
+    weight_decay: float = _flag(
+        1e-4, "L2 penalty", stages=TRAINING, low=0, own={Stage.DISTILL: 3e-5}
+    )
     momentum: float = _flag(0.9, "of the optimizer", stages=TRAINING, low=0, high=1)
     batch_size: int = _flag(256, "images a step and device", "images", low=1)
     dyna_batch_size: int = _flag(
@@ -110,16 +117,35 @@ class Options:
         low=0,
         own={Stage.CONTRAST: 1},
     )
-    sample_method: str = _flag(
-        "random", "random, biased, sandwich or fair", "name", stages=SUPERNET
-    )
+    sample_method: str = _flag("random", "random, tilted, sandwich or fair", "name", stages=DISTILL)
     bias_sample_flag: bool = _flag(
-        False, "tilt the sampling toward large", stages=SUPERNET, own={Stage.DISTILL: True}
+        False,
+        "with sample_method random: train the largest of stage1_sample_num candidates, the first "
+        "place's law",
+        stages=DISTILL,
+        own={Stage.DISTILL: True},
+    )
+    stage1_sample_num: int = _flag(
+        400,
+        "uniform candidates of a step, of which bias_sample_flag trains the largest",
+        "sub-networks",
+        stages=DISTILL,
+        low=1,
+        high=100_000,
+    )
+    extra_random_every: int = _flag(
+        3,
+        "with bias_sample_flag: steps from one that trains a further, uniform sub-network to the "
+        "next; 0: never",
+        "steps",
+        stages=DISTILL,
+        low=0,
     )
     bias_strength: float = _flag(
         2.0,
-        "tilt b: the largest option is exp(b) times as likely as the smallest",
-        stages=SUPERNET,
+        "tilt b of sample_method tilted: the largest option is exp(b) times as likely as the "
+        "smallest",
+        stages=DISTILL,
         low=-100,
         high=100,
     )
@@ -129,15 +155,35 @@ class Options:
         "name",
         stages=SUPERNET | SCORE,
     )
-    stage1_sample_num: int = _flag(
-        400, "accepted for existing command lines; no effect", stages=NO_STAGE, low=1
-    )
     largest_net_in_stage1: bool = _flag(
-        True, "both paths of stage 1 are the largest network, else sampled ones", stages=CONTRAST
+        True, "both paths of stage 1 are the largest network, else uniform draws", stages=CONTRAST
+    )
+    stage1_views: str = _flag(
+        "two_kinds",
+        "two_kinds: the query's view has colour jitter, grey and blur besides crop and flip; "
+        "one_kind: both are crop and flip",
+        "name",
+        stages=CONTRAST,
+    )
+    exchange_views: bool = _flag(
+        False, "exchange the views in the second pass, as the paths are", stages=CONTRAST
+    )
+    freeze_bn: bool = _flag(
+        False,
+        "normalise in training by the running statistics that it starts from, and keep them",
+        stages=SUPERNET,
+        own={Stage.CONTRAST: True, Stage.DISTILL: True},
+    )
+    lr_schedule: str = _flag(
+        "cosine",
+        "cosine: warm-up, then one cosine over all steps; swing: the full rate to zero and back "
+        "every 2 * max_epoch steps",
+        "name",
+        stages=CONTRAST,
     )
     use_loss_expand: bool = _flag(
         False,
-        "weight each sub-network's loss by its MACs over the step's mean MACs",
+        "weight each sub-network's loss by its size over the largest network's",
         stages=DISTILL,
     )
     distill_temperature: float = _flag(
@@ -196,11 +242,13 @@ class Options:
         low=0,
     )
     bn_calibration_images: int = _flag(
-        64,
-        "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics",
+        AUTO,
+        "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics; "
+        "auto: 0 for weights that were trained with freeze_bn, else 64",
         "images",
         stages=DISTILL | SCORE,
         low=0,
+        auto=True,
     )
     num_workers: int = _flag(8, "loader processes; 0: load in the main one", "processes", low=0)
     use_tensor_dataset: bool = _flag(
@@ -221,16 +269,15 @@ class Options:
         stages=TRAINING,
         low=0.01,
         high=1,
-        own={Stage.CONTRAST: 0.2},
     )
     flip_prob: float = _flag(
         0.5, "of mirroring in training", "probability", stages=TRAINING, low=0, high=1
     )
     queue_size: int = _flag(
-        65536, "negatives of stage 1; a multiple of the batch", "keys", stages=CONTRAST, low=1
+        40960, "negatives of stage 1; a multiple of the batch", "keys", stages=CONTRAST, low=1
     )
     key_momentum: float = _flag(0.999, "of the key encoder", stages=CONTRAST, low=0, high=1)
-    temperature: float = _flag(0.2, "of the contrastive loss", stages=CONTRAST, low=0.001)
+    temperature: float = _flag(0.1, "of the contrastive loss", stages=CONTRAST, low=0.001)
     resume: str = _flag(
         "",
         "continue from a folder's newest checkpoint; auto: from save_dir's",
@@ -321,6 +368,14 @@ def default_of(option: dataclasses.Field, stage: Stage) -> object:
     return option.metadata["own"].get(stage, option.default)
 
 
+def default_text(option: dataclasses.Field, stage: Stage) -> str:
+    """A default as a command line would give it."""
+    default = default_of(option, stage)
+    if option.metadata["auto"] and default == AUTO:
+        return "auto"
+    return "none" if default == "" else str(default)
+
+
 def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = "") -> Options:
     """Read the command line of a stage.
 
@@ -338,7 +393,7 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
     for option in fields:
         parser.add_argument(
             f"--{option.name}",
-            type=_reader(option.type),
+            type=_reader(option),
             default=default_of(option, stage),
             help=_help_text(option, stage),
             metavar=option.type,
@@ -361,17 +416,27 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
 
 
 def _help_text(option: dataclasses.Field, stage: Stage) -> str:
-    default, unit = default_of(option, stage), option.metadata["unit"]
+    unit = option.metadata["unit"]
     notes = [unit] if unit else []
-    notes.append(f"default {default if default != '' else 'none'}")
+    notes.append(f"default {default_text(option, stage)}")
     if stage not in option.metadata["stages"]:
         notes.append("no effect here")
     text = f"{option.metadata['help']} [{'; '.join(notes)}]"
     return text.replace("%", "%%")
 
 
-def _reader(kind: str) -> Callable[[str], object]:
-    return {"bool": read_bool, "int": read_int, "float": read_float, "str": _read_text}[kind]
+def _reader(option: dataclasses.Field) -> Callable[[str], object]:
+    readers = {"bool": read_bool, "int": read_int, "float": read_float, "str": _read_text}
+    reader = readers[option.type]
+
+    def read(text: str) -> object:
+        if option.metadata["auto"] and text == "auto":
+            return AUTO
+        if option.name == "image_size" and "," in text:
+            raise ArgumentTypeError(f"{text}: networks are trained and scored at one size here")
+        return reader(text)
+
+    return read
 
 
 def _read_text(text: str) -> str:
@@ -379,10 +444,24 @@ def _read_text(text: str) -> str:
     return "" if text in ("None", "False") else text
 
 
+SCRIPTS = (
+    "every stage is a script of its own: train_supernet_pinas_stage1.py, "
+    "train_supernet_pinas_stage2_simple.py, train_supernet.py"
+)
+INSTEAD = {
+    "json_path": "the architectures to score are given by --modelarch_file",
+    "phase": SCRIPTS,
+    "mode": SCRIPTS,
+}
+"""Flags of public code that others stand for here."""
+
+
 def _explain_unknown(argument: str, names: Sequence[str]) -> str:
     if not argument.startswith("--"):
         return f"unexpected argument {argument!r}; flags are written --name value"
     name = argument[2:].split("=", 1)[0]
+    if name in INSTEAD:
+        return f"unknown flag --{name}; {INSTEAD[name]}"
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean --{nearest[0]}?" if nearest else "see --help"
     return f"unknown flag --{name}; {hint}"
@@ -395,6 +474,8 @@ def _check_bounds(options: Options) -> None:
             option.metadata["low"],
             option.metadata["high"],
         )
+        if option.metadata["auto"] and value == AUTO:
+            continue
         if low is not None and value < low:
             raise UserError(f"--{option.name} {value} is too small; the least is {low}")
         if high is not None and value > high:
@@ -405,6 +486,8 @@ def _check_bounds(options: Options) -> None:
         "eval_engine": ("shared", "reference"),
         "amp": ("O0", "O1", "O2"),
         "bad_images": ("fatal", "skip"),
+        "stage1_views": ("two_kinds", "one_kind"),
+        "lr_schedule": ("cosine", "swing"),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:

@@ -32,7 +32,7 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.search_space import SearchSpace, search_space
-from hnas.utils.options import Options
+from hnas.utils.options import AUTO, Options
 
 logger = logging.getLogger(__name__)
 
@@ -118,16 +118,44 @@ def _pixel_cache(options: Options, images: ImageList) -> PixelCache:
     return pixels
 
 
-def calibration_images(options: Options, images: ImageList | None = None) -> paddle.Tensor | None:
-    """``bn_calibration_images`` training images, uint8 [N, 3, H, W], drawn by the seed.
+CALIBRATION_IMAGES = 64
 
-    ``images`` is the training split, where it was scanned already. With ``bad_images=skip`` others
-    are drawn in place of those that cannot be decoded.
+
+def calibration_number(options: Options, freeze_bn: bool) -> int:
+    """How many images to re-calibrate with: what ``bn_calibration_images`` says or, if that is
+    ``auto``, none for weights that were trained at frozen statistics."""
+    number = options.bn_calibration_images
+    if number == AUTO:
+        number = 0 if freeze_bn else CALIBRATION_IMAGES
+        why = "with" if freeze_bn else "without"
+        logger.info("bn_calibration_images %d: the weights were trained %s freeze_bn", number, why)
+    elif number and freeze_bn:
+        logger.warning(
+            "--bn_calibration_images %d, but the weights were trained with freeze_bn: the ranking "
+            "suffers; give 0 or auto",
+            number,
+        )
+    elif not number and not freeze_bn:
+        logger.warning(
+            "--bn_calibration_images 0, but the weights were trained without freeze_bn: their "
+            "running statistics are a mixture of all sub-networks'"
+        )
+    return number
+
+
+def calibration_images(
+    options: Options, freeze_bn: bool, images: ImageList | None = None
+) -> paddle.Tensor | None:
+    """Training images to re-calibrate with, uint8 [N, 3, H, W], drawn by the seed; None: none.
+
+    Their number is :func:`calibration_number`'s. ``images`` is the training split, where it was
+    scanned already. With ``bad_images=skip`` others are drawn in place of those that cannot be
+    decoded.
 
     Raises:
         DataError: the training split holds fewer, or one of them cannot be decoded.
     """
-    number = options.bn_calibration_images
+    number = calibration_number(options, freeze_bn)
     if not number:
         return None
     wanted = f"--bn_calibration_images {number}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from paddle import nn
@@ -12,6 +14,8 @@ from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.dataset.loader import EpochLoader
 from hnas.models.convolution import use_onednn
+from hnas.models.elastic import plain_name
+from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import (
@@ -24,18 +28,26 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.parallel.stopping import StopSignals
+from hnas.search_space import SearchSpace
 from hnas.utils.callbacks import Checkpoints, TrainLogger, VisualDLWriter
 from hnas.utils.checkpoint import load_training, newest_set, restore_generators
-from hnas.utils.gradient_step import GradientStep, learning_rate, momentum_optimizer
+from hnas.utils.gradient_step import (
+    GradientStep,
+    learning_rate,
+    momentum_optimizer,
+    swinging_rate,
+)
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import TRAINING, Options
 from hnas.utils.public_files import CheckpointError
 from hnas.utils.weights import (
     PARAMS,
+    Checkpoint,
     backbone_weights,
     check_classes,
+    is_contrastive,
     load_weights,
-    read_weights,
+    read_checkpoint,
     write_state,
 )
 
@@ -54,16 +66,16 @@ NEUTRAL_FLAGS = frozenset((
 DATA_ORDER = frozenset({"images", "total_batch", "seed"})
 
 
-def pretrained_network(options: Options, num_classes: int, space) -> ResNet:
+def pretrained_network(options: Options, classes: Sequence[str], space: SearchSpace) -> ResNet:
     """The plain largest network with the weights of ``--pretrained``.
 
     Raises:
         CheckpointError: missing or of another network, e.g. for another number of classes.
     """
-    network = build_network(options.backbone, num_classes, space, elastic=False)
-    weights = read_weights(options.pretrained)
-    check_classes(weights, num_classes, options.pretrained)
-    load_weights(network, weights, options.pretrained)
+    network = build_network(options.backbone, len(classes), space, elastic=False)
+    checkpoint = read_checkpoint(options.pretrained)
+    check_classes(checkpoint, classes, options.pretrained)
+    load_weights(network, checkpoint.weights, options.pretrained)
     network.eval()
     return network
 
@@ -75,12 +87,49 @@ def start_from_pretrained(supernet: nn.Layer, network: ResNet) -> None:
     load_weights(supernet, weights, "pretrained network")
 
 
-def start_from_checkpoint(supernet: nn.Layer, path: str) -> None:
-    """Give a supernet the weights of a checkpoint of any stage."""
-    weights = backbone_weights(read_weights(path))
-    check_classes(weights, supernet.num_classes, path)
+def start_from_checkpoint(supernet: nn.Layer, path: str, classes: Sequence[str]) -> Checkpoint:
+    """Give a supernet the weights of a checkpoint of any stage; the checkpoint is handed back.
+
+    Raises:
+        CheckpointError: it is of another network or other classes.
+    """
+    checkpoint = read_checkpoint(path)
+    weights = backbone_weights(checkpoint.weights)
+    check_classes(replace(checkpoint, weights=weights), classes, path)
     load_weights(supernet, weights, path)
     logger.info("weights from %s", path)
+    return checkpoint
+
+
+def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequence[str]) -> None:
+    """Give stage one's model the weights of a checkpoint.
+
+    Of stage one's own, or of public code's stage one, everything is taken: neck, key encoder and
+    queue too. What a file has not (weights of another stage have the backbone only; public ones
+    may lack the key encoder's neck) starts as in a new run; so does a queue of another size.
+
+    Raises:
+        CheckpointError: it is of another network or other classes.
+    """
+    checkpoint = start_from_checkpoint(network.backbone, path, classes)
+    network.reset_key_encoder()
+    if not is_contrastive(checkpoint.weights):
+        return
+    own = {plain_name(name): tensor.numpy() for name, tensor in network.state_dict().items()}
+    found = {name: value for name, value in checkpoint.weights.items() if name in own}
+    if "queue" in found and found["queue"].shape != own["queue"].shape:
+        logger.warning(
+            "%s has a queue of %d keys, not --queue_size %d: starting with an empty one",
+            path,
+            found["queue"].shape[-1],
+            own["queue"].shape[-1],
+        )
+        del found["queue"]
+        found.pop("queue_pointer", None)
+    load_weights(network, {**own, **found}, path)
+    if not any(name.startswith("key_") for name in found):
+        network.reset_key_encoder()
+    logger.info("stage 1 goes on with %d tensors of %s", len(found), path)
 
 
 def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> None:
@@ -96,12 +145,16 @@ def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> No
         )
     if options.amp == "O2":
         raise UserError("--amp O2 is for stage 3; train with O1, which keeps float32 weights")
-    schedule = learning_rate(
-        options.lr,
-        options.batch_size * world_size(),
-        options.warmup * steps_per_epoch,
-        options.max_epoch * steps_per_epoch,
-    )
+    total_batch = options.batch_size * world_size()
+    if options.lr_schedule == "swing":
+        schedule = swinging_rate(options.lr, total_batch, options.max_epoch)
+    else:
+        schedule = learning_rate(
+            options.lr,
+            total_batch,
+            options.warmup * steps_per_epoch,
+            options.max_epoch * steps_per_epoch,
+        )
     optimizer = momentum_optimizer(
         model.network, schedule, options.momentum, options.weight_decay, options.clip_norm
     )
@@ -133,14 +186,24 @@ def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             stop = model.exchange = GradientExchange(trained, stop)
-        saver = Checkpoints(options, log, stop, run)
+        saver = Checkpoints(options, log, stop, run, about_weights(options, loader))
         model.fit(loader, options.max_epoch, [log, saver, *callbacks], start)
     if is_main_process():
         # Also when nothing was left to train: a kill may have come just before either.
         write_json(Path(options.save_dir) / "history.json", log.history())
-        write_state(Path(options.save_dir) / f"final{PARAMS}", model.network.state_dict())
+        path = Path(options.save_dir) / f"final{PARAMS}"
+        write_state(path, model.network.state_dict(), about_weights(options, loader))
     barrier()
     leave()
+
+
+def about_weights(options: Options, loader: EpochLoader) -> dict:
+    """What a file of weights says of how they were trained; see :class:`Checkpoint`."""
+    return {
+        "backbone": options.backbone,
+        "freeze_bn": options.freeze_bn,
+        "classes": list(loader.dataset.images.classes),
+    }
 
 
 def describe_run(options: Options, loader: EpochLoader) -> dict:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,18 +191,27 @@ def looks_like(weights: Mapping[str, np.ndarray]) -> str | None:
     return None
 
 
-def check_classes(weights: Mapping[str, np.ndarray], classes: int, source: str | Path) -> None:
-    """The classifier in ``weights`` must have as many outputs as there are class folders.
+def check_classes(checkpoint: Checkpoint, classes: Sequence[str], source: str | Path) -> None:
+    """The classifier must be of these classes: as many, and of the same names if it says them.
 
     Raises:
-        CheckpointError: it has not.
+        CheckpointError: it is not.
     """
-    for name, value in weights.items():
-        if CLASSIFIER.fullmatch(name) and value.shape != (classes,):
+    for name, value in checkpoint.weights.items():
+        if CLASSIFIER.fullmatch(name) and value.shape != (len(classes),):
             raise CheckpointError(
-                f"checkpoint {source} classifies {value.size} classes, but image_dir has {classes} "
-                "class folders; use the images that it was trained on"
+                f"checkpoint {source} classifies {value.size} classes, but image_dir has "
+                f"{len(classes)} class folders; use the images that it was trained on"
             )
+    trained = checkpoint.about.get("classes")
+    if trained is None:
+        logger.info("%s does not name its classes: taken to be those of image_dir", source)
+    elif trained != list(classes):
+        own, other = next(pair for pair in zip(trained, classes, strict=True) if pair[0] != pair[1])
+        raise CheckpointError(
+            f"checkpoint {source} was trained on other classes: {own!r} where image_dir has "
+            f"{other!r}; use folders of the same names"
+        )
 
 
 def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str | Path) -> None:
