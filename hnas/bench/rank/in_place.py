@@ -11,11 +11,21 @@ from hnas.utils.SampleMethod import Sampler
 
 
 class InPlaceDistillationModel(DistillationModel):
-    """Without a teacher of its own: a step's first sub-network learns from the labels and teaches
-    the others (Yu et al., BigNAS, ECCV 2020). The sampler should give the largest first."""
+    """Stage two without a network that teaches (Yu et al., BigNAS, ECCV 2020).
+
+    A step's first sub-network learns from the labels only and teaches the others.
+
+    Args:
+        network: the supernet.
+        sampler: chooses the sub-networks; it should give the largest first, as
+            :class:`hnas.utils.SampleMethod.SandwichSampler` does.
+        subnetworks: how many a step.
+        more: ``loss_weight`` and ``temperature`` of :class:`DistillationModel`.
+    """
 
     def __init__(self, network: nn.Layer, sampler: Sampler, **more):
         super().__init__(network, None, sampler, **more)
 
     def next_targets(self, targets, logits) -> paddle.Tensor:
+        """The first sub-network's probabilities [N, C], for all that come after it."""
         return F.softmax(logits.detach() / self.temperature) if targets is None else targets
