@@ -15,8 +15,7 @@ lr=${lr:-0.0008}                                                # for a batch of
 warmup=${warmup:-1}                                             # epochs
 weight_decay=${weight_decay:-0.0001}
 momentum=${momentum:-0.9}
-largest_net_in_stage1=${largest_net_in_stage1:-True}            # else sampled pairs
-stage1_sample_num=${stage1_sample_num:-1}                       # pairs a step, if sampled
+largest_net_in_stage1=${largest_net_in_stage1:-True}            # else two sampled ones
 sample_method=${sample_method:-random}                          # random, biased, sandwich, fair
 bias_sample_flag=${bias_sample_flag:-False}
 queue_size=${queue_size:-65536}
@@ -44,9 +43,9 @@ device=${device:-auto}
 
 launch train_supernet_pinas_stage1.py run \
     --backbone "$backbone" --image_size "$image_size" --max_epoch "$max_epoch" \
-    --batch_size "$batch_size" --dyna_batch_size 0 --lr "$lr" --warmup "$warmup" \
+    --batch_size "$batch_size" --lr "$lr" --warmup "$warmup" \
     --weight_decay "$weight_decay" --momentum "$momentum" \
-    --largest_net_in_stage1 "$largest_net_in_stage1" --stage1_sample_num "$stage1_sample_num" \
+    --largest_net_in_stage1 "$largest_net_in_stage1" \
     --sample_method "$sample_method" --bias_sample_flag "$bias_sample_flag" \
     --queue_size "$queue_size" --key_momentum "$key_momentum" --temperature "$temperature" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
