@@ -1,4 +1,4 @@
-# Sourced by the launchers: which processes a stage runs in. They give launch SCRIPT FLAGS.
+# Sourced by the launchers, which then call launch SCRIPT FLAGS: which processes a stage runs in.
 gpus=${gpus:-}                                                  # as 0,1,2,3: a process on each GPU
 processes=${processes:-1}                                       # on CPUs, instead of gpus
 threads=${threads:-}                                            # of each process; none: cores shared
