@@ -11,12 +11,12 @@ rm -rf "$demo"
 mkdir -p "$demo"
 
 # What all steps share; the launchers take their variables from the environment.
-export python="$venv_python" PYTHONWARNINGS=ignore
+export python="$venv_python"
 export image_dir="$demo/data" pretrained="$demo/pretrained.pdparams"
 export image_size=32 batch_size=32 num_workers=0 use_tensor_dataset=True log_freq=45
 export flip_prob=0    # a mirrored digit is not that digit
-threads=${threads:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
-export threads OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads"
+# For the programs that have no launcher: threads, and third parties' warnings.
+. hnas/tools/launch.sh
 
 # timed NAME COMMAND...: runs the command and keeps its wall time for the table.
 timed() {

@@ -180,6 +180,16 @@ def test_constant_values_are_null_and_noted(report, tmp_path, archs, truth, whic
     assert "are equal" in text and not re.search(r"\bnan\b", text, re.I)
 
 
+def test_no_resample_that_ranks_leaves_no_interval(report, tmp_path, archs):
+    # Of 60 architectures one differs; with this seed neither resample draws it.
+    values = np.where(np.arange(NUMBER) == 30, 0.6, 0.5)
+    path = write(tmp_path / "one.json", archs, values)
+    found = report(path, path, "--resamples", 2, "--seed", 3)
+    assert found["kendall_tau_b"] == {"value": pytest.approx(1), "low": None, "high": None}
+    text = (tmp_path / "out/report.html").read_text()
+    assert "to tell how far that can be trusted" in text and not re.search(r"\bnan\b", text, re.I)
+
+
 @pytest.mark.parametrize("number", [3, 4])
 def test_three_architectures_are_enough(report, tmp_path, archs, truth, number):
     pred = write(tmp_path / "pred.json", archs[:number], truth[:number])

@@ -1,4 +1,4 @@
-"""The demo's closing table, and the same as DEMO/summary.json.
+"""The demo's closing table, which DEMO/summary.json holds too, its files, and what to run next.
 
 python -m hnas.tools.demo_summary --demo_dir output/demo
 """
@@ -6,6 +6,7 @@ python -m hnas.tools.demo_summary --demo_dir output/demo
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -63,13 +64,36 @@ def table(summary: dict) -> str:
     return "\n".join(rows)
 
 
+def next_steps(demo: Path, python: str) -> str:
+    """The demo's files, and two commands that go on from them.
+
+    Args:
+        demo: the demo's folder, relative to the project's root.
+        python: how to call Python from there.
+    """
+    return f"""\
+files
+  {demo}/stage3/submission.json   accuracies of all architectures, as submitted
+  {demo}/stage2/0.pdparams        the supernet that predicted them
+  {demo}/summary.json             this table
+
+next: how far would MACs alone have ranked them the same way? See {demo}/report/report.html
+  {python} -m hnas.tools.rank_report --pred macs --gt {demo}/stage3/submission.json \\
+      --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/report
+or let the supernet score 500 other architectures, drawn by the seed
+  backbone={BACKBONE} image_size={IMAGE_SIZE} image_dir={demo}/data num_workers=0 seed=1 \\
+      ckpt_dir={demo}/stage2/0.pdparams modelarch_file=None eval_sample_num=500 \\
+      save_dir={demo}/others sh local_eval.sh"""
+
+
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo_dir", type=Path, default=Path("output/demo"), help="demo's folder")
     options = parser.parse_args(argv)
     summary = summarize(options.demo_dir)
     write_json(options.demo_dir / "summary.json", summary)
-    sys.stdout.write(table(summary) + "\n")
+    python = os.path.relpath(sys.executable)
+    sys.stdout.write(f"{table(summary)}\n\n{next_steps(options.demo_dir, python)}\n")
 
 
 if __name__ == "__main__":

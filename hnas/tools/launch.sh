@@ -1,24 +1,39 @@
-# Sourced by the launchers: which processes a stage runs in. They give launch SCRIPT FLAGS.
-gpus=${gpus:-}                                                  # 0,1,2,3: a process each
+# Sourced by the launchers, which then call launch SCRIPT FLAGS: which processes a stage runs in.
+gpus=${gpus:-}                                                  # as 0,1,2,3: a process on each GPU
 processes=${processes:-1}                                       # on CPUs, instead of gpus
+threads=${threads:-}                                            # of each process; none: cores shared
 nnodes=${nnodes:-1}                                             # machines
-master=${master:-}                                              # HOST:PORT of the first one
-node_rank=${node_rank:-}                                        # this one's number, from 0
-python=${python:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+master=${master:-}                                              # HOST:PORT of the first machine
+node_rank=${node_rank:-}                                        # this machine's number, from 0
+python=${python:-}                                              # none: .venv's, or python3
 
+if [ -z "$python" ]; then
+    python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+fi
 local_processes=$processes
 if [ -n "$gpus" ]; then
     local_processes=$(echo "$gpus" | tr , '\n' | grep -c .)
 fi
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-threads=${threads:-$((cores > local_processes ? cores / local_processes : 1))}
+if [ -z "$threads" ]; then
+    threads=$((cores > local_processes ? cores / local_processes : 1))
+fi
 
-# Before Python starts: Paddle reads these when it is imported.
-export OMP_NUM_THREADS="$threads" MKL_NUM_THREADS="$threads"
+# The programs take OpenMP's threads from PINAS_THREADS when they start: of any OMP_NUM_THREADS but
+# 1 Paddle warns whenever it is imported. MKL reads its own variable.
+export PINAS_THREADS="$threads" MKL_NUM_THREADS="$threads" OMP_NUM_THREADS=1
 # Lets MKL use AVX2 on AMD's processors; on Intel's it would keep MKL from AVX-512.
 if grep -q AuthenticAMD /proc/cpuinfo 2>/dev/null; then
     export MKL_DEBUG_CPU_TYPE=5
 fi
+
+# What Paddle, PaddleSlim and setuptools say whenever they are imported. Other warnings stay.
+quiet="ignore:No ccache found:UserWarning"
+quiet="$quiet,ignore:Setuptools is replacing distutils:UserWarning"
+quiet="$quiet,ignore:pkg_resources is deprecated as an API:UserWarning"
+export PYTHONWARNINGS="$quiet${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
+# Paddle's C++ code: errors only; it warns of a method that stage 3 does not use.
+export GLOG_minloglevel="${GLOG_minloglevel:-2}"
 
 refuse() {
     echo "error: $1" >&2

@@ -173,6 +173,11 @@ def interpret(report: Mapping) -> list[str]:
     tau = report["correlations"]["kendall_tau_b"]
     if tau["value"] is None:
         return ["Nothing can be said about the ranking."]
+    if tau["low"] is None:
+        return [
+            f"Kendall's tau-b is {tau['value']:.3f}. The architectures are too few, or too many of "
+            "them equal, to tell how far that can be trusted."
+        ]
     lines = [f"Kendall's tau-b is {tau['value']:.3f} ({tau['low']:.3f} to {tau['high']:.3f})."]
     if tau["low"] <= 0 <= tau["high"]:
         lines[0] += " The interval holds 0: these architectures do not show that it ranks at all."

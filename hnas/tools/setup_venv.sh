@@ -19,9 +19,12 @@ fi
 venv_python=.venv/bin/python
 installed=.venv/installed-requirements.txt
 if ! cmp -s "$requirements" "$installed" || ! "$venv_python" -c '' 2>/dev/null; then
-    base_python=$(find_python) || exit 2
-    echo "setting up .venv with $base_python and $requirements"
-    "$base_python" -m venv .venv || exit 2
+    if ! "$venv_python" -c '' 2>/dev/null; then
+        base_python=$(find_python) || exit 2
+        echo "setting up .venv with $base_python"
+        "$base_python" -m venv .venv || exit 2
+    fi
+    echo "installing $requirements into .venv"
     "$venv_python" -m pip install --quiet --disable-pip-version-check -r "$requirements" || exit 2
     cp "$requirements" "$installed"
 fi

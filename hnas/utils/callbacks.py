@@ -18,11 +18,15 @@ from hnas.base.errors import UserError
 from hnas.base.files import remove_leftovers, write_json
 from hnas.parallel.distributed import barrier, is_main_process, leave, mean_over_ranks, world_size
 from hnas.parallel.stopping import Stopped, StopSignals
+from hnas.search_space import RESNET48
 from hnas.utils.checkpoint import SET_NAME, generators_state, remove_set, save_training
 from hnas.utils.options import Options
 from hnas.utils.weights import NotFiniteError
 
 logger = logging.getLogger(__name__)
+
+LARGEST = RESNET48.largest().code
+"""Of every search space; log lines of steps that train it alone leave it out."""
 
 
 class DivergedError(UserError):
@@ -141,7 +145,7 @@ class TrainLogger(Callback):
         eta = datetime.timedelta(seconds=round(left * elapsed / self._since))
         logger.info(
             "epoch %d/%d step %d/%d lr %.6f loss %.4f top1 %.4f ips %.1f images/s "
-            "data %.3f s/step eta %s arch %s",
+            "data %.3f s/step eta %s%s",
             self._epoch + 1,
             epochs,
             step + 1,
@@ -152,7 +156,7 @@ class TrainLogger(Callback):
             self._since * self.params["batch_size"] / elapsed,
             self._data_time / self._since,
             eta,
-            logs["arch"],
+            "" if logs["arch"] == LARGEST else f" arch {logs['arch']}",
         )
 
 

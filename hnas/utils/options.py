@@ -76,7 +76,7 @@ class Options:
 
     backbone: str = _flag(
         "resnet48",
-        "network: see hnas/models/registry.py",
+        "network: resnet48, resnet48_mini; in stage 1 resnet48pinasv2, resnet48pinasv2_mini",
         "name",
         own={Stage.CONTRAST: "resnet48pinasv2"},
     )

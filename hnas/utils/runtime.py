@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle.base.core import set_num_threads
 from PIL import Image
 
 from hnas.base.errors import UserError
@@ -23,6 +25,7 @@ from hnas.dataset.image_folder import (
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.pixel_cache import PixelCache
 from hnas.dataset.transforms import EvalTransform
+from hnas.evaluation.cpu.inference import cpu_threads
 from hnas.parallel.distributed import (
     barrier,
     is_main_process,
@@ -51,6 +54,8 @@ def start(options: Options) -> None:
     paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
     if options.amp != "O0" and paddle.get_device() == "cpu":
         raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
+    if "PINAS_THREADS" in os.environ:
+        set_num_threads(cpu_threads())
     join_processes(cpu=paddle.get_device() == "cpu")
     seed_generators(options.seed)
     logger.info("device %s, seed %d", paddle.get_device(), options.seed)

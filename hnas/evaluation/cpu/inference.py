@@ -92,8 +92,9 @@ class _Definition(DygraphKernels):
 
 
 def cpu_threads() -> int:
-    """``OMP_NUM_THREADS``, as everything else in the process uses, or one a core."""
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    """``PINAS_THREADS``, which the launchers set, or ``OMP_NUM_THREADS``, or one a core."""
+    given = os.environ.get("PINAS_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    return int(given or os.cpu_count() or 1)
 
 
 def onednn_predictor(program: str, weights: str, threads: int, cache: int | None = None):
