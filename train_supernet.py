@@ -17,13 +17,19 @@ from hnas.architecture_file import read_architectures
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, remove_leftovers
 from hnas.dataset.image_folder import ImageList
-from hnas.evaluation.engine import evaluate_one_by_one, evaluate_shared, write_submission
+from hnas.evaluation.engine import (
+    ScoringSettings,
+    evaluate_one_by_one,
+    evaluate_shared,
+    write_submission,
+)
+from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
-from hnas.evaluation.state import architectures_hash
+from hnas.evaluation.ledger import architectures_hash
+from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import barrier, is_main_process, leave, world_size
 from hnas.search_space import Architecture, SearchSpace, find_backbone
-from hnas.utils.checkpoint import find_checkpoint
 from hnas.utils.options import Options, parse_options
 from hnas.utils.runtime import (
     calibration_images,
@@ -34,6 +40,7 @@ from hnas.utils.runtime import (
     validation_loader,
 )
 from hnas.utils.training import start_from_checkpoint
+from hnas.utils.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -51,40 +58,38 @@ def main() -> None:
     space = space_of(options)
     archs = architectures(options, space)
     images = validation_images(options)
-    order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
     network = build_network(options.backbone, len(images.classes), space)
     start_from_checkpoint(network, options.ckpt_dir)
-
     save_dir = Path(options.save_dir)
     if is_main_process():
         remove_leftovers(save_dir)
     barrier()
+    counts = score(options, network, archs, images)
+    if is_main_process():
+        path = save_dir / "submission.json"
+        write_submission(path, archs, counts)
+        logger.info("scored %d architectures on %d images: %s", len(archs), counts.images, path)
+    leave()
+
+
+def score(
+    options: Options, network: ElasticResNet, archs: dict[str, Architecture], images: ImageList
+) -> Counts:
+    """Hits of all architectures, complete in the main process."""
+    order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
     calibration = calibration_images(options)
     if options.eval_engine == "reference":
         loader = validation_loader(options, images, order)
-        counts = evaluate_one_by_one(network, archs, loader, calibration)
-    else:
-        decoded = decoded_images(options, images, order)
-        counts = evaluate_shared(
-            network,
-            archs,
-            decoded,
-            save_dir,
-            identity(options, archs, decoded, calibration),
-            calibration,
-            options.chunk_size,
-            options.target_se,
-            options.amp,
-        )
-    if is_main_process():
-        write_submission(save_dir / "submission.json", archs, counts)
-        logger.info(
-            "scored %d architectures on %d images: %s",
-            len(archs),
-            counts.images,
-            save_dir / "submission.json",
-        )
-    leave()
+        return evaluate_one_by_one(network, archs, loader, calibration)
+    decoded = decoded_images(options, images, order)
+    return evaluate_shared(
+        network,
+        archs,
+        decoded,
+        Path(options.save_dir),
+        identity(options, archs, decoded, calibration),
+        ScoringSettings(calibration, options.chunk_size, options.target_se, options.amp),
+    )
 
 
 def decoded_images(
@@ -105,14 +110,13 @@ def decoded_images(
 
 def identity(options: Options, archs: dict, images, calibration) -> dict[str, str]:
     """What a saved state belongs to: whatever the accuracies depend on."""
+    pixels = None if calibration is None else calibration.numpy().tobytes()
     return {
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
         "image_list": images.hash,
         "architecture_list": architectures_hash(archs),
         "setting": f"{options.backbone} amp={options.amp}",
-        "calibration": "none"
-        if calibration is None
-        else hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
+        "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
     }
 
 

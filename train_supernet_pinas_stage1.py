@@ -65,13 +65,8 @@ def main() -> None:
     sampled = build_sampler(
         options.sample_method, space, options.seed, options.bias_strength, options.bias_sample_flag
     )
-    largest = options.largest_net_in_stage1
-    model = ContrastiveModel(
-        network,
-        LargestSampler(space) if largest else sampled,
-        pairs=1 if largest else options.stage1_sample_num,
-        seed=options.seed,
-    )
+    sampler = LargestSampler(space) if options.largest_net_in_stage1 else sampled
+    model = ContrastiveModel(network, sampler, options.seed)
     crop = {"scale_min": options.crop_scale_min, "flip": options.flip_prob}
     views = TwoViews(
         StrongTransform(options.image_size, **crop), TrainTransform(options.image_size, **crop)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 
-import paddle
-
 from hnas.base.errors import UserError, run_main
 from hnas.dataset.transforms import TrainTransform
+from hnas.evaluation.reference import evaluate_reference
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import is_main_process, leave
 from hnas.search_space import find_backbone
@@ -70,7 +69,7 @@ def main() -> None:
     )
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)
-    prepare(model, options, len(loader), metrics=paddle.metric.Accuracy())
+    prepare(model, options, len(loader))
 
     callbacks = []
     if options.eval_freq or not options.train_flag:
@@ -80,7 +79,7 @@ def main() -> None:
 
         def evaluate() -> dict[str, float]:
             return {
-                name: model.evaluate_architecture(val, arch, calibration)["acc"]
+                name: float(evaluate_reference(network, [arch], val, calibration).accuracy()[0])
                 for name, arch in extremes.items()
             }
 

@@ -178,6 +178,37 @@ class ChannelPlan:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Many drawn architectures as arrays.
+
+    Attributes:
+        depths: blocks of each stage, [n, 4].
+        outer: each stage's width digit of conv2, the first also of the stem, [n, 4].
+        inner: width digits of every possible block's conv1, [n, 23].
+    """
+
+    depths: np.ndarray
+    outer: np.ndarray
+    inner: np.ndarray
+
+    @property
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Stage and place within it, both from 0, of each column of ``inner``."""
+        places = [(stage, b) for stage, deepest in enumerate(MAX_DEPTHS) for b in range(deepest)]
+        return tuple(np.array(places).T)
+
+    def architecture(self, index: int) -> Architecture:
+        """One of them."""
+        depths, outer = self.depths[index].tolist(), self.outer[index].tolist()
+        inner = np.split(self.inner[index], np.cumsum(MAX_DEPTHS)[:-1])
+        widths = tuple(
+            tuple((mid, outer[stage]) for mid in inner[stage][:depth].tolist())
+            for stage, depth in enumerate(depths)
+        )
+        return Architecture(tuple(depths), outer[0], widths)
+
+
+@dataclass(frozen=True)
 class SearchSpace:
     """Widths of a backbone and the architectures that are drawn from it.
 
@@ -287,6 +318,19 @@ class SearchSpace:
                 tuple((narrowest - choose(narrowest, stage, 2 + b), conv2) for b in range(depth))
             )
         return Architecture(depths, widths[0][0][1], tuple(widths))
+
+    def sample_many(self, rng: np.random.Generator, number: int) -> Candidates:
+        """Draw ``number`` architectures uniformly, as arrays: a thousand take a millisecond.
+
+        The law is that of :meth:`sample` without a tilt, the draws are others.
+        """
+        stages = len(MAX_DEPTHS)
+        narrowest = np.array(self.max_digits)
+        return Candidates(
+            rng.integers(MIN_DEPTH, np.array(MAX_DEPTHS) + 1, (number, stages)),
+            rng.integers(1, narrowest + 1, (number, stages)),
+            rng.integers(1, np.repeat(narrowest, MAX_DEPTHS) + 1, (number, sum(MAX_DEPTHS))),
+        )
 
     def sample_distinct(
         self, rng: np.random.Generator, number: int, first: Iterable[Architecture] = ()

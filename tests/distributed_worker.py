@@ -18,8 +18,8 @@ from hnas.models.registry import build_network
 from hnas.parallel.distributed import GradientExchange, join_processes, leave, rank, world_size
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.gradient_step import Update
-from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
+from hnas.utils.gradient_step import GradientStep, momentum_optimizer
+from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import RandomSampler
 
@@ -56,7 +56,7 @@ def distilled() -> DistillationModel:
 
 def trained(model, accumulate: int = 1):
     optimizer = momentum_optimizer(model.network, 0.05, 0.9, 1e-4)
-    model.prepare(optimizer, update=Update(optimizer, accumulate))
+    model.prepare(optimizer, gradients=GradientStep(optimizer, accumulate))
     parameters = [p for p in model.network.parameters() if not p.stop_gradient]
     if world_size() > 1:
         model.exchange = GradientExchange(parameters, StopSignals())

@@ -38,6 +38,13 @@ def layers(code, base_channels, divisor):
 
 def forward(state, code, images, base_channels, divisor, training):
     """Logits of ``images`` under the sub-network ``code`` of a supernet's state dict."""
+    x = features(state, code, images, base_channels, divisor, training)
+    head = f"blocks.{1 + sum(DEPTHS)}.fc.fn"
+    return x @ state[f"{head}.weight"][: x.shape[1]] + state[f"{head}.bias"]
+
+
+def features(state, code, images, base_channels, divisor, training):
+    """The averaged feature map [N, C] in front of the classifier."""
 
     def norm(x, name):
         c = x.shape[1]
@@ -62,6 +69,4 @@ def forward(state, code, images, base_channels, divisor, training):
             shortcut = norm(conv(x, f"{name}.downsample.0", out, stride, 0), f"{name}.downsample.1")
         y = F.relu(norm(conv(x, f"{name}.conv1", mid, stride, 1), f"{name}.bn1"))
         x = F.relu(norm(conv(y, f"{name}.conv2", out, 1, 1), f"{name}.bn2") + shortcut)
-    x = x.mean([2, 3])
-    head = f"blocks.{1 + sum(DEPTHS)}.fc.fn"
-    return x @ state[f"{head}.weight"][: x.shape[1]] + state[f"{head}.bias"]
+    return x.mean([2, 3])

@@ -19,7 +19,7 @@ from hnas.bench.rank.methods import DEFAULTS, FINALISTS, METHODS, RECIPE, STAGE1
 from hnas.bench.rank.runs import train_alone
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools import rank_report
-from hnas.utils.checkpoint import NotFiniteError
+from hnas.utils.weights import NotFiniteError
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("uniform_distill", "sandwich_inplace", "seed_recipe")

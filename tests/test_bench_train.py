@@ -19,7 +19,8 @@ from hnas.bench.straightforward import (
 from hnas.models.elastic import ElasticBatchNorm2D
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
+from hnas.utils.gradient_step import momentum_optimizer
+from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 

@@ -15,22 +15,26 @@ from safetensors.numpy import load_file, save_file
 
 from hnas.base.errors import UserError
 from hnas.base.files import remove_leftovers, replacing
+from hnas.models.elastic import plain_name
 from hnas.models.registry import build_network
-from hnas.utils import checkpoint
 from hnas.utils.checkpoint import (
-    CheckpointError,
+    generators_state,
+    load_training,
+    newest_set,
+    remove_set,
+    restore_generators,
+    save_training,
+)
+from hnas.utils.public_files import CheckpointError
+from hnas.utils.weights import (
     NotFiniteError,
     backbone_weights,
     check_classes,
-    load_training,
     load_weights,
-    newest_set,
+    read_state,
     read_weights,
-    remove_set,
-    save_training,
     write_state,
 )
-from hnas.utils.generators import generators_state, restore_generators
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -187,7 +191,7 @@ def test_only_stage_ones_own_tensors_are_left_behind(caplog):
     paddle.seed(3)
     contrastive = build_network("resnet48pinasv2_mini", num_classes=10, queue_size=16)
     supernet = build_network("resnet48_mini", num_classes=10)
-    state = {checkpoint.plain_name(n): t.numpy() for n, t in contrastive.state_dict().items()}
+    state = {plain_name(n): t.numpy() for n, t in contrastive.state_dict().items()}
     with caplog.at_level("INFO"):
         load_weights(supernet, backbone_weights(state), "F")
     taken = len(supernet.state_dict())
@@ -227,7 +231,7 @@ def test_missing_checkpoints_say_where_to_look(tmp_path):
 FULL_DISK = """
 import resource, sys
 import numpy as np
-from hnas.utils.checkpoint import write_state
+from hnas.utils.weights import write_state
 from hnas.base.errors import run_main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 run_main(lambda: write_state(sys.argv[1], {"a": np.zeros(1_000_000, np.float32)}))
@@ -391,5 +395,5 @@ def test_generators_go_on_where_they_were(tmp_path):
     write_state(tmp_path / "a.pdstates", {"generators": generators_state()})
     expected = draw()
     assert draw() != expected
-    restore_generators(checkpoint.read_state(tmp_path / "a.pdstates")["generators"])
+    restore_generators(read_state(tmp_path / "a.pdstates")["generators"])
     assert draw() == expected

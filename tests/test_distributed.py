@@ -15,15 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hnas.base.files import write_json
 from hnas.bench import chaos
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset
-from hnas.evaluation.hits import Counts
-from hnas.evaluation.ledger import Ledger, even_chunk, share_out
 from hnas.parallel.rollcall import LostRankError, RollCall
 from hnas.search_space import RESNET48_MINI
 from hnas.utils import training
@@ -323,67 +319,6 @@ def test_scores_are_one_processs_byte_for_byte(runs, work):
 def test_launchers_refuse_what_does_not_fit(runs, variables, words):
     output = runs.run(2, "refused", variables.pop("processes", 1), code=2, **variables)
     assert output.startswith("error: ") and words in output
-
-
-# --- the ledger of chunks
-
-IDENTITY = {"checkpoint": "c" * 64}
-ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
-
-
-def chunk_counts(start, stop):
-    """Multiples of 5 are hits of one architecture, all of the other."""
-    hits = np.array([sum(image % 5 == 0 for image in range(start, stop)), stop - start])
-    return Counts(hits, hits, 0 * hits, 0 * hits, stop - start)
-
-
-@given(st.permutations(range(5)), st.integers(0, 4))
-def test_chunks_in_any_order_by_anyone_add_up(tmp_path_factory, order, restart_after):
-    folder = tmp_path_factory.mktemp("ledger")
-
-    def ledger(keeps=True):
-        made = Ledger(folder, IDENTITY, ARCHS, 13, keeps=keeps)
-        made.begin(3)
-        return made
-
-    chief, other = ledger(), ledger(keeps=False)
-    for turn, number in enumerate(order):
-        if turn == restart_after:
-            chief = ledger()
-        start = 3 * number
-        assert not chief.is_done(start)
-        (chief if number % 2 else other).add(start, chunk_counts(start, min(start + 3, 13)))
-        assert chief.is_done(start)
-    chief.collect()
-    assert chief.enough and chief.counts.images == 13
-    np.testing.assert_array_equal(chief.counts.top1, [3, 13])
-    assert not list(folder.glob("eval_chunk_*"))
-
-
-def test_early_stops_do_not_depend_on_who_is_faster(tmp_path):
-    ledger = Ledger(tmp_path, IDENTITY, ARCHS, 400, target_se=0.03)
-    ledger.begin(100)
-    perfect = np.array([100, 100])
-    helper = Ledger(tmp_path, IDENTITY, ARCHS, 400, keeps=False)
-    helper.begin(100)
-    for start in (100, 200, 300):
-        helper.add(start, Counts(perfect, perfect, 0 * perfect, 0 * perfect, 100))
-    assert not ledger.collect()
-    ledger.add(0, Counts(perfect, perfect, 0 * perfect, 0 * perfect, 100))
-    # (101 / 102 * 1 / 102 / 100) ** 0.5 = 0.0099: the first chunk is enough.
-    assert ledger.counts.images == 100 and ledger.enough
-
-
-@given(st.integers(1, 2000), st.integers(1, 60000), st.integers(1, 64))
-def test_chunks_are_even(limit, images, processes):
-    chunk = even_chunk(limit, images, processes)
-    assert 1 <= chunk <= limit
-    undone = np.ones(-(-images // chunk), dtype=bool)
-    shares = [share_out(undone, rank, processes) for rank in range(processes)]
-    assert sorted(itertools.chain(*shares)) == list(range(len(undone)))
-    if processes > 1 and images >= processes:
-        # As many rounds as the limit forces, not one more.
-        assert max(map(len, shares)) <= -(-images // (limit * processes))
 
 
 # --- the roll call

@@ -19,13 +19,19 @@ from hnas.base.files import write_json
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation import engine
-from hnas.evaluation.engine import EngineError, choose_chunk, evaluate_shared, spot_check
+from hnas.evaluation.engine import (
+    EngineError,
+    ScoringSettings,
+    choose_chunk,
+    cost_of_an_image,
+    evaluate_shared,
+    spot_check,
+)
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, balanced_order
-from hnas.evaluation.ledger import STATE_FILE
+from hnas.evaluation.ledger import STATE_FILE, load_state
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import StateError, load_state, save_state
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48, RESNET48_MINI
 
@@ -70,7 +76,7 @@ def decoded(folder, target, limit_gb=1.0, order=None):
     return DecodedImages(images, order, 32, limit_gb, target)
 
 
-def test_every_beginning_of_the_order_is_balanced():
+def test_every_prefix_of_the_order_is_balanced():
     labels = np.repeat([0, 1, 2, 3], [5, 9, 7, 9])
     order = balanced_order(labels, seed=3)
     assert sorted(order.tolist()) == list(range(30))
@@ -102,7 +108,7 @@ def test_images_are_the_transforms_in_memory_and_in_a_file(folder, tmp_path):
 
 def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, folder, tmp_path):
     images = decoded(folder, tmp_path)
-    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, chunk=5)
+    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings(chunk=5))
     assert counts.images == 24
     batches = [images.batch(0, 24)]
     expected = evaluate_reference(network, list(archs.values()), batches)
@@ -118,11 +124,13 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, fold
 
 def test_engine_stops_at_the_target(network, archs, folder, tmp_path):
     images = decoded(folder, tmp_path)
-    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, chunk=6, target_se=0.13)
+    counts = evaluate_shared(
+        network, archs, images, tmp_path, IDENTITY, ScoringSettings(chunk=6, target_se=0.13)
+    )
     assert counts.images in (12, 18)
     assert counts.standard_error().max() < 0.13
     # Asked again without a target, it goes on from there.
-    whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY)
+    whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings())
     assert whole.images == 24
 
 
@@ -130,7 +138,9 @@ def test_interrupted_evaluation_continues_to_the_same_file(
     network, archs, folder, tmp_path, monkeypatch
 ):
     images = decoded(folder, tmp_path)
-    uninterrupted = evaluate_shared(network, archs, images, tmp_path / "a", IDENTITY, chunk=5)
+    uninterrupted = evaluate_shared(
+        network, archs, images, tmp_path / "a", IDENTITY, ScoringSettings(chunk=5)
+    )
     calls = []
     original = SharedEvaluator.evaluate
 
@@ -142,51 +152,55 @@ def test_interrupted_evaluation_continues_to_the_same_file(
 
     monkeypatch.setattr(SharedEvaluator, "evaluate", failing)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, chunk=5)
+        evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, ScoringSettings(chunk=5))
     _, partial = load_state(tmp_path / "b" / STATE_FILE, IDENTITY)
     assert partial.images == 10
     # Another chunk size asked for: the first run's is kept, so that the chunks are the same.
-    resumed = evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, chunk=7)
+    resumed = evaluate_shared(
+        network, archs, images, tmp_path / "b", IDENTITY, ScoringSettings(chunk=7)
+    )
     assert len(calls) == 3 + 3
     for one, other in zip(resumed.columns(), uninterrupted.columns(), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_state_of_another_evaluation_is_refused(tmp_path):
-    counts = Counts.zeros(2)
-    counts.images = 3
-    path = tmp_path / "state.npz"
-    save_state(path, IDENTITY, 4, counts)
-    chunk, found = load_state(path, IDENTITY)
-    assert chunk == 4 and found.images == 3
-    with pytest.raises(StateError, match=r"another image list \(iiii.*save_dir"):
-        load_state(path, {**IDENTITY, "image_list": "j" * 64})
-    content = path.read_bytes()
-    for broken in (content[:100], content[:-30], b"", b"PK\x03\x04 nonsense"):
-        path.write_bytes(broken)
-        with pytest.raises(StateError, match="broken"):
-            load_state(path, IDENTITY)
-    path.write_bytes(content)
-    objects = np.array([{"a": 1}], dtype=object)
-    np.savez(tmp_path / "objects.npz", top1=objects)
-    with pytest.raises(StateError, match="broken"):
-        load_state(tmp_path / "objects.npz", IDENTITY)
-    assert load_state(tmp_path / "none.npz", IDENTITY) is None
-
-
 def test_spot_check_finds_a_wrong_count(network, archs, folder, tmp_path):
     images = decoded(folder, tmp_path)
     batch = images.batch(0, 24)
-    named = list(archs.items())[2]
     counts = Counts.zeros(6)
-    right = evaluate_reference(network, [named[1]], [batch])
+    right = evaluate_reference(network, [archs["n2"]], [batch])
     counts.top1[2], counts.top5[2] = right.top1[0], right.top5[0]
-    spot_check(network, named, 2, batch, None, counts)
+    spot_check(network, archs, 2, batch, None, counts)
     counts.top1[2] += 1
     with pytest.raises(EngineError, match="n2"):
-        spot_check(network, named, 2, batch, None, counts)
+        spot_check(network, archs, 2, batch, None, counts)
     counts.near1[2] = 1  # one image's logits are that close
-    spot_check(network, named, 2, batch, None, counts)
+    spot_check(network, archs, 2, batch, None, counts)
+
+
+@pytest.mark.parametrize(
+    ("shared", "naive", "text"),
+    [
+        (96_312_345, 118_049_999, "96.3 MMAC an image instead of 118 MMAC"),
+        (68_179e9, 133_710e9, "68,179 GMAC an image instead of 133,710 GMAC"),
+        (999_000_000, 1_500_000_000, "999 MMAC an image instead of 1.50 GMAC"),
+        (4_321_000_000, 4_321_000_000, "4.32 GMAC an image"),
+        (12_345, 12_345, "0.0123 MMAC an image"),
+    ],
+)
+def test_cost_is_told_in_digits_that_differ(shared, naive, text):
+    assert cost_of_an_image(shared, naive) == text
+
+
+def test_one_architecture_is_not_compared_with_itself(network, archs, folder, tmp_path, caplog):
+    images = decoded(folder, tmp_path)
+    caplog.set_level("INFO")
+    evaluate_shared(
+        network, {"n0": archs["n0"]}, images, tmp_path, IDENTITY, ScoringSettings(chunk=24)
+    )
+    (line,) = [text for text in caplog.messages if "1 architectures, 24 images" in text]
+    macs = RESNET48_MINI.macs(archs["n0"], 32, num_classes=0)
+    assert line.endswith(f"in chunks of 24: {macs / 1e6:.2f} MMAC an image") and macs < 1e7
 
 
 def test_chunk_follows_the_free_memory(monkeypatch):

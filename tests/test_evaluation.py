@@ -11,15 +11,11 @@ from paddle.nn import functional as F  # noqa: N812
 
 from hnas.architecture_file import read_architectures
 from hnas.evaluation.cpu.inference import InferenceKernels, filters_are_fresh
+from hnas.evaluation.cpu.matmul import MatmulKernels, corner_windows, window_indices
 from hnas.evaluation.cpu.winograd import WinogradKernels
 from hnas.evaluation.hits import Counts, count_hits
-from hnas.evaluation.kernels import (
-    DygraphKernels,
-    MatmulKernels,
-    corner_windows,
-    window_indices,
-)
-from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.kernels import DygraphKernels
+from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator, _Walk
 from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.evaluation.weights import Convolution, SlicedWeights, leading_channels
@@ -344,6 +340,80 @@ def test_hits_and_near_ties():
         rank = (order == labels[:, None]).argmax(1)
         assert found[network, 0] == (rank < 1).sum() and found[network, 1] == (rank < 5).sum()
     assert found[0, 2] >= 1 and found[0, 3] >= 1 and found[1, 2] >= 1
+
+
+def as_imagenet(images):
+    """uint8 images [N, 3, H, W] less ImageNet's mean, over its deviation; float64."""
+    mean, deviation = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(
+        2, 1, 3, 1, 1
+    )
+    return (images.numpy() / 255 - mean) / deviation
+
+
+def hits_by_sorting(logits, labels):
+    """Top-1 and top-5 hits of logits [N, classes] without ties."""
+    found = np.argsort(-logits, axis=1) == labels.numpy()[:, None]
+    return [int(found[:, :k].sum()) for k in (1, 5)]
+
+
+class NormAndLinear(paddle.nn.Layer):
+    """The smallest network with a BatchNorm: of a few pixels, [N, 3, 8, 8] -> [N, 7]."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = paddle.nn.BatchNorm2D(3)
+        self.linear = paddle.nn.Linear(12, 7)
+
+    def forward(self, x):
+        assert not paddle.is_grad_enabled()
+        return self.linear(self.norm(x)[:, :, ::7, ::7].flatten(1))
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_networks_hits_are_numpys(calibrate):
+    paddle.seed(0)
+    network = NormAndLinear()
+    mean, variance = np.float32([0.3, -0.2, 0.5]), np.float32([0.5, 2.0, 1.5])
+    network.norm._mean.set_value(mean)
+    network.norm._variance.set_value(variance)
+    images, labels = images_for(8, 40, classes=7)
+    extra = images_for(8, 16, seed=2)[0] // 2
+    network.train()
+    parts = [(images[:25], labels[:25]), (images[25:26], labels[25:26]), (images[26:], labels[26:])]
+    found = evaluate_network(network, parts, extra if calibrate else None)
+    # Evaluating leaves no trace but the mode.
+    assert not network.training and not network.norm.training
+    np.testing.assert_array_equal(network.norm._mean.numpy(), mean)
+    np.testing.assert_array_equal(network.norm._variance.numpy(), variance)
+
+    if calibrate:
+        seen = as_imagenet(extra)
+        mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3))
+    normed = as_imagenet(images) - mean.reshape(1, 3, 1, 1)
+    normed /= np.sqrt(variance.reshape(1, 3, 1, 1) + 1e-5)
+    weight, bias = network.linear.weight.numpy(), network.linear.bias.numpy()
+    logits = normed[:, :, ::7, ::7].reshape(40, 12) @ weight + bias
+    top1, top5 = hits_by_sorting(logits, labels)
+    assert 0 < top1 < top5 < 40
+    assert (found.top1.tolist(), found.top5.tolist(), found.images) == ([top1], [top5], 40)
+    assert found.near1.tolist() == found.near5.tolist() == [0]
+
+
+def test_a_supernets_active_sub_network_is_evaluated():
+    net = supernet(RESNET48_MINI)
+    archs = family(RESNET48_MINI, 7)[:3]
+    images, labels = images_for(32, 30)
+    together = evaluate_reference(net, archs, [(images, labels)])
+    x = paddle.to_tensor(as_imagenet(images).astype("float32"))
+    base, divisor = RESNET48_MINI.base_channels, RESNET48_MINI.divisor
+    for index, arch in enumerate(archs):
+        net.activate(arch)
+        found = evaluate_network(net, [(images[:11], labels[:11]), (images[11:], labels[11:])])
+        logits = independent.forward(net.state_dict(), arch.code, x, base, divisor, training=False)
+        top1, top5 = hits_by_sorting(logits.numpy(), labels)
+        assert (found.top1.tolist(), found.top5.tolist(), found.images) == ([top1], [top5], 30)
+        for column, (value,) in zip(together.columns(), found.columns(), strict=True):
+            assert column[index] == value
 
 
 def test_standard_error_is_binomial_and_never_certain():

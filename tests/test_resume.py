@@ -21,7 +21,8 @@ from hnas.bench import chaos
 from hnas.models.registry import build_network
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import find_backbone
-from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
+from hnas.utils.gradient_step import momentum_optimizer
+from hnas.utils.hapi_wrapper import DistillationModel
 
 CLASSES, IMAGES, BATCH = 10, 2, 4
 STEPS = CLASSES * IMAGES // BATCH

@@ -12,13 +12,15 @@ from conftest import option_ranks
 from scipy.stats import chisquare
 
 from hnas.base.errors import UserError
-from hnas.search_space import RELEASED_DIGITS, SearchSpace
-from hnas.utils.options import parse_options
+from hnas.search_space import RELEASED_DIGITS, Architecture, Candidates, SearchSpace
 from hnas.utils.SampleMethod import (
-    AnnealedSampler,
+    FirstPlaceSampler,
     LargestSampler,
-    StratifiedSampler,
+    SamplerSettings,
     build_sampler,
+    candidate_sizes,
+    largest_distinct,
+    weighted_channels,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +30,14 @@ WIDTHS += [[512, 488, 464, 432, 408, 384, 360]]
 NUMBER = 2000
 
 
-def sample(method, number=NUMBER, seed=3, bias_strength=2.0, bias=False):
+def sampler_of(method, seed=3, number=1, **settings):
+    return build_sampler(SamplerSettings(method, dyna_batch_size=number, **settings), SPACE, seed)
+
+
+def sample(method, number=NUMBER, **settings):
     """Sub-networks of ``number`` steps."""
-    sampler = build_sampler(method, SPACE, seed, bias_strength, bias)
-    return [sampler.sample(0, step, 0) for step in range(number)]
+    sampler = sampler_of(method, **settings)
+    return [arch for step in range(number) for arch in sampler.sample(0, step)]
 
 
 def law(options, b):
@@ -55,28 +61,42 @@ def expected_macs(b):
     return total
 
 
-@pytest.mark.parametrize("method", ["random", "biased", "sandwich", "fair"])
-def test_a_choice_depends_on_its_seed_and_place_only(method):
-    places = list(itertools.product(range(3), range(3), range(3), range(2, 5)))
-    sampler = {seed: build_sampler(method, SPACE, seed, 2.0) for seed in range(3)}
+METHODS = {
+    "random": {},
+    "random with bias": {"bias_sample_flag": True, "extra_random_every": 0},
+    "tilted": {},
+    "sandwich": {},
+    "fair": {},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_choice_depends_on_its_seed_and_place_only(name):
+    method, settings = name.partition(" ")[0], METHODS[name]
+    places = list(itertools.product(range(3), range(3), range(3)))
+    sampler = {seed: sampler_of(method, seed, 5, **settings) for seed in range(3)}
     archs = {place: sampler[place[0]].sample(*place[1:]) for place in places}
-    # Changing any of seed, epoch, step and index, or swapping two, changes the architecture.
-    assert len(set(archs.values())) == len(places)
+    # Changing any of seed, epoch and step, or swapping two, changes the architectures, and those
+    # of a step differ.
+    fixed = 2 if method == "sandwich" else 0
+    drawn = [arch for own in archs.values() for arch in own[fixed:]]
+    assert len(set(drawn)) == len(drawn) == len(places) * (5 - fixed)
 
     # Neither the order of calls, nor the global generator, nor the sampler's past matters.
     np.random.seed(0)
-    for seed, epoch, step, index in reversed(places):
-        again = build_sampler(method, SPACE, seed, 2.0).sample(epoch, step, index)
-        assert again == archs[seed, epoch, step, index]
+    for seed, epoch, step in reversed(places):
+        again = sampler_of(method, seed, 5, **settings).sample(epoch, step)
+        assert again == archs[seed, epoch, step]
 
 
 def test_a_fresh_process_draws_the_same():
-    places = [(0, 0, 0), (4, 1000, 3), (1, 0, 2)]
+    places = [(0, 0), (4, 1000), (1, 1)]
     program = (
         "from hnas.search_space import SearchSpace\n"
-        "from hnas.utils.SampleMethod import build_sampler\n"
-        "sampler = build_sampler('biased', SearchSpace(), 7, 2.0)\n"
-        f"print(*[sampler.sample(*place) for place in {places}])\n"
+        "from hnas.utils.SampleMethod import SamplerSettings, build_sampler\n"
+        "settings = SamplerSettings('random', True, 4)\n"
+        "sampler = build_sampler(settings, SearchSpace(), 7)\n"
+        f"print(*[arch for place in {places} for arch in sampler.sample(*place)])\n"
     )
     output = subprocess.run(
         [sys.executable, "-c", program],
@@ -86,27 +106,150 @@ def test_a_fresh_process_draws_the_same():
         text=True,
         check=True,
     ).stdout
-    sampler = build_sampler("biased", SPACE, 7, 2.0)
-    assert output.split() == [sampler.sample(*place).code for place in places]
+    sampler = sampler_of("random", 7, 4, bias_sample_flag=True)
+    assert output.split() == [arch.code for place in places for arch in sampler.sample(*place)]
+
+
+# --- the first place's law
+
+
+CODED = (5, 5, 8, 5)
+
+
+def slow_size(code):
+    """The first place's size, digit by digit, in exact arithmetic."""
+    tenths = (640, 704, 1088, 1216)  # of a channel, in full widths
+
+    def convolution(stage, digit):
+        thousandths = tenths[stage] * (105 - 5 * digit)
+        return -(-thousandths // 8000) * 8
+
+    size, position = convolution(0, int(code[5])), 6
+    for stage, deepest in enumerate(CODED):
+        digits = code[position : position + 2 * deepest]
+        size += sum(convolution(stage, int(digit)) for digit in digits if digit != "0")
+        position += 2 * deepest
+    return size
+
+
+def slow_law(rng, keep=4, candidates=400):
+    """What the first place's loop keeps of its candidates: a table by size, filled one by one."""
+    table = {}
+    for _ in range(candidates):
+        code = str(SPACE.sample(rng))
+        table[slow_size(code)] = code
+        if len(table) > keep:
+            del table[min(table)]
+    return list(table.values())
+
+
+def test_sizes_are_those_of_a_slow_count():
+    rng = np.random.default_rng(0)
+    drawn = SPACE.sample_many(rng, 200)
+    codes = [drawn.architecture(index).code for index in range(200)]
+    assert candidate_sizes(drawn).tolist() == [slow_size(code) for code in codes]
+    assert [weighted_channels(drawn.architecture(i)) for i in range(200)] == list(
+        map(slow_size, codes)
+    )
+
+
+def test_candidates_follow_the_uniform_law_and_are_shareable():
+    drawn = SPACE.sample_many(np.random.default_rng(1), NUMBER)
+    archs = [drawn.architecture(index) for index in range(NUMBER)]
+    for arch in archs[:50]:
+        SPACE.shared_plan(arch)
+    for choice, (options, ranks) in option_ranks(map(str, archs), RELEASED_DIGITS).items():
+        counts = np.bincount(ranks, minlength=options)
+        assert chisquare(counts, law(options, 0.0) * len(ranks)).pvalue > 1e-4, choice
+
+
+@pytest.mark.slow
+def test_the_law_is_that_of_a_slow_simulation():
+    """Depths, digits and sizes agree within four standard errors; the figures are recipe.md's."""
+    rng, steps = np.random.default_rng(2), 60
+    slow = [Architecture.from_code(code) for _ in range(steps) for code in slow_law(rng)]
+    sampler = FirstPlaceSampler(SPACE, 4, extra_every=0)
+    fast = [arch for step in range(1000) for arch in sampler.sample(0, step)]
+    for figure in (
+        lambda arch: weighted_channels(arch),
+        *(lambda arch, s=stage: arch.depths[s] for stage in range(4)),
+        *(lambda arch, s=stage: np.mean([mid for mid, _ in arch.widths[s]]) for stage in range(4)),
+    ):
+        one, other = (np.array([figure(arch) for arch in archs]) for archs in (slow, fast))
+        # Networks of a step are chosen together: the error is that of steps.
+        error = np.sqrt(np.var(one.reshape(steps, -1).mean(axis=1)) / steps)
+        assert abs(one.mean() - other.mean()) < 4 * error + 1e-9
+
+
+def test_means_of_the_law_are_those_that_were_read_from_the_public_code():
+    sampler = FirstPlaceSampler(SPACE, 0)
+    archs = [arch for step in range(600) for arch in sampler.sample(0, step)]
+    depths = np.mean([arch.depths for arch in archs], axis=0)
+    np.testing.assert_allclose(depths, [4.44, 4.53, 7.66, 4.75], atol=0.1)
+    digits = [np.mean([d for a in archs for d, _ in a.widths[stage]]) for stage in range(4)]
+    np.testing.assert_allclose(digits, [2.02, 1.98, 2.93, 3.83], atol=0.06)
+    assert np.mean([SPACE.macs(arch) for arch in archs]) == pytest.approx(4.18e9, rel=0.015)
+    kept = [weighted_channels(arch) for step in range(600) for arch in sampler.sample(0, step)[:4]]
+    assert np.mean(kept) == pytest.approx(3982, rel=0.005)
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 5])
+def test_some_steps_train_one_more(every):
+    sampler = FirstPlaceSampler(SPACE, 0, extra_every=every)
+    for epoch, step in itertools.product(range(2), range(8)):
+        extra = every > 0 and step % every == 0
+        assert len(sampler.sample(epoch, step)) == 4 + extra
+
+
+def test_the_extra_network_is_uniform_and_does_not_move_the_others():
+    with_extra = FirstPlaceSampler(SPACE, 5, extra_every=1, candidates=20)
+    without = FirstPlaceSampler(SPACE, 5, extra_every=0, candidates=20)
+    steps = [with_extra.sample(0, step) for step in range(1500)]
+    assert [own[:4] for own in steps] == [without.sample(0, step) for step in range(1500)]
+    ranks = option_ranks([str(own[4]) for own in steps], RELEASED_DIGITS)
+    for choice, (options, chosen) in ranks.items():
+        counts = np.bincount(chosen, minlength=options)
+        assert chisquare(counts, law(options, 0.0) * len(chosen)).pvalue > 1e-4, choice
 
 
 @pytest.mark.parametrize(
-    ("method", "bias", "strength", "b"),
+    ("sizes", "number", "expected"),
     [
-        ("random", False, 2.0, 0.0),
-        ("random", True, 2.0, 2.0),
-        ("biased", False, 2.0, 2.0),
-        ("biased", True, -1.0, -1.0),
+        ([8, 24, 16, 32], 2, [3, 1]),
+        ([32, 24, 32, 16], 2, [2, 1]),  # of equal sizes the latest
+        ([32, 24, 32, 16], 3, [2, 1, 3]),  # and one of each size
+        ([32, 24, 32, 16], 4, [2, 1, 3, 0]),  # until there are no others
+        ([8, 8, 8], 2, [2, 1]),
     ],
 )
-def test_frequencies_follow_the_documented_law(method, bias, strength, b):
-    archs = sample(method, bias_strength=strength, bias=bias)
+def test_ties(sizes, number, expected):
+    assert largest_distinct(np.array(sizes), number) == expected
+
+
+def test_of_equal_candidates_one_is_trained():
+    depths, outer = np.full((5, 4), 2), np.ones((5, 4), int)
+    inner = np.ones((5, 23), int)
+    inner[4] = 3  # narrower
+    same = Candidates(depths, outer, inner)
+    chosen = largest_distinct(candidate_sizes(same), 2)
+    assert chosen == [3, 4]
+
+
+# --- other methods
+
+
+@pytest.mark.parametrize(
+    ("method", "strength", "b"),
+    [("random", 2.0, 0.0), ("tilted", 2.0, 2.0), ("tilted", -1.0, -1.0)],
+)
+def test_frequencies_follow_the_documented_law(method, strength, b):
+    archs = sample(method, bias_strength=strength)
     for choice, (options, ranks) in option_ranks(map(str, archs), RELEASED_DIGITS).items():
         counts = np.bincount(ranks, minlength=options)
         assert chisquare(counts, law(options, b) * len(ranks)).pvalue > 1e-4, choice
 
 
-@pytest.mark.parametrize(("method", "b"), [("random", 0.0), ("biased", 2.0)])
+@pytest.mark.parametrize(("method", "b"), [("random", 0.0), ("tilted", 2.0)])
 def test_mean_macs_equal_the_exact_expectation(method, b):
     macs = np.array([SPACE.macs(arch) for arch in sample(method)])
     standard_error = macs.std() / np.sqrt(len(macs))
@@ -119,33 +262,26 @@ def test_bias_shifts_the_mean_macs_well_up():
     assert expected_macs(2.0) > 1.2 * expected_macs(0.0)
     uniform, biased = (
         np.mean([SPACE.macs(arch) for arch in sample(method, 500)])
-        for method in ("random", "biased")
+        for method in ("random", "tilted")
     )
     assert biased > 1.2 * uniform
 
 
-def test_sandwich_is_largest_smallest_then_random():
-    sampler = build_sampler("sandwich", SPACE, 0, 2.0)
-    for epoch, step in itertools.product(range(2), range(3)):
-        assert sampler.sample(epoch, step, 0) == SPACE.largest()
-        assert sampler.sample(epoch, step, 1) == SPACE.smallest()
-    rest = [sampler.sample(0, step, index) for step in range(300) for index in (2, 3)]
-    assert len(set(rest)) == len(rest)
-    tilted = build_sampler("sandwich", SPACE, 0, 2.0, bias=True)
-    for archs, b in (
-        (rest, 0.0),
-        ([tilted.sample(0, step, index) for step in range(300) for index in (2, 3)], 2.0),
-    ):
-        ranks = option_ranks(map(str, archs), RELEASED_DIGITS)
-        counts = np.bincount(ranks["depth 3"][1], minlength=7)
-        assert chisquare(counts, law(7, b) * len(archs)).pvalue > 1e-4
+def test_sandwich_is_largest_smallest_then_uniform():
+    sampler = sampler_of("sandwich", 0, number=4)
+    steps = [sampler.sample(epoch, step) for epoch in range(2) for step in range(150)]
+    assert {tuple(own[:2]) for own in steps} == {(SPACE.largest(), SPACE.smallest())}
+    rest = [arch for own in steps for arch in own[2:]]
+    assert len(set(rest)) == len(rest) == 600
+    ranks = option_ranks(map(str, rest), RELEASED_DIGITS)
+    counts = np.bincount(ranks["depth 3"][1], minlength=7)
+    assert chisquare(counts, law(7, 0.0) * len(rest)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("step", range(5))
 def test_fair_trains_every_option_once_a_step(step):
     """A step of 420 sub-networks is a multiple of every choice's options: 3, 4, 5 and 7."""
-    sampler = build_sampler("fair", SPACE, 3, 2.0)
-    codes = [str(sampler.sample(1, step, index)) for index in range(420)]
+    codes = [str(arch) for arch in sampler_of("fair", number=420).sample(1, step)]
     for options in (3, 4, 5, 7):
         choices = option_ranks(codes[:options], RELEASED_DIGITS)
         for choice, (number, ranks) in choices.items():
@@ -161,8 +297,8 @@ def test_fair_trains_every_option_once_a_step(step):
 
 
 def test_fair_orders_are_random_and_independent_of_each_other():
-    sampler = build_sampler("fair", SPACE, 0, 2.0)
-    codes = [str(sampler.sample(0, step, 0)) for step in range(600)]
+    steps = [sampler_of("fair", 0, number=4).sample(0, step) for step in range(600)]
+    codes = [str(own[0]) for own in steps]
     ranks = option_ranks(codes, RELEASED_DIGITS)
     for choice, (options, chosen) in ranks.items():
         counts = np.bincount(chosen, minlength=options)
@@ -170,64 +306,35 @@ def test_fair_orders_are_random_and_independent_of_each_other():
     # Choices with as many options do not move together, nor do a step's turns.
     same = (ranks["output width 1"][1] == ranks["output width 2"][1]).mean()
     assert abs(same - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
-    later = [str(sampler.sample(0, step, 3)) for step in range(600)]
+    later = [str(own[3]) for own in steps]
     again = option_ranks(later, RELEASED_DIGITS)["output width 1"][1]
     assert abs((again == ranks["output width 1"][1]).mean() - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
 
 
-@pytest.mark.parametrize(("number", "b"), [(4, 0.0), (4, 1.0), (3, -2.0), (1, 1.0)])
-def test_stratified_spreads_a_step_over_every_choice(number, b):
-    sampler = StratifiedSampler(SPACE, 5, number, b)
-    steps = [[str(sampler.sample(1, step, i)) for i in range(number)] for step in range(400)]
-    for codes in steps[:40]:
-        for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
-            if len(ranks) < number:  # a block that not all of them have
-                continue
-            below = np.searchsorted(sorted(ranks), range(1, options))
-            expected = number * np.cumsum(law(options, b))[:-1]
-            assert (np.abs(below - expected) < 1).all(), choice
-    # Each of a step's sub-networks follows the law by itself.
-    for index in {0, number - 1}:
-        codes = [step[index] for step in steps]
-        for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
-            counts = np.bincount(ranks, minlength=options)
-            assert chisquare(counts, law(options, b) * len(ranks)).pvalue > 1e-4, choice
-    ranks = option_ranks([step[0] for step in steps], RELEASED_DIGITS)
-    one, other = (np.array(ranks[f"output width {stage}"][1]) for stage in (1, 2))
-    assert abs(np.corrcoef(one, other)[0, 1]) < 4 / np.sqrt(len(steps))
-    # More sub-networks than the sampler was made for begin another round.
-    assert sampler.sample(0, 0, number) != sampler.sample(0, 0, 0)
-
-
-def test_annealed_goes_from_one_tilt_to_the_other():
-    number, steps = 400, 5
-    sampler = AnnealedSampler(SPACE, 1, 2.0, -1.0, steps)
-    for step, b in enumerate((2.0, 1.25, 0.5, -0.25, -1.0)):
-        codes = [str(sampler.sample(0, step, index)) for index in range(number)]
-        for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
-            counts = np.bincount(ranks, minlength=options)
-            assert chisquare(counts, law(options, b) * len(ranks)).pvalue > 1e-4, (step, choice)
-    assert AnnealedSampler(SPACE, 1, 2.0, -1.0, 1).sample(0, 0, 0) == build_sampler(
-        "biased", SPACE, 1, 2.0
-    ).sample(0, 0, 0)
-
-
 def test_largest_sampler():
-    sampler = LargestSampler(SPACE)
-    assert {sampler.sample(0, step, index) for step in range(3) for index in range(3)} == {
-        SPACE.largest()
-    }
+    assert LargestSampler(SPACE, 2).sample(0, 5) == [SPACE.largest()] * 2
 
 
-def test_unknown_method_names_the_known_ones():
-    with pytest.raises(UserError, match="'evolution'; there are random, biased, sandwich, fair"):
-        build_sampler("evolution", SPACE, 0, 2.0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample_method": "evolution"}, "'evolution'; there are random, tilted, sandwich, fair"),
+        ({"sample_method": "biased"}, "biased is now --sample_method tilted"),
+        (
+            {"bias_sample_flag": True, "stage1_sample_num": 3},
+            "--stage1_sample_num 3 is fewer than --dyna_batch_size 4",
+        ),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(UserError, match=message):
+        build_sampler(SamplerSettings(**settings), SPACE, 0)
 
 
-def test_a_huge_bias_strength_is_refused_or_gives_the_largest():
-    try:
-        options = parse_options(2, {}, ["run", "--bias_strength", "1000"])
-    except UserError:
-        return
-    sampler = build_sampler("biased", SPACE, 0, options.bias_strength)
-    assert sampler.sample(0, 0, 0) == SPACE.largest()
+def test_a_flag_without_effect_is_named(caplog):
+    build_sampler(SamplerSettings("fair", bias_sample_flag=True), SPACE, 0)
+    assert "--bias_sample_flag has no effect with --sample_method fair" in caplog.text
+
+
+def test_the_largest_strength_that_is_allowed_gives_the_largest():
+    assert sample("tilted", 1, bias_strength=100.0) == [SPACE.largest()]

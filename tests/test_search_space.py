@@ -50,7 +50,7 @@ def valid_codes(draw):
 def sampled(draw):
     """(space, an architecture drawn from it)."""
     name = draw(st.sampled_from(["resnet48", "resnet48_mini"]))
-    space = search_space(name, draw(st.sampled_from(["released", "full"])), draw(st.booleans()))
+    space = search_space(name, draw(st.sampled_from(["released", "full"])))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     return space, space.sample(rng, draw(st.floats(-5, 5)))
 

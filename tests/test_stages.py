@@ -16,7 +16,7 @@ from hnas.dataset.image_folder import scan_images
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
-from hnas.utils.checkpoint import read_weights
+from hnas.utils.weights import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE1 = "local_train_pinas1_wholenet.sh"

@@ -21,8 +21,8 @@ from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
 from hnas.tools import rank_report
 from hnas.tools.train_standalone import main
-from hnas.utils.hapi_wrapper import momentum_optimizer
-from hnas.utils.hapi_wrapper_standalone import StandaloneModel
+from hnas.utils.gradient_step import momentum_optimizer
+from hnas.utils.hapi_wrapper import StandaloneModel
 
 CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3
 SMALL = "122223" + "3313000000" + "2212000000" + "5414" + "0" * 12 + "6727000000"

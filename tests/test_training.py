@@ -9,15 +9,15 @@ import pytest
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import UserError
+from hnas.evaluation.reference import evaluate_reference
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
+from hnas.utils.gradient_step import learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     InPlaceDistillationModel,
     distillation_loss,
-    learning_rate,
     macs_weights,
-    momentum_optimizer,
 )
 from hnas.utils.SampleMethod import RandomSampler, SandwichSampler
 
@@ -208,15 +208,12 @@ def test_teacher_never_changes():
 def test_evaluating_a_subnetwork_leaves_the_supernet_alone():
     paddle.seed(7)
     net = build_network("resnet48_mini", CLASSES)
-    model = DistillationModel(net, None, RandomSampler(RESNET48_MINI, 0), 1)
-    model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY), metrics=paddle.metric.Accuracy())
     images, labels = batch(8)
     before = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
     loader = [(paddle.to_tensor(images), paddle.to_tensor(labels))]
     arch = RESNET48_MINI.smallest()
-    plain = model.evaluate_architecture(loader, arch)["acc"]
-    calibration = paddle.to_tensor(images)
-    calibrated = model.evaluate_architecture(loader, arch, calibration)["acc"]
+    plain = evaluate_reference(net, [arch], loader).accuracy()
+    calibrated = evaluate_reference(net, [arch], loader, paddle.to_tensor(images)).accuracy()
     alone = net.extract(arch)
     x = paddle.to_tensor(normalized(images))
     for training, accuracy in ((False, plain), (True, calibrated)):

@@ -30,7 +30,7 @@ import paddle
 from hnas.base.errors import UserError, run_main
 from hnas.models.registry import build_network
 from hnas.tools.digits_folder import write_digits
-from hnas.utils.checkpoint import read_weights, write_state
+from hnas.utils.weights import read_weights, write_state
 
 logger = logging.getLogger(__name__)
 

@@ -34,8 +34,8 @@ from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews, n
 from hnas.models.convolution import use_onednn
 from hnas.models.registry import build_network
 from hnas.search_space import search_space
-from hnas.utils.gradient_step import Update
-from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
+from hnas.utils.gradient_step import GradientStep, momentum_optimizer
+from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 
@@ -45,7 +45,7 @@ LAST_BIT = 2.0**-24  # of a float32, relative
 PASSES = 2  # of stage one: an image is a query in both
 
 
-class TimedUpdate(Update):
+class TimedStep(GradientStep):
     """Adds up the seconds of backward passes and of the optimizer."""
 
     def __init__(self, optimizer, seconds: dict[str, float]):
@@ -153,7 +153,7 @@ class Loop:
         else:
             use_onednn(network, *([teacher] if settings.stage == 2 else []))
         optimizer = momentum_optimizer(network, settings.lr, 0.9, 1e-4)
-        model.prepare(optimizer, update=TimedUpdate(optimizer, self.seconds))
+        model.prepare(optimizer, gradients=TimedStep(optimizer, self.seconds))
         return model
 
     def batch(self):

@@ -41,7 +41,7 @@ def with_paddleslim_norms(layer: nn.Layer) -> nn.Layer:
 class StraightforwardDistillation(DistillationModel):
     """Stage two."""
 
-    def train_batch(self, inputs, labels=None, update=True) -> dict:
+    def train_batch(self, inputs) -> dict:
         images, labels = inputs
         images = normalize(images)
         self.network.train()
@@ -64,7 +64,7 @@ class StraightforwardDistillation(DistillationModel):
 class StraightforwardContrast(ContrastiveModel):
     """Stage one."""
 
-    def train_batch(self, inputs, labels=None, update=True) -> dict:
+    def train_batch(self, inputs) -> dict:
         network = self.network
         view_a, view_b = (normalize(view) for view in inputs[:2])
         network.train()
@@ -73,7 +73,7 @@ class StraightforwardContrast(ContrastiveModel):
             pairs = zip(network.key_parameters(), network.query_parameters(), strict=True)
             for key, query in pairs:
                 key.set_value(key * momentum + query * (1 - momentum))
-        [(path_a, path_b)] = self.paths()
+        path_a, path_b = self.paths()
         output = network(view_a, view_b, path_a, path_b)
         output.loss.backward()
         logs = {"loss": output.loss.item(), "top1": output.accuracy.item()}

@@ -115,17 +115,24 @@ class StrongTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side to 8/7 of ``size``, then the centre of ``size``; nothing random."""
+    """Shorter side to 8/7 of ``size``, then the centre of ``size``; nothing random.
+
+    For 224 px the same pixels as Paddle's ``Resize(256)`` and ``CenterCrop(224)`` on its Pillow
+    backend: the longer side is cut to whole pixels, offsets are rounded.
+    """
 
     size: int
 
     def __call__(self, image, rng=None) -> np.ndarray:
         width, height = image.size
-        scale = round(self.size * 256 / 224) / min(width, height)
-        width, height = max(self.size, round(width * scale)), max(self.size, round(height * scale))
+        shorter = round(self.size * 256 / 224)
+        if width <= height:
+            width, height = shorter, int(shorter * height / width)
+        else:
+            width, height = int(shorter * width / height), shorter
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - self.size) // 2, (height - self.size) // 2
+        left, top = (round((side - self.size) / 2) for side in (width, height))
         return to_array(image.crop((left, top, left + self.size, top + self.size)))
 
 

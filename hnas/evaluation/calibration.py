@@ -1,16 +1,33 @@
 """BatchNorm re-calibration: statistics of one sub-network instead of a mixture of all.
 
-The shared running statistics average over every sub-network that was trained. Recomputing them
-for the sub-network at hand is usual for weight-sharing supernets (e.g. Yu & Huang, ICCV 2019).
+Shared running statistics that were updated in training average over every sub-network that was
+trained. Recomputing them for the sub-network at hand is usual for weight-sharing supernets (e.g.
+Yu & Huang, ICCV 2019). A supernet that was trained at frozen statistics is scored at them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import paddle
 from paddle import nn
+
+
+def batch_statistics(
+    x: paddle.Tensor, mean_of: Callable[[paddle.Tensor], paddle.Tensor]
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Mean and biased variance of each channel.
+
+    Computed here for both engines: what BatchNorm itself keeps is the biased variance on CPUs and
+    the unbiased one on GPUs (cuDNN's), which differ by much in small batches of small maps.
+
+    Args:
+        x: activations.
+        mean_of: their mean over images and positions, which stay with length 1.
+    """
+    mean = mean_of(x)
+    return mean, mean_of((x - mean).square())
 
 
 @contextmanager
@@ -28,18 +45,32 @@ def calibrated(network: nn.Layer, images: paddle.Tensor | None) -> Iterator[None
         yield
         return
     norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
-    kept = [(norm._momentum, norm._mean.clone(), norm._variance.clone()) for norm in norms]
+    kept = [(norm._mean.clone(), norm._variance.clone()) for norm in norms]
     try:
-        for norm in norms:
-            norm._momentum = 0.0
-        network.train()
-        with paddle.no_grad():
-            network(images)
-        network.eval()
+        measure(network, norms, images)
         yield
     finally:
-        network.eval()
-        for norm, (momentum, mean, variance) in zip(norms, kept, strict=True):
-            norm._momentum = momentum
+        for norm, (mean, variance) in zip(norms, kept, strict=True):
             norm._mean.set_value(mean)
             norm._variance.set_value(variance)
+
+
+@paddle.no_grad()
+def measure(network: nn.Layer, norms: Sequence[nn.BatchNorm2D], images: paddle.Tensor) -> None:
+    """Overwrite the running statistics of ``norms`` by those of their inputs, front to back.
+
+    A layer's are measured before it runs, so that the next one sees what it normalises by them.
+    """
+
+    def take(norm: nn.BatchNorm2D, inputs: tuple) -> None:
+        (x,) = inputs
+        mean, variance = batch_statistics(x, lambda part: part.mean([0, 2, 3], keepdim=True))
+        norm._mean[: x.shape[1]] = mean.flatten()
+        norm._variance[: x.shape[1]] = variance.flatten()
+
+    hooks = [norm.register_forward_pre_hook(take) for norm in norms]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()

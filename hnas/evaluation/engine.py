@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import paddle
 from tqdm import tqdm
 
@@ -17,30 +18,39 @@ from hnas.base.files import write_json
 from hnas.base.memory import available_bytes, peak_gib
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
-from hnas.evaluation.ledger import Ledger, even_chunk, share_out
-from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.ledger import Ledger, even_chunk
+from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import naive_macs
 from hnas.models.elastic import ElasticResNet
-from hnas.parallel.distributed import (
-    barrier,
-    from_main_process,
-    is_main_process,
-    local_ranks,
-    rank,
-    world_size,
-)
+from hnas.parallel.distributed import is_main_process, local_ranks, world_size
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
 
 logger = logging.getLogger(__name__)
+
+MAX_CHUNK = 1024
 
 
 class EngineError(UserError):
     """The shared engine disagrees with the reference engine."""
 
 
-POLL_SECONDS = 0.2
-MAX_CHUNK = 1024
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How the shared engine scores.
+
+    Attributes:
+        calibration: uint8 images [N, 3, H, W] for BatchNorm re-calibration, or None.
+        chunk: images a walk; 0 chooses by the free memory, and such that every process gets as
+            many chunks. A resumed run keeps its first.
+        target_se: stop when all standard errors are below it; 0: go through all images.
+        amp: mixed precision on GPUs.
+    """
+
+    calibration: paddle.Tensor | None = None
+    chunk: int = 0
+    target_se: float = 0.0
+    amp: str = "O0"
 
 
 def evaluate_shared(
@@ -49,94 +59,74 @@ def evaluate_shared(
     images: DecodedImages | ImagesOnDemand,
     save_dir: Path,
     identity: Mapping[str, str],
-    calibration: paddle.Tensor | None = None,
-    chunk: int = 0,
-    target_se: float = 0.0,
-    amp: str = "O0",
+    settings: ScoringSettings,
 ) -> Counts:
     """Score ``archs`` on ``images``; continue where earlier runs in ``save_dir`` stopped.
 
     After every chunk ``save_dir`` holds the state, from which a killed run continues, and
     ``estimates.json`` with an accuracy and standard error of every architecture. Several
     processes call this together, with the same ``save_dir``, and take the chunks in turns; the
-    result is complete at rank 0. An earlier run may have had another number of processes.
+    result is complete in the main process. An earlier run may have had another number of
+    processes.
 
     Args:
         network: the supernet.
         archs: by name.
-        images: in an order whose beginnings are samples (see ``balanced_order``).
+        images: in an order of which any prefix is a sample (see ``balanced_order``).
         save_dir: for state and estimates.
         identity: what the state belongs to, e.g. hashes of checkpoint and lists.
-        calibration: uint8 images [N, 3, H, W] for BatchNorm re-calibration, or None.
-        chunk: images a walk; 0 chooses by the free memory, and such that every process gets as
-            many chunks. A resumed run keeps its first.
-        target_se: stop when all standard errors are below it; 0: go through all images.
-        amp: mixed precision on GPUs.
+        settings: how to score.
 
     Raises:
         StateError: the state in ``save_dir`` is of something else.
+        EngineError: the reference engine counts other hits.
     """
+    calibration, amp = settings.calibration, settings.amp
     evaluator = SharedEvaluator(network, list(archs.values()), images.size, calibration, amp)
-    ledger = Ledger(save_dir, identity, archs, len(images), target_se, keeps=is_main_process())
-    if not chunk and not ledger.chunk:
-        free = choose_chunk(network.space, images.size, evaluator.calibration_images)
-        chunk = even_chunk(free, len(images), world_size())
-    # When all have read what earlier runs left, rank 0 tidies it up and decides.
-    barrier()
-    if is_main_process():
-        ledger.begin(min(chunk, len(images)) if chunk else 0)
-    (chunk,) = from_main_process([ledger.chunk])
-    if not is_main_process():
-        ledger.reload()
-        ledger.chunk = chunk
-    starts = ledger.starts()
-    undone = from_main_process([not ledger.is_done(start) for start in starts])
-    own = share_out(np.array(undone), rank(), world_size())
-    describe(evaluator, network.space, archs, images, chunk, ledger)
-    for number in own:
-        if not is_main_process():
-            ledger.reload()
-        if ledger.enough:
-            break
+    ledger = Ledger(save_dir, identity, archs, len(images), settings.target_se, is_main_process())
+    ledger.begin(
+        settings.chunk or default_chunk(network.space, images, evaluator.calibration_images)
+    )
+    describe(evaluator, network.space, archs, images, ledger)
+    for chunk in ledger.chunks():
         began = time.perf_counter()
-        batch = images.batch(starts[number], min(starts[number] + chunk, len(images)))
+        title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.starts())}"
+        batch = images.batch(chunk.start, chunk.stop)
         counts = Counts.zeros(len(archs))
-        title = f"chunk {number + 1}/{len(starts)}"
         with tqdm(total=len(archs), desc=title, unit="arch", mininterval=1) as progress:
             evaluator.evaluate(*batch, counts, progress.update)
         if amp == "O0":
-            chosen = starts[number] % len(archs)
-            spot_check(network, list(archs.items())[chosen], chosen, batch, calibration, counts)
-        ledger.add(starts[number], counts)
-        seconds = time.perf_counter() - began
-        logger.info(
-            "%s: %d images, largest standard error %.4f, %.1f s, %.0f "
-            "images x architectures/s, eta %.0f s, peak memory %.2f GiB",
-            title,
-            ledger.counts.images,
-            ledger.largest_error,
-            seconds,
-            world_size() * counts.images * len(archs) / seconds,
-            (len(images) - ledger.counts.images) / counts.images * seconds / world_size(),
-            peak_gib(),
-        )
-    if is_main_process():
-        wait_for_rest(ledger)
-        if ledger.counts.images < len(images):
-            logger.info("all standard errors are below %g: stopped early", target_se)
-    return ledger.counts
+            spot_check(network, archs, chunk.start % len(archs), batch, calibration, counts)
+        ledger.add(chunk.start, counts)
+        report(title, ledger, counts, len(images), time.perf_counter() - began)
+    return ledger.complete()
 
 
-def wait_for_rest(ledger: Ledger) -> None:
-    """Collect the other ranks' chunks until there are enough."""
-    if not ledger.enough:
-        logger.info("waiting for the other processes' chunks")
-    while not ledger.enough:
-        if ledger.collect():
-            logger.info("%d images", ledger.counts.images)
-        else:
-            time.sleep(POLL_SECONDS)
-    ledger.remove_rest()
+def default_chunk(
+    space: SearchSpace, images: DecodedImages | ImagesOnDemand, calibration: int
+) -> int:
+    """Images a walk: what the memory allows, in as many chunks for every process."""
+    limit = choose_chunk(space, images.size, calibration)
+    return even_chunk(limit, len(images), world_size())
+
+
+def choose_chunk(space: SearchSpace, image_size: int, calibration: int) -> int:
+    """Images a walk such that its activations take at most a quarter of the free memory.
+
+    One path of activations is alive: every block may keep its output, conv1's output and the
+    shortcut, all at full width and depth.
+    """
+    if paddle.get_device() == "cpu":
+        free = available_bytes() / local_ranks()
+    else:
+        properties = paddle.device.cuda.get_device_properties()
+        free = properties.total_memory - paddle.device.cuda.memory_allocated()
+    stem, sizes = feature_sizes(image_size)
+    floats = 2 * stem * stem * space.base_channels[0]
+    for stage, _, mid, cout, _ in space.plan(space.largest()).blocks():
+        floats += 3 * sizes[stage] ** 2 * max(mid, cout)
+    images = int(free / 4 / (4 * floats)) - calibration
+    return max(1, min(MAX_CHUNK, images))
 
 
 def describe(
@@ -144,42 +134,56 @@ def describe(
     space: SearchSpace,
     archs: Mapping[str, Architecture],
     images: DecodedImages | ImagesOnDemand,
-    chunk: int,
     ledger: Ledger,
 ) -> None:
     """Log what is going to be done, and what makes it slow."""
     if ledger.counts.images:
         logger.info("continuing after %d of %d images", ledger.counts.images, len(images))
-    if chunk < min(evaluator.calibration_images, len(images)):
+    if ledger.chunk < min(evaluator.calibration_images, len(images)):
         logger.warning(
             "every walk carries %d calibration images for %d scored ones: raise chunk_size, or "
             "lower bn_calibration_images",
             evaluator.calibration_images,
-            chunk,
+            ledger.chunk,
         )
     if len(ledger.starts()) < world_size():
         logger.warning(
             "%d chunks for %d processes: lower chunk_size", len(ledger.starts()), world_size()
         )
+    shared = evaluator.tree.macs(images.size)
+    naive = naive_macs(space, archs.values(), images.size)
     logger.info(
-        "%d architectures, %d images in chunks of %d: %.1f GMAC an image instead of %.1f",
+        "%d architectures, %d images in chunks of %d: %s",
         len(archs),
         len(images),
-        chunk,
-        evaluator.tree.macs(images.size) / 1e9,
-        naive_macs(space, archs.values(), images.size) / 1e9,
+        ledger.chunk,
+        cost_of_an_image(shared, naive),
     )
+
+
+def cost_of_an_image(shared: int, naive: int) -> str:
+    """Multiply-accumulates of a walk, and those that it replaces if they are visibly more."""
+    done, replaced = macs_text(shared), macs_text(naive)
+    saving = f" instead of {replaced}" if replaced != done else ""
+    return f"{done} an image{saving}"
+
+
+def macs_text(macs: int) -> str:
+    """At least three significant digits, e.g. ``93.4 MMAC`` or ``68,179 GMAC``."""
+    value, unit = (macs / 1e9, "GMAC") if macs >= 1e9 else (macs / 1e6, "MMAC")
+    decimals = max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{decimals}f} {unit}"
 
 
 def spot_check(
     network: ElasticResNet,
-    named: tuple[str, Architecture],
+    archs: Mapping[str, Architecture],
     index: int,
     batch: tuple[paddle.Tensor, paddle.Tensor],
     calibration: paddle.Tensor | None,
     counts: Counts,
 ) -> None:
-    """Compare one architecture's hits on a chunk with the reference engine's.
+    """Compare the hits of the architecture at ``index`` on a chunk with the reference engine's.
 
     The programs on CPUs rely on what Paddle does, not on what it promises, so every chunk is
     checked before its counts are kept.
@@ -187,8 +191,9 @@ def spot_check(
     Raises:
         EngineError: they differ by more than nearly equal logits explain.
     """
-    name, arch = named
-    expected = evaluate_reference(network, [arch], [batch], calibration)
+    name, arch = list(archs.items())[index]
+    network.activate(arch)
+    expected = evaluate_network(network, [batch], calibration)
     for hits, near in (("top1", "near1"), ("top5", "near5")):
         found, allowed = getattr(counts, hits)[index], getattr(counts, near)[index]
         if abs(found - getattr(expected, hits)[0]) > allowed:
@@ -197,6 +202,21 @@ def spot_check(
                 f"the reference {getattr(expected, hits)[0]}; use --eval_engine reference, and "
                 "please report this with your Paddle version"
             )
+
+
+def report(title: str, ledger: Ledger, counts: Counts, images: int, seconds: float) -> None:
+    """Log how far the evaluation of ``images`` is, after a chunk of this process."""
+    logger.info(
+        "%s: %d images, largest standard error %.4f, %.1f s, %.0f "
+        "images x architectures/s, eta %.0f s, peak memory %.2f GiB",
+        title,
+        ledger.counts.images,
+        ledger.largest_error,
+        seconds,
+        world_size() * counts.images * len(counts.top1) / seconds,
+        (images - ledger.counts.images) / counts.images * seconds / world_size(),
+        peak_gib(),
+    )
 
 
 def evaluate_one_by_one(
@@ -218,22 +238,3 @@ def write_submission(path: Path, archs: Mapping[str, Architecture], counts: Coun
         counts.near5.sum(),
         len(archs) * counts.images,
     )
-
-
-def choose_chunk(space: SearchSpace, image_size: int, calibration: int) -> int:
-    """Images a walk such that its activations take at most a quarter of the free memory.
-
-    One path of activations is alive: every block may keep its output, conv1's output and the
-    shortcut, all at full width and depth.
-    """
-    if paddle.get_device() == "cpu":
-        free = available_bytes() / local_ranks()
-    else:
-        properties = paddle.device.cuda.get_device_properties()
-        free = properties.total_memory - paddle.device.cuda.memory_allocated()
-    stem, sizes = feature_sizes(image_size)
-    floats = 2 * stem * stem * space.base_channels[0]
-    for stage, _, mid, cout, _ in space.plan(space.largest()).blocks():
-        floats += 3 * sizes[stage] ** 2 * max(mid, cout)
-    images = int(free / 4 / (4 * floats)) - calibration
-    return max(1, min(MAX_CHUNK, images))

@@ -8,15 +8,20 @@ import numpy as np
 import paddle
 
 NEAR = 1e-4
-"""Logits closer than this may swap under another order of summation."""
+"""Two logits this close may swap places in an engine that adds in another order."""
 
 
 @dataclass
 class Counts:
-    """Per architecture, int64 [architectures]; ``images`` is how many each has seen.
+    """How many images each of several architectures classifies correctly.
 
-    ``near1`` and ``near5`` count the images whose top-1 or top-5 hit hangs on logits that differ
-    by less than ``NEAR``: only there may engines disagree.
+    Attributes:
+        top1: images whose label has the largest logit; int64 [architectures].
+        top5: images whose label is among the five largest logits; int64 [architectures].
+        near1: images whose top-1 hit or miss hangs on logits within ``NEAR`` of the label's; int64
+            [architectures]. Engines may differ by this many hits, and by no more.
+        near5: the same for ``top5``.
+        images: how many images each architecture has classified.
     """
 
     top1: np.ndarray
@@ -27,26 +32,29 @@ class Counts:
 
     @classmethod
     def zeros(cls, architectures: int) -> Counts:
+        """Before the first image."""
         return cls(*np.zeros((4, architectures), dtype=np.int64))
 
     def add(self, more: Counts) -> None:
-        """Take in the counts over other images."""
+        """Add the same architectures' counts over other images."""
         for own, others in zip(self.columns(), more.columns(), strict=True):
             own += others
         self.images += more.images
 
     def columns(self) -> tuple[np.ndarray, ...]:
+        """The four arrays, in the order of :func:`count_hits`."""
         return self.top1, self.top5, self.near1, self.near5
 
     def accuracy(self) -> np.ndarray:
-        """Top-1 accuracies, float64."""
+        """Top-1 accuracies, 0 to 1; float64 [architectures]."""
         return self.top1 / max(1, self.images)
 
     def standard_error(self) -> np.ndarray:
-        """Of the accuracies, as estimates for all images of the kind.
+        """Standard errors of the accuracies as estimates for more such images; as accuracies.
 
-        Binomial, at the accuracy (hits + 1) / (images + 2), so that a perfect or hopeless start
-        does not pass for certainty.
+        Those of a binomial proportion, sqrt(p * (1 - p) / images), at Laplace's estimate
+        p = (hits + 1) / (images + 2): with the observed p, a few images that are all hits, or
+        all misses, would give an error of 0.
         """
         rate = (self.top1 + 1) / (self.images + 2)
         return np.sqrt(rate * (1 - rate) / max(1, self.images))
@@ -55,29 +63,30 @@ class Counts:
 def count_hits(logits: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
     """Hits of several networks on the same images.
 
+    An image is a top-k hit if fewer than k classes are ahead of its label. Ahead are the classes
+    of larger logits and, of those with the same logit as the label, the ones of smaller index.
+
     Args:
         logits: float32 [networks, N, classes].
         labels: int64 [N].
 
     Returns:
-        int64 [networks, 4]: top-1 hits, top-5 hits, near ties of each.
-
-    A label ranks behind every class of a larger logit, and behind those of an equal logit and a
-    smaller index.
+        int64 [networks, 4]: ``top1``, ``top5``, ``near1`` and ``near5`` of :class:`Counts`.
     """
     networks, images, _ = logits.shape
     index = labels.reshape([1, images, 1]).expand([networks, images, 1])
     own = paddle.take_along_axis(logits, index, axis=2)
-    best = _count(logits > own + NEAR)
-    worst = _count(logits > own - NEAR) - 1  # without the label itself
-    near = [(best < k) != (worst < k) for k in (1, 5)]
-    rank = best.copy()
+    fewest_ahead = _count(logits > own + NEAR)
+    most_ahead = _count(logits > own - NEAR) - 1  # without the label itself
+    near = [(fewest_ahead < k) != (most_ahead < k) for k in (1, 5)]
+    # The exact number matters only where a hit depends on it, which is rare.
+    ahead = fewest_ahead.copy()
     for network, image in np.argwhere(near[0] | near[1]):
         label = int(labels[image])
         values = logits[network, image].numpy()
-        ahead = (values > values[label]).sum() + (values[:label] == values[label]).sum()
-        rank[network, image] = ahead
-    columns = [rank < 1, rank < 5, *near]
+        ties = (values[:label] == values[label]).sum()
+        ahead[network, image] = (values > values[label]).sum() + ties
+    columns = [ahead < 1, ahead < 5, *near]
     return np.stack([column.sum(axis=1) for column in columns], axis=1).astype(np.int64)
 
 

@@ -21,7 +21,7 @@ DECODE_BATCH = 64
 
 
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A random order of all images whose every beginning holds the classes in equal shares.
+    """A random order of all images of which every prefix holds the classes in equal shares.
 
     One image of each class, in random order, then the next of each: the first N images are a
     class-balanced sample, so that an evaluation may stop anywhere.

@@ -1,39 +1,63 @@
 """Which chunks of an evaluation are done, by any number of processes, now or in an earlier run.
 
-A chunk's counts are integers over its own images, so it does not matter who found them, or in
-which order. ``eval_state.npz`` holds the counts over the beginning that is done without gaps; a
-chunk that was finished out of turn is a file of its own until the beginning has reached it.
+The images are cut into chunks. A chunk's counts are integers over its own images, so it does not
+matter which process finds them, or in which order. Kept in the folder of an evaluation:
+
+- ``eval_state.npz``: the counts over the *prefix*, all chunks up to the first that is not done.
+  Only the main process writes it.
+- ``eval_chunk_*.npz``: the counts of a chunk that was done before the prefix had reached it, named
+  by the position of its first image. The main process adds it to the prefix in its turn.
+- ``estimates.json``: accuracy and standard error of every architecture over the prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import logging
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from hnas.base.files import write_json
+from hnas.base.errors import UserError
+from hnas.base.files import replacing, write_json
 from hnas.evaluation.hits import Counts
-from hnas.evaluation.state import StateError, estimates, load_state, save_state
+from hnas.parallel.distributed import barrier, from_main_process, rank, world_size
 from hnas.search_space import Architecture
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "eval_state.npz"
 CHUNK_FILES = "eval_chunk_*.npz"
+ESTIMATES_FILE = "estimates.json"
+FIELDS = ("top1", "top5", "near1", "near5")
+POLL_SECONDS = 0.2
+
+
+class StateError(UserError):
+    """A state file that is broken or belongs to another evaluation."""
 
 
 class Ledger:
-    """What is done of the evaluation of ``archs`` on ``images`` images in ``folder``.
+    """What is done of the evaluation of ``archs`` on ``images`` images.
+
+    In this order, in every process: :meth:`begin`, then :meth:`add` for each of :meth:`chunks`,
+    then :meth:`complete`.
 
     Args:
-        folder: shared by all processes.
+        folder: one for all processes.
         identity: what the files must belong to.
-        target_se: the beginning is enough when all its standard errors are below it; 0: never.
-        keeps: whether this process, one of them all, writes the state. The others only add files.
+        archs: by name.
+        images: how many in all.
+        target_se: the prefix is enough when all its standard errors are below it; 0: never.
+        is_main: whether this is the main process.
 
     Attributes:
         chunk: images of a chunk (the last has fewer); 0 until it is known.
-        counts: over the beginning.
+        counts: over the prefix, as far as this process knows.
 
     Raises:
         StateError: a file is broken or of something else.
@@ -46,16 +70,17 @@ class Ledger:
         archs: Mapping[str, Architecture],
         images: int,
         target_se: float = 0.0,
-        keeps: bool = True,
+        is_main: bool = True,
     ):
         self._folder = folder
         self._identity = identity
         self._archs = archs
         self._images = images
         self._target = target_se
-        self._keeps = keeps
+        self._is_main = is_main
+        self._own: list[int] = []
         self.chunk, self.counts = 0, Counts.zeros(len(archs))
-        self.reload()
+        self._reload()
         for path in folder.glob(CHUNK_FILES):
             chunk, _ = self._load(path)
             if self.chunk and chunk != self.chunk:
@@ -64,69 +89,108 @@ class Ledger:
                 )
             self.chunk = chunk
 
+    # --- the course of an evaluation
+
     def begin(self, chunk: int) -> None:
-        """Take in what earlier runs left; ``chunk`` is its size where they left nothing."""
-        self.chunk = self.chunk or chunk
-        if not self._keeps:
-            return
-        for path in self._folder.glob(CHUNK_FILES):
-            if int(path.stem.rpartition("_")[2]) < self.counts.images:
-                path.unlink()  # killed after the state was written
-        self.collect()
+        """Take in what earlier runs left and share out the rest; all processes together.
+
+        Args:
+            chunk: images of a chunk, where no earlier run has settled it.
+        """
+        self.chunk = self.chunk or min(chunk, self._images)
+        barrier()  # Before it, other processes may still read what is deleted here.
+        if self._is_main:
+            self._delete_chunks(before=self.counts.images)
+            self.collect()
+        (self.chunk,) = from_main_process([self.chunk])
+        if not self._is_main:
+            self._reload()
+        starts = self.starts()
+        undone = from_main_process([not self.is_done(start) for start in starts])
+        own = share_out(np.array(undone), rank(), world_size())
+        self._own = [starts[number] for number in own]
+
+    def chunks(self) -> Iterator[range]:
+        """The chunks that are this process's to do, as ranges of image positions.
+
+        Ends early when the prefix, with the other processes' chunks, has become enough.
+        """
+        for start in self._own:
+            if not self._is_main:
+                self._reload()
+            if self.enough:
+                return
+            yield range(start, min(start + self.chunk, self._images))
+
+    def add(self, start: int, counts: Counts) -> None:
+        """Keep the counts of the chunk whose first image is ``start``."""
+        if self._is_main and start == self.counts.images:
+            self._extend(counts)
+            self.collect()
+        else:
+            save_state(self._path(start), self._identity, self.chunk, counts)
+
+    def complete(self) -> Counts:
+        """The counts over the final prefix: in the main process, which waits for the others."""
+        if not self._is_main:
+            return self.counts
+        if not self.enough:
+            logger.info("waiting for the other processes' chunks")
+        while not self.enough:
+            if self.collect():
+                logger.info("%d images", self.counts.images)
+            else:
+                time.sleep(POLL_SECONDS)
+        self._delete_chunks()
+        if self.counts.images < self._images:
+            logger.info("all standard errors are below %g: stopped early", self._target)
+        return self.counts
+
+    # --- what is done
 
     def starts(self) -> list[int]:
-        """Where each chunk begins."""
+        """The position of each chunk's first image."""
         return list(range(0, self._images, self.chunk))
 
     def is_done(self, start: int) -> bool:
-        """Whether the chunk that begins at ``start`` is."""
+        """Whether the chunk whose first image is ``start`` is done."""
         return start < self.counts.images or self._path(start).is_file()
 
     @property
     def enough(self) -> bool:
-        """Whether all images are done, or the beginning is as exact as wanted."""
+        """Whether the prefix is all images, or as exact as wanted."""
         if self.counts.images == self._images:
             return True
         return self.counts.images > 0 and self.largest_error < self._target
 
     @property
     def largest_error(self) -> float:
-        """The largest standard error over the beginning."""
+        """The largest standard error over the prefix."""
         return float(self.counts.standard_error().max())
 
-    def add(self, start: int, counts: Counts) -> None:
-        """Keep a finished chunk's counts."""
-        if self._keeps and start == self.counts.images:
-            self.counts.add(counts)
-            self._write()
-            self.collect()
-        else:
-            save_state(self._path(start), self._identity, self.chunk, counts)
-
     def collect(self) -> bool:
-        """Move files that continue the beginning into the state; whether there were any.
+        """Extend the prefix by the chunk files that follow it; whether there were any.
 
-        Stops where the beginning is enough, so that the result does not depend on who was faster.
+        Stops where the prefix is enough, so that the result does not depend on who was faster.
         """
         before = self.counts.images
         while not self.enough and self._path(self.counts.images).is_file():
             path = self._path(self.counts.images)
-            self.counts.add(self._load(path)[1])
-            self._write()
+            self._extend(self._load(path)[1])
             path.unlink()
         return self.counts.images > before
 
-    def reload(self) -> None:
-        """Read the state that another process keeps."""
+    def _extend(self, counts: Counts) -> None:
+        """Add the prefix's next chunk, and write the prefix."""
+        self.counts.add(counts)
+        save_state(self._folder / STATE_FILE, self._identity, self.chunk, self.counts)
+        write_json(self._folder / ESTIMATES_FILE, estimates(self._archs, self.counts))
+
+    def _reload(self) -> None:
+        """Read the prefix that the main process has written."""
         earlier = load_state(self._folder / STATE_FILE, self._identity)
         if earlier is not None:
             self.chunk, self.counts = earlier
-
-    def remove_rest(self) -> None:
-        """Delete chunks beyond a beginning that was enough."""
-        for path in self._folder.glob(CHUNK_FILES):
-            with suppress(FileNotFoundError):
-                path.unlink()
 
     def _path(self, start: int) -> Path:
         return self._folder / CHUNK_FILES.replace("*", f"{start:08d}")
@@ -137,9 +201,18 @@ class Ledger:
             raise StateError(f"{path} has vanished; is another evaluation running in this folder?")
         return found
 
-    def _write(self) -> None:
-        save_state(self._folder / STATE_FILE, self._identity, self.chunk, self.counts)
-        write_json(self._folder / "estimates.json", estimates(self._archs, self.counts))
+    def _delete_chunks(self, before: int | None = None) -> None:
+        """Delete the chunk files, or only those of chunks that start before a position.
+
+        A run that is killed after it has written a prefix leaves the file of its last chunk.
+        """
+        for path in self._folder.glob(CHUNK_FILES):
+            if before is None or int(path.stem.rpartition("_")[2]) < before:
+                with suppress(FileNotFoundError):
+                    path.unlink()
+
+
+# --- sharing chunks
 
 
 def even_chunk(limit: int, images: int, processes: int) -> int:
@@ -154,10 +227,84 @@ def even_chunk(limit: int, images: int, processes: int) -> int:
     return -(-images // (rounds * processes))
 
 
-def share_out(undone: np.ndarray, rank: int, world_size: int) -> list[int]:
-    """The chunks (by number, of a mask of undone ones) that ``rank`` takes.
+def share_out(undone: np.ndarray, process: int, processes: int) -> list[int]:
+    """The chunks that one of several processes takes.
 
-    In turns, so that those of all ranks together grow from the beginning, whose images are a
-    balanced sample.
+    In turns, so that together they extend the prefix, whose images are a balanced sample.
+
+    Args:
+        undone: of each chunk [chunks], bool.
+        process: its rank.
+        processes: the world size.
+
+    Returns:
+        The chunks' numbers, from 0.
     """
-    return np.flatnonzero(undone)[rank::world_size].tolist()
+    return np.flatnonzero(undone)[process::processes].tolist()
+
+
+# --- files
+
+
+def architectures_hash(archs: Mapping[str, Architecture]) -> str:
+    """SHA-256 of names and codes in their order."""
+    digest = hashlib.sha256()
+    for name, arch in archs.items():
+        digest.update(f"{name} {arch.code}\n".encode())
+    return digest.hexdigest()
+
+
+def save_state(path: Path, identity: Mapping[str, str], chunk: int, counts: Counts) -> None:
+    """Write counts with what they belong to, in one step.
+
+    Args:
+        path: of the file.
+        identity: what the counts belong to, e.g. hashes of the checkpoint and the lists.
+        chunk: images of a chunk in this evaluation.
+        counts: of the prefix or of one chunk.
+
+    Raises:
+        UserError: the file cannot be written; the earlier one is intact.
+    """
+    columns = dict(zip(FIELDS, counts.columns(), strict=True))
+    whose = {f"identity_{name}": np.array(value) for name, value in identity.items()}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, chunk=chunk, images=counts.images, **columns, **whose)
+
+
+def load_state(path: Path, identity: Mapping[str, str]) -> tuple[int, Counts] | None:
+    """The chunk size and counts that :func:`save_state` wrote, or None if there is no file.
+
+    Raises:
+        StateError: it is broken, or of another checkpoint, image list, architecture list, ...
+    """
+    if not path.is_file():
+        return None
+    try:
+        # No pickles: an array of objects in the file is refused.
+        with np.load(path, allow_pickle=False) as content:
+            state = {name: content[name] for name in content.files}
+        counts = Counts(*(state[name].astype(np.int64) for name in FIELDS), int(state["images"]))
+        chunk = int(state["chunk"])
+        found = {name: str(state[f"identity_{name}"]) for name in identity}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise StateError(f"{path} is broken ({error}); remove it to start anew") from error
+    for name, value in identity.items():
+        if found[name] != value:
+            raise StateError(
+                f"{path} is of another {name.replace('_', ' ')} ({found[name][:16]} instead of "
+                f"{value[:16]}); remove it to start anew, or choose another save_dir"
+            )
+    return chunk, counts
+
+
+def estimates(archs: Mapping[str, Architecture], counts: Counts) -> dict:
+    """Accuracy and standard error of every architecture over the images of ``counts``."""
+    accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
+    return {
+        "images": counts.images,
+        "architectures": {
+            name: {"acc": acc, "se": round(se, 6), "arch": arch.code}
+            for (name, arch), acc, se in zip(archs.items(), accuracy, error, strict=True)
+        },
+    }

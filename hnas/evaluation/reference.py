@@ -1,10 +1,11 @@
-"""The yardstick: one sub-network at a time, each over the whole validation set."""
+"""The yardstick: one network at a time, each over the whole validation set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import paddle
+from paddle import nn
 
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.calibration import calibrated
@@ -12,12 +13,39 @@ from hnas.evaluation.hits import Counts, count_hits
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture
 
+Batches = Iterable[tuple[paddle.Tensor, paddle.Tensor]]
+"""uint8 images [N, 3, H, W] and int64 labels [N], batch after batch; N may differ."""
+
 
 @paddle.no_grad()
+def evaluate_network(
+    network: nn.Layer, loader: Batches, calibration: paddle.Tensor | None = None
+) -> Counts:
+    """Count one network's hits; every accuracy in this project that is not shared comes from here.
+
+    Args:
+        network: a plain network, or a supernet, whose active sub-network is evaluated; gives
+            float32 logits [N, classes] for normalised images. Left in eval mode.
+        loader: of the images to score, iterated once.
+        calibration: uint8 images [N, 3, H, W] to re-calibrate BatchNorm with; None scores at the
+            running statistics, which are as before in either case afterwards.
+
+    Returns:
+        Counts of length 1.
+    """
+    counts = Counts.zeros(1)
+    with calibrated(network, None if calibration is None else normalize(calibration)):
+        for images, labels in loader:
+            logits = network(normalize(images))
+            (hits,) = count_hits(logits.unsqueeze(0), labels)
+            counts.add(Counts(*hits.reshape([-1, 1]), len(labels)))
+    return counts
+
+
 def evaluate_reference(
     network: ElasticResNet,
     archs: Sequence[Architecture],
-    loader,
+    loader: Batches,
     calibration: paddle.Tensor | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Counts:
@@ -26,22 +54,16 @@ def evaluate_reference(
     Args:
         network: the supernet; left in eval mode.
         archs: what to score.
-        loader: iterated once an architecture; gives uint8 images [N, 3, H, W] and labels [N].
-        calibration: images [N, 3, H, W], uint8, to re-calibrate each sub-network's BatchNorm
-            with; None scores at the running statistics.
+        loader: of the images to score, iterated once an architecture.
+        calibration: as in :func:`evaluate_network`, for each sub-network anew.
         progress: called with 1 after each architecture.
     """
-    calibration = None if calibration is None else normalize(calibration)
     counts = Counts.zeros(len(archs))
     for index, arch in enumerate(archs):
         network.activate(arch)
-        images = 0
-        with calibrated(network, calibration):
-            for batch, labels in loader:
-                hits = count_hits(network(normalize(batch)).unsqueeze(0), labels)[0]
-                for column, value in zip(counts.columns(), hits, strict=True):
-                    column[index] += value
-                images += len(labels)
-        counts.images = images
+        own = evaluate_network(network, loader, calibration)
+        for column, (value,) in zip(counts.columns(), own.columns(), strict=True):
+            column[index] = value
+        counts.images = own.images
         progress(1)
     return counts

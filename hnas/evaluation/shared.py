@@ -12,9 +12,10 @@ import paddle
 from hnas.base.memory import keep_freed_memory
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.cpu.inference import InferenceKernels, cpu_threads, filters_are_fresh
+from hnas.evaluation.cpu.matmul import MatmulKernels
 from hnas.evaluation.cpu.winograd import WinogradKernels
 from hnas.evaluation.hits import Counts, count_hits
-from hnas.evaluation.kernels import DygraphKernels, MatmulKernels
+from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree
 from hnas.evaluation.weights import STEM, SlicedWeights, leading_channels
 from hnas.models.elastic import ElasticResNet

@@ -17,30 +17,43 @@ from hnas.search_space import RATIOS, Architecture, SearchSpace
 class ElasticBatchNorm2D(SuperBatchNorm2D):
     """BatchNorm over the first C channels: [N, C, H, W] -> [N, C, H, W].
 
-    Scale, shift and running statistics are slices of shared ones; in training the active slice
-    of the statistics is updated in place. PaddleSlim's own forward decides at its first call
-    whether it will ever use batch statistics, so a supernet that was evaluated before training
-    would never train its statistics.
+    Scale, shift and running statistics are slices of shared ones. In training the active slice of
+    the statistics is updated in place, unless they are ``frozen``: then training normalises by
+    them, as evaluation does, and never changes them; scale and shift train in either case.
+
+    PaddleSlim's own forward decides at its first call which of the two it does for ever. Whoever
+    traces or evaluates a supernet before training it has frozen it without saying so; the public
+    code of CVPR 2022 Track 1 does, its winners' included. Here it is a choice.
     """
+
+    frozen = False
 
     def forward(self, x):
         channels = x.shape[1]
         mean, variance = self._mean[:channels], self._variance[:channels]
+        moving = self.training and not self.frozen
         y = F.batch_norm(
             x,
             mean,
             variance,
             self.weight[:channels],
             self.bias[:channels],
-            training=self.training,
+            training=moving,
             momentum=self._momentum,
             epsilon=self._epsilon,
             data_format=self._data_format,
         )
-        if self.training and not shares_storage(mean, self._mean):
+        if moving and not shares_storage(mean, self._mean):
             self._mean[:channels] = mean
             self._variance[:channels] = variance
         return y
+
+
+def freeze_statistics(network: nn.Layer) -> None:
+    """Let all elastic BatchNorms of ``network`` train at the running statistics that they have."""
+    for layer in network.sublayers():
+        if isinstance(layer, ElasticBatchNorm2D):
+            layer.frozen = True
 
 
 def shares_storage(part: paddle.Tensor, whole: paddle.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 Paddle's own operators multiply image by image: on small feature maps those products are so narrow
 that most of the time is lost, and more cores do not help. Paddle ships oneDNN, but training
-reaches it neither in dygraph nor, at any gain, in static graphs (README, "Training: how fast"), so
+reaches it neither in dygraph nor, at any gain, in static graphs (docs/speed.md), so
 this module calls the shipped library: channels last, over the whole batch at once, on all threads.
 
 Only the documented C interface of version 3 is used. Nothing here holds weights: what a call gets
@@ -12,7 +12,6 @@ is what it uses.
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
 from ctypes import POINTER, Structure, byref, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -259,19 +258,13 @@ def _channels_last(shape) -> tuple[int, ...]:
     return (c * h * w, 1, w * c, c)
 
 
-_convolutions: OrderedDict[Shape, Convolution] = OrderedDict()
 _buffers: dict[str, paddle.Tensor] = {}
 
 
+@lru_cache(maxsize=KEPT_CONVOLUTIONS)
 def convolution_of(shape: Shape) -> Convolution:
     """The convolution of a shape, made at first use; the ones used last are kept."""
-    if shape in _convolutions:
-        _convolutions.move_to_end(shape)
-        return _convolutions[shape]
-    while len(_convolutions) >= KEPT_CONVOLUTIONS:
-        _convolutions.popitem(last=False)
-    _convolutions[shape] = Convolution(shape)
-    return _convolutions[shape]
+    return Convolution(shape)
 
 
 def scratch(name: str, size: int) -> int:

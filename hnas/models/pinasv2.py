@@ -29,33 +29,37 @@ class MLPNeck(nn.Layer):
     def __init__(self, in_features: int, hidden: int, dim: int):
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2D(1)
-        self.hidden = SuperLinear(in_features, hidden)
+        weights = paddle.ParamAttr(initializer=nn.initializer.KaimingNormal())
+        zeros = paddle.ParamAttr(initializer=nn.initializer.Constant(0.0))
+        self.hidden = SuperLinear(in_features, hidden, weight_attr=weights, bias_attr=zeros)
         self.relu = nn.ReLU()
-        self.project = nn.Linear(hidden, dim)
+        self.project = nn.Linear(hidden, dim, weight_attr=weights, bias_attr=zeros)
 
     def forward(self, x):
         x = self.avgpool(x).flatten(1)
         return F.normalize(self.project(self.relu(self.hidden(x))), axis=1)
 
 
-class ShuffledViews:
-    """The key encoder's images in a step: drawn from all ranks' batches, each on one rank.
+class ShuffledView:
+    """What the key encoder sees: images drawn from all ranks' batches, each on one rank.
 
     MoCo's shuffling (He et al., https://arxiv.org/abs/1911.05722): were keys and queries of an
     image normalised by the same batch, their statistics would give away which belong together.
 
     Args:
         draw: what the permutation depends on: seed, epoch, step and part of the step.
-        views: uint8 [N, 3, H, W] each, of the same images.
+        view: this rank's images, uint8 [N, 3, H, W].
+
+    Attributes:
+        images: this rank's share of the shuffled ones, uint8 [N, 3, H, W].
     """
 
-    def __init__(self, draw: tuple[int, ...], *views: paddle.Tensor):
-        images = len(views[0])
+    def __init__(self, draw: tuple[int, ...], view: paddle.Tensor):
+        images = len(view)
         order = np.random.default_rng(draw).permutation(world_size() * images)
         self._own = slice(rank() * images, (rank() + 1) * images)
         self._back = paddle.to_tensor(np.argsort(order))
-        share = paddle.to_tensor(order[self._own])
-        self.views = [paddle.gather(gather(view), share) for view in views]
+        self.images = paddle.gather(gather(view), paddle.to_tensor(order[self._own]))
 
     def restore(self, keys: paddle.Tensor) -> paddle.Tensor:
         """Keys [world_size * N, D] of all, in the order of the images, of shuffled ones [N, D]."""
@@ -66,12 +70,29 @@ class ShuffledViews:
         return keys[self._own]
 
 
-class PassOutput(NamedTuple):
-    """What two symmetric passes give: see :meth:`PiNASv2.forward`."""
+class Pass(NamedTuple):
+    """One of a step's two passes: which sub-network queries with which view, and which answers.
 
-    loss: paddle.Tensor
-    keys: paddle.Tensor
-    accuracy: paddle.Tensor
+    Attributes:
+        query_path, key_path: sub-networks of the query and the key encoder.
+        query_view, key_view: index (0 or 1) of the view that each of them sees.
+    """
+
+    query_path: Architecture
+    key_path: Architecture
+    query_view: int
+    key_view: int
+
+
+def cross_path_passes(
+    path_a: Architecture, path_b: Architecture, exchange_views: bool
+) -> tuple[Pass, Pass]:
+    """Pi-NAS's two passes: A's queries against B's keys, then B's against A's.
+
+    In the second pass the paths are exchanged; the views are too with ``exchange_views``.
+    """
+    second = (1, 0) if exchange_views else (0, 1)
+    return Pass(path_a, path_b, 0, 1), Pass(path_b, path_a, *second)
 
 
 class PiNASv2(nn.Layer):
@@ -83,7 +104,7 @@ class PiNASv2(nn.Layer):
             checkpoint for stage two.
         dim: length D of an embedding.
         queue_size: number K of keys in the queue; a multiple of the batch size.
-        key_momentum: the key encoder becomes ``m * key + (1 - m) * query`` every step.
+        key_momentum: m of :meth:`update_key_encoder`.
         temperature: of the softmax over similarities.
     """
 
@@ -92,9 +113,9 @@ class PiNASv2(nn.Layer):
         space: SearchSpace,
         num_classes: int = 1000,
         dim: int = 128,
-        queue_size: int = 65536,
+        queue_size: int = 40960,
         key_momentum: float = 0.999,
-        temperature: float = 0.2,
+        temperature: float = 0.1,
     ):
         super().__init__()
         self.space = space
@@ -112,7 +133,10 @@ class PiNASv2(nn.Layer):
         self.reset_key_encoder()
 
     def key_parameters(self) -> list[paddle.Tensor]:
-        """Parameters of the key encoder, in the order of :meth:`query_parameters`."""
+        """Parameters of the key encoder, in the order of :meth:`query_parameters`.
+
+        Paddle counts BatchNorm's running mean and variance among them.
+        """
         return [*self.key_backbone.parameters(), *self.key_neck.parameters()]
 
     def query_parameters(self) -> list[paddle.Tensor]:
@@ -161,45 +185,18 @@ class PiNASv2(nn.Layer):
         self.key_backbone.activate(path)
         return self.key_neck(self.key_backbone.features(images))
 
-    def _all_keys(self, view, shuffled, path: Architecture):
-        """Keys [N, D] of this rank's images, and [world_size * N, D] of all ranks' in order."""
-        if shuffled is None:
-            keys = self.embed_keys(view, path)
-            return keys, keys
-        keys = shuffled.restore(self.embed_keys(view, path))
-        return shuffled.own(keys), keys
-
-    def forward(
-        self,
-        view_a,
-        view_b,
-        path_a: Architecture,
-        path_b: Architecture,
-        shuffled: ShuffledViews | None = None,
-    ) -> PassOutput:
-        """Both passes over two views [N, 3, H, W] of the same images.
-
-        Pass 0 queries path A with view A against the keys of path B with view B; pass 1 is the
-        reverse. With other ranks, ``shuffled`` holds the images to compute keys of.
+    def contrast(self, queries, keys) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """InfoNCE loss of queries [N, D] against their keys [N, D] and the queue [D, K].
 
         Returns:
-            The mean loss of both passes; their keys averaged and renormalised, all ranks'
-            [world_size * N, D], for :meth:`enqueue` after the backward pass; and the share of
-            queries that find their own key first among all of the queue.
+            The mean loss, and the share of queries that find their own key first of all K + 1.
         """
-        images_a, images_b = (view_a, view_b) if shuffled is None else shuffled.views
-        key_b, every_b = self._all_keys(images_b, shuffled, path_b)
-        loss_0, accuracy_0 = self.contrast(self.embed_queries(view_a, path_a), key_b)
-        key_a, every_a = self._all_keys(images_a, shuffled, path_a)
-        loss_1, accuracy_1 = self.contrast(self.embed_queries(view_b, path_b), key_a)
-        keys = F.normalize((every_a + every_b) / 2, axis=1)
-        return PassOutput((loss_0 + loss_1) / 2, keys, (accuracy_0 + accuracy_1) / 2)
-
-    def contrast(self, queries, keys) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """InfoNCE loss of queries [N, D] against their keys [N, D] and the queue [D, K]."""
-        positive = (queries * keys).sum(axis=1, keepdim=True)  # [N, 1]
-        negative = queries @ self.queue  # [N, K]
-        logits = paddle.concat([positive, negative], axis=1) / self.temperature
-        target = paddle.zeros([logits.shape[0]], dtype="int64")
-        hits = (logits.argmax(axis=1) == 0).astype("float32").mean()
-        return F.cross_entropy(logits, target), hits
+        # In float32: among K half-precision logits many would be equal.
+        with paddle.amp.auto_cast(enable=False):
+            queries, keys = queries.astype("float32"), keys.astype("float32")
+            positive = (queries * keys).sum(axis=1, keepdim=True)  # [N, 1]
+            negative = queries @ self.queue  # [N, K]
+            logits = paddle.concat([positive, negative], axis=1) / self.temperature
+            target = paddle.zeros([logits.shape[0]], dtype="int64")
+            hits = (logits.argmax(axis=1) == 0).astype("float32").mean()
+            return F.cross_entropy(logits, target), hits

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 
-import paddle
-
 from hnas.base.errors import run_main
 from hnas.dataset.transforms import TrainTransform
+from hnas.evaluation.reference import evaluate_network
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import is_main_process
-from hnas.utils.checkpoint import write_state
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.options import parse_options
 from hnas.utils.runtime import (
@@ -29,6 +27,7 @@ from hnas.utils.runtime import (
 )
 from hnas.utils.SampleMethod import LargestSampler
 from hnas.utils.training import fit, prepare
+from hnas.utils.weights import write_state
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +45,14 @@ def main() -> None:
     model = DistillationModel(network, teacher=None, sampler=LargestSampler(space), subnetworks=1)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)
-    prepare(model, options, len(loader), metrics=paddle.metric.Accuracy())
+    prepare(model, options, len(loader))
     fit(model, options, loader)
     if not is_main_process():
         return
     write_state(options.pretrained, network.extract(space.largest()).state_dict())
-    metrics = model.evaluate_architecture(validation_loader(options, val), space.largest())
-    logger.info("validation top-1 %.4f, weights in %s", metrics["acc"], options.pretrained)
+    network.activate(space.largest())
+    counts = evaluate_network(network, validation_loader(options, val))
+    logger.info("validation top-1 %.4f, weights in %s", *counts.accuracy(), options.pretrained)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ from hnas.base.errors import UserError, run_main
 from hnas.base.files import read_json, remove_leftovers, write_json
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EpochLoader, EvalLoader
-from hnas.dataset.transforms import TrainTransform, normalize
-from hnas.evaluation.hits import count_hits
+from hnas.dataset.transforms import TrainTransform
+from hnas.evaluation.reference import evaluate_network
 from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture
 from hnas.utils.checkpoint import SET_NAME, remove_set
-from hnas.utils.hapi_wrapper_standalone import StandaloneModel
+from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options, parse_options
 from hnas.utils.runtime import (
     seed_generators,
@@ -182,29 +182,18 @@ def train_one(
         model = StandaloneModel(network, code)
         prepare(model, own, len(loader))
         fit(model, own, loader)
-    top1, top5, images = evaluate(network, val)
+    counts = evaluate_network(network, val)
     return {
-        "acc": top1 / images,
+        "acc": int(counts.top1[0]) / counts.images,
         "arch": arch.code,
         "seed": options.seed,
-        "top5": top5 / images,
-        "images": images,
+        "top5": int(counts.top5[0]) / counts.images,
+        "images": counts.images,
         "epochs": options.max_epoch,
         "loss": read_json(folder / "history.json")["epoch_losses"][-1],
         "macs": space.macs(arch, options.image_size, classes),
         "params": space.params(arch, classes),
     }
-
-
-@paddle.no_grad()
-def evaluate(network: ResNet, loader: EvalLoader) -> tuple[int, int, int]:
-    """Top-1 hits, top-5 hits and images; the network is left in eval mode."""
-    network.eval()
-    top1 = top5 = images = 0
-    for batch, labels in loader:
-        hits = count_hits(network(normalize(batch)).unsqueeze(0), labels)[0]
-        top1, top5, images = top1 + int(hits[0]), top5 + int(hits[1]), images + len(labels)
-    return top1, top5, images
 
 
 def remove_sets(folder: Path) -> None:

@@ -1,31 +1,35 @@
-"""Which sub-network to train next: samplers with one method that returns an architecture."""
+"""Which sub-networks to train next: samplers with one method that gives a step's architectures."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from hnas.base.errors import UserError
-from hnas.search_space import Architecture, SearchSpace, choice_probabilities
+from hnas.search_space import RATIOS, Architecture, Candidates, SearchSpace
+
+logger = logging.getLogger(__name__)
 
 
 class Sampler(Protocol):
     """Chooses sub-networks. The choice depends on the seed and the arguments only."""
 
-    def sample(self, epoch: int, step: int, index: int) -> Architecture:
-        """The ``index``-th sub-network (from 0) of a step of an epoch (both from 0)."""
+    def sample(self, epoch: int, step: int) -> list[Architecture]:
+        """The sub-networks of a step of an epoch (both from 0)."""
 
 
 @dataclass(frozen=True)
 class LargestSampler:
-    """Always the largest network."""
+    """Always the largest network, ``number`` times."""
 
     space: SearchSpace
+    number: int = 1
 
-    def sample(self, epoch: int, step: int, index: int) -> Architecture:
-        return self.space.largest()
+    def sample(self, epoch: int, step: int) -> list[Architecture]:
+        return [self.space.largest()] * self.number
 
 
 @dataclass(frozen=True)
@@ -40,27 +44,94 @@ class RandomSampler:
 
     space: SearchSpace
     seed: int
+    number: int = 1
     tilt: float = 0.0
 
-    def sample(self, epoch: int, step: int, index: int) -> Architecture:
+    def sample(self, epoch: int, step: int) -> list[Architecture]:
+        return [self.draw(epoch, step, index) for index in range(self.number)]
+
+    def draw(self, epoch: int, step: int, index: int) -> Architecture:
+        """The ``index``-th sub-network of a step."""
         rng = np.random.default_rng((self.seed, epoch, step, index))
         return self.space.sample(rng, self.tilt)
 
 
 @dataclass(frozen=True)
-class SandwichSampler:
-    """The largest, the smallest, then random ones (Yu & Huang, ICCV 2019)."""
+class FirstPlaceSampler:
+    """The law of the first place of CVPR 2022 NAS Track 1: the largest of many candidates.
+
+    A step draws ``candidates`` sub-networks uniformly and trains the ``number`` largest by
+    :func:`weighted_channels`, and in every step whose number is divisible by ``extra_every`` (0:
+    never) one more, uniform. So it prefers deep networks and leaves their widths alone.
+    """
 
     space: SearchSpace
     seed: int
-    tilt: float = 0.0
+    number: int = 4
+    candidates: int = 400
+    extra_every: int = 3
 
-    def sample(self, epoch: int, step: int, index: int) -> Architecture:
-        if index == 0:
-            return self.space.largest()
-        if index == 1:
-            return self.space.smallest()
-        return RandomSampler(self.space, self.seed, self.tilt).sample(epoch, step, index)
+    def sample(self, epoch: int, step: int) -> list[Architecture]:
+        rng = np.random.default_rng((self.seed, epoch, step))
+        # One candidate more, which is for the extra network whether this step has it or not.
+        drawn = self.space.sample_many(rng, self.candidates + 1)
+        sizes = candidate_sizes(drawn)[: self.candidates]
+        chosen = largest_distinct(sizes, self.number)
+        if self.extra_every and step % self.extra_every == 0:
+            chosen.append(self.candidates)
+        return [drawn.architecture(index) for index in chosen]
+
+
+WEIGHTED_BASES = (64, 70.4, 108.8, 121.6)
+"""What the first place counts a channel of each stage by, in full widths."""
+
+CONVOLUTION_SIZES = np.ceil(np.outer(WEIGHTED_BASES, RATIOS) / 8).astype(np.int64) * 8
+"""Of a convolution by stage and width digit (from 0): rounded up to multiples of 8."""
+
+
+def weighted_channels(arch: Architecture) -> int:
+    """The first place's size of an architecture: channels of all convolutions, by stage.
+
+    The sum over the stem and both convolutions of every block; projections are not counted.
+    """
+    blocks = ((stage, digit) for stage, own in enumerate(arch.widths) for b in own for digit in b)
+    digits = [(0, arch.stem), *blocks]
+    return int(sum(CONVOLUTION_SIZES[stage, digit - 1] for stage, digit in digits))
+
+
+def candidate_sizes(candidates: Candidates) -> np.ndarray:
+    """:func:`weighted_channels` of many architectures [n]."""
+    stage, block = candidates.blocks
+    inner = CONVOLUTION_SIZES[stage, candidates.inner - 1]  # [n, blocks]
+    outer = CONVOLUTION_SIZES[stage, candidates.outer[:, stage] - 1]
+    present = block < candidates.depths[:, stage]
+    stem = CONVOLUTION_SIZES[0, candidates.outer[:, 0] - 1]
+    return stem + ((inner + outer) * present).sum(axis=1)
+
+
+def largest_distinct(sizes: np.ndarray, number: int) -> list[int]:
+    """Indices of the ``number`` largest sizes, largest first.
+
+    Of equal sizes the latest counts, and the others only where there are too few different ones.
+    """
+    latest = {size: index for index, size in enumerate(sizes.tolist())}
+    first_choice = [latest[size] == index for index, size in enumerate(sizes.tolist())]
+    order = np.lexsort((np.arange(len(sizes)), sizes, first_choice))[::-1]
+    return order[:number].tolist()
+
+
+@dataclass(frozen=True)
+class SandwichSampler:
+    """The largest, the smallest, then uniform ones (Yu & Huang, ICCV 2019)."""
+
+    space: SearchSpace
+    seed: int
+    number: int = 4
+
+    def sample(self, epoch: int, step: int) -> list[Architecture]:
+        uniform = RandomSampler(self.space, self.seed)
+        rest = [uniform.draw(epoch, step, index) for index in range(2, self.number)]
+        return [self.space.largest(), self.space.smallest(), *rest][: self.number]
 
 
 @dataclass(frozen=True)
@@ -75,8 +146,14 @@ class FairSampler:
 
     space: SearchSpace
     seed: int
+    number: int = 4
 
-    def sample(self, epoch: int, step: int, index: int) -> Architecture:
+    def sample(self, epoch: int, step: int) -> list[Architecture]:
+        return [self.draw(epoch, step, index) for index in range(self.number)]
+
+    def draw(self, epoch: int, step: int, index: int) -> Architecture:
+        """The ``index``-th sub-network of a step."""
+
         def turn(options: int, *choice: int) -> int:
             turns, place = divmod(index, options)
             rng = np.random.default_rng((self.seed, epoch, step, *choice, turns))
@@ -85,72 +162,58 @@ class FairSampler:
         return self.space.compose(turn)
 
 
-@dataclass(frozen=True)
-class StratifiedSampler:
-    """As :class:`RandomSampler`, with a step's sub-networks spread evenly over every choice.
+METHODS = ("random", "tilted", "sandwich", "fair")
 
-    For each choice the step's ``number`` sub-networks take, in a random order, one draw from each
-    of ``number`` equally likely parts of the distribution (stratified sampling; Latin hypercube
-    sampling over all choices: McKay et al., Technometrics, 1979). Each sub-network by itself is
-    distributed as without it, but no step has large or small options only.
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What the command line says of sampling; see the flags of these names.
+
+    Attributes:
+        sample_method: ``random`` (uniform, or with ``bias_sample_flag`` the first place's law),
+            ``tilted``, ``sandwich`` or ``fair``.
+        dyna_batch_size: sub-networks a step, without the law's extra one.
     """
 
-    space: SearchSpace
-    seed: int
-    number: int
-    tilt: float = 0.0
-
-    def sample(self, epoch: int, step: int, index: int) -> Architecture:
-        round_, place = divmod(index, self.number)
-
-        def draw(options: int, *choice: int) -> int:
-            rng = np.random.default_rng((self.seed, epoch, step, round_, *choice))
-            part, within = rng.permutation(self.number)[place], rng.random(self.number)[place]
-            shares = np.cumsum(choice_probabilities(options, self.tilt))
-            # The last sum may be a little less than 1.
-            return int(np.searchsorted(shares[:-1], (part + within) / self.number, "right"))
-
-        return self.space.compose(draw)
+    sample_method: str = "random"
+    bias_sample_flag: bool = False
+    dyna_batch_size: int = 4
+    stage1_sample_num: int = 400
+    extra_random_every: int = 3
+    bias_strength: float = 2.0
 
 
-@dataclass(frozen=True)
-class AnnealedSampler:
-    """As :class:`RandomSampler`, with a tilt that goes linearly over an epoch's ``steps``."""
-
-    space: SearchSpace
-    seed: int
-    start: float
-    end: float
-    steps: int
-
-    def sample(self, epoch: int, step: int, index: int) -> Architecture:
-        share = min(1.0, step / max(1, self.steps - 1))
-        tilt = self.start + share * (self.end - self.start)
-        return RandomSampler(self.space, self.seed, tilt).sample(epoch, step, index)
-
-
-METHODS = ("random", "biased", "sandwich", "fair")
-
-
-def build_sampler(
-    method: str, space: SearchSpace, seed: int, bias_strength: float, bias: bool = False
-) -> Sampler:
-    """Build a sampler by the name that the command line uses.
+def build_sampler(settings, space: SearchSpace, seed: int) -> Sampler:
+    """The sampler that flags describe.
 
     Args:
-        method: ``random`` (uniform), ``biased`` (toward large), ``sandwich`` or ``fair``.
-        bias_strength: tilt toward large networks where it is on.
-        bias: turn the tilt on for ``random`` (which makes it ``biased``) and for the random
-            part of ``sandwich``.
+        settings: :class:`SamplerSettings`, or anything with its attributes.
 
     Raises:
-        UserError: unknown method.
+        UserError: unknown method, or fewer candidates than are chosen from them.
     """
+    method, number = settings.sample_method, settings.dyna_batch_size
+    if method == "biased":
+        raise UserError(
+            "--sample_method biased is now --sample_method tilted; the first place's bias is "
+            "--sample_method random --bias_sample_flag True"
+        )
     if method not in METHODS:
         raise UserError(f"unknown sample_method {method!r}; there are {', '.join(METHODS)}")
-    tilt = bias_strength if bias or method == "biased" else 0.0
+    if settings.bias_sample_flag and method != "random":
+        logger.warning("--bias_sample_flag has no effect with --sample_method %s", method)
+    if method == "tilted":
+        return RandomSampler(space, seed, number, settings.bias_strength)
     if method == "sandwich":
-        return SandwichSampler(space, seed, tilt)
+        return SandwichSampler(space, seed, number)
     if method == "fair":
-        return FairSampler(space, seed)
-    return RandomSampler(space, seed, tilt)
+        return FairSampler(space, seed, number)
+    if not settings.bias_sample_flag:
+        return RandomSampler(space, seed, number)
+    candidates = settings.stage1_sample_num
+    if candidates < number:
+        raise UserError(
+            f"--stage1_sample_num {candidates} is fewer than --dyna_batch_size {number}, which "
+            "are chosen from them"
+        )
+    return FirstPlaceSampler(space, seed, number, candidates, settings.extra_random_every)

@@ -1,14 +1,15 @@
-"""The only place that reads or writes checkpoints.
+"""What training resumes from.
 
-Weights are ``NAME.pdparams`` or ``NAME.safetensors``. What training resumes from is a *set* of
-three files, ``NAME.pdparams``, ``NAME.pdopt`` (optimizer and learning rate scheduler) and
-``NAME.pdstates`` (position, generators, losses). The last is written last and holds the digests
-of the others, so a set that a crash left half-written, or mixed of two, is never loaded.
+That is a *set* of three files: ``NAME.pdparams`` (weights), ``NAME.pdopt`` (optimizer and learning
+rate scheduler) and ``NAME.pdstates`` (position, generators, losses). The last is written last and
+holds the digests of the others, so a set that a crash left half-written, or mixed of two, is never
+loaded.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import re
 import time
 from collections.abc import Mapping
@@ -19,235 +20,22 @@ import paddle
 from paddle import nn
 
 from hnas.base.errors import UserError
-from hnas.base.files import digest_path, file_digest, replacing
-from hnas.base.safe_pickle import load_pickle
-from hnas.models.elastic import plain_name
+from hnas.base.files import digest_path, file_digest
+from hnas.utils.public_files import NAME_TABLE, CheckpointError
+from hnas.utils.weights import (
+    PARAMS,
+    check_finite,
+    load_weights,
+    read_state,
+    read_weights,
+    write_state,
+)
 
 logger = logging.getLogger(__name__)
 
-PARAMS, OPTIMIZER, STATES, SAFETENSORS = ".pdparams", ".pdopt", ".pdstates", ".safetensors"
-PARALLEL_PREFIXES = ("_layers.", "module.")
-BACKBONE_PREFIX = "backbone."
-# Stage one's own tensors, which stage two does not take over.
-CONTRASTIVE = re.compile(r"(key_backbone|neck|key_neck)\..+|queue|queue_pointer")
-NAME_TABLE = "StructuredToParameterName@@"
-CLASSIFIER = re.compile(r"blocks\.\d+\.fc\.bias")
-LISTED = 10
+OPTIMIZER, STATES = ".pdopt", ".pdstates"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
 SET_NAME = re.compile(r"(\d+)(?:-(\d+))?")
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, broken, or of another network."""
-
-
-class NotFiniteError(CheckpointError):
-    """Weights that are not finite; they must not replace good ones."""
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The weights' file of ``path``: the file, or its name without the suffix.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    for candidate in (path, *(Path(f"{path}{suffix}") for suffix in (PARAMS, SAFETENSORS))):
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
-        raise CheckpointError(
-            f"checkpoint {path} is a folder; name the file, e.g. {path}/0{PARAMS}"
-        )
-    raise CheckpointError(f"checkpoint {path} does not exist (nor {path}{PARAMS})")
-
-
-def read_state(path: str | Path):
-    """What a file holds, without running anything that it says; see :func:`load_pickle`.
-
-    Raises:
-        CheckpointError: its SHA-256 is not the one that stands beside it.
-        UnsafePickleError: broken, or holds something else than a state dict.
-    """
-    path = Path(path)
-    _check_digest(path)
-    return _read_safetensors(path) if path.suffix == SAFETENSORS else load_pickle(path)
-
-
-def _check_digest(path: Path) -> None:
-    recorded = digest_path(path)
-    if not recorded.is_file():
-        return
-    words = recorded.read_text(encoding="utf-8", errors="replace").split()
-    if not words or words[0] != file_digest(path):
-        raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is not the one in {recorded.name}; copy it again, "
-            f"or remove {recorded.name} if the change is yours"
-        )
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:
-        # A broken file can make its reader fail in any way.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"cannot read {path}: {reason}") from None
-
-
-def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Weights by parameter name, in the plain network's names, whatever wrote them.
-
-    DataParallel's prefixes and PaddleSlim's ``.fn`` are taken off.
-
-    Raises:
-        CheckpointError: missing file, not a dict of arrays, or a name twice.
-        UnsafePickleError: broken, or holds something else than a state dict.
-    """
-    path = find_checkpoint(path)
-    state = read_state(path)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}, not a state dict")
-    state.pop(NAME_TABLE, None)
-    weights = {}
-    for name, value in state.items():
-        # Paddle saves a single tensor as (parameter name, array).
-        if isinstance(value, tuple) and len(value) == 2:
-            value = value[1]
-        if not isinstance(value, np.ndarray):
-            raise CheckpointError(
-                f"checkpoint {path}: {name!r} is a {type(value).__name__}, not an array"
-            )
-        plain = _plain(str(name))
-        if plain in weights:
-            raise CheckpointError(f"checkpoint {path} holds {plain} twice, once as {name}")
-        weights[plain] = value
-    return weights
-
-
-def _plain(name: str) -> str:
-    while name.startswith(PARALLEL_PREFIXES):
-        name = name.partition(".")[2]
-    return plain_name(name)
-
-
-def backbone_weights(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a classifier takes from ``weights``: all, or of stage one's model the backbone.
-
-    Neck, key encoder and queue stay behind, as the recipe says; nothing else does.
-    """
-    if not any(name.startswith(BACKBONE_PREFIX) for name in weights):
-        return dict(weights)
-    taken = {
-        name.removeprefix(BACKBONE_PREFIX): value
-        for name, value in weights.items()
-        if not CONTRASTIVE.fullmatch(name)
-    }
-    left = len(weights) - len(taken)
-    logger.info("stage-one checkpoint: left %d tensors of neck, key encoder and queue", left)
-    return taken
-
-
-def check_classes(weights: Mapping[str, np.ndarray], classes: int, source: str | Path) -> None:
-    """The classifier in ``weights`` must have as many outputs as there are class folders.
-
-    Raises:
-        CheckpointError: it has not.
-    """
-    for name, value in weights.items():
-        if CLASSIFIER.fullmatch(name) and value.shape != (classes,):
-            raise CheckpointError(
-                f"checkpoint {source} classifies {value.size} classes, but image_dir has {classes} "
-                "class folders; use the images that it was trained on"
-            )
-
-
-def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str | Path) -> None:
-    """Set all parameters and buffers of ``layer``, checking names, shapes and dtypes.
-
-    Floats are converted to the layer's precision; integers only fit integers.
-
-    Args:
-        layer: a plain network or a supernet.
-        weights: by plain name; see :func:`read_weights`.
-        source: where they come from, for the message.
-
-    Raises:
-        CheckpointError: they differ; lists at most ten names of each kind and a count.
-    """
-    expected = {_plain(name): tensor for name, tensor in layer.state_dict().items()}
-    both = [(name, weights[name], expected[name]) for name in expected if name in weights]
-    problems = {
-        "missing": [name for name in expected if name not in weights],
-        "unexpected": [name for name in weights if name not in expected],
-        "of another shape": [
-            f"{name} {list(value.shape)} instead of {list(tensor.shape)}"
-            for name, value, tensor in both
-            if list(value.shape) != list(tensor.shape)
-        ],
-        "of another type": [
-            f"{name} {value.dtype} instead of {_dtype(tensor)}"
-            for name, value, tensor in both
-            if value.dtype.kind != np.dtype(_dtype(tensor)).kind
-        ],
-    }
-    listed = [
-        f"{len(names)} {kind}: {', '.join(names[:LISTED])}{', ...' * (len(names) > LISTED)}"
-        for kind, names in problems.items()
-        if names
-    ]
-    if listed:
-        raise CheckpointError(f"checkpoint {source} is of another network: {'; '.join(listed)}")
-    for _, value, tensor in both:
-        tensor.set_value(value.astype(_dtype(tensor)))
-
-
-def _dtype(tensor: paddle.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("paddle.")
-
-
-def write_state(path: str | Path, state) -> str:
-    """Write what ``paddle.save`` takes, or as safetensors if the suffix says so.
-
-    A temporary file takes the place of the old one when it is whole; its SHA-256 goes beside it.
-
-    Returns:
-        The SHA-256.
-
-    Raises:
-        UserError: the file cannot be written; the previous one is as it was.
-    """
-    path = Path(path)
-    with replacing(path) as temporary:
-        if path.suffix == SAFETENSORS:
-            _write_safetensors(temporary, state)
-        else:
-            paddle.save(state, str(temporary))
-        digest = file_digest(temporary)
-        # Between the two renames a file without a digest is right, one with an old digest wrong.
-        digest_path(path).unlink(missing_ok=True)
-    with replacing(digest_path(path)) as temporary:
-        temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
-    return digest
-
-
-def _write_safetensors(path: Path, state: Mapping[str, paddle.Tensor]) -> None:
-    from safetensors.numpy import save
-
-    path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in state.items()}))
-
-
-def check_finite(network: nn.Layer) -> None:
-    """Look at every weight and statistic.
-
-    Raises:
-        NotFiniteError: naming the first tensor that is not finite throughout.
-    """
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not bool(paddle.isfinite(tensor).all()):
-            raise NotFiniteError(f"{name} is not finite")
 
 
 def save_training(stem: str | Path, network: nn.Layer, optimizer, progress: Mapping) -> None:
@@ -383,3 +171,55 @@ def _owner(state_name: str, structured: dict[str, str]) -> str | None:
         if prefix in structured:
             return prefix
     return None
+
+
+def generators_state() -> dict:
+    """The state of Python's, NumPy's and Paddle's global generators."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": {"version": version, "words": np.array(words, np.uint32), "gauss": gauss},
+        "numpy": {
+            "kind": kind,
+            "keys": keys,
+            "position": position,
+            "has_gauss": has_gauss,
+            "cached": cached,
+        },
+        "paddle": [_plain(state) for state in paddle.get_rng_state()],
+    }
+
+
+def restore_generators(state: dict) -> None:
+    """Set the generators to what :func:`generators_state` gave.
+
+    Paddle's are left alone if the run now has other devices than then.
+    """
+    python, numpy = state["python"], state["numpy"]
+    words = tuple(int(word) for word in python["words"])
+    random.setstate((python["version"], words, python["gauss"]))
+    np.random.set_state(
+        (numpy["kind"], numpy["keys"], numpy["position"], numpy["has_gauss"], numpy["cached"])
+    )
+    current = paddle.get_rng_state()
+    if [_plain(s)["device"] for s in current] != [s["device"] for s in state["paddle"]]:
+        logger.warning("other devices than before: Paddle's generators start from the seed")
+        return
+    pairs = zip(current, state["paddle"], strict=True)
+    paddle.set_rng_state([_generator(type(own), plain) for own, plain in pairs])
+
+
+def _plain(state) -> dict:
+    device, seed, offset, engine = state.__getstate__()
+    return {
+        "device": device,
+        "seed": seed,
+        "offset": offset,
+        "engine": np.array(engine, np.uint8),
+    }
+
+
+def _generator(kind: type, plain: dict):
+    state = kind.__new__(kind)
+    state.__setstate__((plain["device"], plain["seed"], plain["offset"], plain["engine"].tolist()))
+    return state

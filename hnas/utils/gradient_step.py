@@ -1,16 +1,18 @@
-"""From losses to one optimizer step: gradient accumulation, mixed precision."""
+"""From losses to one optimizer step: accumulation, mixed precision, optimizer, learning rate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import paddle
+from paddle import nn
 
 from hnas.base.errors import UserError
 
 
-class Update:
+class GradientStep:
     """How the gradients of a step are gathered and applied.
 
     Args:
@@ -77,3 +79,35 @@ class Update:
         """Go on from what :meth:`state` gave."""
         if state and self.scaler is not None:
             self.scaler.load_state_dict(state)
+
+
+def learning_rate(
+    base: float, total_batch: int, warmup_steps: int, total_steps: int
+) -> paddle.optimizer.lr.LRScheduler:
+    """Base times batch / 256; linear warm-up from one step's share, then cosine to zero."""
+    if total_steps < 1:
+        raise UserError("training has no steps; raise max_epoch or lower batch_size")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        decay = max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + np.cos(np.pi * min(1.0, (step - warmup_steps) / decay)))
+
+    return paddle.optimizer.lr.LambdaDecay(base * total_batch / 256, factor)
+
+
+def momentum_optimizer(
+    network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
+):
+    """Momentum SGD on the parameters that train.
+
+    ``clip_norm`` is the largest norm of all gradients together; 0: any.
+    """
+    return paddle.optimizer.Momentum(
+        schedule,
+        momentum,
+        parameters=[p for p in network.parameters() if not p.stop_gradient],
+        weight_decay=paddle.regularizer.L2Decay(weight_decay),
+        grad_clip=nn.ClipGradByGlobalNorm(clip_norm) if clip_norm else None,
+    )

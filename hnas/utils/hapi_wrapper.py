@@ -1,28 +1,28 @@
-"""Training a supernet on ``paddle.Model``'s conventions: the loop, and stage two's step."""
+"""Training on ``paddle.Model``'s conventions: the loop, and the steps that labels teach.
+
+Stage one's step is in ``hapi_wrapper_pinas.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-import numpy as np
 import paddle
 from paddle import nn
 from paddle.callbacks import LRScheduler
 from paddle.hapi.callbacks import CallbackList
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.base.errors import UserError
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
-from hnas.evaluation.calibration import calibrated
 from hnas.parallel.distributed import GradientExchange, seen_alone
-from hnas.search_space import Architecture
-from hnas.utils.gradient_step import Update
-from hnas.utils.SampleMethod import Sampler
+from hnas.search_space import Architecture, SearchSpace
+from hnas.utils.gradient_step import GradientStep
+from hnas.utils.SampleMethod import Sampler, weighted_channels
 
 
-class SupernetModel(paddle.Model):
+class ResumableModel(paddle.Model):
     """A ``paddle.Model`` whose training can start at any step and sees (epoch, step).
 
     Sub-classes give ``train_batch(inputs) -> logs``, one optimizer step on a batch: the scalar
@@ -33,7 +33,7 @@ class SupernetModel(paddle.Model):
 
     epoch = 0
     step = 0
-    update: Update | None = None
+    gradients: GradientStep | None = None
     exchange: GradientExchange | None = None
     """With other ranks; None: there are none."""
 
@@ -41,11 +41,11 @@ class SupernetModel(paddle.Model):
         with seen_alone():
             super().__init__(*arguments)
 
-    def prepare(self, optimizer=None, *arguments, update: Update | None = None, **more):
-        """As in ``paddle.Model``; ``update`` says how to step if not plainly."""
+    def prepare(self, optimizer=None, gradients: GradientStep | None = None):
+        """As in ``paddle.Model``; ``gradients`` says how to step if not plainly."""
         with seen_alone():
-            super().prepare(optimizer, *arguments, **more)
-        self.update = update or Update(optimizer)
+            super().prepare(optimizer)
+        self.gradients = gradients or GradientStep(optimizer)
 
     def exchange_gradients(self) -> None:
         """Average the step's gradients over ranks; between the backward passes and the step."""
@@ -84,37 +84,16 @@ class SupernetModel(paddle.Model):
             callbacks.on_epoch_end(epoch, logs)
         callbacks.on_end("train", logs)
 
-    def eval_batch(self, inputs, labels=None):
-        """As in ``paddle.Model``, on uint8 images."""
-        return super().eval_batch([normalize(images) for images in _as_list(inputs)], labels)
 
-    def evaluate_architecture(
-        self, loader, arch: Architecture, calibration: paddle.Tensor | None = None
-    ) -> dict[str, float]:
-        """Metrics of one sub-network over ``loader``.
-
-        ``calibration`` holds uint8 images [N, 3, H, W] to re-calibrate its BatchNorm with; None
-        evaluates at the running statistics.
-        """
-        self.network.activate(arch)
-        with calibrated(self.network, None if calibration is None else normalize(calibration)):
-            return self.evaluate(loader, verbose=0)
-
-
-def _as_list(value) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-class DistillationModel(SupernetModel):
+class DistillationModel(ResumableModel):
     """Stage two: several sub-networks a step, taught by labels and a frozen teacher.
 
     Args:
         network: the student, a supernet.
         teacher: called with float images [N, 3, H, W], gives logits [N, classes]; run in eval
             mode and without gradient. None: labels only.
-        sampler: chooses the sub-networks.
-        subnetworks: how many a step.
-        loss_weight: weights of the losses of a step's sub-networks, from the list of them.
+        sampler: chooses the sub-networks of a step.
+        loss_weight: weight of a sub-network's loss; None: 1.
         temperature: T of the soft targets: both sides are softened by it, and the loss grows by
             T squared, so that gradients keep their size (Hinton et al., 2015).
     """
@@ -124,8 +103,7 @@ class DistillationModel(SupernetModel):
         network: nn.Layer,
         teacher: nn.Layer | None,
         sampler: Sampler,
-        subnetworks: int,
-        loss_weight: Callable[[list[Architecture]], np.ndarray] | None = None,
+        loss_weight: Callable[[Architecture], float] | None = None,
         temperature: float = 1.0,
     ):
         spec = [paddle.static.InputSpec([None, 3, None, None], "uint8", "image")]
@@ -133,34 +111,31 @@ class DistillationModel(SupernetModel):
         super().__init__(network, spec, label)
         self.teacher = teacher
         self.sampler = sampler
-        self.subnetworks = subnetworks
-        self.loss_weight = loss_weight or (lambda archs: np.ones(len(archs)))
+        self.loss_weight = loss_weight or (lambda arch: 1.0)
         self.temperature = temperature
         if teacher is not None:
             teacher.eval()
 
-    def train_batch(self, inputs, labels=None, update=True) -> dict:
+    def train_batch(self, inputs) -> dict:
         """One step. The gradients of the sub-networks add up, as in Once-for-all's training."""
         images, labels = inputs
         self.network.train()
-        archs = [self.sampler.sample(self.epoch, self.step, i) for i in range(self.subnetworks)]
-        weights = self.loss_weight(archs)
+        archs = self.sampler.sample(self.epoch, self.step)
         losses, hits = [0.0] * len(archs), 0.0
-        for part, answers in self.update.parts(normalize(images), labels):
+        for part, answers in self.gradients.parts(normalize(images), labels):
             targets = self.teach(part)
-            for index, (arch, weight) in enumerate(zip(archs, weights, strict=True)):
+            for index, arch in enumerate(archs):
                 self.network.activate(arch)
-                with self.update.autocast():
+                with self.gradients.autocast():
                     logits = self.network(part)
-                    loss = float(weight) * distillation_loss(
-                        logits, answers, targets, self.temperature
-                    )
+                    loss = distillation_loss(logits, answers, targets, self.temperature)
+                    loss = self.loss_weight(arch) * loss
                 targets = self.next_targets(targets, logits)
-                self.update.backward(loss)
-                losses[index] += loss.detach() / self.update.accumulate
+                self.gradients.backward(loss)
+                losses[index] += loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
         self.exchange_gradients()
-        self.update.step()
+        self.gradients.step()
         codes = [arch.code for arch in archs]
         return {
             "loss": sum(losses) / len(losses),
@@ -174,7 +149,7 @@ class DistillationModel(SupernetModel):
         """The teacher's probabilities [N, C], if there is one: once for all sub-networks."""
         if self.teacher is None:
             return None
-        with self.update.autocast():
+        with self.gradients.autocast():
             return F.softmax(self.teacher(images) / self.temperature)
 
     def next_targets(self, targets, logits) -> paddle.Tensor | None:
@@ -202,43 +177,39 @@ def distillation_loss(logits, labels, targets, temperature: float = 1.0) -> padd
     return loss + temperature**2 * soft
 
 
-def macs_weights(space, image_size: int) -> Callable[[list[Architecture]], np.ndarray]:
-    """``use_loss_expand``: each sub-network's MACs over the mean MACs of the step's."""
+def relative_size(space: SearchSpace) -> Callable[[Architecture], float]:
+    """``use_loss_expand``: an architecture's size over that of the largest network, at most 1.
 
-    def weights(archs):
-        macs = np.array([space.macs(arch, image_size) for arch in archs], dtype=np.float64)
-        return macs / macs.mean()
-
-    return weights
-
-
-def learning_rate(
-    base: float, total_batch: int, warmup_steps: int, total_steps: int
-) -> paddle.optimizer.lr.LRScheduler:
-    """Base times batch / 256; linear warm-up from one step's share, then cosine to zero."""
-    if total_steps < 1:
-        raise UserError("training has no steps; raise max_epoch or lower batch_size")
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        decay = max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + np.cos(np.pi * min(1.0, (step - warmup_steps) / decay)))
-
-    return paddle.optimizer.lr.LambdaDecay(base * total_batch / 256, factor)
-
-
-def momentum_optimizer(
-    network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
-):
-    """Momentum SGD on the parameters that train.
-
-    ``clip_norm`` is the largest norm of all gradients together; 0: any.
+    The size is the one by which the first place samples, see :func:`weighted_channels`.
     """
-    return paddle.optimizer.Momentum(
-        schedule,
-        momentum,
-        parameters=[p for p in network.parameters() if not p.stop_gradient],
-        weight_decay=paddle.regularizer.L2Decay(weight_decay),
-        grad_clip=nn.ClipGradByGlobalNorm(clip_norm) if clip_norm else None,
-    )
+    largest = weighted_channels(space.largest())
+    return lambda arch: weighted_channels(arch) / largest
+
+
+class StandaloneModel(ResumableModel):
+    """One plain network, taught by labels; nothing to activate.
+
+    Args:
+        network: float images [N, 3, H, W] to logits [N, classes].
+        code: of its architecture, for log lines.
+    """
+
+    def __init__(self, network: nn.Layer, code: str):
+        super().__init__(network)
+        self.code = code
+
+    def train_batch(self, inputs) -> dict:
+        """One step of cross-entropy on uint8 images [N, 3, H, W] and labels [N]."""
+        images, labels = inputs
+        self.network.train()
+        loss, hits = 0.0, 0.0
+        for part, answers in self.gradients.parts(normalize(images), labels):
+            with self.gradients.autocast():
+                logits = self.network(part)
+                part_loss = F.cross_entropy(logits, answers)
+            self.gradients.backward(part_loss)
+            loss += part_loss.detach() / self.gradients.accumulate
+            hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
+        self.gradients.step()
+        top1 = hits / labels.shape[0]
+        return {"loss": loss, "top1": top1, "arch": self.code, "parts": [(self.code, loss)]}

@@ -24,23 +24,20 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.parallel.stopping import StopSignals
-from hnas.utils.callbacks import Checkpoints, TrainLogger
-from hnas.utils.checkpoint import (
+from hnas.utils.callbacks import Checkpoints, TrainLogger, VisualDLWriter
+from hnas.utils.checkpoint import load_training, newest_set, restore_generators
+from hnas.utils.gradient_step import GradientStep, learning_rate, momentum_optimizer
+from hnas.utils.hapi_wrapper import ResumableModel
+from hnas.utils.options import Options
+from hnas.utils.public_files import CheckpointError
+from hnas.utils.weights import (
     PARAMS,
-    CheckpointError,
     backbone_weights,
     check_classes,
-    load_training,
     load_weights,
-    newest_set,
     read_weights,
     write_state,
 )
-from hnas.utils.generators import restore_generators
-from hnas.utils.gradient_step import Update
-from hnas.utils.hapi_wrapper import SupernetModel, learning_rate, momentum_optimizer
-from hnas.utils.options import Options
-from hnas.utils.visualdl_writer import VisualDLWriter
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +83,7 @@ def start_from_checkpoint(supernet: nn.Layer, path: str) -> None:
     logger.info("weights from %s", path)
 
 
-def prepare(model: SupernetModel, options: Options, steps_per_epoch: int, **more) -> None:
+def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> None:
     """``paddle.Model.prepare`` with the recipe's optimizer and learning rate.
 
     Raises:
@@ -111,11 +108,10 @@ def prepare(model: SupernetModel, options: Options, steps_per_epoch: int, **more
     if options.onednn:
         teacher = getattr(model, "teacher", None)
         use_onednn(model.network, *([teacher] if teacher is not None else []))
-    update = Update(optimizer, options.accumulate, options.amp)
-    model.prepare(optimizer, update=update, **more)
+    model.prepare(optimizer, GradientStep(optimizer, options.accumulate, options.amp))
 
 
-def fit(model: SupernetModel, options: Options, loader: EpochLoader, callbacks=()) -> None:
+def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=()) -> None:
     """Train from the start or from where ``--resume`` says, save, and record the losses.
 
     ``SAVE_DIR/final.pdparams`` holds the last weights, ``SAVE_DIR/history.json`` the mean loss of
@@ -165,7 +161,7 @@ def describe_run(options: Options, loader: EpochLoader) -> dict:
     }
 
 
-def resume(model: SupernetModel, options: Options, log: TrainLogger, run: dict) -> tuple[int, int]:
+def resume(model: ResumableModel, options: Options, log: TrainLogger, run: dict) -> tuple[int, int]:
     """Restore the newest checkpoint of the folder that ``--resume`` names.
 
     Returns:
@@ -188,7 +184,7 @@ def resume(model: SupernetModel, options: Options, log: TrainLogger, run: dict) 
     try:
         log.restore(progress["losses"])
         restore_generators(progress["generators"])
-        model.update.restore(progress.get("scaler", {}))
+        model.gradients.restore(progress.get("scaler", {}))
         epoch, step = int(progress["epoch"]), int(progress["step"])
         before = progress["run"]
         if "batch_size" in before:

@@ -14,24 +14,22 @@ from hnas.bench.rank.distorted_digits import CLASSES, DigitsLoader, DigitsTask
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import STAGE1_FORWARDS, Method, find_method
 from hnas.evaluation.hits import Counts
+from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture
-from hnas.tools.train_standalone import evaluate
-from hnas.utils.checkpoint import check_finite, load_weights, read_weights, write_state
+from hnas.utils.gradient_step import learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     InPlaceDistillationModel,
-    SupernetModel,
-    learning_rate,
+    ResumableModel,
+    StandaloneModel,
     macs_weights,
-    momentum_optimizer,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.hapi_wrapper_standalone import StandaloneModel
 from hnas.utils.runtime import seed_generators
 from hnas.utils.SampleMethod import (
     AnnealedSampler,
@@ -41,6 +39,7 @@ from hnas.utils.SampleMethod import (
     build_sampler,
 )
 from hnas.utils.training import start_from_pretrained
+from hnas.utils.weights import check_finite, load_weights, read_weights, write_state
 
 CHUNK = 1000
 # Jobs of one seed draw from different images.
@@ -64,7 +63,7 @@ def run_job(bench: Bench, job: Job) -> None:
 
 
 def train(
-    bench: Bench, job: Job, model: SupernetModel, steps: int, lr: float, views: int = 1
+    bench: Bench, job: Job, model: ResumableModel, steps: int, lr: float, views: int = 1
 ) -> None:
     """Train a model on the task's images.
 
@@ -96,8 +95,8 @@ def train_alone(bench: Bench, job: Job, arch: Architecture, steps: int, lr: floa
 
 def score_alone(bench: Bench, network: nn.Layer) -> dict:
     """Hits of a plain network on the validation images."""
-    hits, _, images = evaluate(network, validation_chunks(bench.task))
-    return {"hits": hits, "images": images}
+    counts = evaluate_network(network, validation_chunks(bench.task))
+    return {"hits": int(counts.top1[0]), "images": counts.images}
 
 
 def validation_chunks(task: DigitsTask) -> list[tuple[paddle.Tensor, paddle.Tensor]]:

@@ -20,7 +20,10 @@ MARK_DIMENSIONS, MARK_BASE = 8, 5
 
 
 def mark_shape(identity: int) -> list[int]:
-    """A tensor shape for each number; it comes back after 5**8."""
+    """The shape that stands for a number: its last eight digits in base 5, each plus 1.
+
+    Only numbers that differ by a multiple of 5**8 = 390,625 share a shape.
+    """
     return [1 + identity // MARK_BASE**place % MARK_BASE for place in range(MARK_DIMENSIONS)]
 
 
@@ -81,7 +84,7 @@ class InferenceKernels(DygraphKernels):
 
 
 class _Definition(DygraphKernels):
-    """What is compiled."""
+    """The operations that :class:`InferenceKernels` compiles."""
 
     def _mean_of_calibration(self, x):
         # oneDNN's mean over several axes would print a line for each.
@@ -114,10 +117,11 @@ def onednn_predictor(program: str, weights: str, threads: int, cache: int | None
 class Program:
     """One operation, compiled for any batch, width and size.
 
-    oneDNN's kernels in Paddle Inference keep re-ordered filters by the shapes of all inputs, and
-    would go on using them for other filters of the same shapes, even those of another program.
-    Hence the last input: zeros, whose shape stands for the convolutions that are given. The same
-    shapes then mean the same filters. One combination is kept: keeping more gained nothing.
+    In Paddle Inference oneDNN re-orders filters once and keeps them for the next run whose inputs
+    have the same shapes, even if that run is given other filters, or is another program's. Hence
+    one more input, the mark: zeros whose shape is another for every choice of convolutions, so
+    that equal shapes mean equal filters. The re-ordered filters of one combination of shapes are
+    kept; keeping more gained nothing.
 
     Args:
         function: of activations, then the tensors of one or two convolutions.
@@ -162,7 +166,8 @@ class Program:
 
 
 class _Operation(nn.Layer):
-    """A function as a layer; the last input, zeros, is added to the one before, a bias."""
+    """A function as a layer. Its last input, the mark of :class:`Program`, changes nothing: the
+    sum of its zeros is added to the input before it, a bias."""
 
     def __init__(self, function: Callable):
         super().__init__()

@@ -1,0 +1,303 @@
+"""Files of weights: finding, reading, checking, loading and writing them.
+
+Weights are ``NAME.pdparams`` or ``NAME.safetensors``, with their SHA-256 beside them. Whatever
+wrote a file (this project, the organisers' or the winners' code, Paddle 2 or 3), its tensors are
+read under this project's plain names; see ``public_files.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from hnas.base.files import digest_path, file_digest, replacing
+from hnas.base.safe_pickle import load_pickle
+from hnas.models.elastic import plain_name
+from hnas.search_space import BACKBONES
+from hnas.utils.public_files import CheckpointError, plain_weights, state_dict_of
+
+logger = logging.getLogger(__name__)
+
+PARAMS, SAFETENSORS = ".pdparams", ".safetensors"
+ABOUT = "about@pinas"
+BACKBONE_PREFIX = "backbone."
+# Stage one's own tensors, which stage two does not take over.
+CONTRASTIVE = re.compile(r"(key_backbone|neck|key_neck)\..+|queue|queue_pointer")
+CLASSIFIER = re.compile(r"blocks\.\d+\.fc\.bias")
+LAST_NORM = re.compile(r"(backbone\.)?blocks\.\d+\.bn2\.weight")
+LISTED = 10
+
+
+class NotFiniteError(CheckpointError):
+    """Weights that are not finite; they must not replace good ones."""
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The weights' file of ``path``: the file, or its name without the suffix.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    for candidate in (path, *(Path(f"{path}{suffix}") for suffix in (PARAMS, SAFETENSORS))):
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise CheckpointError(
+            f"checkpoint {path} is a folder; name the file, e.g. {path}/0{PARAMS}"
+        )
+    raise CheckpointError(f"checkpoint {path} does not exist (nor {path}{PARAMS})")
+
+
+def read_state(path: str | Path):
+    """What a file holds, without running anything that it says; see :func:`load_pickle`.
+
+    Raises:
+        CheckpointError: its SHA-256 is not the one that stands beside it.
+        UnsafePickleError: broken, or holds something else than a state dict.
+    """
+    path = Path(path)
+    _check_digest(path)
+    return _read_safetensors(path) if path.suffix == SAFETENSORS else load_pickle(path)
+
+
+def _check_digest(path: Path) -> None:
+    recorded = digest_path(path)
+    if not recorded.is_file():
+        return
+    words = recorded.read_text(encoding="utf-8", errors="replace").split()
+    if not words or words[0] != file_digest(path):
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one in {recorded.name}; copy it again, "
+            f"or remove {recorded.name} if the change is yours"
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            about = (file.metadata() or {}).get(ABOUT)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return state if about is None else {**state, ABOUT: about}
+    except Exception as error:
+        # A broken file can make its reader fail in any way.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"cannot read {path}: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds.
+
+    Attributes:
+        weights: arrays by plain name.
+        about: how they were trained, as :func:`write_state` was told; empty if the file does not
+            say.
+    """
+
+    weights: dict[str, np.ndarray]
+    about: dict
+
+    @property
+    def freeze_bn(self) -> bool:
+        """Whether they were trained at frozen BatchNorm statistics, as far as the file says."""
+        return bool(self.about.get("freeze_bn", False))
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Weights by parameter name, in the plain network's names, whatever wrote them.
+
+    Raises:
+        CheckpointError: missing file, not a dict of arrays, or a name twice.
+        UnsafePickleError: broken, or holds something else than a state dict.
+    """
+    path = find_checkpoint(path)
+    state = state_dict_of(read_state(path), path)
+    about = _read_about(state.pop(ABOUT, "{}"), path)
+    arrays = {}
+    for name, value in state.items():
+        # Paddle saves a single tensor as (parameter name, array).
+        if isinstance(value, tuple) and len(value) == 2:
+            value = value[1]
+        if not isinstance(value, np.ndarray):
+            raise CheckpointError(
+                f"checkpoint {path}: {name!r} is a {type(value).__name__}, not an array"
+            )
+        arrays[str(name)] = value
+    weights, is_public = plain_weights(arrays, path)
+    # Public Track 1 code trains at frozen statistics, whatever its users meant to do.
+    return Checkpoint(weights, about or ({"freeze_bn": True} if is_public else {}))
+
+
+def read_weights(path: str | Path) -> dict[str, np.ndarray]:
+    """The weights of :func:`read_checkpoint`."""
+    return read_checkpoint(path).weights
+
+
+def _read_about(text, path: Path) -> dict:
+    try:
+        about = json.loads(text)
+    except (TypeError, ValueError):
+        about = None
+    if not isinstance(about, dict):
+        raise CheckpointError(f"checkpoint {path}: {ABOUT!r} is not what this program writes")
+    return about
+
+
+def backbone_weights(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a classifier takes from ``weights``: all, or of stage one's model the backbone.
+
+    Neck, key encoder and queue stay behind, as the recipe says; nothing else does.
+    """
+    if not is_contrastive(weights):
+        return dict(weights)
+    taken = {
+        name.removeprefix(BACKBONE_PREFIX): value
+        for name, value in weights.items()
+        if not CONTRASTIVE.fullmatch(name)
+    }
+    left = len(weights) - len(taken)
+    logger.info("stage-one checkpoint: left %d tensors of neck, key encoder and queue", left)
+    return taken
+
+
+def is_contrastive(weights: Mapping[str, np.ndarray]) -> bool:
+    """Whether ``weights`` are of stage one's model."""
+    return any(name.startswith(BACKBONE_PREFIX) for name in weights)
+
+
+def looks_like(weights: Mapping[str, np.ndarray]) -> str | None:
+    """The backbone whose widths ``weights`` have, by name; None: none of ours."""
+    prefix = BACKBONE_PREFIX if is_contrastive(weights) else ""
+    stem = weights.get(f"{prefix}blocks.0.conv.weight")
+    last = [value for name, value in weights.items() if LAST_NORM.fullmatch(name)]
+    if stem is None or not last:
+        return None
+    found = (len(stem), max(len(value) for value in last))
+    for name, backbone in BACKBONES.items():
+        base = backbone.space.base_channels
+        if found == (base[0], base[-1]) and backbone.contrastive == bool(prefix):
+            return name
+    return None
+
+
+def check_classes(weights: Mapping[str, np.ndarray], classes: int, source: str | Path) -> None:
+    """The classifier in ``weights`` must have as many outputs as there are class folders.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    for name, value in weights.items():
+        if CLASSIFIER.fullmatch(name) and value.shape != (classes,):
+            raise CheckpointError(
+                f"checkpoint {source} classifies {value.size} classes, but image_dir has {classes} "
+                "class folders; use the images that it was trained on"
+            )
+
+
+def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str | Path) -> None:
+    """Set all parameters and buffers of ``layer``, checking names, shapes and dtypes.
+
+    Floats are converted to the layer's precision; integers only fit integers.
+
+    Args:
+        layer: a plain network or a supernet.
+        weights: by plain name; see :func:`read_weights`.
+        source: where they come from, for the message.
+
+    Raises:
+        CheckpointError: they differ; lists at most ten names of each kind and a count.
+    """
+    expected = {plain_name(name): tensor for name, tensor in layer.state_dict().items()}
+    both = [(name, weights[name], expected[name]) for name in expected if name in weights]
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "of another shape": [
+            f"{name} {list(value.shape)} instead of {list(tensor.shape)}"
+            for name, value, tensor in both
+            if list(value.shape) != list(tensor.shape)
+        ],
+        "of another type": [
+            f"{name} {value.dtype} instead of {_dtype(tensor)}"
+            for name, value, tensor in both
+            if value.dtype.kind != np.dtype(_dtype(tensor)).kind
+        ],
+    }
+    listed = [
+        f"{len(names)} {kind}: {', '.join(names[:LISTED])}{', ...' * (len(names) > LISTED)}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if listed:
+        raise CheckpointError(
+            f"checkpoint {source} is of another network{_hint(weights, expected)}: "
+            f"{'; '.join(listed)}"
+        )
+    for _, value, tensor in both:
+        tensor.set_value(value.astype(_dtype(tensor)))
+
+
+def _hint(weights: Mapping[str, np.ndarray], expected: Mapping[str, paddle.Tensor]) -> str:
+    found, wanted = looks_like(weights), looks_like(expected)
+    return f" (it is a {found} file: backbone={found})" if found and found != wanted else ""
+
+
+def _dtype(tensor: paddle.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("paddle.")
+
+
+def write_state(path: str | Path, state, about: Mapping | None = None) -> str:
+    """Write what ``paddle.save`` takes, or as safetensors if the suffix says so.
+
+    ``about`` says how weights were trained, in plain values: see :class:`Checkpoint`.
+
+    A temporary file takes the place of the old one when it is whole; its SHA-256 goes beside it.
+
+    Returns:
+        The SHA-256.
+
+    Raises:
+        UserError: the file cannot be written; the previous one is as it was.
+    """
+    path = Path(path)
+    with replacing(path) as temporary:
+        if path.suffix == SAFETENSORS:
+            _write_safetensors(temporary, state, about)
+        else:
+            content = state if about is None else {**state, ABOUT: json.dumps(about)}
+            paddle.save(content, str(temporary))
+        digest = file_digest(temporary)
+        # Between the two renames a file without a digest is right, one with an old digest wrong.
+        digest_path(path).unlink(missing_ok=True)
+    with replacing(digest_path(path)) as temporary:
+        temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    return digest
+
+
+def _write_safetensors(path: Path, state: Mapping[str, paddle.Tensor], about) -> None:
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    path.write_bytes(save(arrays, None if about is None else {ABOUT: json.dumps(about)}))
+
+
+def check_finite(network: nn.Layer) -> None:
+    """Look at every weight and statistic.
+
+    Raises:
+        NotFiniteError: naming the first tensor that is not finite throughout.
+    """
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not bool(paddle.isfinite(tensor).all()):
+            raise NotFiniteError(f"{name} is not finite")

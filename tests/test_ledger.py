@@ -1,0 +1,190 @@
+"""The ledger of chunks: who does which, in any order, over restarts; and its files."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hnas.evaluation import ledger as ledger_module
+from hnas.evaluation.hits import Counts
+from hnas.evaluation.ledger import (
+    STATE_FILE,
+    Ledger,
+    StateError,
+    even_chunk,
+    load_state,
+    save_state,
+    share_out,
+)
+from hnas.search_space import RESNET48_MINI
+
+IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
+ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
+
+
+def chunk_counts(start, stop):
+    """Multiples of 5 are hits of one architecture, all of the other."""
+    hits = np.array([sum(image % 5 == 0 for image in range(start, stop)), stop - start])
+    return Counts(hits, hits, 0 * hits, 0 * hits, stop - start)
+
+
+@given(st.permutations(range(5)), st.integers(0, 4))
+def test_chunks_in_any_order_by_anyone_add_up(tmp_path_factory, order, restart_after):
+    folder = tmp_path_factory.mktemp("ledger")
+
+    def ledger(is_main=True):
+        made = Ledger(folder, IDENTITY, ARCHS, 13, is_main=is_main)
+        made.begin(3)
+        return made
+
+    main, other = ledger(), ledger(is_main=False)
+    for turn, number in enumerate(order):
+        if turn == restart_after:
+            main = ledger()
+        start = 3 * number
+        assert not main.is_done(start)
+        (main if number % 2 else other).add(start, chunk_counts(start, min(start + 3, 13)))
+        assert main.is_done(start)
+    main.collect()
+    assert main.enough and main.counts.images == 13
+    np.testing.assert_array_equal(main.counts.top1, [3, 13])
+    assert not list(folder.glob("eval_chunk_*"))
+
+
+def test_early_stops_do_not_depend_on_who_is_faster(tmp_path):
+    ledger = Ledger(tmp_path, IDENTITY, ARCHS, 400, target_se=0.03)
+    ledger.begin(100)
+    perfect = np.array([100, 100])
+    helper = Ledger(tmp_path, IDENTITY, ARCHS, 400, is_main=False)
+    helper.begin(100)
+    for start in (100, 200, 300):
+        helper.add(start, Counts(perfect, perfect, 0 * perfect, 0 * perfect, 100))
+    assert not ledger.collect()
+    ledger.add(0, Counts(perfect, perfect, 0 * perfect, 0 * perfect, 100))
+    # (101 / 102 * 1 / 102 / 100) ** 0.5 = 0.0099: the first chunk is enough.
+    assert ledger.counts.images == 100 and ledger.enough
+    assert ledger.complete().images == 100
+    assert not list(tmp_path.glob("eval_chunk_*"))
+
+
+def begun(folder, monkeypatch, world_size, target_se=0.0):
+    """The ledgers of several processes, all in this one, after their begin."""
+    told = []
+
+    def tell(numbers):
+        told.append(list(numbers))
+        return list(numbers)
+
+    monkeypatch.setattr(ledger_module, "world_size", lambda: world_size)
+    ledgers = [
+        Ledger(folder, IDENTITY, ARCHS, 23, target_se, is_main=rank == 0)
+        for rank in range(world_size)
+    ]
+    for rank, ledger in enumerate(ledgers):
+        hear = iter(told)
+        answer = (lambda _, hear=hear: next(hear)) if rank else tell
+        monkeypatch.setattr(ledger_module, "from_main_process", answer)
+        monkeypatch.setattr(ledger_module, "rank", lambda rank=rank: rank)
+        ledger.begin(5 + rank)  # what the main process asks for counts
+    return ledgers
+
+
+def do(ledger, chunk):
+    ledger.add(chunk.start, chunk_counts(chunk.start, chunk.stop))
+
+
+def test_processes_take_chunks_in_turns_and_restarts_what_is_left(tmp_path, monkeypatch):
+    main, helper = begun(tmp_path, monkeypatch, 2)
+    assert next(main.chunks()) == range(5)
+    for chunk, expected in zip(helper.chunks(), (range(5, 10), range(15, 20)), strict=True):
+        assert chunk == expected
+        do(helper, chunk)
+    # All die before the first chunk is done; three others go on, whatever they ask for.
+    ledgers = begun(tmp_path, monkeypatch, 3)
+    shares = [list(ledger.chunks()) for ledger in ledgers]
+    assert shares == [[range(5)], [range(10, 15)], [range(20, 23)]]
+    for ledger, (chunk,) in zip(ledgers[::-1], shares[::-1], strict=True):
+        do(ledger, chunk)
+    counts = ledgers[0].complete()
+    assert counts.images == 23 and counts.top1.tolist() == chunk_counts(0, 23).top1.tolist()
+    assert not list(tmp_path.glob("eval_chunk_*"))
+    # Everything is done: nobody gets anything.
+    assert [list(ledger.chunks()) for ledger in begun(tmp_path, monkeypatch, 2)] == [[], []]
+
+
+def test_no_more_chunks_once_the_prefix_is_enough(tmp_path, monkeypatch):
+    ledgers = begun(tmp_path, monkeypatch, 2, target_se=0.2)
+    chunks = [ledger.chunks() for ledger in ledgers]
+    for ledger, left in zip(ledgers[::-1], chunks[::-1], strict=True):
+        do(ledger, next(left))
+    # Largest error: (3 / 12 * 9 / 12 / 10) ** 0.5 = 0.137 of the first architecture.
+    assert ledgers[0].enough and ledgers[0].counts.images == 10
+    # The helper reads what the main process wrote.
+    assert [list(left) for left in chunks] == [[], []]
+    assert ledgers[0].complete().images == 10
+
+
+def test_the_main_process_waits_for_chunks_of_others(tmp_path, monkeypatch):
+    main, helper = begun(tmp_path, monkeypatch, 2)
+    for chunk in main.chunks():
+        do(main, chunk)
+    assert main.counts.images == 5
+    pending = iter(list(helper.chunks()))
+    monkeypatch.setattr(ledger_module.time, "sleep", lambda _: do(helper, next(pending)))
+    assert main.complete().images == 23
+    assert next(pending, None) is None
+
+
+def test_a_chunk_that_is_in_the_prefix_already_is_not_counted_twice(tmp_path):
+    """A kill between writing the prefix and deleting the chunk's file leaves both."""
+    ledger = Ledger(tmp_path, IDENTITY, ARCHS, 13)
+    ledger.begin(5)
+    ledger.add(0, chunk_counts(0, 5))
+    save_state(tmp_path / "eval_chunk_00000000.npz", IDENTITY, 5, chunk_counts(0, 5))
+    resumed = Ledger(tmp_path, IDENTITY, ARCHS, 13)
+    resumed.begin(7)
+    assert list(resumed.chunks()) == [range(5, 10), range(10, 13)]
+    assert resumed.counts.images == 5 and not list(tmp_path.glob("eval_chunk_*"))
+
+
+def test_chunk_files_of_two_sizes_are_refused(tmp_path):
+    save_state(tmp_path / "eval_chunk_00000005.npz", IDENTITY, 5, chunk_counts(5, 10))
+    save_state(tmp_path / STATE_FILE, IDENTITY, 4, chunk_counts(0, 4))
+    with pytest.raises(StateError, match="chunks of 5 images, not 4"):
+        Ledger(tmp_path, IDENTITY, ARCHS, 13)
+
+
+@given(st.integers(1, 2000), st.integers(1, 60000), st.integers(1, 64))
+def test_chunks_are_even(limit, images, processes):
+    chunk = even_chunk(limit, images, processes)
+    assert 1 <= chunk <= limit
+    undone = np.ones(-(-images // chunk), dtype=bool)
+    shares = [share_out(undone, rank, processes) for rank in range(processes)]
+    assert sorted(itertools.chain(*shares)) == list(range(len(undone)))
+    if processes > 1 and images >= processes:
+        # As many rounds as the limit forces, not one more.
+        assert max(map(len, shares)) <= -(-images // (limit * processes))
+
+
+def test_state_of_another_evaluation_is_refused(tmp_path):
+    counts = Counts.zeros(2)
+    counts.images = 3
+    path = tmp_path / "state.npz"
+    save_state(path, IDENTITY, 4, counts)
+    chunk, found = load_state(path, IDENTITY)
+    assert chunk == 4 and found.images == 3
+    with pytest.raises(StateError, match=r"another image list \(iiii.*save_dir"):
+        load_state(path, {**IDENTITY, "image_list": "j" * 64})
+    content = path.read_bytes()
+    for broken in (content[:100], content[:-30], b"", b"PK\x03\x04 nonsense"):
+        path.write_bytes(broken)
+        with pytest.raises(StateError, match="broken"):
+            load_state(path, IDENTITY)
+    path.write_bytes(content)
+    objects = np.array([{"a": 1}], dtype=object)
+    np.savez(tmp_path / "objects.npz", top1=objects)
+    with pytest.raises(StateError, match="broken"):
+        load_state(tmp_path / "objects.npz", IDENTITY)
+    assert load_state(tmp_path / "none.npz", IDENTITY) is None
