@@ -39,3 +39,9 @@ def option_ranks(codes, max_digits):
             ranks[f"inner width {stage + 1}.{block + 1}"] = (narrowest, narrowest - inner)
         first += 2 * deepest
     return ranks
+
+
+def law(options, b):
+    """Probabilities of options k = 0 (small) .. n - 1, proportional to exp(b k / (n - 1))."""
+    weights = [np.exp(b * k / (options - 1)) for k in range(options)]
+    return np.array(weights) / sum(weights)

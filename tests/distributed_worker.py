@@ -38,7 +38,7 @@ def batch(step: int) -> list[paddle.Tensor]:
 def contrastive(accumulate: int = 1) -> ContrastiveModel:
     paddle.seed(1)
     network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
-    model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1), pairs=2, seed=5)
+    model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2), shuffle=True, seed=5)
     return trained(model, accumulate)
 
 
@@ -51,7 +51,9 @@ def distilled() -> DistillationModel:
     paddle.seed(2)
     network = build_network("resnet48_mini", CLASSES)
     teacher = build_network("resnet48_mini", CLASSES, elastic=False)
-    return trained(DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 1.0), 3))
+    return trained(
+        DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 3, tilt=1.0))
+    )
 
 
 def trained(model, accumulate: int = 1):

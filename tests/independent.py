@@ -4,6 +4,7 @@ It reads the digits of a code by position, slices a supernet's state dict and ca
 functional operators.
 """
 
+import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
@@ -70,3 +71,31 @@ def features(state, code, images, base_channels, divisor, training):
         y = F.relu(norm(conv(x, f"{name}.conv1", mid, stride, 1), f"{name}.bn1"))
         x = F.relu(norm(conv(y, f"{name}.conv2", out, 1, 1), f"{name}.bn2") + shortcut)
     return x.mean([2, 3])
+
+
+def normalized(images):
+    """uint8 images [N, 3, H, W] by ImageNet's normalisation, in float32."""
+    mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
+    return (images.astype("float32") / np.float32(255) - mean) / std
+
+
+def log_softmax(logits):
+    """Of NumPy logits [N, C], in their precision."""
+    logits = logits - logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def first_place_size(code):
+    """The first place's size, digit by digit, in exact arithmetic."""
+    tenths = (640, 704, 1088, 1216)  # of a channel, in full widths
+
+    def convolution(stage, digit):
+        thousandths = tenths[stage] * (105 - 5 * digit)
+        return -(-thousandths // 8000) * 8
+
+    size, position = convolution(0, int(code[5])), 6
+    for stage, deepest in enumerate(DEPTHS):
+        digits = code[position : position + 2 * deepest]
+        size += sum(convolution(stage, int(digit)) for digit in digits if digit != "0")
+        position += 2 * deepest
+    return size

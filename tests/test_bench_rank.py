@@ -1,7 +1,6 @@
 """The ranking bench from end to end: its budget, its files, and what it prints."""
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +15,7 @@ from hnas.base.errors import UserError
 from hnas.bench.rank import __main__ as bench_rank
 from hnas.bench.rank.jobs import SPLITS, Bench, Job, Scale
 from hnas.bench.rank.methods import DEFAULTS, FINALISTS, METHODS, RECIPE, STAGE1_FORWARDS
-from hnas.bench.rank.runs import train_alone
+from hnas.bench.rank.runs import run_job, train_alone
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools import rank_report
 from hnas.utils.weights import NotFiniteError
@@ -38,6 +37,22 @@ def run(*arguments, code=0):
 
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def records(path):
+    """A file of results, read by the tests themselves: the lines' objects by job."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["job"]: line for line in lines}
+
+
+def line_of(entry):
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+
+
+def without(path, jobs):
+    """A file of results without some jobs, as bytes."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return b"".join(line for line in lines if json.loads(line)["job"] not in jobs)
 
 
 @pytest.fixture(scope="module")
@@ -119,17 +134,22 @@ def test_a_run_that_diverges_is_no_result(tmp_path):
 # --- end to end
 
 
-def test_every_job_leaves_one_file(finished):
+def test_every_job_leaves_one_line(finished):
     out, _ = finished
+    runs, seconds = records(out / "runs.jsonl"), records(out / "seconds.jsonl")
     expected = {f"truth-arch{i}-0" for i in range(1, 6)} | {"pretrain-0", "stage1-largest-0"}
     expected |= {f"supernet-{name}-0" for name in QUICK}
-    assert {path.stem for path in (out / "runs").iterdir()} == expected
+    assert set(runs) == set(seconds) == expected
+    assert len((out / "runs.jsonl").read_text().splitlines()) == len(expected)
+    weights = {path.stem for path in (out / "weights").glob("*.pdparams")}
+    assert weights == {"pretrain-0", "stage1-largest-0"}
     for job in expected:
         assert Job.from_name(job).name == job
-        settings = json.loads((out / "runs" / f"{job}.json").read_text())["settings"]
+        assert 0 < Bench(out, Scale.quick()).seconds(Job.from_name(job)) == seconds[job]["seconds"]
+        settings = runs[job]["settings"]
         assert settings["batch_size"] == 16 and settings["task"]["train_scans"] == 1200
     for name in QUICK:
-        result = json.loads((out / "runs" / f"supernet-{name}-0.json").read_text())
+        result = runs[f"supernet-{name}-0"]
         forwards = {"uniform_distill": 5, "sandwich_inplace": 4, "seed_recipe": 5}[name]
         before = 12 if name == "seed_recipe" else 0
         assert result["forwards"] == before + result["steps"] * forwards
@@ -144,6 +164,7 @@ def test_the_figures_are_scipys(finished, part):
     out, printed = finished
     truth = json.loads((out / "ground_truth.json").read_text())
     summary = json.loads((out / "summary.json").read_text())
+    runs = records(out / "runs.jsonl")
     splits = {"held_out": ["seen", "seen", "sealed"], "seen": ["seen", "seen"]}[part]
     chosen = [name for name, entry in truth.items() if entry["split"] in splits]
     assert [truth[name]["split"] for name in chosen] == splits
@@ -152,7 +173,7 @@ def test_the_figures_are_scipys(finished, part):
         if part == "held_out" and name not in FINALISTS:
             assert part not in summary["methods"][name]
             continue
-        archs = json.loads((out / "runs" / f"supernet-{name}-0.json").read_text())["archs"]
+        archs = runs[f"supernet-{name}-0"]["archs"]
         for kind, column in (("plain", "hits"), ("calibrated", "calibrated_hits")):
             scores = [archs[arch][column] for arch in chosen]
             expected = stats.kendalltau(scores, acc).statistic
@@ -203,43 +224,61 @@ def test_rank_report_reads_the_ground_truth(finished, tmp_path, capsys):
 
 def test_what_is_missing_is_done_again_to_the_same_bytes(finished):
     out, _ = finished
-    before = contents(out)
-    stamps = {path: (out / path).stat().st_mtime_ns for path in before}
-    lost = {Path("runs/supernet-seed_recipe-0.json"), Path("runs/stage1-largest-0.json")}
-    lost |= {Path("weights/stage1-largest-0.pdparams"), Path("runs/truth-arch2-0.json")}
-    for path in lost:
-        (out / path).unlink()
+    before, runs, seconds = contents(out), records(out / "runs.jsonl"), out / "seconds.jsonl"
+    kept_weights = out / "weights" / "pretrain-0.pdparams"
+    stamp = kept_weights.stat().st_mtime_ns
+    lost = {"supernet-seed_recipe-0", "stage1-largest-0", "truth-arch2-0"}
+    kept = without(out / "runs.jsonl", lost)
+    kept_seconds = without(seconds, lost)
+    # A killed process left half a line.
+    (out / "runs.jsonl").write_bytes(kept + line_of(runs["truth-arch2-0"])[:70])
+    (out / "weights" / "stage1-largest-0.pdparams").unlink()
     common = ("--out", out, "--quick", True, "--splits", ",".join(SPLITS), "--workers", 2)
     run("report", *common, "--methods", "uniform_distill")
     error = run("report", *common, "--methods", "seed_recipe", code=2).stderr
     assert "no method with all of its seeds" in error.splitlines()[-1]
-    for command in ("ground_truth", "supernets", "report"):
-        run(command, *common)
+    done = "".join(run(command, *common).stderr for command in ("ground_truth", "supernets"))
+    assert {job for job in runs if f"] {job}: " in done} == lost
+    run("report", *common)
     after = contents(out)
     assert set(after) == set(before)
+    assert records(out / "runs.jsonl") == runs
+    assert after[Path("runs.jsonl")].startswith(kept)
+    # Those of what was done again have taken the place of the earlier ones.
+    assert without(seconds, lost) == kept_seconds and len(records(seconds)) == len(runs)
+    assert kept_weights.stat().st_mtime_ns == stamp
+    timed = ("summary.json", "finalists.md", "methods.md")
     for path, content in before.items():
-        if path.parts[0] != "seconds" and path.name not in (
-            "summary.json",
-            "finalists.md",
-            "methods.md",
-        ):
-            assert after[path] == content, path
-        if path.parts[0] in ("runs", "weights") and not any(
-            path.name.startswith(name.name) for name in lost
-        ):
-            assert (out / path).stat().st_mtime_ns == stamps[path], path
+        assert after[path] == content or path.suffix == ".jsonl" or path.name in timed, path
+
+
+def test_weights_that_are_missing_are_trained_again_and_their_line_replaced(finished, tmp_path):
+    """As when committed runs are copied: another machine's last digits may differ."""
+    out, _ = finished
+    runs = records(out / "runs.jsonl")
+    other = line_of(runs["pretrain-0"] | {"hits": -1})
+    (tmp_path / "runs.jsonl").write_bytes(other + without(out / "runs.jsonl", {"pretrain-0"}))
+    bench, job = Bench(tmp_path, Scale.quick()), Job("pretrain", "", 0)
+    assert bench.result(job) is None and bench.seconds(job) is None
+    assert bench.result(Job("stage1", "largest", 0)) is None
+    assert bench.result(Job("supernet", "seed_recipe", 0))["images"] == 200
+    run_job(bench, job)
+    assert 0 <= bench.result(job)["hits"] <= 200 and bench.seconds(job) > 0
+    after = records(tmp_path / "runs.jsonl")
+    assert after.pop("pretrain-0") | {"hits": 0} == runs.pop("pretrain-0") | {"hits": 0}
+    assert after == runs
 
 
 def test_without_the_sealed_all_methods_are_compared_on_the_rest(finished, tmp_path):
     out, _ = finished
-    shutil.copytree(out / "runs", tmp_path / "runs")
-    sealed = tmp_path / "runs/truth-arch5-0.json"
-    sealed.unlink()
+    sealed = "truth-arch5-0"
+    (tmp_path / "runs.jsonl").write_bytes(without(out / "runs.jsonl", {sealed}))
     common = ("--out", tmp_path, "--quick", True)
     # Weights are not there, but nothing starts from them any more.
     for command in ("ground_truth", "supernets"):
         run(command, *common)
-    assert not sealed.exists() and not (tmp_path / "weights").exists()
+    assert sealed not in records(tmp_path / "runs.jsonl")
+    assert not (tmp_path / "weights").exists()
     headline = json.loads(run("report", *common).stdout.splitlines()[-1])
     assert headline["architectures"] == 2 and set(headline["verdict"]) == {"seen"}
     assert headline["held_out_tau"] == {} and "seed_recipe plain" in headline["seen_tau"]
@@ -255,7 +294,10 @@ def test_results_of_other_settings_are_refused_in_one_line(finished, tmp_path, m
     out, _ = finished
     error = run("supernets", "--out", out, code=2).stderr
     lines = [line for line in error.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "uniform_distill-0.json is of other settings (" in lines[0]
+    assert (
+        len(lines) == 1
+        and "runs.jsonl: supernet-uniform_distill-0 is of other settings (" in lines[0]
+    )
     # What a job does not depend on may differ; what it starts from may not.
     recipe, alone = Job("supernet", "seed_recipe", 0), Job("truth", "arch1", 0)
     other = Bench(out, replace(Scale.quick(), stage1_lr=0.1))
@@ -269,12 +311,12 @@ def test_results_of_other_settings_are_refused_in_one_line(finished, tmp_path, m
     assert Bench(out, Scale.quick()).result(recipe)
 
 
-def test_a_failing_worker_ends_the_bench_with_one_line(finished, tmp_path):
-    out, _ = finished
-    # A file where the folder of the runs should be made.
-    (tmp_path / "runs").write_text("")
+def test_a_failing_worker_ends_the_bench_with_one_line(tmp_path):
+    # A folder where the file of seconds should be made.
+    (tmp_path / "seconds.jsonl").mkdir()
     error = run("ground_truth", "--out", tmp_path, "--quick", True, "--workers", 1, code=2).stderr
     assert "Traceback" not in error
+    assert f"error: cannot write {tmp_path}/seconds.jsonl" in error
     assert "1 of 1 workers failed" in error.splitlines()[-1]
 
 

@@ -129,7 +129,7 @@ def work(tmp_path_factory):
 def test_ranks_share_the_batches_of_one_process(work):
     dataset = ImageDataset(scan_images(work / "images", "train"), lambda *_: (), seed=3)
     whole = EpochLoader(dataset, 12)
-    shares = [EpochLoader(dataset, 3, rank=rank, ranks=4) for rank in range(4)]
+    shares = [EpochLoader(dataset, 3, rank=rank, world_size=4) for rank in range(4)]
     assert {len(share) for share in shares} == {len(whole)} == {3}
     for epoch in (0, 5):
         joined = zip(*(share.batches(epoch) for share in shares), strict=True)
@@ -138,9 +138,9 @@ def test_ranks_share_the_batches_of_one_process(work):
 
 
 def test_learning_rate_follows_the_total_batch(monkeypatch):
-    monkeypatch.setattr(training, "ranks", lambda: 4)
+    monkeypatch.setattr(training, "world_size", lambda: 4)
     model = SimpleNamespace(network=paddle.nn.Linear(1, 1))
-    model.prepare = lambda optimizer, **_: setattr(model, "optimizer", optimizer)
+    model.prepare = lambda optimizer, *_: setattr(model, "optimizer", optimizer)
     options = Options(lr=0.1, batch_size=128, warmup=0, max_epoch=1)
     training.prepare(model, options, steps_per_epoch=10)
     assert model.optimizer.get_lr() == pytest.approx(0.1 * 128 * 4 / 256)

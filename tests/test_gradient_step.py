@@ -22,7 +22,7 @@ def distillation(accumulate):
     paddle.seed(0)
     network = build_network("resnet48_mini", 10)
     teacher = build_network("resnet48_mini", 10, elastic=False)
-    model = DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 1), 2)
+    model = DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 1, 2))
     optimizer = momentum_optimizer(network, 0.01, 0.9, 1e-4)
     model.prepare(optimizer, gradients=GradientStep(optimizer, accumulate))
     return model
@@ -31,7 +31,7 @@ def distillation(accumulate):
 def contrastive(accumulate):
     paddle.seed(0)
     network = build_network("resnet48pinasv2_mini", 10, queue_size=16)
-    model = ContrastiveModel(network, LargestSampler(RESNET48_MINI))
+    model = ContrastiveModel(network, LargestSampler(RESNET48_MINI, 2))
     optimizer = momentum_optimizer(network, 0.01, 0.9, 1e-4)
     model.prepare(optimizer, gradients=GradientStep(optimizer, accumulate))
     return model

@@ -218,5 +218,5 @@ def test_another_kind_of_file_is_no_ground_truth(change, tmp_path):
     assert rank_truth.Truth.read(tmp_path / "good.json").acc.shape == (2, 5)
     change(content["arch3"])
     write_json(tmp_path / "bad.json", content)
-    with pytest.raises(UserError, match="not a ground truth of bench_rank"):
+    with pytest.raises(UserError, match="is no ground truth of this bench"):
         rank_truth.Truth.read(tmp_path / "bad.json")

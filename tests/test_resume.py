@@ -286,8 +286,8 @@ class LargestThenSmallest:
     def __init__(self, space):
         self.space = space
 
-    def sample(self, epoch, step, index):
-        return self.space.smallest() if step else self.space.largest()
+    def sample(self, epoch, step):
+        return [self.space.smallest() if step else self.space.largest()]
 
 
 def test_blocks_that_a_step_does_not_run_are_left_alone():
@@ -295,7 +295,7 @@ def test_blocks_that_a_step_does_not_run_are_left_alone():
     paddle.seed(0)
     space = find_backbone("resnet48_mini").space
     network = build_network("resnet48_mini", num_classes=10)
-    model = DistillationModel(network, None, LargestThenSmallest(space), subnetworks=1)
+    model = DistillationModel(network, None, LargestThenSmallest(space))
     model.prepare(momentum_optimizer(network, 0.1, momentum=0.9, weight_decay=0.1))
     batch = [paddle.randint(0, 256, [4, 3, 32, 32]).astype("uint8"), paddle.arange(4)]
     model.train_batch(batch)

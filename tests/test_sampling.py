@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import option_ranks
+from independent import first_place_size
 from scipy.stats import chisquare
 
 from hnas.base.errors import UserError
@@ -113,31 +114,12 @@ def test_a_fresh_process_draws_the_same():
 # --- the first place's law
 
 
-CODED = (5, 5, 8, 5)
-
-
-def slow_size(code):
-    """The first place's size, digit by digit, in exact arithmetic."""
-    tenths = (640, 704, 1088, 1216)  # of a channel, in full widths
-
-    def convolution(stage, digit):
-        thousandths = tenths[stage] * (105 - 5 * digit)
-        return -(-thousandths // 8000) * 8
-
-    size, position = convolution(0, int(code[5])), 6
-    for stage, deepest in enumerate(CODED):
-        digits = code[position : position + 2 * deepest]
-        size += sum(convolution(stage, int(digit)) for digit in digits if digit != "0")
-        position += 2 * deepest
-    return size
-
-
 def slow_law(rng, keep=4, candidates=400):
     """What the first place's loop keeps of its candidates: a table by size, filled one by one."""
     table = {}
     for _ in range(candidates):
         code = str(SPACE.sample(rng))
-        table[slow_size(code)] = code
+        table[first_place_size(code)] = code
         if len(table) > keep:
             del table[min(table)]
     return list(table.values())
@@ -147,9 +129,9 @@ def test_sizes_are_those_of_a_slow_count():
     rng = np.random.default_rng(0)
     drawn = SPACE.sample_many(rng, 200)
     codes = [drawn.architecture(index).code for index in range(200)]
-    assert candidate_sizes(drawn).tolist() == [slow_size(code) for code in codes]
+    assert candidate_sizes(drawn).tolist() == [first_place_size(code) for code in codes]
     assert [weighted_channels(drawn.architecture(i)) for i in range(200)] == list(
-        map(slow_size, codes)
+        map(first_place_size, codes)
     )
 
 

@@ -11,7 +11,6 @@ is 1 if anything differs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ import paddle
 from hnas.base.errors import UserError, run_main
 from hnas.models.registry import build_network
 from hnas.tools.digits_folder import write_digits
+from hnas.utils.options import OneLineParser, whole_number
 from hnas.utils.weights import read_weights, write_state
 
 logger = logging.getLogger(__name__)
@@ -199,13 +200,19 @@ def passed(report: dict, save_steps: int) -> bool:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="of each stage [default 20]")
-    parser.add_argument("--stages", type=int, nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
-    parser.add_argument("--images", type=int, default=8, help="of each class [default 8]")
-    parser.add_argument("--epochs", type=int, default=3, help="[default 3]")
-    parser.add_argument("--save_steps", type=int, default=2, help="[default 2]")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments [default 0]")
+    parser = OneLineParser(
+        prog="python -m hnas.bench.chaos",
+        description=__doc__.splitlines()[0],
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--kills", type=whole_number(1), default=20, help="of each stage")
+    parser.add_argument(
+        "--stages", type=whole_number(1, 2), nargs="+", default=list(SCRIPTS), help="of training"
+    )
+    parser.add_argument("--images", type=whole_number(1), default=8, help="of each class")
+    parser.add_argument("--epochs", type=whole_number(1), default=3, help="of a run")
+    parser.add_argument("--save_steps", type=whole_number(1), default=2, help="steps a checkpoint")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the moments")
     options = parser.parse_args(argv)
 
     began = time.perf_counter()

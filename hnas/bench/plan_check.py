@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from argparse import ArgumentDefaultsHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def inference_rate(space: SearchSpace, images: paddle.Tensor, times: int) -> flo
 
 def stage1_seconds(space: SearchSpace, images: paddle.Tensor, times: int) -> float:
     """Seconds of a step of stage one."""
-    model = ContrastiveModel(PiNASv2(space, CLASSES, queue_size=QUEUE), LargestSampler(space))
+    model = ContrastiveModel(PiNASv2(space, CLASSES, queue_size=QUEUE), LargestSampler(space, 2))
     model.prepare(momentum_optimizer(model.network, 0.01, 0.9, 1e-4))
     return seconds_of(lambda: model.train_batch([images, images]), times)
 
@@ -85,8 +86,8 @@ def stage2_seconds(space: SearchSpace, images: paddle.Tensor, recipe: Recipe, ti
     """Seconds of a step of stage two, sub-networks as the recipe draws them."""
     network = build_network("resnet48", CLASSES, space)
     teacher = build_network("resnet48", CLASSES, space, elastic=False)
-    sampler = RandomSampler(space, 0, recipe.tilt)
-    model = DistillationModel(network, teacher, sampler, recipe.subnetworks)
+    sampler = RandomSampler(space, 0, recipe.subnetworks, recipe.tilt)
+    model = DistillationModel(network, teacher, sampler)
     model.prepare(momentum_optimizer(network, 0.01, 0.9, 1e-4))
     labels = paddle.zeros([len(images)], dtype="int64")
 
@@ -108,12 +109,18 @@ def walk_seconds(space: SearchSpace, images: paddle.Tensor, archs: list) -> floa
 
 
 def main(argv=None) -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="resnet48_mini", help="[default resnet48_mini]")
-    parser.add_argument("--image_size", type=whole_number(32), default=64, help="[default 64]")
-    parser.add_argument("--batch_size", type=whole_number(1), default=32, help="[default 32]")
-    parser.add_argument("--n_arch", type=whole_number(1), default=200, help="[default 200]")
-    parser.add_argument("--times", type=whole_number(1), default=5, help="repeats [default 5]")
+    parser = OneLineParser(
+        prog="python -m hnas.bench.plan_check",
+        description=__doc__.splitlines()[0],
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--backbone", default="resnet48_mini", help="supernet")
+    parser.add_argument("--image_size", type=whole_number(32), default=64, help="px")
+    parser.add_argument("--batch_size", type=whole_number(1), default=32, help="images")
+    parser.add_argument(
+        "--n_arch", type=whole_number(1), default=200, help="architectures to score"
+    )
+    parser.add_argument("--times", type=whole_number(1), default=5, help="of each measurement")
     options = parser.parse_args(argv)
 
     paddle.set_device("cpu")

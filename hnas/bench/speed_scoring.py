@@ -15,6 +15,7 @@ import logging
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +45,21 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv=None) -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--modelarch_file", required=True, help="architectures to draw from")
-    parser.add_argument("--n_arch", type=whole_number(0), default=0, help="drawn; 0: all")
+    parser = OneLineParser(
+        prog="python -m hnas.bench.speed_scoring",
+        description=__doc__.splitlines()[0],
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--modelarch_file", required=True, default=SUPPRESS, help="architectures to draw from"
+    )
+    parser.add_argument("--n_arch", type=whole_number(0), default=0, help="drawn of them; 0: all")
     parser.add_argument("--image_size", type=whole_number(32), default=224, help="px")
     parser.add_argument("--n_images", type=whole_number(1), default=64, help="images")
-    parser.add_argument("--backbone", default="resnet48", help="[default resnet48]")
+    parser.add_argument("--backbone", default="resnet48", help="supernet")
     parser.add_argument("--rounds", type=whole_number(1), default=2, help="runs of each engine")
-    parser.add_argument("--num_classes", type=whole_number(2), default=1000)
-    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--num_classes", type=whole_number(2), default=1000, help="of the network")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
     parser.add_argument("--count_only", type=read_bool, default=False, help="MACs, no run")
     options = parser.parse_args(argv)
 

@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentDefaultsHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -37,24 +38,42 @@ LOOPS = ("ours", "straightforward", "plain")
 
 
 def main(argv=None) -> None:
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", type=whole_number(1, 2), nargs="+", default=[1, 2])
+    parser = OneLineParser(
+        prog="python -m hnas.bench.speed_training",
+        description=__doc__.splitlines()[0],
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--stages", type=whole_number(1, 2), nargs="+", default=[1, 2], help="of training"
+    )
     parser.add_argument("--backbone", default="resnet48_mini", help="of stage 2")
     parser.add_argument("--image_size", type=whole_number(32), default=32, help="px")
-    parser.add_argument("--source_size", type=whole_number(0), default=0, help="px; 0: twice")
+    parser.add_argument(
+        "--source_size", type=whole_number(0), default=0, help="of the files, px; 0: twice as large"
+    )
     parser.add_argument("--batch_size", type=whole_number(2), default=64, help="images")
     parser.add_argument("--subnetworks", type=whole_number(1), default=4, help="a step of stage 2")
     parser.add_argument("--rounds", type=whole_number(1), default=5, help="turns of each loop")
     parser.add_argument("--steps", type=whole_number(1), default=6, help="steps a turn")
-    parser.add_argument("--curve_steps", type=whole_number(0), default=50, help="compared; 0: none")
-    parser.add_argument("--num_workers", type=whole_number(0), default=2, help="of the loaders")
-    parser.add_argument("--num_classes", type=whole_number(2), default=1000)
-    parser.add_argument("--threads", type=whole_number(1), default=len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--control", type=read_bool, default=False, help="also compare it with itself, nudged"
+        "--curve_steps", type=whole_number(0), default=50, help="whose losses are compared; 0: none"
     )
-    parser.add_argument("--loader_only", type=read_bool, default=False, help="loaders, dry")
-    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--num_workers", type=whole_number(0), default=2, help="of the loaders")
+    parser.add_argument("--num_classes", type=whole_number(2), default=1000, help="of the images")
+    parser.add_argument(
+        "--threads",
+        type=whole_number(1),
+        default=len(os.sched_getaffinity(0)),
+        help="of all but the straightforward loop",
+    )
+    parser.add_argument(
+        "--control",
+        type=read_bool,
+        default=False,
+        help="compare the straightforward loop with itself",
+    )
+    parser.add_argument("--loader_only", type=read_bool, default=False, help="no training")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
         make_images(options, Path(folder))

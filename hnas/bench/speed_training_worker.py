@@ -39,7 +39,7 @@ from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 
-OURS, STRAIGHTFORWARD, PLAIN = "ours", "straightforward", "plain"
+STRAIGHTFORWARD, PLAIN = "straightforward", "plain"  # any other loop is ours
 CALM_SCALE = 0.1
 LAST_BIT = 2.0**-24  # of a float32, relative
 PASSES = 2  # of stage one: an image is a query in both
@@ -126,7 +126,6 @@ class Loop:
         settings = self.settings
         paddle.seed(settings.seed)
         space = search_space(settings.backbone)
-        sampler = RandomSampler(space, settings.seed, tilt=2.0)
         straight = self.kind == STRAIGHTFORWARD
         if settings.stage == 1:
             network = build_network(
@@ -135,7 +134,7 @@ class Loop:
             kind = StraightforwardContrast if straight else ContrastiveModel
             calm(network.backbone)
             network.reset_key_encoder()
-            model = kind(network, LargestSampler(space))
+            model = kind(network, LargestSampler(space, 2))
             if self.kind == PLAIN:
                 return PlainSteps(settings, network.backbone, [space.largest()] * PASSES)
         else:
@@ -144,9 +143,10 @@ class Loop:
             kind = StraightforwardDistillation if straight else DistillationModel
             calm(network)
             calm(teacher)
-            model = kind(network, teacher, sampler, settings.subnetworks)
+            sampler = RandomSampler(space, settings.seed, settings.subnetworks, tilt=2.0)
+            model = kind(network, teacher, sampler)
             if self.kind == PLAIN:
-                archs = [sampler.sample(0, 0, i) for i in range(settings.subnetworks)]
+                archs = sampler.sample(0, 0)
                 return PlainSteps(settings, network, archs)
         if straight:
             with_paddleslim_norms(network)
@@ -168,19 +168,16 @@ class Loop:
         """Seconds of ``steps`` steps, the data included, and where they went."""
         if self._left < steps:  # starting loader processes is not part of a step
             self._left = 0
-            self.train(self.batch())
+            self.model.train_batch(self.batch())
         self.seconds.clear()
         began = time.perf_counter()
         for step in range(steps):
             with clocked(self.seconds, "data"):
                 batch = self.batch()
             self.model.epoch, self.model.step = self._epoch, step
-            logs = self.train(batch)
-        float(logs["loss"])
+            logs = self.model.train_batch(batch)
+        float(logs["loss"])  # a GPU may still be computing
         return {"seconds": time.perf_counter() - began, **self.seconds}
-
-    def train(self, batch) -> dict:
-        return self.model.train_batch(batch)
 
     def load(self, steps: int) -> dict:
         """Seconds of ``steps`` batches of the loader alone, from a new epoch's second on."""

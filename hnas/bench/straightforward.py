@@ -1,8 +1,8 @@
-"""The training loops that `bench_train` measures against, as public code writes them.
+"""The loops that ``hnas.bench.speed_training`` measures against, as public code writes them.
 
 PaddleSlim's own layers and Paddle's own operators; the teacher runs again for every sub-network;
 the momentum encoder is updated parameter by parameter; every loss is fetched in its step; images
-are decoded and augmented one by one in the loader. Only what would make it another computation is
+are decoded from their files in every epoch. Only what would make it another computation is
 as in the real loops: gradients are cleared, not set to zero.
 """
 
@@ -46,8 +46,7 @@ class StraightforwardDistillation(DistillationModel):
         images = normalize(images)
         self.network.train()
         losses = []
-        for index in range(self.subnetworks):
-            arch = self.sampler.sample(self.epoch, self.step, index)
+        for arch in self.sampler.sample(self.epoch, self.step):
             self.network.activate(arch)
             with paddle.no_grad():
                 targets = F.softmax(self.teacher(images))
@@ -66,18 +65,23 @@ class StraightforwardContrast(ContrastiveModel):
 
     def train_batch(self, inputs) -> dict:
         network = self.network
-        view_a, view_b = (normalize(view) for view in inputs[:2])
+        views = [normalize(view) for view in inputs[:2]]
         network.train()
-        with paddle.no_grad():
-            momentum = network.key_momentum
-            pairs = zip(network.key_parameters(), network.query_parameters(), strict=True)
-            for key, query in pairs:
-                key.set_value(key * momentum + query * (1 - momentum))
-        path_a, path_b = self.paths()
-        output = network(view_a, view_b, path_a, path_b)
-        output.loss.backward()
-        logs = {"loss": output.loss.item(), "top1": output.accuracy.item()}
+        losses, hits, keys = [], [], []
+        for one in self.passes():
+            with paddle.no_grad():
+                momentum = network.key_momentum
+                pairs = zip(network.key_parameters(), network.query_parameters(), strict=True)
+                for key, query in pairs:
+                    key.set_value(key * momentum + query * (1 - momentum))
+            own = network.embed_keys(views[one.key_view], one.key_path)
+            queries = network.embed_queries(views[one.query_view], one.query_path)
+            loss, found = network.contrast(queries, own)
+            loss.backward()
+            losses.append(loss.item())
+            hits.append(found.item())
+            keys.append(own)
         self._optimizer.step()
         self._optimizer.clear_grad(set_to_zero=False)
-        network.enqueue(F.normalize(output.keys, axis=1))
-        return logs
+        network.enqueue((keys[0] + keys[1]) / 2)
+        return {"loss": sum(losses) / 2, "top1": sum(hits) / 2}

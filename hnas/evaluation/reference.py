@@ -1,4 +1,4 @@
-"""The yardstick: one network at a time, each over the whole validation set."""
+"""The yardstick: one network at a time, over all images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Batches = Iterable[tuple[paddle.Tensor, paddle.Tensor]]
 def evaluate_network(
     network: nn.Layer, loader: Batches, calibration: paddle.Tensor | None = None
 ) -> Counts:
-    """Count one network's hits; every accuracy in this project that is not shared comes from here.
+    """Count the hits of one network: the one way to a single network's accuracy in this project.
 
     Args:
         network: a plain network, or a supernet, whose active sub-network is evaluated; gives

@@ -75,9 +75,9 @@ def stage1_macs(space: SearchSpace, recipe: Recipe) -> float:
 
 def stage2_macs(space: SearchSpace, recipe: Recipe) -> float:
     """Per image of a step: the teacher's forward pass, and sampled sub-networks trained."""
-    sampler = RandomSampler(space, 0, recipe.tilt)
+    sampler = RandomSampler(space, 0, tilt=recipe.tilt)
     sampled = [
-        space.macs(sampler.sample(0, step, 0), recipe.image_size, recipe.num_classes)
+        space.macs(sampler.sample(0, step)[0], recipe.image_size, recipe.num_classes)
         for step in range(SAMPLED)
     ]
     return FORWARD * _largest(space, recipe) + recipe.subnetworks * TRAINING * np.mean(sampled)

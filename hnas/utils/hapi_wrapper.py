@@ -93,7 +93,7 @@ class DistillationModel(ResumableModel):
         teacher: called with float images [N, 3, H, W], gives logits [N, classes]; run in eval
             mode and without gradient. None: labels only.
         sampler: chooses the sub-networks of a step.
-        loss_weight: weight of a sub-network's loss; None: 1.
+        loss_weights: weights of the losses of a step's sub-networks; None: 1.
         temperature: T of the soft targets: both sides are softened by it, and the loss grows by
             T squared, so that gradients keep their size (Hinton et al., 2015).
     """
@@ -103,7 +103,7 @@ class DistillationModel(ResumableModel):
         network: nn.Layer,
         teacher: nn.Layer | None,
         sampler: Sampler,
-        loss_weight: Callable[[Architecture], float] | None = None,
+        loss_weights: Callable[[Sequence[Architecture]], Sequence[float]] | None = None,
         temperature: float = 1.0,
     ):
         spec = [paddle.static.InputSpec([None, 3, None, None], "uint8", "image")]
@@ -111,7 +111,7 @@ class DistillationModel(ResumableModel):
         super().__init__(network, spec, label)
         self.teacher = teacher
         self.sampler = sampler
-        self.loss_weight = loss_weight or (lambda arch: 1.0)
+        self.loss_weights = loss_weights or (lambda archs: [1.0] * len(archs))
         self.temperature = temperature
         if teacher is not None:
             teacher.eval()
@@ -121,15 +121,16 @@ class DistillationModel(ResumableModel):
         images, labels = inputs
         self.network.train()
         archs = self.sampler.sample(self.epoch, self.step)
+        weights = self.loss_weights(archs)
         losses, hits = [0.0] * len(archs), 0.0
         for part, answers in self.gradients.parts(normalize(images), labels):
             targets = self.teach(part)
-            for index, arch in enumerate(archs):
+            for index, (arch, weight) in enumerate(zip(archs, weights, strict=True)):
                 self.network.activate(arch)
                 with self.gradients.autocast():
                     logits = self.network(part)
                     loss = distillation_loss(logits, answers, targets, self.temperature)
-                    loss = self.loss_weight(arch) * loss
+                    loss = weight * loss
                 targets = self.next_targets(targets, logits)
                 self.gradients.backward(loss)
                 losses[index] += loss.detach() / self.gradients.accumulate
@@ -157,17 +158,6 @@ class DistillationModel(ResumableModel):
         return targets
 
 
-class InPlaceDistillationModel(DistillationModel):
-    """Without a teacher of its own: a step's first sub-network learns from the labels and teaches
-    the others (Yu et al., BigNAS, ECCV 2020). The sampler should give the largest first."""
-
-    def __init__(self, network: nn.Layer, sampler: Sampler, subnetworks: int, **more):
-        super().__init__(network, None, sampler, subnetworks, **more)
-
-    def next_targets(self, targets, logits) -> paddle.Tensor:
-        return F.softmax(logits.detach() / self.temperature) if targets is None else targets
-
-
 def distillation_loss(logits, labels, targets, temperature: float = 1.0) -> paddle.Tensor:
     """Cross-entropy with labels [N] plus, if given, with the teacher's probabilities [N, C]."""
     loss = F.cross_entropy(logits, labels)
@@ -177,13 +167,13 @@ def distillation_loss(logits, labels, targets, temperature: float = 1.0) -> padd
     return loss + temperature**2 * soft
 
 
-def relative_size(space: SearchSpace) -> Callable[[Architecture], float]:
-    """``use_loss_expand``: an architecture's size over that of the largest network, at most 1.
+def relative_sizes(space: SearchSpace) -> Callable[[Sequence[Architecture]], list[float]]:
+    """``use_loss_expand``: each size over that of the largest network, so at most 1.
 
     The size is the one by which the first place samples, see :func:`weighted_channels`.
     """
     largest = weighted_channels(space.largest())
-    return lambda arch: weighted_channels(arch) / largest
+    return lambda archs: [weighted_channels(arch) / largest for arch in archs]
 
 
 class StandaloneModel(ResumableModel):

@@ -4,10 +4,11 @@
     python -m hnas.bench.rank supernets --out output/rank
     python -m hnas.bench.rank report --out output/rank
 
-Everything is trained on distorted digits (hnas/bench/rank/distorted_digits.py). What is finished is
-not done again, so any command continues after any kill. With --splits selection,seen,sealed all
-three go on to the sealed architectures, on which only the finalists are compared. The report writes
-summary.json, tables and plots to --out and prints a JSON object as its last line.
+Everything is trained on distorted digits (hnas/bench/rank/distorted_digits.py). What is finished
+stands in runs.jsonl and is not done again, so any command continues after any kill. With --splits
+selection,seen,sealed all three go on to the sealed architectures, on which only the finalists are
+compared. The report writes summary.json, tables and plots to --out and prints a JSON object as its
+last line. docs/ranking-bench.md tells what came of it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hnas.utils.options import OneLineParser, read_bool, whole_number
 logger = logging.getLogger(__name__)
 
 COMMANDS = ("ground_truth", "supernets", "report")
+QUICK_METHODS = ("uniform_distill", "sandwich_inplace", "seed_recipe")
 
 
 def main(argv=None) -> None:
@@ -54,23 +56,44 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UserError: it is wrong, a method's name included.
     """
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=COMMANDS)
+    parser = OneLineParser(prog="python -m hnas.bench.rank", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=COMMANDS, help="what to do, in this order")
     parser.add_argument("--out", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--workers", type=whole_number(1), default=2, help="processes [default 2]")
-    parser.add_argument("--quick", type=read_bool, default=False, help="a trial of the machinery")
+    parser.add_argument(
+        "--workers",
+        type=whole_number(1),
+        default=2,
+        help="processes that share the cores [default %(default)s]",
+    )
+    parser.add_argument(
+        "--quick",
+        type=read_bool,
+        default=False,
+        help="a trial of the machinery in a minute [default %(default)s]",
+    )
     parser.add_argument(
         "--splits",
         type=read_splits,
         default=OPEN_SPLITS,
-        help="of the architectures; with sealed, finalists have more seeds "
+        help="of the architectures, separated by commas; with sealed, finalists have more seeds "
         f"[default {','.join(OPEN_SPLITS)}]",
     )
-    parser.add_argument("--methods", default="", help="names, separated by commas")
     parser.add_argument(
-        "--seeds", type=whole_number(1), help="[default 3, sealed: 8 of finalists; quick: 1]"
+        "--methods",
+        default="",
+        help="of hnas/bench/rank/methods.py, separated by commas "
+        "[default its baselines and ablations; quick: three of them]",
     )
-    parser.add_argument("--ground_truth", default="", help="file [default OUT/ground_truth.json]")
+    parser.add_argument(
+        "--seeds",
+        type=whole_number(1),
+        help="how many [default 3, with sealed 8 of the finalists' supernets; quick: 1]",
+    )
+    parser.add_argument(
+        "--ground_truth",
+        default="",
+        help="file that the report compares with [default OUT/ground_truth.json]",
+    )
     parser.add_argument("--jobs", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     default = QUICK_METHODS if options.quick else DEFAULTS
@@ -79,9 +102,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in options.methods:
         find_method(name)
     return options
-
-
-QUICK_METHODS = ("uniform_distill", "sandwich_inplace", "seed_recipe")
 
 
 def read_splits(text: str) -> tuple[str, ...]:
@@ -173,8 +193,8 @@ def run_phase(bench: Bench, options: argparse.Namespace, jobs: Sequence[Job]) ->
     Raises:
         UserError: a worker failed, or a result is of other settings.
     """
-    for folder in ("runs", "weights", "seconds"):
-        remove_leftovers(bench.folder / folder)
+    for folder in (bench.folder, bench.folder / "weights"):
+        remove_leftovers(folder)
     pending = [job.name for job in jobs if bench.result(job) is None]
     if not pending:
         return
@@ -206,7 +226,7 @@ def start_worker(options: argparse.Namespace, names: Sequence[str]) -> subproces
         # Libraries print; the program's own output is its last line.
         stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=Path(__file__).resolve().parents[3],
     )
 
 

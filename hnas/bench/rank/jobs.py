@@ -1,7 +1,7 @@
 """What ``hnas.bench.rank`` is made of: how much is trained, the jobs, and their files.
 
-A job's result is ``OUT/runs/NAME.json``, which depends on its settings only; weights that later
-jobs start from are ``OUT/weights/NAME.pdparams``, and seconds ``OUT/seconds/NAME.json``.
+A finished job has a line in ``OUT/runs.jsonl``, its result, which depends on its settings only, and
+one in ``OUT/seconds.jsonl``. Weights that later jobs start from are ``OUT/weights/NAME.pdparams``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from hnas.base.errors import UserError
-from hnas.base.files import read_json
 from hnas.bench.rank.distorted_digits import DigitsTask
 from hnas.bench.rank.methods import FINALISTS, STAGE1_FORWARDS, Method, find_method
+from hnas.bench.rank.records import Records
 from hnas.search_space import Architecture, SearchSpace, search_space
 
 BACKBONE = "resnet48_mini"
@@ -101,7 +101,7 @@ class Scale:
         left = self.budget - self.stage1_forwards(method)
         if left < method.forwards:
             raise UserError(f"a budget of {self.budget} forward passes leaves no step of stage 2")
-        return left // method.forwards
+        return int(left / method.forwards)
 
     def stage1_forwards(self, method: Method) -> int:
         """Forward passes over a batch that a method's stage 1 takes."""
@@ -126,7 +126,7 @@ class Job:
 
     Attributes:
         kind: ``truth``, ``pretrain``, ``stage1`` or ``supernet``.
-        what: an architecture's name, nothing, ``largest`` or ``sampled``, a method's name.
+        what: an architecture's name, nothing, a kind of stage 1, a method's name.
         seed: from 0.
     """
 
@@ -146,10 +146,25 @@ class Job:
 
 @dataclass(frozen=True)
 class Bench:
-    """The files of a bench, and what its jobs have in common."""
+    """The files of a bench, and what its jobs have in common.
+
+    Attributes:
+        folder: of all its files.
+        scale: how much is trained.
+    """
 
     folder: Path
     scale: Scale
+
+    @cached_property
+    def runs(self) -> Records:
+        """Results with their settings, by the jobs' names."""
+        return Records(self.folder / "runs.jsonl")
+
+    @cached_property
+    def times(self) -> Records:
+        """Seconds, apart from the results, so that a repeated job gives the same result."""
+        return Records(self.folder / "seconds.jsonl")
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -180,16 +195,12 @@ class Bench:
         """The architectures that a method's supernets are scored on."""
         return self.archs if method in FINALISTS else self.of_splits(OPEN_SPLITS)
 
-    def path(self, job: Job) -> Path:
-        return self.folder / "runs" / f"{job.name}.json"
-
     def weights(self, job: Job) -> Path:
         return self.folder / "weights" / f"{job.name}.pdparams"
 
     def seconds(self, job: Job) -> float | None:
         """What a job took, if that is known."""
-        path = self.folder / "seconds" / f"{job.name}.json"
-        return read_json(path)["seconds"] if path.is_file() else None
+        return (self.times.get(job.name) or {}).get("seconds")
 
     def settings(self, job: Job) -> dict:
         """All that a job's result depends on, as JSON gives it back."""
@@ -201,27 +212,25 @@ class Bench:
         if job.kind == "truth":
             settings["arch"] = self.archs[job.what].code
         elif job.kind == "supernet":
-            settings["method"] = asdict(find_method(job.what))
-            settings["method"].pop("about")
+            settings["method"] = find_method(job.what).settings()
             settings["architectures"] = len(self.scored(job.what))
         return json.loads(json.dumps(settings))
 
     def result(self, job: Job) -> dict | None:
-        """What a job left, if it is finished.
+        """What a job left, if it is finished; weights that others start from must be there too.
 
         Raises:
             UserError: it is of other settings.
         """
-        path = self.path(job)
-        if not path.is_file():
+        result, settings = self.runs.get(job.name), self.settings(job)
+        if result is None:
             return None
-        result, settings = read_json(path), self.settings(job)
         found = result.get("settings", {})
         changed = [key for key in settings if found.get(key) != settings[key]]
         if changed:
             raise UserError(
-                f"{path} is of other settings ({', '.join(changed)}); remove it, or choose another "
-                "--out"
+                f"{self.runs.path}: {job.name} is of other settings ({', '.join(changed)}); remove "
+                "its line, or choose another --out"
             )
         needs_weights = job.kind in ("pretrain", "stage1")
         return None if needs_weights and not self.weights(job).is_file() else result

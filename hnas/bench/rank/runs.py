@@ -1,41 +1,40 @@
-"""What one job of ``hnas.bench.rank`` trains and measures (jobs: ``rank_jobs.py``)."""
+"""What one job of ``hnas.bench.rank`` trains and measures (jobs: ``hnas/bench/rank/jobs.py``)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import paddle
 from paddle import nn
 
-from hnas.base.files import write_json
 from hnas.bench.rank.distorted_digits import CLASSES, DigitsLoader, DigitsTask
+from hnas.bench.rank.in_place import InPlaceDistillationModel
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import STAGE1_FORWARDS, Method, find_method
+from hnas.bench.rank.samplers import AnnealedSampler, StratifiedSampler
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.convolution import use_onednn
-from hnas.models.elastic import ElasticResNet
+from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
-from hnas.search_space import Architecture
+from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.gradient_step import learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
-    InPlaceDistillationModel,
     ResumableModel,
     StandaloneModel,
-    macs_weights,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.runtime import seed_generators
 from hnas.utils.SampleMethod import (
-    AnnealedSampler,
     LargestSampler,
+    RandomSampler,
     Sampler,
-    StratifiedSampler,
+    SamplerSettings,
     build_sampler,
 )
 from hnas.utils.training import start_from_pretrained
@@ -57,9 +56,8 @@ def run_job(bench: Bench, job: Job) -> None:
     with paddle.utils.unique_name.guard():
         result = RUN[job.kind](bench, job)
     seconds = round(time.perf_counter() - began, 1)
-    # Apart, so that a repeated run gives the same file.
-    write_json(bench.folder / "seconds" / f"{job.name}.json", {"seconds": seconds})
-    write_json(bench.path(job), {"settings": bench.settings(job), **result})
+    bench.times.put(job.name, {"seconds": seconds})
+    bench.runs.put(job.name, {"settings": bench.settings(job), **result})
 
 
 def train(
@@ -137,14 +135,21 @@ def start(bench: Bench, seed: int, supernet: ElasticResNet) -> ResNet:
 def run_stage1(bench: Bench, job: Job) -> dict:
     """Contrastive training; the supernet's weights are kept, neck and key encoder are not."""
     scale = bench.scale
-    network = PiNASv2(bench.space, CLASSES, queue_size=scale.queue_size)
+    frozen = job.what == "frozen"
+    temperature = 0.1 if frozen else 0.2
+    network = PiNASv2(bench.space, CLASSES, queue_size=scale.queue_size, temperature=temperature)
     start(bench, job.seed, network.backbone)
     network.reset_key_encoder()
-    largest = job.what == "largest"
-    sampler = LargestSampler(bench.space) if largest else named_sampler(bench, "random", job.seed)
-    train(
-        bench, job, ContrastiveModel(network, sampler), scale.stage1_steps, scale.stage1_lr, views=2
+    if frozen:
+        freeze_statistics(network)
+    sampler = (
+        RandomSampler(bench.space, job.seed, 2)
+        if job.what == "sampled"
+        else LargestSampler(bench.space, 2)
     )
+    model = ContrastiveModel(network, sampler, exchange_views=not frozen)
+    # Of the mean of both passes, whose gradients add up.
+    train(bench, job, model, scale.stage1_steps, scale.stage1_lr / 2, views=2)
     write_state(bench.weights(job), network.backbone.state_dict())
     return {"forwards": STAGE1_FORWARDS * scale.stage1_steps}
 
@@ -157,6 +162,8 @@ def run_supernet(bench: Bench, job: Job) -> dict:
     if method.stage1 != "none":
         path = bench.weights(Job("stage1", method.stage1, job.seed))
         load_weights(network, read_weights(path), path)
+    if method.freeze_bn:
+        freeze_statistics(network)
     steps = scale.steps(method)
     model = stage2_model(bench, method, network, teacher, steps, job.seed)
     # The gradients of a step's sub-networks add up.
@@ -169,7 +176,7 @@ def run_supernet(bench: Bench, job: Job) -> dict:
     calibrated = score_supernet(bench, network, archs, paddle.to_tensor(calibration))
     return {
         "steps": steps,
-        "forwards": scale.stage1_forwards(method) + steps * method.forwards,
+        "forwards": scale.stage1_forwards(method) + round(steps * method.forwards),
         "images": scale.validation_images,
         "archs": {
             name: {"arch": arch.code, "hits": int(hits[i]), "calibrated_hits": int(calibrated[i])}
@@ -190,27 +197,43 @@ def stage2_model(
     sampler = method_sampler(bench, method, steps, seed)
     size = bench.task.distortion.size
     more = {
-        "loss_weight": macs_weights(bench.space, size) if method.macs_weighted else None,
+        "loss_weights": macs_weights(bench.space, size) if method.macs_weighted else None,
         "temperature": method.temperature,
     }
     if method.teacher == "in place":
-        return InPlaceDistillationModel(network, sampler, method.subnetworks, **more)
+        return InPlaceDistillationModel(network, sampler, **more)
     teacher = teacher if method.teacher == "pretrained" else None
-    return DistillationModel(network, teacher, sampler, method.subnetworks, **more)
+    return DistillationModel(network, teacher, sampler, **more)
 
 
 def method_sampler(bench: Bench, method: Method, steps: int, seed: int) -> Sampler:
     """What draws a method's sub-networks."""
     if method.sampler == "annealed":
-        return AnnealedSampler(bench.space, seed, method.tilt, method.tilt_end, steps)
+        return AnnealedSampler(
+            bench.space, seed, method.subnetworks, method.tilt, method.tilt_end, steps
+        )
     if method.sampler == "stratified":
         return StratifiedSampler(bench.space, seed, method.subnetworks, method.tilt)
-    return named_sampler(bench, method.sampler, seed, method.tilt)
+    first_place = method.sampler == "first_place"
+    settings = SamplerSettings(
+        "random" if first_place else method.sampler,
+        bias_sample_flag=first_place,
+        dyna_batch_size=method.subnetworks,
+        bias_strength=method.tilt,
+    )
+    return build_sampler(settings, bench.space, seed)
 
 
-def named_sampler(bench: Bench, name: str, seed: int, tilt: float = 0.0) -> Sampler:
-    """A sampler of the command line's names."""
-    return build_sampler(name, bench.space, seed, tilt)
+def macs_weights(
+    space: SearchSpace, image_size: int
+) -> Callable[[Sequence[Architecture]], list[float]]:
+    """Loss weights: each sub-network's MACs over the mean MACs of the step's."""
+
+    def weights(archs):
+        macs = np.array([space.macs(arch, image_size) for arch in archs], dtype=np.float64)
+        return (macs / macs.mean()).tolist()
+
+    return weights
 
 
 def score_supernet(

@@ -54,7 +54,7 @@ class Truth:
             acc, splits = np.zeros(0), []
         if acc.ndim != 2 or not np.isfinite(acc).all() or set(splits) - set(SPLITS):
             raise UserError(
-                f"{path} is not a ground truth of bench_rank: every entry needs acc_seeds, one "
+                f"{path} is no ground truth of this bench: every entry needs acc_seeds, one "
                 f"list of numbers of the same length, and a split ({', '.join(SPLITS)})"
             )
         return cls(list(archs.values()), splits, acc)
@@ -96,7 +96,9 @@ def truth_file(bench: Bench, archs: Mapping[str, Architecture], seeds: Iterable[
 def _finished(bench: Bench, job: Job) -> dict:
     result = bench.result(job)
     if result is None:
-        raise UserError(f"{bench.path(job)} is missing; run bench_rank again with the same --out")
+        raise UserError(
+            f"{bench.runs.path} has no {job.name}; run ground_truth again with the same --out"
+        )
     return result
 
 

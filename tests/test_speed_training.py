@@ -34,12 +34,12 @@ def trained(kind, stage):
         network = build_network("resnet48_mini", 10)
         teacher = build_network("resnet48_mini", 10, elastic=False)
         calm(network)
-        model = kind(network, teacher, RandomSampler(RESNET48_MINI, 1), 3)
+        model = kind(network, teacher, RandomSampler(RESNET48_MINI, 1, 3))
     else:
         network = build_network("resnet48pinasv2_mini", 10, queue_size=32)
         calm(network.backbone)
         network.reset_key_encoder()
-        model = kind(network, LargestSampler(RESNET48_MINI))
+        model = kind(network, LargestSampler(RESNET48_MINI, 2))
     if kind in (StraightforwardContrast, StraightforwardDistillation):
         with_paddleslim_norms(network)
         assert not any(isinstance(layer, ElasticBatchNorm2D) for layer in network.sublayers())
