@@ -30,7 +30,7 @@ from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import barrier, is_main_process, leave, world_size
 from hnas.search_space import Architecture, SearchSpace, find_backbone
-from hnas.utils.options import Options, parse_options
+from hnas.utils.options import Options, Stage, parse_options
 from hnas.utils.runtime import (
     calibration_images,
     require,
@@ -44,11 +44,9 @@ from hnas.utils.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {"save_dir": "checkpoint_files/stage3", "use_tensor_dataset": True}
-
 
 def main() -> None:
-    options = parse_options(3, DEFAULTS, about=__doc__.splitlines()[0])
+    options = parse_options(Stage.SCORE, about=__doc__.splitlines()[0])
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; stage 3 takes resnet48")
     start(options)

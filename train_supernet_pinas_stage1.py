@@ -11,7 +11,7 @@ from hnas.models.registry import build_network
 from hnas.parallel.distributed import world_size
 from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.options import parse_options
+from hnas.utils.options import Stage, parse_options
 from hnas.utils.runtime import require, space_of, start, training_images, training_loader
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
 from hnas.utils.training import (
@@ -22,19 +22,9 @@ from hnas.utils.training import (
     start_from_pretrained,
 )
 
-DEFAULTS = {
-    "backbone": "resnet48pinasv2",
-    "max_epoch": 10,
-    "lr": 0.0008,
-    "warmup": 1,
-    "dyna_batch_size": 0,
-    "crop_scale_min": 0.2,
-    "save_dir": "checkpoint_files/stage1",
-}
-
 
 def main() -> None:
-    options = parse_options(1, DEFAULTS, about=__doc__.splitlines()[0])
+    options = parse_options(Stage.CONTRAST, about=__doc__.splitlines()[0])
     if not find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} has no neck; stage 1 takes resnet48pinasv2")
     if options.queue_size % (options.batch_size * world_size()):

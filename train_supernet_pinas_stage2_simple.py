@@ -16,7 +16,7 @@ from hnas.parallel.distributed import is_main_process, leave
 from hnas.search_space import find_backbone
 from hnas.utils.callbacks import EvaluateExtremes
 from hnas.utils.hapi_wrapper import DistillationModel, macs_weights
-from hnas.utils.options import parse_options
+from hnas.utils.options import Stage, parse_options
 from hnas.utils.runtime import (
     calibration_images,
     require,
@@ -38,11 +38,9 @@ from hnas.utils.training import (
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {"bias_sample_flag": True, "save_dir": "checkpoint_files/stage2"}
-
 
 def main() -> None:
-    options = parse_options(2, DEFAULTS, about=__doc__.splitlines()[0])
+    options = parse_options(Stage.DISTILL, about=__doc__.splitlines()[0])
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; stage 2 takes resnet48")
     start(options)

@@ -1,7 +1,6 @@
 """The command line that the three entry scripts share."""
 
 import dataclasses
-import importlib
 import logging
 import os
 import re
@@ -12,16 +11,17 @@ from pathlib import Path
 import pytest
 
 from hnas.base.errors import UserError
-from hnas.utils.options import Options, parse_options
+from hnas.utils.options import Options, Stage, default_of, parse_options
 from hnas.utils.runtime import start
 
 ROOT = Path(__file__).parents[1]
+CONTRAST, DISTILL, SCORE = Stage.CONTRAST, Stage.DISTILL, Stage.SCORE
 SCRIPTS = {
-    1: "train_supernet_pinas_stage1",
-    2: "train_supernet_pinas_stage2_simple",
-    3: "train_supernet",
+    CONTRAST: "train_supernet_pinas_stage1",
+    DISTILL: "train_supernet_pinas_stage2_simple",
+    SCORE: "train_supernet",
 }
-STAGES = pytest.mark.parametrize("stage", SCRIPTS)
+STAGES = pytest.mark.parametrize("stage", SCRIPTS, ids=str)
 
 # Every flag that existing users' command lines may hold, a value, and what it must become.
 DOCUMENTED = {
@@ -57,16 +57,11 @@ DOCUMENTED = {
 }
 
 
-def defaults(stage):
-    """What a stage's script hands to the parser."""
-    return importlib.import_module(SCRIPTS[stage]).DEFAULTS
-
-
 def parse(stage, *arguments):
-    return parse_options(stage, defaults(stage), ["run", *arguments])
+    return parse_options(stage, ["run", *arguments])
 
 
-def refusal(*arguments, stage=2):
+def refusal(*arguments, stage=DISTILL):
     """The one line that a user is told."""
     with pytest.raises(UserError) as error:
         parse(stage, *arguments)
@@ -91,7 +86,7 @@ def test_every_documented_flag_is_accepted(stage, flag):
             if getattr(options, name) != old
         }
         # In stage 1 save_dir_new is a name for save_dir.
-        extra = {"save_dir"} if stage == 1 and flag == "save_dir_new" else set()
+        extra = {"save_dir"} if stage is CONTRAST and flag == "save_dir_new" else set()
         assert changed - {flag} == extra
 
 
@@ -100,7 +95,7 @@ def test_all_documented_flags_together(stage):
     line = [part for flag, (text, _) in DOCUMENTED.items() for part in (f"--{flag}", text)]
     options = parse(stage, *line)
     expected = {flag: value for flag, (_, value) in DOCUMENTED.items()}
-    if stage == 1:
+    if stage is CONTRAST:
         expected["save_dir"] = "out_new"
     assert {flag: getattr(options, flag) for flag in DOCUMENTED} == expected
 
@@ -108,8 +103,8 @@ def test_all_documented_flags_together(stage):
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        (1, ("resnet48pinasv2", 10, 256, 0.0008, 1, 0)),
-        (2, ("resnet48", 5, 256, 0.0005, 5, 4)),
+        (CONTRAST, ("resnet48pinasv2", 10, 256, 0.0008, 1, 0)),
+        (DISTILL, ("resnet48", 5, 256, 0.0005, 5, 4)),
     ],
 )
 def test_defaults_are_the_recipes(stage, expected):
@@ -133,9 +128,28 @@ def test_defaults_of_single_stages():
     assert (stage3.backbone, stage3.batch_size) == ("resnet48", 256)
 
 
+def test_defaults_of_the_tools():
+    pretrain, standalone = (parse(stage) for stage in (Stage.PRETRAIN, Stage.STANDALONE))
+    assert (pretrain.max_epoch, pretrain.lr, pretrain.keep) == (90, 0.1, 0)
+    assert (standalone.max_epoch, standalone.lr, standalone.keep) == (90, 0.1, 1)
+
+
+def test_results_of_stages_go_to_folders_of_their_own():
+    folders = {parse(stage).save_dir for stage in Stage}
+    assert len(folders) == len(Stage) and Options().save_dir not in folders
+
+
+def test_own_defaults_are_of_the_flags_type_and_within_its_bounds():
+    for stage in Stage:
+        line = [
+            f"--{option.name}={default_of(option, stage)}" for option in dataclasses.fields(Options)
+        ]
+        assert parse(stage, *line) == parse(stage)
+
+
 def test_the_word_run_may_be_missing():
-    assert parse_options(2, {}, ["--lr", "0.25"]).lr == 0.25
-    assert parse_options(2, {}, []) == Options()
+    assert parse_options(DISTILL, ["--lr", "0.25"]).lr == 0.25
+    assert parse_options(DISTILL, []) == parse(DISTILL)
 
 
 @pytest.mark.parametrize(
@@ -143,25 +157,45 @@ def test_the_word_run_may_be_missing():
     [("True", True), ("true", True), ("1", True), ("False", False), ("FALSE", False), ("0", False)],
 )
 def test_booleans(text, value):
-    options = parse(2, "--train_flag", text, "--use_ckpt", text)
+    options = parse(DISTILL, "--train_flag", text, "--use_ckpt", text)
     assert options.train_flag is value and options.use_ckpt is value
 
 
 @pytest.mark.parametrize("flag", ["resume", "pretrained", "ckpt_dir", "image_dir"])
 @pytest.mark.parametrize("text", ["None", "False", ""])
 def test_a_path_that_is_not_there(flag, text):
-    assert getattr(parse(2, f"--{flag}", text), flag) == ""
+    assert getattr(parse(DISTILL, f"--{flag}", text), flag) == ""
 
 
 def test_ckpt_dir_starts_training_only_with_use_ckpt():
-    assert parse(2, "--ckpt_dir", "w", "--use_ckpt", "True").initial_weights == "w"
-    assert parse(2, "--ckpt_dir", "w", "--use_ckpt", "False").initial_weights == ""
+    assert parse(DISTILL, "--ckpt_dir", "w", "--use_ckpt", "True").initial_weights == "w"
+    assert parse(DISTILL, "--ckpt_dir", "w", "--use_ckpt", "False").initial_weights == ""
 
 
 def test_a_flag_without_effect_is_named_in_the_log(caplog):
     with caplog.at_level(logging.INFO):
-        parse(3, "--lr", "1", "--momentum=0.5", "--batch_size", "8")
-    assert caplog.messages == ["--lr has no effect here", "--momentum has no effect here"]
+        parse(SCORE, "--lr", "1", "--momentum=0.5", "--batch_size", "8")
+    assert caplog.messages == [
+        "--lr has no effect in stage 3",
+        "--momentum has no effect in stage 3",
+    ]
+
+
+def test_what_every_training_uses_is_not_said_to_have_no_effect(caplog):
+    used = ["--accumulate=2", "--clip_norm=1", "--onednn=False", "--storage_size=40"]
+    used += ["--cache_dir=x", "--visualdl_dir=x", "--amp=O1"]
+    with caplog.at_level(logging.INFO):
+        for stage in set(Stage) - {SCORE}:
+            parse(stage, *used)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("stage", Stage, ids=str)
+def test_the_number_of_pairs_is_accepted_and_has_no_effect(stage, caplog):
+    with caplog.at_level(logging.INFO):
+        assert parse(stage, "--stage1_sample_num", "1").stage1_sample_num == 1
+    assert caplog.messages == [f"--stage1_sample_num has no effect in {stage}"]
+    assert parse(stage).stage1_sample_num == 400
 
 
 # --- what is refused
@@ -196,7 +230,7 @@ def test_a_word_too_many(arguments):
 
 def test_an_unknown_command():
     with pytest.raises(UserError, match="'train'"):
-        parse_options(2, {}, ["train", "--lr", "1"])
+        parse_options(DISTILL, ["train", "--lr", "1"])
 
 
 @pytest.mark.parametrize(
@@ -233,7 +267,7 @@ def test_bounds(flag, text):
     assert message.startswith((f"--{flag} {text} is too ", f"--{flag} {float(text)} is too "))
     bound = re.fullmatch(r".* the (least|most) is (\S+)", message)
     # The bound itself is allowed.
-    assert getattr(parse(2, f"--{flag}", bound[2]), flag) == float(bound[2])
+    assert getattr(parse(DISTILL, f"--{flag}", bound[2]), flag) == float(bound[2])
 
 
 @pytest.mark.parametrize("text", ["nan", "NaN", "-nan", "inf", "-inf", "1e999"])
@@ -273,7 +307,7 @@ def test_a_word_for_a_number_is_refused_in_the_users_terms():
 
 def test_a_huge_seed_is_refused_or_works():
     try:
-        options = parse(2, "--device", "cpu", "--seed", str(2**32))
+        options = parse(DISTILL, "--device", "cpu", "--seed", str(2**32))
     except UserError as error:
         assert "--seed" in str(error)
     else:
@@ -287,7 +321,7 @@ def help_of(stage, capsys, monkeypatch):
     """``--help`` as a dict from flag to its text, in one line each."""
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as end:
-        parse_options(stage, defaults(stage), ["--help"], about="What it does.")
+        parse_options(stage, ["--help"], about="What it does.")
     assert end.value.code in (0, None)
     text = capsys.readouterr().out
     assert "What it does." in text
@@ -298,7 +332,7 @@ def help_of(stage, capsys, monkeypatch):
 UNITS = {
     "image_size": "224 px",
     "batch_size": "256 images",
-    "stage1_sample_num": "1 pairs",
+    "stage1_sample_num": "400",
     "save_freq": "1 epochs",
     "log_freq": "50 steps",
     "num_workers": "8 processes",
@@ -312,7 +346,7 @@ UNITS = {
     "seed": "0",
 }
 UNITS_OF_STAGE = {
-    1: {
+    CONTRAST: {
         "backbone": "resnet48pinasv2 name",
         "max_epoch": "10 epochs",
         "warmup": "1 epochs",
@@ -320,7 +354,7 @@ UNITS_OF_STAGE = {
         "lr": "0.0008",
         "save_dir": "checkpoint_files/stage1 folder",
     },
-    2: {
+    DISTILL: {
         "backbone": "resnet48 name",
         "max_epoch": "5 epochs",
         "warmup": "5 epochs",
@@ -328,7 +362,7 @@ UNITS_OF_STAGE = {
         "lr": "0.0005",
         "bias_sample_flag": "True",
     },
-    3: {"use_tensor_dataset": "True", "save_dir": "checkpoint_files/stage3 folder"},
+    SCORE: {"use_tensor_dataset": "True", "save_dir": "checkpoint_files/stage3 folder"},
 }
 
 
@@ -354,9 +388,9 @@ def test_help_tells_which_flags_have_no_effect(capsys, monkeypatch):
         }
         for stage in SCRIPTS
     }
-    assert "queue_size" not in idle[1] and "modelarch_file" in idle[1]
-    assert "bias_strength" not in idle[2] and "queue_size" in idle[2]
-    assert "modelarch_file" not in idle[3] and {"lr", "max_epoch", "pretrained"} <= idle[3]
+    assert "queue_size" not in idle[CONTRAST] and "modelarch_file" in idle[CONTRAST]
+    assert "bias_strength" not in idle[DISTILL] and "queue_size" in idle[DISTILL]
+    assert "modelarch_file" not in idle[SCORE] and {"lr", "max_epoch", "pretrained"} <= idle[SCORE]
     for flags in idle.values():
         assert not flags & {"image_dir", "save_dir", "batch_size", "seed", "device"}
 
@@ -367,9 +401,13 @@ def test_help_tells_which_flags_have_no_effect(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "arguments", "message"),
     [
-        (3, ["--imgae_dir", "x"], "error: unknown flag --imgae_dir; did you mean --image_dir?"),
-        (1, ["--queue_size", "1000"], "error: --queue_size 1000 is not a multiple of"),
-        (2, ["--backbone", "resnet48pinasv2"], "error: --backbone resnet48pinasv2 is stage 1's"),
+        (SCORE, ["--imgae_dir", "x"], "error: unknown flag --imgae_dir; did you mean --image_dir?"),
+        (CONTRAST, ["--queue_size", "1000"], "error: --queue_size 1000 is not a multiple of"),
+        (
+            DISTILL,
+            ["--backbone", "resnet48pinasv2"],
+            "error: --backbone resnet48pinasv2 is stage 1's",
+        ),
     ],
 )
 def test_a_script_ends_with_one_line_and_exit_code_2(stage, arguments, message):

@@ -282,8 +282,8 @@ def test_it_resumes_by_itself_and_knows_no_teacher(work, caplog):
     with caplog.at_level(logging.INFO), pytest.raises(UserError):
         main(flags(work, resume="auto", pretrained="x", arch=SMALL))
     assert [line for line in caplog.messages if "no effect" in line] == [
-        "--pretrained has no effect here",
-        "--resume has no effect here",
+        "--pretrained has no effect in train_standalone",
+        "--resume has no effect in train_standalone",
     ]
 
 

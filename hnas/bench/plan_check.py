@@ -21,6 +21,7 @@ import numpy as np
 import paddle
 from paddle.static import InputSpec
 
+from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import run_main
 from hnas.evaluation.cpu.inference import cpu_threads, onednn_predictor
 from hnas.evaluation.hits import Counts
@@ -33,7 +34,6 @@ from hnas.tools.plan import FORWARD, TRAINING, Recipe, stage1_macs, stage2_macs
 from hnas.utils.gradient_step import momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.options import OneLineParser, whole_number
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 
 CLASSES, QUEUE = 10, 1024

@@ -25,6 +25,7 @@ from paddle.static import InputSpec
 from PIL import Image
 
 from hnas.architecture_file import read_architectures
+from hnas.base.command_line import OneLineParser, read_bool, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.base.memory import peak_gib, reset_peak
 from hnas.dataset.image_folder import ImageList
@@ -39,7 +40,6 @@ from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
 from hnas.search_space import search_space
-from hnas.utils.options import OneLineParser, read_bool, whole_number
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hnas.base.command_line import OneLineParser, read_bool, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.utils.options import OneLineParser, read_bool, whole_number
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
+from hnas.base.command_line import OneLineParser
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import write_json
 from hnas.search_space import Architecture, search_space
-from hnas.utils.options import OneLineParser
 
 BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
 

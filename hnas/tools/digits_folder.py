@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hnas.base.command_line import OneLineParser
 from hnas.base.errors import UserError, run_main
-from hnas.utils.options import OneLineParser
 
 DIGIT_SIZE, BORDER = 32, 4
 VAL_EVERY = 5

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from hnas.architecture_file import submission
+from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import run_main
 from hnas.base.files import write_json
 from hnas.search_space import SAMPLE_SPACES, search_space
-from hnas.utils.options import OneLineParser, whole_number
 
 
 def main(argv=None) -> None:

@@ -11,10 +11,10 @@ import json
 import sys
 
 from hnas.architecture_file import read_architectures
+from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import run_main
 from hnas.base.files import write_json
 from hnas.search_space import search_space
-from hnas.utils.options import OneLineParser, whole_number
 
 
 def main(argv=None) -> None:

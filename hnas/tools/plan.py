@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from hnas.architecture_file import read_architectures
+from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.evaluation.engine import MAX_CHUNK
 from hnas.evaluation.ledger import even_chunk
 from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.search_space import Architecture, SearchSpace, feature_sizes, search_space
-from hnas.utils.options import OneLineParser, whole_number
 from hnas.utils.SampleMethod import RandomSampler
 
 FLOAT = 4  # bytes

@@ -15,7 +15,7 @@ from hnas.evaluation.reference import evaluate_network
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import is_main_process
 from hnas.utils.hapi_wrapper import DistillationModel
-from hnas.utils.options import parse_options
+from hnas.utils.options import Stage, parse_options
 from hnas.utils.runtime import (
     require,
     space_of,
@@ -31,11 +31,9 @@ from hnas.utils.weights import write_state
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {"max_epoch": 90, "lr": 0.1, "save_dir": "checkpoint_files/pretrain"}
-
 
 def main() -> None:
-    options = parse_options(0, DEFAULTS, about=__doc__.splitlines()[0])
+    options = parse_options(Stage.PRETRAIN, about=__doc__.splitlines()[0])
     start(options)
     require(options, "pretrained")
     images = training_images(options)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from hnas.architecture_file import read_accuracies
+from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import replacing, write_json
 from hnas.ranking.breakdown import DISCRETE, attribute, by_option, choices
@@ -31,7 +32,6 @@ from hnas.ranking.correlations import (
 from hnas.ranking.page import page, signed
 from hnas.ranking.plots import breakdown_plot, rank_plot, scatter_plot
 from hnas.search_space import Architecture, SearchSpace, search_space
-from hnas.utils.options import OneLineParser, whole_number
 
 FEWEST = 3
 COUNTED = ("macs", "params")

@@ -28,7 +28,7 @@ from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture
 from hnas.utils.checkpoint import SET_NAME, remove_set
 from hnas.utils.hapi_wrapper import StandaloneModel
-from hnas.utils.options import Options, parse_options
+from hnas.utils.options import Options, Stage, parse_options
 from hnas.utils.runtime import (
     seed_generators,
     space_of,
@@ -42,12 +42,9 @@ from hnas.utils.training import describe_run, fit, prepare
 
 logger = logging.getLogger(__name__)
 
-STAGE = 4
-DEFAULTS = {"max_epoch": 90, "lr": 0.1, "keep": 1, "save_dir": "checkpoint_files/standalone"}
-
 
 def main(argv=None) -> None:
-    options = parse_options(STAGE, DEFAULTS, argv, about=__doc__.splitlines()[0])
+    options = parse_options(Stage.STANDALONE, argv, about=__doc__.splitlines()[0])
     archs = architectures(options)
     start(options)
     train = training_images(options)

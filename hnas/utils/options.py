@@ -2,49 +2,124 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
+import enum
 import logging
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hnas.base.command_line import OneLineParser, read_bool, read_float, read_int
 from hnas.base.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def _flag(default, help_text: str, unit: str = "", stages: str = "01234", low=None, high=None):
-    """A field with what ``--help`` prints, the stages that use it, and its bounds."""
-    metadata = {"help": help_text, "unit": unit, "stages": stages, "low": low, "high": high}
-    return field(default=default, metadata=metadata)
+class Stage(enum.Enum):
+    """A program that takes :class:`Options`; as text, what users call it."""
+
+    PRETRAIN = "pretrain"
+    CONTRAST = "stage 1"
+    DISTILL = "stage 2"
+    SCORE = "stage 3"
+    STANDALONE = "train_standalone"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+ALL = frozenset(Stage)
+PRETRAIN = frozenset({Stage.PRETRAIN})
+CONTRAST = frozenset({Stage.CONTRAST})
+DISTILL = frozenset({Stage.DISTILL})
+SCORE = frozenset({Stage.SCORE})
+STANDALONE = frozenset({Stage.STANDALONE})
+SUPERNET = CONTRAST | DISTILL
+TRAINING = ALL - SCORE
+NO_STAGE: frozenset[Stage] = frozenset()
+
+
+def _flag(
+    default,
+    help_text: str,
+    unit: str = "",
+    *,
+    stages: frozenset[Stage] = ALL,
+    low: float | None = None,
+    high: float | None = None,
+    own: Mapping[Stage, object] | None = None,
+):
+    """A field of :class:`Options`.
+
+    Args:
+        default: of every stage that has none of its own.
+        help_text, unit: for ``--help``.
+        stages: where the flag has an effect.
+        low, high: the least and the largest value that is allowed; None: any.
+        own: defaults of single stages.
+    """
+    metadata = {"help": help_text, "unit": unit, "stages": stages, "own": own or {}}
+    return field(default=default, metadata={**metadata, "low": low, "high": high})
 
 
 @dataclass
 class Options:
     """All flags. Every entry script accepts all of them, so that command lines can be shared;
-    one that has no effect in a stage is named in the log."""
+    one that has no effect in a stage is named in the log. The defaults that stages have of their
+    own come with :func:`parse_options`."""
 
-    backbone: str = _flag("resnet48", "network: see hnas/models/registry.py", "name")
+    backbone: str = _flag(
+        "resnet48",
+        "network: see hnas/models/registry.py",
+        "name",
+        own={Stage.CONTRAST: "resnet48pinasv2"},
+    )
     image_size: int = _flag(224, "height and width of the network's input", "px", low=32)
-    max_epoch: int = _flag(5, "epochs to train", "epochs", "0124", low=1)
-    lr: float = _flag(0.0005, "base learning rate for a batch of 256", "", "0124", low=0)
-    weight_decay: float = _flag(1e-4, "L2 penalty", "", "0124", low=0)
-    momentum: float = _flag(0.9, "of the optimizer", "", "0124", low=0, high=1)
+    max_epoch: int = _flag(
+        5,
+        "epochs to train",
+        "epochs",
+        stages=TRAINING,
+        low=1,
+        own={Stage.PRETRAIN: 90, Stage.CONTRAST: 10, Stage.STANDALONE: 90},
+    )
+    lr: float = _flag(
+        0.0005,
+        "base learning rate for a batch of 256",
+        stages=TRAINING,
+        low=0,
+        own={Stage.PRETRAIN: 0.1, Stage.CONTRAST: 0.0008, Stage.STANDALONE: 0.1},
+    )
+    weight_decay: float = _flag(1e-4, "L2 penalty", stages=TRAINING, low=0)
+    momentum: float = _flag(0.9, "of the optimizer", stages=TRAINING, low=0, high=1)
     batch_size: int = _flag(256, "images a step and device", "images", low=1)
     dyna_batch_size: int = _flag(
-        4, "sub-networks a step; 0: the largest network only", "sub-networks", "2", low=0
+        4,
+        "sub-networks a step; 0: the largest network only",
+        "sub-networks",
+        stages=DISTILL,
+        low=0,
+        own={Stage.CONTRAST: 0},
     )
-    warmup: int = _flag(5, "linear warm-up of the learning rate", "epochs", "0124", low=0)
-    sample_method: str = _flag("random", "random, biased, sandwich or fair", "name", "12")
-    bias_sample_flag: bool = _flag(False, "tilt the sampling toward large", "", "12")
+    warmup: int = _flag(
+        5,
+        "linear warm-up of the learning rate",
+        "epochs",
+        stages=TRAINING,
+        low=0,
+        own={Stage.CONTRAST: 1},
+    )
+    sample_method: str = _flag(
+        "random", "random, biased, sandwich or fair", "name", stages=SUPERNET
+    )
+    bias_sample_flag: bool = _flag(
+        False, "tilt the sampling toward large", stages=SUPERNET, own={Stage.DISTILL: True}
+    )
     bias_strength: float = _flag(
         2.0,
         "tilt b: the largest option is exp(b) times as likely as the smallest",
-        "",
-        "12",
+        stages=SUPERNET,
         low=-100,
         high=100,
     )
@@ -52,55 +127,86 @@ class Options:
         "released",
         "width digits to sample: released (those of the 45,000) or full (1 to 7)",
         "name",
-        "123",
+        stages=SUPERNET | SCORE,
     )
     stage1_sample_num: int = _flag(
-        1, "pairs of sub-networks a step if largest_net_in_stage1 is False", "pairs", "1", low=1
+        400, "accepted for existing command lines; no effect", stages=NO_STAGE, low=1
     )
     largest_net_in_stage1: bool = _flag(
-        True, "both paths of stage 1 are the largest network, else sampled ones", "", "1"
+        True, "both paths of stage 1 are the largest network, else sampled ones", stages=CONTRAST
     )
     use_loss_expand: bool = _flag(
-        False, "weight each sub-network's loss by its MACs over the step's mean MACs", "", "2"
+        False,
+        "weight each sub-network's loss by its MACs over the step's mean MACs",
+        stages=DISTILL,
     )
-    distill_temperature: float = _flag(1.0, "of the teacher's soft targets", "", "2", low=0.001)
-    train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", "", "2")
-    use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", "", "12")
-    ckpt_dir: str = _flag("", "weights to start from (stages 1, 2) or to score (3)", "file", "123")
+    distill_temperature: float = _flag(
+        1.0, "of the teacher's soft targets", stages=DISTILL, low=0.001
+    )
+    train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)
+    use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
+    ckpt_dir: str = _flag(
+        "", "weights to start from (stages 1, 2) or to score (3)", "file", stages=SUPERNET | SCORE
+    )
     pretrained: str = _flag(
         "",
-        "official weights of the largest network: start of stage 1, teacher of 2",
+        "official weights of the largest network: start of stage 1, teacher of 2; pretrain "
+        "writes them",
         "file",
-        "012",
+        stages=PRETRAIN | SUPERNET,
     )
     image_dir: str = _flag("", "images: train/CLASS/* and val/CLASS/*", "folder")
-    save_dir: str = _flag("checkpoint_files/output", "where results go", "folder")
-    save_dir_new: str = _flag("", "stage 1's name for save_dir, which it overrides", "folder", "1")
-    save_freq: int = _flag(1, "epochs between checkpoints", "epochs", "0124", low=1)
+    save_dir: str = _flag(
+        "checkpoint_files/output",
+        "where results go",
+        "folder",
+        own={
+            Stage.PRETRAIN: "checkpoint_files/pretrain",
+            Stage.CONTRAST: "checkpoint_files/stage1",
+            Stage.DISTILL: "checkpoint_files/stage2",
+            Stage.SCORE: "checkpoint_files/stage3",
+            Stage.STANDALONE: "checkpoint_files/standalone",
+        },
+    )
+    save_dir_new: str = _flag(
+        "", "stage 1's name for save_dir, which it overrides", "folder", stages=CONTRAST
+    )
+    save_freq: int = _flag(1, "epochs between checkpoints", "epochs", stages=TRAINING, low=1)
     save_steps: int = _flag(
         500,
         "steps between checkpoints within an epoch; 0: at the ends only",
         "steps",
-        "0124",
+        stages=TRAINING,
         low=0,
     )
     keep: int = _flag(
-        0, "newest epochs' checkpoints to keep, besides epoch 0's; 0: all", "epochs", "0124", low=0
+        0,
+        "newest epochs' checkpoints to keep, besides epoch 0's; 0: all",
+        "epochs",
+        stages=TRAINING,
+        low=0,
+        own={Stage.STANDALONE: 1},
     )
-    log_freq: int = _flag(50, "steps between log lines", "steps", "0124", low=1)
+    log_freq: int = _flag(50, "steps between log lines", "steps", stages=TRAINING, low=1)
     eval_freq: int = _flag(
-        1, "epochs between evaluations of the largest and smallest; 0: never", "epochs", "2", low=0
+        1,
+        "epochs between evaluations of the largest and smallest; 0: never",
+        "epochs",
+        stages=DISTILL,
+        low=0,
     )
     bn_calibration_images: int = _flag(
         64,
         "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics",
         "images",
-        "23",
+        stages=DISTILL | SCORE,
         low=0,
     )
     num_workers: int = _flag(8, "loader processes; 0: load in the main one", "processes", low=0)
     use_tensor_dataset: bool = _flag(
-        False, "decode all images once; training keeps them in a file, evaluation in memory"
+        False,
+        "decode all images once; training keeps them in a file, evaluation in memory",
+        own={Stage.SCORE: True},
     )
     verify_images: bool = _flag(
         False, "decode every image before the start and list those that cannot be"
@@ -109,62 +215,92 @@ class Options:
         "fatal", "images that cannot be decoded: fatal, or skip (implies verify_images)", "name"
     )
     crop_scale_min: float = _flag(
-        0.08, "smallest random crop in training", "share of the image", "0124", low=0.01, high=1
+        0.08,
+        "smallest random crop in training",
+        "share of the image",
+        stages=TRAINING,
+        low=0.01,
+        high=1,
+        own={Stage.CONTRAST: 0.2},
     )
-    flip_prob: float = _flag(0.5, "of mirroring in training", "probability", "0124", low=0, high=1)
+    flip_prob: float = _flag(
+        0.5, "of mirroring in training", "probability", stages=TRAINING, low=0, high=1
+    )
     queue_size: int = _flag(
-        65536, "negatives of stage 1; a multiple of the batch", "keys", "1", low=1
+        65536, "negatives of stage 1; a multiple of the batch", "keys", stages=CONTRAST, low=1
     )
-    key_momentum: float = _flag(0.999, "of the key encoder", "", "1", low=0, high=1)
-    temperature: float = _flag(0.2, "of the contrastive loss", "", "1", low=0.001)
+    key_momentum: float = _flag(0.999, "of the key encoder", stages=CONTRAST, low=0, high=1)
+    temperature: float = _flag(0.2, "of the contrastive loss", stages=CONTRAST, low=0.001)
     resume: str = _flag(
-        "", "continue from a folder's newest checkpoint; auto: from save_dir's", "folder", "012"
+        "",
+        "continue from a folder's newest checkpoint; auto: from save_dir's",
+        "folder",
+        stages=TRAINING - STANDALONE,
     )
     seed: int = _flag(
         0, "of data order, augmentations, sub-networks and new weights", low=0, high=2**32 - 1
     )
     device: str = _flag("auto", "auto, cpu or gpu", "name")
-    arch: str = _flag("", "architecture to train stand-alone: 52 or 51 digits", "code", "4")
-    modelarch_file: str = _flag(
-        "", "architectures to score (3) or to train stand-alone: JSON or text", "file", "34"
+    arch: str = _flag(
+        "", "architecture to train stand-alone: 52 or 51 digits", "code", stages=STANDALONE
     )
-    eval_engine: str = _flag("shared", "shared, or reference: one by one", "name", "3")
+    modelarch_file: str = _flag(
+        "",
+        "architectures to score (3) or to train stand-alone: JSON or text",
+        "file",
+        stages=SCORE | STANDALONE,
+    )
+    eval_engine: str = _flag("shared", "shared, or reference: one by one", "name", stages=SCORE)
     eval_images: int = _flag(
         0,
         "validation images to score on, the classes in equal shares; 0: all",
         "images",
-        "3",
+        stages=SCORE,
         low=0,
     )
     chunk_size: int = _flag(
-        0, "images a walk over all architectures; 0: by the free memory", "images", "3", low=0
+        0,
+        "images a walk over all architectures; 0: by the free memory",
+        "images",
+        stages=SCORE,
+        low=0,
     )
     target_se: float = _flag(
-        0.0, "stop when every accuracy's standard error is below; 0: never", "", "3", low=0
+        0.0, "stop when every accuracy's standard error is below; 0: never", stages=SCORE, low=0
     )
     cache_gb: float = _flag(
-        8.0, "most memory for decoded images; more go to a file in save_dir", "GiB", "3", low=0
+        8.0,
+        "most memory for decoded images; more go to a file in save_dir",
+        "GiB",
+        stages=SCORE,
+        low=0,
     )
-    amp: str = _flag(
-        "O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 O2", "name", "0123"
-    )
+    amp: str = _flag("O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 O2", "name")
     accumulate: int = _flag(
-        1, "parts that a batch is split into, one after the other, to save memory", "", "012", low=1
+        1,
+        "parts that a batch is split into, one after the other, to save memory",
+        stages=TRAINING,
+        low=1,
     )
-    clip_norm: float = _flag(0.0, "largest norm of all gradients; 0: any", "", "012", low=0)
-    onednn: bool = _flag(True, "training's convolutions by oneDNN on CPUs, if it works", "", "012")
+    clip_norm: float = _flag(0.0, "largest norm of all gradients; 0: any", stages=TRAINING, low=0)
+    onednn: bool = _flag(
+        True, "training's convolutions by oneDNN on CPUs, if it works", stages=TRAINING
+    )
     storage_size: int = _flag(
-        0, "shorter side of cached images; 0: 8/7 of image_size", "px", "012", low=0
+        0, "shorter side of cached images; 0: 8/7 of image_size", "px", stages=TRAINING, low=0
     )
     cache_dir: str = _flag(
-        "", "where the images of use_tensor_dataset are kept; none: ~/.cache/pinas", "folder", "012"
+        "",
+        "where the images of use_tensor_dataset are kept; none: ~/.cache/pinas",
+        "folder",
+        stages=TRAINING,
     )
-    visualdl_dir: str = _flag("", "write curves for VisualDL to it", "folder", "012")
+    visualdl_dir: str = _flag("", "write curves for VisualDL to it", "folder", stages=TRAINING)
     eval_sample_num: int = _flag(
         0,
         "score the first N architectures of the file, or draw N without one; 0: the whole file",
         "architectures",
-        "3",
+        stages=SCORE,
         low=0,
     )
 
@@ -180,21 +316,16 @@ class Options:
         return self.ckpt_dir if self.use_ckpt else ""
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are a :class:`UserError` of one line."""
-
-    def error(self, message):
-        raise UserError(message)
+def default_of(option: dataclasses.Field, stage: Stage) -> object:
+    """What a field of :class:`Options` is in a stage if nothing is given."""
+    return option.metadata["own"].get(stage, option.default)
 
 
-def parse_options(
-    stage: int, defaults: dict, argv: Sequence[str] | None = None, about: str = ""
-) -> Options:
+def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = "") -> Options:
     """Read the command line of a stage.
 
     Args:
-        stage: 1, 2 or 3; 0 for making the pretrained weights, 4 for stand-alone networks.
-        defaults: of this stage, where they differ from :class:`Options`.
+        stage: whose defaults hold.
         argv: arguments after the script's name; ``sys.argv[1:]`` if None.
         about: first line of ``--help``.
 
@@ -205,12 +336,11 @@ def parse_options(
     parser = OneLineParser(description=about, allow_abbrev=False)
     parser.add_argument("command", nargs="?", choices=["run"], help="the only command")
     for option in fields:
-        default = defaults.get(option.name, option.default)
         parser.add_argument(
             f"--{option.name}",
             type=_reader(option.type),
-            default=default,
-            help=_help_text(option, default, stage),
+            default=default_of(option, stage),
+            help=_help_text(option, stage),
             metavar=option.type,
         )
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -223,63 +353,25 @@ def parse_options(
     _check_bounds(options)
     for option in fields:
         given = any(a == f"--{option.name}" or a.startswith(f"--{option.name}=") for a in arguments)
-        if given and str(stage) not in option.metadata["stages"]:
-            logger.info("--%s has no effect here", option.name)
-    if stage == 1 and options.save_dir_new:
+        if given and stage not in option.metadata["stages"]:
+            logger.info("--%s has no effect in %s", option.name, stage)
+    if stage is Stage.CONTRAST and options.save_dir_new:
         options.save_dir = options.save_dir_new
     return options
 
 
-def _help_text(option: dataclasses.Field, default, stage: int) -> str:
-    notes = [option.metadata["unit"]] if option.metadata["unit"] else []
+def _help_text(option: dataclasses.Field, stage: Stage) -> str:
+    default, unit = default_of(option, stage), option.metadata["unit"]
+    notes = [unit] if unit else []
     notes.append(f"default {default if default != '' else 'none'}")
-    if str(stage) not in option.metadata["stages"]:
+    if stage not in option.metadata["stages"]:
         notes.append("no effect here")
     text = f"{option.metadata['help']} [{'; '.join(notes)}]"
     return text.replace("%", "%%")
 
 
-def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer from ``low`` to ``high``."""
-
-    def read(text: str) -> int:
-        value = _read_int(text)
-        if value < low or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of bounds; allowed: {allowed}")
-        return value
-
-    return read
-
-
 def _reader(kind: str) -> Callable[[str], object]:
-    return {"bool": read_bool, "int": _read_int, "float": _read_float, "str": _read_text}[kind]
-
-
-def read_bool(text: str) -> bool:
-    """``True``/``False`` in any case, or 1/0."""
-    if text.lower() in ("true", "1"):
-        return True
-    if text.lower() in ("false", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-
-
-def _read_int(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def _read_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
+    return {"bool": read_bool, "int": read_int, "float": read_float, "str": _read_text}[kind]
 
 
 def _read_text(text: str) -> str:

@@ -28,7 +28,7 @@ from hnas.utils.callbacks import Checkpoints, TrainLogger, VisualDLWriter
 from hnas.utils.checkpoint import load_training, newest_set, restore_generators
 from hnas.utils.gradient_step import GradientStep, learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import ResumableModel
-from hnas.utils.options import Options
+from hnas.utils.options import TRAINING, Options
 from hnas.utils.public_files import CheckpointError
 from hnas.utils.weights import (
     PARAMS,
@@ -152,7 +152,7 @@ def describe_run(options: Options, loader: EpochLoader) -> dict:
     settings = {
         option.name: getattr(options, option.name)
         for option in dataclasses.fields(options)
-        if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] != "3"
+        if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] & TRAINING
     }
     return {
         **settings,

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from hnas.base.command_line import OneLineParser, read_bool, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import remove_leftovers, write_json
 from hnas.bench.rank.jobs import OPEN_SPLITS, SPLITS, Bench, Job, Scale
@@ -31,7 +32,6 @@ from hnas.bench.rank.runs import run_job
 from hnas.bench.rank.summary import headline, summarize
 from hnas.bench.rank.tables import write_summary
 from hnas.bench.rank.truth import Truth, truth_file
-from hnas.utils.options import OneLineParser, read_bool, whole_number
 
 logger = logging.getLogger(__name__)
 
