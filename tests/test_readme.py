@@ -1,28 +1,78 @@
-"""The documentation against the scripts, flags and files that it describes."""
+"""README, its Chinese twin and docs/ against the scripts, flags, files and figures they name."""
 
+import ast
 import dataclasses
+import importlib.util
+import json
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
+import numpy as np
+import paddle
 import pytest
 
+from hnas.architecture_file import submission
+from hnas.base.files import write_json
+from hnas.models.registry import build_network
 from hnas.ranking.correlations import CORRELATIONS
+from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.utils.options import Options
+from hnas.utils.weights import write_state
 
 ROOT = Path(__file__).parents[1]
-LAUNCHERS = {
-    1: "local_train_pinas1_wholenet.sh",
-    2: "local_train_pinas2_simple_wholenet_nof.sh",
-    3: "local_eval.sh",
-}
-ABSENT = "–"
-BOTH = pytest.mark.parametrize("readme", ["README.md", "README_ch.md"])
-ALL = pytest.mark.parametrize("readme", ["README.md", "README_ch.md", "checkpoint_files/README.md"])
+RESULTS = ROOT / "docs/results"
+TWINS = ("README.md", "README_ch.md")
+DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*TWINS, "checkpoint_files/README.md", *DOCS]
+LAUNCHERS = (
+    "local_train_pinas1_wholenet.sh",
+    "local_train_pinas2_simple_wholenet_nof.sh",
+    "local_eval.sh",
+)
+# Of programs that are not ours.
+FOREIGN_FLAGS = {"help", "shm-size"}
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+each_page = pytest.mark.parametrize("page", PAGES)
 
 
 def text_of(path):
     return (ROOT / path).read_text(encoding="utf-8")
+
+
+def prose_of(page):
+    """A page without its fenced blocks."""
+    return FENCE.sub("", text_of(page))
+
+
+def blocks(page, language):
+    """The contents of a page's fenced blocks of a language."""
+    return [
+        textwrap.dedent(body) for kind, body in FENCE.findall(text_of(page)) if kind == language
+    ]
+
+
+def commands(script):
+    """The commands of a shell script, continued lines joined, as lists of words."""
+    lines = script.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def table_after(page, marker):
+    """The rows of the table that follows an HTML comment, without its head."""
+    rows = []
+    for line in text_of(page).split(f"<!-- {marker} -->")[1].strip().splitlines():
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows[2:]
+
+
+def anchors(page):
+    """What links may name, as GitHub makes it of headings."""
+    heads = re.findall(r"^#+ (.+)$", prose_of(page), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def launcher_text(name):
@@ -32,222 +82,311 @@ def launcher_text(name):
 
 
 def launcher_variables(name):
-    """``name=${name:-default}  # comment`` lines as a dict from name to default."""
-    return dict(re.findall(r"^(\w+)=\$\{\1:-(.*)\}(?: +#.*)?$", launcher_text(name), re.M))
-
-
-def table_after(text, marker):
-    """The rows of the table that follows an HTML comment, without its head."""
-    rows = []
-    for line in text.split(f"<!-- {marker} -->")[1].strip().splitlines():
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows[2:]
-
-
-def code_blocks(text):
-    """The contents of the fenced blocks."""
-    return re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)
-
-
-def commands(text):
-    """Command lines of the shell blocks, continued lines joined, as lists of words."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    """The names of ``name=${name:-default}`` lines."""
+    return set(re.findall(r"^(\w+)=\$\{\1:-", launcher_text(name), re.M))
 
 
 def option_names():
     return {option.name for option in dataclasses.fields(Options)}
 
 
-def tool_flags(tool):
-    """Flags that a tool's parser adds, or the entry scripts' where it takes those."""
-    source = text_of(f"hnas/tools/{tool}.py")
+def program(module):
+    """The source that ``python -m module`` runs."""
+    found = importlib.util.find_spec(module)
+    assert found is not None, f"there is no {module}"
+    if found.submodule_search_locations:
+        found = importlib.util.find_spec(f"{module}.__main__")
+        assert found is not None, f"{module} cannot be run"
+    return Path(found.origin).read_text(encoding="utf-8")
+
+
+def flags_of(source):
+    """Flags that a program's parser adds, and the entry scripts' where it takes those."""
     own = set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
     return own | option_names() if "parse_options(" in source else own
 
 
-# --- launchers
+# --- links
 
 
-def test_launchers_are_read_whole():
-    for name in LAUNCHERS.values():
-        lines = re.findall(r"^\w+=\$\{.*$", launcher_text(name), re.M)
-        assert len(launcher_variables(name)) == len(lines) > 10
+@each_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose_of(page))
+    assert links or page.startswith("docs/")
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent.joinpath(path) if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT)), f"{page}: {link}"
 
 
-@BOTH
-def test_table_lists_every_launcher_variable_with_its_default(readme):
-    rows = table_after(text_of(readme), "launcher variables")
-    documented = {row[0].strip("`"): row[1:4] for row in rows}
-    assert len(documented) == len(rows)
-    variables = {stage: launcher_variables(name) for stage, name in LAUNCHERS.items()}
-    assert set(documented) == set().union(*variables.values())
-    for name, cells in documented.items():
-        for stage, cell in zip(LAUNCHERS, cells, strict=True):
-            default = variables[stage].get(name)
-            where = f"{readme}: {name}, stage {stage}"
-            if default is None:
-                assert cell == ABSENT, where
-            elif default == "":
-                assert cell in ("none", "无"), where
-            elif default.startswith("$("):
-                # Told in words; the programs it names must be those of the script.
-                named = re.findall(r"`([^`]+)`", cell)
-                assert named and all(word in default for word in named), where
-            else:
-                assert cell == f"`{default}`", where
+def test_every_page_is_reached_from_readme():
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)[#)]", text_of("README.md")))
+    assert linked == set(DOCS)
 
 
-@BOTH
-def test_table_lists_every_flag_that_a_launcher_has_no_variable_for(readme):
-    rows = table_after(text_of(readme), "flags without a variable")
-    documented = {row[0].strip("`").removeprefix("--"): row[1:3] for row in rows}
-    expected = {}
-    for stage, launcher in LAUNCHERS.items():
-        passed = set(re.findall(r"--(\w+)", text_of(launcher)))
-        # Stage 1's launcher gives save_dir by its other name.
-        passed |= {"save_dir"} if "save_dir_new" in passed else set()
-        for option in dataclasses.fields(Options):
-            if str(stage) in option.metadata["stages"] and option.name not in passed:
-                expected.setdefault(option.name, []).append(str(stage))
-    assert {name: stages.split(", ") for name, (stages, _) in documented.items()} == expected
-    defaults = {option.name: option.default for option in dataclasses.fields(Options)}
-    for name, (_, cell) in documented.items():
-        if defaults[name] == "":
-            assert cell in ("none", "无")
-        else:
-            assert cell == f"`{defaults[name]}`"
+# --- commands, flags, variables
 
 
-# --- flags and commands
+@each_page
+def test_commands_fit_the_programs_they_call(page):
+    for script in blocks(page, "sh"):
+        exported = set()
+        called = set()
+        for words in commands(script):
+            line = " ".join(words)
+            if words[0] == "export":
+                exported |= {re.fullmatch(r"(\w+)=.+", word)[1] for word in words[1:]}
+                continue
+            given = {word[2:].split("=")[0] for word in words if word.startswith("--")} - {"help"}
+            scripts = [word for word in words if word.endswith((".sh", ".py"))]
+            assert all((ROOT / name).is_file() for name in scripts), line
+            if scripts and scripts[0] in LAUNCHERS:
+                before = words[: words.index("sh")]
+                names = {re.fullmatch(r"(\w+)=.+", word)[1] for word in before}
+                assert names <= launcher_variables(scripts[0]), line
+                assert given <= option_names(), line
+                called.add(scripts[0])
+            elif scripts and scripts[0].startswith("train_"):
+                assert "run" in words and given <= option_names(), line
+            elif module := re.search(r"-m (hnas\.[\w.]+)", line):
+                assert given <= flags_of(program(module[1])), line
+            elif not scripts:
+                assert words[0] in ("mkdir", "cp") or re.search(r"-m (venv|pip)\b", line), line
+        assert exported <= set().union(*map(launcher_variables, called)), script
 
 
-@ALL
-def test_every_flag_exists(readme):
-    tools = (ROOT / "hnas/tools").glob("*.py")
-    known = option_names().union({"help"}, *(tool_flags(tool.stem) for tool in tools))
-    mentioned = set(re.findall(r"(?<![-\w])--([A-Za-z]\w*)", text_of(readme)))
-    assert mentioned and mentioned <= known
+@each_page
+def test_modules_of_the_prose_exist(page):
+    for module in re.findall(r"\bhnas\.(?:tools|bench)\.[\w.]*\w", text_of(page)):
+        program(module)
 
 
-@ALL
-def test_commands_fit_the_programs_they_call(readme):
-    called = 0
-    for words in commands(text_of(readme)):
-        line = " ".join(words)
-        given = {word[2:].split("=")[0] for word in words if word.startswith("--")} - {"help"}
-        scripts = [word for word in words if word.endswith((".sh", ".py"))]
-        assert all((ROOT / script).is_file() for script in scripts), line
-        if scripts and scripts[0] in LAUNCHERS.values():
-            before = words[: words.index("sh")]
-            names = {re.fullmatch(r"(\w+)=.+", word)[1] for word in before}
-            assert names <= set(launcher_variables(scripts[0])), line
-            assert given <= option_names(), line
-        elif scripts and scripts[0].startswith("train_"):
-            assert "run" in words and given <= option_names(), line
-        elif tool := re.search(r"-m hnas\.tools\.(\w+)", line):
-            assert given <= tool_flags(tool[1]), line
-        elif not scripts:
-            assert re.search(r"-m (venv|pip)\b", line), line
-        called += 1
-    assert called
+@each_page
+def test_every_flag_exists(page):
+    programs = [*(ROOT / "hnas/tools").glob("*.py"), *(ROOT / "hnas/bench").rglob("*.py")]
+    known = option_names().union(*(flags_of(path.read_text()) for path in programs))
+    text = re.sub(r"unknown flag --\w+", "", text_of(page))  # quoted messages
+    mentioned = set(re.findall(r"(?<![-\w])--([A-Za-z][\w-]*)", text))
+    assert mentioned <= known | FOREIGN_FLAGS
 
 
-@BOTH
-def test_variables_before_an_inline_launcher_exist(readme):
-    inline = re.findall(r"`([^`\n]*=[^`\n]* sh (local_\w+\.sh)[^`\n]*)`", text_of(readme))
-    assert len(inline) > 1
-    for line, launcher in inline:
-        names = set(re.findall(r"(\w+)=", line.split(" sh ")[0]))
-        assert names <= set(launcher_variables(launcher)), line
+@each_page
+def test_variables_in_the_prose_exist(page):
+    known = option_names().union(*map(launcher_variables, LAUNCHERS))
+    for code in re.findall(r"`([^`\n]+)`", prose_of(page)):
+        if launcher := re.search(r" sh (local_\w+\.sh)", code):
+            names = set(re.findall(r"(\w+)=", code.split(" sh ")[0]))
+            assert names <= launcher_variables(launcher[1]), code
+        elif setting := re.fullmatch(r"([a-z]\w*)=\S+", code):
+            assert setting[1] in known, code
 
 
-@BOTH
-def test_fields_of_the_benchmark_exist(readme):
-    rows = table_after(text_of(readme), "bench_eval fields")
-    fields = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
-    known = set(re.findall(r'^ +"(\w+)": ', text_of("hnas/bench/speed_scoring.py"), re.M))
-    assert fields and set(fields) <= known
+# --- Python
 
 
-@BOTH
-def test_fields_of_the_ranking_report_are_all_told(readme):
-    rows = table_after(text_of(readme), "rank_report fields")
+@pytest.fixture
+def demo_files(tmp_path):
+    """What README's snippet takes from a run of the demo, with random weights."""
+    paddle.seed(0)
+    demo = tmp_path / "output/demo"
+    network = build_network("resnet48_mini", num_classes=10)
+    write_state(demo / "stage2/0.pdparams", network.state_dict())
+    archs = RESNET48_MINI.sample_distinct(
+        np.random.default_rng(0), 6, (RESNET48_MINI.largest(), RESNET48_MINI.smallest())
+    )
+    accuracies = [0.9, 0.5, 0.6, 0.7, 0.8, 0.4]
+    write_json(demo / "stage3/submission.json", submission(archs, accuracies))
+    return archs, accuracies
+
+
+def run_page(page, folder, monkeypatch):
+    """Run a page's Python from top to bottom in ``folder``; gives its names."""
+    monkeypatch.chdir(folder)
+    names = {"__name__": "page"}
+    for number, source in enumerate(blocks(page, "python")):
+        exec(compile(source, f"{page} block {number}", "exec"), names)
+    return names
+
+
+def test_readmes_snippet_takes_the_best_within_the_budget(demo_files, tmp_path, monkeypatch):
+    names = run_page("README.md", tmp_path, monkeypatch)
+    archs, accuracies = demo_files
+    within = [
+        (accuracy, arch)
+        for arch, accuracy in zip(archs.values(), accuracies, strict=True)
+        if RESNET48_MINI.macs(arch, 32, 10) < 5_000_000
+    ]
+    assert 0 < len(within) < len(archs)
+    assert names["best"] == max(within, key=lambda pair: pair[0])[1]
+    assert names["network"](paddle.zeros([1, 3, 32, 32])).shape == [1, 10]
+    taken = sum(int(p.size) for p in names["network"].parameters() if not p.stop_gradient)
+    assert taken == RESNET48_MINI.params(names["best"], 10)
+
+
+@pytest.mark.slow
+def test_the_python_page_runs(tmp_path, monkeypatch):
+    names = run_page("docs/python-api.md", tmp_path, monkeypatch)
+    assert names["logits"].shape == [4, 10]
+    assert len(names["accuracies"]) == 20 and 0 <= names["top1"] <= 1
+    assert np.isfinite(names["loss"]) and -1 <= names["tau"] <= 1
+
+
+def test_the_page_on_development_shows_a_sampler_that_works(tmp_path, monkeypatch):
+    sampler = run_page("docs/development.md", tmp_path, monkeypatch)["DeepSampler"](RESNET48, 0)
+    drawn = [arch for step in range(50) for arch in sampler.sample(0, step)]
+    assert len(drawn) == 200 and sampler.sample(0, 7) == sampler.sample(0, 7)
+    # Uniform depths sum to 15.5 on average, the larger of two such sums to 16.9.
+    assert np.mean([sum(arch.depths) for arch in drawn]) > 16.4
+
+
+# --- the two languages
+
+
+def test_readme_is_short():
+    assert len(text_of("README.md").splitlines()) <= 220
+
+
+def test_twins_link_to_each_other_and_to_the_same_pages():
+    english, chinese = map(text_of, TWINS)
+    assert "](README_ch.md)" in english[:200] and "](README.md)" in chinese[:200]
+    linked = [
+        [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "README" not in link]
+        for text in (english, chinese)
+    ]
+    assert linked[0] == linked[1]
+
+
+def test_twins_have_the_same_sections():
+    levels = [re.findall(r"^(#+) ", prose_of(page), re.M) for page in TWINS]
+    assert levels[0] == levels[1]
+
+
+def test_twins_have_the_same_code():
+    kinds = [[kind for kind, _ in FENCE.findall(text_of(page))] for page in TWINS]
+    assert kinds[0] == kinds[1] and set(kinds[0]) == {"sh", "python"}
+    english, chinese = (list(map(commands, blocks(page, "sh"))) for page in TWINS)
+    assert english == chinese
+    english, chinese = ([ast.dump(ast.parse(b)) for b in blocks(page, "python")] for page in TWINS)
+    assert english == chinese
+
+
+def test_twins_give_the_same_figures():
+    figures = [sorted(re.findall(r"\d[\d,]*\.?\d+", prose_of(page))) for page in TWINS]
+    assert figures[0] == figures[1]
+
+
+# --- figures and tables
+
+
+def lines_of(name):
+    """The JSON objects of the result files of a tool."""
+    files = sorted(RESULTS.glob(f"{name}_*.json"))
+    assert files
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+
+def test_scoring_speeds_are_those_of_the_result_files():
+    expected = [
+        [
+            f"{run['backbone']}, {run['n_images']} of {run['image_size']} px, {run['n_arch']}",
+            f"{run['reference_s']:.1f}",
+            f"{run['shared_s']:.1f}",
+            f"{run['ratio']:.2f}",
+            f"{run['walk_over_limit']:.2f}",
+            f"{100 * run['python_share']:.1f} %",
+            f"{run['reference_peak_gib']:.2f} / {run['shared_peak_gib']:.2f} GiB",
+        ]
+        for run in lines_of("speed_scoring")
+    ]
+    rows = table_after("docs/speed.md", "speed_scoring table")
+    assert sorted(rows) == sorted(expected)
+    assert all(run["largest_difference_top1"] == 0 for run in lines_of("speed_scoring"))
+    for run in lines_of("speed_scoring"):
+        assert f"{run['macs_naive'] / run['macs_shared']:.2f}" in text_of("docs/speed.md")
+
+
+def test_training_speeds_are_those_of_the_result_files():
+    expected = [
+        [
+            f"{run['backbone']}, {run['image_size']} px, {run['batch_size']}; {run['stage']}",
+            f"{run['ours_sample_forwards_per_s']:.1f}",
+            f"{run['straightforward_sample_forwards_per_s']:.1f}",
+            f"{run['ratio']:.2f} ({run['ratio_of_rounds'][0]:.2f}–{run['ratio_of_rounds'][1]:.2f})",
+            f"{run['plain_sample_forwards_per_s']:.1f}",
+            " / ".join(
+                f"{100 * run['ours_shares'][part]:.0f} %"
+                for part in ("data", "forward", "backward", "optimizer")
+            ),
+            f"{run['largest_relative_loss_difference']:.0e}",
+        ]
+        for run in lines_of("speed_training")
+    ]
+    rows = table_after("docs/speed.md", "speed_training table")
+    assert sorted(rows) == sorted(expected)
+    controls = [
+        run.get("largest_relative_loss_difference_of_control") for run in lines_of("speed_training")
+    ]
+    for control in filter(None, controls):
+        assert f"{control:.0e}" in text_of("docs/speed.md")
+
+
+def test_ratios_of_the_plan_are_those_of_the_result_files():
+    expected = []
+    for run in lines_of("plan_check"):
+        words = run["command"].split()
+        given = {
+            flag[2:]: value
+            for flag, value in zip(words, words[1:], strict=False)
+            if flag.startswith("--")
+        }
+        ratios = [
+            f"{run[part]['ratio']:.2f}" for part in ("stage1_step", "stage2_step", "stage3_walk")
+        ]
+        settings = "{backbone}, {image_size} px, {batch_size}, {n_arch}".format(**given)
+        expected.append([settings, *ratios])
+    assert sorted(table_after("docs/speed.md", "plan_check table")) == sorted(expected)
+
+
+def test_fields_of_the_scoring_bench_exist():
+    rows = table_after("docs/speed.md", "speed_scoring fields")
+    fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert fields and fields <= set().union(*lines_of("speed_scoring"))
+
+
+def test_fields_of_the_ranking_report_are_all_told():
+    rows = table_after("docs/ranking-report.md", "rank_report fields")
     fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     source = text_of("hnas/tools/rank_report.py").split("def summary(")[1]
     printed = set(re.findall(r'^ +"(\w+)": ', source, re.M)) | set(CORRELATIONS)
     assert fields == printed - {"pred", "gt", "report"}
 
 
-# --- files
+def test_widths_and_costs_are_the_search_spaces():
+    rows = table_after("docs/codes.md", "channels")
+    assert len(rows) == 4
+    for stage, row in enumerate(rows):
+        widths = [RESNET48.channels(stage, digit) for digit in range(1, 8)]
+        assert list(map(int, row[1:])) == widths and row[0].startswith(f"{widths[0]} ")
+    largest = RESNET48.largest()
+    for figure in (f"{RESNET48.macs(largest):,}", f"{RESNET48.params(largest):,}", largest.code):
+        assert figure in text_of("docs/codes.md")
 
 
-@BOTH
-def test_paths_of_the_layout_exist(readme):
-    block = code_blocks(text_of(readme).split("<!-- layout -->")[1])[0]
-    folders, paths = [], []
-    for line in block.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        folders = folders[:depth]
-        paths.append("".join([*folders, name]))
-        if name.endswith("/"):
-            folders.append(name)
-    assert len(paths) > 30
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+def test_costs_of_the_demo_are_those_of_its_architectures():
+    """As ``draw_architectures --number 200`` draws them."""
+    extremes = (RESNET48_MINI.largest(), RESNET48_MINI.smallest())
+    archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 200, extremes).values()
+    macs = sorted(RESNET48_MINI.macs(arch, 32, 10) for arch in archs)
+    for page in TWINS:
+        rows = re.findall(r"^\| [^|]+\| ([\d,]+) \| [\d.]+ % \|$", text_of(page), re.M)
+        assert rows == [f"{value:,}" for value in (macs[-1], macs[100], macs[0])]
 
 
-@BOTH
-def test_layout_names_every_file(readme):
-    block = code_blocks(text_of(readme).split("<!-- layout -->")[1])[0]
-    named = {line.split()[0] for line in block.splitlines()}
-    files = {path.name for path in (ROOT / "hnas").rglob("*.py")} - {"__init__.py"}
-    files |= {path.name for path in ROOT.glob("*") if path.suffix in (".py", ".sh")}
-    assert files - named == set()
-
-
-@ALL
-def test_links_to_files_lead_somewhere(readme):
-    text = text_of(readme)
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    heads = {
-        re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
-        for head in re.findall(r"^#+ (.+)$", text, re.M)
-    }
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in heads, link
-        elif not link.startswith("https://"):
-            assert (ROOT / readme).parent.joinpath(link).exists(), link
-
-
-# --- the two languages, and the two lists of packages
-
-
-def test_both_languages_link_to_each_other_and_give_the_same_commands():
-    english, chinese = text_of("README.md"), text_of("README_ch.md")
-    assert "](README_ch.md)" in english[:200] and "](README.md)" in chinese[:200]
-    assert commands(english) == commands(chinese)
-    assert english.count("\n## ") == chinese.count("\n## ")
-    for marker in (
-        "launcher variables",
-        "flags without a variable",
-        "bench_eval fields",
-        "rank_report fields",
-    ):
-        names = [[row[0] for row in table_after(text, marker)] for text in (english, chinese)]
-        assert names[0] == names[1]
-
-
-def test_both_languages_give_the_same_figures():
-    figures = [
-        sorted(re.findall(r"\d[\d,]*\.?\d+", text_of(name)))
-        for name in ("README.md", "README_ch.md")
-    ]
-    assert figures[0] == figures[1]
+# --- packages, licence
 
 
 def test_requirements_differ_in_paddle_only():
@@ -257,11 +396,11 @@ def test_requirements_differ_in_paddle_only():
 
     gpu, cpu = packages("requirements.txt"), packages("requirements-cpu.txt")
     index = [line for line in gpu if line.startswith("-")]
-    paddle = [line for line in gpu if line.startswith("paddlepaddle")]
+    paddle_gpu = [line for line in gpu if line.startswith("paddlepaddle")]
     assert len(index) == 1 and "https://www.paddlepaddle.org.cn/packages/stable/" in index[0]
-    assert len(paddle) == 1 and paddle[0].startswith("paddlepaddle-gpu")
+    assert len(paddle_gpu) == 1 and paddle_gpu[0].startswith("paddlepaddle-gpu")
     assert [line for line in cpu if line.startswith("paddlepaddle")] == ["paddlepaddle==3.3.1"]
-    assert [line for line in gpu if line not in index + paddle] == cpu[1:]
+    assert [line for line in gpu if line not in index + paddle_gpu] == cpu[1:]
 
 
 def test_licence_is_complete():
