@@ -27,6 +27,7 @@ from hnas.evaluation.cpu.inference import cpu_threads, onednn_predictor
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import PrefixTree
+from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network
 from hnas.search_space import SearchSpace, search_space
@@ -34,7 +35,7 @@ from hnas.tools.plan import FORWARD, TRAINING, Recipe, stage1_macs, stage2_macs
 from hnas.utils.gradient_step import momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.SampleMethod import LargestSampler, RandomSampler
+from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
 
 CLASSES, QUEUE = 10, 1024
 
@@ -78,6 +79,7 @@ def inference_rate(space: SearchSpace, images: paddle.Tensor, times: int) -> flo
 def stage1_seconds(space: SearchSpace, images: paddle.Tensor, times: int) -> float:
     """Seconds of a step of stage one."""
     model = ContrastiveModel(PiNASv2(space, CLASSES, queue_size=QUEUE), LargestSampler(space, 2))
+    freeze_statistics(model.network)
     model.prepare(momentum_optimizer(model.network, 0.01, 0.9, 1e-4))
     return seconds_of(lambda: model.train_batch([images, images]), times)
 
@@ -86,7 +88,8 @@ def stage2_seconds(space: SearchSpace, images: paddle.Tensor, recipe: Recipe, ti
     """Seconds of a step of stage two, sub-networks as the recipe draws them."""
     network = build_network("resnet48", CLASSES, space)
     teacher = build_network("resnet48", CLASSES, space, elastic=False)
-    sampler = RandomSampler(space, 0, recipe.subnetworks, recipe.tilt)
+    sampler = FirstPlaceSampler(space, 0, recipe.subnetworks)
+    freeze_statistics(network)
     model = DistillationModel(network, teacher, sampler)
     model.prepare(momentum_optimizer(network, 0.01, 0.9, 1e-4))
     labels = paddle.zeros([len(images)], dtype="int64")
@@ -95,7 +98,8 @@ def stage2_seconds(space: SearchSpace, images: paddle.Tensor, recipe: Recipe, ti
         model.train_batch([images, labels])
         model.step += 1
 
-    return seconds_of(step, times)
+    # In whole rounds of three steps, of which one trains one sub-network more.
+    return seconds_of(step, 3 * times)
 
 
 def walk_seconds(space: SearchSpace, images: paddle.Tensor, archs: list) -> float:
