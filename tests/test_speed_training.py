@@ -10,34 +10,39 @@ import paddle
 import pytest
 
 from hnas.bench import speed_training
-from hnas.bench.speed_training_worker import calm
+from hnas.bench.speed_training_worker import calm, settle
 from hnas.bench.straightforward import (
     StraightforwardContrast,
     StraightforwardDistillation,
     with_paddleslim_norms,
 )
-from hnas.models.elastic import ElasticBatchNorm2D
+from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.gradient_step import momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.SampleMethod import LargestSampler, RandomSampler
+from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def trained(kind, stage):
+def trained(kind, stage, frozen):
     """State after two steps on 16 images."""
     paddle.seed(0)
     if stage == 2:
         network = build_network("resnet48_mini", 10)
         teacher = build_network("resnet48_mini", 10, elastic=False)
         calm(network)
-        model = kind(network, teacher, RandomSampler(RESNET48_MINI, 1, 3))
+        if frozen:
+            settle(network, 32)
+        model = kind(network, teacher, FirstPlaceSampler(RESNET48_MINI, 1, 3, candidates=20))
     else:
         network = build_network("resnet48pinasv2_mini", 10, queue_size=32)
         calm(network.backbone)
+        if frozen:
+            settle(network.backbone, 32)
+            freeze_statistics(network)
         network.reset_key_encoder()
         model = kind(network, LargestSampler(RESNET48_MINI, 2))
     if kind in (StraightforwardContrast, StraightforwardDistillation):
@@ -61,9 +66,10 @@ def trained(kind, stage):
         (2, DistillationModel, StraightforwardDistillation),
     ],
 )
-def test_the_straightforward_loop_is_the_same_computation(stage, ours, straightforward):
-    losses, state = trained(ours, stage)
-    other_losses, other = trained(straightforward, stage)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_straightforward_loop_is_the_same_computation(stage, ours, straightforward, frozen):
+    losses, state = trained(ours, stage, frozen)
+    other_losses, other = trained(straightforward, stage, frozen)
     np.testing.assert_allclose(losses, other_losses, rtol=1e-5)
     assert state.keys() == other.keys()
     for name, value in state.items():

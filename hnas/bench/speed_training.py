@@ -11,7 +11,9 @@ weights that differ by about their last bit. The last lines are JSON, one a stag
 are synthetic.
 
 A sample-forward is one image through one sub-network in training, its backward pass included: a
-step has ``batch_size`` times ``subnetworks`` in stage two, and in stage one twice ``batch_size``.
+step has ``batch_size`` times ``subnetworks`` in stage two, and in stage one twice ``batch_size``,
+one for each of its two passes, also where both are computed at once. All loops train at frozen
+BatchNorm statistics; in stage two the first place's law samples, without its extra network.
 """
 
 from __future__ import annotations

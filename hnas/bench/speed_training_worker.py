@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import paddle
+from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import run_main
@@ -31,18 +32,20 @@ from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset, load_batches
 from hnas.dataset.pixel_cache import PixelCache
 from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews, normalize
+from hnas.evaluation.calibration import measure
 from hnas.models.convolution import use_onednn
+from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.search_space import search_space
 from hnas.utils.gradient_step import GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.SampleMethod import LargestSampler, RandomSampler
+from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
 
 STRAIGHTFORWARD, PLAIN = "straightforward", "plain"  # any other loop is ours
 CALM_SCALE = 0.1
 LAST_BIT = 2.0**-24  # of a float32, relative
-PASSES = 2  # of stage one: an image is a query in both
+KEY_PASSES = 2  # of a step of stage one, whose queries are the same in both passes
 
 
 class TimedStep(GradientStep):
@@ -70,10 +73,19 @@ def clocked(seconds: dict[str, float], name: str):
 
 
 class PlainSteps:
-    """The limit: plain networks of a step's architectures, forward, backward and step, no more."""
+    """The limit: plain networks of a step's architectures, forward, backward and step, no more.
 
-    def __init__(self, settings, supernet, archs):
+    Args:
+        forward_only: how often the first of them also runs without a backward pass.
+    """
+
+    def __init__(self, settings, supernet, archs, forward_only: int = 0):
         self._networks = [supernet.extract(arch) for arch in archs]
+        self._forward_only = forward_only
+        for network in self._networks:
+            for layer in network.sublayers():
+                if isinstance(layer, nn.BatchNorm2D):
+                    layer._use_global_stats = True
         use_onednn(*self._networks)
         parameters = [p for network in self._networks for p in network.parameters()]
         self._optimizer = momentum_optimizer(
@@ -82,6 +94,9 @@ class PlainSteps:
 
     def train_batch(self, inputs) -> dict:
         images, labels = normalize(inputs[0]), inputs[-1]
+        for _ in range(self._forward_only):
+            with paddle.no_grad():
+                self._networks[0](images)
         for network in self._networks:
             network.train()
             loss = F.cross_entropy(network(images), labels)
@@ -100,6 +115,17 @@ def calm(network) -> None:
     """
     for block in network.active_blocks():
         block.bn2.weight.scale_(CALM_SCALE)
+
+
+@paddle.no_grad()
+def settle(network, image_size: int) -> None:
+    """Give a network the running statistics of noise, as a pretrained one has its images', and
+    freeze them."""
+    paddle.seed(0)
+    norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+    network.eval()
+    measure(network, norms, paddle.randn([16, 3, image_size, image_size]))
+    freeze_statistics(network)
 
 
 class Loop:
@@ -133,17 +159,21 @@ class Loop:
             )
             kind = StraightforwardContrast if straight else ContrastiveModel
             calm(network.backbone)
+            settle(network.backbone, settings.image_size)
             network.reset_key_encoder()
+            freeze_statistics(network)
             model = kind(network, LargestSampler(space, 2))
             if self.kind == PLAIN:
-                return PlainSteps(settings, network.backbone, [space.largest()] * PASSES)
+                return PlainSteps(settings, network.backbone, [space.largest()], KEY_PASSES)
         else:
             network = build_network(settings.backbone, settings.num_classes, space)
             teacher = build_network(settings.backbone, settings.num_classes, space, False)
             kind = StraightforwardDistillation if straight else DistillationModel
-            calm(network)
-            calm(teacher)
-            sampler = RandomSampler(space, settings.seed, settings.subnetworks, tilt=2.0)
+            for part in (network, teacher):
+                calm(part)
+                settle(part, settings.image_size)
+            # Without the law's extra network, so that all steps train as many.
+            sampler = FirstPlaceSampler(space, settings.seed, settings.subnetworks, extra_every=0)
             model = kind(network, teacher, sampler)
             if self.kind == PLAIN:
                 archs = sampler.sample(0, 0)

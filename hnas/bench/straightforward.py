@@ -20,9 +20,10 @@ from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 
 
 def with_paddleslim_norms(layer: nn.Layer) -> nn.Layer:
-    """Replace this project's BatchNorm by PaddleSlim's, which it mends (never trained after eval).
+    """Replace this project's BatchNorm by PaddleSlim's.
 
-    In a network that is only trained both compute the same.
+    Frozen ones become as PaddleSlim's are after a first forward pass in eval mode: latched to
+    their running statistics for ever, which is how public code comes to train so.
     """
     for name, child in list(layer.named_children()):
         if isinstance(child, ElasticBatchNorm2D):
@@ -30,6 +31,7 @@ def with_paddleslim_norms(layer: nn.Layer) -> nn.Layer:
                 child.weight.shape[0], momentum=child._momentum, epsilon=child._epsilon
             )
             norm.set_state_dict(child.state_dict())
+            norm._use_global_stats = True if child.frozen else None
             for own, other in zip(norm.parameters(), child.parameters(), strict=True):
                 own.stop_gradient = other.stop_gradient
             setattr(layer, name, norm)

@@ -90,6 +90,11 @@ class ElasticResNet(ResNet):
         """The active sub-network."""
         return self._architecture
 
+    @property
+    def frozen(self) -> bool:
+        """Whether BatchNorm trains at frozen statistics."""
+        return self.stem.bn.frozen
+
     def activate(self, arch: Architecture) -> None:
         """Make ``arch`` the sub-network that forward runs.
 

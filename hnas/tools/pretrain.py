@@ -40,6 +40,7 @@ def main() -> None:
     val = validation_images(options, images)
     space = space_of(options)
     network = build_network(options.backbone, len(images.classes), space)
+    network.start_as_shortcuts()
     model = DistillationModel(network, teacher=None, sampler=LargestSampler(space))
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)

@@ -87,8 +87,14 @@ class ContrastiveModel(ResumableModel):
         """Queries [N, D] of each pass, of the views uint8 [N, 3, H, W].
 
         Passes that query with the same path and view, as they do when both paths are the largest
-        network and the views are not exchanged, share one computation and its gradient.
+        network and the views are not exchanged, share one computation and its gradient. Not
+        without frozen statistics, which each pass would move.
         """
+        if not self.network.backbone.frozen:
+            return [
+                self.network.embed_queries(normalize(views[one.query_view]), one.query_path)
+                for one in passes
+            ]
         asked = [(one.query_view, one.query_path) for one in passes]
         found = {
             (view, path): self.network.embed_queries(normalize(views[view]), path)
