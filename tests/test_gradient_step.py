@@ -125,3 +125,21 @@ def test_visualdl_gets_a_point_every_log_freq_steps(monkeypatch):
 def test_mixed_precision_is_refused_on_a_cpu():
     with pytest.raises(UserError, match="--amp O1 needs a GPU"):
         start(Options(device="cpu", amp="O1"))
+
+
+@pytest.mark.parametrize("build", [distillation, contrastive])
+def test_a_step_copies_nothing_to_the_device_but_its_batch(build, monkeypatch):
+    """On a GPU each such copy is a wait; counted here by what makes tensors of Python values."""
+    model = build(accumulate=1)
+    rng = np.random.default_rng(0)
+    images = [paddle.to_tensor(rng.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)) for _ in "ab"]
+    batch = [images[0], paddle.arange(8)] if build is distillation else [*images, paddle.arange(8)]
+    model.train_batch(batch)
+
+    def refuse(*_, **__):
+        raise AssertionError("a tensor was made of Python values")
+
+    monkeypatch.setattr(paddle, "to_tensor", refuse)
+    for name in ("numpy", "item", "tolist", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(paddle.Tensor, name, refuse)
+    model.train_batch(batch)

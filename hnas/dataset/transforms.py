@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import paddle
@@ -18,10 +19,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@lru_cache
+def _constants(device: str) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """ImageNet's mean and deviation [1, 3, 1, 1], copied to a device once and not in every step."""
+    return tuple(
+        paddle.to_tensor(values).reshape([1, 3, 1, 1]) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+
+
 def normalize(images: paddle.Tensor) -> paddle.Tensor:
     """uint8 images [N, 3, H, W] -> float32, minus ImageNet's mean, over its deviation."""
-    mean = paddle.to_tensor(IMAGENET_MEAN).reshape([1, 3, 1, 1])
-    std = paddle.to_tensor(IMAGENET_STD).reshape([1, 3, 1, 1])
+    mean, std = _constants(paddle.get_device())
     return (images.astype("float32") / 255.0 - mean) / std
 
 

@@ -152,8 +152,10 @@ class PiNASv2(nn.Layer):
     @paddle.no_grad()
     def update_key_encoder(self) -> None:
         """Momentum update: key <- m * key + (1 - m) * query."""
+        # One tensor for all of them: of a number, every call would make its own.
+        share = paddle.full([1], 1.0 - self.key_momentum, "float32")
         for key, query in zip(self.key_parameters(), self.query_parameters(), strict=True):
-            key.lerp_(query, 1.0 - self.key_momentum)
+            key.lerp_(query, share)
 
     @paddle.no_grad()
     def enqueue(self, keys: paddle.Tensor) -> None:
