@@ -38,15 +38,15 @@ timed pretrain "$python" -m hnas.tools.pretrain run \
     --crop_scale_min 0.8 --flip_prob "$flip_prob" --use_tensor_dataset True --log_freq "$log_freq"
 
 timed stage1 env backbone=resnet48pinasv2_mini save_dir="$demo/stage1" \
-    max_epoch=3 lr=0.05 queue_size=512 key_momentum=0.99 crop_scale_min=0.5 \
+    max_epoch=2 lr=0.005 queue_size=512 key_momentum=0.99 crop_scale_min=0.5 \
     sh local_train_pinas1_wholenet.sh
 
 timed stage2 env backbone=resnet48_mini save_dir="$demo/stage2" \
-    ckpt_dir="$demo/stage1/0.pdparams" max_epoch=3 warmup=1 lr=0.01 crop_scale_min=0.8 \
-    bn_calibration_images=256 sh local_train_pinas2_simple_wholenet_nof.sh
+    ckpt_dir="$demo/stage1/0.pdparams" max_epoch=3 warmup=1 lr=0.02 crop_scale_min=0.8 \
+    sh local_train_pinas2_simple_wholenet_nof.sh
 
 timed stage3 env backbone=resnet48_mini save_dir="$demo/stage3" \
-    ckpt_dir="$demo/stage2/0.pdparams" modelarch_file="$demo/architectures.json" \
-    bn_calibration_images=256 sh local_eval.sh
+    ckpt_dir="$demo/stage2/final.pdparams" modelarch_file="$demo/architectures.json" \
+    sh local_eval.sh
 
 "$python" -m hnas.tools.demo_summary --demo_dir "$demo"
