@@ -12,7 +12,7 @@ import pytest
 
 from hnas.base.errors import UserError
 from hnas.search_space import RESNET48_MINI
-from hnas.tools.demo_summary import main, next_steps, summarize
+from hnas.tools.demo_summary import SUPERNET, main, next_steps, summarize
 from hnas.tools.flag_tables import launcher_variables
 from hnas.utils.options import Stage, parse_options
 
@@ -86,4 +86,5 @@ def test_the_other_command_scores_what_it_draws():
     assert set(given) <= set(launcher_variables((ROOT / other[-1]).read_text()))
     options = parse_options(Stage.SCORE, [f"--{name}={value}" for name, value in given.items()])
     assert (options.eval_sample_num, options.modelarch_file) == (500, "")
-    assert options.ckpt_dir == "output/demo/stage2/0.pdparams"
+    assert options.ckpt_dir == f"output/demo/{SUPERNET}"
+    assert f'ckpt_dir="$demo/{SUPERNET}" modelarch_file=' in (ROOT / "run_demo.sh").read_text()

@@ -16,6 +16,8 @@ from hnas.base.files import write_json
 from hnas.search_space import Architecture, search_space
 
 BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
+SUPERNET = "stage2/final.pdparams"
+"""What the demo's stage 3 scores with."""
 
 
 def summarize(demo: Path) -> dict:
@@ -74,7 +76,7 @@ def next_steps(demo: Path, python: str) -> str:
     return f"""\
 files
   {demo}/stage3/submission.json   accuracies of all architectures, as submitted
-  {demo}/stage2/0.pdparams        the supernet that predicted them
+  {demo}/{SUPERNET}    the supernet that predicted them
   {demo}/summary.json             this table
 
 next: how far would MACs alone have ranked them the same way? See {demo}/report/report.html
@@ -82,7 +84,7 @@ next: how far would MACs alone have ranked them the same way? See {demo}/report/
       --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/report
 or let the supernet score 500 other architectures, drawn by the seed
   backbone={BACKBONE} image_size={IMAGE_SIZE} image_dir={demo}/data num_workers=0 seed=1 \\
-      ckpt_dir={demo}/stage2/0.pdparams modelarch_file=None eval_sample_num=500 \\
+      ckpt_dir={demo}/{SUPERNET} modelarch_file=None eval_sample_num=500 \\
       save_dir={demo}/others sh local_eval.sh"""
 
 

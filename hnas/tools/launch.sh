@@ -27,10 +27,13 @@ if grep -q AuthenticAMD /proc/cpuinfo 2>/dev/null; then
     export MKL_DEBUG_CPU_TYPE=5
 fi
 
-# What Paddle, PaddleSlim and setuptools say whenever they are imported. Other warnings stay.
+# What Paddle, PaddleSlim and setuptools say whenever they are imported, and Paddle of stage 3's
+# operations, which have no weights and are compiled for CPUs. Other warnings stay.
 quiet="ignore:No ccache found:UserWarning"
 quiet="$quiet,ignore:Setuptools is replacing distutils:UserWarning"
 quiet="$quiet,ignore:pkg_resources is deprecated as an API:UserWarning"
+quiet="$quiet,ignore:no variable in your model:UserWarning"
+quiet="$quiet,ignore:Tensor do not have 'contiguous' interface:UserWarning"
 export PYTHONWARNINGS="$quiet${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 # Paddle's C++ code: errors only; it warns of a method that stage 3 does not use.
 export GLOG_minloglevel="${GLOG_minloglevel:-2}"
