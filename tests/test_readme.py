@@ -194,7 +194,7 @@ def demo_files(tmp_path):
     paddle.seed(0)
     demo = tmp_path / "output/demo"
     network = build_network("resnet48_mini", num_classes=10)
-    write_state(demo / "stage2/0.pdparams", network.state_dict())
+    write_state(demo / "stage2/final.pdparams", network.state_dict())
     archs = RESNET48_MINI.sample_distinct(
         np.random.default_rng(0), 6, (RESNET48_MINI.largest(), RESNET48_MINI.smallest())
     )
