@@ -21,6 +21,7 @@ from hnas.parallel.stopping import Stopped, StopSignals
 from hnas.search_space import RESNET48
 from hnas.utils.checkpoint import SET_NAME, generators_state, remove_set, save_training
 from hnas.utils.options import Options
+from hnas.utils.run_id import note_run
 from hnas.utils.weights import NotFiniteError
 
 logger = logging.getLogger(__name__)
@@ -170,12 +171,19 @@ class Checkpoints(Callback):
         options: ``save_dir``, ``save_freq``, ``save_steps`` and ``keep`` are used.
         log: whose losses are checked before a checkpoint and kept in it.
         stop: the signals to end on.
-        run: what identifies the run, to be compared when resuming.
+        run: what the run's result depends on, to be compared when resuming.
+        run_id: whose sets these are; noted in the folder when training begins.
         about: what the weights' files say of themselves.
     """
 
     def __init__(
-        self, options: Options, log: TrainLogger, stop: StopSignals, run: Mapping, about: Mapping
+        self,
+        options: Options,
+        log: TrainLogger,
+        stop: StopSignals,
+        run: Mapping,
+        run_id: str,
+        about: Mapping,
     ):
         super().__init__()
         self.options = options
@@ -183,11 +191,13 @@ class Checkpoints(Callback):
         self.log = log
         self.stop = stop
         self.run = run
+        self.run_id = run_id
         self.about = about
 
     def on_train_begin(self, logs=None):
         if is_main_process():
             remove_leftovers(self.folder)
+            note_run(self.folder, self.run_id)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -232,6 +242,7 @@ class Checkpoints(Callback):
             "generators": generators_state(),
             "scaler": self.model.gradients.state(),
             "run": self.run,
+            "run_id": self.run_id,
         }
         try:
             save_training(

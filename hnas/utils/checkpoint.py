@@ -1,9 +1,9 @@
 """What training resumes from.
 
-That is a *set* of three files: ``NAME.pdparams`` (weights), ``NAME.pdopt`` (optimizer and learning
-rate scheduler) and ``NAME.pdstates`` (position, generators, losses). The last is written last and
-holds the digests of the others, so a set that a crash left half-written, or mixed of two, is never
-loaded.
+That is a *set* of three files: ``NAME.pdparams`` (weights), ``NAME.pdopt`` (the optimizer's
+velocities) and ``NAME.pdstates`` (position, generators, losses). The last is written last and holds
+the digests of the others, so a set that a crash left half-written, or mixed of two, is never
+loaded. The learning rate is in none: it follows from the position.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 OPTIMIZER, STATES = ".pdopt", ".pdstates"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
 SET_NAME = re.compile(r"(\d+)(?:-(\d+))?")
+VELOCITY = "_velocity_0"
+# Paddle counts the optimizers that a process made.
+VELOCITIES = re.compile(r"_velocity_\d+")
+COUNTER = "LR_Scheduler"
 
 
 def save_training(
@@ -82,14 +86,16 @@ def read_progress(stem: str | Path) -> dict:
     progress = read_state(f"{stem}{STATES}")
     digests = progress.get("digests") if isinstance(progress, dict) else None
     whole = isinstance(digests, dict) and set(digests) == {PARAMS, OPTIMIZER}
+    whole = whole and isinstance(run_of(progress), str)
     if not whole or not isinstance(progress.get("saved"), float):
         raise CheckpointError(f"{stem}{STATES} is not what this program saves; start anew")
     return progress
 
 
-def newest_set(folder: str | Path) -> Path | None:
+def newest_set(folder: str | Path, run_id: str | None = None) -> Path | None:
     """The set in ``folder`` that was saved last and is whole, as a path without suffix.
 
+    With a ``run_id`` only that run's sets count; see :func:`run_of`.
     One that a crash left unfinished, or that is damaged, is passed over with a line in the log.
     """
     sets = []
@@ -98,7 +104,9 @@ def newest_set(folder: str | Path) -> Path | None:
         if not SET_NAME.fullmatch(stem.name):
             continue
         try:
-            sets.append((read_progress(stem)["saved"], stem))
+            progress = read_progress(stem)
+            if run_id in (None, run_of(progress)):
+                sets.append((progress["saved"], stem))
         except UserError as error:
             logger.warning("passed over %s: %s", stem, error)
     for _, stem in sorted(sets, reverse=True):
@@ -108,6 +116,11 @@ def newest_set(folder: str | Path) -> Path | None:
         except UserError as error:
             logger.warning("passed over %s: %s", stem, error)
     return None
+
+
+def run_of(progress: Mapping) -> str:
+    """The id of the run that saved a set; empty: by a version without ids."""
+    return progress.get("run_id", "")
 
 
 def _check_whole(stem: Path, progress: Mapping) -> None:
@@ -127,43 +140,73 @@ def remove_set(stem: str | Path) -> None:
 
 
 def optimizer_state(network: nn.Layer, optimizer) -> dict:
-    """The optimizer's state under the network's structured names.
+    """The velocity of every parameter that trains, under the network's structured names.
 
     Paddle's own names count the layers that the process ever made, so they would not fit a
-    process that built them in another order.
+    process that built them in another order. A parameter that no sub-network has trained so far
+    has a velocity of zero.
     """
     structured = {tensor.name: name for name, tensor in network.named_parameters()}
     state = {}
     for name, value in optimizer.state_dict().items():
         owner = _owner(name, structured)
-        state[f"{structured[owner]}@{name.removeprefix(owner)}" if owner else name] = value
+        if owner:
+            state[f"{structured[owner]}@{name.removeprefix(owner)}"] = value
+    moving = {key.partition("@")[0] for key in state}
+    for name, tensor in network.named_parameters():
+        if not tensor.stop_gradient and name not in moving:
+            state[f"{name}@{VELOCITY}"] = paddle.zeros_like(tensor)
     return state
 
 
 def restore_optimizer(network: nn.Layer, optimizer, state: dict, source: str) -> None:
     """Set the optimizer's state from :func:`optimizer_state`'s.
 
+    States of earlier versions hold the learning rate's counter, which is left alone, and no
+    velocities of zero.
+
     Raises:
-        CheckpointError: it is of another network.
+        CheckpointError: it is of another network, or not finite.
     """
+    if not isinstance(state, dict):
+        raise CheckpointError(f"optimizer state {source} is not what this program saves")
     own = dict(network.named_parameters())
-    state.pop(NAME_TABLE, None)
+    trained = {name for name, tensor in own.items() if not tensor.stop_gradient}
+    state = {key: value for key, value in state.items() if key != NAME_TABLE}
+    earlier = state.pop(COUNTER, None) is not None
     restored = {}
     for key, value in state.items():
-        name, at, suffix = key.partition("@")
-        if at and (name not in own or list(np.shape(value)) != list(own[name].shape)):
-            raise CheckpointError(f"optimizer state {source} is of another network: {name}")
-        if at:
-            restored[own[name].name + suffix] = paddle.to_tensor(value)
-        else:
-            restored[key] = value
-    # Paddle refuses a state without the velocity of a parameter; sub-networks may have left
-    # some untrained so far.
-    for tensor in network.parameters():
-        velocity = f"{tensor.name}_velocity_0"
-        if not tensor.stop_gradient and velocity not in restored:
-            restored[velocity] = paddle.zeros_like(tensor)
+        name, _, suffix = str(key).partition("@")
+        if name not in trained or not VELOCITIES.fullmatch(suffix):
+            raise CheckpointError(f"optimizer state {source} is of another network: it has {key}")
+        _check_velocity(name, own[name], value, source)
+        trained.discard(name)
+        restored[own[name].name + suffix] = paddle.to_tensor(value)
+    if trained and not earlier:
+        raise CheckpointError(
+            f"optimizer state {source} is of another network: it lacks {min(trained)}"
+        )
+    # Paddle refuses a state without the velocity of a parameter.
+    for name in trained:
+        restored[own[name].name + VELOCITY] = paddle.zeros_like(own[name])
     optimizer.set_state_dict(restored)
+
+
+def _check_velocity(name: str, tensor: paddle.Tensor, value, source: str) -> None:
+    """Refuse what cannot be the velocity of a parameter."""
+    dtype = str(tensor.dtype).removeprefix("paddle.")
+    wanted = f"{tensor.shape} of {dtype}"
+    if not isinstance(value, np.ndarray):
+        raise CheckpointError(
+            f"optimizer state {source}: {name} is a {type(value).__name__}, not {wanted}"
+        )
+    if list(value.shape) != list(tensor.shape) or value.dtype != dtype:
+        raise CheckpointError(
+            f"optimizer state {source} is of another network: {name} is {list(value.shape)} of "
+            f"{value.dtype}, not {wanted}"
+        )
+    if not np.isfinite(value).all():
+        raise CheckpointError(f"optimizer state {source}: {name} is not finite")
 
 
 def _owner(state_name: str, structured: dict[str, str]) -> str | None:
@@ -197,10 +240,16 @@ def restore_generators(state: dict) -> None:
     """Set the generators to what :func:`generators_state` gave.
 
     Paddle's are left alone if the run now has other devices than then.
+
+    Raises:
+        ValueError: of another generator. (Nonsense raises what Python, NumPy and Paddle raise.)
     """
     python, numpy = state["python"], state["numpy"]
     words = tuple(int(word) for word in python["words"])
     random.setstate((python["version"], words, python["gauss"]))
+    if not 0 <= numpy["position"] <= len(np.random.get_state()[1]):
+        # NumPy does not look, and would read beyond the end.
+        raise ValueError(f"NumPy's generator is at {numpy['position']}")
     np.random.set_state(
         (numpy["kind"], numpy["keys"], numpy["position"], numpy["has_gauss"], numpy["cached"])
     )
@@ -208,6 +257,10 @@ def restore_generators(state: dict) -> None:
     if [_plain(s)["device"] for s in current] != [s["device"] for s in state["paddle"]]:
         logger.warning("other devices than before: Paddle's generators start from the seed")
         return
+    for own, stored in zip(current, state["paddle"], strict=True):
+        words = bytes(stored["engine"]).split()
+        if len(words) != len(bytes(_plain(own)["engine"]).split()):
+            raise ValueError(f"Paddle's generator has {len(words)} words")
     pairs = zip(current, state["paddle"], strict=True)
     paddle.set_rng_state([_generator(type(own), plain) for own, plain in pairs])
 

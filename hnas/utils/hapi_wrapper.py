@@ -10,9 +10,9 @@ from contextlib import closing
 
 import paddle
 from paddle import nn
-from paddle.callbacks import LRScheduler
 from paddle.hapi.callbacks import CallbackList
 from paddle.nn import functional as F  # noqa: N812
+from paddle.optimizer.lr import LRScheduler
 
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
@@ -59,12 +59,8 @@ class ResumableModel(paddle.Model):
         callbacks: Sequence = (),
         start: tuple[int, int] = (0, 0),
     ):
-        """Train from the (epoch, step) of ``start`` to ``epochs``, one learning rate step a batch.
-
-        The learning rate is already the next step's when the callbacks see a batch's end, so a
-        checkpoint that one of them writes goes on as if nothing had been written.
-        """
-        callbacks = CallbackList([LRScheduler(by_step=True), *callbacks])
+        """Train from the (epoch, step) of ``start`` to ``epochs``."""
+        callbacks = CallbackList([*callbacks])
         callbacks.set_model(self)
         callbacks.set_params(
             {"epochs": epochs, "steps": len(loader), "batch_size": loader.total_batch}
@@ -78,11 +74,21 @@ class ResumableModel(paddle.Model):
                 for step, batch in enumerate(batches, first):
                     callbacks.on_batch_begin("train", step, logs)
                     self.epoch, self.step = epoch, step
+                    self.set_rate(epoch * len(loader) + step)
                     lr = self._optimizer.get_lr()
                     logs = {**self.train_batch(batch), "lr": lr}
                     callbacks.on_batch_end("train", step, logs)
             callbacks.on_epoch_end(epoch, logs)
         callbacks.on_end("train", logs)
+
+    def set_rate(self, position: int) -> None:
+        """Set the learning rate of the step at ``position``, the steps from the run's start.
+
+        From where the run is, not from a count of the steps that were made: a run that is resumed
+        with other batches, and so with other steps an epoch, is at its place in the schedule.
+        """
+        if isinstance(self._optimizer._learning_rate, LRScheduler):
+            self._optimizer._learning_rate.step(position)
 
 
 class DistillationModel(ResumableModel):

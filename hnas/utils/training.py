@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +29,6 @@ from hnas.parallel.distributed import (
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import SearchSpace
 from hnas.utils.callbacks import Checkpoints, TrainLogger, VisualDLWriter
-from hnas.utils.checkpoint import load_training, newest_set, restore_generators
 from hnas.utils.gradient_step import (
     GradientStep,
     learning_rate,
@@ -38,8 +36,8 @@ from hnas.utils.gradient_step import (
     swinging_rate,
 )
 from hnas.utils.hapi_wrapper import ResumableModel
-from hnas.utils.options import TRAINING, Options
-from hnas.utils.public_files import CheckpointError
+from hnas.utils.options import Options
+from hnas.utils.resuming import describe_run, resume
 from hnas.utils.weights import (
     PARAMS,
     Checkpoint,
@@ -52,18 +50,6 @@ from hnas.utils.weights import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Flags that do not change what is computed; paths may differ on another machine.
-# fmt: off
-NEUTRAL_FLAGS = frozenset((
-    "save_dir", "save_dir_new", "save_freq", "save_steps", "keep", "log_freq", "eval_freq",
-    "bn_calibration_images", "resume", "train_flag", "image_dir", "pretrained", "use_ckpt",
-    "ckpt_dir", "num_workers", "device", "verify_images", "bad_images", "cache_dir",
-    "visualdl_dir", "modelarch_file",
-))
-# fmt: on
-# What decides which images a step of an epoch sees.
-DATA_ORDER = frozenset({"images", "total_batch", "seed"})
 
 
 def pretrained_network(options: Options, classes: Sequence[str], space: SearchSpace) -> ResNet:
@@ -178,16 +164,19 @@ def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=
     if options.visualdl_dir and is_main_process():
         callbacks = [*callbacks, VisualDLWriter(options.visualdl_dir, options.log_freq)]
     run = describe_run(options, loader)
-    start = resume(model, options, log, run)
-    logger.info("training from epoch %d step %d", start[0] + 1, start[1] + 1)
+    start = resume(model, options, log, run, len(loader))
+    logger.info("training from epoch %d step %d", start.epoch + 1, start.step + 1)
+    if start.epoch >= options.max_epoch:
+        logger.info("all %d epochs are done already: nothing is left to train", options.max_epoch)
     with StopSignals(patient=world_size() > 1) as stop:
         if world_size() > 1:
-            agree(start, "the epoch and step to start from")
+            agree(start.position, "the epoch and step to start from")
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             stop = model.exchange = GradientExchange(trained, stop)
-        saver = Checkpoints(options, log, stop, run, about_weights(options, loader))
-        model.fit(loader, options.max_epoch, [log, saver, *callbacks], start)
+        about = about_weights(options, loader)
+        saver = Checkpoints(options, log, stop, run, start.run_id, about)
+        model.fit(loader, options.max_epoch, [log, saver, *callbacks], start.position)
     if is_main_process():
         # Also when nothing was left to train: a kill may have come just before either.
         write_json(Path(options.save_dir) / "history.json", log.history())
@@ -204,64 +193,3 @@ def about_weights(options: Options, loader: EpochLoader) -> dict:
         "freeze_bn": options.freeze_bn,
         "classes": list(loader.dataset.images.classes),
     }
-
-
-def describe_run(options: Options, loader: EpochLoader) -> dict:
-    """What a run's result depends on: its settings and its images.
-
-    The samplers and augmentations have no state of their own: what they draw depends on these
-    settings, the epoch and the step.
-    """
-    settings = {
-        option.name: getattr(options, option.name)
-        for option in dataclasses.fields(options)
-        if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] & TRAINING
-    }
-    return {
-        **settings,
-        "total_batch": loader.total_batch,
-        "images": loader.dataset.images.digest(),
-    }
-
-
-def resume(model: ResumableModel, options: Options, log: TrainLogger, run: dict) -> tuple[int, int]:
-    """Restore the newest checkpoint of the folder that ``--resume`` names.
-
-    Returns:
-        The (epoch, step) that is next, both from 0.
-
-    Raises:
-        CheckpointError: a folder was named and holds nothing to resume from, or the checkpoint
-            is within an epoch of other images, batches or seed.
-    """
-    if not options.resume:
-        return 0, 0
-    folder = options.save_dir if options.resume == "auto" else options.resume
-    stem = newest_set(folder)
-    if stem is None and options.resume != "auto":
-        raise CheckpointError(f"--resume {folder}: no whole set of .pdparams, .pdopt, .pdstates")
-    if stem is None:
-        logger.info("nothing to resume in %s: starting anew", folder)
-        return 0, 0
-    progress = load_training(stem, model.network, model._optimizer)
-    try:
-        log.restore(progress["losses"])
-        restore_generators(progress["generators"])
-        model.gradients.restore(progress.get("scaler", {}))
-        epoch, step = int(progress["epoch"]), int(progress["step"])
-        before = progress["run"]
-        if "batch_size" in before:
-            # Checkpoints of times when one process was all there was.
-            before = {"total_batch": before["batch_size"], **before}
-        changed = [key for key in run if before.get(key, run[key]) != run[key]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{stem}.pdstates is not what this program saves: {error}") from None
-    if step and set(changed) & DATA_ORDER:
-        raise CheckpointError(
-            f"{stem} is in the middle of an epoch, and {', '.join(changed)} differ now; resume "
-            "with the same, or start anew"
-        )
-    if changed:
-        logger.warning("resumed with other values than before: %s", ", ".join(changed))
-    logger.info("resumed from %s", stem)
-    return epoch, step
