@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,21 +16,28 @@ from pathlib import Path
 from hnas.base.errors import UserError
 
 DIGEST = ".sha256"
+# Of temporary files: process number and, except in earlier versions, a random one.
+TEMPORARY = re.compile(r"\..+\.\d+(-[0-9a-f]{16})?\.tmp")
+ABANDONED_SECONDS = 3600
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of ``path`` when the block ends.
 
-    The content is on the disk before it does; if the block fails, ``path`` stays as it was.
+    The content is on the disk before it does; if the block fails, ``path`` stays as it was. The
+    temporary file is there, empty, and locked while the block runs, so that
+    :func:`remove_leftovers` knows that its writer lives.
 
     Raises:
         UserError: the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    lock = None
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _create_locked(temporary)
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
@@ -38,6 +48,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary(path: Path) -> Path:
+    # Containers that share a folder may use the same process number.
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+
+
+def _create_locked(path: Path) -> int:
+    """Create an empty file; gives a descriptor that holds its lock, where the disk has locks."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists():
+            return descriptor
+        # Deleted as a leftover, before it was locked.
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:
@@ -49,10 +79,67 @@ def _flush(path: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files that killed processes left in ``folder``."""
+    """Delete the temporary files that killed processes left in ``folder``; not living ones'."""
     for path in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-            path.unlink(missing_ok=True)
+        if TEMPORARY.fullmatch(path.name):
+            with _is_left(path) as is_left, suppress(OSError):
+                if is_left:
+                    path.unlink()
+
+
+@contextmanager
+def _is_left(path: Path) -> Iterator[bool]:
+    """Within the context: whether nobody writes to a temporary file any more."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_left = True
+    except BlockingIOError:
+        is_left = False
+    except OSError:
+        # A disk without locks.
+        is_left = time.time() - os.fstat(descriptor).st_mtime > ABANDONED_SECONDS
+    try:
+        yield is_left
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Try a file in a folder that results will go to, before they are computed.
+
+    The folder is made if there is none.
+
+    Raises:
+        UserError: it cannot be written; names the flag.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(folder / "try")
+        try:
+            temporary.write_bytes(bytes(4096))
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {flag} {folder}: {error.strerror or error}; choose another folder"
+        ) from error
+
+
+def check_output(path: str | Path, flag: str) -> None:
+    """As :func:`check_writable`, for a file that a flag names.
+
+    Raises:
+        UserError: its folder cannot be written, or it is a folder itself.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path} is a folder; name a file in it")
+    check_writable(Path(path).parent, flag)
 
 
 def digest_path(path: str | Path) -> Path:

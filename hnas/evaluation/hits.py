@@ -7,8 +7,26 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from hnas.base.errors import UserError
+
 NEAR = 1e-4
 """Two logits this close may swap places in an engine that adds in another order."""
+
+
+class LogitsError(UserError):
+    """A network gives logits that are NaN or infinite, so it has no accuracy.
+
+    Args:
+        who: the network, e.g. ``architecture 1552...``.
+        bad: images with such logits.
+        images: how many were looked at.
+    """
+
+    def __init__(self, who: str, bad: int, images: int):
+        super().__init__(
+            f"{who} gives logits that are not finite for {bad} of {images} images, so it has no "
+            "accuracy; use other weights or, where --amp overflows, --amp O0"
+        )
 
 
 @dataclass
@@ -42,7 +60,7 @@ class Counts:
         self.images += more.images
 
     def columns(self) -> tuple[np.ndarray, ...]:
-        """The four arrays, in the order of :func:`count_hits`."""
+        """The four arrays, in the order of the first columns of :func:`count_hits`."""
         return self.top1, self.top5, self.near1, self.near5
 
     def accuracy(self) -> np.ndarray:
@@ -69,20 +87,23 @@ def count_hits(logits: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
 
     An image is a top-k hit if fewer than k classes are ahead of its label. Ahead are the classes
     of larger logits and, of those with the same logit as the label, the ones of smaller index.
+    An image with a logit that is NaN or infinite is no hit, whichever logit it is.
 
     Args:
         logits: float32 [networks, N, classes].
         labels: int64 [N].
 
     Returns:
-        int64 [networks, 4]: ``top1``, ``top5``, ``near1`` and ``near5`` of :class:`Counts`.
+        int64 [networks, 5]: ``top1``, ``top5``, ``near1`` and ``near5`` of :class:`Counts`, and
+        the images that have such a logit, which callers refuse by :class:`LogitsError`.
     """
     networks, images, _ = logits.shape
+    bad = _not_finite(logits)
     index = labels.reshape([1, images, 1]).expand([networks, images, 1])
     own = paddle.take_along_axis(logits, index, axis=2)
     fewest_ahead = _count(logits > own + NEAR)
     most_ahead = _count(logits > own - NEAR) - 1  # without the label itself
-    near = [(fewest_ahead < k) != (most_ahead < k) for k in (1, 5)]
+    near = [((fewest_ahead < k) != (most_ahead < k)) & ~bad for k in (1, 5)]
     # The exact number matters only where a hit depends on it, which is rare.
     ahead = fewest_ahead.copy()
     for network, image in np.argwhere(near[0] | near[1]):
@@ -90,10 +111,25 @@ def count_hits(logits: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
         values = logits[network, image].numpy()
         ties = (values[:label] == values[label]).sum()
         ahead[network, image] = (values > values[label]).sum() + ties
-    columns = [ahead < 1, ahead < 5, *near]
+    columns = [(ahead < 1) & ~bad, (ahead < 5) & ~bad, *near, bad]
     return np.stack([column.sum(axis=1) for column in columns], axis=1).astype(np.int64)
 
 
+def _not_finite(logits: paddle.Tensor) -> np.ndarray:
+    """Which images [networks, N] have a logit that is NaN or infinite."""
+    # Neither vanishes from a sum, so one cheap pass finds them.
+    suspects = ~np.isfinite(_sum(logits).numpy())
+    if not suspects.any():
+        return suspects
+    # Large finite logits may add up to infinity, too.
+    return ~paddle.isfinite(logits).all(axis=2).numpy()
+
+
 def _count(condition: paddle.Tensor) -> np.ndarray:
-    # In float32, exact up to 2**24: Paddle's sums of integers take five times as long.
-    return condition.astype("float32").sum(axis=2).numpy().astype(np.int64)
+    return _sum(condition.astype("float32")).numpy().astype(np.int64)
+
+
+def _sum(x: paddle.Tensor) -> paddle.Tensor:
+    # As a product, which MKL does several times as fast as Paddle sums; of numbers 0 and 1 it is
+    # exact up to 2**24.
+    return x @ paddle.ones([x.shape[2]])

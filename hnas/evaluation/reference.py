@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import paddle
 from paddle import nn
 
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.calibration import calibrated
-from hnas.evaluation.hits import Counts, count_hits
+from hnas.evaluation.hits import Counts, LogitsError, count_hits
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture
 
@@ -17,7 +18,6 @@ Batches = Iterable[tuple[paddle.Tensor, paddle.Tensor]]
 """uint8 images [N, 3, H, W] and int64 labels [N], batch after batch; N may differ."""
 
 
-@paddle.no_grad()
 def evaluate_network(
     network: nn.Layer, loader: Batches, calibration: paddle.Tensor | None = None
 ) -> Counts:
@@ -32,13 +32,23 @@ def evaluate_network(
 
     Returns:
         Counts of length 1.
+
+    Raises:
+        LogitsError: a logit is NaN or infinite.
     """
+    return _count_network(network, loader, calibration, "the network")
+
+
+@paddle.no_grad()
+def _count_network(network: nn.Layer, loader: Batches, calibration, who: str) -> Counts:
     counts = Counts.zeros(1)
     with calibrated(network, None if calibration is None else normalize(calibration)):
         for images, labels in loader:
             logits = network(normalize(images))
-            (hits,) = count_hits(logits.unsqueeze(0), labels)
-            counts.add(Counts(*hits.reshape([-1, 1]), len(labels)))
+            ((*hits, bad),) = count_hits(logits.unsqueeze(0), labels)
+            if bad:
+                raise LogitsError(who, bad, len(labels))
+            counts.add(Counts(*np.reshape(hits, [-1, 1]), len(labels)))
     return counts
 
 
@@ -57,11 +67,14 @@ def evaluate_reference(
         loader: of the images to score, iterated once an architecture.
         calibration: as in :func:`evaluate_network`, for each sub-network anew.
         progress: called with 1 after each architecture.
+
+    Raises:
+        LogitsError: a logit is NaN or infinite; names the architecture.
     """
     counts = Counts.zeros(len(archs))
     for index, arch in enumerate(archs):
         network.activate(arch)
-        own = evaluate_network(network, loader, calibration)
+        own = _count_network(network, loader, calibration, f"architecture {arch.code}")
         for column, (value,) in zip(counts.columns(), own.columns(), strict=True):
             column[index] = value
         counts.images = own.images

@@ -14,7 +14,7 @@ from hnas.dataset.transforms import normalize
 from hnas.evaluation.cpu.inference import InferenceKernels, cpu_threads, filters_are_fresh
 from hnas.evaluation.cpu.matmul import MatmulKernels
 from hnas.evaluation.cpu.winograd import WinogradKernels
-from hnas.evaluation.hits import Counts, count_hits
+from hnas.evaluation.hits import Counts, LogitsError, count_hits
 from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree
 from hnas.evaluation.weights import STEM, SlicedWeights, leading_channels
@@ -43,6 +43,7 @@ class SharedEvaluator:
         amp: mixed precision on GPUs, ``O0``, ``O1`` or ``O2``.
 
     Attributes:
+        archs: as given.
         tree: the prefix tree.
         macs: multiply-accumulates executed so far, of convolutions, all images together.
         kernel_seconds: time spent in operators; the rest of a walk is Python.
@@ -56,6 +57,7 @@ class SharedEvaluator:
         calibration: paddle.Tensor | None = None,
         amp: str = "O0",
     ):
+        self.archs = list(archs)
         self.tree = PrefixTree(network.space, archs)
         self.macs = 0
         self.kernel_seconds = 0.0
@@ -106,6 +108,9 @@ class SharedEvaluator:
             images: uint8 [N, 3, H, W].
             labels: int64 [N].
             progress: called with the number of architectures that were just finished.
+
+        Raises:
+            LogitsError: a logit is NaN or infinite; names the architecture.
         """
         walk = _Walk(self, labels, counts, progress)
         x = normalize(images)
@@ -224,8 +229,11 @@ class _Walk:
     def _multiply_heads(self, channels: int) -> None:
         rows = self._features.pop(channels)
         hits = self._timed(self._head_hits, [features for _, features in rows], channels)
-        for (leaves, _), found in zip(rows, hits, strict=True):
+        for (leaves, _), (*found, bad) in zip(rows, hits, strict=True):
             archs = self._tree.order[leaves.start : leaves.stop]
+            if bad:
+                code = self._evaluator.archs[archs[0]].code
+                raise LogitsError(f"architecture {code}", bad, len(self._labels))
             for column, value in zip(self._counts.columns(), found, strict=True):
                 column[archs] += value
             self._progress(len(leaves))

@@ -57,11 +57,13 @@ def save_training(
         UserError: files that cannot be written.
     """
     check_finite(network)
+    number = 1 + max((order[0] for order, _ in _sets(Path(stem).parent)), default=0)
     digests = {
         PARAMS: write_state(f"{stem}{PARAMS}", network.state_dict(), about),
         OPTIMIZER: write_state(f"{stem}{OPTIMIZER}", optimizer_state(network, optimizer)),
     }
-    write_state(f"{stem}{STATES}", {**progress, "digests": digests, "saved": time.time()})
+    made = {"digests": digests, "saved": time.time(), "number": number}
+    write_state(f"{stem}{STATES}", {**progress, **made})
 
 
 def load_training(stem: str | Path, network: nn.Layer, optimizer) -> dict:
@@ -95,21 +97,11 @@ def read_progress(stem: str | Path) -> dict:
 def newest_set(folder: str | Path, run_id: str | None = None) -> Path | None:
     """The set in ``folder`` that was saved last and is whole, as a path without suffix.
 
-    With a ``run_id`` only that run's sets count; see :func:`run_of`.
-    One that a crash left unfinished, or that is damaged, is passed over with a line in the log.
+    With a ``run_id`` only that run's sets count; see :func:`run_of`. Each set has a larger number
+    than those that were there when it was saved; clocks may go back. One that a crash left
+    unfinished, or that is damaged, is passed over with a line in the log.
     """
-    sets = []
-    for path in Path(folder).glob(f"*{STATES}"):
-        stem = path.with_suffix("")
-        if not SET_NAME.fullmatch(stem.name):
-            continue
-        try:
-            progress = read_progress(stem)
-            if run_id in (None, run_of(progress)):
-                sets.append((progress["saved"], stem))
-        except UserError as error:
-            logger.warning("passed over %s: %s", stem, error)
-    for _, stem in sorted(sets, reverse=True):
+    for _, stem in sorted(_sets(Path(folder), run_id, log=True), reverse=True):
         try:
             _check_whole(stem, read_progress(stem))
             return stem
@@ -121,6 +113,35 @@ def newest_set(folder: str | Path, run_id: str | None = None) -> Path | None:
 def run_of(progress: Mapping) -> str:
     """The id of the run that saved a set; empty: by a version without ids."""
     return progress.get("run_id", "")
+
+
+def _sets(
+    folder: Path, run_id: str | None = None, log: bool = False
+) -> list[tuple[tuple[int, int, int], Path]]:
+    """The sets in a folder, and by what they are ordered: their number, then their position.
+
+    Sets of earlier versions have no number.
+    """
+    sets = []
+    for path in folder.glob(f"*{STATES}"):
+        stem = path.with_suffix("")
+        if not SET_NAME.fullmatch(stem.name):
+            continue
+        try:
+            progress = read_progress(stem)
+            if run_id in (None, run_of(progress)):
+                sets.append((_order(stem, progress), stem))
+        except UserError as error:
+            if log:
+                logger.warning("passed over %s: %s", stem, error)
+    return sets
+
+
+def _order(stem: Path, progress: Mapping) -> tuple[int, int, int]:
+    order = tuple(progress.get(name, 0) for name in ("number", "epoch", "step"))
+    if not all(isinstance(part, int) and 0 <= part < 2**62 for part in order):
+        raise CheckpointError(f"{stem}{STATES} is not what this program saves; start anew")
+    return order
 
 
 def _check_whole(stem: Path, progress: Mapping) -> None:

@@ -33,11 +33,12 @@ BACKBONE_PREFIX = "backbone."
 CONTRASTIVE = re.compile(r"(key_backbone|neck|key_neck)\..+|queue|queue_pointer")
 CLASSIFIER = re.compile(r"blocks\.\d+\.fc\.bias")
 LAST_NORM = re.compile(r"(backbone\.)?blocks\.\d+\.bn2\.weight")
+VARIANCE = "._variance"
 LISTED = 10
 
 
 class NotFiniteError(CheckpointError):
-    """Weights that are not finite; they must not replace good ones."""
+    """Weights that are not finite: none to go on with, nor to replace good ones."""
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -118,7 +119,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Weights by parameter name, in the plain network's names, whatever wrote them.
 
     Raises:
-        CheckpointError: missing file, not a dict of arrays, or a name twice.
+        CheckpointError: missing file, not a dict of arrays, a name twice, or negative variances.
+        NotFiniteError: NaN, infinity, or numbers that are infinite as float32.
         UnsafePickleError: broken, or holds something else than a state dict.
     """
     path = find_checkpoint(path)
@@ -135,8 +137,32 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             )
         arrays[str(name)] = value
     weights, is_public = plain_weights(arrays, path)
+    check_values(weights, path)
     # Public Track 1 code trains at frozen statistics, whatever its users meant to do.
     return Checkpoint(weights, about or ({"freeze_bn": True} if is_public else {}))
+
+
+def check_values(weights: Mapping[str, np.ndarray], source: str | Path) -> None:
+    """Look at every number that was read, as the float32 that networks compute with.
+
+    Raises:
+        NotFiniteError: one is NaN, infinite, or too large.
+        CheckpointError: a running variance is negative.
+    """
+    for name, value in weights.items():
+        if value.dtype.kind != "f":
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):
+            finite = np.isfinite(value.astype(np.float32, copy=False))
+        if not finite.all():
+            raise NotFiniteError(
+                f"checkpoint {source}: {value.size - np.count_nonzero(finite)} of {value.size} "
+                f"numbers of {name} are not finite in float32; take an earlier checkpoint"
+            )
+        if name.endswith(VARIANCE) and (value < 0).any():
+            raise CheckpointError(
+                f"checkpoint {source}: {name} holds negative variances; take another file"
+            )
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
