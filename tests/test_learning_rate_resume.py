@@ -26,7 +26,7 @@ from hnas.utils.weights import file_digest, write_state
 IMAGES, EPOCHS, WARMUP, LR = 64, 4, 1, 0.5
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 (as a signal is no error)
     """The end of a run that nobody asked for."""
 
 
