@@ -117,7 +117,7 @@ def run_of(progress: Mapping) -> str:
 
 def _sets(
     folder: Path, run_id: str | None = None, log: bool = False
-) -> list[tuple[tuple[int, int, int], Path]]:
+) -> list[tuple[tuple[int, ...], Path]]:
     """The sets in a folder, and by what they are ordered: their number, then their position.
 
     Sets of earlier versions have no number.
@@ -130,18 +130,17 @@ def _sets(
         try:
             progress = read_progress(stem)
             if run_id in (None, run_of(progress)):
-                sets.append((_order(stem, progress), stem))
+                sets.append((_order(progress), stem))
         except UserError as error:
             if log:
                 logger.warning("passed over %s: %s", stem, error)
     return sets
 
 
-def _order(stem: Path, progress: Mapping) -> tuple[int, int, int]:
-    order = tuple(progress.get(name, 0) for name in ("number", "epoch", "step"))
-    if not all(isinstance(part, int) and 0 <= part < 2**62 for part in order):
-        raise CheckpointError(f"{stem}{STATES} is not what this program saves; start anew")
-    return order
+def _order(progress: Mapping) -> tuple[int, ...]:
+    """A set's number and position; nonsense counts as 0, and is refused when the set is loaded."""
+    parts = (progress.get(name) for name in ("number", "epoch", "step"))
+    return tuple(part if isinstance(part, int) and 0 <= part < 2**62 else 0 for part in parts)
 
 
 def _check_whole(stem: Path, progress: Mapping) -> None:
