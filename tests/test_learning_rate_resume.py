@@ -29,7 +29,7 @@ from hnas.utils.weights import file_digest, write_state
 IMAGES, EPOCHS, WARMUP, LR = 64, 4, 1, 0.5
 
 
-class KilledError(Exception):
+class Killed(Exception):  # noqa: N818 (as a signal is no error)
     """The end of a run that nobody asked for."""
 
 
@@ -48,7 +48,7 @@ class Loader:
     def epoch(self, epoch, first):
         for step in range(first, len(self)):
             if (epoch, step) == self.kill_at:
-                raise KilledError
+                raise Killed
             yield paddle.full([2, 3], 0.1 * (epoch + step + 1))
 
 
@@ -93,7 +93,7 @@ def train_to(folder, batch, processes=1, kill_at=None, **flags):
             training.prepare(model, options, len(loader))
         try:
             training.fit(model, options, loader)
-        except KilledError:
+        except Killed:
             assert kill_at
     return model
 
