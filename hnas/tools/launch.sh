@@ -7,12 +7,44 @@ master=${master:-}                                              # HOST:PORT of t
 node_rank=${node_rank:-}                                        # this machine's number, from 0
 python=${python:-}                                              # none: .venv's, or python3
 
-if [ -z "$python" ]; then
-    python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# whole NAME VALUE LEAST: VALUE is a whole number from LEAST to 9999.
+whole() {
+    case $2 in
+        "" | *[!0-9]* | 0?* | ?????*) refuse "$1=$2 is not a whole number from $3 to 9999" ;;
+    esac
+    [ "$2" -ge "$3" ] || refuse "$1=$2 is too small; the least is $3"
+}
+
+whole processes "$processes" 1
+whole nnodes "$nnodes" 1
+if [ -n "$threads" ]; then
+    whole threads "$threads" 1
 fi
 local_processes=$processes
 if [ -n "$gpus" ]; then
+    case $gpus in
+        *[!0-9,]* | ,* | *, | *,,*) refuse "gpus=$gpus is not a list of numbers as 0,1,2,3" ;;
+    esac
     local_processes=$(echo "$gpus" | tr , '\n' | grep -c .)
+    if [ "$(echo "$gpus" | tr , '\n' | sort -n | uniq | grep -c .)" != "$local_processes" ]; then
+        refuse "gpus=$gpus names a GPU twice"
+    fi
+fi
+if [ -z "$python" ]; then
+    python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+fi
+if [ -d "$python" ] || ! command -v "$python" >/dev/null 2>&1; then
+    refuse "python=$python cannot be run; give the path of Python 3, or sh run_demo.sh makes .venv"
+fi
+# Paddle would wait for the others of a run that this one is no part of.
+if [ "${PADDLE_TRAINERS_NUM:-1}" != 1 ]; then
+    refuse "PADDLE_TRAINERS_NUM=$PADDLE_TRAINERS_NUM is left in the environment; unset it: \
+processes, gpus and nnodes say how many"
 fi
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 if [ -z "$threads" ]; then
@@ -38,21 +70,32 @@ export PYTHONWARNINGS="$quiet${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 # Paddle's C++ code: errors only; it warns of a method that stage 3 does not use.
 export GLOG_minloglevel="${GLOG_minloglevel:-2}"
 
-refuse() {
-    echo "error: $1" >&2
-    exit 2
-}
-
 # launch SCRIPT FLAGS...: plain Python for one process, Paddle's launcher for several.
 launch() {
     if [ -n "$gpus" ] && [ "$processes" != 1 ]; then
         refuse "gpus and processes are both set; processes is for CPUs"
     fi
-    if [ "$nnodes" != 1 ] && { [ -z "$master" ] || [ -z "$node_rank" ]; }; then
-        refuse "nnodes=$nnodes needs master=HOST:PORT, the same everywhere, and node_rank=0, 1, ..."
+    case ${save_dir-} in
+        None | False) refuse "save_dir=$save_dir: results need a folder" ;;
+    esac
+    if [ "$nnodes" != 1 ]; then
+        if [ -z "$master" ] || [ -z "$node_rank" ]; then
+            refuse "nnodes=$nnodes needs master=HOST:PORT, the same everywhere, and \
+node_rank=0, 1, ..."
+        fi
+        case ${master##*:} in
+            "$master" | "" | *[!0-9]*) refuse "master=$master is not HOST:PORT" ;;
+        esac
+        whole node_rank "$node_rank" 0
+        [ "$node_rank" -lt "$nnodes" ] || refuse "node_rank=$node_rank is not below nnodes=$nnodes"
     fi
     if [ -n "$gpus" ]; then
         export CUDA_VISIBLE_DEVICES="$gpus"
+    elif [ "$processes" != 1 ]; then
+        # Paddle's launcher gives every process a device of those that it sees, which it may run
+        # out of. -1 is none, for each of them.
+        CUDA_VISIBLE_DEVICES=$(seq "$processes" | sed 's/.*/-1/' | paste -sd , -)
+        export CUDA_VISIBLE_DEVICES
     fi
     if [ "$local_processes" = 1 ] && [ "$nnodes" = 1 ]; then
         exec "$python" -u "$@"
@@ -63,6 +106,7 @@ launch() {
         logs="$save_dir/log$node_rank"
         set -- --nnodes "$nnodes" --master "$master" --rank "$node_rank" "$@"
     fi
+    mkdir -p -- "$logs" 2>/dev/null || refuse "cannot make the folder $logs; choose another save_dir"
     exec "$python" -m paddle.distributed.launch --nproc_per_node "$local_processes" \
         --log_dir "$logs" --log_level WARNING "$@"
 }
