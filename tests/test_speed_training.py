@@ -34,17 +34,16 @@ def trained(kind, stage, frozen):
         network = build_network("resnet48_mini", 10)
         teacher = build_network("resnet48_mini", 10, elastic=False)
         calm(network)
-        if frozen:
-            settle(network, 32)
+        settle(network, 32)
         model = kind(network, teacher, FirstPlaceSampler(RESNET48_MINI, 1, 3, candidates=20))
     else:
         network = build_network("resnet48pinasv2_mini", 10, queue_size=32)
         calm(network.backbone)
-        if frozen:
-            settle(network.backbone, 32)
-            freeze_statistics(network)
+        settle(network.backbone, 32)
         network.reset_key_encoder()
         model = kind(network, LargestSampler(RESNET48_MINI, 2))
+    if frozen:
+        freeze_statistics(network)
     if kind in (StraightforwardContrast, StraightforwardDistillation):
         with_paddleslim_norms(network)
         assert not any(isinstance(layer, ElasticBatchNorm2D) for layer in network.sublayers())

@@ -12,8 +12,8 @@ are synthetic.
 
 A sample-forward is one image through one sub-network in training, its backward pass included: a
 step has ``batch_size`` times ``subnetworks`` in stage two, and in stage one twice ``batch_size``,
-one for each of its two passes, also where both are computed at once. All loops train at frozen
-BatchNorm statistics; in stage two the first place's law samples, without its extra network.
+one for each of its two passes, also where frozen statistics let both be computed at once. In stage
+two the first place's law samples, without its extra network.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ def main(argv=None) -> None:
         type=read_bool,
         default=False,
         help="compare the straightforward loop with itself",
+    )
+    parser.add_argument(
+        "--freeze_bn", type=read_bool, default=True, help="train at frozen BatchNorm statistics"
     )
     parser.add_argument("--loader_only", type=read_bool, default=False, help="no training")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
@@ -160,7 +163,7 @@ def measure(options, stage: int, folder: str) -> dict:
         "storage_size": round(options.image_size * 8 / 7),
         **{
             name: getattr(options, name)
-            for name in ("image_size", "batch_size", "subnetworks", "num_workers")
+            for name in ("image_size", "batch_size", "subnetworks", "num_workers", "freeze_bn")
         },
         "num_classes": len(list((Path(folder) / "train").iterdir())),
         "seed": options.seed,
@@ -181,6 +184,7 @@ def describe(options, stage: int) -> dict:
         "batch_size": options.batch_size,
         "threads": options.threads,
         "num_workers": options.num_workers,
+        "freeze_bn": options.freeze_bn,
     }
 
 

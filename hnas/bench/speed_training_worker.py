@@ -45,7 +45,7 @@ from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
 STRAIGHTFORWARD, PLAIN = "straightforward", "plain"  # any other loop is ours
 CALM_SCALE = 0.1
 LAST_BIT = 2.0**-24  # of a float32, relative
-KEY_PASSES = 2  # of a step of stage one, whose queries are the same in both passes
+KEY_PASSES = 2  # of a step of stage one
 
 
 class TimedStep(GradientStep):
@@ -79,13 +79,13 @@ class PlainSteps:
         forward_only: how often the first of them also runs without a backward pass.
     """
 
-    def __init__(self, settings, supernet, archs, forward_only: int = 0):
+    def __init__(self, settings, supernet, archs, forward_only: int):
         self._networks = [supernet.extract(arch) for arch in archs]
         self._forward_only = forward_only
         for network in self._networks:
             for layer in network.sublayers():
                 if isinstance(layer, nn.BatchNorm2D):
-                    layer._use_global_stats = True
+                    layer._use_global_stats = settings.freeze_bn or None
         use_onednn(*self._networks)
         parameters = [p for network in self._networks for p in network.parameters()]
         self._optimizer = momentum_optimizer(
@@ -119,13 +119,11 @@ def calm(network) -> None:
 
 @paddle.no_grad()
 def settle(network, image_size: int) -> None:
-    """Give a network the running statistics of noise, as a pretrained one has its images', and
-    freeze them."""
+    """Give a network the running statistics of noise, as a pretrained one has its images'."""
     paddle.seed(0)
     norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
     network.eval()
     measure(network, norms, paddle.randn([16, 3, image_size, image_size]))
-    freeze_statistics(network)
 
 
 class Loop:
@@ -161,10 +159,12 @@ class Loop:
             calm(network.backbone)
             settle(network.backbone, settings.image_size)
             network.reset_key_encoder()
-            freeze_statistics(network)
             model = kind(network, LargestSampler(space, 2))
             if self.kind == PLAIN:
-                return PlainSteps(settings, network.backbone, [space.largest()], KEY_PASSES)
+                # Frozen statistics let both passes' queries be computed once.
+                queries = 1 if settings.freeze_bn else 2
+                archs = [space.largest()] * queries
+                return PlainSteps(settings, network.backbone, archs, KEY_PASSES)
         else:
             network = build_network(settings.backbone, settings.num_classes, space)
             teacher = build_network(settings.backbone, settings.num_classes, space, False)
@@ -177,7 +177,9 @@ class Loop:
             model = kind(network, teacher, sampler)
             if self.kind == PLAIN:
                 archs = sampler.sample(0, 0)
-                return PlainSteps(settings, network, archs)
+                return PlainSteps(settings, network, archs, 0)
+        if settings.freeze_bn:
+            freeze_statistics(network)
         if straight:
             with_paddleslim_norms(network)
         else:
