@@ -150,7 +150,7 @@ def test_too_few_images_for_a_batch(folder):
 
 def calibration(root, number, **flags):
     options = Options(image_dir=str(root), image_size=32, bn_calibration_images=number, **flags)
-    images = calibration_images(options)
+    images = calibration_images(options, freeze_bn=False)
     return sorted(image.tobytes() for image in images.numpy())
 
 

@@ -24,6 +24,7 @@ from hnas.parallel.rollcall import LostRankError, RollCall
 from hnas.search_space import RESNET48_MINI
 from hnas.utils import training
 from hnas.utils.options import Options
+from hnas.utils.weights import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -168,7 +169,7 @@ class Runs:
             "batch_size": 4,
             "queue_size": 32,
             "dyna_batch_size": 2,
-            "lr": 0.3,
+            "lr": 0.03,
             "warmup": 1,
             "eval_freq": 0,
             "bn_calibration_images": 8,
@@ -209,8 +210,8 @@ class Runs:
         return "".join(path.read_text(errors="replace") for path in logs)
 
     def weights(self, name: str) -> dict[str, bytes]:
-        state = paddle.load(str(self.work / name / "final.pdparams"), return_numpy=True)
-        return {key: value.tobytes() for key, value in state.items()}
+        weights = read_weights(self.work / name / "final.pdparams")
+        return {key: value.tobytes() for key, value in weights.items()}
 
 
 @pytest.fixture

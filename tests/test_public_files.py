@@ -10,11 +10,11 @@ from collections import OrderedDict
 import numpy as np
 import paddle
 import pytest
-import train_supernet
-import train_supernet_pinas_stage1
 from PIL import Image
 from safetensors.numpy import save_file
 
+import train_supernet
+import train_supernet_pinas_stage1
 from hnas.base.errors import UserError
 from hnas.models.elastic import plain_name
 from hnas.models.pinasv2 import PiNASv2
@@ -27,9 +27,15 @@ from hnas.utils.training import (
     start_contrast_from_checkpoint,
     start_from_checkpoint,
 )
-from hnas.utils.weights import backbone_weights, read_checkpoint, read_weights, write_state
+from hnas.utils.weights import (
+    backbone_weights,
+    looks_like,
+    read_checkpoint,
+    read_weights,
+    write_state,
+)
 
-CLASSES, QUEUE, POINTER = list("0123456789"), 20, 10
+CLASSES, QUEUE, POINTER, BATCH = list("0123456789"), 40, 10, 20
 SPACE = RESNET48_MINI
 
 
@@ -278,7 +284,7 @@ def test_scores_are_those_of_the_plain_file(supernet, teacher, images, tmp_path,
         state = json.loads((tmp_path / name / "estimates.json").read_text())
         found[name].append(state)
     assert found["one"] == found["several"] == found["plain"]
-    assert 0 < sum(json.loads(found["plain"][1])[name]["acc"] for name in codes)
+    assert sum(json.loads(found["plain"][1])[name]["acc"] for name in codes) > 0
 
 
 # --- stage one goes on from them
@@ -298,20 +304,18 @@ def test_stage_one_goes_on_from_a_public_file(contrast, images, tmp_path, monkey
             ckpt_dir=tmp_path / "public.pdparams",
             max_epoch=1,
             lr=1e-6,
-            batch_size=QUEUE // 2,
-            save_steps=1,
+            batch_size=BATCH,
         )
     assert f"stage 1 goes on with {len(contrast)} tensors" in caplog.text
-    first, last = (read_weights(tmp_path / "out" / name) for name in ("0-1", "final"))
-    old = contrast["queue"]
-    # Keys go where the pointer was; the others are the file's.
-    np.testing.assert_array_equal(first["queue"][:, :POINTER], old[:, :POINTER])
-    assert not np.any(np.all(first["queue"][:, POINTER:] == old[:, POINTER:], axis=0))
-    assert first["queue_pointer"].tolist() == [0] and last["queue_pointer"].tolist() == [POINTER]
+    after = read_weights(tmp_path / "out/final")
+    # The one step's keys go where the pointer was; the others are the file's.
+    same = np.all(after["queue"] == contrast["queue"], axis=0)
+    assert same.nonzero()[0].tolist() == [*range(POINTER), *range(POINTER + BATCH, QUEUE)]
+    assert after["queue_pointer"].tolist() == [POINTER + BATCH]
     # The learning rate is as good as zero: the key encoder is on its way to the query encoder.
     name = "neck.project.bias"
     apart = (contrast[f"key_{name}"] - contrast[name]) * 0.999**2
-    np.testing.assert_allclose(first[f"key_{name}"] - first[name], apart, atol=1e-5)
+    np.testing.assert_allclose(after[f"key_{name}"] - after[name], apart, atol=1e-5)
     assert np.abs(apart).max() > 0.1
 
 
@@ -355,6 +359,11 @@ def test_a_queue_of_another_size_starts_anew(contrast, tmp_path, caplog):
     assert_same_bits(found, expected)
 
 
+@pytest.fixture(scope="module")
+def taker():
+    return new_contrast(9)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -363,33 +372,41 @@ def test_a_queue_of_another_size_starts_anew(contrast, tmp_path, caplog):
         ({"ofa_teacher_model.model.blocks.3.bn1.bias": None}, "1 missing: key_backbone.blocks.3"),
         ({"queue_ptr": None}, "1 missing: queue_pointer"),
         ({"queue_pointer": 1}, "holds queue_pointer twice"),
-        ({"queue": np.ones((3, QUEUE), np.float32)}, "of another shape: queue [3, 20] instead"),
+        ({"queue": np.ones((3, QUEUE), np.float32)}, "of another shape: queue [3, 40] instead"),
         ({"queue": np.float32([1])}, "of another shape: queue [1] instead"),
         ({"queue": np.array(1, np.float32)}, "of another shape: queue [] instead"),
     ],
 )
-def test_half_a_stage_one_is_refused(changes, told, contrast, tmp_path):
+def test_half_a_stage_one_is_refused(changes, told, contrast, taker, tmp_path):
     state = {**public_contrast(contrast), **changes}
     state = {name: value for name, value in state.items() if value is not None}
     state = {n: np.ones(1, np.float32) if type(v) is int else v for n, v in state.items()}
     pickled(state, tmp_path / "a.pdparams")
     with pytest.raises(CheckpointError) as caught:
-        start_contrast_from_checkpoint(new_contrast(9), str(tmp_path / "a.pdparams"), CLASSES)
+        start_contrast_from_checkpoint(taker, str(tmp_path / "a.pdparams"), CLASSES)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
 # --- another backbone's
 
 
-def test_a_file_of_another_backbone_says_which(supernet, contrast, tmp_path):
-    student = build_network("resnet48", 10)
-    for state in (wrapped(supernet), public_contrast(contrast)):
-        pickled(state, tmp_path / "a.pdparams")
-        with pytest.raises(CheckpointError) as caught:
-            start_from_checkpoint(student, str(tmp_path / "a.pdparams"), CLASSES)
-        told = "it is a resnet48_mini file: backbone=resnet48_mini, in stage 1"
-        assert told in str(caught.value) and "\n" not in str(caught.value)
-    # Of the same backbone there is nothing to say.
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [({}, "resnet48"), ({"model.neck.mlp.0.bias": np.ones(1, np.float32)}, "resnet48pinasv2")],
+)
+def test_a_file_of_another_backbone_says_which(beside, name, tmp_path):
+    """Of its tensors those suffice that tell the widths."""
+    few = {"blocks.0.conv.fn.weight": [64, 3, 7, 7], "blocks.23.bn2.weight": [512]}
+    state = {**wrapped({name: np.ones(shape, np.float32) for name, shape in few.items()}), **beside}
+    pickled(state, tmp_path / "a.pdparams")
+    assert looks_like(read_weights(tmp_path / "a")) == name
+    with pytest.raises(CheckpointError) as caught:
+        start_from_checkpoint(build_network("resnet48_mini", 10), str(tmp_path / "a"), CLASSES)
+    told = "it is a resnet48 file: backbone=resnet48, in stage 1 backbone=resnet48pinasv2)"
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_of_the_same_backbone_there_is_nothing_to_say(supernet, tmp_path):
     state = plain(supernet)
     del state["blocks.3.bn1.bias"]
     pickled(state, tmp_path / "a.pdparams")

@@ -30,6 +30,7 @@ from paddle import nn
 
 from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import UserError, run_main
+from hnas.bench.speed_training_worker import calm
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
@@ -81,7 +82,7 @@ class Training:
             "batch_size": 8,
             "queue_size": 64,
             "dyna_batch_size": 2,
-            "lr": 0.3,
+            "lr": 0.03,
             "warmup": 1,
             "eval_freq": 0,
             "log_freq": 1,
@@ -160,13 +161,14 @@ class Training:
 
 
 def write_inputs(work: Path, images_per_class: int) -> None:
-    """The images and a network to start from, of random weights and its own statistics."""
+    """The images and a network to start from: random weights, but fit to be trained frozen."""
     write_digits(work / "images")
     for folder in (work / "images").glob("*/*"):
         for path in sorted(folder.iterdir())[images_per_class:]:
             path.unlink()
     paddle.seed(0)
     network = build_network("resnet48_mini", num_classes=10, elastic=False)
+    calm(network)
     measure_statistics(network, work / "images", image_size=32)
     write_state(work / "pretrained.pdparams", network.state_dict())
 

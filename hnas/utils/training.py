@@ -123,13 +123,13 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
         return
     found = dict(checkpoint.weights)
     own = {plain_name(name): tensor.numpy() for name, tensor in network.state_dict().items()}
-    keys, most = found.get("queue", own["queue"]).shape[-1:], own["queue"].shape[-1:]
-    if keys and keys != most:
+    shape, wanted = found.get("queue", own["queue"]).shape, own["queue"].shape
+    if shape[:-1] == wanted[:-1] and shape != wanted:
         logger.warning(
             "%s has a queue of %d keys, not --queue_size %d: starting with a new one",
             path,
-            *keys,
-            *most,
+            shape[-1],
+            wanted[-1],
         )
         del found["queue"]
         found.pop("queue_pointer", None)
