@@ -68,7 +68,12 @@ def of(results, prefix):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "whole"),
-    [("stage1", "stage1"), ("accumulated", "stage1"), ("stage2", "stage2")],
+    [
+        ("stage1", "stage1"),
+        ("accumulated", "stage1"),
+        ("frozen", "frozen"),
+        ("stage2", "stage2"),
+    ],
 )
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradients_are_those_of_one_process_on_the_joined_batch(found, stage, whole, ranks):
@@ -109,7 +114,24 @@ def test_weights_queue_and_key_encoder_stay_equal_bit_for_bit(found, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
+def test_frozen_ranks_train_as_one_process(found, ranks):
+    """Without batch statistics nothing depends on which rank sees an image."""
+    whole = of(found[1][0], "frozen state")
+    assert len(whole) > 500
+    for results in found[ranks]:
+        for key, value in whole.items():
+            assert np.isfinite(value).all()
+            np.testing.assert_allclose(results[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+            assert results[key].tobytes() == found[ranks][0][key].tobytes(), key
+    moved = {key for key in of(found[1][0], "frozen moved") if found[1][0][key]}
+    assert {"frozen moved queue", "frozen moved key_neck.project.weight"} <= moved
+    assert not [key for key in moved if key.endswith(("._mean", "._variance"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_step_reduces_gradients_once(found, ranks):
+    assert found[ranks][0]["frozen calls"].tolist() == [1] * 3
     for stage in ("stage1", "stage2"):
         assert found[ranks][0][f"{stage} calls"].tolist() == [1] * 12
         assert found[1][0][f"{stage} calls"].tolist() == [0] * 12

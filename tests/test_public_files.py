@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
 from collections import OrderedDict
 
 import numpy as np
 import paddle
 import pytest
-from PIL import Image
+from entry_scripts import CLASSES, noise_images, run
 from safetensors.numpy import save_file
 
 import train_supernet
@@ -35,7 +34,7 @@ from hnas.utils.weights import (
     write_state,
 )
 
-CLASSES, QUEUE, POINTER, BATCH = list("0123456789"), 40, 10, 20
+QUEUE, POINTER, BATCH = 40, 10, 20
 SPACE = RESNET48_MINI
 
 
@@ -240,25 +239,7 @@ def test_pretrained_and_ckpt_dir_take_files_of_both_stages(
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two training and two validation images of noise in each of ten classes."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in CLASSES:
-            (root / split / name).mkdir(parents=True)
-            for index in range(2):
-                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
-
-
-def run(script, monkeypatch, images, save_dir, **flags):
-    """An entry script in this process."""
-    common = {"image_dir": images, "save_dir": save_dir, "image_size": 32, "num_workers": 0}
-    flags = {**common, "device": "cpu", "batch_size": 10, **flags}
-    line = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["script", "run", *line])
-    script.main()
+    return noise_images(tmp_path_factory.mktemp("images"))
 
 
 def test_scores_are_those_of_the_plain_file(supernet, teacher, images, tmp_path, monkeypatch):
