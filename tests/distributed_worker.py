@@ -12,7 +12,8 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from hnas.models.elastic import ElasticBatchNorm2D
+from hnas.bench.speed_training_worker import calm
+from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import GradientExchange, join_processes, leave, rank, world_size
@@ -40,6 +41,17 @@ def contrastive(accumulate: int = 1) -> ContrastiveModel:
     network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
     model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2), shuffle=True, seed=5)
     return trained(model, accumulate)
+
+
+def frozen() -> ContrastiveModel:
+    """Stage one's as it is run by default: statistics never move, keys are not shuffled."""
+    paddle.seed(1)
+    network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
+    for encoder in (network.backbone, network.key_backbone):
+        calm(encoder)
+    freeze_statistics(network)
+    model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2), shuffle=False, seed=5)
+    return trained(model)
 
 
 def accumulated() -> ContrastiveModel:
@@ -76,7 +88,9 @@ def use_running_statistics(model) -> None:
 
 def gradients_of_one_step(model, step: int) -> dict[str, np.ndarray]:
     """Gradients as the optimizer sees them, and which parameters have none."""
-    use_running_statistics(model)
+    norms = [layer for layer in model.network.sublayers() if isinstance(layer, ElasticBatchNorm2D)]
+    if not all(norm.frozen for norm in norms):
+        use_running_statistics(model)
     seen = {}
 
     def look():
@@ -117,6 +131,7 @@ def main(folder: Path) -> None:
     for name, build, steps in (
         ("stage1", contrastive, 12),
         ("accumulated", accumulated, 4),
+        ("frozen", frozen, 3),
         ("stage2", distilled, 12),
     ):
         for key, value in gradients_of_one_step(build(), 3).items():

@@ -27,6 +27,7 @@ from hnas.utils.checkpoint import (
 )
 from hnas.utils.public_files import CheckpointError
 from hnas.utils.weights import (
+    Checkpoint,
     NotFiniteError,
     backbone_weights,
     check_classes,
@@ -182,9 +183,10 @@ def test_bfloat16_bits_are_no_weights(plain):
 
 
 def test_class_count_is_checked_against_the_folders(plain):
-    check_classes(arrays_of(plain), 10, "F")
+    checkpoint = Checkpoint(arrays_of(plain), {})
+    check_classes(checkpoint, list("0123456789"), "F")
     with pytest.raises(CheckpointError, match="F classifies 10 classes, but image_dir has 7"):
-        check_classes(arrays_of(plain), 7, "F")
+        check_classes(checkpoint, list("0123456"), "F")
 
 
 def test_only_stage_ones_own_tensors_are_left_behind(caplog):

@@ -5,8 +5,10 @@ import shutil
 import numpy as np
 import paddle
 import pytest
+from paddle.vision.transforms import CenterCrop, Resize, functional_pil
 from PIL import Image
 
+from hnas.dataset import transforms
 from hnas.dataset.image_folder import DataError, scan_images
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import (
@@ -59,6 +61,55 @@ def test_eval_transform_takes_the_centre():
     np.testing.assert_array_equal(EvalTransform(35)(image), expected)
     assert EvalTransform(28)(image).shape == (3, 28, 28)
     assert EvalTransform(64)(gradient_image(10, 90)).shape == (3, 64, 64)
+
+
+def sizes_of_images(number):
+    """Widths and heights of all kinds: wide, tall, square, and with a side of 256."""
+    rng = np.random.default_rng(7)
+    drawn = rng.integers(60, 700, (number, 2))
+    drawn[::10, 0] = 256  # the shorter side, or not
+    drawn[5::10, 1] = 256
+    drawn[3::50] = drawn[3::50, :1]
+    return [(int(width), int(height)) for width, height in drawn]
+
+
+class Recorder:
+    """An image without pixels: what a transform does to its size."""
+
+    def __init__(self, size, done=()):
+        self.size, self.done = size, done
+
+    def resize(self, size, *_, **__):
+        return Recorder(size, (*self.done, ("resize", *size)))
+
+    def crop(self, box):
+        left, top, right, bottom = box
+        return Recorder((right - left, bottom - top), (*self.done, ("crop", *box)))
+
+
+def test_evaluation_resizes_and_crops_as_paddle_does(monkeypatch):
+    """Resize(256) and CenterCrop(224) on Paddle's Pillow backend, over 300 sizes."""
+    monkeypatch.setattr(functional_pil, "_get_image_size", lambda image, **_: image.size, False)
+    monkeypatch.setattr(transforms, "to_array", lambda image: image.done)
+    resized = 0
+    for size in sizes_of_images(300):
+        ours = EvalTransform(224)(Recorder(size))
+        theirs = functional_pil.center_crop(functional_pil.resize(Recorder(size), 256), 224)
+        assert ours == theirs.done, size
+        resized += len(ours) == 2
+    # The others have a shorter side of 256, and are left as they are.
+    assert 240 < resized < 300
+
+
+def test_evaluation_gives_paddles_pixels():
+    for width, height in sizes_of_images(300)[::8]:
+        # Smooth to read, and different everywhere: 7 x 5 random colours, enlarged.
+        colours = np.random.default_rng(width).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+        expected = CenterCrop(224)(Resize(256)(image))
+        assert expected.size == (224, 224)
+        found = EvalTransform(224)(image)
+        np.testing.assert_array_equal(found, np.asarray(expected).transpose(2, 0, 1))
 
 
 def test_whole_crop_without_flip_is_a_resize():
@@ -150,7 +201,7 @@ def test_too_few_images_for_a_batch(folder):
 
 def calibration(root, number, **flags):
     options = Options(image_dir=str(root), image_size=32, bn_calibration_images=number, **flags)
-    images = calibration_images(options)
+    images = calibration_images(options, freeze_bn=False)
     return sorted(image.tobytes() for image in images.numpy())
 
 

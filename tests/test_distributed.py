@@ -24,6 +24,7 @@ from hnas.parallel.rollcall import LostRankError, RollCall
 from hnas.search_space import RESNET48_MINI
 from hnas.utils import training
 from hnas.utils.options import Options
+from hnas.utils.weights import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -67,7 +68,12 @@ def of(results, prefix):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "whole"),
-    [("stage1", "stage1"), ("accumulated", "stage1"), ("stage2", "stage2")],
+    [
+        ("stage1", "stage1"),
+        ("accumulated", "stage1"),
+        ("frozen", "frozen"),
+        ("stage2", "stage2"),
+    ],
 )
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradients_are_those_of_one_process_on_the_joined_batch(found, stage, whole, ranks):
@@ -108,7 +114,24 @@ def test_weights_queue_and_key_encoder_stay_equal_bit_for_bit(found, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
+def test_frozen_ranks_train_as_one_process(found, ranks):
+    """Without batch statistics nothing depends on which rank sees an image."""
+    whole = of(found[1][0], "frozen state")
+    assert len(whole) > 500
+    for results in found[ranks]:
+        for key, value in whole.items():
+            assert np.isfinite(value).all()
+            np.testing.assert_allclose(results[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+            assert results[key].tobytes() == found[ranks][0][key].tobytes(), key
+    moved = {key for key in of(found[1][0], "frozen moved") if found[1][0][key]}
+    assert {"frozen moved queue", "frozen moved key_neck.project.weight"} <= moved
+    assert not [key for key in moved if key.endswith(("._mean", "._variance"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_step_reduces_gradients_once(found, ranks):
+    assert found[ranks][0]["frozen calls"].tolist() == [1] * 3
     for stage in ("stage1", "stage2"):
         assert found[ranks][0][f"{stage} calls"].tolist() == [1] * 12
         assert found[1][0][f"{stage} calls"].tolist() == [0] * 12
@@ -168,7 +191,7 @@ class Runs:
             "batch_size": 4,
             "queue_size": 32,
             "dyna_batch_size": 2,
-            "lr": 0.3,
+            "lr": 0.03,
             "warmup": 1,
             "eval_freq": 0,
             "bn_calibration_images": 8,
@@ -209,8 +232,8 @@ class Runs:
         return "".join(path.read_text(errors="replace") for path in logs)
 
     def weights(self, name: str) -> dict[str, bytes]:
-        state = paddle.load(str(self.work / name / "final.pdparams"), return_numpy=True)
-        return {key: value.tobytes() for key, value in state.items()}
+        weights = read_weights(self.work / name / "final.pdparams")
+        return {key: value.tobytes() for key, value in weights.items()}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hnas.base.errors import UserError
-from hnas.utils.options import Options, Stage, default_of, parse_options
+from hnas.utils.options import AUTO, Options, Stage, default_of, parse_options
 from hnas.utils.runtime import start
 
 ROOT = Path(__file__).parents[1]
@@ -123,8 +123,14 @@ def test_defaults_are_the_recipes(stage, expected):
 def test_defaults_of_single_stages():
     stage1, stage2, stage3 = (parse(stage) for stage in SCRIPTS)
     assert stage1.largest_net_in_stage1 is True
-    assert (stage1.queue_size, stage1.key_momentum, stage1.temperature) == (65536, 0.999, 0.2)
-    assert stage2.bias_sample_flag is True
+    assert (stage1.queue_size, stage1.key_momentum, stage1.temperature) == (40960, 0.999, 0.1)
+    assert (stage1.weight_decay, stage2.weight_decay) == (1e-4, 3e-5)
+    assert (stage1.freeze_bn, stage2.freeze_bn) == (True, True)
+    assert (stage1.stage1_views, stage1.lr_schedule) == ("two_kinds", "cosine")
+    assert stage1.exchange_views is False and stage1.crop_scale_min == 0.08
+    assert (stage2.sample_method, stage2.bias_sample_flag) == ("random", True)
+    assert (stage2.stage1_sample_num, stage2.extra_random_every) == (400, 3)
+    assert stage2.bn_calibration_images == stage3.bn_calibration_images == AUTO
     assert (stage3.backbone, stage3.batch_size) == ("resnet48", 256)
 
 
@@ -132,6 +138,7 @@ def test_defaults_of_the_tools():
     pretrain, standalone = (parse(stage) for stage in (Stage.PRETRAIN, Stage.STANDALONE))
     assert (pretrain.max_epoch, pretrain.lr, pretrain.keep) == (90, 0.1, 0)
     assert (standalone.max_epoch, standalone.lr, standalone.keep) == (90, 0.1, 1)
+    assert pretrain.freeze_bn is standalone.freeze_bn is False
 
 
 def test_results_of_stages_go_to_folders_of_their_own():
@@ -141,9 +148,11 @@ def test_results_of_stages_go_to_folders_of_their_own():
 
 def test_own_defaults_are_of_the_flags_type_and_within_its_bounds():
     for stage in Stage:
-        line = [
-            f"--{option.name}={default_of(option, stage)}" for option in dataclasses.fields(Options)
-        ]
+        line = []
+        for option in dataclasses.fields(Options):
+            default = default_of(option, stage)
+            is_auto = option.metadata["auto"] and default == AUTO
+            line.append(f"--{option.name}={'auto' if is_auto else default}")
         assert parse(stage, *line) == parse(stage)
 
 
@@ -191,10 +200,11 @@ def test_what_every_training_uses_is_not_said_to_have_no_effect(caplog):
 
 
 @pytest.mark.parametrize("stage", Stage, ids=str)
-def test_the_number_of_pairs_is_accepted_and_has_no_effect(stage, caplog):
+def test_the_number_of_candidates_has_an_effect_where_it_is_used(stage, caplog):
     with caplog.at_level(logging.INFO):
         assert parse(stage, "--stage1_sample_num", "1").stage1_sample_num == 1
-    assert caplog.messages == [f"--stage1_sample_num has no effect in {stage}"]
+    idle = [f"--stage1_sample_num has no effect in {stage}"]
+    assert caplog.messages == ([] if stage is DISTILL else idle)
     assert parse(stage).stage1_sample_num == 400
 
 
@@ -250,7 +260,9 @@ def test_an_unknown_command():
         ("save_freq", "0"),
         ("log_freq", "0"),
         ("eval_freq", "-1"),
-        ("bn_calibration_images", "-1"),
+        ("bn_calibration_images", "-2"),
+        ("stage1_sample_num", "100001"),
+        ("extra_random_every", "-1"),
         ("num_workers", "-1"),
         ("crop_scale_min", "0"),
         ("crop_scale_min", "1.5"),
@@ -288,6 +300,9 @@ def test_numbers_are_finite(flag, text):
         ("train_flag", "2"),
         ("device", "tpu"),
         ("sample_space", "all"),
+        ("stage1_views", "three"),
+        ("lr_schedule", "step"),
+        ("freeze_bn", "maybe"),
     ],
 )
 def test_wrong_values_name_flag_and_value(flag, text):
@@ -314,6 +329,40 @@ def test_a_huge_seed_is_refused_or_works():
         start(options)
 
 
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("json_path", "the architectures to score are given by --modelarch_file"),
+        ("phase", "every stage is a script of its own: train_supernet_pinas_stage1.py, "),
+        ("mode", "every stage is a script of its own: train_supernet_pinas_stage1.py, "),
+    ],
+)
+@STAGES
+def test_flags_of_public_code_say_what_stands_for_them(stage, flag, instead):
+    for arguments in ([f"--{flag}", "x"], [f"--{flag}=x"]):
+        message = refusal(*arguments, stage=stage)
+        assert message.startswith(f"unknown flag --{flag}; {instead}")
+    scripts = re.findall(r"\w+\.py", refusal("--mode", "x", stage=stage))
+    assert scripts == [f"{SCRIPTS[own]}.py" for own in (CONTRAST, DISTILL, SCORE)]
+
+
+@pytest.mark.parametrize("text", ["160,192,224", "224,"])
+@STAGES
+def test_several_image_sizes_are_refused(stage, text):
+    message = refusal("--image_size", text, stage=stage)
+    assert message.startswith(f"argument --image_size: {text}: ") and "one size" in message
+
+
+@pytest.mark.parametrize("stage", [DISTILL, SCORE], ids=str)
+def test_calibration_images_may_be_left_to_the_checkpoint(stage):
+    assert parse(stage, "--bn_calibration_images", "auto") == parse(stage)
+    assert parse(stage, "--bn_calibration_images=0").bn_calibration_images == 0
+    assert "'Auto'" in refusal("--bn_calibration_images", "Auto", stage=stage)
+    # Only there: other numbers stay numbers.
+    assert "'auto'" in refusal("--batch_size", "auto", stage=stage)
+    assert "too small; the least is 0" in refusal("--bn_calibration_images=-1", stage=stage)
+
+
 # --- --help
 
 
@@ -332,13 +381,13 @@ def help_of(stage, capsys, monkeypatch):
 UNITS = {
     "image_size": "224 px",
     "batch_size": "256 images",
-    "stage1_sample_num": "400",
+    "stage1_sample_num": "400 sub-networks",
     "save_freq": "1 epochs",
     "log_freq": "50 steps",
     "num_workers": "8 processes",
     "eval_sample_num": "0 architectures",
-    "queue_size": "65536 keys",
-    "bn_calibration_images": "64 images",
+    "queue_size": "40960 keys",
+    "bn_calibration_images": "auto images",
     "flip_prob": "0.5 probability",
     "image_dir": "none folder",
     "modelarch_file": "none file",

@@ -12,6 +12,8 @@ import paddle
 import pytest
 from PIL import Image
 
+from hnas.bench import chaos
+from hnas.bench.speed_training_worker import calm
 from hnas.dataset.image_folder import scan_images
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
@@ -56,6 +58,8 @@ def run(tmp_path_factory):
                 shutil.copy(path, target)
     paddle.seed(0)
     network = build_network("resnet48_mini", 10, elastic=False)
+    calm(network)
+    chaos.measure_statistics(network, root / "data", image_size=32)
     paddle.save(network.state_dict(), str(root / "pretrained.pdparams"))
     rng = np.random.default_rng(0)
     archs = [RESNET48_MINI.largest(), *(RESNET48_MINI.sample(rng) for _ in range(4))]
@@ -72,7 +76,7 @@ def run(tmp_path_factory):
         "num_workers": 0,
         "log_freq": 1,
         "max_epoch": 2,
-        "lr": 0.1,
+        "lr": 0.03,
         "warmup": 1,
     }
     results = [
@@ -142,12 +146,22 @@ def test_standalone_networks_reproduce_the_submission(run):
     pixels, labels = validation_batch(root)
     supernet = build_network("resnet48_mini", 10)
     supernet.set_state_dict(paddle.load(str(root / "stage2/0.pdparams")))
-    submission = json.loads((root / "stage3/submission.json").read_text())
+    submission, top5 = (
+        json.loads((root / "stage3" / name).read_text())
+        for name in ("submission.json", "submission_top5.json")
+    )
+    rows = (root / "stage3/channel_sample.txt").read_text().splitlines()
+    assert len(rows) == len(top5) == len(codes)
     for index, code in enumerate(codes):
         alone = supernet.extract(Architecture.from_code(code))
         alone.eval()
-        hits = alone(normalized(pixels)).numpy().argmax(1) == labels
-        assert submission[f"net{index}"]["acc"] == hits.sum() / len(labels)
+        logits = alone(normalized(pixels)).numpy()
+        own = logits[np.arange(len(labels)), labels]
+        ahead = (logits > own[:, None]).sum(1)
+        one, five = ((ahead < places).sum() / len(labels) for places in (1, 5))
+        assert submission[f"net{index}"]["acc"] == one
+        assert top5[f"net{index}"] == {"acc": five, "arch": code}
+        assert rows[index] == f"{code} {one} {five}"
 
 
 @pytest.mark.slow
@@ -173,6 +187,36 @@ def test_stage_two_starts_from_stage_ones_backbone(run):
         np.sort(stage1[f"backbone.{name}"], axis=None), np.sort(pretrained[name], axis=None)
     )
     assert {"queue", "queue_pointer"} <= set(stage1)
+
+
+@pytest.mark.slow
+def test_statistics_stay_the_pretrained_ones(run):
+    """Through both stages, which are frozen by default; scales and shifts train."""
+    root = run[0]
+    pretrained = read_weights(root / "pretrained.pdparams")
+    stage1, stage2 = (read_weights(root / stage / "1.pdparams") for stage in ("stage1", "stage2"))
+    for name in ("blocks.0.bn", "blocks.9.bn2", "blocks.6.downsample.1"):
+        for part in ("_mean", "_variance"):
+            # Widths that reordering leaves alone.
+            np.testing.assert_array_equal(
+                stage1[f"backbone.{name}.{part}"], pretrained[f"{name}.{part}"]
+            )
+            np.testing.assert_array_equal(stage2[f"{name}.{part}"], pretrained[f"{name}.{part}"])
+        assert not np.array_equal(stage2[f"{name}.weight"], pretrained[f"{name}.weight"])
+    for state, prefix in ((stage1, "backbone."), (stage2, "")):
+        for name, value in pretrained.items():
+            if name.endswith(("_mean", "_variance")):
+                found = state[f"{prefix}{name}"]
+                np.testing.assert_array_equal(np.sort(found), np.sort(value), err_msg=name)
+
+
+@pytest.mark.slow
+def test_stage_three_says_what_fits_the_training(run):
+    """No re-calibration by default, and a warning where it is asked for."""
+    logs = [result.stderr for result in run[3]]
+    assert "bn_calibration_images 0: the weights were trained with freeze_bn" in logs[1]
+    assert "trained with freeze_bn" not in logs[2]
+    assert "--bn_calibration_images 40, but the weights were trained with freeze_bn" in logs[3]
 
 
 def refused(result, *culprits):

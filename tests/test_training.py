@@ -1,6 +1,7 @@
 """Stage two's step against gradients of an independent network, and the recipe's schedules."""
 
 import math
+from types import SimpleNamespace
 
 import independent
 import numpy as np
@@ -11,15 +12,18 @@ from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import UserError
 from hnas.evaluation.reference import evaluate_reference
+from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.gradient_step import learning_rate, momentum_optimizer
+from hnas.utils.gradient_step import learning_rate, momentum_optimizer, swinging_rate
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     distillation_loss,
     relative_sizes,
 )
+from hnas.utils.options import Options
 from hnas.utils.SampleMethod import RandomSampler, SandwichSampler
+from hnas.utils.training import prepare
 
 CLASSES, RATE, MOMENTUM, DECAY = 10, 0.05, 0.9, 1e-3
 
@@ -44,11 +48,23 @@ def test_distillation_loss_is_both_cross_entropies():
     assert float(both) == pytest.approx(hard + soft, rel=1e-6)
 
 
-@pytest.mark.parametrize("expand", [False, True])
-def test_a_step_equals_independent_gradients(expand):
+@pytest.mark.parametrize(
+    ("expand", "frozen"), [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_a_step_equals_independent_gradients(expand, frozen):
     paddle.seed(4)
     net = build_network("resnet48_mini", CLASSES)
     teacher = build_network("resnet48_mini", CLASSES, elastic=False)
+    if frozen:
+        rng = np.random.default_rng(8)
+        for name, tensor in net.state_dict().items():
+            if name.endswith("_mean"):
+                tensor.set_value(rng.normal(0, 0.3, tensor.shape).astype("float32"))
+            elif name.endswith("_variance"):
+                tensor.set_value(rng.uniform(0.5, 1.5, tensor.shape).astype("float32"))
+            elif name.endswith("bn2.weight"):  # else nothing keeps the blocks from growing
+                tensor.set_value(rng.uniform(0.05, 0.2, tensor.shape).astype("float32"))
+        freeze_statistics(net)
     for network in (net, teacher):
         network.to(dtype="float64")
     sampler = RandomSampler(RESNET48_MINI, seed=1, number=3, tilt=1.0)
@@ -77,11 +93,26 @@ def test_a_step_equals_independent_gradients(expand):
     factors = sizes[:3] / sizes[3] if expand else np.ones(3)
     assert not expand or 0.5 < factors.min() < factors.max() < 1
     y = paddle.to_tensor(labels)
+    losses = []
     for code, factor in zip(codes, factors, strict=True):
-        logits = independent.forward(state, code, x, (20, 32, 64, 128), 1, True)
+        logits = independent.forward(state, code, x, (20, 32, 64, 128), 1, not frozen)
         log_p = F.log_softmax(logits)
         picked = paddle.take_along_axis(log_p, y.unsqueeze(1), 1)
-        (-float(factor) * (picked.mean() + (targets * log_p).sum(1).mean())).backward()
+        loss = -float(factor) * (picked.mean() + (targets * log_p).sum(1).mean())
+        loss.backward()
+        losses.append(float(loss))
+    np.testing.assert_allclose([float(loss) for _, loss in logs["parts"]], losses, rtol=1e-6)
+    after = net.state_dict()
+    for part in ("_mean", "_variance"):
+        name = f"blocks.0.bn.{part}"
+        assert np.array_equal(after[name].numpy(), before[name].numpy()) == frozen
+    if frozen:
+        statistics = [name for name in before if name.endswith(("_mean", "_variance"))]
+        assert len(statistics) > 90
+        for name in statistics:
+            np.testing.assert_array_equal(after[name].numpy(), before[name].numpy(), err_msg=name)
+        assert not np.allclose(after["blocks.0.bn.weight"].numpy(), 1, atol=1e-6)
+        assert not np.allclose(after["blocks.0.bn.bias"].numpy(), 0, atol=1e-6)
     moved = 0
     for name in trained:
         old, gradient = before[name].numpy(), state[name].grad
@@ -204,3 +235,52 @@ def test_learning_rate_can_be_warm_up_only():
     np.testing.assert_allclose(rates, [0.000125, 0.00025, 0.000375, 0.0005])
     with pytest.raises(UserError, match="no steps"):
         learning_rate(0.1, 256, 0, 0)
+
+
+def rates_of(schedule, number):
+    rates = []
+    for _ in range(number):
+        rates.append(schedule())
+        schedule.step()
+    return rates
+
+
+def test_the_swing_is_the_cosine_of_public_code_stepped_per_batch():
+    """Paddle's cosine, made for epochs, whose half period is the number of epochs."""
+    peak = 0.0008 * 512 / 256
+    theirs = rates_of(paddle.optimizer.lr.CosineAnnealingDecay(peak, T_max=10), 65)
+    ours = rates_of(swinging_rate(0.0008, total_batch=512, half_period=10), 65)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert ours[0] == ours[20] == peak and ours[10] == pytest.approx(0, abs=1e-12)
+    assert np.mean(ours[:20]) == pytest.approx(peak / 2)
+
+
+@pytest.mark.parametrize("position", [3, 10, 27])
+def test_a_resumed_swing_goes_on(position):
+    whole = rates_of(swinging_rate(0.1, 256, 10), 50)
+    resumed = swinging_rate(0.1, 256, 10)
+    resumed.step(position)
+    np.testing.assert_array_equal(rates_of(resumed, 50 - position), whole[position:])
+    # From a state, as optimizers save it, too.
+    before = swinging_rate(0.1, 256, 10)
+    rates_of(before, position)
+    restored = swinging_rate(0.1, 256, 10)
+    restored.set_state_dict(before.state_dict())
+    np.testing.assert_array_equal(rates_of(restored, 50 - position), whole[position:])
+
+
+def test_flags_choose_the_schedule():
+    """Of the swing neither warm-up nor the number of steps matters, only epochs."""
+    model = SimpleNamespace(network=paddle.nn.Linear(1, 1))
+    model.prepare = lambda optimizer, *_: setattr(model, "optimizer", optimizer)
+    found = {}
+    for name in ("swing", "cosine"):
+        options = Options(lr=0.1, batch_size=64, warmup=2, max_epoch=4, lr_schedule=name)
+        prepare(model, options, steps_per_epoch=5)
+        found[name] = rates_of(model.optimizer._learning_rate, 20)
+    peak = 0.1 * 64 / 256
+    swing = [peak * math.cos(math.pi * step / 8) ** 2 for step in range(20)]
+    np.testing.assert_allclose(found["swing"], swing, atol=1e-12)
+    cosine = [peak * math.cos(math.pi * step / 20) ** 2 for step in range(10)]
+    np.testing.assert_allclose(found["cosine"][10:], cosine, atol=1e-12)
+    np.testing.assert_allclose(found["cosine"][:10], [peak * (i + 1) / 10 for i in range(10)])

@@ -26,9 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import paddle
+from paddle import nn
 
 from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import UserError, run_main
+from hnas.bench.speed_training_worker import calm
+from hnas.dataset.image_folder import scan_images
+from hnas.dataset.loader import EvalLoader, ImageDataset
+from hnas.dataset.transforms import EvalTransform, normalize
+from hnas.evaluation.calibration import measure
 from hnas.models.registry import build_network
 from hnas.tools.digits_folder import write_digits
 from hnas.utils.weights import read_weights, write_state
@@ -76,7 +82,7 @@ class Training:
             "batch_size": 8,
             "queue_size": 64,
             "dyna_batch_size": 2,
-            "lr": 0.3,
+            "lr": 0.03,
             "warmup": 1,
             "eval_freq": 0,
             "log_freq": 1,
@@ -155,14 +161,29 @@ class Training:
 
 
 def write_inputs(work: Path, images_per_class: int) -> None:
-    """The images and a network to start from, whose weights are random."""
+    """The images and a network to start from: random weights, but fit to be trained frozen."""
     write_digits(work / "images")
     for folder in (work / "images").glob("*/*"):
         for path in sorted(folder.iterdir())[images_per_class:]:
             path.unlink()
     paddle.seed(0)
     network = build_network("resnet48_mini", num_classes=10, elastic=False)
+    calm(network)
+    measure_statistics(network, work / "images", image_size=32)
     write_state(work / "pretrained.pdparams", network.state_dict())
+
+
+def measure_statistics(network: nn.Layer, image_dir: Path, image_size: int) -> None:
+    """Give a new network the BatchNorm statistics of the training images.
+
+    Training at frozen statistics needs some that fit the weights, as pretrained networks have.
+    """
+    images = scan_images(image_dir, "train")
+    dataset = ImageDataset(images, EvalTransform(image_size), seed=0)
+    ((pixels, _),) = EvalLoader(dataset, len(images))
+    network.eval()
+    norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+    measure(network, norms, normalize(pixels))
 
 
 def torment(training: Training, kills: int, seed: int) -> dict:

@@ -432,6 +432,8 @@ def _reader(option: dataclasses.Field) -> Callable[[str], object]:
     def read(text: str) -> object:
         if option.metadata["auto"] and text == "auto":
             return AUTO
+        if option.metadata["auto"] and reader(text) == AUTO:
+            raise ArgumentTypeError(f"{text} is too small; the least is {option.metadata['low']}")
         if option.name == "image_size" and "," in text:
             raise ArgumentTypeError(f"{text}: networks are trained and scored at one size here")
         return reader(text)

@@ -10,6 +10,7 @@ cuts arrays of more than a GiB into slices.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ WRAPPERS = ("_layers.", "module.", "model.")
 TEACHER = "ofa_teacher_model."
 NECK = re.compile(r"neck\.mlp\.([02])\.(.+)")
 NECK_LAYERS = {"0": "hidden", "2": "project"}
+MOST_NESTS, MOST_AXES = 3, 32
+LISTED = 10
 
 
 class CheckpointError(UserError):
@@ -38,16 +41,26 @@ def state_dict_of(content, path: str | Path) -> dict:
     """The state dict in what a file holds, out of its nests and with its large arrays whole.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is not clear which.
     """
-    while isinstance(content, dict):
-        nests = [key for key in NESTED if isinstance(content.get(key), dict)]
+    for _ in range(MOST_NESTS + 1):
+        found = content if isinstance(content, dict) else {}
+        nests = [key for key in NESTED if isinstance(found.get(key), dict)]
         if not nests:
             break
-        others = [str(key) for key in content if key != nests[0]]
+        if len(nests) > 1:
+            raise CheckpointError(
+                f"checkpoint {path} holds both {nests[0]!r} and {nests[1]!r}; save the one alone "
+                "that you mean"
+            )
+        others = [repr(key) for key in content if key != nests[0]]
         if others:
-            logger.info("%s: took %r, left %s", path, nests[0], ", ".join(others))
+            rest = ", ..." if len(others) > LISTED else ""
+            listed = ", ".join(others[:LISTED])
+            logger.info("%s: took %r, left %s%s", path, nests[0], listed, rest)
         content = content[nests[0]]
+    else:
+        raise CheckpointError(f"checkpoint {path} nests states in states without end")
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path} holds a {type(content).__name__}, not a state dict"
@@ -59,15 +72,50 @@ def state_dict_of(content, path: str | Path) -> dict:
 
 def _join_slices(state: dict, path: str | Path) -> dict:
     """Put arrays together that Paddle cut into slices of less than a GiB."""
-    for name, cut in (state.pop(SLICES, None) or {}).items():
+    cuts = state.pop(SLICES, {})
+    if not isinstance(cuts, dict):
+        raise CheckpointError(f"checkpoint {path}: {SLICES!r} is not a table of slices")
+    for name, cut in cuts.items():
         try:
-            parts = [np.asarray(state.pop(part)).reshape(-1) for part in cut["slices"]]
-            state[name] = np.concatenate(parts).reshape(cut["OriginShape"])
-        except (KeyError, TypeError, ValueError) as error:
+            if name in state:
+                raise ValueError("it is there whole, too")
+            state[name] = _joined(cut, state)
+        except ValueError as error:
             raise CheckpointError(
-                f"checkpoint {path}: the slices of {name} do not fit together ({error})"
+                f"checkpoint {path}: the slices of {name!r} do not fit together: {error}"
             ) from None
     return state
+
+
+def _joined(cut, state: dict) -> np.ndarray:
+    """The array that ``cut`` describes; its slices are taken out of ``state``.
+
+    Raises:
+        ValueError: ``cut`` is not what Paddle writes, or the slices are not those.
+    """
+    names, shape = (
+        cut.get(key) if isinstance(cut, dict) else None for key in ("slices", "OriginShape")
+    )
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ValueError("they are not listed")
+    if (
+        not isinstance(shape, (list, tuple))
+        or len(shape) > MOST_AXES
+        or any(type(side) is not int or side < 0 for side in shape)
+    ):
+        raise ValueError("their shape is none")
+    parts = []
+    for name in names:
+        part = state.pop(name, None) if isinstance(name, str) else None
+        if not isinstance(part, np.ndarray):
+            raise ValueError(f"{name!r:.100} is missing, or no array")
+        parts.append(part.reshape(-1))
+    if len({part.dtype for part in parts}) > 1:
+        raise ValueError("they are of several types")
+    values = sum(part.size for part in parts)
+    if values != math.prod(shape):
+        raise ValueError(f"{values} values for another shape")
+    return np.concatenate(parts).reshape(shape)
 
 
 def plain_weights(
@@ -82,27 +130,30 @@ def plain_weights(
     Raises:
         CheckpointError: two arrays get the same name.
     """
-    own, teacher = {}, {}
+    own, teacher = [], []
     for name, value in arrays.items():
         stripped = _unwrapped(name)
-        part, rest = (
-            (teacher, _unwrapped(stripped.removeprefix(TEACHER)))
-            if (stripped.startswith(TEACHER))
-            else (own, stripped)
-        )
-        if rest in part:
-            raise CheckpointError(f"checkpoint {path} holds {rest} twice, once as {name}")
-        part[rest] = value
+        if stripped.startswith(TEACHER):
+            teacher.append((name, _unwrapped(stripped.removeprefix(TEACHER)), value))
+        else:
+            own.append((name, stripped, value))
     is_public = bool(teacher) or any(name.startswith("model.") for name in arrays)
-    if any(NECK.fullmatch(name) for name in own):
-        queries, keys = _contrastive(own), _contrastive(teacher)
-        keys = {
-            f"key_{name}": value for name, value in keys.items() if not name.startswith("queue")
-        }
-        return {**queries, **keys}, True
-    if teacher:
+    if any(NECK.fullmatch(stripped) for _, stripped, _ in own):
+        is_public = True
+        own = [(name, _contrastive_name(stripped), value) for name, stripped, value in own]
+        own += [
+            (name, f"key_{_contrastive_name(stripped)}", value)
+            for name, stripped, value in teacher
+            if not stripped.startswith("queue")
+        ]
+    elif teacher:
         logger.info("%s: left %d tensors of the teacher beside the network", path, len(teacher))
-    return own, is_public
+    plain: dict[str, np.ndarray] = {}
+    for name, stripped, value in own:
+        if stripped in plain:
+            raise CheckpointError(f"checkpoint {path} holds {stripped} twice, once as {name}")
+        plain[stripped] = value
+    return plain, is_public
 
 
 def _unwrapped(name: str) -> str:
@@ -111,15 +162,11 @@ def _unwrapped(name: str) -> str:
     return plain_name(name)
 
 
-def _contrastive(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One encoder of stage one, and what stands beside it, as this project names the query's."""
-    named = {}
-    for name, value in part.items():
-        layer = NECK.fullmatch(name)
-        if layer:
-            named[f"neck.{NECK_LAYERS[layer[1]]}.{layer[2]}"] = value
-        elif name.startswith("blocks."):
-            named[f"backbone.{name}"] = value
-        else:
-            named["queue_pointer" if name == "queue_ptr" else name] = value
-    return named
+def _contrastive_name(name: str) -> str:
+    """What public code has in stage one's query encoder or beside it, as this project names it."""
+    layer = NECK.fullmatch(name)
+    if layer:
+        return f"neck.{NECK_LAYERS[layer[1]]}.{layer[2]}"
+    if name.startswith("blocks."):
+        return f"backbone.{name}"
+    return "queue_pointer" if name == "queue_ptr" else name

@@ -60,8 +60,9 @@ def pretrained_network(options: Options, classes: Sequence[str], space: SearchSp
     """
     network = build_network(options.backbone, len(classes), space, elastic=False)
     checkpoint = read_checkpoint(options.pretrained)
-    check_classes(checkpoint, classes, options.pretrained)
-    load_weights(network, checkpoint.weights, options.pretrained)
+    weights = backbone_weights(checkpoint.weights)
+    check_classes(replace(checkpoint, weights=weights), classes, options.pretrained)
+    load_weights(network, weights, options.pretrained)
     network.eval()
     return network
 
@@ -87,12 +88,17 @@ def start_from_checkpoint(supernet: nn.Layer, path: str, classes: Sequence[str])
     return checkpoint
 
 
+CONTRAST_PARTS = ("neck.", "key_backbone.", "key_neck.", "queue")
+"""What stage one has besides the backbone, by the start of the names."""
+
+
 def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequence[str]) -> None:
     """Give stage one's model the weights of a checkpoint.
 
     Of stage one's own, or of public code's stage one, everything is taken: neck, key encoder and
-    queue too. What a file has not (weights of another stage have the backbone only; public ones
-    may lack the key encoder's neck) starts as in a new run; so does a queue of another size.
+    queue too. A part that a file has not (weights of another stage have the backbone only; public
+    ones may lack the key encoder or its neck) starts as in a new run, the key encoder as a copy
+    of the query encoder; so does a queue of another size.
 
     Raises:
         CheckpointError: it is of another network or other classes.
@@ -101,20 +107,27 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
     network.reset_key_encoder()
     if not is_contrastive(checkpoint.weights):
         return
+    found = dict(checkpoint.weights)
     own = {plain_name(name): tensor.numpy() for name, tensor in network.state_dict().items()}
-    found = {name: value for name, value in checkpoint.weights.items() if name in own}
-    if "queue" in found and found["queue"].shape != own["queue"].shape:
+    shape, wanted = found.get("queue", own["queue"]).shape, own["queue"].shape
+    if shape[:-1] == wanted[:-1] and shape != wanted:
         logger.warning(
-            "%s has a queue of %d keys, not --queue_size %d: starting with an empty one",
+            "%s has a queue of %d keys, not --queue_size %d: starting with a new one",
             path,
-            found["queue"].shape[-1],
-            own["queue"].shape[-1],
+            shape[-1],
+            wanted[-1],
         )
         del found["queue"]
         found.pop("queue_pointer", None)
-    load_weights(network, {**own, **found}, path)
-    if not any(name.startswith("key_") for name in found):
-        network.reset_key_encoder()
+    absent = [part for part in CONTRAST_PARTS if not any(n.startswith(part) for n in found)]
+    if absent:
+        named = ", ".join(part.rstrip(".") for part in absent)
+        logger.info("%s: as in a new run start %s", path, named)
+    start = {**found}
+    for name in own:
+        if name.startswith(tuple(absent)):
+            start[name] = found.get(name.removeprefix("key_"), own[name])
+    load_weights(network, start, path)
     logger.info("stage 1 goes on with %d tensors of %s", len(found), path)
 
 

@@ -22,19 +22,27 @@ from hnas.base.files import digest_path, file_digest, replacing
 from hnas.base.safe_pickle import load_pickle
 from hnas.models.elastic import plain_name
 from hnas.search_space import BACKBONES
-from hnas.utils.public_files import CheckpointError, plain_weights, state_dict_of
+from hnas.utils.public_files import LISTED, CheckpointError, plain_weights, state_dict_of
 
 logger = logging.getLogger(__name__)
 
 PARAMS, SAFETENSORS = ".pdparams", ".safetensors"
 ABOUT = "about@pinas"
+ABOUT_VALUES = {
+    "backbone": lambda value: isinstance(value, str),
+    "freeze_bn": lambda value: isinstance(value, bool),
+    "classes": lambda value: (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    ),
+}
+"""What is said there, and whether a value is of the right kind."""
 BACKBONE_PREFIX = "backbone."
 # Stage one's own tensors, which stage two does not take over.
 CONTRASTIVE = re.compile(r"(key_backbone|neck|key_neck)\..+|queue|queue_pointer")
 CLASSIFIER = re.compile(r"blocks\.\d+\.fc\.bias")
 LAST_NORM = re.compile(r"(backbone\.)?blocks\.\d+\.bn2\.weight")
 VARIANCE = "._variance"
-LISTED = 10
+LONGEST_NAME = 300
 
 
 class NotFiniteError(CheckpointError):
@@ -119,7 +127,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Weights by parameter name, in the plain network's names, whatever wrote them.
 
     Raises:
-        CheckpointError: missing file, not a dict of arrays, a name twice, or negative variances.
+        CheckpointError: missing file, not a dict of arrays, a name twice or one that is none, or
+            negative variances.
         NotFiniteError: NaN, infinity, or numbers that are infinite as float32.
         UnsafePickleError: broken, or holds something else than a state dict.
     """
@@ -133,9 +142,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             value = value[1]
         if not isinstance(value, np.ndarray):
             raise CheckpointError(
-                f"checkpoint {path}: {name!r} is a {type(value).__name__}, not an array"
+                f"checkpoint {path}: {name!r:.{LONGEST_NAME}} is a {type(value).__name__}, not an "
+                "array"
             )
-        arrays[str(name)] = value
+        if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST_NAME:
+            raise CheckpointError(
+                f"checkpoint {path}: {name!r:.{LONGEST_NAME}} is no name of a tensor"
+            )
+        arrays[name] = value
     weights, is_public = plain_weights(arrays, path)
     check_values(weights, path)
     # Public Track 1 code trains at frozen statistics, whatever its users meant to do.
@@ -173,10 +187,15 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 def _read_about(text, path: Path) -> dict:
     try:
         about = json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):
         raise CheckpointError(f"checkpoint {path}: {ABOUT!r} is not what this program writes")
+    for key, is_right in ABOUT_VALUES.items():
+        if key in about and not is_right(about[key]):
+            raise CheckpointError(
+                f"checkpoint {path}: {key} in {ABOUT!r} is not what this program writes"
+            )
     return about
 
 
@@ -209,7 +228,8 @@ def looks_like(weights: Mapping[str, np.ndarray]) -> str | None:
     last = [value for name, value in weights.items() if LAST_NORM.fullmatch(name)]
     if stem is None or not last:
         return None
-    found = (len(stem), max(len(value) for value in last))
+    # Of a vector; what has no axes is of no network.
+    found = tuple(max([0, *(v.shape[0] for v in part if v.shape)]) for part in ([stem], last))
     for name, backbone in BACKBONES.items():
         base = backbone.space.base_channels
         if found == (base[0], base[-1]) and backbone.contrastive == bool(prefix):
@@ -232,6 +252,11 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str], source: str | 
     trained = checkpoint.about.get("classes")
     if trained is None:
         logger.info("%s does not name its classes: taken to be those of image_dir", source)
+    elif len(trained) != len(classes):
+        raise CheckpointError(
+            f"checkpoint {source} was trained on {len(trained)} classes, but image_dir has "
+            f"{len(classes)} class folders; use the images that it was trained on"
+        )
     elif trained != list(classes):
         own, other = next(pair for pair in zip(trained, classes, strict=True) if pair[0] != pair[1])
         raise CheckpointError(
@@ -284,8 +309,17 @@ def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str
 
 
 def _hint(weights: Mapping[str, np.ndarray], expected: Mapping[str, paddle.Tensor]) -> str:
+    """Which backbone the file is of, with what to give each stage, if it is another one."""
     found, wanted = looks_like(weights), looks_like(expected)
-    return f" (it is a {found} file: backbone={found})" if found and found != wanted else ""
+    if found is None or found == wanted:
+        return ""
+    # Names of both kinds, since every stage reads files of every other.
+    space = BACKBONES[found].space
+    plain, contrastive = (
+        next(n for n, b in BACKBONES.items() if b.space is space and b.contrastive is kind)
+        for kind in (False, True)
+    )
+    return f" (it is a {found} file: backbone={plain}, in stage 1 backbone={contrastive})"
 
 
 def _dtype(tensor: paddle.Tensor) -> str:
