@@ -174,8 +174,8 @@ def calibration_images(
     """Training images to re-calibrate with, uint8 [N, 3, H, W], drawn by the seed; None: none.
 
     Their number is :func:`calibration_number`'s. ``images`` is the training split, where it was
-    scanned already; where it was not, its classes must be ``classes``, those of val. With ``bad_images=skip`` others are drawn in place of those that cannot be
-    decoded.
+    scanned already; where it was not, its classes must be ``classes``, those of val. With
+    ``bad_images=skip`` others are drawn in place of those that cannot be decoded.
 
     Raises:
         DataError: the training split holds fewer or other classes, or one of them cannot be
