@@ -18,10 +18,16 @@ import pytest
 from PIL import Image
 
 from hnas.base.errors import UserError
-from hnas.base.files import check_output, check_writable, remove_leftovers, replacing
+from hnas.base.files import (
+    check_output,
+    check_writable,
+    digest_path,
+    remove_leftovers,
+    replacing,
+)
 from hnas.dataset import image_folder
 from hnas.dataset.image_folder import scan_images
-from hnas.dataset.image_index import cache_folder, digest_path
+from hnas.dataset.image_index import cache_folder
 from hnas.dataset.pixel_cache import PixelCache
 from hnas.evaluation.hits import Counts, LogitsError, count_hits
 from hnas.evaluation.images import list_hash
