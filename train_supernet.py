@@ -29,7 +29,14 @@ from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
 from hnas.evaluation.ledger import architectures_hash
 from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
-from hnas.parallel.distributed import barrier, is_main_process, leave, world_size
+from hnas.parallel.distributed import (
+    agree,
+    barrier,
+    from_main_process,
+    is_main_process,
+    leave,
+    world_size,
+)
 from hnas.search_space import Architecture, SearchSpace, find_backbone
 from hnas.utils.options import Options, Stage, parse_options
 from hnas.utils.runtime import (
@@ -63,7 +70,7 @@ def main() -> None:
     if is_main_process():
         remove_leftovers(save_dir)
     barrier()
-    calibration = calibration_images(options, checkpoint.freeze_bn)
+    calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     counts = score(options, network, archs, images, calibration)
     if is_main_process():
         write_results(save_dir, archs, counts)
@@ -88,7 +95,7 @@ def score(
         archs,
         decoded,
         Path(options.save_dir),
-        identity(options, archs, decoded, calibration),
+        identity(options, archs, shared_hash(decoded.hash, images.select(order)), calibration),
         ScoringSettings(calibration, options.chunk_size, options.target_se, options.amp),
     )
 
@@ -109,12 +116,25 @@ def decoded_images(
     )
 
 
-def identity(options: Options, archs: dict, images, calibration) -> dict[str, str]:
-    """What a saved state belongs to: whatever the accuracies depend on."""
+def shared_hash(own: str, images: ImageList) -> str:
+    """The main process's hash of the images.
+
+    It holds modification times, which may differ where every machine has its own copy of the
+    images; names must be the same.
+    """
+    agree([int(images.digest()[:15], 16)], "the validation images")
+    return bytes(from_main_process(list(bytes.fromhex(own)))).hex()
+
+
+def identity(options: Options, archs: dict, images: str, calibration) -> dict[str, str]:
+    """What a saved state belongs to: whatever the accuracies depend on.
+
+    ``images`` is the hash of the images to score on.
+    """
     pixels = None if calibration is None else calibration.numpy().tobytes()
     return {
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
-        "image_list": images.hash,
+        "image_list": images,
         "architecture_list": architectures_hash(archs),
         "setting": f"{options.backbone} amp={options.amp}",
         "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),

@@ -44,7 +44,7 @@ def main() -> None:
     options = parse_options(Stage.DISTILL, about=__doc__.splitlines()[0])
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; stage 2 takes resnet48")
-    start(options)
+    start(options, writes=options.train_flag)
     require(options, "pretrained")
     images = training_images(options)
     space = space_of(options)

@@ -153,8 +153,8 @@ def test_interrupted_evaluation_continues_to_the_same_file(
     monkeypatch.setattr(SharedEvaluator, "evaluate", failing)
     with pytest.raises(KeyboardInterrupt):
         evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, ScoringSettings(chunk=5))
-    _, partial = load_state(tmp_path / "b" / STATE_FILE, IDENTITY)
-    assert partial.images == 10
+    partial = load_state(tmp_path / "b" / STATE_FILE, IDENTITY)
+    assert partial.counts.images == 10
     # Another chunk size asked for: the first run's is kept, so that the chunks are the same.
     resumed = evaluate_shared(
         network, archs, images, tmp_path / "b", IDENTITY, ScoringSettings(chunk=7)

@@ -150,7 +150,7 @@ def test_a_chunk_that_is_in_the_prefix_already_is_not_counted_twice(tmp_path):
 
 
 def test_chunk_files_of_two_sizes_are_refused(tmp_path):
-    save_state(tmp_path / "eval_chunk_00000005.npz", IDENTITY, 5, chunk_counts(5, 10))
+    save_state(tmp_path / "eval_chunk_00000005.npz", IDENTITY, 5, chunk_counts(5, 10), 5)
     save_state(tmp_path / STATE_FILE, IDENTITY, 4, chunk_counts(0, 4))
     with pytest.raises(StateError, match="chunks of 5 images, not 4"):
         Ledger(tmp_path, IDENTITY, ARCHS, 13)
@@ -173,8 +173,8 @@ def test_state_of_another_evaluation_is_refused(tmp_path):
     counts.images = 3
     path = tmp_path / "state.npz"
     save_state(path, IDENTITY, 4, counts)
-    chunk, found = load_state(path, IDENTITY)
-    assert chunk == 4 and found.images == 3
+    found = load_state(path, IDENTITY)
+    assert (found.start, found.chunk, found.counts.images) == (0, 4, 3)
     with pytest.raises(StateError, match=r"another image list \(iiii.*save_dir"):
         load_state(path, {**IDENTITY, "image_list": "j" * 64})
     content = path.read_bytes()

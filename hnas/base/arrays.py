@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def read_arrays(path: str | Path, most_bytes: int) -> dict[str, np.ndarray]:
         ArraysError: anything else that is wrong with it.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ArraysError("no plain file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > most_bytes:

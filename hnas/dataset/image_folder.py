@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def _list_classes(folder: Path) -> dict[str, list[str]]:
         elif entry.is_dir():
             stamp = stamp_of(entry.path)
             names = cache.get(entry.name, stamp)
-            if names is None:
+            if names is None or not _are_image_names(names):
                 names = sorted(n for n in os.listdir(entry.path) if _is_image_name(n))
                 cache.put(entry.name, stamp, names)
             classes[entry.name] = names
@@ -112,6 +113,16 @@ def _list_classes(folder: Path) -> dict[str, list[str]]:
 
 def _is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _are_image_names(names) -> bool:
+    """Whether a cache holds what listing a folder gives: sorted names of files in it."""
+    return (
+        isinstance(names, list)
+        and all(isinstance(name, str) and "/" not in name for name in names)
+        and all(_is_image_name(name) for name in names)
+        and names == sorted(set(names))
+    )
 
 
 def _image_list(folder: Path, classes: dict[str, list[str]]) -> ImageList:
@@ -179,10 +190,18 @@ def check_same_classes(train: ImageList, val: ImageList) -> None:
     Raises:
         DataError: naming the first class that only one of them has.
     """
-    for here, there in ((train, val), (val, train)):
-        only = sorted(set(here.classes) - set(there.classes))
+    check_class_names(train.classes, train.folder, val.classes, val.folder)
+
+
+def check_class_names(
+    train: Sequence[str], train_folder: Path, val: Sequence[str], val_folder: Path
+) -> None:
+    """As :func:`check_same_classes`, of the classes' names and the folders that they are in."""
+    pairs = (train, train_folder), (val, val_folder)
+    for (here, folder), (there, other) in (pairs, pairs[::-1]):
+        only = sorted(set(here) - set(there))
         if only:
-            raise DataError(f"class {only[0]!r} is in {here.folder} but not in {there.folder}")
+            raise DataError(f"class {only[0]!r} is in {folder} but not in {other}")
 
 
 def decode_image(path: Path) -> Image.Image:

@@ -3,7 +3,8 @@
 Listing ImageNet means 1.28 million directory entries, and decoding it all to find the bad images
 minutes of all cores. A class folder is listed again when its modification time changed, an image
 decoded again when its size or modification time did. The cache holds no more than can be found
-anew: a broken or missing one only costs time, and nothing is written beside the images.
+anew: a broken or missing one only costs time, and nothing is written beside the images. One whose
+SHA-256 is not the one that stands beside it is not used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 from hnas.base.errors import UserError
-from hnas.base.files import write_json
+from hnas.base.files import digest_path, replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,12 @@ class ScanCache:
 
     def _read(self) -> dict[str, list]:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if not self.path.is_file():
+                return {}
+            content = self.path.read_bytes()
+            if digest_path(self.path).read_text(encoding="ascii") != _digest(content):
+                return {}
+            found = json.loads(content)
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -64,8 +70,14 @@ class ScanCache:
             return
         try:
             write_json(self.path, self._used)
+            with replacing(digest_path(self.path)) as temporary:
+                temporary.write_text(_digest(self.path.read_bytes()), encoding="ascii")
         except UserError as error:
             logger.info("scan not cached: %s", error)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def cache_folder() -> Path:

@@ -3,7 +3,7 @@
 The file lies in a cache folder under a name that stands for the images (names, sizes, modification
 times) and the storage size, so other images get another file. It is mapped into memory, which all
 loader processes share, and may be larger than memory. A table beside it holds where each image
-lies and the file's SHA-256, which is checked whenever it is opened; a damaged file is made anew.
+lies and a SHA-256 of both, which is checked whenever it is opened; a damaged file is made anew.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from hnas.base.files import file_digest, replacing
+from hnas.base.arrays import ArraysError, read_arrays
+from hnas.base.files import check_writable, file_digest, remove_leftovers, replacing
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
 from hnas.dataset.image_index import cache_folder, stamp_of
 
@@ -27,6 +27,17 @@ logger = logging.getLogger(__name__)
 
 # Images that wait, decoded, for their turn to be written.
 AHEAD_PER_CORE = 8
+# What a table of no image may take, and the longest side of an image that is not refused.
+MOST_BYTES, MOST_SIDE = 2**16, 2**27
+
+
+def has_pixels(folder: str | Path) -> bool:
+    """Whether a cache folder holds decoded images, so that it may never be written."""
+    return any(Path(folder).glob("*.pixels"))
+
+
+def _digest(pixels: str, table: np.ndarray) -> str:
+    return hashlib.sha256(pixels.encode() + table.tobytes()).hexdigest()
 
 
 class PixelCache:
@@ -46,6 +57,7 @@ class PixelCache:
     def __init__(self, images: ImageList, storage_size: int, folder: Path | None = None):
         self.images = images
         self.storage_size = storage_size
+        remove_leftovers(folder or cache_folder())
         self.path = (folder or cache_folder()) / f"{self._key()}.pixels"
         self._table = self._read_table()
         if self._table is None:
@@ -76,21 +88,33 @@ class PixelCache:
     def _read_table(self) -> np.ndarray | None:
         """Where the images lie, if file and table are there and whole."""
         try:
-            with np.load(self._table_path, allow_pickle=False) as content:
-                table, digest = content["table"], str(content["sha256"])
-            if table.shape == (len(self.images), 3) and file_digest(self.path) == digest:
+            content = read_arrays(self._table_path, MOST_BYTES + 24 * len(self.images))
+            table, digest = content["table"], str(content["sha256"])
+            if self._fits(table) and _digest(file_digest(self.path), table) == digest:
                 logger.info("decoded images: %s", self.path)
                 return table
             logger.warning("%s is damaged: decoding the images again", self.path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        except (OSError, KeyError, ArraysError) as error:
             logger.warning("%s cannot be used (%s): decoding again", self._table_path, error)
         return None
 
+    def _fits(self, table: np.ndarray) -> bool:
+        """Whether a table is of as many images that fill the file one after the other."""
+        if table.dtype != np.int64 or table.shape != (len(self.images), 3):
+            return False
+        starts, heights, widths = table.T
+        sides = table[:, 1:]
+        if (sides < 1).any() or (sides > MOST_SIDE).any():
+            return False
+        ends = np.cumsum(heights * widths * 3)
+        is_dense = np.array_equal(starts, np.concatenate([[0], ends[:-1]]))
+        return is_dense and self.path.is_file() and self.path.stat().st_size == ends[-1]
+
     def _build(self) -> np.ndarray:
         """Decode all images, on all cores, and write them in their order."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(self.path.parent, "--cache_dir")
         table, end = np.zeros((len(self.images), 3), dtype=np.int64), 0
         cores = os.cpu_count() or 1
         bar = tqdm(desc=f"decoding {self.images.folder}", total=len(self.images), unit="image")
@@ -105,7 +129,7 @@ class PixelCache:
                         file.write(pixels.tobytes())
                         end += pixels.size
                         bar.update()
-            digest = file_digest(temporary)
+            digest = _digest(file_digest(temporary), table)
         with replacing(self._table_path) as temporary, open(temporary, "wb") as file:
             np.savez(file, table=table, sha256=np.array(digest))
         logger.info("decoded images: %s, %.2f GiB", self.path, end / 2**30)

@@ -102,7 +102,8 @@ def count_hits(logits: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
     index = labels.reshape([1, images, 1]).expand([networks, images, 1])
     own = paddle.take_along_axis(logits, index, axis=2)
     fewest_ahead = _count(logits > own + NEAR)
-    most_ahead = _count(logits > own - NEAR) - 1  # without the label itself
+    # Without the label itself; not smaller, since of large logits NEAR is less than a rounding.
+    most_ahead = _count(logits >= own - NEAR) - 1
     near = [((fewest_ahead < k) != (most_ahead < k)) & ~bad for k in (1, 5)]
     # The exact number matters only where a hit depends on it, which is rare.
     ahead = fewest_ahead.copy()

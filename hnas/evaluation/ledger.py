@@ -7,6 +7,9 @@ matter which process finds them, or in which order. Kept in the folder of an eva
   Only the main process writes it.
 - ``eval_chunk_*.npz``: the counts of a chunk that was done before the prefix had reached it, named
   by the position of its first image. The main process adds it to the prefix in its turn.
+
+  Both say which images they hold, and what they say is checked: a file that was copied, renamed or
+  changed is refused.
 - ``estimates.json``: accuracy and standard error of every architecture over the prefix.
 """
 
@@ -14,14 +17,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from hnas.base.arrays import ArraysError, read_arrays
 from hnas.base.errors import UserError
 from hnas.base.files import replacing, write_json
 from hnas.evaluation.hits import Counts
@@ -32,9 +37,12 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "eval_state.npz"
 CHUNK_FILES = "eval_chunk_*.npz"
+CHUNK_NAME = re.compile(r"eval_chunk_(\d{8,18})\.npz")
 ESTIMATES_FILE = "estimates.json"
 FIELDS = ("top1", "top5", "near1", "near5")
 POLL_SECONDS = 0.2
+# A state of 45,000 architectures takes 1.5 MB.
+MOST_BYTES = 2**28
 
 
 class StateError(UserError):
@@ -82,7 +90,7 @@ class Ledger:
         self.chunk, self.counts = 0, Counts.zeros(len(archs))
         self._reload()
         for path in folder.glob(CHUNK_FILES):
-            chunk, _ = self._load(path)
+            chunk = self._load(path).chunk
             if self.chunk and chunk != self.chunk:
                 raise StateError(
                     f"{path} has chunks of {chunk} images, not {self.chunk}; remove it"
@@ -128,7 +136,7 @@ class Ledger:
             self._extend(counts)
             self.collect()
         else:
-            save_state(self._path(start), self._identity, self.chunk, counts)
+            save_state(self._path(start), self._identity, self.chunk, counts, start)
 
     def complete(self) -> Counts:
         """The counts over the final prefix: in the main process, which waits for the others."""
@@ -150,7 +158,7 @@ class Ledger:
 
     def starts(self) -> list[int]:
         """The position of each chunk's first image."""
-        return list(range(0, self._images, self.chunk))
+        return list(self._starts(self.chunk))
 
     def is_done(self, start: int) -> bool:
         """Whether the chunk whose first image is ``start`` is done."""
@@ -176,7 +184,7 @@ class Ledger:
         before = self.counts.images
         while not self.enough and self._path(self.counts.images).is_file():
             path = self._path(self.counts.images)
-            self._extend(self._load(path)[1])
+            self._extend(self._load(path).counts)
             path.unlink()
         return self.counts.images > before
 
@@ -188,18 +196,45 @@ class Ledger:
 
     def _reload(self) -> None:
         """Read the prefix that the main process has written."""
-        earlier = load_state(self._folder / STATE_FILE, self._identity)
+        path = self._folder / STATE_FILE
+        earlier = load_state(path, self._identity)
         if earlier is not None:
-            self.chunk, self.counts = earlier
+            whole = earlier.counts.images in (self._images, *self._starts(earlier.chunk))
+            self._check(path, earlier, earlier.start == 0 and whole)
+            self.chunk, self.counts = earlier.chunk, earlier.counts
 
     def _path(self, start: int) -> Path:
         return self._folder / CHUNK_FILES.replace("*", f"{start:08d}")
 
-    def _load(self, path: Path) -> tuple[int, Counts]:
+    def _load(self, path: Path) -> Saved:
+        name = CHUNK_NAME.fullmatch(path.name)
+        if name is None or path != self._path(int(name[1])):
+            raise StateError(f"{path} is none of this program's names; move it elsewhere")
         found = load_state(path, self._identity)
         if found is None:
             raise StateError(f"{path} has vanished; is another evaluation running in this folder?")
+        start = int(name[1])
+        images = min(found.chunk, self._images - start)
+        is_chunk = start in self._starts(found.chunk) and found.counts.images == images
+        self._check(path, found, found.start == start and is_chunk)
         return found
+
+    def _starts(self, chunk: int) -> range:
+        return range(0, self._images, chunk)
+
+    def _check(self, path: Path, found: Saved, is_right: bool) -> None:
+        """Refuse counts of other architectures, or of images that ``path`` does not stand for."""
+        if len(found.counts.top1) != len(self._archs):
+            raise StateError(
+                f"{path} holds {len(found.counts.top1)} architectures, not {len(self._archs)}; "
+                "remove it to start anew"
+            )
+        if not is_right:
+            raise StateError(
+                f"{path} holds images {found.start} to {found.start + found.counts.images - 1} in "
+                f"chunks of {found.chunk}, which it cannot of {self._images}; was it copied or "
+                "renamed? Remove it"
+            )
 
     def _delete_chunks(self, before: int | None = None) -> None:
         """Delete the chunk files, or only those of chunks that start before a position.
@@ -207,7 +242,8 @@ class Ledger:
         A run that is killed after it has written a prefix leaves the file of its last chunk.
         """
         for path in self._folder.glob(CHUNK_FILES):
-            if before is None or int(path.stem.rpartition("_")[2]) < before:
+            name = CHUNK_NAME.fullmatch(path.name)
+            if name and (before is None or int(name[1]) < before):
                 with suppress(FileNotFoundError):
                     path.unlink()
 
@@ -254,7 +290,24 @@ def architectures_hash(archs: Mapping[str, Architecture]) -> str:
     return digest.hexdigest()
 
 
-def save_state(path: Path, identity: Mapping[str, str], chunk: int, counts: Counts) -> None:
+@dataclass(frozen=True)
+class Saved:
+    """What a file of counts holds.
+
+    Attributes:
+        chunk: images of a chunk in that evaluation, at least 1.
+        counts: over ``counts.images`` images.
+        start: the position of the first of them.
+    """
+
+    chunk: int
+    counts: Counts
+    start: int
+
+
+def save_state(
+    path: Path, identity: Mapping[str, str], chunk: int, counts: Counts, start: int = 0
+) -> None:
     """Write counts with what they belong to, in one step.
 
     Args:
@@ -262,40 +315,74 @@ def save_state(path: Path, identity: Mapping[str, str], chunk: int, counts: Coun
         identity: what the counts belong to, e.g. hashes of the checkpoint and the lists.
         chunk: images of a chunk in this evaluation.
         counts: of the prefix or of one chunk.
+        start: the position of their first image.
 
     Raises:
         UserError: the file cannot be written; the earlier one is intact.
     """
     columns = dict(zip(FIELDS, counts.columns(), strict=True))
     whose = {f"identity_{name}": np.array(value) for name, value in identity.items()}
+    position = {"start": start, "chunk": chunk, "images": counts.images}
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, chunk=chunk, images=counts.images, **columns, **whose)
+        np.savez(file, **position, **columns, **whose)
 
 
-def load_state(path: Path, identity: Mapping[str, str]) -> tuple[int, Counts] | None:
-    """The chunk size and counts that :func:`save_state` wrote, or None if there is no file.
+def load_state(path: Path, identity: Mapping[str, str]) -> Saved | None:
+    """What :func:`save_state` wrote, or None if there is no file.
 
     Raises:
-        StateError: it is broken, or of another checkpoint, image list, architecture list, ...
+        StateError: it is broken, of another checkpoint, image list, architecture list, ..., or
+            holds hits that no images can have given.
     """
-    if not path.is_file():
-        return None
     try:
-        # No pickles: an array of objects in the file is refused.
-        with np.load(path, allow_pickle=False) as content:
-            state = {name: content[name] for name in content.files}
-        counts = Counts(*(state[name].astype(np.int64) for name in FIELDS), int(state["images"]))
-        chunk = int(state["chunk"])
-        found = {name: str(state[f"identity_{name}"]) for name in identity}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise StateError(f"{path} is broken ({error}); remove it to start anew") from error
+        state = read_arrays(path, MOST_BYTES)
+        found = {name: str(state.pop(f"identity_{name}")) for name in identity}
+        _check_identity(path, found, identity)
+        return _saved(state)
+    except FileNotFoundError:
+        return None
+    except KeyError as error:
+        raise StateError(
+            f"{path} is broken ({error} is missing); remove it to start anew"
+        ) from None
+    except ArraysError as error:
+        raise StateError(f"{path} is broken ({error}); remove it to start anew") from None
+
+
+def _check_identity(path: Path, found: Mapping[str, str], identity: Mapping[str, str]) -> None:
     for name, value in identity.items():
         if found[name] != value:
             raise StateError(
                 f"{path} is of another {name.replace('_', ' ')} ({found[name][:16]} instead of "
                 f"{value[:16]}); remove it to start anew, or choose another save_dir"
             )
-    return chunk, counts
+
+
+def _saved(state: Mapping[str, np.ndarray]) -> Saved:
+    """The content of a file, if it can be what an evaluation has counted.
+
+    Raises:
+        KeyError: an array is missing.
+        ArraysError: it cannot.
+    """
+    numbers = [state[name] for name in ("start", "chunk", "images")]
+    columns = [state[name] for name in FIELDS]
+    shapes = {column.shape for column in columns}
+    if set(state) != {"start", "chunk", "images", *FIELDS}:
+        raise ArraysError("unknown arrays")
+    if any(part.dtype != np.int64 for part in (*numbers, *columns)):
+        raise ArraysError("numbers that are not int64")
+    if any(number.shape for number in numbers) or len(shapes) > 1 or columns[0].ndim != 1:
+        raise ArraysError("arrays of wrong shapes")
+    start, chunk, images = map(int, numbers)
+    if start < 0 or chunk < 1 or images < 1:
+        raise ArraysError(f"start {start}, chunk {chunk}, images {images}")
+    top1, top5, near1, near5 = columns
+    if any((column < 0).any() or (column > images).any() for column in columns):
+        raise ArraysError(f"hits below 0 or above the {images} images")
+    if (top1 > top5).any():
+        raise ArraysError("more top-1 than top-5 hits")
+    return Saved(chunk, Counts(top1, top5, near1, near5, images), start)
 
 
 def estimates(archs: Mapping[str, Architecture], counts: Counts) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hnas.base.command_line import OneLineParser
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import write_json
+from hnas.base.files import check_writable, write_json
 from hnas.search_space import Architecture, search_space
 
 BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
@@ -92,6 +92,7 @@ def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo_dir", type=Path, default=Path("output/demo"), help="demo's folder")
     options = parser.parse_args(argv)
+    check_writable(options.demo_dir, "--demo_dir")
     summary = summarize(options.demo_dir)
     write_json(options.demo_dir / "summary.json", summary)
     python = os.path.relpath(sys.executable)

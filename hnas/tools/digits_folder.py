@@ -15,6 +15,7 @@ from PIL import Image
 
 from hnas.base.command_line import OneLineParser
 from hnas.base.errors import UserError, run_main
+from hnas.base.files import check_writable
 
 DIGIT_SIZE, BORDER = 32, 4
 VAL_EVERY = 5
@@ -57,7 +58,9 @@ def write_digits(output: Path, seed: int = 0) -> None:
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    write_digits(parser.parse_args(argv).output)
+    options = parser.parse_args(argv)
+    check_writable(options.output, "--output")
+    write_digits(options.output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 from hnas.architecture_file import submission
 from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import run_main
-from hnas.base.files import write_json
+from hnas.base.files import check_output, write_json
 from hnas.search_space import SAMPLE_SPACES, search_space
 
 
@@ -25,6 +25,7 @@ def main(argv=None) -> None:
     parser.add_argument("--sample_space", choices=SAMPLE_SPACES, default="released")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="[default 0]")
     options = parser.parse_args(argv)
+    check_output(options.output, "--output")
 
     space = search_space("resnet48", options.sample_space)
     rng = np.random.default_rng(options.seed)

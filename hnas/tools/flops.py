@@ -13,7 +13,7 @@ import sys
 from hnas.architecture_file import read_architectures
 from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import run_main
-from hnas.base.files import write_json
+from hnas.base.files import check_output, write_json
 from hnas.search_space import search_space
 
 
@@ -25,6 +25,8 @@ def main(argv=None) -> None:
     parser.add_argument("--num_classes", type=whole_number(1), default=1000, help="[default 1000]")
     parser.add_argument("--output", help="file to write [default: standard output]")
     options = parser.parse_args(argv)
+    if options.output:
+        check_output(options.output, "--output")
 
     space = search_space(options.backbone)
     counts = {

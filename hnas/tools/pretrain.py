@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 from hnas.base.errors import run_main
+from hnas.base.files import check_output
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
 from hnas.models.registry import build_network
@@ -26,7 +27,7 @@ from hnas.utils.runtime import (
     validation_loader,
 )
 from hnas.utils.SampleMethod import LargestSampler
-from hnas.utils.training import fit, prepare
+from hnas.utils.training import about_weights, fit, prepare
 from hnas.utils.weights import write_state
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def main() -> None:
     options = parse_options(Stage.PRETRAIN, about=__doc__.splitlines()[0])
     start(options)
     require(options, "pretrained")
+    check_output(options.pretrained, "--pretrained")
     images = training_images(options)
     val = validation_images(options, images)
     space = space_of(options)
@@ -48,7 +50,8 @@ def main() -> None:
     fit(model, options, loader)
     if not is_main_process():
         return
-    write_state(options.pretrained, network.extract(space.largest()).state_dict())
+    largest = network.extract(space.largest())
+    write_state(options.pretrained, largest.state_dict(), about_weights(options, loader))
     network.activate(space.largest())
     counts = evaluate_network(network, validation_loader(options, val))
     logger.info("validation top-1 %.4f, weights in %s", *counts.accuracy(), options.pretrained)

@@ -20,7 +20,7 @@ import numpy as np
 from hnas.architecture_file import read_accuracies
 from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import replacing, write_json
+from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.breakdown import DISCRETE, attribute, by_option, choices
 from hnas.ranking.correlations import (
     RESAMPLES,
@@ -255,6 +255,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the bootstrap [0]")
     options = parser.parse_args(argv)
+    check_writable(options.out, "--out")
 
     space = search_space(options.backbone)
     gt = read_truth(options.gt)

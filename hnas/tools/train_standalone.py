@@ -25,6 +25,7 @@ from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
 from hnas.models.resnet import ResNet
+from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture
 from hnas.utils.checkpoint import SET_NAME, remove_set
 from hnas.utils.hapi_wrapper import StandaloneModel
@@ -45,6 +46,11 @@ logger = logging.getLogger(__name__)
 
 def main(argv=None) -> None:
     options = parse_options(Stage.STANDALONE, argv, about=__doc__.splitlines()[0])
+    if world_size() > 1:
+        raise UserError(
+            "train_standalone runs in one process; to use more, give each a --modelarch_file and "
+            "a --save_dir of its own"
+        )
     archs = architectures(options)
     start(options)
     train = training_images(options)

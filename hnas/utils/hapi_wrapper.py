@@ -206,6 +206,7 @@ class StandaloneModel(ResumableModel):
             self.gradients.backward(part_loss)
             loss += part_loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
+        self.exchange_gradients()
         self.gradients.step()
         top1 = hits / labels.shape[0]
         return {"loss": loss, "top1": top1, "arch": self.code, "parts": [(self.code, loss)]}

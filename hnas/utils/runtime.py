@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,15 +15,17 @@ from paddle.base.core import set_num_threads
 from PIL import Image
 
 from hnas.base.errors import UserError
+from hnas.base.files import check_writable
 from hnas.dataset.image_folder import (
     DataError,
     ImageList,
+    check_class_names,
     check_same_classes,
     decode_image,
     scan_images,
 )
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
-from hnas.dataset.pixel_cache import PixelCache
+from hnas.dataset.pixel_cache import PixelCache, has_pixels
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.cpu.inference import cpu_threads
 from hnas.parallel.distributed import (
@@ -40,11 +42,16 @@ from hnas.utils.options import AUTO, Options
 logger = logging.getLogger(__name__)
 
 
-def start(options: Options) -> None:
+def start(options: Options, writes: bool = True) -> None:
     """Choose the device, meet the run's other processes and seed every generator.
 
+    Args:
+        options: of the run.
+        writes: whether there will be results, for which ``save_dir`` is tried now.
+
     Raises:
-        UserError: a GPU is asked for and Paddle has none, or other processes cannot be reached.
+        UserError: a GPU is asked for and Paddle has none, other processes cannot be reached, or
+            ``save_dir`` cannot be written.
     """
     if not is_main_process():
         logging.getLogger().setLevel(logging.WARNING)
@@ -56,6 +63,10 @@ def start(options: Options) -> None:
         raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
     if "PINAS_THREADS" in os.environ:
         set_num_threads(cpu_threads())
+    if writes:
+        check_writable(options.save_dir, "--save_dir")
+        if options.visualdl_dir:
+            check_writable(options.visualdl_dir, "--visualdl_dir")
     join_processes(cpu=paddle.get_device() == "cpu")
     seed_generators(options.seed)
     logger.info("device %s, seed %d", paddle.get_device(), options.seed)
@@ -87,8 +98,14 @@ def require(options: Options, *names: str) -> None:
 
 
 def training_images(options: Options) -> ImageList:
-    """The images of ``image_dir/train``."""
+    """The images of ``image_dir/train``.
+
+    Raises:
+        UserError: they cannot be used, or ``cache_dir`` cannot be written where it will be.
+    """
     require(options, "image_dir")
+    if options.use_tensor_dataset and options.cache_dir and not has_pixels(options.cache_dir):
+        check_writable(options.cache_dir, "--cache_dir")
     images = scan_images(options.image_dir, "train", options.verify_images, options.bad_images)
     logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
     return images
@@ -149,16 +166,20 @@ def calibration_number(options: Options, freeze_bn: bool) -> int:
 
 
 def calibration_images(
-    options: Options, freeze_bn: bool, images: ImageList | None = None
+    options: Options,
+    freeze_bn: bool,
+    images: ImageList | None = None,
+    classes: Sequence[str] | None = None,
 ) -> paddle.Tensor | None:
     """Training images to re-calibrate with, uint8 [N, 3, H, W], drawn by the seed; None: none.
 
     Their number is :func:`calibration_number`'s. ``images`` is the training split, where it was
-    scanned already. With ``bad_images=skip`` others are drawn in place of those that cannot be
-    decoded.
+    scanned already; where it was not, its classes must be ``classes``, those of val. With
+    ``bad_images=skip`` others are drawn in place of those that cannot be decoded.
 
     Raises:
-        DataError: the training split holds fewer, or one of them cannot be decoded.
+        DataError: the training split holds fewer or other classes, or one of them cannot be
+            decoded.
     """
     number = calibration_number(options, freeze_bn)
     if not number:
@@ -169,7 +190,10 @@ def calibration_images(
     if root.is_dir() and not (root / "train").is_dir():
         raise DataError(f"{wanted} takes training images, but {root} has no train/; give {instead}")
     # Only what is drawn gets decoded, whatever verify_images says: these are few of many.
-    images = images or scan_images(root, "train")
+    if images is None:
+        images = scan_images(root, "train")
+        if classes is not None:
+            check_class_names(images.classes, images.folder, classes, root / "val")
     if number > len(images):
         has = f"{images.folder} has {len(images)}"
         raise DataError(f"{wanted}, but {has}; lower it, or give {instead}")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from hnas.base.command_line import OneLineParser, read_bool, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import remove_leftovers, write_json
+from hnas.base.files import check_writable, remove_leftovers, write_json
 from hnas.bench.rank.jobs import OPEN_SPLITS, SPLITS, Bench, Job, Scale
 from hnas.bench.rank.methods import DEFAULTS, FINALISTS, find_method
 from hnas.bench.rank.runs import run_job
@@ -41,6 +41,7 @@ QUICK_METHODS = ("uniform_distill", "sandwich_inplace", "seed_recipe")
 
 def main(argv=None) -> None:
     options = parse(argv)
+    check_writable(options.out, "--out")
     bench = Bench(options.out, Scale.quick() if options.quick else Scale())
     if options.jobs:
         work(bench, [Job.from_name(name) for name in options.jobs.split(",")])

@@ -1,0 +1,571 @@
+"""Scores, states and caches that somebody broke, swapped or forged: each case is one line."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+from hnas.base.errors import UserError
+from hnas.base.files import (
+    check_output,
+    check_writable,
+    digest_path,
+    remove_leftovers,
+    replacing,
+)
+from hnas.dataset import image_folder
+from hnas.dataset.image_folder import scan_images
+from hnas.dataset.image_index import cache_folder
+from hnas.dataset.pixel_cache import PixelCache
+from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.images import list_hash
+from hnas.evaluation.ledger import STATE_FILE, Ledger, StateError
+from hnas.evaluation.reference import evaluate_network, evaluate_reference
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48_MINI
+from hnas.tools import draw_architectures, flops, rank_report, train_standalone
+from hnas.tools.digits_folder import main as digits_folder
+from hnas.utils import checkpoint, runtime
+from hnas.utils.checkpoint import newest_set, save_training
+from hnas.utils.hapi_wrapper import StandaloneModel
+from hnas.utils.options import Options
+from hnas.utils.training import pretrained_network
+from hnas.utils.weights import (
+    CheckpointError,
+    NotFiniteError,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+    write_state,
+)
+
+NAN, INF = float("nan"), float("inf")
+ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# --- A. logits and weights that are not finite
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["the label's", "another", "all"])
+def test_logits_that_are_not_finite_are_no_hits(classes, bad, where):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, 6)
+    logits = rng.normal(size=(2, 6, classes)).astype("float32")
+    logits[:, np.arange(6), labels] += 10  # all are hits
+    column = {"the label's": labels[2], "another": (labels[2] + 1) % classes, "all": slice(None)}
+    logits[1, 2, column[where]] = bad
+    found = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    assert found.tolist() == [[6, 6, 0, 0, 0], [5, 5, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("value", [0.0, 5e3, -5e3, 3e38])
+def test_equal_logits_of_any_size_go_to_the_smallest_index(value):
+    """Those of 3e38 add up to infinity, which is no reason to refuse them."""
+    logits = paddle.full([1, 8, 8], value)
+    found = count_hits(logits, paddle.arange(8))
+    assert found.tolist() == [[1, 5, 8, 8, 0]]
+
+
+@pytest.fixture(scope="module")
+def network():
+    paddle.seed(0)
+    net = build_network("resnet48_mini", 10)
+    net.eval()
+    return net
+
+
+@pytest.fixture
+def broken(network):
+    """The network with a NaN for class 3."""
+    bias = network.head.fc.fn.bias
+    kept = bias.numpy()
+    bias.set_value(np.where(np.arange(10) == 3, np.float32(NAN), kept))
+    yield network
+    bias.set_value(kept)
+
+
+def images(number=5):
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, (number, 3, 32, 32), dtype=np.uint8)
+    return paddle.to_tensor(pixels), paddle.to_tensor(rng.integers(0, 10, number))
+
+
+def by_shared(net, archs, batch):
+    SharedEvaluator(net, archs, 32).evaluate(*batch, Counts.zeros(len(archs)))
+
+
+ENGINES = {
+    "shared": by_shared,
+    "reference": lambda net, archs, batch: evaluate_reference(net, archs, [batch]),
+    "one network": lambda net, archs, batch: evaluate_network(net, [batch]),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_name_the_architecture_and_how_many_images(engine, broken):
+    archs = [RESNET48_MINI.smallest()]
+    broken.activate(archs[0])
+    with pytest.raises(LogitsError) as error:
+        ENGINES[engine](broken, archs, images())
+    text = one_line(error)
+    assert "not finite for 5 of 5 images" in text
+    assert engine == "one network" or archs[0].code in text
+
+
+WEIGHTS = {  # what one value becomes, of which tensor: what is said
+    "NaN": ("blocks.0.conv.weight", np.float32, NAN, "not finite"),
+    "infinity": ("blocks.0.bn.bias", np.float32, -INF, "not finite"),
+    "a float64 beyond float32": ("blocks.0.bn.weight", np.float64, 1e39, "not finite in float32"),
+    "a float16's infinity": ("blocks.0.bn.weight", np.float16, INF, "not finite"),
+    "a negative variance": ("blocks.0.bn._variance", np.float32, -1e-9, "negative variances"),
+    "a variance of NaN": ("blocks.0.bn._variance", np.float32, NAN, "not finite"),
+}
+
+
+def damaged_weights(case) -> tuple[dict, str, str]:
+    name, dtype, value, words = WEIGHTS[case]
+    array = np.ones(8, dtype)
+    array[3] = value
+    good = {"blocks.0.bn._mean": -np.ones(8, np.float32)}
+    return {**good, name: array}, name, words
+
+
+@pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_are_looked_at_when_they_are_read(case, suffix, tmp_path):
+    weights, name, words = damaged_weights(case)
+    path = tmp_path / f"w{suffix}"
+    write_state(path, weights)
+    for read in (read_weights, read_checkpoint):
+        with pytest.raises(CheckpointError, match=words) as error:
+            read(path)
+        assert str(path) in one_line(error) and name in one_line(error)
+
+
+def test_negative_means_and_integers_are_fine(tmp_path):
+    weights = {"a._mean": -np.ones(3, np.float32), "queue_pointer": np.array([-1])}
+    write_state(tmp_path / "w.pdparams", weights)
+    assert set(read_weights(tmp_path / "w")) == set(weights)
+
+
+def test_the_teacher_is_checked_too(tmp_path):
+    net = build_network("resnet48_mini", 10, elastic=False)
+    state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    state["blocks.0.conv.weight"] = np.full_like(state["blocks.0.conv.weight"], NAN)
+    write_state(tmp_path / "t.pdparams", state)
+    options = Options(backbone="resnet48_mini", pretrained=str(tmp_path / "t"))
+    with pytest.raises(NotFiniteError, match=r"t\.pdparams: .* blocks\.0\.conv\.weight"):
+        pretrained_network(options, [str(i) for i in range(10)], RESNET48_MINI)
+
+
+def test_good_weights_load(network, tmp_path):
+    write_state(tmp_path / "n.pdparams", network.state_dict())
+    load_weights(network, read_weights(tmp_path / "n"), "n")
+
+
+# --- B. checks that one program had and another lacked
+
+
+def write_image(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    os.utime(path, (1_600_000_000, 1_600_000_000))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """train/ and val/ of two classes, three images each; and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        for number in range(6):
+            write_image(tmp_path / split / ("cat", "dog")[number % 2] / f"{number}.png", number)
+        for name in ("cat", "dog"):
+            os.utime(tmp_path / split / name, (1_600_000_000, 1_600_000_000))
+    return tmp_path
+
+
+@pytest.mark.parametrize("names", [("zero", "one"), ("cat", "emu"), ("cat", "dog", "emu")])
+def test_stage_three_compares_vals_classes_with_trains(names, root):
+    options = Options(image_dir=str(root), image_size=32, bn_calibration_images=2)
+    assert runtime.calibration_images(options, False, classes=("cat", "dog")).shape[0] == 2
+    with pytest.raises(UserError, match="is in .* but not in") as error:
+        runtime.calibration_images(options, False, classes=sorted(names))
+    assert "class '" in one_line(error)
+
+
+def test_train_standalone_refuses_several_processes(monkeypatch):
+    monkeypatch.setattr(train_standalone, "world_size", lambda: 2, raising=False)
+    with pytest.raises(UserError, match="train_standalone runs in one process"):
+        train_standalone.main(["run", "--arch", RESNET48_MINI.largest().code])
+
+
+def test_a_stand_alone_step_exchanges_gradients_before_it_is_taken(monkeypatch):
+    events = []
+    model = StandaloneModel(paddle.nn.Flatten(), "code")
+    model.network = paddle.nn.Sequential(paddle.nn.Flatten(), paddle.nn.Linear(48, 3))
+    optimizer = paddle.optimizer.SGD(0.1, parameters=model.network.parameters())
+    model.prepare(optimizer)
+    model.exchange = type("Exchange", (), {"run": lambda self: events.append("exchange")})()
+    step = model.gradients.step
+    monkeypatch.setattr(model.gradients, "step", lambda: (events.append("step"), step()))
+    pixels = paddle.zeros([2, 3, 4, 4], dtype="uint8")
+    model.train_batch([pixels, paddle.to_tensor([0, 1])])
+    assert events == ["exchange", "step"]
+
+
+CODE = RESNET48_MINI.largest().code
+PROGRAMS = {  # what writes, and how: a folder or a file below something that is no folder
+    "stages": lambda path: runtime.start(Options(save_dir=str(path / "out"), device="cpu")),
+    "curves": lambda path: runtime.start(
+        Options(save_dir=str(path.parent / "fine"), visualdl_dir=str(path / "c"), device="cpu")
+    ),
+    "digits_folder": lambda path: digits_folder(["--output", str(path / "digits")]),
+    "draw_architectures": lambda path: draw_architectures.main(["--output", str(path / "a.json")]),
+    "flops": lambda path: flops.main(["--modelarch_file", "none", "--output", str(path / "f")]),
+    "rank_report": lambda path: rank_report.main(
+        ["--pred", "macs", "--gt", "none", "--out", str(path / "report")]
+    ),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_folders_that_cannot_be_written_are_noticed_first(program, tmp_path):
+    (tmp_path / "file").write_text("")
+    # Input that is missing is noticed later.
+    with pytest.raises(UserError, match="cannot write to --") as error:
+        PROGRAMS[program](tmp_path / "file")
+    assert "choose another folder" in one_line(error)
+
+
+def test_cache_dir_is_tried_before_the_images_are_scanned(root):
+    (root / "file").write_text("")
+    options = Options(image_dir=str(root), use_tensor_dataset=True, cache_dir=str(root / "file/c"))
+    with pytest.raises(UserError, match="cannot write to --cache_dir"):
+        runtime.training_images(options)
+
+
+def test_trying_a_folder_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "new/folder", "--save_dir")
+    assert list((tmp_path / "new/folder").iterdir()) == []
+    check_output(tmp_path / "new/file", "--output")
+    with pytest.raises(UserError, match="--output .* is a folder"):
+        check_output(tmp_path / "new", "--output")
+
+
+# --- C. states and chunks of an evaluation
+
+IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
+FOUR = ("top1", "top5", "near1", "near5")
+
+
+def arrays(start=0, images=10, **changes) -> dict[str, np.ndarray]:
+    """What a state of 10 of 23 images holds, or with other numbers another file."""
+    columns = {name: np.array([images // 2, images]) for name in ("top1", "top5")}
+    columns |= {name: np.zeros(2, np.int64) for name in ("near1", "near5")}
+    numbers = {"start": np.array(start), "chunk": np.array(5), "images": np.array(images)}
+    whose = {f"identity_{name}": np.array(value) for name, value in IDENTITY.items()}
+    content = {**numbers, **columns, **whose, **changes}
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def as_npz(content, save=np.savez) -> bytes:
+    file = io.BytesIO()
+    save(file, **content)
+    return file.getvalue()
+
+
+def member(name: str, header: str, content: bytes = b"") -> bytes:
+    """An .npz of one array with a header of one's own, besides a whole state."""
+    text = header.ljust(118 - 1) + "\n"
+    array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + content
+    file = io.BytesIO(as_npz(arrays(**{name: None})))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(f"{name}.npy", array)
+    return file.getvalue()
+
+
+def patched(content: bytes, offset: int, value: int) -> bytes:
+    """The content with a 16-bit field of all entries of the central directory replaced."""
+    found = bytearray(content)
+    for match in re.finditer(b"PK\x01\x02", content):
+        found[match.start() + offset : match.start() + offset + 2] = struct.pack("<H", value)
+    return bytes(found)
+
+
+def bomb() -> bytes:
+    """A hundred MB of zeros in a hundred kB."""
+    return as_npz(arrays(top1=np.zeros(12_500_000, np.int64)), np.savez_compressed)
+
+
+def two_start(content: bytes) -> bytes:
+    file = io.BytesIO(content)
+    with pytest.warns(UserWarning), zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("top1.npy", archive.read("top5.npy"))
+    return file.getvalue()
+
+
+GOOD, CHUNK = as_npz(arrays()), as_npz(arrays(10, 5))
+HUGE = "{'descr': '<i8', 'fortran_order': False, 'shape': (1125899906842624,), }"
+OBJECTS = "{'descr': '|O', 'fortran_order': False, 'shape': (2,), }"
+STATES = {  # name of the file, content, words of the error
+    "hits above the images": (STATE_FILE, arrays(top1=np.array([5, 11])), "above the 10 images"),
+    "top-5 above the images": (STATE_FILE, arrays(top5=np.array([10, 11])), "above the 10 images"),
+    "near ties above the images": (STATE_FILE, arrays(near5=np.array([0, 11])), "above the 10"),
+    "negative hits": (STATE_FILE, arrays(top1=np.array([5, -1])), "below 0"),
+    "more top-1 than top-5": (STATE_FILE, arrays(top5=np.array([4, 9])), "more top-1"),
+    "NaN": (STATE_FILE, arrays(top1=np.array([5, NAN])), "not int64"),
+    "floats": (STATE_FILE, arrays(top1=np.array([5.0, 5.0])), "not int64"),
+    "booleans": (STATE_FILE, arrays(top1=np.array([True, False])), "not int64"),
+    "text": (STATE_FILE, arrays() | {"images": np.array("ten")}, "not int64"),
+    "one architecture more": (
+        STATE_FILE, arrays(**dict.fromkeys(FOUR, np.zeros(3, np.int64))), "3 architectures, not 2"),
+    "columns of two lengths": (STATE_FILE, arrays(top1=np.zeros(3, np.int64)), "wrong shapes"),
+    "a table": (STATE_FILE, arrays(**dict.fromkeys(FOUR, np.zeros((2, 1), np.int64))), "shapes"),
+    "a list of chunks": (STATE_FILE, arrays(chunk=np.array([5])), "wrong shapes"),
+    "a chunk of nothing": (STATE_FILE, arrays(chunk=np.array(0)), "chunk 0"),
+    "chunks of -5": (STATE_FILE, arrays(chunk=np.array(-5)), "chunk -5"),
+    "no images": (STATE_FILE, arrays(images=0), "images 0"),
+    "images beyond the set": (STATE_FILE, arrays(images=25), "which it cannot of 23"),
+    "half a chunk": (STATE_FILE, arrays(images=7), "which it cannot of 23"),
+    "a start": (STATE_FILE, arrays(start=5), "copied or renamed"),
+    "a missing array": (STATE_FILE, arrays(near1=None), "'near1' is missing"),
+    "a missing identity": (STATE_FILE, arrays(identity_checkpoint=None), "is missing"),
+    "another checkpoint": (
+        STATE_FILE, arrays(identity_checkpoint=np.array("d" * 64)), "of another checkpoint"),
+    "one array more": (STATE_FILE, arrays(more=np.zeros(2)), "unknown arrays"),
+    "an array twice": (STATE_FILE, two_start, "an array twice"),
+    "a copy of a chunk": ("eval_chunk_backup.npz", CHUNK, "none of this program's names"),
+    "a chunk of another notation": ("eval_chunk_10.npz", CHUNK, "none of this program's names"),
+    "a chunk with a sign": ("eval_chunk_-0000010.npz", CHUNK, "none of this program's names"),
+    "a chunk elsewhere": ("eval_chunk_00000015.npz", CHUNK, "copied or renamed"),
+    "a chunk as state": (STATE_FILE, CHUNK, "copied or renamed"),
+    "a state as chunk": ("eval_chunk_00000000.npz", GOOD, "copied or renamed"),
+    "a state as later chunk": ("eval_chunk_00000010.npz", GOOD, "copied or renamed"),
+    "a chunk between two": ("eval_chunk_00000012.npz", arrays(12, 5), "copied or renamed"),
+    "a chunk beyond the set": ("eval_chunk_00000025.npz", arrays(25, 5), "which it cannot of 23"),
+    "a chunk over the end": ("eval_chunk_00000020.npz", arrays(20, 5), "which it cannot of 23"),
+    "a short chunk": ("eval_chunk_00000010.npz", arrays(10, 3), "copied or renamed"),
+    "encrypted": (STATE_FILE, lambda good: patched(good, 8, 1), "encrypted"),
+    "a compression that is unknown": (STATE_FILE, lambda good: patched(good, 10, 99), "compressed"),
+    "2**50 elements": (STATE_FILE, member("top1", HUGE, bytes(16)), "is broken"),
+    "objects": (STATE_FILE, member("top1", OBJECTS, bytes(16)), "is broken"),
+    "a bomb": (STATE_FILE, lambda _: bomb(), "is broken"),
+    "no archive": (STATE_FILE, b"nonsense", "is broken"),
+    "nothing": (STATE_FILE, b"", "is broken"),
+    "half a file": (STATE_FILE, GOOD[: len(GOOD) // 2], "is broken"),
+    "a flipped bit": (
+        STATE_FILE, lambda good: good.replace(b"c\0\0\0", b"d\0\0\0", 1), "is broken"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_states_and_chunks_are_not_believed(case, tmp_path):
+    name, content, words = STATES[case]
+    content = as_npz(content) if isinstance(content, dict) else content
+    content = content(GOOD) if callable(content) else content
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StateError, match=re.escape(words)) as error:
+        Ledger(tmp_path, IDENTITY, ARCHS, 23)
+    assert str(tmp_path / name) in one_line(error)
+
+
+def test_what_the_table_starts_from_is_believed(tmp_path):
+    (tmp_path / STATE_FILE).write_bytes(GOOD)
+    for start, number in ((10, 5), (20, 3)):
+        content = as_npz(arrays(start, number))
+        (tmp_path / f"eval_chunk_{start:08d}.npz").write_bytes(content)
+    ledger = Ledger(tmp_path, IDENTITY, ARCHS, 23)
+    ledger.begin(7)
+    assert (ledger.chunk, ledger.counts.images) == (5, 15)
+    assert list(ledger.chunks()) == [range(15, 20)]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        (lambda path: None, False),
+        (lambda path: os.utime(path, (1_600_000_000, 1_600_000_001)), True),
+        (lambda path: path.write_bytes(path.read_bytes()), True),
+        (lambda path: path.rename(path.with_name("7.png")), True),
+    ],
+)
+def test_an_image_that_was_replaced_is_another(change, is_another, root):
+    before = list_hash(scan_images(root, "val"), np.arange(6), 32)
+    change(root / "val/cat/0.png")
+    found = scan_images(root, "val")
+    assert (list_hash(found, np.arange(6), 32) != before) == is_another
+
+
+# --- C. caches
+
+
+def changed_entry(change):
+    """Change the entry of class cat, and let the digest be of the changed file, too."""
+
+    def damage(path: Path):
+        content = json.loads(path.read_text())
+        stamp, names = content["cat"]
+        content["cat"] = [stamp, change(names)]
+        path.write_text(json.dumps(content))
+        digest_path(path).write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+    return damage
+
+
+def dropped_name(path: Path):
+    content = json.loads(path.read_text())
+    content["cat"][1].pop()
+    path.write_text(json.dumps(content))
+
+
+INDICES = {
+    "a name above": changed_entry(lambda names: ["../dog/1.png", *names]),
+    "an absolute name": changed_entry(lambda names: ["/etc/passwd.png", *names]),
+    "a name below": changed_entry(lambda names: [*names, "x/y.png"]),
+    "no image": changed_entry(lambda names: [*names, "z.txt"]),
+    "a name twice": changed_entry(lambda names: [names[0], *names]),
+    "another order": changed_entry(lambda names: names[::-1]),
+    "a number": changed_entry(lambda names: [*names, 5]),
+    "a text": changed_entry(lambda names: "0.png"),
+    "a dropped name": dropped_name,
+    "no digest": lambda path: digest_path(path).unlink(),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_a_broken_index_costs_time_only(case, root, monkeypatch):
+    expected = [str(path) for path in scan_images(root, "train").paths]
+    (path,) = cache_folder().glob("*-names.json")
+    INDICES[case](path)
+    assert [str(path) for path in scan_images(root, "train").paths] == expected
+
+
+def test_an_index_that_is_right_is_used(root, monkeypatch):
+    scan_images(root, "train")
+    monkeypatch.setattr(image_folder.os, "listdir", lambda _: pytest.fail("listed again"))
+    assert len(scan_images(root, "train")) == 6
+
+
+def changed_table(change):
+    def damage(table, digest):
+        return {"table": change(table.copy()), "sha256": digest}
+
+    return damage
+
+
+def swapped(table):
+    table[[0, 1]] = table[[1, 0]]
+    return table
+
+
+TABLES = {
+    "reversed": changed_table(lambda table: table[::-1]),
+    "two swapped": changed_table(swapped),
+    "turned": changed_table(lambda table: table[:, [0, 2, 1]]),
+    "beyond the file": changed_table(lambda table: table + [[100, 0, 0]]),
+    "negative": changed_table(lambda table: -table),
+    "floats": changed_table(lambda table: table.astype(np.float64)),
+    "one row less": changed_table(lambda table: table[:-1]),
+    "flat": changed_table(lambda table: table.ravel()),
+    "no digest": lambda table, digest: {"table": table},
+    "another digest": lambda table, digest: {"table": table, "sha256": np.array("0" * 64)},
+}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("case", TABLES)
+def test_a_broken_pixel_table_costs_time_only(case, save, root):
+    found = scan_images(root, "train")
+    cache = PixelCache(found, 1000)
+    expected = [cache[index].copy() for index in range(6)]
+    path = cache.path.with_suffix(".npz")
+    with np.load(path) as content:
+        table, digest = content["table"], content["sha256"]
+    path.write_bytes(as_npz(TABLES[case](table, digest), save))
+    again = PixelCache(found, 1000)
+    for index, pixels in enumerate(expected):
+        np.testing.assert_array_equal(again[index], pixels)
+
+
+# --- C. sets by their numbers; temporary files
+
+
+def test_the_newest_set_does_not_depend_on_the_clock(tmp_path, monkeypatch):
+    network = paddle.nn.Linear(2, 2)
+    optimizer = paddle.optimizer.Momentum(0.1, parameters=network.parameters())
+    now = 2e9
+    monkeypatch.setattr(checkpoint.time, "time", lambda: now)
+    for epoch, step, name in ((0, 2, "0-2"), (1, 0, "0"), (1, 1, "1-1"), (2, 0, "1")):
+        save_training(tmp_path / name, network, optimizer, {"epoch": epoch, "step": step})
+        assert newest_set(tmp_path) == tmp_path / name
+        now -= 86_400
+
+
+WRITER = """
+import os, sys, time
+from hnas.base.files import replacing
+with replacing(sys.argv[1]) as temporary:
+    temporary.write_bytes(b"part")
+    print(temporary.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_leftovers_go_and_files_of_living_writers_stay(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "a.pixels")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as writer:
+        name = writer.stdout.readline().strip()
+        (tmp_path / ".old.pixels.4711.tmp").write_bytes(b"of an earlier version")
+        (tmp_path / ".mine.tmp").write_bytes(b"of somebody else")
+        remove_leftovers(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == sorted([".mine.tmp", name])
+        writer.kill()
+        writer.wait()
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == [".mine.tmp"]
+
+
+def test_temporary_names_are_unique_whatever_the_process_number(tmp_path, monkeypatch):
+    """Two containers that share a cache may both be process 7."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as other:
+        assert one != other
+        one.write_text("1")
+        other.write_text("2")
+    assert (tmp_path / "a").read_text() == "1"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_a_killed_build_left_goes_with_the_next(root):
+    found = scan_images(root, "train")
+    cache = PixelCache(found, 1000)
+    left = cache.path.with_name(f".{'0' * 32}.pixels.99-{'a' * 16}.tmp")
+    shutil.copy(cache.path, left)
+    PixelCache(found, 1000)
+    assert not left.exists()
