@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from hnas.base.command_line import OneLineParser
+from hnas.base.command_line import OneLineParser, read_path
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import write_json
 from hnas.search_space import Architecture, search_space
@@ -88,7 +88,9 @@ or let the supernet score 500 other architectures, drawn by the seed
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo_dir", type=Path, default=Path("output/demo"), help="demo's folder")
+    parser.add_argument(
+        "--demo_dir", type=read_path, default=Path("output/demo"), help="demo's folder"
+    )
     options = parser.parse_args(argv)
     summary = summarize(options.demo_dir)
     write_json(options.demo_dir / "summary.json", summary)
