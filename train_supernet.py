@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +26,12 @@ from hnas.evaluation.engine import (
     write_results,
 )
 from hnas.evaluation.hits import Counts
-from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
+from hnas.evaluation.images import (
+    DECODE_BATCH,
+    DecodedImages,
+    ImagesOnDemand,
+    balanced_order,
+)
 from hnas.evaluation.ledger import architectures_hash
 from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
@@ -38,6 +44,7 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.search_space import Architecture, SearchSpace, find_backbone
+from hnas.utils.memory_needs import check_chunk, check_shared_memory
 from hnas.utils.options import Options, Stage, parse_options
 from hnas.utils.runtime import (
     calibration_images,
@@ -61,6 +68,7 @@ def main() -> None:
     if world_size() > 1 and options.eval_engine == "reference":
         raise UserError("--eval_engine reference runs in one process; shared runs in several")
     require(options, "ckpt_dir")
+    check_chunk(options)
     space = space_of(options)
     archs = architectures(options, space)
     images = validation_images(options)
@@ -84,7 +92,16 @@ def score(
     images: ImageList,
     calibration: paddle.Tensor | None,
 ) -> Counts:
-    """Hits of all architectures, complete in the main process."""
+    """Hits of all architectures, complete in the main process.
+
+    Raises:
+        UserError: more images are asked for than there are.
+    """
+    if options.eval_images > len(images):
+        raise UserError(
+            f"--eval_images {options.eval_images}, but {images.folder} has {len(images)}; lower "
+            "it, or give 0 for all"
+        )
     order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
     if options.eval_engine == "reference":
         loader = validation_loader(options, images, order)
@@ -104,6 +121,8 @@ def decoded_images(
     options: Options, images: ImageList, order: np.ndarray
 ) -> DecodedImages | ImagesOnDemand:
     """The images in that order; one of several processes decodes those of its chunks only."""
+    pixels = DECODE_BATCH * 3 * options.image_size**2
+    check_shared_memory(pixels, math.ceil(len(order) / DECODE_BATCH), options.num_workers)
     if world_size() > 1:
         return ImagesOnDemand(images, order, options.image_size, options.num_workers)
     return DecodedImages(
@@ -150,6 +169,11 @@ def architectures(options: Options, space: SearchSpace) -> dict[str, Architectur
     wanted = options.eval_sample_num
     if options.modelarch_file:
         archs = read_architectures(options.modelarch_file)
+        if wanted > len(archs):
+            raise UserError(
+                f"--eval_sample_num {wanted}, but {options.modelarch_file} has {len(archs)} "
+                "architectures; lower it, or give 0 for all"
+            )
         archs = dict(islice(archs.items(), wanted or None))
     elif wanted:
         archs = space.sample_distinct(np.random.default_rng(options.seed), wanted)

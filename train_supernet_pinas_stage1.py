@@ -14,6 +14,7 @@ from hnas.models.registry import build_network
 from hnas.parallel.distributed import world_size
 from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.memory_needs import check_queue
 from hnas.utils.options import Stage, parse_options
 from hnas.utils.runtime import require, space_of, start, training_images, training_loader
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
@@ -39,6 +40,7 @@ def main() -> None:
             f"--batch_size {options.batch_size}{times}"
         )
     start(options)
+    check_queue(options)
     images = training_images(options)
     space = space_of(options)
     network = build_network(

@@ -7,6 +7,7 @@ This is the only module that knows how the digits of a code are laid out; all ot
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -290,6 +291,14 @@ class SearchSpace:
         widths = tuple(((d, d),) * depth for depth, d in zip(depths, digits, strict=True))
         return Architecture(tuple(depths), digits[0], widths)
 
+    @property
+    def size(self) -> int:
+        """How many architectures :meth:`sample` can draw."""
+        return math.prod(
+            narrowest * sum(narrowest**depth for depth in range(MIN_DEPTH, deepest + 1))
+            for deepest, narrowest in zip(MAX_DEPTHS, self.max_digits, strict=True)
+        )
+
     def sample(self, rng: np.random.Generator, tilt: float = 0.0) -> Architecture:
         """Draw an architecture: depths and digits independent, conv2's digit one per stage.
 
@@ -338,7 +347,12 @@ class SearchSpace:
         """``first`` and then uniform draws, none twice, until there are ``number``.
 
         They are named arch1, arch2, ..., as the organisers name theirs.
+
+        Raises:
+            UserError: there are not so many.
         """
+        if number > self.size:
+            raise UserError(f"{number} architectures are asked for, and only {self.size} exist")
         drawn = dict.fromkeys(first)
         while len(drawn) < number:
             drawn[self.sample(rng)] = None

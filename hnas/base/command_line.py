@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from hnas.base.errors import UserError
 
@@ -16,17 +18,74 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer from ``low`` to ``high``."""
+LARGEST = 2**32 - 1
+"""Of whole numbers that nothing else bounds: of seeds, too."""
+LARGEST_SIDE = 8192
+"""Of images, px."""
+MOST_ARCHITECTURES = 1_000_000
+"""Of a file; each takes a few kilobytes while it is handled."""
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes that Linux allows."""
+SHOWN = 60
+"""Characters of a value that a message repeats."""
 
-    def read(text: str) -> int:
-        value = read_int(text)
-        if value < low or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of bounds; allowed: {allowed}")
+
+def shown(value: object) -> str:
+    """A user's value for a message: quoted if it is text, and shortened if it is long."""
+    text = str(value)
+    kept = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return repr(kept) if isinstance(value, str) else kept
+
+
+def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """An argparse type: an integer from ``low`` to ``high``."""
+    return _bounded(read_int, low, high)
+
+
+def real_number(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a finite number from ``low`` to ``high``."""
+    return _bounded(read_float, low, high)
+
+
+def _bounded(read: Callable, low: float, high: float) -> Callable:
+    def read_bounded(text: str):
+        value = read(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"{shown(value)} is out of bounds; allowed: {low} to {high}"
+            )
         return value
 
-    return read
+    return read_bounded
+
+
+def path_text(text: str) -> str:
+    """The path of a file or folder; an empty one, or one that no system could have, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    check_path(text)
+    return text
+
+
+def read_path(text: str) -> Path:
+    """As :func:`path_text`, but a path object."""
+    return Path(path_text(text))
+
+
+def check_path(text: str) -> None:
+    """Refuse what cannot be a path, before some system call does.
+
+    Raises:
+        ArgumentTypeError: a name in it, or the whole, is too long.
+    """
+    names = [os.fsencode(name) for name in text.split("/")]
+    longest = max(names, key=len)
+    if len(longest) > LONGEST_NAME:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}: a name of {len(longest)} bytes; {LONGEST_NAME} are allowed"
+        )
+    if sum(len(name) + 1 for name in names) > LONGEST_PATH:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: a path of more than {LONGEST_PATH} bytes")
 
 
 def read_bool(text: str) -> bool:
@@ -35,7 +94,7 @@ def read_bool(text: str) -> bool:
         return True
     if text.lower() in ("false", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    raise argparse.ArgumentTypeError(f"{shown(text)} is neither True nor False")
 
 
 def read_int(text: str) -> int:
@@ -43,7 +102,7 @@ def read_int(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from None
 
 
 def read_float(text: str) -> float:
@@ -53,5 +112,5 @@ def read_float(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a finite number")
     return value

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 from contextlib import suppress
 
+from hnas.base.errors import UserError
+
+SHARED = "/dev/shm"
 UNKNOWN = 4 * 2**30
 """Bytes that are taken for free where the system does not say."""
 
@@ -22,6 +26,34 @@ def _field(path: str, name: str) -> int | None:
 def available_bytes() -> int:
     """Memory that can be taken without swapping."""
     return _field("/proc/meminfo", "MemAvailable") or UNKNOWN
+
+
+def shared_bytes() -> int | None:
+    """What is free of the memory that processes share, /dev/shm; None: there is none such."""
+    with suppress(OSError):
+        found = os.statvfs(SHARED)
+        return found.f_bavail * found.f_frsize
+    return None
+
+
+def refuse_too_much(need: int, free: int, what: str, instead: str) -> None:
+    """Say that memory will not do before it is asked for.
+
+    Args:
+        need, free: bytes; ``need`` is the least that will do.
+        what: needs it, as the start of a sentence.
+        instead: what to do.
+
+    Raises:
+        UserError: it is more than there is.
+    """
+    if need > free:
+        raise UserError(f"{what} needs {gib(need)} at least, and {gib(free)} are free; {instead}")
+
+
+def gib(size: int) -> str:
+    """Bytes as a text, in GiB."""
+    return f"{size / 2**30:.2f} GiB"
 
 
 def reset_peak() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import paddle
 from paddle.static import InputSpec
 
-from hnas.base.command_line import OneLineParser, whole_number
+from hnas.base.command_line import LARGEST_SIDE, MOST_ARCHITECTURES, OneLineParser, whole_number
 from hnas.base.errors import run_main
 from hnas.evaluation.cpu.inference import cpu_threads, onednn_predictor
 from hnas.evaluation.hits import Counts
@@ -119,10 +119,13 @@ def main(argv=None) -> None:
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--backbone", default="resnet48_mini", help="supernet")
-    parser.add_argument("--image_size", type=whole_number(32), default=64, help="px")
-    parser.add_argument("--batch_size", type=whole_number(1), default=32, help="images")
+    parser.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=64, help="px")
+    parser.add_argument("--batch_size", type=whole_number(1, 1_000_000), default=32, help="images")
     parser.add_argument(
-        "--n_arch", type=whole_number(1), default=200, help="architectures to score"
+        "--n_arch",
+        type=whole_number(1, MOST_ARCHITECTURES),
+        default=200,
+        help="architectures to score",
     )
     parser.add_argument("--times", type=whole_number(1), default=5, help="of each measurement")
     options = parser.parse_args(argv)

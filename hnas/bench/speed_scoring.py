@@ -25,7 +25,14 @@ from paddle.static import InputSpec
 from PIL import Image
 
 from hnas.architecture_file import read_architectures
-from hnas.base.command_line import OneLineParser, read_bool, whole_number
+from hnas.base.command_line import (
+    LARGEST_SIDE,
+    MOST_ARCHITECTURES,
+    OneLineParser,
+    path_text,
+    read_bool,
+    whole_number,
+)
 from hnas.base.errors import UserError, run_main
 from hnas.base.memory import peak_gib, reset_peak
 from hnas.dataset.image_folder import ImageList
@@ -51,14 +58,25 @@ def main(argv=None) -> None:
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--modelarch_file", required=True, default=SUPPRESS, help="architectures to draw from"
+        "--modelarch_file",
+        type=path_text,
+        required=True,
+        default=SUPPRESS,
+        help="architectures to draw from",
     )
-    parser.add_argument("--n_arch", type=whole_number(0), default=0, help="drawn of them; 0: all")
-    parser.add_argument("--image_size", type=whole_number(32), default=224, help="px")
-    parser.add_argument("--n_images", type=whole_number(1), default=64, help="images")
+    parser.add_argument(
+        "--n_arch",
+        type=whole_number(0, MOST_ARCHITECTURES),
+        default=0,
+        help="drawn of them; 0: all",
+    )
+    parser.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px")
+    parser.add_argument("--n_images", type=whole_number(1, 1_000_000), default=64, help="images")
     parser.add_argument("--backbone", default="resnet48", help="supernet")
     parser.add_argument("--rounds", type=whole_number(1), default=2, help="runs of each engine")
-    parser.add_argument("--num_classes", type=whole_number(2), default=1000, help="of the network")
+    parser.add_argument(
+        "--num_classes", type=whole_number(2, 1_000_000), default=1000, help="of the network"
+    )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
     parser.add_argument("--count_only", type=read_bool, default=False, help="MACs, no run")
     options = parser.parse_args(argv)

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hnas.base.command_line import OneLineParser, read_bool, whole_number
+from hnas.base.command_line import LARGEST_SIDE, OneLineParser, read_bool, whole_number
 from hnas.base.errors import UserError, run_main
 
 logger = logging.getLogger(__name__)
@@ -49,22 +49,32 @@ def main(argv=None) -> None:
         "--stages", type=whole_number(1, 2), nargs="+", default=[1, 2], help="of training"
     )
     parser.add_argument("--backbone", default="resnet48_mini", help="of stage 2")
-    parser.add_argument("--image_size", type=whole_number(32), default=32, help="px")
+    parser.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=32, help="px")
     parser.add_argument(
-        "--source_size", type=whole_number(0), default=0, help="of the files, px; 0: twice as large"
+        "--source_size",
+        type=whole_number(0, LARGEST_SIDE),
+        default=0,
+        help="of the files, px; 0: twice as large",
     )
-    parser.add_argument("--batch_size", type=whole_number(2), default=64, help="images")
+    parser.add_argument("--batch_size", type=whole_number(2, 1_000_000), default=64, help="images")
     parser.add_argument("--subnetworks", type=whole_number(1), default=4, help="a step of stage 2")
     parser.add_argument("--rounds", type=whole_number(1), default=5, help="turns of each loop")
     parser.add_argument("--steps", type=whole_number(1), default=6, help="steps a turn")
     parser.add_argument(
-        "--curve_steps", type=whole_number(0), default=50, help="whose losses are compared; 0: none"
+        "--curve_steps",
+        type=whole_number(0),
+        default=50,
+        help="whose losses are compared; 0: none",
     )
-    parser.add_argument("--num_workers", type=whole_number(0), default=2, help="of the loaders")
-    parser.add_argument("--num_classes", type=whole_number(2), default=1000, help="of the images")
+    parser.add_argument(
+        "--num_workers", type=whole_number(0, 1024), default=2, help="of the loaders"
+    )
+    parser.add_argument(
+        "--num_classes", type=whole_number(2, 1_000_000), default=1000, help="of the images"
+    )
     parser.add_argument(
         "--threads",
-        type=whole_number(1),
+        type=whole_number(1, 1024),
         default=len(os.sched_getaffinity(0)),
         help="of all but the straightforward loop",
     )

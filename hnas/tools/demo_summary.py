@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from hnas.base.command_line import OneLineParser
+from hnas.base.command_line import OneLineParser, read_path
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, write_json
 from hnas.search_space import Architecture, search_space
@@ -90,7 +90,9 @@ or let the supernet score 500 other architectures, drawn by the seed
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo_dir", type=Path, default=Path("output/demo"), help="demo's folder")
+    parser.add_argument(
+        "--demo_dir", type=read_path, default=Path("output/demo"), help="demo's folder"
+    )
     options = parser.parse_args(argv)
     check_writable(options.demo_dir, "--demo_dir")
     summary = summarize(options.demo_dir)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hnas.base.command_line import OneLineParser
+from hnas.base.command_line import OneLineParser, read_path
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable
 
@@ -57,7 +57,7 @@ def write_digits(output: Path, seed: int = 0) -> None:
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output", type=read_path, required=True, help="folder to write")
     options = parser.parse_args(argv)
     check_writable(options.output, "--output")
     write_digits(options.output)

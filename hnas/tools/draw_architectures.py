@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from hnas.architecture_file import submission
-from hnas.base.command_line import OneLineParser, whole_number
+from hnas.base.command_line import MOST_ARCHITECTURES, OneLineParser, path_text, whole_number
 from hnas.base.errors import run_main
 from hnas.base.files import check_output, write_json
 from hnas.search_space import SAMPLE_SPACES, search_space
@@ -19,9 +19,12 @@ from hnas.search_space import SAMPLE_SPACES, search_space
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--number", type=whole_number(2), default=200, help="architectures [default 200]"
+        "--number",
+        type=whole_number(2, MOST_ARCHITECTURES),
+        default=200,
+        help="architectures [default 200]",
     )
-    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--output", type=path_text, required=True, help="JSON file to write")
     parser.add_argument("--sample_space", choices=SAMPLE_SPACES, default="released")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="[default 0]")
     options = parser.parse_args(argv)

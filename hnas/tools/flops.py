@@ -11,7 +11,7 @@ import json
 import sys
 
 from hnas.architecture_file import read_architectures
-from hnas.base.command_line import OneLineParser, whole_number
+from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, whole_number
 from hnas.base.errors import run_main
 from hnas.base.files import check_output, write_json
 from hnas.search_space import search_space
@@ -19,11 +19,17 @@ from hnas.search_space import search_space
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--modelarch_file", required=True, help="architectures: JSON or text")
+    parser.add_argument(
+        "--modelarch_file", type=path_text, required=True, help="architectures: JSON or text"
+    )
     parser.add_argument("--backbone", default="resnet48", help="whose widths [default resnet48]")
-    parser.add_argument("--image_size", type=whole_number(32), default=224, help="px [default 224]")
-    parser.add_argument("--num_classes", type=whole_number(1), default=1000, help="[default 1000]")
-    parser.add_argument("--output", help="file to write [default: standard output]")
+    parser.add_argument(
+        "--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px [default 224]"
+    )
+    parser.add_argument(
+        "--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[default 1000]"
+    )
+    parser.add_argument("--output", type=path_text, help="file to write [default: standard output]")
     options = parser.parse_args(argv)
     if options.output:
         check_output(options.output, "--output")

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from hnas.architecture_file import read_architectures
-from hnas.base.command_line import OneLineParser, whole_number
+from hnas.base.command_line import (
+    LARGEST_SIDE,
+    MOST_ARCHITECTURES,
+    OneLineParser,
+    path_text,
+    real_number,
+    whole_number,
+)
 from hnas.base.errors import UserError, run_main
 from hnas.evaluation.engine import MAX_CHUNK
 from hnas.evaluation.ledger import even_chunk
@@ -195,14 +202,24 @@ def main(argv=None) -> None:
     recipe = Recipe()
     parser.add_argument("--gpus", type=whole_number(1), default=1, help="devices [default 1]")
     parser.add_argument("--gpu", choices=GPUS, default="a100", help="kind [default a100]")
-    parser.add_argument("--efficiency", type=float, default=0.0, help="share of the data sheet's")
-    parser.add_argument("--gmacs_per_s", type=float, default=0.0, help="measured, of one device")
-    parser.add_argument("--n_arch", type=whole_number(1), default=45000, help="to score")
-    parser.add_argument("--modelarch_file", help="architectures to score; else drawn, uniform")
+    parser.add_argument(
+        "--efficiency", type=real_number(0, 1), default=0.0, help="share of the data sheet's"
+    )
+    parser.add_argument(
+        "--gmacs_per_s", type=real_number(0, 1e9), default=0.0, help="measured, of one device"
+    )
+    parser.add_argument(
+        "--n_arch", type=whole_number(1, MOST_ARCHITECTURES), default=45000, help="to score"
+    )
+    parser.add_argument(
+        "--modelarch_file", type=path_text, help="architectures to score; else drawn, uniform"
+    )
     parser.add_argument("--images", type=whole_number(1), default=recipe.images, help="to score on")
     parser.add_argument("--train_images", type=whole_number(1), default=recipe.train_images)
-    parser.add_argument("--batch_size", type=whole_number(1), default=recipe.batch_size)
-    parser.add_argument("--image_size", type=whole_number(32), default=recipe.image_size)
+    parser.add_argument("--batch_size", type=whole_number(1, 1_000_000), default=recipe.batch_size)
+    parser.add_argument(
+        "--image_size", type=whole_number(32, LARGEST_SIDE), default=recipe.image_size
+    )
     parser.add_argument("--stage1_epochs", type=whole_number(1), default=recipe.stage1_epochs)
     parser.add_argument("--stage2_epochs", type=whole_number(1), default=recipe.stage2_epochs)
     parser.add_argument("--dyna_batch_size", type=whole_number(1), default=recipe.subnetworks)

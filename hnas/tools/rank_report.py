@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from hnas.architecture_file import read_accuracies
-from hnas.base.command_line import OneLineParser, whole_number
+from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, read_path, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.breakdown import DISCRETE, attribute, by_option, choices
@@ -242,16 +242,26 @@ def write_report(folder: Path, report: Mapping, plots: Mapping[str, bytes]) -> N
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pred", required=True, help="predictions: JSON, or macs, or params")
-    parser.add_argument("--gt", required=True, help="true accuracies: JSON")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--backbone", default="resnet48", help="for macs and params [resnet48]")
-    parser.add_argument("--image_size", type=whole_number(32), default=224, help="for macs [224]")
     parser.add_argument(
-        "--num_classes", type=whole_number(1), default=1000, help="for macs and params [1000]"
+        "--pred", type=path_text, required=True, help="predictions: JSON, or macs, or params"
+    )
+    parser.add_argument("--gt", type=path_text, required=True, help="true accuracies: JSON")
+    parser.add_argument("--out", required=True, type=read_path, help="folder to write")
+    parser.add_argument("--backbone", default="resnet48", help="for macs and params [resnet48]")
+    parser.add_argument(
+        "--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="for macs [224]"
     )
     parser.add_argument(
-        "--resamples", type=whole_number(1), default=RESAMPLES, help="of the bootstrap [1000]"
+        "--num_classes",
+        type=whole_number(1, 1_000_000),
+        default=1000,
+        help="for macs and params [1000]",
+    )
+    parser.add_argument(
+        "--resamples",
+        type=whole_number(1, 1_000_000),
+        default=RESAMPLES,
+        help="of the bootstrap [1000]",
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the bootstrap [0]")
     options = parser.parse_args(argv)

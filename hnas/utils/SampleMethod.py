@@ -205,6 +205,13 @@ def build_sampler(settings, space: SearchSpace, seed: int) -> Sampler:
     if method == "tilted":
         return RandomSampler(space, seed, number, settings.bias_strength)
     if method == "sandwich":
+        if number < 2:
+            raise UserError(
+                f"--sample_method sandwich --dyna_batch_size {number}: the largest and the "
+                "smallest network are two already"
+            )
+        if number == 2:
+            logger.info("sandwich of 2: the largest and the smallest network only")
         return SandwichSampler(space, seed, number)
     if method == "fair":
         return FairSampler(space, seed, number)

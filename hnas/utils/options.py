@@ -11,7 +11,17 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hnas.base.command_line import OneLineParser, read_bool, read_float, read_int
+from hnas.base.command_line import (
+    LARGEST,
+    LARGEST_SIDE,
+    SHOWN,
+    OneLineParser,
+    check_path,
+    read_bool,
+    read_float,
+    read_int,
+    shown,
+)
 from hnas.base.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +51,11 @@ TRAINING = ALL - SCORE
 
 AUTO = -1
 """``auto`` as a number: the program decides, and says so in the log."""
+MOST_EPOCHS = 100_000
+LARGEST_RATE = 1e30
+"""A float32 holds it, times any batch / 256."""
+PATHS = frozenset({"file", "folder"})
+"""Units of flags that are paths."""
 
 
 def _flag(
@@ -80,13 +95,16 @@ class Options:
         "name",
         own={Stage.CONTRAST: "resnet48pinasv2"},
     )
-    image_size: int = _flag(224, "height and width of the network's input", "px", low=32)
+    image_size: int = _flag(
+        224, "height and width of the network's input", "px", low=32, high=LARGEST_SIDE
+    )
     max_epoch: int = _flag(
         5,
         "epochs to train",
         "epochs",
         stages=TRAINING,
         low=1,
+        high=MOST_EPOCHS,
         own={Stage.PRETRAIN: 90, Stage.CONTRAST: 10, Stage.STANDALONE: 90},
     )
     lr: float = _flag(
@@ -94,19 +112,21 @@ class Options:
         "base learning rate for a batch of 256",
         stages=TRAINING,
         low=0,
+        high=LARGEST_RATE,
         own={Stage.PRETRAIN: 0.1, Stage.CONTRAST: 0.0008, Stage.STANDALONE: 0.1},
     )
     weight_decay: float = _flag(
-        1e-4, "L2 penalty", stages=TRAINING, low=0, own={Stage.DISTILL: 3e-5}
+        1e-4, "L2 penalty", stages=TRAINING, low=0, high=1000, own={Stage.DISTILL: 3e-5}
     )
     momentum: float = _flag(0.9, "of the optimizer", stages=TRAINING, low=0, high=1)
-    batch_size: int = _flag(256, "images a step and device", "images", low=1)
+    batch_size: int = _flag(256, "images a step and device", "images", low=1, high=1_000_000)
     dyna_batch_size: int = _flag(
         4,
         "sub-networks a step; 0: the largest network only",
         "sub-networks",
         stages=DISTILL,
         low=0,
+        high=1000,
         own={Stage.CONTRAST: 0},
     )
     warmup: int = _flag(
@@ -115,6 +135,7 @@ class Options:
         "epochs",
         stages=TRAINING,
         low=0,
+        high=MOST_EPOCHS,
         own={Stage.CONTRAST: 1},
     )
     sample_method: str = _flag("random", "random, tilted, sandwich or fair", "name", stages=DISTILL)
@@ -140,6 +161,7 @@ class Options:
         "steps",
         stages=DISTILL,
         low=0,
+        high=LARGEST,
     )
     bias_strength: float = _flag(
         2.0,
@@ -187,7 +209,7 @@ class Options:
         stages=DISTILL,
     )
     distill_temperature: float = _flag(
-        1.0, "of the teacher's soft targets", stages=DISTILL, low=0.001
+        1.0, "of the teacher's soft targets", stages=DISTILL, low=0.001, high=1000
     )
     train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)
     use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
@@ -217,13 +239,16 @@ class Options:
     save_dir_new: str = _flag(
         "", "stage 1's name for save_dir, which it overrides", "folder", stages=CONTRAST
     )
-    save_freq: int = _flag(1, "epochs between checkpoints", "epochs", stages=TRAINING, low=1)
+    save_freq: int = _flag(
+        1, "epochs between checkpoints", "epochs", stages=TRAINING, low=1, high=MOST_EPOCHS
+    )
     save_steps: int = _flag(
         500,
         "steps between checkpoints within an epoch; 0: at the ends only",
         "steps",
         stages=TRAINING,
         low=0,
+        high=LARGEST,
     )
     keep: int = _flag(
         0,
@@ -231,15 +256,19 @@ class Options:
         "epochs",
         stages=TRAINING,
         low=0,
+        high=MOST_EPOCHS,
         own={Stage.STANDALONE: 1},
     )
-    log_freq: int = _flag(50, "steps between log lines", "steps", stages=TRAINING, low=1)
+    log_freq: int = _flag(
+        50, "steps between log lines", "steps", stages=TRAINING, low=1, high=LARGEST
+    )
     eval_freq: int = _flag(
         1,
         "epochs between evaluations of the largest and smallest; 0: never",
         "epochs",
         stages=DISTILL,
         low=0,
+        high=MOST_EPOCHS,
     )
     bn_calibration_images: int = _flag(
         AUTO,
@@ -248,9 +277,12 @@ class Options:
         "images",
         stages=DISTILL | SCORE,
         low=0,
+        high=100_000,
         auto=True,
     )
-    num_workers: int = _flag(8, "loader processes; 0: load in the main one", "processes", low=0)
+    num_workers: int = _flag(
+        8, "loader processes; 0: load in the main one", "processes", low=0, high=1024
+    )
     use_tensor_dataset: bool = _flag(
         False,
         "decode all images once; training keeps them in a file, evaluation in memory",
@@ -274,10 +306,17 @@ class Options:
         0.5, "of mirroring in training", "probability", stages=TRAINING, low=0, high=1
     )
     queue_size: int = _flag(
-        40960, "negatives of stage 1; a multiple of the batch", "keys", stages=CONTRAST, low=1
+        40960,
+        "negatives of stage 1; a multiple of the batch",
+        "keys",
+        stages=CONTRAST,
+        low=1,
+        high=2**24,
     )
     key_momentum: float = _flag(0.999, "of the key encoder", stages=CONTRAST, low=0, high=1)
-    temperature: float = _flag(0.1, "of the contrastive loss", stages=CONTRAST, low=0.001)
+    temperature: float = _flag(
+        0.1, "of the contrastive loss", stages=CONTRAST, low=0.001, high=1000
+    )
     resume: str = _flag(
         "",
         "continue from a folder's newest checkpoint; auto: from save_dir's",
@@ -285,7 +324,7 @@ class Options:
         stages=TRAINING - STANDALONE,
     )
     seed: int = _flag(
-        0, "of data order, augmentations, sub-networks and new weights", low=0, high=2**32 - 1
+        0, "of data order, augmentations, sub-networks and new weights", low=0, high=LARGEST
     )
     device: str = _flag("auto", "auto, cpu or gpu", "name")
     arch: str = _flag(
@@ -304,6 +343,7 @@ class Options:
         "images",
         stages=SCORE,
         low=0,
+        high=LARGEST,
     )
     chunk_size: int = _flag(
         0,
@@ -311,9 +351,14 @@ class Options:
         "images",
         stages=SCORE,
         low=0,
+        high=1_000_000,
     )
     target_se: float = _flag(
-        0.0, "stop when every accuracy's standard error is below; 0: never", stages=SCORE, low=0
+        0.0,
+        "stop when every accuracy's standard error is below; 0: never",
+        stages=SCORE,
+        low=0,
+        high=1,
     )
     cache_gb: float = _flag(
         8.0,
@@ -321,6 +366,7 @@ class Options:
         "GiB",
         stages=SCORE,
         low=0,
+        high=1_000_000,
     )
     amp: str = _flag("O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 O2", "name")
     accumulate: int = _flag(
@@ -328,13 +374,21 @@ class Options:
         "parts that a batch is split into, one after the other, to save memory",
         stages=TRAINING,
         low=1,
+        high=1_000_000,
     )
-    clip_norm: float = _flag(0.0, "largest norm of all gradients; 0: any", stages=TRAINING, low=0)
+    clip_norm: float = _flag(
+        0.0, "largest norm of all gradients; 0: any", stages=TRAINING, low=0, high=LARGEST_RATE
+    )
     onednn: bool = _flag(
         True, "training's convolutions by oneDNN on CPUs, if it works", stages=TRAINING
     )
     storage_size: int = _flag(
-        0, "shorter side of cached images; 0: 8/7 of image_size", "px", stages=TRAINING, low=0
+        0,
+        "shorter side of cached images; 0: 8/7 of image_size",
+        "px",
+        stages=TRAINING,
+        low=0,
+        high=LARGEST_SIDE,
     )
     cache_dir: str = _flag(
         "",
@@ -349,6 +403,7 @@ class Options:
         "architectures",
         stages=SCORE,
         low=0,
+        high=1_000_000,
     )
 
     @property
@@ -412,6 +467,8 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
             logger.info("--%s has no effect in %s", option.name, stage)
     if stage is Stage.CONTRAST and options.save_dir_new:
         options.save_dir = options.save_dir_new
+    if not options.save_dir:
+        raise UserError("--save_dir is missing: results need a folder")
     return options
 
 
@@ -430,6 +487,8 @@ def _reader(option: dataclasses.Field) -> Callable[[str], object]:
     reader = readers[option.type]
 
     def read(text: str) -> object:
+        if option.metadata["unit"] in PATHS:
+            check_path(text)
         if option.metadata["auto"] and text == "auto":
             return AUTO
         if option.metadata["auto"] and reader(text) == AUTO:
@@ -460,8 +519,10 @@ INSTEAD = {
 
 def _explain_unknown(argument: str, names: Sequence[str]) -> str:
     if not argument.startswith("--"):
-        return f"unexpected argument {argument!r}; flags are written --name value"
+        return f"unexpected argument {shown(argument)}; flags are written --name value"
     name = argument[2:].split("=", 1)[0]
+    if len(name) > SHOWN:
+        return f"unknown flag {shown(argument)}; see --help"
     if name in INSTEAD:
         return f"unknown flag --{name}; {INSTEAD[name]}"
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
@@ -479,9 +540,9 @@ def _check_bounds(options: Options) -> None:
         if option.metadata["auto"] and value == AUTO:
             continue
         if low is not None and value < low:
-            raise UserError(f"--{option.name} {value} is too small; the least is {low}")
+            raise UserError(f"--{option.name} {shown(value)} is too small; the least is {low}")
         if high is not None and value > high:
-            raise UserError(f"--{option.name} {value} is too large; the most is {high}")
+            raise UserError(f"--{option.name} {shown(value)} is too large; the most is {high}")
     choices = {
         "sample_space": ("released", "full"),
         "device": ("auto", "cpu", "gpu"),
@@ -493,4 +554,5 @@ def _check_bounds(options: Options) -> None:
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
-            raise UserError(f"--{name} {getattr(options, name)!r}; allowed: {', '.join(allowed)}")
+            given = shown(getattr(options, name))
+            raise UserError(f"--{name} {given}; allowed: {', '.join(allowed)}")

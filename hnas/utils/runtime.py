@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,7 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.search_space import SearchSpace, search_space
+from hnas.utils.memory_needs import batch_bytes, check_batch, check_shared_memory
 from hnas.utils.options import AUTO, Options
 
 logger = logging.getLogger(__name__)
@@ -122,7 +124,14 @@ def validation_images(options: Options, train: ImageList | None = None) -> Image
 
 
 def training_loader(options: Options, images: ImageList, transform: Callable) -> EpochLoader:
-    """Shuffled, augmented batches of ``images``, decoded once if ``use_tensor_dataset`` says so."""
+    """Shuffled, augmented batches of ``images``, decoded once if ``use_tensor_dataset`` says so.
+
+    Raises:
+        UserError: a batch takes more memory than there is.
+    """
+    check_batch(options, space_of(options))
+    steps = len(images) // (options.batch_size * world_size())
+    check_shared_memory(batch_bytes(options), steps, options.num_workers)
     pixels = _pixel_cache(options, images) if options.use_tensor_dataset else None
     dataset = ImageDataset(images, transform, options.seed, pixels=pixels)
     return EpochLoader(dataset, options.batch_size, options.num_workers, rank(), world_size())
@@ -223,7 +232,14 @@ def _decoded(paths: Iterable[Path], skip: bool) -> Iterator[Image.Image]:
 def validation_loader(
     options: Options, images: ImageList, order: np.ndarray | None = None
 ) -> EvalLoader:
-    """Batches of centre crops, of all ``images`` or those that ``order`` names."""
+    """Batches of centre crops, of all ``images`` or those that ``order`` names.
+
+    Raises:
+        UserError: loader processes would find too little shared memory.
+    """
+    batch = min(options.batch_size, len(images))
+    batches = math.ceil(len(images) / batch)
+    check_shared_memory(batch * 3 * options.image_size**2, batches, options.num_workers)
     if order is not None:
         images = images.select(order)
     transform = EvalTransform(options.image_size)

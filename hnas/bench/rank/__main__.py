@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from hnas.base.command_line import OneLineParser, read_bool, whole_number
+from hnas.base.command_line import OneLineParser, read_bool, read_path, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, remove_leftovers, write_json
 from hnas.bench.rank.jobs import OPEN_SPLITS, SPLITS, Bench, Job, Scale
@@ -59,10 +59,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = OneLineParser(prog="python -m hnas.bench.rank", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=COMMANDS, help="what to do, in this order")
-    parser.add_argument("--out", type=Path, required=True, help="folder of all results")
+    parser.add_argument("--out", type=read_path, required=True, help="folder of all results")
     parser.add_argument(
         "--workers",
-        type=whole_number(1),
+        type=whole_number(1, 1024),
         default=2,
         help="processes that share the cores [default %(default)s]",
     )

@@ -1,0 +1,104 @@
+"""What settings need, looked at before it is taken: memory and /dev/shm.
+
+Of memory these are lower bounds, so that nothing is refused that would run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import paddle
+
+from hnas.base.errors import UserError
+from hnas.base.memory import available_bytes, gib, refuse_too_much, shared_bytes
+from hnas.parallel.distributed import local_ranks
+from hnas.search_space import SearchSpace, feature_sizes, find_backbone
+from hnas.utils.options import Options
+
+FLOAT = 4  # bytes
+EMBEDDING = 128  # numbers of a key
+PREFETCHED = 2
+"""Batches that Paddle's loader keeps under way for each of its processes."""
+
+
+def device_bytes() -> int:
+    """Memory for this process: free of the machine's, or all of its GPU's."""
+    if paddle.get_device() == "cpu":
+        return available_bytes() // local_ranks()
+    return paddle.device.cuda.get_device_properties().total_memory
+
+
+def check_queue(options: Options) -> None:
+    """Refuse a queue of stage one that memory cannot hold. Its first keys are drawn, then scaled.
+
+    Raises:
+        UserError: it cannot.
+    """
+    need = 2 * FLOAT * EMBEDDING * options.queue_size
+    what = f"--queue_size {options.queue_size}"
+    refuse_too_much(need, device_bytes(), what, "lower it")
+
+
+def check_batch(options: Options, space: SearchSpace) -> None:
+    """Refuse a batch of training that memory cannot hold.
+
+    A part of it is computed at a time, of which the outputs of all convolutions are kept for the
+    backward pass; the batch itself is kept as uint8 and float32.
+
+    Raises:
+        UserError: it cannot.
+    """
+    images = math.ceil(options.batch_size / options.accumulate)
+    kept = images * kept_floats(space, options.image_size)
+    batch = batch_bytes(options)
+    need = batch + FLOAT * (batch // options.accumulate + kept)
+    what = f"--batch_size {options.batch_size} at --image_size {options.image_size}"
+    refuse_too_much(need, device_bytes(), what, "lower them, or raise --accumulate")
+
+
+def batch_bytes(options: Options) -> int:
+    """Of a training batch as loader processes hand it over, uint8; stage one takes two views."""
+    views = 2 if find_backbone(options.backbone).contrastive else 1
+    return views * 3 * options.image_size**2 * options.batch_size
+
+
+def kept_floats(space: SearchSpace, image_size: int) -> int:
+    """Outputs of the convolutions of the smallest sub-network, per image."""
+    stem, sizes = feature_sizes(image_size)
+    plan = space.plan(space.smallest())
+    return stem**2 * plan.stem + sum(
+        sizes[stage] ** 2 * (mid + cout) for stage, _, mid, cout, _ in plan.blocks()
+    )
+
+
+def check_chunk(options: Options) -> None:
+    """Refuse a ``chunk_size`` of stage three whose images alone memory cannot hold as float32.
+
+    Raises:
+        UserError: it cannot.
+    """
+    need = FLOAT * options.chunk_size * 3 * options.image_size**2
+    what = f"--chunk_size {options.chunk_size} at --image_size {options.image_size}"
+    refuse_too_much(need, device_bytes(), what, "lower it, or give 0")
+
+
+def check_shared_memory(size: int, batches: int, num_workers: int) -> None:
+    """Refuse loader processes that would die of a bus error: /dev/shm is too small.
+
+    Docker gives 64 MiB. All processes of a machine share it.
+
+    Args:
+        size: bytes of a batch, which one of them hands over at a time.
+        batches: that there are in all.
+
+    Raises:
+        UserError: what is needed, what is there, and what to do.
+    """
+    free = shared_bytes()
+    need = min(PREFETCHED * num_workers, batches) * size * local_ranks()
+    if free is not None and need > free:
+        raise UserError(
+            f"--num_workers {num_workers} needs {gib(need)} of shared memory for batches under "
+            f"way, and /dev/shm has {gib(free)} free; give the container more (docker run "
+            f"--shm-size {math.ceil(need / 2**30) + 1}g), or --num_workers 0"
+        )
