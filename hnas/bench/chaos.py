@@ -27,10 +27,10 @@ from pathlib import Path
 
 import paddle
 
+from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.models.registry import build_network
 from hnas.tools.digits_folder import write_digits
-from hnas.utils.options import OneLineParser, whole_number
 from hnas.utils.weights import read_weights, write_state
 
 logger = logging.getLogger(__name__)

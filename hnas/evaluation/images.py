@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import paddle
 from tqdm import tqdm
 
+from hnas.base.errors import UserError
 from hnas.base.files import replacing
-from hnas.dataset.image_folder import ImageList
+from hnas.dataset.image_folder import DataError, ImageList
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform
 
@@ -38,11 +40,19 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def list_hash(images: ImageList, order: np.ndarray, size: int) -> str:
-    """Hash of which images are evaluated at which size, in which order."""
+    """Hash of which images are evaluated at which size, in which order.
+
+    Raises:
+        DataError: an image is gone, or a link to nothing.
+    """
     digest = hashlib.sha256(f"{size}\n".encode())
     for index in order:
         path = images.paths[index]
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+        try:
+            line = f"{path.parent.name}/{path.name} {path.stat().st_size}\n"
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; remove it") from None
+        digest.update(os.fsencode(line))
     return digest.hexdigest()
 
 
@@ -100,9 +110,26 @@ class DecodedImages:
 
     def _decode_to_file(self, path, shape, images, order, size, num_workers):
         with replacing(path) as temporary:
-            self.pixels = np.memmap(temporary, dtype=np.uint8, mode="w+", shape=shape)
+            _reserve(temporary, int(np.prod(shape, dtype=np.int64)))
+            self.pixels = np.memmap(temporary, dtype=np.uint8, mode="r+", shape=shape)
             self._decode(images, order, size, num_workers)
             self.pixels.flush()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes that are there: writing to a mapping of others may be SIGBUS.
+
+    Raises:
+        UserError: the disk has not as many.
+    """
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(
+            f"cannot reserve {size / 2**30:.3g} GiB for decoded images in {path.parent}: "
+            f"{error.strerror}; free them, raise cache_gb, or choose another save_dir"
+        ) from None
 
 
 class ImagesOnDemand:

@@ -40,7 +40,7 @@ refuse() {
     exit 2
 }
 
-# launch SCRIPT FLAGS...: plain Python for one process, Paddle's launcher for several.
+# launch SCRIPT FLAGS...: plain Python for one process, a launcher for several.
 launch() {
     if [ -n "$gpus" ] && [ "$processes" != 1 ]; then
         refuse "gpus and processes are both set; processes is for CPUs"
@@ -60,6 +60,6 @@ launch() {
         logs="$save_dir/log$node_rank"
         set -- --nnodes "$nnodes" --master "$master" --rank "$node_rank" "$@"
     fi
-    exec "$python" -m paddle.distributed.launch --nproc_per_node "$local_processes" \
+    exec "$python" -m hnas.parallel.launcher --nproc_per_node "$local_processes" \
         --log_dir "$logs" --log_level WARNING "$@"
 }
