@@ -129,6 +129,7 @@ def _json_entries(path: Path, text: str) -> list[_Entry]:
         content = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise ArchitectureFileError(f"{path} is not valid JSON: {error}") from None
+    _check_number(path, len(content))
     if not isinstance(content, _Pairs):
         return _named(dict(item) if isinstance(item, _Pairs) else item for item in content)
     entries = []
