@@ -6,15 +6,19 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hnas.base.errors import UserError
+from hnas.base.inputs import check_regular
 from hnas.search_space import Architecture, ArchitectureError
 
 MAX_BYTES = 256 * 2**20
+MAX_ENTRIES = 500_000
+"""Some ten times those of the competition's file; Python's lists need many times a file's bytes."""
 
 
 class ArchitectureFileError(UserError):
@@ -87,10 +91,17 @@ def _read_entries(path: Path) -> list[_Entry]:
     if text.lstrip()[:1] in ("{", "["):
         entries = _json_entries(path, text)
     else:
-        entries = _named([code for code in re.split(r"[\s,]+", text) if code])
+        words = islice(re.finditer(r"[^\s,]+", text), MAX_ENTRIES + 1)
+        _check_number(path, sum(1 for _ in words))
+        entries = _named(code for code in re.split(r"[\s,]+", text) if code)
     if not entries:
         raise ArchitectureFileError(f"{path} holds no architectures")
     return entries
+
+
+def _check_number(path: Path, entries: int) -> None:
+    if entries > MAX_ENTRIES:
+        raise ArchitectureFileError(f"{path} holds more than {MAX_ENTRIES:,} entries")
 
 
 def _named(codes: Iterable[object]) -> list[_Entry]:
@@ -99,6 +110,7 @@ def _named(codes: Iterable[object]) -> list[_Entry]:
 
 def _read_text(path: Path) -> str:
     try:
+        check_regular(path)
         if path.stat().st_size > MAX_BYTES:
             raise ArchitectureFileError(f"{path} is larger than {MAX_BYTES // 2**20} MiB")
         return path.read_text(encoding="utf-8-sig")
@@ -110,11 +122,14 @@ def _read_text(path: Path) -> str:
 
 
 def _json_entries(path: Path, text: str) -> list[_Entry]:
+    # Counted before anything is built of them. An entry has two values at most.
+    _check_number(path, max(text.count("{"), text.count("["), text.count(",") // 2) - 1)
     try:
         # Pairs, since a dict would drop all but the last of a name that stands twice.
         content = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
         raise ArchitectureFileError(f"{path} is not valid JSON: {error}") from None
+    _check_number(path, len(content))
     if not isinstance(content, _Pairs):
         return _named(dict(item) if isinstance(item, _Pairs) else item for item in content)
     entries = []

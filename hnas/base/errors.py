@@ -6,7 +6,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
+from hnas.base.signals import end_on_signals, end_with_launcher, is_one_of_several
+
+ERRORS = "PINAS_ERRORS"
+"""The environment variable in which hnas.parallel.launcher names its file for users' errors."""
 LOG_FORMAT = "[%(asctime)s] %(message)s"
 
 
@@ -15,24 +20,34 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program's ``main``; end with exit code 2 and one line for a :class:`UserError`."""
+    """Run a program's ``main``; end with exit code 2 and one line for a :class:`UserError`.
+
+    SIGTERM and Ctrl-C end it with 143 and 130, see :mod:`hnas.base.signals`.
+    """
+    end_on_signals()
+    end_with_launcher()
     logging.basicConfig(
         level=logging.INFO, format=LOG_FORMAT, datefmt="%Y/%m/%d %H:%M:%S", force=True
     )
     try:
         main()
     except UserError as error:
-        sys.stderr.write(f"{_who()}error: {one_line(error)}\n")
+        line = f"{_who()}error: {one_line(error)}\n"
+        sys.stderr.write(line)
+        _tell_launcher(line)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
 
 
 def _who() -> str:
     """Which of several processes speaks, in the launcher's variables."""
-    several = os.environ.get("PADDLE_TRAINERS_NUM", "1") != "1"
-    return f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: " if several else ""
+    return f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: " if is_one_of_several() else ""
+
+
+def _tell_launcher(line: str) -> None:
+    """The launcher shows what is in this file; this process's messages go to a log."""
+    if ERRORS in os.environ:
+        with suppress(OSError), open(os.environ[ERRORS], "ab") as file:
+            file.write(line.encode(errors="backslashreplace"))
 
 
 def one_line(error: UserError) -> str:

@@ -15,12 +15,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from hnas.base.errors import UserError
+from hnas.base.inputs import check_regular
 from hnas.dataset.image_index import ScanCache, stamp_of
 
 logger = logging.getLogger(__name__)
 
 LISTED = 10
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+# Pillow would open far more than images, e.g. EPS by running Ghostscript. Many an image of the web
+# has another format than its suffix says.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+MAX_ASPECT = 100
+"""Longer side over shorter side. Resizing makes the shorter side some 256 px, whatever it was."""
+PHOTOMETRIC, BITS_PER_SAMPLE = 262, 258
+"""Tags of TIFF."""
 
 
 class DataError(UserError):
@@ -65,7 +73,9 @@ def scan_images(
 ) -> ImageList:
     """List the images of ``root/split``.
 
-    Links to folders are followed once, not into deeper folders, so a loop of links ends.
+    Hidden files and folders, whose names begin with a dot, are ignored: macOS and Jupyter leave
+    such beside images. Links to folders are followed once, not into deeper folders, so a loop of
+    links ends.
 
     Args:
         verify: decode every image now, rather than when it is needed.
@@ -98,6 +108,8 @@ def _list_classes(folder: Path) -> dict[str, list[str]]:
     cache = ScanCache(folder, "names")
     classes = {}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if _is_hidden(entry.name):
+            continue
         if entry.is_symlink() and not os.path.exists(entry.path):
             logger.warning("left out %s: a symbolic link in a loop or to nothing", entry.path)
         elif entry.is_dir():
@@ -106,9 +118,13 @@ def _list_classes(folder: Path) -> dict[str, list[str]]:
             if names is None or not _are_image_names(names):
                 names = sorted(n for n in os.listdir(entry.path) if _is_image_name(n))
                 cache.put(entry.name, stamp, names)
-            classes[entry.name] = names
+            classes[entry.name] = [name for name in names if not _is_hidden(name)]
     cache.save()
     return classes
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _is_image_name(name: str) -> bool:
@@ -139,7 +155,7 @@ def _image_list(folder: Path, classes: dict[str, list[str]]) -> ImageList:
 
 def _bad_images(images: ImageList) -> dict[Path, str]:
     """Why an image cannot be decoded, by its path, for those that cannot."""
-    cache = ScanCache(images.folder, "checked")
+    cache = ScanCache(images.folder, "decoded")
 
     def check(path: Path) -> str:
         try:
@@ -154,12 +170,17 @@ def _bad_images(images: ImageList) -> dict[Path, str]:
 
     # Pillow decodes outside of Python's lock.
     bar = tqdm(desc=f"verifying {images.folder}", total=len(images), unit="image")
+    bad = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        bad = {}
-        for path, reason in zip(images.paths, pool.map(check, images.paths), strict=True):
-            bar.update()
-            if reason:
-                bad[path] = reason
+        try:
+            for path, reason in zip(images.paths, pool.map(check, images.paths), strict=True):
+                bar.update()
+                if reason:
+                    bad[path] = reason
+        except BaseException:
+            # A signal: leaving the pool would wait for all images.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     cache.save()
     return bad
 
@@ -205,22 +226,52 @@ def check_class_names(
 
 
 def decode_image(path: Path) -> Image.Image:
-    """Read an image as RGB.
+    """Read an image as RGB, 8 bits a channel; of 16 bits the upper 8.
+
+    An orientation in its EXIF data is ignored, as by ``paddle.vision``.
 
     Raises:
-        DataError: unreadable, truncated, or larger than Pillow's limit against bombs.
+        DataError: unreadable, truncated, larger than Pillow's limit against bombs, more than 100
+            times as long as wide, or with numbers of an unknown range (32-bit and float TIFF).
     """
     try:
-        with Image.open(path) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            # Pillow itself only warns up to twice the limit.
-            if limit and image.width * image.height > limit:
-                raise DataError(f"{image.width} x {image.height} px, more than {limit} in all")
-            return image.convert("RGB")
+        check_regular(path)
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(*image.size)
+            return _eight_bits(image).convert("RGB")
     except Exception as error:
         # A broken image can make its decoder fail in any way.
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = reason or type(error).__name__
         raise DataError(f"cannot decode image {path}: {reason}; replace or remove it") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    # Pillow itself only warns up to twice the limit.
+    if limit and width * height > limit:
+        raise DataError(f"{width} x {height} px, more than {limit} in all")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(f"{width} x {height} px, one side more than {MAX_ASPECT} times the other")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits scaled to 8, others as they are.
+
+    Pillow would cut their values at 255, which makes nearly all white. Of colours with 16 bits it
+    takes the upper 8 by itself.
+    """
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    is_grey16 = image.mode.startswith("I;16")
+    if image.mode == "F" or image.mode == "I" and tags:
+        raise DataError(f"pixels of mode {image.mode}, whose range is unknown; convert it to 8 bit")
+    if not is_grey16 and image.mode != "I":
+        return image
+    (bits, *_) = tags.get(BITS_PER_SAMPLE, (16,))
+    values = np.asarray(image).astype(np.int64) >> (bits - 8)
+    if tags.get(PHOTOMETRIC) == 0:
+        values = 255 - values  # 0 is white
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def decoding_error(path: Path) -> str:

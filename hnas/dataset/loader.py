@@ -170,7 +170,7 @@ def load_batches(
     for parts in iterator:
         try:
             if len(parts) == 1:
-                raise DataError(parts[0].numpy().tobytes().decode())
+                raise DataError(os.fsdecode(parts[0].numpy().tobytes()))
             yield parts
         except BaseException:
             # Nobody wants the rest. The workers only end when theirs does.
@@ -188,7 +188,8 @@ def _load_or_message(dataset: ImageDataset, indices: list[int]) -> list[np.ndarr
     try:
         return dataset.load(indices)
     except DataError as error:
-        return [np.frombuffer(str(error).encode(), dtype=np.uint8)]
+        # A path may hold bytes that are no UTF-8.
+        return [np.frombuffer(os.fsencode(str(error)), dtype=np.uint8)]
 
 
 class _Indices(Dataset):

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
+from hnas.base.errors import UserError
 from hnas.base.files import replacing
 from hnas.dataset.image_folder import DataError, ImageList
 from hnas.dataset.image_index import stamp_of
@@ -43,6 +44,9 @@ def list_hash(images: ImageList, order: np.ndarray, size: int) -> str:
     """Hash of which images are evaluated at which size, in which order.
 
     An image is its name, its size and its modification time: one that was replaced is another.
+
+    Raises:
+        DataError: an image is gone, or a link to nothing.
     """
     digest = hashlib.sha256(f"{size}\n".encode())
     for index in order:
@@ -109,9 +113,26 @@ class DecodedImages:
 
     def _decode_to_file(self, path, shape, images, order, size, num_workers):
         with replacing(path) as temporary:
-            self.pixels = np.memmap(temporary, dtype=np.uint8, mode="w+", shape=shape)
+            _reserve(temporary, int(np.prod(shape, dtype=np.int64)))
+            self.pixels = np.memmap(temporary, dtype=np.uint8, mode="r+", shape=shape)
             self._decode(images, order, size, num_workers)
             self.pixels.flush()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes that are there: writing to a mapping of others may be SIGBUS.
+
+    Raises:
+        UserError: the disk has not as many.
+    """
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(
+            f"cannot reserve {size / 2**30:.3g} GiB for decoded images in {path.parent}: "
+            f"{error.strerror}; free them, raise cache_gb, or choose another save_dir"
+        ) from None
 
 
 class ImagesOnDemand:

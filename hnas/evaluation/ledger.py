@@ -30,7 +30,13 @@ from hnas.base.arrays import ArraysError, read_arrays
 from hnas.base.errors import UserError
 from hnas.base.files import replacing, write_json
 from hnas.evaluation.hits import Counts
-from hnas.parallel.distributed import barrier, from_main_process, rank, world_size
+from hnas.parallel.distributed import (
+    barrier,
+    finished_before_stopping,
+    from_main_process,
+    rank,
+    world_size,
+)
 from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
@@ -121,14 +127,16 @@ class Ledger:
     def chunks(self) -> Iterator[range]:
         """The chunks that are this process's to do, as ranges of image positions.
 
-        Ends early when the prefix, with the other processes' chunks, has become enough.
+        Ends early when the prefix, with the other processes' chunks, has become enough. A first
+        SIGTERM or Ctrl-C during a chunk takes effect when the next one is asked for.
         """
         for start in self._own:
             if not self._is_main:
                 self._reload()
             if self.enough:
                 return
-            yield range(start, min(start + self.chunk, self._images))
+            with finished_before_stopping():
+                yield range(start, min(start + self.chunk, self._images))
 
     def add(self, start: int, counts: Counts) -> None:
         """Keep the counts of the chunk whose first image is ``start``."""

@@ -12,6 +12,7 @@ fails after 30 seconds; after a peer's death it fails at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,9 @@ import paddle.distributed as dist
 
 from hnas.base.errors import UserError
 from hnas.parallel.rollcall import LostRankError, RollCall
-from hnas.parallel.stopping import StopSignals
+from hnas.parallel.stopping import SIGNALS, Stopped, StopSignals
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+logger = logging.getLogger(__name__)
 _roll_call: RollCall | None = None
 
 
@@ -82,6 +83,24 @@ def leave() -> None:
     if _roll_call is not None:
         _roll_call.leave()
         _roll_call = None
+
+
+@contextmanager
+def finished_before_stopping() -> Iterator[None]:
+    """Within the context the first SIGTERM or Ctrl-C is noted only; the program ends after it.
+
+    Of several processes the others go on: each ends its own piece of work on its own signal.
+
+    Raises:
+        Stopped: there was one.
+    """
+    with StopSignals(patient=world_size() > 1) as stop:
+        yield
+    if stop.received:
+        name = signal.Signals(stop.received).name
+        logger.warning("stopped by %s; run again to continue with what is saved", name)
+        leave()
+        raise Stopped(stop.received)
 
 
 @contextmanager

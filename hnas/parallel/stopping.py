@@ -1,9 +1,13 @@
-"""Ending a training run on SIGTERM or Ctrl-C without losing the step that is under way."""
+"""Ending on SIGTERM or Ctrl-C without losing the step that is under way."""
 
 from __future__ import annotations
 
 import signal
 import threading
+
+from hnas.base.signals import SIGNALS, Stopped
+
+__all__ = ["SIGNALS", "StopSignals", "Stopped"]
 
 
 class StopSignals:
@@ -25,7 +29,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         # Python lets no other thread set handlers.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -37,10 +41,3 @@ class StopSignals:
         self.received = number
         if not self._patient:
             self.__exit__()
-
-
-class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
-    """Ends the program with the exit code that shells give to a signal: 130 or 143."""
-
-    def __init__(self, number: int):
-        super().__init__(128 + number)

@@ -70,7 +70,7 @@ export PYTHONWARNINGS="$quiet${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 # Paddle's C++ code: errors only; it warns of a method that stage 3 does not use.
 export GLOG_minloglevel="${GLOG_minloglevel:-2}"
 
-# launch SCRIPT FLAGS...: plain Python for one process, Paddle's launcher for several.
+# launch SCRIPT FLAGS...: plain Python for one process, a launcher for several.
 launch() {
     if [ -n "$gpus" ] && [ "$processes" != 1 ]; then
         refuse "gpus and processes are both set; processes is for CPUs"
@@ -107,6 +107,6 @@ node_rank=0, 1, ..."
         set -- --nnodes "$nnodes" --master "$master" --rank "$node_rank" "$@"
     fi
     mkdir -p -- "$logs" 2>/dev/null || refuse "cannot make the folder $logs; choose another save_dir"
-    exec "$python" -m paddle.distributed.launch --nproc_per_node "$local_processes" \
+    exec "$python" -m hnas.parallel.launcher --nproc_per_node "$local_processes" \
         --log_dir "$logs" --log_level WARNING "$@"
 }

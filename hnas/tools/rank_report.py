@@ -37,6 +37,8 @@ FEWEST = 3
 COUNTED = ("macs", "params")
 TOP_K = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 LISTED = 5
+MANY_EQUAL = 0.25
+"""Share of accuracies with one value from which on they may not have been measured."""
 
 
 @dataclass
@@ -153,6 +155,13 @@ def notes(matched: Matched) -> list[str]:
         if np.ptp(values) == 0:
             found.append(
                 f"All {source} are equal: they rank nothing, and no correlation is defined."
+            )
+            continue
+        distinct, counts = np.unique(values, return_counts=True)
+        if counts.max() >= FEWEST and counts.max() > MANY_EQUAL * len(values):
+            found.append(
+                f"{counts.max():,} of {len(values):,} {source} are {distinct[counts.argmax()]:g}: "
+                "placeholders? Among them nothing is ranked."
             )
     missing = [
         f"{len(codes):,} only in {source}"

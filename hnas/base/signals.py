@@ -1,0 +1,75 @@
+"""SIGTERM and Ctrl-C: how every program ends on them, and how ranks end with their launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENDING_SECONDS = 20
+"""Launchers and cluster managers kill what has not ended after 30."""
+LAUNCHER = "PINAS_LAUNCHER"
+"""The environment variable in which hnas.parallel.launcher hands its process id on."""
+CHECK_SECONDS = 2
+
+
+class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
+    """Ends the program with the exit code that shells give to a signal: 130 or 143."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
+def end_on_signals() -> None:
+    """From now on the first SIGTERM or Ctrl-C raises :class:`Stopped` in the main thread.
+
+    The next one kills at once; so does the end of 20 seconds, whatever the program still does.
+    Paddle's own handlers, which are replaced, format a report inside the handler: it may wait for
+    ever for a lock of malloc that the interrupted code holds.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame) -> None:
+    # Paddle's launcher sends SIGTERM several times within a second, and SIGKILL after 30.
+    next_one = signal.SIG_IGN if is_one_of_several() else signal.SIG_DFL
+    for each in SIGNALS:
+        signal.signal(each, next_one)
+    _exit_later(128 + number)
+    # Not print: the handler may have interrupted one.
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    raise Stopped(number)
+
+
+def _exit_later(code: int) -> None:
+    """Exit in any case: the exception may be lost in a destructor, or wait for a thread."""
+    timer = threading.Timer(ENDING_SECONDS, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def is_one_of_several() -> bool:
+    """Whether a launcher has started several processes of this run."""
+    return os.environ.get("PADDLE_TRAINERS_NUM", "1") != "1"
+
+
+def end_with_launcher() -> None:
+    """Watch the launcher, if there is one: what it has started ends within a minute of its death.
+
+    First as on SIGTERM, so that the step under way is saved.
+    """
+    if is_one_of_several():
+        launcher = int(os.environ.get(LAUNCHER) or os.getppid())
+        threading.Thread(target=_watch_launcher, args=(launcher,), daemon=True).start()
+
+
+def _watch_launcher(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(CHECK_SECONDS)
+    os.write(2, b"the launcher is gone, so this process ends too\n")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ENDING_SECONDS)
+    os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,221 @@
+"""SIGTERM, Ctrl-C and deaths: how programs end, and what is saved before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hnas.base.signals import Stopped
+from hnas.dataset import image_folder
+from hnas.evaluation.hits import Counts
+from hnas.evaluation.ledger import Ledger
+from hnas.search_space import RESNET48_MINI
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 120
+BEGIN = """
+import logging, os, sys, time
+from pathlib import Path
+from hnas.base import signals
+from hnas.base.errors import UserError, run_main
+from hnas.base.signals import Stopped
+
+def here():
+    print("here", flush=True)
+
+def wait():
+    here()
+    time.sleep(600)
+
+"""
+ENDS = {
+    "at once": "    wait()",
+    "computing": "    here()\n    while True: pass",
+    # Paddle installs handlers of its own when it is imported, here after the program's start.
+    "with Paddle": "    wait()",
+    "lost": "    try: wait()\n    except Stopped: time.sleep(600)",
+}
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *(["-c", code] if code else []), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen, line: str) -> str:
+    """What a program prints until it prints ``line``."""
+    output = ""
+    for printed in process.stdout:
+        output += printed
+        if line in printed:
+            return output
+    raise AssertionError(output)
+
+
+def program(main: str, paddle: bool = False) -> str:
+    """A program that says "here" and goes on with ``main``."""
+    first = "import paddle\n" if paddle else ""
+    quick = "signals.ENDING_SECONDS = 1\n"
+    return f"{BEGIN}{first}{quick}def main():\n{main}\nrun_main(main)\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("kind", ENDS)
+def test_the_first_signal_ends_a_program_with_its_code(kind, number, code):
+    process = start(program(ENDS[kind], paddle=kind == "with Paddle"))
+    wait_for(process, "here")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code, output
+    assert output == f"stopped by {signal.Signals(number).name}\n"
+
+
+def test_the_second_signal_kills():
+    code = program("    try: wait()\n    except Stopped: wait()")
+    process = start(code.replace("SECONDS = 1", "SECONDS = 600"))
+    for _ in range(2):
+        wait_for(process, "here")
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == -signal.SIGTERM  # 143 in a shell
+
+
+# --- stage 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_scoring_stops_when_the_chunk_is_saved(number, tmp_path):
+    archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 3)
+    whose = {"checkpoint": "a"}
+
+    def ledger() -> Ledger:
+        found = Ledger(tmp_path, whose, archs, images=10)
+        found.begin(4)
+        return found
+
+    def counts(chunk: range) -> Counts:
+        ones = np.full(3, len(chunk), dtype=np.int64)
+        return Counts(ones, ones, 0 * ones, 0 * ones, len(chunk))
+
+    first, seen = ledger(), []
+    with pytest.raises(Stopped) as stopped:
+        for chunk in first.chunks():
+            seen.append(chunk)
+            if len(seen) == 2:
+                os.kill(os.getpid(), number)
+            first.add(chunk.start, counts(chunk))
+    assert seen == [range(4), range(4, 8)]
+    assert stopped.value.code == 128 + number
+    second = ledger()
+    assert second.counts.images == 8
+    assert list(second.chunks()) == [range(8, 10)]
+
+
+def test_verifying_images_does_not_go_on_after_a_signal(tmp_path, monkeypatch):
+    """A pool of threads would decode all that is queued before it lets the exception pass."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "train/cat").mkdir(parents=True)
+    for index in range(200):
+        (tmp_path / f"train/cat/{index}.png").touch()
+    decoded = []
+
+    def slowly(path):
+        decoded.append(path)
+        time.sleep(0.05)
+        return ""
+
+    def stop(bar, *_):
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(image_folder, "decoding_error", slowly)
+    monkeypatch.setattr(image_folder.tqdm, "update", stop)
+    with pytest.raises(Stopped):
+        image_folder.scan_images(tmp_path, "train", verify=True)
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPool"):
+            thread.join()
+    assert len(decoded) < 100
+
+
+# --- under the launcher
+
+RANK = """
+def main():
+    rank = os.environ["PADDLE_TRAINER_ID"]
+    folder = Path(sys.argv[1])
+    (folder / f"here{rank}").write_text(str(os.getpid()))
+    if sys.argv[2] == rank:
+        raise UserError("a wrong\\nimage")
+    try:
+        while True:
+            time.sleep(0.1)
+    except Stopped:
+        (folder / f"saved{rank}").touch()
+        raise
+run_main(main)
+"""
+
+
+def launch(folder: Path, wrong: str) -> subprocess.Popen:
+    """Two ranks, of which the one with the number ``wrong`` finds a user's error."""
+    (folder / "rank.py").write_text(BEGIN + RANK)
+    flags = ["--nproc_per_node", "2", "--log_dir", str(folder / "log"), "--log_level", "WARNING"]
+    script = [str(folder / "rank.py"), str(folder), wrong]
+    return start("", "-m", "hnas.parallel.launcher", *flags, *script)
+
+
+def wait_for_files(*paths: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < deadline, [path.name for path in paths]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_users_error_is_shown_with_the_rank_that_found_it(rank, tmp_path):
+    process = launch(tmp_path, rank)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 2, output
+    assert output.splitlines()[-1] == f"rank {rank}: error: a wrong image"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_ranks_save_and_end_with_their_launcher(number, code, tmp_path):
+    process = launch(tmp_path, "none")
+    here = [tmp_path / f"here{rank}" for rank in range(2)]
+    wait_for_files(*here)
+    began = time.monotonic()
+    process.send_signal(number)
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code
+    for path in here:
+        pid = int(path.read_text())
+        while Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid):
+            assert time.monotonic() - began < 60
+            time.sleep(0.1)
+    assert {path.name for path in tmp_path.glob("saved*")} == {"saved0", "saved1"}
+
+
+def state_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
