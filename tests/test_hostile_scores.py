@@ -30,7 +30,7 @@ from hnas.dataset.image_folder import scan_images
 from hnas.dataset.image_index import cache_folder
 from hnas.dataset.pixel_cache import PixelCache
 from hnas.evaluation.hits import Counts, LogitsError, count_hits
-from hnas.evaluation.images import list_hash
+from hnas.evaluation.images import DecodedImages, list_hash
 from hnas.evaluation.ledger import STATE_FILE, Ledger, StateError
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
@@ -510,6 +510,30 @@ def test_a_broken_pixel_table_costs_time_only(case, save, root):
     again = PixelCache(found, 1000)
     for index, pixels in enumerate(expected):
         np.testing.assert_array_equal(again[index], pixels)
+
+
+def flipped(path: Path):
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+
+
+SPILLED = {
+    "a flipped bit": flipped,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "gone": lambda path: path.unlink(),
+    "no digest": lambda path: digest_path(path).unlink(),
+}
+
+
+@pytest.mark.parametrize("case", SPILLED)
+def test_broken_decoded_images_cost_time_only(case, root):
+    found = scan_images(root, "val")
+    expected = DecodedImages(found, np.arange(6), 32, 0.0, root / "out").pixels.copy()
+    (path,) = (root / "out").glob("images-*.u8")
+    SPILLED[case](path)
+    again = DecodedImages(found, np.arange(6), 32, 0.0, root / "out")
+    np.testing.assert_array_equal(again.pixels, expected)
 
 
 # --- C. sets by their numbers; temporary files

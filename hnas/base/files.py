@@ -156,6 +156,28 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def write_digest(path: str | Path) -> None:
+    """Write the SHA-256 of a file beside it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with replacing(digest_path(path)) as temporary:
+        temporary.write_text(f"{file_digest(path)}  {Path(path).name}\n", encoding="utf-8")
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a file is there, and its SHA-256 is the one that stands beside it."""
+    recorded = digest_path(path)
+    try:
+        if not (Path(path).is_file() and recorded.is_file()):
+            return False
+        words = recorded.read_text(encoding="utf-8", errors="replace").split()
+        return words[:1] == [file_digest(path)]
+    except OSError:
+        return False
+
+
 def write_json(path: str | Path, content) -> None:
     """Write JSON by temporary file and rename, so that a kill leaves the previous file.
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from hnas.base.errors import UserError
-from hnas.base.files import digest_path, replacing, write_json
+from hnas.base.files import is_whole, write_digest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,9 @@ class ScanCache:
 
     def _read(self) -> dict[str, list]:
         try:
-            if not self.path.is_file():
+            if not is_whole(self.path):
                 return {}
-            content = self.path.read_bytes()
-            if digest_path(self.path).read_text(encoding="ascii") != _digest(content):
-                return {}
-            found = json.loads(content)
+            found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -70,14 +67,9 @@ class ScanCache:
             return
         try:
             write_json(self.path, self._used)
-            with replacing(digest_path(self.path)) as temporary:
-                temporary.write_text(_digest(self.path.read_bytes()), encoding="ascii")
+            write_digest(self.path)
         except UserError as error:
             logger.info("scan not cached: %s", error)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def cache_folder() -> Path:

@@ -12,7 +12,7 @@ import paddle
 from tqdm import tqdm
 
 from hnas.base.errors import UserError
-from hnas.base.files import replacing
+from hnas.base.files import is_whole, replacing, write_digest
 from hnas.dataset.image_folder import DataError, ImageList
 from hnas.dataset.image_index import stamp_of
 from hnas.dataset.loader import EvalLoader, ImageDataset
@@ -67,7 +67,8 @@ class DecodedImages:
         order: indices into ``images``.
         size: height and width in px.
         limit_gb: most memory to take, GiB; more images go to a file in ``folder``.
-        folder: for that file, which a later run with the same images uses again.
+        folder: for that file, which a later run with the same images uses again if its SHA-256
+            is right.
         num_workers: decoding processes.
     """
 
@@ -89,8 +90,9 @@ class DecodedImages:
             self._decode(images, order, size, num_workers)
             return
         path = folder / f"images-{self.hash[:16]}.u8"
-        if not path.is_file() or path.stat().st_size != np.prod(shape, dtype=np.int64):
+        if not is_whole(path) or path.stat().st_size != np.prod(shape, dtype=np.int64):
             self._decode_to_file(path, shape, images, order, size, num_workers)
+            write_digest(path)
         self.pixels = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
         logger.info("images of more than %g GiB: kept in %s", limit_gb, path)
 
