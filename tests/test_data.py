@@ -89,7 +89,6 @@ class Recorder:
 
 def test_evaluation_resizes_and_crops_as_paddle_does(monkeypatch):
     """Resize(256) and CenterCrop(224) on Paddle's Pillow backend, over 300 sizes."""
-    monkeypatch.setattr(functional_pil, "_get_image_size", lambda image, **_: image.size, False)
     monkeypatch.setattr(transforms, "to_array", lambda image: image.done)
     resized = 0
     for size in sizes_of_images(300):

@@ -288,6 +288,7 @@ def test_stage_one_goes_on_from_a_public_file(contrast, images, tmp_path, monkey
             batch_size=BATCH,
         )
     assert f"stage 1 goes on with {len(contrast)} tensors" in caplog.text
+    assert "left" not in caplog.text
     after = read_weights(tmp_path / "out/final")
     # The one step's keys go where the pointer was; the others are the file's.
     same = np.all(after["queue"] == contrast["queue"], axis=0)

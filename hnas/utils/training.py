@@ -103,11 +103,14 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
     Raises:
         CheckpointError: it is of another network or other classes.
     """
-    checkpoint = start_from_checkpoint(network.backbone, path, classes)
-    network.reset_key_encoder()
-    if not is_contrastive(checkpoint.weights):
-        return
+    checkpoint = read_checkpoint(path)
+    check_classes(checkpoint, classes, path)
     found = dict(checkpoint.weights)
+    if not is_contrastive(found):
+        load_weights(network.backbone, found, path)
+        network.reset_key_encoder()
+        logger.info("weights from %s", path)
+        return
     own = {plain_name(name): tensor.numpy() for name, tensor in network.state_dict().items()}
     shape, wanted = found.get("queue", own["queue"]).shape, own["queue"].shape
     if shape[:-1] == wanted[:-1] and shape != wanted:

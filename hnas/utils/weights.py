@@ -39,7 +39,7 @@ ABOUT_VALUES = {
 BACKBONE_PREFIX = "backbone."
 # Stage one's own tensors, which stage two does not take over.
 CONTRASTIVE = re.compile(r"(key_backbone|neck|key_neck)\..+|queue|queue_pointer")
-CLASSIFIER = re.compile(r"blocks\.\d+\.fc\.bias")
+CLASSIFIER = re.compile(r"(backbone\.)?blocks\.\d+\.fc\.bias")
 LAST_NORM = re.compile(r"(backbone\.)?blocks\.\d+\.bn2\.weight")
 VARIANCE = "._variance"
 LONGEST_NAME = 300
