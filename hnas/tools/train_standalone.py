@@ -29,6 +29,7 @@ from hnas.search_space import Architecture
 from hnas.utils.checkpoint import SET_NAME, remove_set
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options, Stage, parse_options
+from hnas.utils.resuming import describe_run
 from hnas.utils.runtime import (
     seed_generators,
     space_of,
@@ -38,7 +39,7 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
-from hnas.utils.training import describe_run, fit, prepare
+from hnas.utils.training import fit, prepare
 
 logger = logging.getLogger(__name__)
 
