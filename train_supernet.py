@@ -44,7 +44,7 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.search_space import Architecture, SearchSpace, find_backbone
-from hnas.utils.memory_needs import check_chunk, check_shared_memory
+from hnas.utils.memory_needs import check_cache, check_chunk, check_shared_memory
 from hnas.utils.options import Options, Stage, parse_options
 from hnas.utils.runtime import (
     calibration_images,
@@ -125,6 +125,7 @@ def decoded_images(
     check_shared_memory(pixels, math.ceil(len(order) / DECODE_BATCH), options.num_workers)
     if world_size() > 1:
         return ImagesOnDemand(images, order, options.image_size, options.num_workers)
+    check_cache(options, len(order))
     return DecodedImages(
         images,
         order,

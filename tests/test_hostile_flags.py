@@ -22,7 +22,13 @@ from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
 from hnas.search_space import RESNET48, SearchSpace
 from hnas.utils import memory_needs
-from hnas.utils.memory_needs import check_batch, check_chunk, check_queue, check_shared_memory
+from hnas.utils.memory_needs import (
+    check_batch,
+    check_cache,
+    check_chunk,
+    check_queue,
+    check_shared_memory,
+)
 from hnas.utils.options import Options, Stage, parse_options
 from hnas.utils.SampleMethod import SamplerSettings, build_sampler
 
@@ -248,6 +254,17 @@ def test_a_chunk_that_memory_cannot_hold_is_refused(free):
     assert message.startswith("--chunk_size 10000 at --image_size 224 needs 5.61 GiB at least")
     check_chunk(Options(chunk_size=1000))
     check_chunk(Options(chunk_size=0))
+
+
+def test_decoded_images_that_memory_cannot_hold_are_refused(free):
+    free(1024)
+    options = Options(cache_gb=8, image_size=224)
+    # 1 GiB are 7133 images of 147 KiB.
+    check_cache(options, 7133)
+    message = refused(check_cache, options, 7134)
+    assert message.startswith("--cache_gb 8: keeping 7134 images of 224 px needs 1.00 GiB at least")
+    # Beyond cache_gb they go to a file.
+    check_cache(dataclasses.replace(options, cache_gb=1), 7134)
 
 
 def test_docker_gives_too_little_shared_memory_for_stage_1(free):

@@ -158,7 +158,8 @@ def test_accuracies_are_those_of_the_final_weights(work):
         network = ResNet(RESNET48_MINI.plan(Architecture.from_code(code)), CLASSES)
         state = paddle.load(str(weights_path(work / "undisturbed", code)))
         missing, unexpected = network.set_state_dict(state)
-        assert missing == unexpected == []
+        # What the file says of itself is no tensor.
+        assert (missing, unexpected) == ([], ["about@pinas"])
         network.eval()
         logits = network(images).numpy()
         order = np.argsort(-logits, axis=1, kind="stable")

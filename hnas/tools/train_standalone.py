@@ -30,6 +30,8 @@ from hnas.search_space import Architecture
 from hnas.utils.checkpoint import SET_NAME, remove_set
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options, Stage, parse_options
+from hnas.utils.resuming import describe_run
+from hnas.utils.run_id import NOTE
 from hnas.utils.runtime import (
     seed_generators,
     space_of,
@@ -39,7 +41,7 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
-from hnas.utils.training import describe_run, fit, prepare
+from hnas.utils.training import fit, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +206,7 @@ def remove_sets(folder: Path) -> None:
     for stem in {path.name.partition(".")[0] for path in folder.glob("*")}:
         if SET_NAME.fullmatch(stem):
             remove_set(folder / stem)
+    (folder / NOTE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

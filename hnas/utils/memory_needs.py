@@ -82,6 +82,24 @@ def check_chunk(options: Options) -> None:
     refuse_too_much(need, device_bytes(), what, "lower it, or give 0")
 
 
+def check_cache(options: Options, images: int) -> None:
+    """Refuse to keep decoded images in memory that ``cache_gb`` allows and the machine has not.
+
+    Args:
+        images: how many are decoded.
+
+    Raises:
+        UserError: they would not fit.
+    """
+    need = images * 3 * options.image_size**2
+    if need <= options.cache_gb * 2**30:
+        what = (
+            f"--cache_gb {options.cache_gb:g}: keeping {images} images of {options.image_size} px"
+        )
+        instead = "lower --cache_gb, and they go to a file in save_dir"
+        refuse_too_much(need, available_bytes(), what, instead)
+
+
 def check_shared_memory(size: int, batches: int, num_workers: int) -> None:
     """Refuse loader processes that would die of a bus error: /dev/shm is too small.
 
