@@ -84,6 +84,18 @@ def test_the_first_signal_ends_a_program_with_its_code(kind, number, code):
     assert output == f"stopped by {signal.Signals(number).name}\n"
 
 
+@pytest.mark.slow
+def test_a_signal_while_paddle_is_imported_waits():
+    """Paddle's own handler would report a fatal error, or wait for ever for a lock of malloc."""
+    process = start("", "train_supernet.py", "run", "--device", "cpu")
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libpaddle" not in maps.read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, output) == (143, "stopped by SIGTERM\n")
+
+
 def test_the_second_signal_kills():
     code = program("    try: wait()\n    except Stopped: wait()")
     process = start(code.replace("SECONDS = 1", "SECONDS = 600"))
