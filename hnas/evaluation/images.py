@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
 from hnas.dataset.image_folder import DataError, ImageList
+from hnas.dataset.image_index import stamp_of
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform
 
@@ -42,17 +43,16 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
 def list_hash(images: ImageList, order: np.ndarray, size: int) -> str:
     """Hash of which images are evaluated at which size, in which order.
 
-    Raises:
-        DataError: an image is gone, or a link to nothing.
+    An image is its name, its size and its modification time: one that was replaced is another.
     """
     digest = hashlib.sha256(f"{size}\n".encode())
     for index in order:
         path = images.paths[index]
         try:
-            line = f"{path.parent.name}/{path.name} {path.stat().st_size}\n"
+            stamp = stamp_of(path)
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}; remove it") from None
-        digest.update(os.fsencode(line))
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        digest.update(os.fsencode(f"{images.name(path)}\0{stamp}\n"))
     return digest.hexdigest()
 
 
