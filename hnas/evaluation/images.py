@@ -14,7 +14,6 @@ from tqdm import tqdm
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
 from hnas.dataset.image_folder import DataError, ImageList
-from hnas.dataset.image_index import stamp_of
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform
 
@@ -43,16 +42,17 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
 def list_hash(images: ImageList, order: np.ndarray, size: int) -> str:
     """Hash of which images are evaluated at which size, in which order.
 
-    An image is its name, its size and its modification time: one that was replaced is another.
+    Raises:
+        DataError: an image is gone, or a link to nothing.
     """
     digest = hashlib.sha256(f"{size}\n".encode())
     for index in order:
         path = images.paths[index]
         try:
-            stamp = stamp_of(path)
+            line = f"{path.parent.name}/{path.name} {path.stat().st_size}\n"
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-        digest.update(os.fsencode(f"{images.name(path)}\0{stamp}\n"))
+            raise DataError(f"cannot read {path}: {error.strerror}; remove it") from None
+        digest.update(os.fsencode(line))
     return digest.hexdigest()
 
 

@@ -40,7 +40,7 @@ refuse() {
     exit 2
 }
 
-# launch SCRIPT FLAGS...: plain Python for one process, Paddle's launcher for several.
+# launch SCRIPT FLAGS...: plain Python for one process, a launcher for several.
 launch() {
     if [ -n "$gpus" ] && [ "$processes" != 1 ]; then
         refuse "gpus and processes are both set; processes is for CPUs"
