@@ -51,6 +51,12 @@ STEP_LINE = re.compile(r"epoch (\d+)/\d+ step (\d+)/(\d+) lr")
 START_LINE = re.compile(r"training from epoch (\d+) step (\d+)")
 
 
+def command(script: str, flags: dict) -> list[str]:
+    """An entry script with its flags."""
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return [sys.executable, "-u", str(ROOT / script), "run", *arguments]
+
+
 @dataclass
 class Training:
     """One stage on the inputs in ``work``; every start of it writes to the same ``save_dir``."""
@@ -101,15 +107,7 @@ class Training:
 
     def command(self) -> list[str]:
         """The program with its flags."""
-        pairs = ((f"--{name}", value) for name, value in self.flags().items())
-        script = str(ROOT / SCRIPTS[self.stage])
-        return [
-            sys.executable,
-            "-u",
-            script,
-            "run",
-            *(str(part) for pair in pairs for part in pair),
-        ]
+        return command(SCRIPTS[self.stage], self.flags())
 
     def variables(self) -> dict:
         """Environment variables besides the usual ones."""
@@ -199,7 +197,10 @@ class Scoring(Training):
     begins = re.compile(r"images in chunks of")
 
     def command(self) -> list[str]:
-        flags = {
+        return command("train_supernet.py", self.flags())
+
+    def flags(self) -> dict:
+        return {
             "backbone": "resnet48_mini",
             "image_dir": self.work / "images",
             "ckpt_dir": self.work / "pretrained.pdparams",
@@ -211,9 +212,6 @@ class Scoring(Training):
             "num_workers": 0,
             "device": "cpu",
         }
-        pairs = ((f"--{name}", str(value)) for name, value in flags.items())
-        script = str(ROOT / "train_supernet.py")
-        return [sys.executable, "-u", script, "run", *(part for pair in pairs for part in pair)]
 
     def steps_done(self) -> int:
         lines = re.findall(r"chunk \d+/\d+: (\d+) images", self.log)
@@ -355,7 +353,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--kills", type=whole_number(1), default=20, help="of each stage")
     parser.add_argument(
-        "--stages", type=whole_number(1, 2), nargs="+", default=list(SCRIPTS), help="of training"
+        "--stages", type=whole_number(1, 2), nargs="*", default=list(SCRIPTS), help="of training"
     )
     parser.add_argument(
         "--also", choices=OTHERS, nargs="+", default=[], help="what else is killed as often"
