@@ -191,6 +191,51 @@ class Training:
         return any(name.endswith(".tmp") for name in names) or bool(weights - states - {"final"})
 
 
+def write_inputs(work: Path, images_per_class: int) -> None:
+    """The images and a network to start from, whose weights are random."""
+    write_digits(work / "images")
+    for folder in (work / "images").glob("*/*"):
+        for path in sorted(folder.iterdir())[images_per_class:]:
+            path.unlink()
+    paddle.seed(0)
+    network = build_network("resnet48_mini", num_classes=10, elastic=False)
+    write_state(work / "pretrained.pdparams", network.state_dict())
+
+
+def torment(training: Training, kills: int, seed: int) -> dict:
+    """Kill and resume ``training`` until it was killed ``kills`` times; what came of it."""
+    rng = random.Random(seed)
+    _, seconds = training.run()
+    expected = training.result()
+    report = {"kills": 0, "runs": 0, "identical": 0, "cut_while_saving": 0, "most_steps_lost": 0}
+    while report["kills"] < kills:
+        shutil.rmtree(training.save_dir)
+        done = 0
+        killed = True
+        while killed:
+            kill_after = rng.uniform(0, seconds) if report["kills"] < kills else None
+            killed, _ = training.run(kill_after)
+            lost = done - training.steps_resumed()
+            report["most_steps_lost"] = max(report["most_steps_lost"], lost)
+            done = training.steps_done()
+            report["kills"] += killed
+            report["cut_while_saving"] += killed and training.saving_was_cut()
+        report["runs"] += 1
+        result = training.result()
+        report["identical"] += result == expected
+        for key in expected:
+            if result.get(key) != expected[key]:
+                logger.warning("%s: %s differs", training.name, key)
+        logger.info("%s: %s", training.name, report)
+    return report
+
+
+def passed(report: dict, save_steps: int) -> bool:
+    """Whether nothing differed, and no more was lost than since the last checkpoint."""
+    # A step may have been logged whose checkpoint was being written.
+    return report["identical"] == report["runs"] and report["most_steps_lost"] <= save_steps
+
+
 class Scoring(Training):
     """Stage 3; its steps are chunks."""
 
@@ -297,52 +342,11 @@ OTHERS = {"scoring": (Scoring, 2), "cache": (CacheBuild, 2), "launcher": (Launch
 """What else is killed: how, and the stage whose inputs it takes."""
 
 
-def write_inputs(work: Path, images_per_class: int) -> None:
-    """The images and a network to start from, whose weights are random."""
-    write_digits(work / "images")
-    for folder in (work / "images").glob("*/*"):
-        for path in sorted(folder.iterdir())[images_per_class:]:
-            path.unlink()
-    paddle.seed(0)
-    network = build_network("resnet48_mini", num_classes=10, elastic=False)
-    write_state(work / "pretrained.pdparams", network.state_dict())
+def write_architectures(work: Path) -> None:
+    """What stage 3 scores."""
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 30)
     content = {name: {"acc": 0.0, "arch": arch.code} for name, arch in archs.items()}
     write_json(work / "archs.json", content)
-
-
-def torment(training: Training, kills: int, seed: int) -> dict:
-    """Kill and resume ``training`` until it was killed ``kills`` times; what came of it."""
-    rng = random.Random(seed)
-    _, seconds = training.run()
-    expected = training.result()
-    report = {"kills": 0, "runs": 0, "identical": 0, "cut_while_saving": 0, "most_steps_lost": 0}
-    while report["kills"] < kills:
-        shutil.rmtree(training.save_dir)
-        done = 0
-        killed = True
-        while killed:
-            kill_after = rng.uniform(0, seconds) if report["kills"] < kills else None
-            killed, _ = training.run(kill_after)
-            lost = done - training.steps_resumed()
-            report["most_steps_lost"] = max(report["most_steps_lost"], lost)
-            done = training.steps_done()
-            report["kills"] += killed
-            report["cut_while_saving"] += killed and training.saving_was_cut()
-        report["runs"] += 1
-        result = training.result()
-        report["identical"] += result == expected
-        for key in expected:
-            if result.get(key) != expected[key]:
-                logger.warning("%s: %s differs", training.name, key)
-        logger.info("%s: %s", training.name, report)
-    return report
-
-
-def passed(report: dict, save_steps: int) -> bool:
-    """Whether nothing differed, and no more was lost than since the last checkpoint."""
-    # A step may have been logged whose checkpoint was being written.
-    return report["identical"] == report["runs"] and report["most_steps_lost"] <= save_steps
 
 
 def main(argv=None) -> None:
@@ -369,6 +373,7 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_inputs(work, options.images)
+        write_architectures(work)
         for stage in options.stages:
             training = Training(stage, work, options.epochs, options.save_steps)
             reports[f"stage{stage}"] = torment(training, options.kills, options.seed + stage)
