@@ -5,6 +5,11 @@ python3 -u train_supernet_pinas_stage1.py run --image_dir DIR --pretrained FILE
 
 from __future__ import annotations
 
+from hnas.base.signals import hold_signals
+
+if __name__ == "__main__":
+    hold_signals()  # before Paddle is imported below
+
 import logging
 
 from hnas.base.errors import UserError, run_main

@@ -6,6 +6,11 @@
 
 from __future__ import annotations
 
+from hnas.base.signals import hold_signals
+
+if __name__ == "__main__":
+    hold_signals()  # before Paddle is imported below
+
 import logging
 
 from hnas.base.errors import UserError, run_main

@@ -289,7 +289,7 @@ def test_a_stopped_run_resumes_on_another_number_of_ranks(runs):
     runs.wait_for("stopped", "epoch 2/6 step 1/5")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == signal.SIGTERM  # the launcher's way
+    assert process.returncode == 143
     log = runs.log("stopped")
     stopped = log[log.index("stopped by SIGTERM after epoch") :].split()
     epoch, step = int(stopped[5]), int(stopped[7].rstrip(";"))

@@ -22,6 +22,14 @@ class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error
         super().__init__(128 + number)
 
 
+def hold_signals() -> None:
+    """Let SIGTERM and Ctrl-C wait for :func:`end_on_signals`: for programs that import Paddle.
+
+    Paddle sets handlers when it is imported, and imports take seconds.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def end_on_signals() -> None:
     """From now on the first SIGTERM or Ctrl-C raises :class:`Stopped` in the main thread.
 
@@ -31,6 +39,7 @@ def end_on_signals() -> None:
     """
     for number in SIGNALS:
         signal.signal(number, _stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _stop(number: int, frame) -> None:

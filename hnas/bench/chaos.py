@@ -1,12 +1,13 @@
 """Kill training at random moments, resume it, and compare with a run that was left alone.
 
-    python -m hnas.bench.chaos [--kills 20] [--stages 1 2]
+    python -m hnas.bench.chaos [--kills 20] [--stages 1 2] [--also scoring cache launcher]
 
 Both stages train the mini networks on a few scans of digits, on the CPU. Each is killed (SIGKILL)
 the given number of times, at moments drawn uniformly over the duration of training, and resumed
 with --resume auto until it ends. The final weights, the first epoch's and the losses must be
-those of the undisturbed run, bit for bit. The last line printed is a JSON object; the exit code
-is 1 if anything differs.
+those of the undisturbed run, bit for bit. --also kills stage 3; training that begins with building
+a cache of pixels; and the launcher of two processes, which must end within a minute. The last line
+printed is a JSON object; the exit code is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -25,17 +26,20 @@ from argparse import ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import paddle
 from paddle import nn
 
 from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.errors import UserError, run_main
+from hnas.base.files import write_json
 from hnas.bench.speed_training_worker import calm
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
 from hnas.evaluation.calibration import measure
 from hnas.models.registry import build_network
+from hnas.search_space import RESNET48_MINI
 from hnas.tools.digits_folder import write_digits
 from hnas.utils.weights import read_weights, write_state
 
@@ -45,9 +49,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {1: "train_supernet_pinas_stage1.py", 2: "train_supernet_pinas_stage2_simple.py"}
 BACKBONES = {1: "resnet48pinasv2_mini", 2: "resnet48_mini"}
 COMPARED = ("0.pdparams", "final.pdparams")
+LAUNCHERS = {2: "local_train_pinas2_simple_wholenet_nof.sh"}
 POLL_SECONDS = 0.005
+MOST_SECONDS = 60
+"""In which processes must end when their launcher was killed."""
 STEP_LINE = re.compile(r"epoch (\d+)/\d+ step (\d+)/(\d+) lr")
 START_LINE = re.compile(r"training from epoch (\d+) step (\d+)")
+
+
+def command(script: str, flags: dict) -> list[str]:
+    """An entry script with its flags."""
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    return [sys.executable, "-u", str(ROOT / script), "run", *arguments]
 
 
 @dataclass
@@ -58,19 +71,27 @@ class Training:
     work: Path
     epochs: int
     save_steps: int
+    kind: str = ""
+
+    begins = START_LINE
+    """The line from which on it may be killed."""
+
+    @property
+    def name(self) -> str:
+        return self.kind or f"stage{self.stage}"
 
     @property
     def save_dir(self) -> Path:
-        return self.work / f"stage{self.stage}"
+        return self.work / self.name
 
     @property
     def log(self) -> str:
         """What the latest start has printed so far."""
         return (self.work / "log").read_text(encoding="utf-8")
 
-    def start(self) -> subprocess.Popen:
-        """Start the stage, resuming from what is in ``save_dir``."""
-        flags = {
+    def flags(self) -> dict:
+        """The program's flags; it resumes from what is in ``save_dir``."""
+        return {
             "backbone": BACKBONES[self.stage],
             "image_dir": self.work / "images",
             "pretrained": self.work / "pretrained.pdparams",
@@ -89,16 +110,28 @@ class Training:
             "num_workers": 0,
             "device": "cpu",
         }
-        arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+    def command(self) -> list[str]:
+        """The program with its flags."""
+        return command(SCRIPTS[self.stage], self.flags())
+
+    def variables(self) -> dict:
+        """Environment variables besides the usual ones."""
+        return {}
+
+    def start(self) -> subprocess.Popen:
+        """Start the program."""
         environment = {
             "OMP_NUM_THREADS": "2",
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "XDG_CACHE_HOME": str(self.work / "cache"),
+            **{name: str(value) for name, value in self.variables().items()},
         }
         with open(self.work / "log", "w", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-u", str(ROOT / SCRIPTS[self.stage]), "run", *arguments],
+                self.command(),
+                cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -116,17 +149,21 @@ class Training:
         process = self.start()
         began = None
         while process.poll() is None:
-            if began is None and START_LINE.search(self.log):
+            if began is None and self.begins.search(self.log):
                 began = time.perf_counter()
             if None not in (began, kill_after) and time.perf_counter() - began >= kill_after:
-                process.kill()
-                process.wait()
+                self.kill(process)
                 return True, kill_after
             time.sleep(POLL_SECONDS)
         if process.returncode:
             last = (self.log.splitlines() or ["nothing printed"])[-1]
-            raise UserError(f"stage {self.stage} ended with {process.returncode}: {last}")
+            raise UserError(f"{self.name} ended with {process.returncode}: {last}")
         return False, time.perf_counter() - (began or time.perf_counter())
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """End the program without a warning."""
+        process.kill()
+        process.wait()
 
     def steps_done(self) -> int:
         """Steps from the first epoch's start that the log of the latest start has seen."""
@@ -209,8 +246,8 @@ def torment(training: Training, kills: int, seed: int) -> dict:
         report["identical"] += result == expected
         for key in expected:
             if result.get(key) != expected[key]:
-                logger.warning("stage %d: %s differs", training.stage, key)
-        logger.info("stage %d: %s", training.stage, report)
+                logger.warning("%s: %s differs", training.name, key)
+        logger.info("%s: %s", training.name, report)
     return report
 
 
@@ -218,6 +255,119 @@ def passed(report: dict, save_steps: int) -> bool:
     """Whether nothing differed, and no more was lost than since the last checkpoint."""
     # A step may have been logged whose checkpoint was being written.
     return report["identical"] == report["runs"] and report["most_steps_lost"] <= save_steps
+
+
+class Scoring(Training):
+    """Stage 3; its steps are chunks."""
+
+    begins = re.compile(r"images in chunks of")
+
+    def command(self) -> list[str]:
+        return command("train_supernet.py", self.flags())
+
+    def flags(self) -> dict:
+        return {
+            "backbone": "resnet48_mini",
+            "image_dir": self.work / "images",
+            "ckpt_dir": self.work / "pretrained.pdparams",
+            "modelarch_file": self.work / "archs.json",
+            "save_dir": self.save_dir,
+            "image_size": 32,
+            "chunk_size": 2,
+            "bn_calibration_images": 8,
+            "num_workers": 0,
+            "device": "cpu",
+        }
+
+    def steps_done(self) -> int:
+        lines = re.findall(r"chunk \d+/\d+: (\d+) images", self.log)
+        return int(lines[-1]) // 2 if lines else self.steps_resumed()
+
+    def steps_resumed(self) -> int:
+        line = re.search(r"continuing after (\d+) of", self.log)
+        return int(line[1]) // 2 if line else 0
+
+    def result(self) -> dict:
+        names = ("submission.json", "submission_top5.json", "estimates.json")
+        return {name: (self.save_dir / name).read_bytes() for name in names}
+
+    def saving_was_cut(self) -> bool:
+        return any(path.name.endswith(".tmp") for path in self.save_dir.glob(".*"))
+
+
+class CacheBuild(Training):
+    """Training that decodes all images first, anew whenever it starts; kills begin with that."""
+
+    begins = re.compile(r"\d+ images, \d+ classes")
+
+    @property
+    def cache(self) -> Path:
+        return self.work / "pixels"
+
+    def flags(self) -> dict:
+        return {**super().flags(), "use_tensor_dataset": True, "cache_dir": self.cache}
+
+    def start(self) -> subprocess.Popen:
+        for path in self.cache.glob("[!.]*"):
+            path.unlink()
+        return super().start()
+
+    def steps_done(self) -> int:
+        return 0  # others count these
+
+    steps_resumed = steps_done
+
+    def result(self) -> dict:
+        left = sorted(path.name for path in self.cache.glob(".*"))
+        return {**super().result(), "temporary files in the cache": left}
+
+    def saving_was_cut(self) -> bool:
+        return any(self.cache.glob(".*"))
+
+
+class Launched(Training):
+    """Two processes, whose launcher is killed."""
+
+    def command(self) -> list[str]:
+        return ["sh", LAUNCHERS[self.stage]]
+
+    def variables(self) -> dict:
+        own = {"processes": 2, "threads": 1, "batch_size": 4, "use_ckpt": False}
+        return {**self.flags(), **own, "python": sys.executable, "PYTHONWARNINGS": "ignore"}
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """Kill the launcher, and wait for its processes.
+
+        Raises:
+            UserError: they do not end.
+        """
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        super().kill(process)
+        began = time.perf_counter()
+        while any(map(is_running, children)):
+            if time.perf_counter() - began > MOST_SECONDS:
+                raise UserError(f"processes {children} have outlived their launcher")
+            time.sleep(POLL_SECONDS)
+
+
+def is_running(process: str) -> bool:
+    """Whether a process is there and not just waiting to be collected."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+OTHERS = {"scoring": (Scoring, 2), "cache": (CacheBuild, 2), "launcher": (Launched, 2)}
+"""What else is killed: how, and the stage whose inputs it takes."""
+
+
+def write_architectures(work: Path) -> None:
+    """What stage 3 scores."""
+    archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 30)
+    content = {name: {"acc": 0.0, "arch": arch.code} for name, arch in archs.items()}
+    write_json(work / "archs.json", content)
 
 
 def main(argv=None) -> None:
@@ -228,7 +378,10 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--kills", type=whole_number(1), default=20, help="of each stage")
     parser.add_argument(
-        "--stages", type=whole_number(1, 2), nargs="+", default=list(SCRIPTS), help="of training"
+        "--stages", type=whole_number(1, 2), nargs="*", default=list(SCRIPTS), help="of training"
+    )
+    parser.add_argument(
+        "--also", choices=OTHERS, nargs="+", default=[], help="what else is killed as often"
     )
     parser.add_argument("--images", type=whole_number(1), default=8, help="of each class")
     parser.add_argument("--epochs", type=whole_number(1), default=3, help="of a run")
@@ -241,9 +394,14 @@ def main(argv=None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_inputs(work, options.images)
+        write_architectures(work)
         for stage in options.stages:
             training = Training(stage, work, options.epochs, options.save_steps)
             reports[f"stage{stage}"] = torment(training, options.kills, options.seed + stage)
+        for kind in options.also:
+            how, stage = OTHERS[kind]
+            training = how(stage, work, options.epochs, options.save_steps, kind)
+            reports[kind] = torment(training, options.kills, options.seed)
     ok = all(passed(report, options.save_steps) for report in reports.values())
     seconds = round(time.perf_counter() - began, 1)
     sys.stdout.write(json.dumps({"ok": ok, **reports, "seconds": seconds}) + "\n")

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.sharedctypes import RawValue
 
 import numpy as np
 import paddle
@@ -159,25 +160,30 @@ def load_batches(
             yield [paddle.to_tensor(part) for part in dataset.load(batch)]
         return
     sampler = _FixedBatches(batches)
+    leaving = RawValue("b", 0)
     loader = DataLoader(
         _Indices(len(dataset)),
         batch_sampler=sampler,
         collate_fn=functools.partial(_load_or_message, dataset),
         num_workers=num_workers,
-        worker_init_fn=_obey_main_only,
+        worker_init_fn=functools.partial(_obey_main_only, leaving),
     )
     iterator = iter(loader)
-    for parts in iterator:
-        try:
-            if len(parts) == 1:
-                raise DataError(os.fsdecode(parts[0].numpy().tobytes()))
-            yield parts
-        except BaseException:
-            # Nobody wants the rest. The workers only end when theirs does.
-            sampler.stop()
-            for _ in iterator:
-                pass
-            raise
+    try:
+        for parts in iterator:
+            try:
+                if len(parts) == 1:
+                    raise DataError(os.fsdecode(parts[0].numpy().tobytes()))
+                yield parts
+            except BaseException:
+                # Nobody wants the rest. The workers only end when theirs does.
+                sampler.stop()
+                for _ in iterator:
+                    pass
+                raise
+    finally:
+        # Also when a signal has interrupted the iterator itself, which may not be used any more.
+        leaving.value = 1
 
 
 def _load_or_message(dataset: ImageDataset, indices: list[int]) -> list[np.ndarray]:
@@ -224,14 +230,25 @@ class _FixedBatches(BatchSampler):
         return len(self._batches)
 
 
-def _obey_main_only(worker: int) -> None:
+def _obey_main_only(leaving, worker: int) -> None:
     """Set up a loader process: it ends when the main process says so or is gone.
 
     Ctrl-C and cluster managers signal a whole process group; the main process finishes and saves
     its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
+
+    Args:
+        leaving: shared with the main process; its ``value`` is 1 when it needs no more.
+        worker: the loader's number.
     """
+
+    def end(*_):
+        if leaving.value:
+            # Of another exit code Paddle would raise an error in the main process.
+            os._exit(0)
+        signal.alarm(WORKER_GRACE_SECONDS)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_SECONDS))
+    signal.signal(signal.SIGTERM, end)
     # Paddle's workers look for their parent only between batches, which never come when it is
     # killed.
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

@@ -1,6 +1,6 @@
 """Several processes of one run: joining, exchanging, one gradient all-reduce a step.
 
-Processes are started by ``paddle.distributed.launch``; with one, everything here does nothing.
+Processes are started by ``hnas.parallel.launcher``; with one, everything here does nothing.
 Rank r of R loads the r-th share of every batch, so that R processes with batches of B see in a
 step what one process with batches of R * B sees.
 

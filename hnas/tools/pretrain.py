@@ -7,6 +7,11 @@ Takes the entry scripts' flags. Epochs are kept in --save_dir, and --resume cont
 
 from __future__ import annotations
 
+from hnas.base.signals import hold_signals
+
+if __name__ == "__main__":
+    hold_signals()  # before Paddle is imported below
+
 import logging
 
 from hnas.base.errors import run_main

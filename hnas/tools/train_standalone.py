@@ -10,6 +10,11 @@ continues after any kill.
 
 from __future__ import annotations
 
+from hnas.base.signals import hold_signals
+
+if __name__ == "__main__":
+    hold_signals()  # before Paddle is imported below
+
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
