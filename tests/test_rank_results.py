@@ -195,3 +195,18 @@ def test_committed_commands_name_modules():
                 assert importlib.util.find_spec(module), path
                 found += 1
     assert found >= 3
+
+
+def test_the_page_gives_the_taus_of_the_first_places_recipe():
+    truth, runs = committed("ground_truth.json"), Bench(RESULTS, Scale()).runs
+    names = [name for name, entry in truth.items() if entry["split"] == "selection"]
+    acc = [truth[name]["acc"] for name in names]
+    for method in ("first_place", "tilted"):
+        cells = []
+        for column in ("hits", "calibrated_hits"):
+            archs = [runs.get(f"supernet-{method}-{seed}")["archs"] for seed in (0, 1)]
+            taus = [
+                stats.kendalltau([own[n][column] for n in names], acc).statistic for own in archs
+            ]
+            cells.append(", ".join(f"{tau:.3f}" for tau in taus))
+        assert f"| `{method}` | {' | '.join(cells)} |" in PAGE.read_text(encoding="utf-8")

@@ -132,7 +132,7 @@ CANDIDATES = {
 }
 
 RECIPE = "seed_recipe"
-"""The method whose settings are the launchers'."""
+"""The method that the finalists are compared with: the launchers' settings until `first_place`."""
 
 FINALISTS = ("uniform_distill", "fair", RECIPE)
 """The recipe and the baselines near it: more seeds, and scores on the sealed architectures too."""

@@ -41,7 +41,7 @@ def table(summary: Mapping, kind: str) -> str:
         cells += [shown(used["abs_pearson"]), shown(used["spearman"])]
         cells += [number(used["score_sd"], 2), number(used["pearson_between_seeds"], 2)]
         cells += [str(own["seeds"]), number(own["seconds"], 0)]
-        mark = " **(the defaults)**" if name == summary["recipe"] else ""
+        mark = " **(the former defaults)**" if name == summary["recipe"] else ""
         lines.append(f"| `{name}` | {own['about']}{mark} | {' | '.join(cells)} |")
     for name, own in summary["baselines"].items():
         taus = [number(own[part][TAU]) for part, _ in columns]
