@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hnas.base.errors import UserError
-from hnas.base.inputs import check_regular
+from hnas.base.files import check_regular
 from hnas.search_space import Architecture, ArchitectureError
 
 MAX_BYTES = 256 * 2**20

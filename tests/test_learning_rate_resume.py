@@ -19,11 +19,10 @@ from hnas.base.files import write_json
 from hnas.base.safe_pickle import load_pickle
 from hnas.utils import training
 from hnas.utils.callbacks import TrainLogger
-from hnas.utils.checkpoint import OPTIMIZER, STATES
+from hnas.utils.checkpoint import OPTIMIZER, RUN_NOTE, STATES, noted_run
 from hnas.utils.gradient_step import GradientStep, learning_rate, momentum_optimizer, swinging_rate
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import Options
-from hnas.utils.run_id import NOTE, noted_run
 from hnas.utils.weights import file_digest, write_state
 
 IMAGES, EPOCHS, WARMUP, LR = 64, 4, 1, 0.5
@@ -254,7 +253,7 @@ def test_a_run_keeps_its_id_when_it_goes_on_elsewhere(train, tmp_path):
 def test_sets_of_versions_without_ids_are_taken(train, tmp_path):
     train(8, kill_at=(2, 0))
     forge(tmp_path / "run", lambda state: state.pop("run_id"))
-    (tmp_path / "run" / NOTE).unlink()
+    (tmp_path / "run" / RUN_NOTE).unlink()
     train(8, kill_at=(2, 1), resume="auto")
     assert min(train(8, resume="auto").rates) == (2, 0)
 
@@ -262,9 +261,9 @@ def test_sets_of_versions_without_ids_are_taken(train, tmp_path):
 @pytest.mark.parametrize("content", [[], {}, {"run_id": 3}, "{"])
 def test_a_broken_note_is_one_line(train, tmp_path, content):
     train(8, kill_at=(2, 0))
-    note = tmp_path / "run" / NOTE
+    note = tmp_path / "run" / RUN_NOTE
     note.write_text(content) if isinstance(content, str) else write_json(note, content)
-    with pytest.raises(UserError, match=NOTE):
+    with pytest.raises(UserError, match=RUN_NOTE):
         train(8, resume="auto")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -202,3 +204,16 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not what this program saves; choose another --save_dir")
     return content
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what is no file with an end: reading a pipe, socket or device may never return.
+
+    Raises:
+        OSError: it is of another kind, or not there; ``strerror`` says which.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "a pipe, socket or device, not a regular file", str(path))

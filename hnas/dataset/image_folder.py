@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hnas.base.errors import UserError
-from hnas.base.inputs import check_regular
+from hnas.base.files import check_regular
 from hnas.dataset.image_index import ScanCache, stamp_of
 
 logger = logging.getLogger(__name__)

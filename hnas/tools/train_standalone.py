@@ -32,11 +32,10 @@ from hnas.evaluation.reference import evaluate_network
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture
-from hnas.utils.checkpoint import SET_NAME, remove_set
+from hnas.utils.checkpoint import RUN_NOTE, SET_NAME, remove_set
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options, Stage, parse_options
 from hnas.utils.resuming import describe_run
-from hnas.utils.run_id import NOTE
 from hnas.utils.runtime import (
     seed_generators,
     space_of,
@@ -211,7 +210,7 @@ def remove_sets(folder: Path) -> None:
     for stem in {path.name.partition(".")[0] for path in folder.glob("*")}:
         if SET_NAME.fullmatch(stem):
             remove_set(folder / stem)
-    (folder / NOTE).unlink(missing_ok=True)
+    (folder / RUN_NOTE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

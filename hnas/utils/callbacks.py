@@ -19,9 +19,8 @@ from hnas.base.files import remove_leftovers, write_json
 from hnas.parallel.distributed import barrier, is_main_process, leave, mean_over_ranks, world_size
 from hnas.parallel.stopping import Stopped, StopSignals
 from hnas.search_space import RESNET48
-from hnas.utils.checkpoint import SET_NAME, generators_state, remove_set, save_training
+from hnas.utils.checkpoint import SET_NAME, generators_state, note_run, remove_set, save_training
 from hnas.utils.options import Options
-from hnas.utils.run_id import note_run
 from hnas.utils.weights import NotFiniteError
 
 logger = logging.getLogger(__name__)

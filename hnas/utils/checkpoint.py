@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import paddle
 from paddle import nn
 
 from hnas.base.errors import UserError
-from hnas.base.files import digest_path, file_digest
+from hnas.base.files import digest_path, file_digest, read_json, write_json
 from hnas.utils.public_files import NAME_TABLE, CheckpointError
 from hnas.utils.weights import (
     PARAMS,
@@ -34,6 +35,8 @@ from hnas.utils.weights import (
 logger = logging.getLogger(__name__)
 
 OPTIMIZER, STATES = ".pdopt", ".pdstates"
+# Which run began last in a folder; every set holds its run's id.
+RUN_NOTE = "run_id.json"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
 SET_NAME = re.compile(r"(\d+)(?:-(\d+))?")
 VELOCITY = "_velocity_0"
@@ -299,3 +302,32 @@ def _generator(kind: type, plain: dict):
     state = kind.__new__(kind)
     state.__setstate__((plain["device"], plain["seed"], plain["offset"], plain["engine"].tolist()))
     return state
+
+
+def new_run_id() -> str:
+    """An id that no other run has; no generator that training draws from is asked."""
+    return secrets.token_hex(8)
+
+
+def note_run(folder: str | Path, run_id: str) -> None:
+    """Note in ``folder`` which run writes there from now on.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_json(Path(folder) / RUN_NOTE, {"run_id": run_id})
+
+
+def noted_run(folder: str | Path) -> str | None:
+    """The run that began last in ``folder``; None: nobody noted any there.
+
+    Raises:
+        UserError: the note is not this program's.
+    """
+    path = Path(folder) / RUN_NOTE
+    if not path.is_file():
+        return None
+    run_id = read_json(path).get("run_id")
+    if not isinstance(run_id, str):
+        raise UserError(f"{path} is not what this program saves; remove it to resume any run's set")
+    return run_id

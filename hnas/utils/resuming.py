@@ -16,7 +16,9 @@ from hnas.utils.callbacks import TrainLogger
 from hnas.utils.checkpoint import (
     STATES,
     load_training,
+    new_run_id,
     newest_set,
+    noted_run,
     read_progress,
     restore_generators,
     run_of,
@@ -24,7 +26,6 @@ from hnas.utils.checkpoint import (
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import TRAINING, Options
 from hnas.utils.public_files import CheckpointError
-from hnas.utils.run_id import new_run_id, noted_run
 
 logger = logging.getLogger(__name__)
 
