@@ -46,7 +46,9 @@ def contrastive(accumulate: int = 1) -> ContrastiveModel:
 def frozen() -> ContrastiveModel:
     """Stage one's as it is run by default: statistics never move, keys are not shuffled."""
     paddle.seed(1)
-    network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
+    # A low temperature, since calm networks have small gradients.
+    sizes = {"dim": 16, "queue_size": 32}
+    network = PiNASv2(RESNET48_MINI, CLASSES, **sizes, key_momentum=0.9, temperature=0.02)
     for encoder in (network.backbone, network.key_backbone):
         calm(encoder)
     freeze_statistics(network)
