@@ -25,6 +25,8 @@ from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import RandomSampler
 
 TOTAL, CLASSES = 8, 10
+# At the recipe's temperature new networks, whose keys lie close together, have small gradients.
+CONTRAST = {"dim": 16, "queue_size": 32, "key_momentum": 0.9, "temperature": 0.2}
 
 
 def batch(step: int) -> list[paddle.Tensor]:
@@ -38,7 +40,7 @@ def batch(step: int) -> list[paddle.Tensor]:
 
 def contrastive(accumulate: int = 1) -> ContrastiveModel:
     paddle.seed(1)
-    network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
+    network = PiNASv2(RESNET48_MINI, CLASSES, **CONTRAST)
     for encoder in (network.backbone, network.key_backbone):
         calm(encoder)
     model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2), shuffle=True, seed=5)
@@ -48,7 +50,7 @@ def contrastive(accumulate: int = 1) -> ContrastiveModel:
 def frozen() -> ContrastiveModel:
     """Stage one's as it is run by default: statistics never move, keys are not shuffled."""
     paddle.seed(1)
-    network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
+    network = PiNASv2(RESNET48_MINI, CLASSES, **CONTRAST)
     for encoder in (network.backbone, network.key_backbone):
         calm(encoder)
     freeze_statistics(network)
