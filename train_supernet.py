@@ -50,7 +50,8 @@ from hnas.parallel.distributed import (
 )
 from hnas.search_space import Architecture, SearchSpace, find_backbone
 from hnas.utils.memory_needs import check_cache, check_chunk, check_shared_memory
-from hnas.utils.options import Options, Stage, parse_options
+from hnas.utils.options import Options, Stage
+from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import (
     calibration_images,
     require,

@@ -22,7 +22,8 @@ from hnas.parallel.distributed import is_main_process, leave
 from hnas.search_space import find_backbone
 from hnas.utils.callbacks import EvaluateExtremes
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
-from hnas.utils.options import Stage, parse_options
+from hnas.utils.options import Stage
+from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import (
     calibration_images,
     require,

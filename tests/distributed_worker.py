@@ -39,6 +39,8 @@ def batch(step: int) -> list[paddle.Tensor]:
 def contrastive(accumulate: int = 1) -> ContrastiveModel:
     paddle.seed(1)
     network = PiNASv2(RESNET48_MINI, CLASSES, dim=16, queue_size=32, key_momentum=0.9)
+    for encoder in (network.backbone, network.key_backbone):
+        calm(encoder)
     model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2), shuffle=True, seed=5)
     return trained(model, accumulate)
 

@@ -29,7 +29,8 @@ from hnas.utils.memory_needs import (
     check_queue,
     check_shared_memory,
 )
-from hnas.utils.options import Options, Stage, parse_options
+from hnas.utils.options import Options, Stage
+from hnas.utils.parsing import parse_options
 from hnas.utils.SampleMethod import SamplerSettings, build_sampler
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ import pytest
 
 from hnas.tools import flag_tables
 from hnas.tools.flag_tables import LAUNCHERS, PAGE, SHARED, launcher_variables, main, page
-from hnas.utils.options import Options, Stage, parse_options
+from hnas.utils.options import Options, Stage
+from hnas.utils.parsing import parse_options
 
 ROOT = Path(__file__).parents[1]
 OWN_WORDS = {"pretrain", "stage 1", "stage 2", "stage 3", "train_standalone"}

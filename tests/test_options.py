@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hnas.base.errors import UserError
-from hnas.utils.options import AUTO, Options, Stage, default_of, parse_options
+from hnas.utils.options import AUTO, Options, Stage, default_of
+from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import start
 
 ROOT = Path(__file__).parents[1]
