@@ -74,10 +74,13 @@ def test_all_methods_cost_the_same():
         for name, method in METHODS.items():
             # Passes of a step: the sub-networks', and the teacher's if it is a network apart.
             step = method.subnetworks + {"pretrained": 1, "in place": 0, "none": 0}[method.teacher]
+            # The first place's law trains one sub-network more in every third step.
+            step += 1 / 3 if name == "first_place" else 0
             spent = scale.steps(method) * step
             spent += {"none": 0}.get(method.stage1, 4 * scale.stage1_steps)
-            assert spent == scale.steps(method) * method.forwards + scale.stage1_forwards(method)
-            assert scale.budget - step < spent <= scale.budget, name
+            stage1 = scale.stage1_forwards(method)
+            assert spent == pytest.approx(scale.steps(method) * method.forwards + stage1)
+            assert scale.budget - step < spent <= scale.budget + 1e-6, name
     assert STAGE1_FORWARDS == 4
 
 

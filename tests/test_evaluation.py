@@ -426,13 +426,13 @@ def test_standard_error_is_binomial_and_never_certain():
 
 
 def test_submission_json_is_exact(tmp_path):
-    from hnas.evaluation.engine import write_submission
+    from hnas.evaluation.engine import write_results
 
     archs = {f"n{i}": arch for i, arch in enumerate(family(RESNET48_MINI, 6))}
     counts = Counts.zeros(len(archs))
     counts.images = 7
     counts.top1[:] = np.arange(len(archs)) % 8
-    write_submission(tmp_path / "s.json", archs, counts)
-    content = json.loads((tmp_path / "s.json").read_text())
+    write_results(tmp_path, archs, counts)
+    content = json.loads((tmp_path / "submission.json").read_text())
     for index, (name, arch) in enumerate(archs.items()):
         assert content[name] == {"acc": index % 8 / 7, "arch": arch.code}
