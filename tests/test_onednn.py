@@ -137,10 +137,8 @@ def test_a_refused_call_is_an_error():
         onednn.Convolution(onednn.Shape((1, 3, 4, 4), (8, 3, 9, 9), 8, 1, 0))
 
 
-def test_few_convolutions_are_kept(monkeypatch):
-    monkeypatch.setattr(onednn, "KEPT_CONVOLUTIONS", 2)
-    monkeypatch.setattr(onednn, "_convolutions", type(onednn._convolutions)())
-    shapes = [onednn.Shape((1, 3, 4, 4), (c, 3, 1, 1), c, 1, 0) for c in (2, 3, 4)]
-    made = [onednn.convolution_of(shape) for shape in shapes]
-    assert list(onednn._convolutions) == shapes[1:]
-    assert onednn.convolution_of(shapes[1]) is made[1]
+def test_convolutions_are_made_once_and_not_all_kept():
+    shapes = [onednn.Shape((1, 3, 4, 4), (c, 3, 1, 1), c, 1, 0) for c in (2, 3)]
+    first, second = (onednn.convolution_of(shape) for shape in shapes)
+    assert first is not second and onednn.convolution_of(shapes[0]) is first
+    assert onednn.convolution_of.cache_info().maxsize == onednn.KEPT_CONVOLUTIONS

@@ -1,17 +1,13 @@
-"""Images decoded once, and augmentations of whole batches, against one image at a time."""
+"""Images decoded once and kept in a file."""
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from PIL import Image
 
 from hnas.dataset.image_folder import DataError, scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.dataset.pixel_cache import PixelCache
-from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
-
-NAMES = ("jitter", "grey", "radius", "flip")
+from hnas.dataset.transforms import StrongTransform
 
 
 def random_image(rng, height, width, smooth):
@@ -30,38 +26,6 @@ def folder(tmp_path):
         size = (20, 30) if index == 5 else (60 + index, 50 + 3 * index)
         random_image(rng, *size, index % 2).save(target / f"{index}.png")
     return tmp_path
-
-
-# --- whole batches
-
-
-@settings(max_examples=30)
-@given(
-    sizes=st.lists(st.tuples(st.integers(3, 70), st.integers(3, 70), st.booleans()), max_size=6),
-    seed=st.integers(0, 999),
-    size=st.sampled_from([8, 32, 45]),
-    flip=st.sampled_from([0.0, 0.5, 1.0]),
-)
-def test_a_batch_gets_the_pixels_that_its_images_get_alone(sizes, seed, size, flip):
-    rng = np.random.default_rng(seed)
-    images = [random_image(rng, *what) for what in [(40, 40, True), *sizes]]
-    views = TwoViews(StrongTransform(size, 0.1, flip), TrainTransform(size, 0.3, flip))
-    found = views.batch(images, [np.random.default_rng((seed, i)) for i in range(len(images))])
-    for index, image in enumerate(images):
-        alone = views(image, np.random.default_rng((seed, index)))
-        for batch, single in zip(found, alone, strict=True):
-            np.testing.assert_array_equal(batch[index], single)
-
-
-def test_every_augmentation_happens_in_the_batches_compared():
-    """What the test above compares is not a copy of its input."""
-    rngs = [np.random.default_rng(i) for i in range(200)]
-    draws = [StrongTransform(32).draw(rng) for rng in rngs]
-    shares = [np.mean([bool(getattr(d, n)) for d in draws]) for n in NAMES]
-    np.testing.assert_allclose(shares, [0.8, 0.2, 0.5, 0.5], atol=0.1)
-
-
-# --- the file
 
 
 def test_cached_images_are_the_decoded_ones_made_smaller(folder, tmp_path):
@@ -119,9 +83,8 @@ def test_batches_of_small_images_do_not_depend_on_the_cache(folder, tmp_path, wo
     images = scan_images(folder, "train")
     cache = PixelCache(images, 1000, tmp_path / "cache")
     view = StrongTransform(32)
-    alone = ImageDataset(images, view.__call__, 3)
     plain, cached = (
-        EpochLoader(alone, 5),
+        EpochLoader(ImageDataset(images, view, 3), 5),
         EpochLoader(ImageDataset(images, view, 3, pixels=cache), 5, workers),
     )
     for epoch in (0, 1):

@@ -114,13 +114,15 @@ def _is_left(path: Path) -> Iterator[bool]:
 def check_writable(folder: str | Path, flag: str) -> None:
     """Try a file in a folder that results will go to, before they are computed.
 
-    The folder is made if there is none.
+    Nothing is left there: a program that then refuses its input has not made the folder.
 
     Raises:
         UserError: it cannot be written; names the flag.
     """
     folder = Path(folder)
+    made: list[Path] = []
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(folder / "try")
         try:
@@ -131,6 +133,10 @@ def check_writable(folder: str | Path, flag: str) -> None:
         raise UserError(
             f"cannot write to {flag} {folder}: {error.strerror or error}; choose another folder"
         ) from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def check_output(path: str | Path, flag: str) -> None:
