@@ -268,8 +268,11 @@ def test_cache_dir_is_tried_before_the_images_are_scanned(root):
 
 def test_trying_a_folder_leaves_nothing(tmp_path):
     check_writable(tmp_path / "new/folder", "--save_dir")
-    assert list((tmp_path / "new/folder").iterdir()) == []
     check_output(tmp_path / "new/file", "--output")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()
+    check_writable(tmp_path / "new", "--save_dir")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
     with pytest.raises(UserError, match="--output .* is a folder"):
         check_output(tmp_path / "new", "--output")
 

@@ -90,7 +90,8 @@ def test_programs_compute_with_the_launchers_threads():
     program = (
         "import ctypes, paddle\n"
         "from pathlib import Path\n"
-        "from hnas.utils.options import Stage, parse_options\n"
+        "from hnas.utils.options import Stage\n"
+        "from hnas.utils.parsing import parse_options\n"
         "from hnas.utils.runtime import start\n"
         "from hnas.evaluation.cpu.inference import cpu_threads\n"
         "start(parse_options(Stage.SCORE, ['--device', 'cpu']))\n"
