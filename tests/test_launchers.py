@@ -103,6 +103,14 @@ def test_programs_compute_with_the_launchers_threads():
     assert done.stdout == "3 3\n", done.stderr
 
 
+def test_a_launcher_of_a_script_that_sourced_it_has_the_same_threads():
+    """As in run_demo.sh: nproc follows OMP_NUM_THREADS, which is 1 for the second."""
+    report = 'echo "$PINAS_THREADS"'
+    inner = f". {SHARED}; {report}"
+    done = run("sh", "-c", f'. {SHARED}; {report}; sh -c "$0"', inner, OMP_NUM_THREADS="2")
+    assert done.stdout == "2\n2\n", done.stderr
+
+
 # --- the page
 
 

@@ -130,7 +130,7 @@ def bootstrap_interval(
         statistic: of two arrays [n].
         x, y: lists [n].
         seed: of the resampling; the same seed draws the same resamples for every statistic.
-        resamples: how many; 1,000 take about 7 s a rank correlation of 45,000 architectures.
+        resamples: how many; of 45,000 architectures 1,000 take about 20 s for tau-b (Spearman 10).
         level: share of the resampled statistics between the two ends.
 
     Returns:

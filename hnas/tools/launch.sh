@@ -53,7 +53,8 @@ fi
 
 # The programs take OpenMP's threads from PINAS_THREADS when they start: of any OMP_NUM_THREADS but
 # 1 Paddle warns whenever it is imported. MKL reads its own variable.
-export PINAS_THREADS="$threads" MKL_NUM_THREADS="$threads" OMP_NUM_THREADS=1
+# Nested launchers get threads as it is: nproc would count OMP_NUM_THREADS instead of the cores.
+export threads PINAS_THREADS="$threads" MKL_NUM_THREADS="$threads" OMP_NUM_THREADS=1
 # Lets MKL use AVX2 on AMD's processors; on Intel's it would keep MKL from AVX-512.
 if grep -q AuthenticAMD /proc/cpuinfo 2>/dev/null; then
     export MKL_DEBUG_CPU_TYPE=5
