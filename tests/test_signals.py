@@ -50,7 +50,13 @@ def start(code: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *(["-c", code] if code else []), *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        # One thread, as the launchers have it: of more Paddle warns when it is imported.
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

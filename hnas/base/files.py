@@ -164,14 +164,15 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_digest(path: str | Path) -> None:
-    """Write the SHA-256 of a file beside it.
+def write_digest(path: str | Path, digest: str = "") -> None:
+    """Write the SHA-256 of a file beside it; ``digest`` if that is known already.
 
     Raises:
         UserError: it cannot be written.
     """
     with replacing(digest_path(path)) as temporary:
-        temporary.write_text(f"{file_digest(path)}  {Path(path).name}\n", encoding="utf-8")
+        line = f"{digest or file_digest(path)}  {Path(path).name}\n"
+        temporary.write_text(line, encoding="utf-8")
 
 
 def is_whole(path: str | Path) -> bool:

@@ -90,7 +90,9 @@ class DecodedImages:
             self._decode(images, order, size, num_workers)
             return
         path = folder / f"images-{self.hash[:16]}.u8"
-        if not is_whole(path) or path.stat().st_size != np.prod(shape, dtype=np.int64):
+        # The size first: the digest takes reading all of it.
+        fits = path.is_file() and path.stat().st_size == np.prod(shape, dtype=np.int64)
+        if not (fits and is_whole(path)):
             self._decode_to_file(path, shape, images, order, size, num_workers)
             write_digest(path)
         self.pixels = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)

@@ -22,8 +22,9 @@ import paddle
 import paddle.distributed as dist
 
 from hnas.base.errors import UserError
+from hnas.base.signals import SIGNALS, Stopped
 from hnas.parallel.rollcall import LostRankError, RollCall
-from hnas.parallel.stopping import SIGNALS, Stopped, StopSignals
+from hnas.parallel.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
 _roll_call: RollCall | None = None

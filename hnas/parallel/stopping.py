@@ -5,9 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 
-from hnas.base.signals import SIGNALS, Stopped
-
-__all__ = ["SIGNALS", "StopSignals", "Stopped"]
+from hnas.base.signals import SIGNALS
 
 
 class StopSignals:

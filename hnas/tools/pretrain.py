@@ -2,7 +2,8 @@
 
     python -m hnas.tools.pretrain run --image_dir DIR --pretrained FILE_TO_WRITE
 
-Takes the entry scripts' flags. Epochs are kept in --save_dir, and --resume continues them.
+Takes the entry scripts' flags. Epochs are kept in --save_dir, and --resume continues them. Blocks
+begin as their shortcuts; what trains on from here at frozen statistics stays stable so.
 """
 
 from __future__ import annotations

@@ -59,12 +59,22 @@ def pretrained_network(options: Options, classes: Sequence[str], space: SearchSp
         CheckpointError: missing or of another network, e.g. for another number of classes.
     """
     network = build_network(options.backbone, len(classes), space, elastic=False)
-    checkpoint = read_checkpoint(options.pretrained)
-    weights = backbone_weights(checkpoint.weights)
-    check_classes(replace(checkpoint, weights=weights), classes, options.pretrained)
-    load_weights(network, weights, options.pretrained)
+    load_backbone(network, options.pretrained, classes)
     network.eval()
     return network
+
+
+def load_backbone(network: nn.Layer, path: str, classes: Sequence[str]) -> Checkpoint:
+    """Set a plain network's or a supernet's weights from a checkpoint of any stage.
+
+    Raises:
+        CheckpointError: it is of another network or other classes.
+    """
+    checkpoint = read_checkpoint(path)
+    weights = backbone_weights(checkpoint.weights)
+    check_classes(replace(checkpoint, weights=weights), classes, path)
+    load_weights(network, weights, path)
+    return checkpoint
 
 
 def start_from_pretrained(supernet: nn.Layer, network: ResNet) -> None:
@@ -80,10 +90,7 @@ def start_from_checkpoint(supernet: nn.Layer, path: str, classes: Sequence[str])
     Raises:
         CheckpointError: it is of another network or other classes.
     """
-    checkpoint = read_checkpoint(path)
-    weights = backbone_weights(checkpoint.weights)
-    check_classes(replace(checkpoint, weights=weights), classes, path)
-    load_weights(supernet, weights, path)
+    checkpoint = load_backbone(supernet, path, classes)
     logger.info("weights from %s", path)
     return checkpoint
 
@@ -177,6 +184,7 @@ def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=
         DivergedError: the loss is not finite.
     """
     log = TrainLogger(options.log_freq)
+    about = about_weights(options, loader)
     if options.visualdl_dir and is_main_process():
         callbacks = [*callbacks, VisualDLWriter(options.visualdl_dir, options.log_freq)]
     run = describe_run(options, loader)
@@ -190,14 +198,13 @@ def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             stop = model.exchange = GradientExchange(trained, stop)
-        about = about_weights(options, loader)
         saver = Checkpoints(options, log, stop, run, start.run_id, about)
         model.fit(loader, options.max_epoch, [log, saver, *callbacks], start.position)
     if is_main_process():
         # Also when nothing was left to train: a kill may have come just before either.
         write_json(Path(options.save_dir) / "history.json", log.history())
         path = Path(options.save_dir) / f"final{PARAMS}"
-        write_state(path, model.network.state_dict(), about_weights(options, loader))
+        write_state(path, model.network.state_dict(), about)
     barrier()
     leave()
 

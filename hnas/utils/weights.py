@@ -18,7 +18,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from hnas.base.files import digest_path, file_digest, replacing
+from hnas.base.files import digest_path, file_digest, replacing, write_digest
 from hnas.base.safe_pickle import load_pickle
 from hnas.models.elastic import plain_name
 from hnas.search_space import BACKBONES
@@ -349,8 +349,7 @@ def write_state(path: str | Path, state, about: Mapping | None = None) -> str:
         digest = file_digest(temporary)
         # Between the two renames a file without a digest is right, one with an old digest wrong.
         digest_path(path).unlink(missing_ok=True)
-    with replacing(digest_path(path)) as temporary:
-        temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    write_digest(path, digest)
     return digest
 
 
