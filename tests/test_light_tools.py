@@ -39,6 +39,7 @@ def files(tmp_path):
     [
         ("flops", ["--modelarch_file", "FILE"], False),
         ("draw_architectures", ["--number", "50", "--output", "FOLDER/drawn.json"], False),
+        ("choose", ["--submission", "FILE", "--images", "99", "--out", "FOLDER/out"], True),
         ("rank_report", ["--pred", "macs", "--gt", "FILE", "--out", "FOLDER/out"], True),
     ],
 )
