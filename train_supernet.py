@@ -11,9 +11,7 @@ from hnas.base.signals import hold_signals
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
-import hashlib
 import logging
-import math
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import paddle
 
 from hnas.architecture_file import read_architectures
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import file_digest, remove_leftovers
+from hnas.base.files import remove_leftovers
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.engine import (
     ScoringSettings,
@@ -31,25 +29,17 @@ from hnas.evaluation.engine import (
     write_results,
 )
 from hnas.evaluation.hits import Counts
-from hnas.evaluation.images import (
-    DECODE_BATCH,
-    DecodedImages,
-    ImagesOnDemand,
-    balanced_order,
-)
 from hnas.evaluation.ledger import architectures_hash
 from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import (
-    agree,
     barrier,
-    from_main_process,
     is_main_process,
     leave,
     world_size,
 )
 from hnas.search_space import Architecture, SearchSpace, find_backbone
-from hnas.utils.memory_needs import check_cache, check_chunk, check_shared_memory
+from hnas.utils.memory_needs import check_chunk
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import (
@@ -60,8 +50,8 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
+from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash
 from hnas.utils.training import start_from_checkpoint
-from hnas.utils.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -103,12 +93,7 @@ def score(
     Raises:
         UserError: more images are asked for than there are.
     """
-    if options.eval_images > len(images):
-        raise UserError(
-            f"--eval_images {options.eval_images}, but {images.folder} has {len(images)}; lower "
-            "it, or give 0 for all"
-        )
-    order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
+    order = scored_order(options, images)
     if options.eval_engine == "reference":
         loader = validation_loader(options, images, order)
         return evaluate_one_by_one(network, archs, loader, calibration)
@@ -118,53 +103,12 @@ def score(
         archs,
         decoded,
         Path(options.save_dir),
-        identity(options, archs, shared_hash(decoded.hash, images.select(order)), calibration),
+        {
+            **identity(options, shared_hash(decoded.hash, images.select(order)), calibration),
+            "architecture_list": architectures_hash(archs),
+        },
         ScoringSettings(calibration, options.chunk_size, options.target_se, options.amp),
     )
-
-
-def decoded_images(
-    options: Options, images: ImageList, order: np.ndarray
-) -> DecodedImages | ImagesOnDemand:
-    """The images in that order; one of several processes decodes those of its chunks only."""
-    pixels = DECODE_BATCH * 3 * options.image_size**2
-    check_shared_memory(pixels, math.ceil(len(order) / DECODE_BATCH), options.num_workers)
-    if world_size() > 1:
-        return ImagesOnDemand(images, order, options.image_size, options.num_workers)
-    check_cache(options, len(order))
-    return DecodedImages(
-        images,
-        order,
-        options.image_size,
-        options.cache_gb,
-        Path(options.save_dir),
-        options.num_workers,
-    )
-
-
-def shared_hash(own: str, images: ImageList) -> str:
-    """The main process's hash of the images.
-
-    It holds modification times, which may differ where every machine has its own copy of the
-    images; names must be the same.
-    """
-    agree([int(images.digest()[:15], 16)], "the validation images")
-    return bytes(from_main_process(list(bytes.fromhex(own)))).hex()
-
-
-def identity(options: Options, archs: dict, images: str, calibration) -> dict[str, str]:
-    """What a saved state belongs to: whatever the accuracies depend on.
-
-    ``images`` is the hash of the images to score on.
-    """
-    pixels = None if calibration is None else calibration.numpy().tobytes()
-    return {
-        "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
-        "image_list": images,
-        "architecture_list": architectures_hash(archs),
-        "setting": f"{options.backbone} amp={options.amp}",
-        "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
-    }
 
 
 def architectures(options: Options, space: SearchSpace) -> dict[str, Architecture]:

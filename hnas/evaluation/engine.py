@@ -60,6 +60,7 @@ def evaluate_shared(
     save_dir: Path,
     identity: Mapping[str, str],
     settings: ScoringSettings,
+    evaluator: SharedEvaluator | None = None,
 ) -> Counts:
     """Score ``archs`` on ``images``; continue where earlier runs in ``save_dir`` stopped.
 
@@ -76,13 +77,17 @@ def evaluate_shared(
         save_dir: for state and estimates.
         identity: what the state belongs to, e.g. hashes of checkpoint and lists.
         settings: how to score.
+        evaluator: of ``network``, made for these settings, where one is at hand.
 
     Raises:
         StateError: the state in ``save_dir`` is of something else.
         EngineError: the reference engine counts other hits.
     """
     calibration, amp = settings.calibration, settings.amp
-    evaluator = SharedEvaluator(network, list(archs.values()), images.size, calibration, amp)
+    if evaluator is None:
+        evaluator = SharedEvaluator(network, list(archs.values()), images.size, calibration, amp)
+    else:
+        evaluator.take(list(archs.values()))
     ledger = Ledger(save_dir, identity, archs, len(images), settings.target_se, is_main_process())
     ledger.begin(
         settings.chunk or default_chunk(network.space, images, evaluator.calibration_images)

@@ -83,9 +83,8 @@ Not flags: they decide which processes a launcher starts, and where.
 FLAGS = """\
 ## Flags of the programs
 
-`pretrain` is `python -m hnas.tools.pretrain`, `train_standalone` is `python -m
-hnas.tools.train_standalone`, and *training* is all but stage 3. Other tools have flags of their
-own, and `--help`.
+`pretrain`, `train_standalone` and `search` are `python -m hnas.tools.pretrain` and so on, and
+*training* is all but stage 3 and search. Other tools have flags of their own, and `--help`.
 """
 
 

@@ -22,6 +22,7 @@ class Stage(enum.Enum):
     DISTILL = "stage 2"
     SCORE = "stage 3"
     STANDALONE = "train_standalone"
+    SEARCH = "search"
 
     def __str__(self) -> str:
         return self.value
@@ -33,14 +34,17 @@ CONTRAST = frozenset({Stage.CONTRAST})
 DISTILL = frozenset({Stage.DISTILL})
 SCORE = frozenset({Stage.SCORE})
 STANDALONE = frozenset({Stage.STANDALONE})
+SEARCH = frozenset({Stage.SEARCH})
 SUPERNET = CONTRAST | DISTILL
-TRAINING = ALL - SCORE
+TRAINING = ALL - SCORE - SEARCH
 
 AUTO = -1
 """``auto`` as a number: the program decides, and says so in the log."""
 MOST_EPOCHS = 100_000
 LARGEST_RATE = 1e30
 """A float32 holds it, times any batch / 256."""
+MOST_COST = 1e15
+"""Of an architecture, in any unit."""
 PATHS = frozenset({"file", "folder"})
 """Units of flags that are paths."""
 
@@ -162,7 +166,7 @@ class Options:
         "released",
         "width digits to sample: released (those of the 45,000) or full (1 to 7)",
         "name",
-        stages=SUPERNET | SCORE,
+        stages=SUPERNET | SCORE | SEARCH,
     )
     largest_net_in_stage1: bool = _flag(
         True, "both paths of stage 1 are the largest network, else uniform draws", stages=CONTRAST
@@ -201,7 +205,10 @@ class Options:
     train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)
     use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
     ckpt_dir: str = _flag(
-        "", "weights to start from (stages 1, 2) or to score (3)", "file", stages=SUPERNET | SCORE
+        "",
+        "weights to start from (stages 1, 2) or to score (3, search)",
+        "file",
+        stages=SUPERNET | SCORE | SEARCH,
     )
     pretrained: str = _flag(
         "",
@@ -221,6 +228,7 @@ class Options:
             Stage.DISTILL: "checkpoint_files/stage2",
             Stage.SCORE: "checkpoint_files/stage3",
             Stage.STANDALONE: "checkpoint_files/standalone",
+            Stage.SEARCH: "checkpoint_files/search",
         },
     )
     save_dir_new: str = _flag(
@@ -262,7 +270,7 @@ class Options:
         "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics; "
         "auto: 0 for weights that were trained with freeze_bn, else 64",
         "images",
-        stages=DISTILL | SCORE,
+        stages=DISTILL | SCORE | SEARCH,
         low=0,
         high=100_000,
         auto=True,
@@ -328,7 +336,7 @@ class Options:
         0,
         "validation images to score on, the classes in equal shares; 0: all",
         "images",
-        stages=SCORE,
+        stages=SCORE | SEARCH,
         low=0,
         high=LARGEST,
     )
@@ -336,7 +344,7 @@ class Options:
         0,
         "images a walk over all architectures; 0: by the free memory",
         "images",
-        stages=SCORE,
+        stages=SCORE | SEARCH,
         low=0,
         high=1_000_000,
     )
@@ -351,11 +359,13 @@ class Options:
         8.0,
         "most memory for decoded images; more go to a file in save_dir",
         "GiB",
-        stages=SCORE,
+        stages=SCORE | SEARCH,
         low=0,
         high=1_000_000,
     )
-    amp: str = _flag("O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 O2", "name")
+    amp: str = _flag(
+        "O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 and search O2", "name"
+    )
     accumulate: int = _flag(
         1,
         "parts that a batch is split into, one after the other, to save memory",
@@ -391,6 +401,50 @@ class Options:
         stages=SCORE,
         low=0,
         high=1_000_000,
+    )
+    max_macs: float = _flag(
+        0.0,
+        "most multiply-accumulates an image; 0: any",
+        "MACs",
+        stages=SEARCH,
+        low=0,
+        high=MOST_COST,
+    )
+    max_params: float = _flag(
+        0.0, "most parameters; 0: any", "parameters", stages=SEARCH, low=0, high=MOST_COST
+    )
+    max_latency_ms: float = _flag(
+        0.0,
+        "most time for a batch, as the file latency says; 0: any",
+        "ms",
+        stages=SEARCH,
+        low=0,
+        high=MOST_COST,
+    )
+    latency: str = _flag(
+        "", "measured blocks, which hnas.tools.latency wrote", "file", stages=SEARCH
+    )
+    population: int = _flag(
+        100,
+        "first sub-networks, uniform, and living ones in each generation",
+        "sub-networks",
+        stages=SEARCH,
+        low=2,
+        high=100_000,
+    )
+    children: int = _flag(
+        50, "new ones of a generation", "sub-networks", stages=SEARCH, low=1, high=100_000
+    )
+    generations: int = _flag(
+        20, "after the first population", "generations", stages=SEARCH, low=0, high=100_000
+    )
+    tournament: int = _flag(
+        25,
+        "living ones that are drawn to take the best of as parent",
+        "sub-networks",
+        stages=SEARCH,
+        low=1,
+        high=100_000,
     )
 
     @property
