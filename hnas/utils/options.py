@@ -22,6 +22,7 @@ class Stage(enum.Enum):
     DISTILL = "stage 2"
     SCORE = "stage 3"
     STANDALONE = "train_standalone"
+    EXPORT = "export"
 
     def __str__(self) -> str:
         return self.value
@@ -33,8 +34,9 @@ CONTRAST = frozenset({Stage.CONTRAST})
 DISTILL = frozenset({Stage.DISTILL})
 SCORE = frozenset({Stage.SCORE})
 STANDALONE = frozenset({Stage.STANDALONE})
+EXPORT = frozenset({Stage.EXPORT})
 SUPERNET = CONTRAST | DISTILL
-TRAINING = ALL - SCORE
+TRAINING = ALL - SCORE - EXPORT
 
 AUTO = -1
 """``auto`` as a number: the program decides, and says so in the log."""
@@ -201,7 +203,10 @@ class Options:
     train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)
     use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
     ckpt_dir: str = _flag(
-        "", "weights to start from (stages 1, 2) or to score (3)", "file", stages=SUPERNET | SCORE
+        "",
+        "weights to start from (stages 1, 2), to score (3), or to export from",
+        "file",
+        stages=SUPERNET | SCORE | EXPORT,
     )
     pretrained: str = _flag(
         "",
@@ -221,6 +226,7 @@ class Options:
             Stage.DISTILL: "checkpoint_files/stage2",
             Stage.SCORE: "checkpoint_files/stage3",
             Stage.STANDALONE: "checkpoint_files/standalone",
+            Stage.EXPORT: "checkpoint_files/export",
         },
     )
     save_dir_new: str = _flag(
@@ -262,7 +268,7 @@ class Options:
         "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics; "
         "auto: 0 for weights that were trained with freeze_bn, else 64",
         "images",
-        stages=DISTILL | SCORE,
+        stages=DISTILL | SCORE | EXPORT,
         low=0,
         high=100_000,
         auto=True,
@@ -315,20 +321,43 @@ class Options:
     )
     device: str = _flag("auto", "auto, cpu or gpu", "name")
     arch: str = _flag(
-        "", "architecture to train stand-alone: 52 or 51 digits", "code", stages=STANDALONE
+        "",
+        "architecture to train stand-alone or to export: 52 or 51 digits; to export, also a name "
+        "in modelarch_file",
+        "code",
+        stages=STANDALONE | EXPORT,
     )
     modelarch_file: str = _flag(
         "",
-        "architectures to score (3) or to train stand-alone: JSON or text",
+        "architectures to score (3) or to train stand-alone, or to find arch's name in: JSON or "
+        "text",
         "file",
-        stages=SCORE | STANDALONE,
+        stages=SCORE | STANDALONE | EXPORT,
+    )
+    init: str = _flag(
+        "",
+        "weights of arch to start from: what export wrote, its folder or the .pdparams in it",
+        "file",
+        stages=STANDALONE,
+    )
+    format: str = _flag(
+        "pdparams",
+        "pdparams: weights; inference: program and weights for Paddle Inference; onnx",
+        "name",
+        stages=EXPORT,
+    )
+    precision: str = _flag(
+        "float32",
+        "of the exported weights: float32, or float16 (not for inference)",
+        "name",
+        stages=EXPORT,
     )
     eval_engine: str = _flag("shared", "shared, or reference: one by one", "name", stages=SCORE)
     eval_images: int = _flag(
         0,
-        "validation images to score on, the classes in equal shares; 0: all",
+        "validation images to score or check on, the classes in equal shares; 0: all",
         "images",
-        stages=SCORE,
+        stages=SCORE | EXPORT,
         low=0,
         high=LARGEST,
     )
@@ -355,7 +384,12 @@ class Options:
         low=0,
         high=1_000_000,
     )
-    amp: str = _flag("O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 O2", "name")
+    amp: str = _flag(
+        "O0",
+        "mixed precision on GPUs: O0 (none), O1, or in stage 3 O2",
+        "name",
+        stages=ALL - EXPORT,
+    )
     accumulate: int = _flag(
         1,
         "parts that a batch is split into, one after the other, to save memory",
