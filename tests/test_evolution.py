@@ -40,7 +40,7 @@ def test_a_mutation_changes_one_choice(seed, full, backbone):
     changed = [name for name in before if name in after and before[name] != after[name]]
     assert len(changed) == 1
     for name, (options, chosen) in option_ranks([child.code], digits).items():
-        assert ((0 <= chosen) & (chosen < options)).all(), name
+        assert ((chosen >= 0) & (chosen < options)).all(), name
     # Blocks come and go with the depth only.
     if set(before) != set(after):
         assert changed[0].startswith("depth")

@@ -22,6 +22,7 @@ class Stage(enum.Enum):
     DISTILL = "stage 2"
     SCORE = "stage 3"
     STANDALONE = "train_standalone"
+    EXPORT = "export"
     SEARCH = "search"
 
     def __str__(self) -> str:
@@ -34,9 +35,10 @@ CONTRAST = frozenset({Stage.CONTRAST})
 DISTILL = frozenset({Stage.DISTILL})
 SCORE = frozenset({Stage.SCORE})
 STANDALONE = frozenset({Stage.STANDALONE})
+EXPORT = frozenset({Stage.EXPORT})
 SEARCH = frozenset({Stage.SEARCH})
 SUPERNET = CONTRAST | DISTILL
-TRAINING = ALL - SCORE - SEARCH
+TRAINING = ALL - SCORE - EXPORT - SEARCH
 
 AUTO = -1
 """``auto`` as a number: the program decides, and says so in the log."""
@@ -206,9 +208,9 @@ class Options:
     use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
     ckpt_dir: str = _flag(
         "",
-        "weights to start from (stages 1, 2) or to score (3, search)",
+        "weights to start from (stages 1, 2), to score (3, search), or to export from",
         "file",
-        stages=SUPERNET | SCORE | SEARCH,
+        stages=SUPERNET | SCORE | EXPORT | SEARCH,
     )
     pretrained: str = _flag(
         "",
@@ -228,6 +230,7 @@ class Options:
             Stage.DISTILL: "checkpoint_files/stage2",
             Stage.SCORE: "checkpoint_files/stage3",
             Stage.STANDALONE: "checkpoint_files/standalone",
+            Stage.EXPORT: "checkpoint_files/export",
             Stage.SEARCH: "checkpoint_files/search",
         },
     )
@@ -270,7 +273,7 @@ class Options:
         "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics; "
         "auto: 0 for weights that were trained with freeze_bn, else 64",
         "images",
-        stages=DISTILL | SCORE | SEARCH,
+        stages=DISTILL | SCORE | EXPORT | SEARCH,
         low=0,
         high=100_000,
         auto=True,
@@ -323,20 +326,43 @@ class Options:
     )
     device: str = _flag("auto", "auto, cpu or gpu", "name")
     arch: str = _flag(
-        "", "architecture to train stand-alone: 52 or 51 digits", "code", stages=STANDALONE
+        "",
+        "architecture to train stand-alone or to export: 52 or 51 digits; to export, also a name "
+        "in modelarch_file",
+        "code",
+        stages=STANDALONE | EXPORT,
     )
     modelarch_file: str = _flag(
         "",
-        "architectures to score (3) or to train stand-alone: JSON or text",
+        "architectures to score (3) or to train stand-alone, or to find arch's name in: JSON or "
+        "text",
         "file",
-        stages=SCORE | STANDALONE,
+        stages=SCORE | STANDALONE | EXPORT,
+    )
+    init: str = _flag(
+        "",
+        "weights of arch to start from: what export wrote, its folder or the .pdparams in it",
+        "file",
+        stages=STANDALONE,
+    )
+    format: str = _flag(
+        "pdparams",
+        "pdparams: weights; inference: program and weights for Paddle Inference; onnx",
+        "name",
+        stages=EXPORT,
+    )
+    precision: str = _flag(
+        "float32",
+        "of the exported weights: float32, or float16 (not for inference)",
+        "name",
+        stages=EXPORT,
     )
     eval_engine: str = _flag("shared", "shared, or reference: one by one", "name", stages=SCORE)
     eval_images: int = _flag(
         0,
-        "validation images to score on, the classes in equal shares; 0: all",
+        "validation images to score or check on, the classes in equal shares; 0: all",
         "images",
-        stages=SCORE | SEARCH,
+        stages=SCORE | EXPORT | SEARCH,
         low=0,
         high=LARGEST,
     )
@@ -364,7 +390,10 @@ class Options:
         high=1_000_000,
     )
     amp: str = _flag(
-        "O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 and search O2", "name"
+        "O0",
+        "mixed precision on GPUs: O0 (none), O1, or in stage 3 and search O2",
+        "name",
+        stages=ALL - EXPORT,
     )
     accumulate: int = _flag(
         1,
