@@ -3,6 +3,7 @@
 import io
 import json
 
+import independent
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from hnas.ranking.front import (
     not_worse,
     pareto_front,
 )
+from hnas.ranking.latency import all_parts
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.choose import main
 
@@ -160,6 +162,58 @@ def test_the_front_against_parameters(scored, capsys):
     assert np.all(np.diff([row["acc"] for row in front]) < 0)
 
 
+@pytest.fixture
+def measured(tmp_path):
+    """A latency file of invented times, as hnas.tools.latency writes them."""
+    rng = np.random.default_rng(2)
+    times = {part.name: rng.uniform(0.01, 0.1) for part in all_parts(RESNET48_MINI)}
+    about = dict.fromkeys(("device", "engine", "paddle"), "x") | {"processor": "AMD EPYC"}
+    about |= {"backbone": "resnet48_mini", "sample_space": "released", "image_size": 32}
+    about |= {"num_classes": 10, "batch_size": 4, "threads": 2, "check": {}}
+    path = tmp_path / "latency.json"
+    path.write_text(json.dumps({"format": 1, **about, "milliseconds": times}))
+    return path, times
+
+
+def test_a_latency_budget(scored, measured, capsys):
+    folder, archs, _ = scored
+    path, times = measured
+
+    def milliseconds(code):
+        stem, blocks = independent.layers(code, (20, 32, 64, 128), 1)
+        total, cin = times[f"stem {stem}"], stem
+        for stage, _, mid, out, stride in blocks:
+            total += times[f"block {stage + 1} {cin}-{mid}-{out} /{stride}"]
+            cin = out
+        return total + times[f"head {cin}"]
+
+    expected = {name: milliseconds(arch.code) for name, arch in archs.items()}
+    limit = float(np.median(list(expected.values())))
+    flags = ["--latency", path, "--max_latency_ms", limit, "--out", folder / "out"]
+    text = run(folder, *flags, capsys=capsys)
+    choice = json.loads((folder / "out/choice.json").read_text())
+    assert choice["budget"] == {"latency": limit} and choice["cost"] == "latency"
+    assert {row["name"] for row in choice["networks"]} == {
+        name for name, value in expected.items() if value <= limit
+    }
+    for row in choice["networks"]:
+        assert row["latency"] == pytest.approx(expected[row["name"]])
+    front = [row["latency"] for row in choice["networks"] if row["front"]]
+    assert len(front) > 1 and np.all(np.diff(front) < 0)
+    assert f"{expected[choice['networks'][0]['name']]:.3f} ms" in text
+    run(folder, "--latency", path, "--cost", "macs", "--out", folder / "macs", capsys=capsys)
+    assert json.loads((folder / "macs/choice.json").read_text())["cost"] == "macs"
+
+
+def test_a_latency_of_another_network(scored, measured):
+    folder, _, _ = scored
+    with pytest.raises(UserError, match="measured with --image_size 32, not 64"):
+        main(
+            ["--submission", str(folder / "submission.json"), "--latency", str(measured[0])]
+            + ["--backbone", "resnet48_mini", "--image_size", "64"]
+        )
+
+
 def test_the_number_of_images(scored, capsys):
     folder, _, _ = scored
     content = json.loads((folder / "submission.json").read_text())
@@ -217,6 +271,9 @@ def estimates_text(text):
         (None, "--max_macs 0", "out of bounds"),
         (None, "--top 0", "out of bounds"),
         (None, "--cost watts", "invalid choice"),
+        (None, "--max_latency_ms 3", "--max_latency_ms takes --latency FILE, which python -m"),
+        (None, "--cost latency", "--cost latency takes --latency FILE, which python -m"),
+        (None, "--latency none.json", "cannot read none.json"),
         (None, "--out /proc/none", "cannot write to --out"),
     ],
 )

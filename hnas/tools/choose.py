@@ -36,11 +36,13 @@ from hnas.ranking.front import (
     not_worse,
     pareto_front,
 )
+from hnas.ranking.latency import LatencyTable, read_latency
 from hnas.search_space import Architecture, SearchSpace, search_space
 
 ESTIMATES = "estimates.json"
 """What stage 3 writes beside its submission: how many images, and standard errors."""
-UNITS = {"macs": "MACs", "params": "parameters"}
+UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
+NAMES = {**UNITS, "latency": "latency"}
 MOST = 1e15
 
 
@@ -123,13 +125,25 @@ def _is_count(value: object) -> bool:
 
 
 def costs_of(
-    archs: Mapping[str, Architecture], space: SearchSpace, size: int, classes: int
+    archs: Mapping[str, Architecture],
+    space: SearchSpace,
+    size: int,
+    classes: int,
+    latency: LatencyTable | None = None,
 ) -> dict[str, np.ndarray]:
-    """MACs per image and parameters of every network [n], by kind."""
-    return {
+    """MACs per image, parameters and, by its table, latency of every network [n], by kind."""
+    costs = {
         "macs": np.array([space.macs(arch, size, classes) for arch in archs.values()]),
         "params": np.array([space.params(arch, classes) for arch in archs.values()]),
     }
+    if latency is not None:
+        costs["latency"] = np.array([latency.of(arch) for arch in archs.values()])
+    return costs
+
+
+def figure(kind: str, value: float) -> str:
+    """A cost as text, without its unit."""
+    return f"{value:,.3f}" if kind == "latency" else f"{value:,}"
 
 
 def within(costs: Mapping[str, np.ndarray], budget: Mapping[str, float]) -> np.ndarray:
@@ -141,7 +155,7 @@ def within(costs: Mapping[str, np.ndarray], budget: Mapping[str, float]) -> np.n
     fits = np.all([costs[kind] <= most for kind, most in budget.items()], axis=0)
     fits = np.broadcast_to(fits, len(costs["macs"]))
     if not fits.any():
-        least = ", ".join(f"{costs[kind].min():,} {UNITS[kind]}" for kind in budget)
+        least = ", ".join(f"{figure(kind, costs[kind].min())} {UNITS[kind]}" for kind in budget)
         asked = ", ".join(f"{most:,.10g} {UNITS[kind]}" for kind, most in budget.items())
         raise UserError(
             f"none of {len(fits):,} networks is within {asked}; the least there is: {least}"
@@ -189,7 +203,11 @@ def table(chosen: Sequence[Mapping], top: int, costs: Sequence[str]) -> str:
     """The first ``top`` of what :func:`choose` gives, as text."""
     rows = [["network", "top-1", "+-", *(UNITS[kind] for kind in costs), "front", "group"]]
     for row in chosen[:top]:
-        figures = [f"{row['acc']:.2%}", f"{row['se']:.2%}", *(f"{row[kind]:,}" for kind in costs)]
+        figures = [
+            f"{row['acc']:.2%}",
+            f"{row['se']:.2%}",
+            *(figure(kind, row[kind]) for kind in costs),
+        ]
         marks = ["*" if row["front"] else "", "=" if row["group"] else ""]
         rows.append([row["name"], *figures, *marks])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -205,14 +223,13 @@ def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
     cheapest = min(group, key=lambda row: row[cost])
 
     def line(what: str, row: Mapping) -> str:
-        return (
-            f"{what:<9}{row['name']}: {row['acc']:.2%}, {row[cost]:,} {UNITS[cost]}, {row['arch']}"
-        )
+        spent = f"{figure(cost, row[cost])} {UNITS[cost]}"
+        return f"{what:<9}{row['name']}: {row['acc']:.2%}, {spent}, {row['arch']}"
 
     return "\n".join(
         [
             f"{len(chosen):,} of {scored:,} networks within the budget; +- is the standard error",
-            f"* {front:,} are on the Pareto front of accuracy and {UNITS[cost]}",
+            f"* {front:,} are on the Pareto front of accuracy and {NAMES[cost]}",
             f"= {len(group):,} are not worse than the best by more than their noise: with "
             f"{CONFIDENCE:.0%} the truly best is among them",
             line("best", chosen[0]),
@@ -229,7 +246,13 @@ def main(argv=None) -> None:
     parser.add_argument("--max_macs", type=real_number(1, MOST), help="MACs an image [any]")
     parser.add_argument("--max_params", type=real_number(1, MOST), help="parameters [any]")
     parser.add_argument(
-        "--cost", choices=UNITS, default="macs", help="the front's other axis [default macs]"
+        "--max_latency_ms", type=real_number(0, MOST), help="of a batch, by --latency [any]"
+    )
+    parser.add_argument("--latency", type=path_text, help="what hnas.tools.latency wrote [none]")
+    parser.add_argument(
+        "--cost",
+        choices=UNITS,
+        help="the front's other axis [default: latency with --latency, else macs]",
     )
     parser.add_argument(
         "--top", type=whole_number(1, 1_000_000), default=10, help="rows to print [default 10]"
@@ -253,48 +276,83 @@ def main(argv=None) -> None:
         check_writable(options.out, "--out")
 
     space = search_space(options.backbone)
+    latency = open_latency(options)
+    cost = options.cost or ("macs" if latency is None else "latency")
     scores = read_scores(options.submission, options.images)
-    costs = costs_of(scores.archs, space, options.image_size, options.num_classes)
-    limits = {"macs": options.max_macs, "params": options.max_params}
+    costs = costs_of(scores.archs, space, options.image_size, options.num_classes, latency)
+    limits = {
+        "macs": options.max_macs,
+        "params": options.max_params,
+        "latency": options.max_latency_ms,
+    }
     budget = {kind: most for kind, most in limits.items() if most is not None}
-    chosen = choose(scores, costs, within(costs, budget), options.cost)
+    chosen = choose(scores, costs, within(costs, budget), cost)
     if options.out:
-        write(options, scores, costs, budget, chosen)
+        label = UNITS[cost] if cost != "latency" else latency_label(latency)
+        plot = front_of(costs[cost], scores.accuracy, chosen, cost, label, budget.get(cost))
+        write(options, scores, cost, budget, chosen, plot)
     shown = table(chosen, options.top, list(costs))
-    sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), options.cost)}\n")
+    sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
 
 
-def write(options, scores: Scores, costs, budget: Mapping, chosen: Sequence[Mapping]) -> None:
+def open_latency(options) -> LatencyTable | None:
+    """What ``--latency`` names, if it is given.
+
+    Raises:
+        UserError: it is of something else, or it is missing and asked for by another flag.
+    """
+    if not options.latency:
+        if options.max_latency_ms is not None or options.cost == "latency":
+            flag = "--max_latency_ms" if options.max_latency_ms is not None else "--cost latency"
+            raise UserError(
+                f"{flag} takes --latency FILE, which python -m hnas.tools.latency measures"
+            )
+        return None
+    table = read_latency(options.latency)
+    table.check_fits(options.backbone, options.image_size)
+    return table
+
+
+def latency_label(table: LatencyTable) -> str:
+    """The axis of a latency: of what, and where it was measured."""
+    about = table.about
+    return (
+        f"latency, ms ({about['processor']}, batch {about['batch_size']}, "
+        f"{about['threads']} threads)"
+    )
+
+
+def write(
+    options, scores: Scores, cost: str, budget: Mapping, chosen: Sequence[Mapping], plot: bytes
+) -> None:
     """Write ``choice.json`` and ``front.png``.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    from hnas.ranking.plots import front_plot
-
     content = {
         "submission": options.submission,
+        "latency": options.latency,
         "backbone": options.backbone,
         "image_size": options.image_size,
         "num_classes": options.num_classes,
         "scored": len(scores.archs),
         "budget": budget,
-        "cost": options.cost,
+        "cost": cost,
         "confidence": CONFIDENCE,
         "critical_value": round(critical_value(len(chosen)), 6),
         "networks": chosen,
     }
-    plot = front_plot(
-        costs[options.cost],
-        100 * scores.accuracy,
-        chosen,
-        options.cost,
-        UNITS[options.cost],
-        budget.get(options.cost),
-    )
     with replacing(options.out / "front.png") as temporary:
         temporary.write_bytes(plot)
     write_json(options.out / "choice.json", content)
+
+
+def front_of(cost: np.ndarray, accuracy: np.ndarray, *arguments) -> bytes:
+    """:func:`front_plot` of accuracies as shares of 1; only here Matplotlib is needed."""
+    from hnas.ranking.plots import front_plot
+
+    return front_plot(cost, 100 * accuracy, *arguments)
 
 
 if __name__ == "__main__":
