@@ -21,6 +21,7 @@ import numpy as np
 import paddle
 
 from hnas.architecture_file import read_architectures
+from hnas.base.device import Arithmetic, on_gpu
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, remove_leftovers
 from hnas.dataset.image_folder import ImageList
@@ -30,6 +31,7 @@ from hnas.evaluation.engine import (
     evaluate_shared,
     write_results,
 )
+from hnas.evaluation.gpu_kernels import choose_variant
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import (
     DECODE_BATCH,
@@ -38,6 +40,7 @@ from hnas.evaluation.images import (
     balanced_order,
 )
 from hnas.evaluation.ledger import architectures_hash
+from hnas.evaluation.variants import Precision, Variant
 from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import (
@@ -70,9 +73,13 @@ def main() -> None:
     options = parse_options(Stage.SCORE, about=__doc__.splitlines()[0])
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; stage 3 takes resnet48")
-    start(options)
+    arithmetic = start(options)
     if world_size() > 1 and options.eval_engine == "reference":
         raise UserError("--eval_engine reference runs in one process; shared runs in several")
+    if options.amp != "O0" and options.eval_engine == "reference":
+        raise UserError(
+            f"--eval_engine reference computes in float32; --amp {options.amp} is for shared"
+        )
     require(options, "ckpt_dir")
     check_chunk(options)
     space = space_of(options)
@@ -85,7 +92,7 @@ def main() -> None:
         remove_leftovers(save_dir)
     barrier()
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
-    counts = score(options, network, archs, images, calibration)
+    counts = score(options, network, archs, images, calibration, arithmetic)
     if is_main_process():
         write_results(save_dir, archs, counts)
     leave()
@@ -97,6 +104,7 @@ def score(
     archs: dict[str, Architecture],
     images: ImageList,
     calibration: paddle.Tensor | None,
+    arithmetic: Arithmetic,
 ) -> Counts:
     """Hits of all architectures, complete in the main process.
 
@@ -118,9 +126,29 @@ def score(
         archs,
         decoded,
         Path(options.save_dir),
-        identity(options, archs, shared_hash(decoded.hash, images.select(order)), calibration),
-        ScoringSettings(calibration, options.chunk_size, options.target_se, options.amp),
+        identity(
+            options,
+            archs,
+            shared_hash(decoded.hash, images.select(order)),
+            calibration,
+            arithmetic,
+        ),
+        ScoringSettings(
+            calibration, options.chunk_size, options.target_se, variant(arithmetic, calibration)
+        ),
     )
+
+
+def variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) -> Variant | None:
+    """How the walk computes on a GPU; None: on CPUs the engine decides.
+
+    Half precision is float16, eight times as fine as bfloat16. What overflows is found.
+    """
+    if not on_gpu():
+        return None
+    rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
+    precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
+    return choose_variant(precision, 0 if calibration is None else len(calibration))
 
 
 def decoded_images(
@@ -152,17 +180,21 @@ def shared_hash(own: str, images: ImageList) -> str:
     return bytes(from_main_process(list(bytes.fromhex(own)))).hex()
 
 
-def identity(options: Options, archs: dict, images: str, calibration) -> dict[str, str]:
+def identity(
+    options: Options, archs: dict, images: str, calibration, arithmetic: Arithmetic
+) -> dict[str, str]:
     """What a saved state belongs to: whatever the accuracies depend on.
 
-    ``images`` is the hash of the images to score on.
+    ``images`` is the hash of the images to score on. All processes compute with the same.
     """
+    setting = f"{options.backbone}, {arithmetic}"
+    agree([int(hashlib.sha256(setting.encode()).hexdigest()[:15], 16)], "device or Paddle")
     pixels = None if calibration is None else calibration.numpy().tobytes()
     return {
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
         "image_list": images,
         "architecture_list": architectures_hash(archs),
-        "setting": f"{options.backbone} amp={options.amp}",
+        "setting": setting,
         "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
     }
 

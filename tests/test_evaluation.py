@@ -113,23 +113,23 @@ def logits_of(evaluator, images, labels, counts, monkeypatch):
     caught = {}
 
     def catch(self, features, channels):
-        weight, bias = self._evaluator._classifier
-        logits = paddle.stack(features) @ weight[:channels] + bias
+        logits = original_logits(self, features, channels)
         for (leaves, _), own in zip(current[0], logits, strict=True):
             for position in leaves:
                 caught[int(self._tree.order[position])] = own.numpy()
-        return count_hits(logits, self._labels)
+        return logits
 
     current = [None]
-    original = _Walk._multiply_heads
+    original_logits, original = _Walk._logits, _Walk._multiply_heads
 
     def remember(self, channels):
         current[0] = list(self._features[channels])
         original(self, channels)
 
-    monkeypatch.setattr(_Walk, "_head_hits", catch)
+    monkeypatch.setattr(_Walk, "_logits", catch)
     monkeypatch.setattr(_Walk, "_multiply_heads", remember)
-    evaluator.evaluate(images, labels, counts)
+    watched = evaluator.evaluate(images, labels, counts, watch=2)
+    np.testing.assert_array_equal(watched.numpy(), caught[2])
     return caught
 
 

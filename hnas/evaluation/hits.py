@@ -10,7 +10,10 @@ import paddle
 from hnas.base.errors import UserError
 
 NEAR = 1e-4
-"""Two logits this close may swap places in an engine that adds in another order."""
+"""Two logits this close may swap places in an engine that adds in another order; in float32.
+
+For the record only: how far engines may differ is measured, see ``spot_check.py``.
+"""
 
 
 class LogitsError(UserError):
@@ -37,7 +40,7 @@ class Counts:
         top1: images whose label has the largest logit; int64 [architectures].
         top5: images whose label is among the five largest logits; int64 [architectures].
         near1: images whose top-1 hit or miss hangs on logits within ``NEAR`` of the label's; int64
-            [architectures]. Engines may differ by this many hits, and by no more.
+            [architectures]. In float32 engines differ by few more hits, if any.
         near5: the same for ``top5``.
         images: how many images each architecture has classified.
     """

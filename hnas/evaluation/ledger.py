@@ -361,9 +361,14 @@ def _check_identity(path: Path, found: Mapping[str, str], identity: Mapping[str,
     for name, value in identity.items():
         if found[name] != value:
             raise StateError(
-                f"{path} is of another {name.replace('_', ' ')} ({found[name][:16]} instead of "
-                f"{value[:16]}); remove it to start anew, or choose another save_dir"
+                f"{path} is of another {name.replace('_', ' ')} ({_shown(found[name])} instead of "
+                f"{_shown(value)}); remove it to start anew, or choose another save_dir"
             )
+
+
+def _shown(value: str) -> str:
+    """A setting as it is; of a hash only the start."""
+    return value if " " in value else value[:16]
 
 
 def _saved(state: Mapping[str, np.ndarray]) -> Saved:

@@ -40,6 +40,19 @@ def evaluate_network(
 
 
 @paddle.no_grad()
+def network_logits(
+    network: nn.Layer, images: paddle.Tensor, calibration: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """Logits [N, classes] of one batch, as :func:`evaluate_network` counts them.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+    """
+    with calibrated(network, None if calibration is None else normalize(calibration)):
+        return network(normalize(images))
+
+
+@paddle.no_grad()
 def _count_network(network: nn.Layer, loader: Batches, calibration, who: str) -> Counts:
     counts = Counts.zeros(1)
     with calibrated(network, None if calibration is None else normalize(calibration)):

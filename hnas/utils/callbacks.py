@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 from paddle.callbacks import Callback
 
+from hnas.base.device import peak_memory
 from hnas.base.errors import UserError
 from hnas.base.files import remove_leftovers, write_json
 from hnas.base.signals import Stopped
@@ -138,6 +139,8 @@ class TrainLogger(Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.epoch_losses.append(sum(self._losses) / len(self._losses))
         self._losses = []
+        if is_main_process():
+            logger.info("epoch %d: peak memory %s", epoch + 1, peak_memory())
 
     def _log_line(self, step, logs):
         elapsed = time.perf_counter() - self._mark

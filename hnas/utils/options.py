@@ -355,7 +355,22 @@ class Options:
         low=0,
         high=1_000_000,
     )
-    amp: str = _flag("O0", "mixed precision on GPUs: O0 (none), O1, or in stage 3 O2", "name")
+    amp: str = _flag(
+        "O0",
+        "half precision on GPUs: O0 (none), O1; stage 3 takes O2 for O1",
+        "name",
+    )
+    tf32: str = _flag(
+        "auto",
+        "float32 on GPUs with 10 bits of mantissa in convolutions and matrix products: on or off; "
+        "auto: as Paddle has it, convolutions only",
+        "name",
+    )
+    deterministic: bool = _flag(
+        False,
+        "cuDNN's deterministic algorithms only: the same command on the same card, Paddle and "
+        "cuDNN gives the same bits, slower; CPUs give them anyway",
+    )
     accumulate: int = _flag(
         1,
         "parts that a batch is split into, one after the other, to save memory",
