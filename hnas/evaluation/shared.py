@@ -6,15 +6,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import paddle
 
 from hnas.base.memory import keep_freed_memory
 from hnas.dataset.transforms import normalize
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu.inference import InferenceKernels, cpu_threads, filters_are_fresh
 from hnas.evaluation.cpu.matmul import MatmulKernels
 from hnas.evaluation.cpu.winograd import WinogradKernels
-from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.hits import Hits, LogitsError, count_hits
 from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree
 from hnas.evaluation.weights import STEM, SlicedWeights, leading_channels
@@ -229,20 +229,21 @@ class _Walk:
     def _multiply_heads(self, channels: int) -> None:
         rows = self._features.pop(channels)
         hits = self._timed(self._head_hits, [features for _, features in rows], channels)
-        for (leaves, _), (*found, bad) in zip(rows, hits, strict=True):
+        for (leaves, _), found, folds, bad in zip(rows, *hits, strict=True):
             archs = self._tree.order[leaves.start : leaves.stop]
             if bad:
                 code = self._evaluator.archs[archs[0]].code
                 raise LogitsError(f"architecture {code}", bad, len(self._labels))
             for column, value in zip(self._counts.columns(), found, strict=True):
                 column[archs] += value
+            self._counts.folds[archs] += folds
             self._progress(len(leaves))
 
-    def _head_hits(self, features: list, channels: int) -> np.ndarray:
+    def _head_hits(self, features: list, channels: int) -> Hits:
         weight, bias = self._evaluator._classifier
         with paddle.amp.auto_cast(enable=False):
             logits = paddle.stack(features) @ weight[:channels] + bias
-            return count_hits(logits, self._labels)
+            return count_hits(logits, self._labels, self._counts.images)
 
     def _conv(self, group: Group, name: str, cin: int, cout: int):
         key = (group.stage, group.block, name)
