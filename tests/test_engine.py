@@ -26,10 +26,12 @@ from hnas.evaluation.engine import (
     evaluate_shared,
 )
 from hnas.evaluation.images import DecodedImages, balanced_order
-from hnas.evaluation.ledger import STATE_FILE, load_state
+from hnas.evaluation.ledger import Targets
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.state import STATE_FILE, load_state
 from hnas.models.registry import build_network
+from hnas.ranking.paired import read_estimates
 from hnas.search_space import RESNET48, RESNET48_MINI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,12 +119,22 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, fold
         rate = (hits + 1) / 26
         assert entry["arch"] == arch.code and entry["acc"] == hits / 24
         assert entry["se"] == pytest.approx((rate * (1 - rate) / 24) ** 0.5, abs=1e-6)
+    assert told["agreement"] == {"images": 24, "tau": 1.0, "low": 1.0, "high": 1.0}
+    read = read_estimates(tmp_path / "estimates.json")
+    np.testing.assert_array_equal(read.folds, counts.folds)
+    np.testing.assert_array_equal(read.folds.sum(axis=1), counts.top1)
+    assert np.all(np.abs(read.folds - expected.folds).sum(axis=1) <= counts.near1)
 
 
 def test_engine_stops_at_the_target(network, archs, folder, tmp_path):
     images = decoded(folder, tmp_path)
     counts = evaluate_shared(
-        network, archs, images, tmp_path, IDENTITY, ScoringSettings(chunk=6, target_se=0.13)
+        network,
+        archs,
+        images,
+        tmp_path,
+        IDENTITY,
+        ScoringSettings(None, 6, targets=Targets(se=0.13)),
     )
     assert counts.images in (12, 18)
     assert counts.standard_error().max() < 0.13
@@ -159,6 +171,7 @@ def test_interrupted_evaluation_continues_to_the_same_file(
     assert len(calls) == 3 + 3
     for one, other in zip(resumed.columns(), uninterrupted.columns(), strict=True):
         np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(resumed.folds, uninterrupted.folds)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 
 from hnas.base.errors import UserError
 from hnas.evaluation import fused, spot_check
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, default_chunk, evaluate_shared
 from hnas.evaluation.fused import find_fused, trial
 from hnas.evaluation.gpu_kernels import GpuKernels, choose_variant
-from hnas.evaluation.hits import Counts
 from hnas.evaluation.ledger import STATE_FILE
 from hnas.evaluation.reference import evaluate_reference, network_logits
 from hnas.evaluation.shared import SharedEvaluator

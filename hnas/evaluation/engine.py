@@ -12,12 +12,10 @@ from pathlib import Path
 import paddle
 from tqdm import tqdm
 
-from hnas.architecture_file import submission
 from hnas.base.device import free_bytes, on_gpu, peak_memory
-from hnas.base.files import replacing, write_json
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
-from hnas.evaluation.ledger import Ledger, even_chunk
+from hnas.evaluation.ledger import Ledger, Targets, even_chunk
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
@@ -25,6 +23,7 @@ from hnas.evaluation.tree import naive_macs
 from hnas.evaluation.variants import Variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
+from hnas.ranking.agreement import Agreement
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
 
 logger = logging.getLogger(__name__)
@@ -42,13 +41,13 @@ class ScoringSettings:
         calibration: uint8 images [N, 3, H, W] for BatchNorm re-calibration, or None.
         chunk: images a walk; 0 chooses by the free memory, and such that every process gets as
             many chunks. A resumed run keeps its first.
-        target_se: stop when all standard errors are below it; 0: go through all images.
+        targets: at which to stop before all images are through.
         variant: how the walk computes; None as in :class:`SharedEvaluator`.
     """
 
     calibration: paddle.Tensor | None = None
     chunk: int = 0
-    target_se: float = 0.0
+    targets: Targets = Targets()
     variant: Variant | None = None
 
 
@@ -84,7 +83,7 @@ def evaluate_shared(
     evaluator = SharedEvaluator(
         network, list(archs.values()), images.size, calibration, settings.variant
     )
-    ledger = Ledger(save_dir, identity, archs, len(images), settings.target_se, is_main_process())
+    ledger = Ledger(save_dir, identity, archs, len(images), settings.targets, is_main_process())
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
     for chunk in ledger.chunks():
@@ -106,7 +105,8 @@ def evaluate_shared(
             passes=len(archs) * len(images) / len(chunk),
         )
         ledger.add(chunk.start, counts)
-        report(title, ledger, counts, len(images), time.perf_counter() - began)
+        if is_main_process():
+            report(title, ledger, counts, len(images), time.perf_counter() - began)
     return ledger.complete()
 
 
@@ -161,6 +161,8 @@ def describe(
         logger.warning(
             "%d chunks for %d processes: lower chunk_size", len(ledger.starts()), world_size()
         )
+    if ledger.targets != Targets() and len(ledger.starts()) == 1:
+        logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
     shared = evaluator.tree.macs(images.size)
     naive = naive_macs(space, archs.values(), images.size)
     logger.info(
@@ -187,18 +189,26 @@ def macs_text(macs: int) -> str:
 
 
 def report(title: str, ledger: Ledger, counts: Counts, images: int, seconds: float) -> None:
-    """Log how far the evaluation of ``images`` is, after a chunk of this process."""
+    """Log how far the evaluation of ``images`` is, after a chunk of the main process."""
     logger.info(
-        "%s: %d images, largest standard error %.4f, %.1f s, %.0f "
+        "%s: %d images, largest standard error %.4f, %s, %.1f s, %.0f "
         "images x architectures/s, eta %.0f s, peak memory %s",
         title,
         ledger.counts.images,
         ledger.largest_error,
+        agreement_text(ledger.agreement),
         seconds,
         world_size() * counts.images * len(counts.top1) / seconds,
         (images - ledger.counts.images) / counts.images * seconds / world_size(),
         peak_memory(),
     )
+
+
+def agreement_text(agreement: Agreement | None) -> str:
+    """How well the ranking agrees with that by all images, for the log."""
+    if agreement is None:
+        return "ranking's agreement not known yet"
+    return f"ranking's agreement {agreement.tau:.3f} ({agreement.low:.3f} to {agreement.high:.3f})"
 
 
 def evaluate_one_by_one(
@@ -209,30 +219,3 @@ def evaluate_one_by_one(
         return evaluate_reference(
             network, list(archs.values()), loader, calibration, progress.update
         )
-
-
-def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:
-    """Write what was found, and log how many hits hang on nearly equal logits.
-
-    ``submission.json`` holds top-1 accuracies in the organisers' form, ``submission_top5.json``
-    top-5 ones; ``channel_sample.txt`` has a line ``CODE top1 top5`` for each architecture, which
-    the helpers of public code read.
-    """
-    top1, top5 = counts.accuracy().tolist(), counts.top5_accuracy().tolist()
-    write_json(folder / "submission_top5.json", submission(archs, top5))
-    with replacing(folder / "channel_sample.txt") as temporary:
-        rows = zip(archs.values(), top1, top5, strict=True)
-        temporary.write_text("".join(f"{arch.code} {one} {five}\n" for arch, one, five in rows))
-    write_json(folder / "submission.json", submission(archs, top1))
-    logger.info(
-        "%d top-1 and %d top-5 hits of %d hang on logits closer than 1e-4",
-        counts.near1.sum(),
-        counts.near5.sum(),
-        len(archs) * counts.images,
-    )
-    logger.info(
-        "scored %d architectures on %d images: %s",
-        len(archs),
-        counts.images,
-        folder / "submission.json",
-    )

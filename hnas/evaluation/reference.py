@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import paddle
 from paddle import nn
 
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.calibration import calibrated
-from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.hits import LogitsError, count_hits
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture
 
@@ -58,10 +58,10 @@ def _count_network(network: nn.Layer, loader: Batches, calibration, who: str) ->
     with calibrated(network, None if calibration is None else normalize(calibration)):
         for images, labels in loader:
             logits = network(normalize(images))
-            ((*hits, bad),) = count_hits(logits.unsqueeze(0), labels)
-            if bad:
-                raise LogitsError(who, bad, len(labels))
-            counts.add(Counts(*np.reshape(hits, [-1, 1]), len(labels)))
+            hits = count_hits(logits.unsqueeze(0), labels)
+            if hits.bad[0]:
+                raise LogitsError(who, hits.bad[0], len(labels))
+            counts.add(hits.counts(len(labels)))
     return counts
 
 
@@ -90,6 +90,7 @@ def evaluate_reference(
         own = _count_network(network, loader, calibration, f"architecture {arch.code}")
         for column, (value,) in zip(counts.columns(), own.columns(), strict=True):
             column[index] = value
+        counts.folds[index] = own.folds[0]
         counts.images = own.images
         progress(1)
     return counts

@@ -11,11 +11,12 @@ import paddle
 from hnas.base.device import on_gpu
 from hnas.base.memory import keep_freed_memory
 from hnas.dataset.transforms import normalize
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu.inference import InferenceKernels, cpu_threads, filters_are_fresh
 from hnas.evaluation.cpu.matmul import MatmulKernels
 from hnas.evaluation.cpu.winograd import WinogradKernels
 from hnas.evaluation.gpu_kernels import GpuKernels
-from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.hits import LogitsError, count_hits
 from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree
 from hnas.evaluation.variants import Precision, Variant, usual_variant
@@ -247,8 +248,8 @@ class _Walk:
     def _multiply_heads(self, channels: int) -> None:
         rows = self._features.pop(channels)
         logits = self._timed(self._logits, [features for _, features in rows], channels)
-        hits = self._timed(count_hits, logits, self._labels)
-        for index, ((leaves, _), (*found, bad)) in enumerate(zip(rows, hits, strict=True)):
+        hits = self._timed(count_hits, logits, self._labels, self._counts.images)
+        for index, ((leaves, _), found, folds, bad) in enumerate(zip(rows, *hits, strict=True)):
             archs = self._tree.order[leaves.start : leaves.stop]
             if self._watch in archs:
                 self.watched = logits[index]
@@ -257,6 +258,7 @@ class _Walk:
                 raise LogitsError(f"architecture {code}", bad, len(self._labels))
             for column, value in zip(self._counts.columns(), found, strict=True):
                 column[archs] += value
+            self._counts.folds[archs] += folds
             self._progress(len(leaves))
 
     def _logits(self, features: list, channels: int) -> paddle.Tensor:

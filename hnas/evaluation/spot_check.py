@@ -81,7 +81,7 @@ def compare(
         counted: top-1 and top-5 hits that the engine has counted.
         precision: of ``found``.
     """
-    ((top1, top5, *_),) = count_hits(expected.unsqueeze(0), labels)
+    top1, top5 = count_hits(expected.unsqueeze(0), labels).columns[0, :2]
     logits = expected.numpy().astype(np.float64)
     largest = float(np.abs(found.numpy() - logits).max())
     hits = {

@@ -347,6 +347,20 @@ class Options:
         low=0,
         high=1,
     )
+    target_tau: float = _flag(
+        0.0,
+        "stop when the ranking's tau with that by all images is at least this, at the lower end of "
+        "its interval; 0: never",
+        stages=SCORE,
+        low=0,
+        high=1,
+    )
+    arch_shard: str = _flag(
+        "",
+        "score one of several parts of the list, as 2/8; merge_scores joins them; none: all",
+        "part",
+        stages=SCORE,
+    )
     cache_gb: float = _flag(
         8.0,
         "most memory for decoded images; more go to a file in save_dir",

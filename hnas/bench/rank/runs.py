@@ -14,7 +14,7 @@ from hnas.bench.rank.in_place import InPlaceDistillationModel
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import STAGE1_FORWARDS, Method, find_method
 from hnas.bench.rank.samplers import AnnealedSampler, StratifiedSampler
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.convolution import use_onednn
