@@ -11,9 +11,7 @@ from hnas.base.signals import hold_signals
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
-import hashlib
 import logging
-import math
 from itertools import islice
 from pathlib import Path
 
@@ -21,9 +19,9 @@ import numpy as np
 import paddle
 
 from hnas.architecture_file import read_architectures
-from hnas.base.device import Arithmetic, on_gpu
+from hnas.base.device import Arithmetic
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import file_digest, remove_leftovers
+from hnas.base.files import remove_leftovers
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import (
@@ -31,32 +29,22 @@ from hnas.evaluation.engine import (
     evaluate_one_by_one,
     evaluate_shared,
 )
-from hnas.evaluation.gpu_kernels import choose_variant
-from hnas.evaluation.images import (
-    DECODE_BATCH,
-    DecodedImages,
-    ImagesOnDemand,
-    balanced_order,
-    list_hash,
-)
+from hnas.evaluation.images import list_hash
 from hnas.evaluation.ledger import Targets
 from hnas.evaluation.results import write_results
 from hnas.evaluation.shard_files import ScoredShard, write_shard
 from hnas.evaluation.shards import Shard
 from hnas.evaluation.state import architectures_hash
-from hnas.evaluation.variants import Precision, Variant
 from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import (
-    agree,
     barrier,
-    from_main_process,
     is_main_process,
     leave,
     world_size,
 )
 from hnas.search_space import Architecture, SearchSpace, find_backbone
-from hnas.utils.memory_needs import check_cache, check_chunk, check_shared_memory
+from hnas.utils.memory_needs import check_chunk
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import (
@@ -67,8 +55,8 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
+from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash, variant
 from hnas.utils.training import start_from_checkpoint
-from hnas.utils.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +87,7 @@ def main() -> None:
         remove_leftovers(save_dir)
     barrier()
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
-    order = scoring_order(options, images)
+    order = scored_order(options, images)
     whole = None
     if shard is not None:
         # Before the scoring, during which files may be replaced.
@@ -135,20 +123,6 @@ def wanted_shard(options: Options) -> Shard | None:
         raise UserError(f"--arch_shard {error}") from None
 
 
-def scoring_order(options: Options, images: ImageList) -> np.ndarray:
-    """Which images are scored, in which order.
-
-    Raises:
-        UserError: more images are asked for than there are.
-    """
-    if options.eval_images > len(images):
-        raise UserError(
-            f"--eval_images {options.eval_images}, but {images.folder} has {len(images)}; lower "
-            "it, or give 0 for all"
-        )
-    return balanced_order(images.labels, options.seed)[: options.eval_images or None]
-
-
 def score(
     options: Options,
     network: ElasticResNet,
@@ -163,18 +137,16 @@ def score(
         loader = validation_loader(options, images, order)
         return evaluate_one_by_one(network, archs, loader, calibration)
     decoded = decoded_images(options, images, order)
+    names = shared_hash(decoded.hash, images.select(order))
     return evaluate_shared(
         network,
         archs,
         decoded,
         Path(options.save_dir),
-        identity(
-            options,
-            archs,
-            shared_hash(decoded.hash, images.select(order)),
-            calibration,
-            arithmetic,
-        ),
+        {
+            **identity(options, names, calibration, arithmetic),
+            "architecture_list": architectures_hash(archs),
+        },
         ScoringSettings(
             calibration,
             options.chunk_size,
@@ -184,77 +156,20 @@ def score(
     )
 
 
-def variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) -> Variant | None:
-    """How the walk computes on a GPU; None: on CPUs the engine decides.
-
-    Half precision is float16, eight times as fine as bfloat16. What overflows is found.
-    """
-    if not on_gpu():
-        return None
-    rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
-    precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
-    return choose_variant(precision, 0 if calibration is None else len(calibration))
-
-
-def decoded_images(
-    options: Options, images: ImageList, order: np.ndarray
-) -> DecodedImages | ImagesOnDemand:
-    """The images in that order; one of several processes decodes those of its chunks only."""
-    pixels = DECODE_BATCH * 3 * options.image_size**2
-    check_shared_memory(pixels, math.ceil(len(order) / DECODE_BATCH), options.num_workers)
-    if world_size() > 1:
-        return ImagesOnDemand(images, order, options.image_size, options.num_workers)
-    check_cache(options, len(order))
-    return DecodedImages(
-        images,
-        order,
-        options.image_size,
-        options.cache_gb,
-        Path(options.save_dir),
-        options.num_workers,
-    )
-
-
-def shared_hash(own: str, images: ImageList) -> str:
-    """The main process's hash of the images.
-
-    It holds modification times, which may differ where every machine has its own copy of the
-    images; names must be the same.
-    """
-    agree([int(images.digest()[:15], 16)], "the validation images")
-    return bytes(from_main_process(list(bytes.fromhex(own)))).hex()
-
-
-def identity(
-    options: Options, archs: dict, images: str, calibration, arithmetic: Arithmetic
-) -> dict[str, str]:
-    """What a saved state belongs to: whatever the accuracies depend on.
-
-    ``images`` is the hash of the images to score on. All processes compute with the same.
-    """
-    setting = f"{options.backbone}, {arithmetic}"
-    agree([int(hashlib.sha256(setting.encode()).hexdigest()[:15], 16)], "device or Paddle")
-    pixels = None if calibration is None else calibration.numpy().tobytes()
-    return {
-        "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
-        "image_list": images,
-        "architecture_list": architectures_hash(archs),
-        "setting": setting,
-        "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
-    }
-
-
 def shared_identity(
     options: Options,
     archs: dict,
     images: ImageList,
     order: np.ndarray,
-    calibration,
+    calibration: paddle.Tensor | None,
     arithmetic: Arithmetic,
 ) -> dict[str, str]:
-    """As :func:`identity`, the same for all shards of ``archs``, wherever they are scored."""
+    """What accuracies belong to: the same for all shards of ``archs``, wherever they are scored."""
     names = list_hash(images, order, options.image_size, times=False)
-    return identity(options, archs, names, calibration, arithmetic)
+    return {
+        **identity(options, names, calibration, arithmetic),
+        "architecture_list": architectures_hash(archs),
+    }
 
 
 def at_positions(archs: dict[str, Architecture], positions: list[int]) -> dict[str, Architecture]:

@@ -12,7 +12,7 @@ from hnas.base.device import Arithmetic, peak_memory, set_tf32
 from hnas.base.errors import UserError
 from hnas.evaluation import fused
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.ledger import StateError, load_state, save_state
+from hnas.evaluation.state import StateError, load_state, save_state
 from hnas.evaluation.variants import Precision, Variant
 from hnas.utils import runtime
 from hnas.utils.callbacks import TrainLogger

@@ -14,10 +14,10 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, default_chunk, evaluate_shared
 from hnas.evaluation.fused import find_fused, trial
 from hnas.evaluation.gpu_kernels import GpuKernels, choose_variant
-from hnas.evaluation.ledger import STATE_FILE
 from hnas.evaluation.reference import evaluate_reference, network_logits
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import EngineError, compare, margins
+from hnas.evaluation.state import STATE_FILE
 from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48, RESNET48_MINI

@@ -119,6 +119,8 @@ HOSTILE_TOOLS = [
     ("tools.flops", "--modelarch_file=", "--modelarch_file: the path is empty"),
     ("tools.flops", f"--modelarch_file x --image_size {LONG}", "--image_size"),
     ("tools.flops", "--modelarch_file x --output=", "--output: the path is empty"),
+    ("tools.choose", "--submission=", "--submission: the path is empty"),
+    ("tools.choose", f"--submission x --image_size {LONG}", "--image_size"),
     ("tools.rank_report", "--pred macs --gt= --out OUT", "--gt: the path is empty"),
     ("tools.rank_report", "--pred macs --gt x --out=", "--out: the path is empty"),
     ("tools.rank_report", f"--pred macs --gt x --out OUT --resamples {LONG}", "--resamples"),

@@ -49,6 +49,7 @@ def files(tmp_path):
         ("flops", ["--modelarch_file", "FILE"], False),
         ("draw_architectures", ["--number", "50", "--output", "FOLDER/drawn.json"], False),
         ("merge_scores", ["--out", "FOLDER/out", "FOLDER/shard_1_of_1.json"], False),
+        ("choose", ["--submission", "FILE", "--images", "99", "--out", "FOLDER/out"], True),
         ("rank_report", ["--pred", "macs", "--gt", "FILE", "--out", "FOLDER/out"], True),
     ],
 )

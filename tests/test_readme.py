@@ -143,7 +143,8 @@ def test_commands_fit_the_programs_they_call(page):
                 continue
             given = {word[2:].split("=")[0] for word in words if word.startswith("--")} - {"help"}
             scripts = [word for word in words if word.endswith((".sh", ".py"))]
-            assert all((ROOT / name).is_file() for name in scripts), line
+            written = [name for name in scripts if name.startswith("output/")]  # by a command
+            assert all((ROOT / name).is_file() for name in scripts if name not in written), line
             if scripts and scripts[0] in LAUNCHERS:
                 before = words[: words.index("sh")]
                 names = {re.fullmatch(r"(\w+)=.+", word)[1] for word in before}

@@ -17,13 +17,14 @@ from PIL import Image
 
 from hnas.base.errors import UserError
 from hnas.bench import chaos
+from hnas.models.elastic import ElasticResNet
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
-from hnas.tools import rank_report
+from hnas.tools import export, rank_report
 from hnas.tools.train_standalone import main
 from hnas.utils.gradient_step import momentum_optimizer
 from hnas.utils.hapi_wrapper import StandaloneModel
-from hnas.utils.weights import ABOUT
+from hnas.utils.weights import ABOUT, read_weights, write_state
 
 CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3
 SMALL = "122223" + "3313000000" + "2212000000" + "5414" + "0" * 12 + "6727000000"
@@ -323,3 +324,77 @@ def test_results_of_unknown_origin(work, tmp_path):
     assert "results.json is there without run.json" in refusal(work, save_dir=tmp_path)
     (tmp_path / "run.json").write_text("[]")
     assert "run.json is not what this program saves" in refusal(work, save_dir=tmp_path)
+
+
+# --- from exported weights
+
+
+@pytest.fixture(scope="module")
+def exported(work, tmp_path_factory):
+    """An export of one of the trained networks."""
+    folder = tmp_path_factory.mktemp("exported") / "small"
+    given = {"ckpt_dir": weights_path(work / "undisturbed", SMALL), "image_dir": work / "images"}
+    given |= {"backbone": "resnet48_mini", "image_size": 32, "num_workers": 0, "save_dir": folder}
+    export.main([f"--{name}={value}" for name, value in given.items()])
+    return folder
+
+
+def from_init(work, init, **changes):
+    return flags(work, **{"arch": SMALL, "modelarch_file": "", "init": init, **changes})
+
+
+def test_training_starts_from_exported_weights(work, exported, tmp_path):
+    # At rate 0 only BatchNorm's running statistics change.
+    main(from_init(work, exported, lr=0, save_dir=tmp_path / "still"))
+    start = read_weights(weights_path(work / "undisturbed", SMALL))
+    still = read_weights(weights_path(tmp_path / "still", SMALL))
+    for name, value in start.items():
+        is_moved = not np.array_equal(still[name], value)
+        assert is_moved == name.endswith(("._mean", "._variance")), name
+    # The file or its folder, and as the seed says.
+    for name, init in (("folder", exported), ("file", exported / "network.pdparams")):
+        main(from_init(work, init, save_dir=tmp_path / name))
+    assert results(tmp_path / "folder") == results(tmp_path / "file")
+    assert results(tmp_path / "file") != results(tmp_path / "still")
+
+
+def test_results_of_other_initial_weights_are_not_mixed(work, exported, tmp_path):
+    main(from_init(work, exported, max_epoch=1, save_dir=tmp_path))
+    other = tmp_path / "other.pdparams"
+    weights = read_weights(exported / "network.pdparams")
+    write_state(other, {name: paddle.to_tensor(value + 0) for name, value in weights.items()})
+    for init in ("", other):
+        message = refusal(
+            work, init=init, arch=SMALL, modelarch_file="", max_epoch=1, save_dir=tmp_path
+        )
+        assert "holds results of other settings (initial_weights)" in message
+    assert "(initial_weights)" in refusal(
+        work, init=exported, arch=SMALL, modelarch_file="", save_dir=work / "undisturbed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "", "modelarch_file": "CODES"}, "--init gives one network's weights; give its"),
+        ({"arch": PROJECTED}, f"is the network {SMALL}, not --arch {PROJECTED}"),
+        ({"init": "IMAGES"}, "holds no network.pdparams; export with --format pdparams"),
+        ({"init": "nowhere"}, "checkpoint nowhere does not exist"),
+        ({"init": "LETTERS"}, "was trained on other classes: 'a' where image_dir has"),
+        ({"init": "ALL"}, "is of another network"),
+    ],
+)
+def test_wrong_initial_weights(work, exported, tmp_path, changes, message):
+    state = {n: paddle.to_tensor(v) for n, v in read_weights(exported / "network.pdparams").items()}
+    write_state(tmp_path / "letters.pdparams", state, {"classes": list("abcdefghij")})
+    write_state(tmp_path / "all.pdparams", ElasticResNet(RESNET48_MINI, CLASSES).state_dict())
+    places = {
+        "CODES": work / "codes.json",
+        "IMAGES": work / "images",
+        "LETTERS": tmp_path / "letters.pdparams",
+        "ALL": tmp_path / "all.pdparams",
+    }
+    given = {"arch": SMALL, "modelarch_file": "", "init": exported, **changes}
+    given = {name: places.get(value, value) for name, value in given.items()}
+    assert re.search(message, refusal(work, **given, save_dir=tmp_path / "out"))
+    assert not (tmp_path / "out/results.json").exists()

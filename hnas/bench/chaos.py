@@ -37,7 +37,7 @@ from hnas.bench.speed_training_worker import calm
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
-from hnas.evaluation.calibration import measure
+from hnas.models.calibration import measure
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.digits_folder import write_digits

@@ -32,7 +32,7 @@ from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset, load_batches
 from hnas.dataset.pixel_cache import PixelCache
 from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews, normalize
-from hnas.evaluation.calibration import measure
+from hnas.models.calibration import measure
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network

@@ -121,6 +121,11 @@ class StrongTransform:
         return to_array(random_flip(image, rng, self.flip))
 
 
+def shorter_side(size: int) -> int:
+    """To how many px an image's shorter side is resized for a centre of ``size``: 8/7 of it."""
+    return round(size * 256 / 224)
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """Shorter side to 8/7 of ``size``, then the centre of ``size``; nothing random.
@@ -133,7 +138,7 @@ class EvalTransform:
 
     def __call__(self, image, rng=None) -> np.ndarray:
         width, height = image.size
-        shorter = round(self.size * 256 / 224)
+        shorter = shorter_side(self.size)
         if width <= height:
             width, height = shorter, int(shorter * height / width)
         else:

@@ -58,6 +58,7 @@ def evaluate_shared(
     save_dir: Path,
     identity: Mapping[str, str],
     settings: ScoringSettings,
+    evaluator: SharedEvaluator | None = None,
 ) -> Counts:
     """Score ``archs`` on ``images``; continue where earlier runs in ``save_dir`` stopped.
 
@@ -74,15 +75,19 @@ def evaluate_shared(
         save_dir: for state and estimates.
         identity: what the state belongs to, e.g. hashes of checkpoint and lists.
         settings: how to score.
+        evaluator: of ``network``, made for these settings, where one is at hand.
 
     Raises:
         StateError: the state in ``save_dir`` is of something else.
         EngineError: the reference engine finds other logits or hits.
     """
     calibration = settings.calibration
-    evaluator = SharedEvaluator(
-        network, list(archs.values()), images.size, calibration, settings.variant
-    )
+    if evaluator is None:
+        evaluator = SharedEvaluator(
+            network, list(archs.values()), images.size, calibration, settings.variant
+        )
+    else:
+        evaluator.take(list(archs.values()))
     ledger = Ledger(save_dir, identity, archs, len(images), settings.targets, is_main_process())
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)

@@ -8,11 +8,11 @@ import paddle
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import UserError
-from hnas.evaluation.calibration import batch_statistics
 from hnas.evaluation.fused import find_fused
 from hnas.evaluation.kernels import EPSILON, DygraphKernels
 from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.evaluation.weights import Convolution, Form, channels_last, leading_channels
+from hnas.models.calibration import batch_statistics
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.evaluation.calibration import batch_statistics
 from hnas.evaluation.weights import Convolution, Form, leading_channels
+from hnas.models.calibration import batch_statistics
 
 EPSILON = 1e-5
 

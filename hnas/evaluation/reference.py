@@ -8,9 +8,9 @@ import paddle
 from paddle import nn
 
 from hnas.dataset.transforms import normalize
-from hnas.evaluation.calibration import calibrated
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.hits import LogitsError, count_hits
+from hnas.models.calibration import calibrated
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture
 

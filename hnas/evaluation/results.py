@@ -9,7 +9,7 @@ from pathlib import Path
 from hnas.architecture_file import submission
 from hnas.base.files import replacing, write_json
 from hnas.evaluation.counts import Counts
-from hnas.ranking.agreement import Agreement, agreement_record
+from hnas.ranking.agreement import Agreement, agreement_record, expected_agreement
 from hnas.ranking.paired import fold_text
 from hnas.search_space import Architecture
 
@@ -39,6 +39,12 @@ def estimates(
             for (name, arch), acc, se, folds in rows
         },
     }
+
+
+def complete_estimates(archs: Mapping[str, Architecture], counts: Counts) -> dict:
+    """What ``estimates.json`` holds after all images."""
+    agreement = expected_agreement(counts.folds, counts.images, counts.images)
+    return estimates(archs, counts, agreement, counts.images)
 
 
 def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:

@@ -49,7 +49,7 @@ class SharedEvaluator:
     Attributes:
         archs: as given.
         variant: how it computes; None: by the CPU's kernels.
-        tree: the prefix tree.
+        tree: their prefix tree.
         macs: multiply-accumulates executed so far, of convolutions, all images together.
         kernel_seconds: time spent in operators; the rest of a walk is Python.
     """
@@ -62,8 +62,8 @@ class SharedEvaluator:
         calibration: paddle.Tensor | None = None,
         variant: Variant | None = None,
     ):
-        self.archs = list(archs)
-        self.tree = PrefixTree(network.space, archs)
+        self._space = network.space
+        self.take(archs)
         self.macs = 0
         self.kernel_seconds = 0.0
         self._calibration = None if calibration is None else normalize(calibration)
@@ -82,6 +82,11 @@ class SharedEvaluator:
             network.head.fc.fn.weight.detach(),
             network.head.fc.fn.bias.detach(),
         )
+
+    def take(self, archs: Sequence[Architecture]) -> None:
+        """Score ``archs`` from now on; programs and weights stay prepared."""
+        self.archs = list(archs)
+        self.tree = PrefixTree(self._space, archs)
 
     @property
     def calibration_images(self) -> int:

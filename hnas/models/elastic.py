@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import paddle
 from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
@@ -9,9 +11,13 @@ from paddleslim.nas.ofa.convert_super import supernet
 from paddleslim.nas.ofa.layers import SuperBatchNorm2D, SuperConv2D
 from paddleslim.nas.ofa.layers_base import Block
 
+from hnas.dataset.transforms import normalize
+from hnas.models.calibration import recalibrate
 from hnas.models.convolution import onednn_conv2d, onednn_takes
 from hnas.models.resnet import ResNet
 from hnas.search_space import RATIOS, Architecture, SearchSpace
+
+logger = logging.getLogger(__name__)
 
 
 class ElasticBatchNorm2D(SuperBatchNorm2D):
@@ -67,9 +73,14 @@ class ElasticResNet(ResNet):
     ``activate`` sets the sub-network; every forward until the next call runs it. Parameters
     are named as in :class:`ResNet` with PaddleSlim's ``.fn`` before the last part of the
     convolutions' and the classifier's names.
+
+    Attributes:
+        mixed: whether the running statistics are, or may be, a mixture of several sub-networks',
+            as training at batch statistics leaves them. Whoever loads weights says so.
     """
 
     onednn = False
+    mixed = False
 
     def __init__(self, space: SearchSpace, num_classes: int = 1000):
         super().__init__(space.shared_plan(space.largest()), num_classes)
@@ -127,11 +138,35 @@ class ElasticResNet(ResNet):
             return onednn_conv2d(x, layer.weight, channels, layer._stride[0], layer._padding)
         return layer(x, channel=channels)
 
+    def features(self, x):
+        """Feature map of the active sub-network's last stage."""
+        moves = self.training and not self.frozen and not self.mixed
+        if moves and self._architecture != self.space.largest():
+            self.mixed = True
+        return super().features(x)
+
     @paddle.no_grad()
-    def extract(self, arch: Architecture) -> ResNet:
-        """A stand-alone network of ``arch`` with copies of the shared weights' slices."""
+    def extract(self, arch: Architecture, calibration: paddle.Tensor | None = None) -> ResNet:
+        """A stand-alone network of ``arch`` with copies of the shared weights' slices.
+
+        Args:
+            calibration: uint8 images [N, 3, H, W] whose batch statistics BatchNorm gets, as in
+                scoring with ``bn_calibration_images``; None takes the running statistics, with a
+                warning where they are a mixture (see ``mixed``).
+
+        Raises:
+            ArchitectureError: as :meth:`activate`.
+        """
         net = ResNet(self.space.shared_plan(arch), self.num_classes)
         net.set_state_dict(self.sliced_state(arch, net))
+        if calibration is not None:
+            recalibrate(net, normalize(calibration))
+        elif self.mixed:
+            logger.warning(
+                "extracted at running statistics that are, as far as is known, a mixture of many "
+                "sub-networks': accuracy is lost; give the calibration images that it was scored "
+                "with, or load the supernet by load_supernet, which knows of frozen statistics"
+            )
         net.train() if self.training else net.eval()
         return net
 

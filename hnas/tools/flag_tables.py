@@ -18,7 +18,7 @@ from typing import NamedTuple
 from hnas.base.command_line import OneLineParser, read_bool
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import replacing
-from hnas.utils.options import ALL, TRAINING, Options, Stage, default_of
+from hnas.utils.options import ALL, EXPORT, TRAINING, Options, Stage, default_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path("docs/launchers-and-flags.md")
@@ -83,9 +83,9 @@ Not flags: they decide which processes a launcher starts, and where.
 FLAGS = """\
 ## Flags of the programs
 
-`pretrain` is `python -m hnas.tools.pretrain`, `train_standalone` is `python -m
-hnas.tools.train_standalone`, and *training* is all but stage 3. Other tools have flags of their
-own, and `--help`.
+`pretrain`, `train_standalone`, `export` and `search` are `python -m hnas.tools.pretrain` and so
+on, and *training* is all but stage 3, export and search. Other tools have flags of their own, and
+`--help`.
 """
 
 
@@ -166,7 +166,7 @@ def _defaults(option: dataclasses.Field) -> str:
 
 
 def _stages(stages: frozenset[Stage]) -> str:
-    groups = {ALL: "all", TRAINING: "training"}
+    groups = {ALL: "all", ALL - EXPORT: "all but export", TRAINING: "training"}
     if stages in groups:
         return groups[stages]
     return ", ".join(str(stage) for stage in Stage if stage in stages) or NONE

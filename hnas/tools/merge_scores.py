@@ -12,9 +12,8 @@ from __future__ import annotations
 from hnas.base.command_line import OneLineParser, path_text, read_path
 from hnas.base.errors import run_main
 from hnas.base.files import check_writable, write_json
-from hnas.evaluation.results import ESTIMATES_FILE, estimates, write_results
+from hnas.evaluation.results import ESTIMATES_FILE, complete_estimates, write_results
 from hnas.evaluation.shard_files import join
-from hnas.ranking.agreement import expected_agreement
 
 
 def main(argv=None) -> None:
@@ -25,9 +24,7 @@ def main(argv=None) -> None:
     check_writable(options.out, "--out")
 
     archs, counts = join(options.shards)
-    agreement = expected_agreement(counts.folds, counts.images, counts.images)
-    told = estimates(archs, counts, agreement, counts.images)
-    write_json(options.out / ESTIMATES_FILE, told)
+    write_json(options.out / ESTIMATES_FILE, complete_estimates(archs, counts))
     write_results(options.out, archs, counts)
 
 

@@ -1,8 +1,10 @@
 """Train sub-networks from scratch, each as a network of its own: the ground truth of a ranking.
 
     python -m hnas.tools.train_standalone run --arch CODE --image_dir DIR
+    python -m hnas.tools.train_standalone run --arch CODE --init EXPORT --image_dir DIR
     python -m hnas.tools.train_standalone run --modelarch_file F --image_dir DIR --save_dir OUT
 
+With --init, training starts from weights that hnas.tools.export wrote.
 Takes the entry scripts' flags. OUT/results.json holds the accuracy of every architecture that is
 finished, in the organisers' form, so it can be a --gt of hnas.tools.rank_report. The same command
 continues after any kill.
@@ -20,11 +22,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import read_json, remove_leftovers, write_json
+from hnas.base.files import file_digest, read_json, remove_leftovers, write_json
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
@@ -33,6 +36,7 @@ from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture
 from hnas.utils.checkpoint import RUN_NOTE, SET_NAME, remove_set
+from hnas.utils.exporting import FILES
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
@@ -47,6 +51,13 @@ from hnas.utils.runtime import (
     validation_loader,
 )
 from hnas.utils.training import fit, prepare
+from hnas.utils.weights import (
+    Checkpoint,
+    check_classes,
+    find_checkpoint,
+    load_weights,
+    read_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +70,17 @@ def main(argv=None) -> None:
             "a --save_dir of its own"
         )
     archs = architectures(options)
+    initial = initial_weights(options)
     start(options)
     train = training_images(options)
+    if initial is not None:
+        check_classes(initial, train.classes, options.init)
     val = validation_images(options, train)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, train, crop)
     results = Results.open(Path(options.save_dir), archs, identity(options, loader, val))
-    train_all(options, archs, loader, validation_loader(options, val), results)
+    weights = None if initial is None else initial.weights
+    train_all(options, archs, loader, validation_loader(options, val), results, weights)
     logger.info("accuracies of %d architectures: %s", len(results.entries), results.path)
 
 
@@ -84,7 +99,44 @@ def architectures(options: Options) -> dict[str, Architecture]:
 
 def identity(options: Options, loader: EpochLoader, val: ImageList) -> dict:
     """What all accuracies of a folder depend on besides their architecture."""
-    return {**describe_run(replace(options, arch=""), loader), "val_images": val.digest()}
+    return {
+        **describe_run(replace(options, arch=""), loader),
+        "val_images": val.digest(),
+        "initial_weights": file_digest(initial_file(options)) if options.init else None,
+    }
+
+
+def initial_weights(options: Options) -> Checkpoint | None:
+    """What ``--init`` names, if it is given.
+
+    Raises:
+        UserError: there is no ``--arch``, or the weights say that they are of another one.
+    """
+    if not options.init:
+        return None
+    if not options.arch:
+        raise UserError("--init gives one network's weights; give its code as --arch")
+    checkpoint = read_checkpoint(initial_file(options))
+    own = checkpoint.about.get("arch", options.arch)
+    if Architecture.from_code(own) != Architecture.from_code(options.arch):
+        raise UserError(f"--init {options.init} is the network {own}, not --arch {options.arch}")
+    return checkpoint
+
+
+def initial_file(options: Options) -> Path:
+    """The file that ``--init`` names: itself, or the weights in the folder of an export.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(options.init)
+    if path.is_dir():
+        path = path / FILES["pdparams"][0]
+        if not path.is_file():
+            raise UserError(
+                f"--init {options.init} holds no {path.name}; export with --format pdparams"
+            )
+    return find_checkpoint(path)
 
 
 @dataclass
@@ -155,13 +207,17 @@ def train_all(
     loader: EpochLoader,
     val: EvalLoader,
     results: Results,
+    weights: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Train what ``results`` has not, one architecture after the other."""
+    """Train what ``results`` has not, one architecture after the other.
+
+    ``weights`` are those to start from, for a single architecture.
+    """
     for number, (name, arch) in enumerate(archs.items(), 1):
         folder = results.path.parent / replace(arch, image_digit=True).code
         if arch not in results.entries:
             logger.info("architecture %d of %d: %s (%s)", number, len(archs), name, arch.code)
-            entry = train_one(options, arch, loader, val, folder)
+            entry = train_one(options, arch, loader, val, folder, weights)
             results.entries[arch] = entry
             results.write()
             logger.info("%s: validation top-1 %.4f", name, entry["acc"])
@@ -171,9 +227,16 @@ def train_all(
 
 
 def train_one(
-    options: Options, arch: Architecture, loader: EpochLoader, val: EvalLoader, folder: Path
+    options: Options,
+    arch: Architecture,
+    loader: EpochLoader,
+    val: EvalLoader,
+    folder: Path,
+    weights: Mapping[str, np.ndarray] | None = None,
 ) -> dict:
     """Train one architecture, from the newest checkpoint in ``folder`` if there is one.
+
+    Without one, it starts from ``weights``, or from new ones.
 
     The result depends on the options and the images only, not on what was trained before.
 
@@ -189,6 +252,8 @@ def train_one(
     # names; here they begin anew for every network.
     with paddle.utils.unique_name.guard():
         network = ResNet(space.plan(arch), classes)
+        if weights is not None:
+            load_weights(network, weights, options.init)
         model = StandaloneModel(network, code)
         prepare(model, own, len(loader))
         fit(model, own, loader)

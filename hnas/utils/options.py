@@ -22,6 +22,8 @@ class Stage(enum.Enum):
     DISTILL = "stage 2"
     SCORE = "stage 3"
     STANDALONE = "train_standalone"
+    EXPORT = "export"
+    SEARCH = "search"
 
     def __str__(self) -> str:
         return self.value
@@ -33,14 +35,18 @@ CONTRAST = frozenset({Stage.CONTRAST})
 DISTILL = frozenset({Stage.DISTILL})
 SCORE = frozenset({Stage.SCORE})
 STANDALONE = frozenset({Stage.STANDALONE})
+EXPORT = frozenset({Stage.EXPORT})
+SEARCH = frozenset({Stage.SEARCH})
 SUPERNET = CONTRAST | DISTILL
-TRAINING = ALL - SCORE
+TRAINING = ALL - SCORE - EXPORT - SEARCH
 
 AUTO = -1
 """``auto`` as a number: the program decides, and says so in the log."""
 MOST_EPOCHS = 100_000
 LARGEST_RATE = 1e30
 """A float32 holds it, times any batch / 256."""
+MOST_COST = 1e15
+"""Of an architecture, in any unit."""
 PATHS = frozenset({"file", "folder"})
 """Units of flags that are paths."""
 
@@ -162,7 +168,7 @@ class Options:
         "released",
         "width digits to sample: released (those of the 45,000) or full (1 to 7)",
         "name",
-        stages=SUPERNET | SCORE,
+        stages=SUPERNET | SCORE | SEARCH,
     )
     largest_net_in_stage1: bool = _flag(
         True, "both paths of stage 1 are the largest network, else uniform draws", stages=CONTRAST
@@ -201,7 +207,10 @@ class Options:
     train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)
     use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
     ckpt_dir: str = _flag(
-        "", "weights to start from (stages 1, 2) or to score (3)", "file", stages=SUPERNET | SCORE
+        "",
+        "weights to start from (stages 1, 2), to score (3, search), or to export from",
+        "file",
+        stages=SUPERNET | SCORE | EXPORT | SEARCH,
     )
     pretrained: str = _flag(
         "",
@@ -221,6 +230,8 @@ class Options:
             Stage.DISTILL: "checkpoint_files/stage2",
             Stage.SCORE: "checkpoint_files/stage3",
             Stage.STANDALONE: "checkpoint_files/standalone",
+            Stage.EXPORT: "checkpoint_files/export",
+            Stage.SEARCH: "checkpoint_files/search",
         },
     )
     save_dir_new: str = _flag(
@@ -262,7 +273,7 @@ class Options:
         "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics; "
         "auto: 0 for weights that were trained with freeze_bn, else 64",
         "images",
-        stages=DISTILL | SCORE,
+        stages=DISTILL | SCORE | EXPORT | SEARCH,
         low=0,
         high=100_000,
         auto=True,
@@ -315,20 +326,43 @@ class Options:
     )
     device: str = _flag("auto", "auto, cpu or gpu", "name")
     arch: str = _flag(
-        "", "architecture to train stand-alone: 52 or 51 digits", "code", stages=STANDALONE
+        "",
+        "architecture to train stand-alone or to export: 52 or 51 digits; to export, also a name "
+        "in modelarch_file",
+        "code",
+        stages=STANDALONE | EXPORT,
     )
     modelarch_file: str = _flag(
         "",
-        "architectures to score (3) or to train stand-alone: JSON or text",
+        "architectures to score (3) or to train stand-alone, or to find arch's name in: JSON or "
+        "text",
         "file",
-        stages=SCORE | STANDALONE,
+        stages=SCORE | STANDALONE | EXPORT,
+    )
+    init: str = _flag(
+        "",
+        "weights of arch to start from: what export wrote, its folder or the .pdparams in it",
+        "file",
+        stages=STANDALONE,
+    )
+    format: str = _flag(
+        "pdparams",
+        "pdparams: weights; inference: program and weights for Paddle Inference; onnx",
+        "name",
+        stages=EXPORT,
+    )
+    precision: str = _flag(
+        "float32",
+        "of the exported weights: float32, or float16 (not for inference)",
+        "name",
+        stages=EXPORT,
     )
     eval_engine: str = _flag("shared", "shared, or reference: one by one", "name", stages=SCORE)
     eval_images: int = _flag(
         0,
-        "validation images to score on, the classes in equal shares; 0: all",
+        "validation images to score or check on, the classes in equal shares; 0: all",
         "images",
-        stages=SCORE,
+        stages=SCORE | EXPORT | SEARCH,
         low=0,
         high=LARGEST,
     )
@@ -336,7 +370,7 @@ class Options:
         0,
         "images a walk over all architectures; 0: by the free memory",
         "images",
-        stages=SCORE,
+        stages=SCORE | SEARCH,
         low=0,
         high=1_000_000,
     )
@@ -365,14 +399,15 @@ class Options:
         8.0,
         "most memory for decoded images; more go to a file in save_dir",
         "GiB",
-        stages=SCORE,
+        stages=SCORE | SEARCH,
         low=0,
         high=1_000_000,
     )
     amp: str = _flag(
         "O0",
-        "half precision on GPUs: O0 (none), O1; stage 3 takes O2 for O1",
+        "half precision on GPUs: O0 (none), O1; stage 3 and search take O2 for O1",
         "name",
+        stages=ALL - EXPORT,
     )
     tf32: str = _flag(
         "auto",
@@ -420,6 +455,50 @@ class Options:
         stages=SCORE,
         low=0,
         high=1_000_000,
+    )
+    max_macs: float = _flag(
+        0.0,
+        "most multiply-accumulates an image; 0: any",
+        "MACs",
+        stages=SEARCH,
+        low=0,
+        high=MOST_COST,
+    )
+    max_params: float = _flag(
+        0.0, "most parameters; 0: any", "parameters", stages=SEARCH, low=0, high=MOST_COST
+    )
+    max_latency_ms: float = _flag(
+        0.0,
+        "most time for a batch, as the file latency says; 0: any",
+        "ms",
+        stages=SEARCH,
+        low=0,
+        high=MOST_COST,
+    )
+    latency: str = _flag(
+        "", "measured blocks, which hnas.tools.latency wrote", "file", stages=SEARCH
+    )
+    population: int = _flag(
+        100,
+        "first sub-networks, uniform, and living ones in each generation",
+        "sub-networks",
+        stages=SEARCH,
+        low=2,
+        high=100_000,
+    )
+    children: int = _flag(
+        50, "new ones of a generation", "sub-networks", stages=SEARCH, low=1, high=100_000
+    )
+    generations: int = _flag(
+        20, "after the first population", "generations", stages=SEARCH, low=0, high=100_000
+    )
+    tournament: int = _flag(
+        25,
+        "living ones that are drawn to take the best of as parent",
+        "sub-networks",
+        stages=SEARCH,
+        low=1,
+        high=100_000,
     )
 
     @property

@@ -145,6 +145,8 @@ def _check_bounds(options: Options) -> None:
         "bad_images": ("fatal", "skip"),
         "stage1_views": ("two_kinds", "one_kind"),
         "lr_schedule": ("cosine", "swing"),
+        "format": ("pdparams", "inference", "onnx"),
+        "precision": ("float32", "float16"),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:

@@ -13,7 +13,7 @@ from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.dataset.loader import EpochLoader
 from hnas.models.convolution import use_onednn
-from hnas.models.elastic import plain_name
+from hnas.models.elastic import ElasticResNet, plain_name
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network
 from hnas.models.resnet import ResNet
@@ -74,6 +74,8 @@ def load_backbone(network: nn.Layer, path: str, classes: Sequence[str]) -> Check
     weights = backbone_weights(checkpoint.weights)
     check_classes(replace(checkpoint, weights=weights), classes, path)
     load_weights(network, weights, path)
+    if isinstance(network, ElasticResNet):
+        network.mixed = not checkpoint.freeze_bn
     return checkpoint
 
 
@@ -82,6 +84,8 @@ def start_from_pretrained(supernet: nn.Layer, network: ResNet) -> None:
     network.reorder()
     weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     load_weights(supernet, weights, "pretrained network")
+    if isinstance(supernet, ElasticResNet):
+        supernet.mixed = False  # The statistics are of one network.
 
 
 def start_from_checkpoint(supernet: nn.Layer, path: str, classes: Sequence[str]) -> Checkpoint:
@@ -211,8 +215,10 @@ def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=
 
 def about_weights(options: Options, loader: EpochLoader) -> dict:
     """What a file of weights says of how they were trained; see :class:`Checkpoint`."""
+    own = {"arch": options.arch} if options.arch else {}
     return {
         "backbone": options.backbone,
         "freeze_bn": options.freeze_bn,
         "classes": list(loader.dataset.images.classes),
+        **own,
     }

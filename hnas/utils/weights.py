@@ -20,7 +20,8 @@ from paddle import nn
 
 from hnas.base.files import digest_path, file_digest, replacing, write_digest
 from hnas.base.safe_pickle import load_pickle
-from hnas.models.elastic import plain_name
+from hnas.models.elastic import ElasticResNet, plain_name
+from hnas.models.registry import build_network
 from hnas.search_space import BACKBONES
 from hnas.utils.public_files import LISTED, CheckpointError, plain_weights, state_dict_of
 
@@ -30,6 +31,7 @@ PARAMS, SAFETENSORS = ".pdparams", ".safetensors"
 ABOUT = "about@pinas"
 ABOUT_VALUES = {
     "backbone": lambda value: isinstance(value, str),
+    "arch": lambda value: isinstance(value, str),
     "freeze_bn": lambda value: isinstance(value, bool),
     "classes": lambda value: (
         isinstance(value, list) and all(isinstance(name, str) for name in value)
@@ -306,6 +308,32 @@ def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str
         )
     for _, value, tensor in both:
         tensor.set_value(value.astype(_dtype(tensor)))
+    if isinstance(layer, ElasticResNet):
+        layer.mixed = True  # As far as is known; those who know how they were trained say so.
+
+
+def load_supernet(path: str | Path) -> ElasticResNet:
+    """A supernet with the weights of a checkpoint of any stage, in eval mode.
+
+    Backbone and number of classes are the file's.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or it is of no supernet.
+    """
+    checkpoint = read_checkpoint(path)
+    weights = backbone_weights(checkpoint.weights)
+    backbone = looks_like(weights)
+    classifier = [value for name, value in weights.items() if CLASSIFIER.fullmatch(name)]
+    if backbone is None or not classifier:
+        raise CheckpointError(
+            f"checkpoint {path} is of no supernet that is known here; there are "
+            f"{', '.join(name for name, known in BACKBONES.items() if not known.contrastive)}"
+        )
+    network = build_network(backbone, classifier[0].size)
+    load_weights(network, weights, path)
+    network.mixed = not checkpoint.freeze_bn
+    network.eval()
+    return network
 
 
 def _hint(weights: Mapping[str, np.ndarray], expected: Mapping[str, paddle.Tensor]) -> str:

@@ -44,7 +44,7 @@ def calibrated(network: nn.Layer, images: paddle.Tensor | None) -> Iterator[None
     if images is None:
         yield
         return
-    norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+    norms = batch_norms(network)
     kept = [(norm._mean.clone(), norm._variance.clone()) for norm in norms]
     try:
         measure(network, norms, images)
@@ -53,6 +53,20 @@ def calibrated(network: nn.Layer, images: paddle.Tensor | None) -> Iterator[None
         for norm, (mean, variance) in zip(norms, kept, strict=True):
             norm._mean.set_value(mean)
             norm._variance.set_value(variance)
+
+
+def batch_norms(network: nn.Layer) -> list[nn.BatchNorm2D]:
+    """All BatchNorms of a network."""
+    return [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+
+
+def recalibrate(network: nn.Layer, images: paddle.Tensor) -> None:
+    """Set running statistics to the batch statistics of ``images``, float [N, 3, H, W], for good.
+
+    The network is left in eval mode.
+    """
+    network.eval()
+    measure(network, batch_norms(network), images)
 
 
 @paddle.no_grad()

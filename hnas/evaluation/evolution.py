@@ -1,0 +1,197 @@
+"""Regularized evolution over a search space, a generation of children at a time.
+
+Real et al., "Regularized Evolution for Image Classifier Architecture Search", AAAI 2019
+(arXiv:1802.01548), Algorithm 1: the living are those that were scored last; a parent is the best
+of a few living ones drawn at random; its child differs from it in one choice; the oldest die.
+
+Two things differ. Several children are made before any of them is scored, because one walk scores
+many for less. And half of them have two parents, as in the searches over a supernet of Guo et al.
+(ECCV 2020, arXiv:1904.00420): with the few hundred evaluations that one affords, it finds more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hnas.base.errors import UserError
+from hnas.ranking.latency import LatencyTable
+from hnas.search_space import MIN_DEPTH, Architecture, SearchSpace
+
+UNITS = {"macs": "MACs", "params": "parameters", "latency_ms": "ms"}
+"""What may be limited, and how one says it."""
+TWO_PARENTS = 0.5
+"""Share of the children."""
+PATIENCE = 100
+"""Attempts at a new architecture before they become bolder."""
+BOLDEST = 12
+"""Steps of boldness before there is taken to be none left."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an architecture may cost.
+
+    Attributes:
+        space: of the architectures.
+        image_size: px.
+        num_classes: outputs of the classifier.
+        limits: the most of each kind of ``UNITS``; kinds that are not there have no limit.
+        latency: needed for ``latency_ms``.
+    """
+
+    space: SearchSpace
+    image_size: int
+    num_classes: int
+    limits: Mapping[str, float]
+    latency: LatencyTable | None = None
+
+    def costs(self, arch: Architecture) -> dict[str, float]:
+        """MACs an image, parameters and, if it was measured, milliseconds a batch."""
+        found = {
+            "macs": self.space.macs(arch, self.image_size, self.num_classes),
+            "params": self.space.params(arch, self.num_classes),
+        }
+        if self.latency is not None:
+            found["latency_ms"] = self.latency.of(arch)
+        return found
+
+    def allows(self, arch: Architecture) -> bool:
+        """Whether ``arch`` costs at most the limits."""
+        costs = self.costs(arch)
+        return all(costs[kind] <= most for kind, most in self.limits.items())
+
+    def __str__(self) -> str:
+        asked = (f"{most:,.10g} {UNITS[kind]}" for kind, most in self.limits.items())
+        return ", ".join(asked) or "no limit"
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """What to score next, as a function of the seed and of what was scored.
+
+    Attributes:
+        budget: that everything proposed keeps to.
+        seed: of all draws.
+        population: drawn uniformly at first, and alive at a time.
+        children: of a generation.
+        tournament: living ones, drawn without replacement, of which the best is a parent.
+    """
+
+    budget: Budget
+    seed: int
+    population: int
+    children: int
+    tournament: int
+
+    def propose(
+        self, scored: Sequence[Architecture], accuracy: np.ndarray, generation: int
+    ) -> list[Architecture]:
+        """The architectures of a generation: new ones, no two with the same channel counts.
+
+        Args:
+            scored: in the order of their generations.
+            accuracy: of these [n].
+            generation: from 0.
+
+        Returns:
+            Fewer than there should be, or none, where no others are found.
+
+        Raises:
+            UserError: no architecture keeps to the budget.
+        """
+        rng = np.random.default_rng((self.seed, generation))
+        space = self.budget.space
+        known = {space.plan(arch) for arch in scored}
+        living = range(max(0, len(scored) - self.population), len(scored))
+
+        def first(boldness: int) -> Architecture:
+            # The tilt finds small ones where a budget leaves few others.
+            return space.sample(rng, tilt=-4.0 * boldness)
+
+        def parent() -> Architecture:
+            drawn = rng.choice(living, min(self.tournament, len(living)), replace=False)
+            return scored[drawn[np.argmax(accuracy[drawn])]]
+
+        def child(boldness: int) -> Architecture:
+            made = parent()
+            if rng.random() < TWO_PARENTS:
+                made = crossed(space, made, parent(), rng)
+            for _ in range(1 + boldness):
+                made = mutated(space, made, rng)
+            return made
+
+        make, number = (child, self.children) if generation else (first, self.population)
+        made: list[Architecture] = []
+        boldness = 0
+        while len(made) < number:
+            found, boldness = self._next(make, known, boldness)
+            if found is None:
+                break
+            made.append(found)
+        if not generation and not made:
+            smallest = self.budget.costs(space.smallest())
+            least = (f"{cost:,.10g} {UNITS[kind]}" for kind, cost in smallest.items())
+            raise UserError(
+                f"no architecture is within {self.budget}; the smallest of the space takes "
+                f"{', '.join(least)}"
+            )
+        return made
+
+    def _next(self, make, known: set, boldness: int) -> tuple[Architecture | None, int]:
+        """An architecture within the budget that is not ``known`` yet, and how bold it took."""
+        while boldness <= BOLDEST:
+            for _ in range(PATIENCE):
+                arch = make(boldness)
+                plan = self.budget.space.plan(arch)
+                if plan not in known and self.budget.allows(arch):
+                    known.add(plan)
+                    return arch, boldness
+            boldness += 1
+        return None, boldness
+
+
+def mutated(space: SearchSpace, arch: Architecture, rng: np.random.Generator) -> Architecture:
+    """``arch`` with another option of one of its choices, drawn uniformly.
+
+    Blocks that a greater depth adds get uniform inner widths.
+    """
+    choices = [(stage, n) for stage, depth in enumerate(arch.depths) for n in range(depth + 2)]
+    changed = choices[rng.integers(len(choices))]
+
+    def choose(options: int, stage: int, what: int) -> int:
+        kept = _option(space, arch, stage, what)
+        if kept is None:
+            return int(rng.integers(options))
+        if (stage, what) == changed and options > 1:
+            other = int(rng.integers(options - 1))
+            return other + (other >= kept)
+        return kept
+
+    return space.compose(choose)
+
+
+def crossed(
+    space: SearchSpace, one: Architecture, other: Architecture, rng: np.random.Generator
+) -> Architecture:
+    """Each choice from one of two architectures, both as likely; from the one that has it."""
+
+    def choose(options: int, stage: int, what: int) -> int:
+        found = [_option(space, arch, stage, what) for arch in (one, other)]
+        # A depth is one of the two, so a block is there in one of them at least.
+        kept = [option for option in found if option is not None]
+        return kept[rng.integers(len(kept))]
+
+    return space.compose(choose)
+
+
+def _option(space: SearchSpace, arch: Architecture, stage: int, what: int) -> int | None:
+    """What ``arch`` has chosen, as :meth:`SearchSpace.compose` counts; None: no such block."""
+    if what == 0:
+        return arch.depths[stage] - MIN_DEPTH
+    blocks = arch.widths[stage]
+    if what == 1:
+        return space.max_digits[stage] - blocks[0][1]
+    return space.max_digits[stage] - blocks[what - 2][0] if what - 2 < len(blocks) else None

@@ -1,0 +1,359 @@
+"""Choose networks by scores that are there: best within a budget, Pareto front, who is as good.
+
+    python -m hnas.tools.choose --submission output/demo/stage3/submission.json --max_macs 5e6 \\
+        --backbone resnet48_mini --image_size 32 --num_classes 10 [--out DIR]
+
+Nothing is evaluated, and Paddle is not needed. DIR gets choice.json (all networks within the
+budget) and front.png.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hnas.architecture_file import read_accuracies
+from hnas.base.command_line import (
+    LARGEST_SIDE,
+    OneLineParser,
+    path_text,
+    read_path,
+    real_number,
+    whole_number,
+)
+from hnas.base.errors import UserError, run_main
+from hnas.base.files import check_writable, read_json, replacing, write_json
+from hnas.ranking.front import (
+    CONFIDENCE,
+    binomial_error,
+    critical_value,
+    independent_difference,
+    not_worse,
+    pareto_front,
+)
+from hnas.ranking.latency import LatencyTable, read_latency
+from hnas.search_space import Architecture, SearchSpace, search_space
+
+ESTIMATES = "estimates.json"
+"""What stage 3 writes beside its submission: how many images, and standard errors."""
+UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
+NAMES = {**UNITS, "latency": "latency"}
+MOST = 1e15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Networks with their accuracies.
+
+    Attributes:
+        archs: by name.
+        accuracy: shares of 1 [n].
+        error: standard errors of them as estimates for more such images [n].
+        images: how many each was scored on [n].
+    """
+
+    archs: Mapping[str, Architecture]
+    accuracy: np.ndarray
+    error: np.ndarray
+    images: np.ndarray
+
+
+def read_scores(path: str, images: int = 0) -> Scores:
+    """The scores of a file, and their noise.
+
+    Args:
+        path: the organisers' form; accuracies as shares of 1, or in percent.
+        images: how many each was scored on; 0: as the entries say, or estimates.json beside it.
+
+    Raises:
+        UserError: a wrong file, accuracies that are none, or a number of images that is not known.
+    """
+    archs, accuracy = read_accuracies(path)
+    for name, value in zip(archs, accuracy, strict=True):
+        if not 0 <= value <= 100:
+            raise UserError(
+                f"{path}: entry {name!r}: accuracy {value:g}; give 0 to 1, or 0 to 100 in percent"
+            )
+    if len(archs) > 1 and np.ptp(accuracy) == 0:
+        raise UserError(
+            f"all accuracies of {path} are {accuracy[0]:g}: nothing to choose by; give stage 3's "
+            "submission.json"
+        )
+    if accuracy.max() > 1:
+        accuracy = accuracy / 100
+    number = np.full(len(archs), images) if images else _images(Path(path), archs, accuracy)
+    return Scores(archs, accuracy, binomial_error(accuracy, number), number)
+
+
+def _images(path: Path, archs: Mapping[str, Architecture], accuracy: np.ndarray) -> np.ndarray:
+    """How many images each of a file's networks was scored on [n].
+
+    Raises:
+        UserError: it is not known.
+    """
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    own = [entry.get("images") for entry in content.values()]
+    if all(_is_count(number) for number in own):
+        return np.array(own)
+    beside = path.with_name(ESTIMATES)
+    unknown = f"on how many images {path} was scored is not known"
+    if not beside.is_file():
+        raise UserError(f"{unknown}, for there is no {ESTIMATES} beside it; give --images N")
+    content = read_json(beside)
+    found = content.get("architectures")
+    scored = {
+        entry.get("arch"): entry.get("acc")
+        for entry in (found.values() if isinstance(found, dict) else ())
+        if isinstance(entry, dict)
+    }
+    same = all(
+        scored.get(arch.code) == value
+        for arch, value in zip(archs.values(), accuracy.tolist(), strict=True)
+    )
+    if not (same and _is_count(content.get("images"))):
+        raise UserError(f"{unknown}, for {beside} is of other scores; give --images N")
+    return np.full(len(archs), content["images"])
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def costs_of(
+    archs: Mapping[str, Architecture],
+    space: SearchSpace,
+    size: int,
+    classes: int,
+    latency: LatencyTable | None = None,
+) -> dict[str, np.ndarray]:
+    """MACs per image, parameters and, by its table, latency of every network [n], by kind."""
+    costs = {
+        "macs": np.array([space.macs(arch, size, classes) for arch in archs.values()]),
+        "params": np.array([space.params(arch, classes) for arch in archs.values()]),
+    }
+    if latency is not None:
+        costs["latency"] = np.array([latency.of(arch) for arch in archs.values()])
+    return costs
+
+
+def figure(kind: str, value: float) -> str:
+    """A cost as text, without its unit."""
+    return f"{value:,.3f}" if kind == "latency" else f"{value:,}"
+
+
+def within(costs: Mapping[str, np.ndarray], budget: Mapping[str, float]) -> np.ndarray:
+    """Which networks cost at most what ``budget`` says of each kind; bool [n].
+
+    Raises:
+        UserError: none.
+    """
+    fits = np.all([costs[kind] <= most for kind, most in budget.items()], axis=0)
+    fits = np.broadcast_to(fits, len(costs["macs"]))
+    if not fits.any():
+        least = ", ".join(f"{figure(kind, costs[kind].min())} {UNITS[kind]}" for kind in budget)
+        asked = ", ".join(f"{most:,.10g} {UNITS[kind]}" for kind, most in budget.items())
+        raise UserError(
+            f"none of {len(fits):,} networks is within {asked}; the least there is: {least}"
+        )
+    return fits
+
+
+def choose(
+    scores: Scores, costs: Mapping[str, np.ndarray], fits: np.ndarray, cost: str
+) -> list[dict]:
+    """The networks within the budget, best first; of equally accurate ones the cheaper first.
+
+    Args:
+        fits: bool [n].
+        cost: the kind against which the front is drawn.
+
+    Returns:
+        For each its name, code, accuracy, standard error, images and costs, ``front``: whether it
+        is Pareto-optimal among them, and ``group``: whether it is not worse than the best by more
+        than their noise.
+    """
+    accuracy, error = scores.accuracy[fits], scores.error[fits]
+    front = np.zeros(len(accuracy), bool)
+    front[pareto_front(accuracy, costs[cost][fits])] = True
+    group = not_worse(accuracy, independent_difference(accuracy, error))
+    own = {kind: values[fits].tolist() for kind, values in costs.items()}
+    names = np.array(list(scores.archs), object)[fits]
+    images = scores.images[fits].tolist()
+    return [
+        {
+            "name": names[i],
+            "arch": scores.archs[names[i]].code,
+            "acc": float(accuracy[i]),
+            "se": round(float(error[i]), 6),
+            "images": images[i],
+            **{kind: values[i] for kind, values in own.items()},
+            "front": bool(front[i]),
+            "group": bool(group[i]),
+        }
+        for i in np.lexsort((costs[cost][fits], -accuracy))
+    ]
+
+
+def table(chosen: Sequence[Mapping], top: int, costs: Sequence[str]) -> str:
+    """The first ``top`` of what :func:`choose` gives, as text."""
+    rows = [["network", "top-1", "+-", *(UNITS[kind] for kind in costs), "front", "group"]]
+    for row in chosen[:top]:
+        figures = [
+            f"{row['acc']:.2%}",
+            f"{row['se']:.2%}",
+            *(figure(kind, row[kind]) for kind in costs),
+        ]
+        marks = ["*" if row["front"] else "", "=" if row["group"] else ""]
+        rows.append([row["name"], *figures, *marks])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+
+
+def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
+    """What the table's marks mean, and the networks that one may want."""
+    group = [row for row in chosen if row["group"]]
+    front = sum(row["front"] for row in chosen)
+    cheapest = min(group, key=lambda row: row[cost])
+
+    def line(what: str, row: Mapping) -> str:
+        spent = f"{figure(cost, row[cost])} {UNITS[cost]}"
+        return f"{what:<9}{row['name']}: {row['acc']:.2%}, {spent}, {row['arch']}"
+
+    return "\n".join(
+        [
+            f"{len(chosen):,} of {scored:,} networks within the budget; +- is the standard error",
+            f"* {front:,} are on the Pareto front of accuracy and {NAMES[cost]}",
+            f"= {len(group):,} are not worse than the best by more than their noise: with "
+            f"{CONFIDENCE:.0%} the truly best is among them",
+            line("best", chosen[0]),
+            line("cheapest", cheapest) + " (of those marked =)",
+        ]
+    )
+
+
+def main(argv=None) -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--submission", type=path_text, required=True, help="scores: stage 3's submission.json"
+    )
+    parser.add_argument("--max_macs", type=real_number(1, MOST), help="MACs an image [any]")
+    parser.add_argument("--max_params", type=real_number(1, MOST), help="parameters [any]")
+    parser.add_argument(
+        "--max_latency_ms", type=real_number(0, MOST), help="of a batch, by --latency [any]"
+    )
+    parser.add_argument("--latency", type=path_text, help="what hnas.tools.latency wrote [none]")
+    parser.add_argument(
+        "--cost",
+        choices=UNITS,
+        help="the front's other axis [default: latency with --latency, else macs]",
+    )
+    parser.add_argument(
+        "--top", type=whole_number(1, 1_000_000), default=10, help="rows to print [default 10]"
+    )
+    parser.add_argument("--out", type=read_path, help="folder for choice.json and front.png [none]")
+    parser.add_argument(
+        "--images",
+        type=whole_number(1),
+        default=0,
+        help="that each network was scored on [default: as estimates.json beside the scores says]",
+    )
+    parser.add_argument("--backbone", default="resnet48", help="whose widths [default resnet48]")
+    parser.add_argument(
+        "--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px [default 224]"
+    )
+    parser.add_argument(
+        "--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[default 1000]"
+    )
+    options = parser.parse_args(argv)
+    if options.out:
+        check_writable(options.out, "--out")
+
+    space = search_space(options.backbone)
+    latency = open_latency(options)
+    cost = options.cost or ("macs" if latency is None else "latency")
+    scores = read_scores(options.submission, options.images)
+    costs = costs_of(scores.archs, space, options.image_size, options.num_classes, latency)
+    limits = {
+        "macs": options.max_macs,
+        "params": options.max_params,
+        "latency": options.max_latency_ms,
+    }
+    budget = {kind: most for kind, most in limits.items() if most is not None}
+    chosen = choose(scores, costs, within(costs, budget), cost)
+    if options.out:
+        label = UNITS[cost] if cost != "latency" else latency_label(latency)
+        plot = front_of(costs[cost], scores.accuracy, chosen, cost, label, budget.get(cost))
+        write(options, scores, cost, budget, chosen, plot)
+    shown = table(chosen, options.top, list(costs))
+    sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
+
+
+def open_latency(options) -> LatencyTable | None:
+    """What ``--latency`` names, if it is given.
+
+    Raises:
+        UserError: it is of something else, or it is missing and asked for by another flag.
+    """
+    if not options.latency:
+        if options.max_latency_ms is not None or options.cost == "latency":
+            flag = "--max_latency_ms" if options.max_latency_ms is not None else "--cost latency"
+            raise UserError(
+                f"{flag} takes --latency FILE, which python -m hnas.tools.latency measures"
+            )
+        return None
+    table = read_latency(options.latency)
+    table.check_fits(options.backbone, options.image_size)
+    return table
+
+
+def latency_label(table: LatencyTable) -> str:
+    """The axis of a latency: of what, and where it was measured."""
+    about = table.about
+    return (
+        f"latency, ms ({about['processor']}, batch {about['batch_size']}, "
+        f"{about['threads']} threads)"
+    )
+
+
+def write(
+    options, scores: Scores, cost: str, budget: Mapping, chosen: Sequence[Mapping], plot: bytes
+) -> None:
+    """Write ``choice.json`` and ``front.png``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    content = {
+        "submission": options.submission,
+        "latency": options.latency,
+        "backbone": options.backbone,
+        "image_size": options.image_size,
+        "num_classes": options.num_classes,
+        "scored": len(scores.archs),
+        "budget": budget,
+        "cost": cost,
+        "confidence": CONFIDENCE,
+        "critical_value": round(critical_value(len(chosen)), 6),
+        "networks": chosen,
+    }
+    with replacing(options.out / "front.png") as temporary:
+        temporary.write_bytes(plot)
+    write_json(options.out / "choice.json", content)
+
+
+def front_of(cost: np.ndarray, accuracy: np.ndarray, *arguments) -> bytes:
+    """:func:`front_plot` of accuracies as shares of 1; only here Matplotlib is needed."""
+    from hnas.ranking.plots import front_plot
+
+    return front_plot(cost, 100 * accuracy, *arguments)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,98 @@
+"""The program beside an exported network: classifies images without this project."""
+
+from __future__ import annotations
+
+HEAD = '''\
+"""Classify images by the network beside this file: python predict.py IMAGE ...
+
+Needs {needs}; nothing else.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+{imports}
+from PIL import Image
+
+here = Path(__file__).resolve().parent
+card = json.loads((here / "card.json").read_text(encoding="utf-8"))
+'''
+
+LOADING = {
+    "onnx": """\
+session = onnxruntime.InferenceSession(here / "network.onnx")
+
+
+def network(x):
+    return session.run(None, {"image": x})[0]
+""",
+    "inference": """\
+program = paddle.jit.load(str(here / "network"))
+
+
+def network(x):
+    return program(paddle.to_tensor(x)).numpy()
+""",
+    "pdparams": """\
+state = paddle.load(str(here / "network.pdparams"))  # a pickle: load what you trust only
+w = {name: part.astype("float32") for name, part in state.items() if "@" not in name}
+
+
+def norm_of_conv(x, conv, norm, stride):
+    filters = w[f"{conv}.weight"]
+    x = F.conv2d(x, filters, stride=stride, padding=filters.shape[2] // 2)
+    parts = ("_mean", "_variance", "weight", "bias")
+    return F.batch_norm(x, *(w[f"{norm}.{part}"] for part in parts))
+
+
+def network(x):
+    x = F.relu(norm_of_conv(paddle.to_tensor(x), "blocks.0.conv", "blocks.0.bn", 2))
+    x = F.max_pool2d(x, 3, 2, 1)
+    for index, stride in enumerate(card["strides"], 1):
+        block, shortcut = f"blocks.{index}", x
+        if f"{block}.downsample.0.weight" in w:
+            down = f"{block}.downsample"
+            shortcut = norm_of_conv(x, f"{down}.0", f"{down}.1", stride)
+        x = F.relu(norm_of_conv(x, f"{block}.conv1", f"{block}.bn1", stride))
+        x = F.relu(norm_of_conv(x, f"{block}.conv2", f"{block}.bn2", 1) + shortcut)
+    head = f"blocks.{len(card['strides']) + 1}.fc"
+    return F.linear(x.mean([2, 3]), w[f"{head}.weight"], w[f"{head}.bias"]).numpy()
+""",
+}
+
+TAIL = '''\
+
+
+def prepare(path):
+    """The image as float32 [1, 3, S, S]: shorter side, centre, mean and deviation of the card."""
+    image, how = Image.open(path).convert("RGB"), card["preprocessing"]
+    (w, h), short, size = image.size, how["resize_shorter_side"], how["crop"]
+    w, h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+    left, top = (round((side - size) / 2) for side in (w, h))
+    image = image.resize((w, h), Image.Resampling.BILINEAR)
+    image = image.crop((left, top, left + size, top + size))
+    x = (np.float32(image) / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
+    return x.transpose(2, 0, 1)[np.newaxis]
+
+
+for path in sys.argv[1:]:
+    print(path, card["classes"][network(prepare(path)).argmax()])
+'''
+
+NEEDS = {
+    "onnx": ("numpy, pillow and onnxruntime", "import onnxruntime"),
+    "inference": ("numpy, pillow and paddlepaddle", "import paddle"),
+    "pdparams": (
+        "numpy, pillow and paddlepaddle",
+        "import paddle\nimport paddle.nn.functional as F",
+    ),
+}
+"""What each format's program needs, and how it imports that."""
+
+
+def program(form: str) -> str:
+    """The text of ``predict.py`` for a format: pdparams, inference or onnx."""
+    needs, imports = NEEDS[form]
+    return HEAD.format(needs=needs, imports=imports) + LOADING[form] + TAIL

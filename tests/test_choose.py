@@ -1,0 +1,287 @@
+"""python -m hnas.tools.choose: front, noise and group against independent computations."""
+
+import io
+import json
+
+import independent
+import numpy as np
+import pytest
+from counted import counts_of, first_ones
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hnas.base.errors import UserError
+from hnas.evaluation.results import estimates
+from hnas.ranking.front import (
+    binomial_error,
+    critical_value,
+    independent_difference,
+    not_worse,
+    pareto_front,
+)
+from hnas.ranking.latency import all_parts
+from hnas.search_space import RESNET48_MINI
+from hnas.tools.choose import main
+
+IMAGES = 355
+MINI = ["--backbone", "resnet48_mini", "--image_size", "32", "--num_classes", "10"]
+
+points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=30)
+
+
+@given(points)
+def test_the_front_is_what_nothing_dominates(pairs):
+    accuracy, cost = np.array(pairs).T
+    found = pareto_front(accuracy, cost)
+    undominated = {
+        (a, c)
+        for a, c in pairs
+        if not any((x >= a and y <= c) and (x, y) != (a, c) for x, y in pairs)
+    }
+    assert [tuple(pairs[i]) for i in found] == sorted(undominated, key=lambda pair: pair[1])
+    # Of equal networks the first.
+    assert all(pairs.index(pairs[i]) == i for i in found)
+
+
+def test_the_critical_value_keeps_the_best_as_often_as_it_says():
+    # One-sided, 95 %, infinite degrees of freedom: Dunnett, JASA 50 (1955), table 1a.
+    tabled = {2: 1.64, 3: 1.92, 5: 2.16, 10: 2.42}
+    for networks, value in tabled.items():
+        assert critical_value(networks) == pytest.approx(value, abs=0.0051)
+    rng = np.random.default_rng(0)
+    for networks in (4, 40):
+        draws = rng.normal(size=(20_000, networks))
+        best = draws[:, 0]  # all are equally good, so any may be the truly best
+        kept = draws[:, 1:].max(axis=1) - best <= critical_value(networks) * np.sqrt(2)
+        assert kept.mean() == pytest.approx(0.95, abs=3 * np.sqrt(0.95 * 0.05 / 20_000))
+
+
+def test_noise_is_that_of_stage_3():
+    hits = np.array([0, 100, IMAGES])
+    counts = counts_of(first_ones(hits, IMAGES))
+    found = binomial_error(counts.accuracy(), IMAGES)
+    np.testing.assert_allclose(found, counts.standard_error(), rtol=1e-12)
+
+
+def test_the_group_by_hand():
+    accuracy, error = np.array([0.90, 0.95, 0.93]), np.array([0.02, 0.01, 0.005])
+    below = critical_value(3) * np.array([np.hypot(0.02, 0.01), 0, np.hypot(0.005, 0.01)])
+    expected = [below[0] >= 0.05, True, below[2] >= 0.02]
+    assert expected == [False, True, True]
+    assert not_worse(accuracy, independent_difference(accuracy, error)).tolist() == expected
+    assert not_worse(accuracy[:1], error[:1]).tolist() == [True]
+
+
+# --- the program
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Forty networks scored as stage 3 writes it: the folder, architectures and hits."""
+    rng = np.random.default_rng(1)
+    space = RESNET48_MINI
+    archs = space.sample_distinct(rng, 40, (space.largest(), space.smallest()))
+    macs = np.array([space.macs(arch, 32, 10) for arch in archs.values()])
+    hits = np.clip(300 + 8e-6 * (macs - macs.min()) + rng.normal(0, 6, 40), 0, IMAGES).astype(int)
+    found = estimates(archs, counts_of(first_ones(hits, IMAGES)), None, IMAGES)
+    (tmp_path / "estimates.json").write_text(json.dumps(found))
+    submission = {
+        name: {"acc": entry["acc"], "arch": entry["arch"]}
+        for name, entry in found["architectures"].items()
+    }
+    (tmp_path / "submission.json").write_text(json.dumps(submission))
+    return tmp_path, archs, hits
+
+
+def run(folder, *arguments, capsys=None):
+    main(["--submission", str(folder / "submission.json"), *MINI, *map(str, arguments)])
+    return capsys.readouterr().out if capsys else None
+
+
+def test_what_is_chosen(scored, capsys):
+    folder, archs, hits = scored
+    budget = 5e6
+    text = run(folder, "--max_macs", budget, "--top", 3, "--out", folder / "out", capsys=capsys)
+    choice = json.loads((folder / "out/choice.json").read_text())
+    assert choice["budget"] == {"macs": budget} and choice["scored"] == 40
+    found = choice["networks"]
+
+    macs = {name: RESNET48_MINI.macs(arch, 32, 10) for name, arch in archs.items()}
+    accuracy = dict(zip(archs, hits / IMAGES, strict=True))
+    fits = [name for name in archs if macs[name] <= budget]
+    assert 2 < len(fits) < 40
+    assert [row["name"] for row in found] == sorted(
+        fits, key=lambda name: (-accuracy[name], macs[name])
+    )
+    best = max(accuracy[name] for name in fits)
+    rate = {name: (accuracy[name] * IMAGES + 1) / (IMAGES + 2) for name in fits}
+    noise = {name: np.sqrt(rate[name] * (1 - rate[name]) / IMAGES) for name in fits}
+    first = found[0]["name"]
+    for row in found:
+        name = row["name"]
+        assert row["arch"] == archs[name].code and row["images"] == IMAGES
+        assert row["acc"] == pytest.approx(accuracy[name], abs=1e-12)
+        assert row["macs"] == macs[name]
+        assert row["params"] == RESNET48_MINI.params(archs[name], 10)
+        assert row["se"] == pytest.approx(noise[name], abs=1e-6)
+        dominated = any(
+            accuracy[other] >= accuracy[name]
+            and macs[other] <= macs[name]
+            and (accuracy[other], macs[other]) != (accuracy[name], macs[name])
+            for other in fits
+        )
+        assert row["front"] != dominated
+        far = best - accuracy[name] > critical_value(len(fits)) * np.hypot(
+            noise[name], noise[first]
+        )
+        assert row["group"] != far
+    assert {row["group"] for row in found} == {True, False}
+    picture = Image.open(io.BytesIO((folder / "out/front.png").read_bytes()))
+    assert picture.format == "PNG" and min(picture.size) > 300
+
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == [
+        "network",
+        *(row["name"] for row in found[:3]),
+    ]
+    assert lines[1].split()[1] == f"{best:.2%}" and lines[4] == ""
+    assert f"best     {first}: " in text and found[0]["arch"] in text
+    cheapest = min((row for row in found if row["group"]), key=lambda row: row["macs"])
+    assert f"cheapest {cheapest['name']}: " in text and cheapest["arch"] in text
+
+
+def test_the_front_against_parameters(scored, capsys):
+    folder, _, _ = scored
+    run(folder, "--cost", "params", "--max_params", 2e6, "--out", folder / "out", capsys=capsys)
+    found = json.loads((folder / "out/choice.json").read_text())["networks"]
+    front = [row for row in found if row["front"]]
+    assert all(row["params"] <= 2e6 for row in found)
+    # Best first, so ever cheaper.
+    assert np.all(np.diff([row["params"] for row in front]) < 0)
+    assert np.all(np.diff([row["acc"] for row in front]) < 0)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A latency file of invented times, as hnas.tools.latency writes them."""
+    rng = np.random.default_rng(2)
+    times = {part.name: rng.uniform(0.01, 0.1) for part in all_parts(RESNET48_MINI)}
+    about = dict.fromkeys(("device", "engine", "paddle"), "x") | {"processor": "AMD EPYC"}
+    about |= {"backbone": "resnet48_mini", "sample_space": "released", "image_size": 32}
+    about |= {"num_classes": 10, "batch_size": 4, "threads": 2, "check": {}}
+    path = tmp_path / "latency.json"
+    path.write_text(json.dumps({"format": 1, **about, "milliseconds": times}))
+    return path, times
+
+
+def test_a_latency_budget(scored, measured, capsys):
+    folder, archs, _ = scored
+    path, times = measured
+
+    def milliseconds(code):
+        stem, blocks = independent.layers(code, (20, 32, 64, 128), 1)
+        total, cin = times[f"stem {stem}"], stem
+        for stage, _, mid, out, stride in blocks:
+            total += times[f"block {stage + 1} {cin}-{mid}-{out} /{stride}"]
+            cin = out
+        return total + times[f"head {cin}"]
+
+    expected = {name: milliseconds(arch.code) for name, arch in archs.items()}
+    limit = float(np.median(list(expected.values())))
+    flags = ["--latency", path, "--max_latency_ms", limit, "--out", folder / "out"]
+    text = run(folder, *flags, capsys=capsys)
+    choice = json.loads((folder / "out/choice.json").read_text())
+    assert choice["budget"] == {"latency": limit} and choice["cost"] == "latency"
+    assert {row["name"] for row in choice["networks"]} == {
+        name for name, value in expected.items() if value <= limit
+    }
+    for row in choice["networks"]:
+        assert row["latency"] == pytest.approx(expected[row["name"]])
+    front = [row["latency"] for row in choice["networks"] if row["front"]]
+    assert len(front) > 1 and np.all(np.diff(front) < 0)
+    assert f"{expected[choice['networks'][0]['name']]:.3f} ms" in text
+    run(folder, "--latency", path, "--cost", "macs", "--out", folder / "macs", capsys=capsys)
+    assert json.loads((folder / "macs/choice.json").read_text())["cost"] == "macs"
+
+
+def test_a_latency_of_another_network(scored, measured):
+    folder, _, _ = scored
+    with pytest.raises(UserError, match="measured with --image_size 32, not 64"):
+        main(
+            ["--submission", str(folder / "submission.json"), "--latency", str(measured[0])]
+            + ["--backbone", "resnet48_mini", "--image_size", "64"]
+        )
+
+
+def test_the_number_of_images(scored, capsys):
+    folder, _, _ = scored
+    content = json.loads((folder / "submission.json").read_text())
+    run(folder, "--images", 1000, "--out", folder / "asked", capsys=capsys)
+    (folder / "estimates.json").unlink()
+    with pytest.raises(UserError, match="there is no estimates.json beside it; give --images N"):
+        run(folder)
+    # Entries may say it themselves, as those of train_standalone do; and accuracies in percent.
+    own = {
+        name: {**entry, "acc": 100 * entry["acc"], "images": 100 + i}
+        for i, (name, entry) in enumerate(content.items())
+    }
+    (folder / "submission.json").write_text(json.dumps(own), encoding="utf-8-sig")
+    run(folder, "--out", folder / "own", capsys=capsys)
+    for name, images in (("asked", lambda _: 1000), ("own", lambda name: own[name]["images"])):
+        for row in json.loads((folder / name / "choice.json").read_text())["networks"]:
+            assert row["images"] == images(row["name"])
+            assert row["acc"] == pytest.approx(content[row["name"]]["acc"])
+
+
+def changed(change):
+    """A change of the folder's submission, by name of the first entry."""
+
+    def apply(folder):
+        content = json.loads((folder / "submission.json").read_text())
+        change(content, next(iter(content)))
+        (folder / "submission.json").write_text(json.dumps(content))
+
+    return apply
+
+
+def estimates_text(text):
+    return lambda folder: (folder / "estimates.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "arguments", "message"),
+    [
+        (changed(lambda c, n: c[n].update(acc=101)), "", "accuracy 101; give 0 to 1"),
+        (changed(lambda c, n: c[n].update(acc=-0.5)), "", "accuracy -0.5; give 0 to 1"),
+        (changed(lambda c, n: c[n].pop("acc")), "", "one accuracy is needed"),
+        (changed(lambda c, n: c[n].update(acc=0.5)), "", "is of other scores; give --images N"),
+        (
+            changed(lambda c, n: [entry.update(acc=0) for entry in c.values()]),
+            "",
+            "are 0: nothing to choose by",
+        ),
+        (estimates_text("{}"), "", "is of other scores"),
+        (estimates_text("[1]"), "", "estimates.json is not what this program saves"),
+        (estimates_text("{"), "", "cannot read .*estimates.json"),
+        (estimates_text('{"architectures": 3, "images": 5}'), "", "is of other scores"),
+        (None, "--max_macs 1000", "none of 40 networks is within 1,000 MACs; .* [0-9,]+ MACs$"),
+        (None, "--max_macs 9e6 --max_params 7", "within 9,000,000 MACs, 7 parameters"),
+        (None, "--max_macs nan", "'nan' is not a finite number"),
+        (None, "--max_macs 0", "out of bounds"),
+        (None, "--top 0", "out of bounds"),
+        (None, "--cost watts", "invalid choice"),
+        (None, "--max_latency_ms 3", "--max_latency_ms takes --latency FILE, which python -m"),
+        (None, "--cost latency", "--cost latency takes --latency FILE, which python -m"),
+        (None, "--latency none.json", "cannot read none.json"),
+        (None, "--out /proc/none", "cannot write to --out"),
+    ],
+)
+def test_wrong_input_is_one_line(scored, capsys, break_it, arguments, message):
+    folder, _, _ = scored
+    if break_it:
+        break_it(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        run(folder, *arguments.split())
+    assert "\n" not in str(caught.value)
+    assert not capsys.readouterr().out

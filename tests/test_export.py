@@ -1,0 +1,381 @@
+"""python -m hnas.tools.export: what it writes is what was scored, and runs without this project."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import independent
+import numpy as np
+import paddle
+import pytest
+from entry_scripts import noise_images, run
+
+import train_supernet
+from hnas.base.errors import UserError
+from hnas.base.files import digest_path, file_digest
+from hnas.dataset.image_folder import decode_image
+from hnas.dataset.transforms import EvalTransform
+from hnas.models.elastic import ElasticResNet, freeze_statistics
+from hnas.search_space import RESNET48_MINI, Architecture
+from hnas.tools.digits_folder import write_digits
+from hnas.tools.export import main
+from hnas.utils import exporting
+from hnas.utils.weights import ABOUT, load_supernet, read_checkpoint, write_state
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"
+SIZE, IMAGES = 32, 120
+# Runs a program of an export and says what it had to import.
+CLEAN = """
+import json, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+onnx_is_there = all(
+    exporting.importlib.util.find_spec(name) for name in ("paddle2onnx", "onnxruntime")
+)
+needs_onnx = pytest.mark.skipif(
+    not onnx_is_there, reason="paddle2onnx or onnxruntime is missing: pip install -e '.[onnx]'"
+)
+EXPORTS = [
+    (True, "pdparams"),
+    (False, "pdparams"),
+    (False, "inference"),
+    pytest.param(False, "onnx", marks=needs_onnx),
+]
+
+
+def weights_of(path, freeze_bn, classes, arch=None):
+    """The demo's supernet, or a network of it, as weights that say how they were trained."""
+    supernet = load_supernet(DEMO)
+    network = supernet if arch is None else supernet.extract(arch, paddle.zeros([2, 3, 32, 32]))
+    about = {"backbone": "resnet48_mini", "freeze_bn": freeze_bn, "classes": list(classes)}
+    write_state(path, network.state_dict(), {**about, **({"arch": arch.code} if arch else {})})
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """All digits to train with, twelve a class to validate."""
+    root = tmp_path_factory.mktemp("digits")
+    write_digits(root)
+    for folder in (root / "val").iterdir():
+        for path in sorted(folder.iterdir())[IMAGES // 10 :]:
+            path.unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def scored(digits, tmp_path_factory):
+    """Gives three networks scored by stage 3, at frozen statistics or not, once each:
+    checkpoint and submission."""
+
+    @cache
+    def score(freeze_bn):
+        root = tmp_path_factory.mktemp("scored")
+        path = weights_of(root / "supernet.pdparams", freeze_bn, "0123456789")
+        space, rng = RESNET48_MINI, np.random.default_rng(3)
+        codes = [space.sample(rng).code for _ in range(3)]
+        (root / "codes.json").write_text(json.dumps([codes[0][1:], *codes[1:]]))
+        flags = {"backbone": "resnet48_mini", "ckpt_dir": path, "seed": 5}
+        with pytest.MonkeyPatch.context() as patch:
+            flags["modelarch_file"] = root / "codes.json"
+            run(train_supernet, patch, digits, root / "stage3", **flags)
+        return path, root / "stage3/submission.json"
+
+    return score
+
+
+def export(images, path, save_dir, **flags):
+    flags = {
+        "backbone": "resnet48_mini",
+        "image_size": SIZE,
+        "image_dir": images,
+        "ckpt_dir": path,
+        "save_dir": save_dir,
+        "num_workers": 0,
+        "device": "cpu",
+        **flags,
+    }
+    main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    return json.loads((Path(save_dir) / "card.json").read_text())
+
+
+def in_a_clean_process(folder, images):
+    """What a folder's program says of images, and what it imported."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-W", "ignore", "-c", CLEAN, folder / "predict.py", *images],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    *lines, modules = done.stdout.strip().splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines if line.startswith("/")), json.loads(modules)
+
+
+@pytest.mark.parametrize(("frozen", "form"), EXPORTS)
+def test_an_export_scores_what_stage_3_said(digits, scored, tmp_path, caplog, frozen, form):
+    path, submission = scored(frozen)
+    entries = json.loads(submission.read_text())
+    name = list(entries)[list(exporting.FILES).index(form)]
+    folder = tmp_path / "out"
+    flags = {"arch": name, "modelarch_file": submission, "seed": 5, "format": form}
+    with caplog.at_level("INFO"):
+        card = export(digits, path, folder, **flags)
+    hits = round(entries[name]["acc"] * IMAGES)
+    # These weights were not trained at frozen statistics: at the running ones little is left.
+    assert (hits > IMAGES // 2) is not frozen
+    accuracy = card["accuracy"]
+    assert accuracy["hits"] == accuracy["hits_of_source"] == hits
+    assert accuracy["images"] == IMAGES and accuracy["top1"] == entries[name]["acc"]
+    assert accuracy["largest_logit_difference"] < 1e-3
+    assert f"{name}: {hits} of {IMAGES} hits, as the scores say" in caplog.text
+    assert f"source {hits}, exported network {hits} top-1 hits of {IMAGES} images" in caplog.text
+
+    arch = Architecture.from_code(entries[name]["arch"])
+    assert card["arch"] == entries[name]["arch"] and card["name"] == name
+    assert card["macs"] == RESNET48_MINI.macs(arch, SIZE, 10)
+    assert card["params"] == RESNET48_MINI.params(arch, 10)
+    assert card["identity"]["checkpoint"] == file_digest(path)
+    assert set(card["files"]) == set(exporting.FILES[form])
+    for file, digest in card["files"].items():
+        assert file_digest(folder / file) == digest
+        assert digest_path(folder / file).read_text().split() == [digest, file]
+
+    if frozen:
+        return  # the programs are the same
+    # To the hit, by a program that knows nothing of this project.
+    paths = sorted((digits / "val").glob("*/*.png"))
+    said, modules = in_a_clean_process(folder, paths)
+    assert len(said) == IMAGES and "hnas" not in modules
+    assert sum(said[str(path)] == path.parent.name for path in paths) == hits
+    unwanted = {"paddle"} if form == "onnx" else {"onnxruntime"}
+    assert not unwanted & set(modules)
+
+
+def test_programs_prepare_images_as_scoring_does(digits, tmp_path):
+    arch = RESNET48_MINI.smallest()
+    folder = tmp_path / "out"
+    own = weights_of(tmp_path / "own.pdparams", False, "0123456789", arch)
+    export(digits, own, folder, eval_images=1)
+    source = (folder / "predict.py").read_text()
+    values = {"__file__": str(folder / "predict.py")}
+    exec(source.split("for path in sys.argv")[0], values)  # noqa: S102
+    rng = np.random.default_rng(0)
+    for width, height in ((37, 37), (100, 53), (53, 101), (38, 37), (224, 41), (8, 8)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        path = tmp_path / "image.png"
+        values["Image"].fromarray(pixels).save(path)
+        expected = independent.normalized(EvalTransform(SIZE)(decode_image(path))[np.newaxis])
+        np.testing.assert_array_equal(values["prepare"](path), expected)
+
+
+@pytest.mark.parametrize("form", ["pdparams", pytest.param("onnx", marks=needs_onnx)])
+def test_half_precision(digits, scored, tmp_path, form):
+    path, submission = scored(False)
+    flags = {"arch": "arch2", "modelarch_file": submission, "format": form, "eval_images": 60}
+    cards, sizes = [], []
+    for precision in ("float32", "float16"):
+        folder = tmp_path / precision
+        cards.append(export(digits, path, folder, precision=precision, seed=5, **flags))
+        sizes.append(sum((folder / name).stat().st_size for name in cards[-1]["files"]))
+    assert 0.45 < sizes[1] / sizes[0] < 0.56
+    differences = [card["accuracy"]["largest_logit_difference"] for card in cards]
+    assert differences[0] < 1e-3 < differences[1] < 1
+    if form == "onnx":
+        takes_any_batch(tmp_path / "float32/network.onnx", 1e-4)
+        takes_any_batch(tmp_path / "float16/network.onnx", 0.1)
+
+
+def takes_any_batch(path, tolerance):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    ((taken,), (given,)) = session.get_inputs(), session.get_outputs()
+    assert (taken.name, taken.shape, taken.type) == ("image", ["N", 3, SIZE, SIZE], "tensor(float)")
+    assert (given.name, given.shape, given.type) == ("logits", ["N", 10], "tensor(float)")
+    x = np.random.default_rng(0).normal(size=(3, 3, SIZE, SIZE)).astype("float32")
+    together = session.run(None, {"image": x})[0]
+    apart = np.concatenate([session.run(None, {"image": x[i : i + 1]})[0] for i in range(3)])
+    np.testing.assert_allclose(together, apart, atol=tolerance)
+
+
+def test_a_network_that_was_trained_alone(digits, tmp_path):
+    arch = RESNET48_MINI.sample(np.random.default_rng(1))
+    own = weights_of(tmp_path / "own.pdparams", False, "0123456789", arch)
+    card = export(digits, own, tmp_path / "out", eval_images=20)
+    assert card["arch"] == arch.code and card["statistics"] == "its own"
+    assert card["accuracy"]["largest_logit_difference"] == 0
+    weights = [read_checkpoint(path).weights for path in (own, tmp_path / "out/network.pdparams")]
+    for name, value in weights[0].items():
+        np.testing.assert_array_equal(value, weights[1][name])
+    about = read_checkpoint(tmp_path / "out/network.pdparams").about
+    assert about["arch"] == arch.code and about["backbone"] == "resnet48_mini"
+    # Once more is the same again; anything else stays out of the folder.
+    again = export(digits, own, tmp_path / "out", eval_images=20)
+    assert {**again, "files": card["files"]} == card
+    with pytest.raises(UserError, match="holds another export; choose another --save_dir"):
+        export(digits, own, tmp_path / "out", precision="float16")
+
+
+# --- extract
+
+
+def test_extract_with_calibration_has_the_statistics_of_these_images():
+    supernet = load_supernet(DEMO)
+    arch = RESNET48_MINI.sample(np.random.default_rng(2))
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 3, SIZE, SIZE), dtype=np.uint8)
+    before = {name: value.numpy() for name, value in supernet.state_dict().items()}
+    network = supernet.extract(arch, paddle.to_tensor(pixels))
+    x = independent.normalized(pixels)
+    with paddle.no_grad():
+        expected = independent.forward(
+            supernet.state_dict(), arch.code, paddle.to_tensor(x), (20, 32, 64, 128), 1, True
+        )
+        found = network(paddle.to_tensor(x))
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-4)
+    for name, value in supernet.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), before[name])
+    assert not network.training
+
+
+def test_extract_warns_where_statistics_are_a_mixture(tmp_path, caplog):
+    """Of weights that were trained at batch statistics, unless it is given images."""
+    space, images = RESNET48_MINI, paddle.zeros([2, 3, SIZE, SIZE], "uint8")
+    arch = space.smallest()
+
+    def warned(network, *calibration):
+        caplog.clear()
+        network.extract(arch, *calibration)
+        return "mixture" in caplog.text
+
+    path = weights_of(tmp_path / "frozen.pdparams", True, "0123456789")
+    assert not warned(load_supernet(path))
+    supernet = load_supernet(DEMO)  # does not say how it was trained
+    assert warned(supernet) and not warned(supernet, images)
+    # And of one that is trained here, as soon as a smaller network is.
+    x = paddle.rand([2, 3, SIZE, SIZE])
+    for frozen in (True, False):
+        supernet = ElasticResNet(space, 10)
+        if frozen:
+            freeze_statistics(supernet)
+        supernet(x)
+        assert not warned(supernet)
+        supernet.activate(arch)
+        supernet.eval()
+        supernet(x)
+        assert not warned(supernet)
+        supernet.train()
+        supernet(x)
+        assert warned(supernet) is not frozen
+
+
+def test_load_supernet_refuses_what_is_none(tmp_path):
+    own = weights_of(tmp_path / "own.pdparams", False, "0123456789", RESNET48_MINI.smallest())
+    with pytest.raises(UserError, match="is of no supernet that is known here"):
+        load_supernet(own)
+
+
+# --- wrong input
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Ten noise images a split, a supernet, a network of its own and a file of names."""
+    root = tmp_path_factory.mktemp("small")
+    noise_images(root / "images", 1)
+    arch = RESNET48_MINI.smallest()
+    weights_of(root / "supernet.pdparams", True, "0123456789")
+    weights_of(root / "own.pdparams", False, "0123456789", arch)
+    weights_of(root / "letters.pdparams", True, "abcdefghij")
+    largest = RESNET48_MINI.largest().code
+    entries = {"big": {"acc": 0.0, "arch": largest}, "other": {"acc": 0.9, "arch": arch.code}}
+    (root / "names.json").write_text(json.dumps(entries))
+    (root / "taken").mkdir()
+    (root / "taken/card.json").write_text('{"identity": {}}')
+    return root
+
+
+SMALLEST = RESNET48_MINI.smallest().code
+LARGEST = RESNET48_MINI.largest().code
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "--arch is missing"),
+        ({"arch": "12"}, "has 2 digits; 52 or"),
+        ({"arch": "big"}, "--arch big is no code; to give a name, give --modelarch_file"),
+        ({"arch": "bug", "modelarch_file": "names.json"}, "names.json; did you mean big?"),
+        ({"arch": SMALLEST, "ckpt_dir": ""}, "--ckpt_dir is missing"),
+        ({"arch": SMALLEST, "ckpt_dir": "none"}, "checkpoint .* does not exist"),
+        ({"arch": LARGEST, "ckpt_dir": "own.pdparams"}, "is the network 12222.*; give its own"),
+        (
+            {"ckpt_dir": "own.pdparams", "bn_calibration_images": 5},
+            "is no supernet: its statistics are its own; leave the flag out",
+        ),
+        ({"arch": SMALLEST, "ckpt_dir": "letters.pdparams"}, "trained on other classes: 'a'"),
+        ({"arch": SMALLEST, "eval_images": 11}, "--eval_images 11, but .* has 10"),
+        ({"arch": SMALLEST, "bn_calibration_images": 11}, "--bn_calibration_images 11, but"),
+        ({"arch": SMALLEST, "backbone": "resnet48pinasv2_mini"}, "is stage 1's"),
+        ({"arch": SMALLEST, "save_dir": "taken"}, "taken holds another export"),
+        ({"arch": SMALLEST, "format": "caffe"}, "--format 'caffe'; allowed: pdparams, inference"),
+        ({"arch": SMALLEST, "precision": "int8"}, "--precision 'int8'; allowed: float32"),
+        (
+            {"arch": SMALLEST, "format": "inference", "precision": "float16"},
+            "--precision float16 is not for --format inference",
+        ),
+    ],
+)
+def test_wrong_input_is_one_line(small, tmp_path, flags, message):
+    paths = ("ckpt_dir", "modelarch_file", "save_dir")
+    flags = {"ckpt_dir": "supernet.pdparams", "save_dir": "out", **flags}
+    flags = {n: small / v if n in paths and v else v for n, v in flags.items()}
+    with pytest.raises(UserError, match=message) as caught:
+        export(small / "images", flags.pop("ckpt_dir"), flags.pop("save_dir"), **flags)
+    assert "\n" not in str(caught.value)
+    assert not (small / "out").exists()
+
+
+def test_without_onnx_it_says_what_to_install(small, monkeypatch):
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        export(small / "images", small / "supernet.pdparams", small / "out", format="onnx")
+    (line,) = str(caught.value).splitlines()
+    command = re.search(r"run (\S+) -m pip install (.+)$", line)
+    assert command[1] == sys.executable
+    extra = re.search(r"^onnx = (\[.+\])$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert command[2].split() == [*(f"'{name}'" for name in json.loads(extra[1])), "'numpy<2'"]
+
+
+def test_scores_of_other_weights_are_noticed(small, tmp_path, caplog):
+    export(
+        small / "images",
+        small / "supernet.pdparams",
+        tmp_path,
+        arch="other",
+        modelarch_file=small / "names.json",
+    )
+    assert "the scores say 0.9000 for other, here it has" in caplog.text
+
+
+def test_an_export_that_differs_is_not_written(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("hnas.tools.export.read_network", lambda folder, form, blank: blank)
+    with pytest.raises(UserError, match="hits and its source .*: nothing was written"):
+        export(digits, DEMO, tmp_path / "out", arch=SMALLEST, eval_images=30)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_export_is_noticed_when_it_is_loaded(small, tmp_path):
+    export(small / "images", small / "own.pdparams", tmp_path, eval_images=2)
+    shutil.copy(small / "supernet.pdparams", tmp_path / "network.pdparams")
+    with pytest.raises(UserError, match="is damaged"):
+        read_checkpoint(tmp_path / "network.pdparams")
+    assert ABOUT == "about@pinas"  # what predict.py leaves out
