@@ -23,7 +23,7 @@ from hnas.tools.check_device.results import (
 )
 
 WIDE, NARROW = 12, 8
-MOMENTUM = 0.9
+MOMENTUM, EPSILON = 0.9, 1e-5
 LIMIT = 1e-4
 """Relative. Variances of the 72 values below differ by 1.4e-2."""
 
@@ -61,10 +61,15 @@ def check_training() -> Iterator[Result]:
     x = images(NARROW)
     before = statistics(norm)
     layer.train()
-    y = layer(paddle.to_tensor(x)).numpy()
+    given = paddle.to_tensor(x, stop_gradient=False)
+    y = layer(given)
     mean, biased = x.mean((0, 2, 3)), x.var((0, 2, 3))
     right = normalised(x, mean, biased)
-    yield at_most("BatchNorm's output in training", relative_error(y, right), LIMIT)
+    yield at_most("BatchNorm's output in training", relative_error(y.numpy(), right), LIMIT)
+    upstream = np.flip(x, 0).copy()
+    (found,) = paddle.grad(y, [given], paddle.to_tensor(upstream))
+    error = relative_error(found.numpy(), gradient(x, upstream, mean, biased))
+    yield at_most("BatchNorm's gradient in training", error, LIMIT)
     after = statistics(norm)
     kept = [MOMENTUM * old[:NARROW] for old in before]
     yield at_most(
@@ -91,11 +96,24 @@ def kind_of_variance(found: np.ndarray, biased: np.ndarray, x: np.ndarray) -> Re
     return Result(name, FAILED, errors[kind], 10 * LIMIT, note)
 
 
-def normalised(x: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """By statistics of each channel, then scale and shift of :func:`network`."""
+def scales(x: np.ndarray) -> np.ndarray:
+    """Scale, and shift, of :func:`network` for the channels of ``x``, [1, C, 1, 1]."""
+    return (np.arange(1, x.shape[1] + 1) / 4).reshape(1, -1, 1, 1)
+
+
+def normalised(x: np.ndarray, mean: np.ndarray, variance: np.ndarray, affine=True) -> np.ndarray:
+    """By statistics of each channel; ``affine``: then scaled and shifted."""
     shape = (1, -1, 1, 1)
-    ramp = (np.arange(1, x.shape[1] + 1) / 4).reshape(shape)
-    return (x - mean.reshape(shape)) / np.sqrt(variance.reshape(shape) + 1e-5) * ramp + ramp
+    unit = (x - mean.reshape(shape)) / np.sqrt(variance.reshape(shape) + EPSILON)
+    return unit * scales(x) + scales(x) if affine else unit
+
+
+def gradient(x: np.ndarray, upstream: np.ndarray, mean: np.ndarray, variance: np.ndarray):
+    """Of ``x``, through the statistics too."""
+    unit = normalised(x, mean, variance, affine=False)
+    centred = upstream - upstream.mean((0, 2, 3), keepdims=True)
+    centred -= unit * (upstream * unit).mean((0, 2, 3), keepdims=True)
+    return centred * (scales(x) / np.sqrt(variance.reshape(scales(x).shape) + EPSILON))
 
 
 def check_frozen() -> Result:

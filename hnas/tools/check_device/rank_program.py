@@ -75,7 +75,7 @@ def gradient(ranks: int, own: int | None = None) -> np.ndarray:
         own: the one whose share is computed, its gradient then being averaged with the others';
             None: all of it, in one process.
     """
-    model = prepared(stage2(frozen=True), onednn=False)
+    model = prepared(stage2(), onednn=False)
     share = slice(None)
     if own is not None:
         share = slice(own * IMAGES, (own + 1) * IMAGES)

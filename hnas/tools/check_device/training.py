@@ -37,14 +37,15 @@ BATCH, SIZE = 8, 32
 RATE = 0.002
 SCALE = 1024.0
 """Of losses in float16: low enough that no step is passed over for an overflow."""
-FIRST_LOSS = {FLOAT32: 1e-4, TF32: 3e-3, BFLOAT16: 3e-2, FLOAT16: 1e-2}
-"""Relative difference of the first step's loss."""
-DIRECTION = {FLOAT32: 1e-4, TF32: 1e-2, BFLOAT16: 5e-2, FLOAT16: 2e-2}
+FIRST_LOSS = {FLOAT32: 1e-5, TF32: 1e-3, BFLOAT16: 1e-2, FLOAT16: 2e-3}
+"""Relative difference of the first step's loss. These limits are some ten times what rounding all
+convolutions' inputs and outputs does on a CPU."""
+DIRECTION = {FLOAT32: 1e-6, TF32: 1e-3, BFLOAT16: 2e-2, FLOAT16: 3e-3}
 """One minus the cosine between the first step's gradients."""
-LENGTH_PER_DIRECTION = 3
-"""Relative difference of their lengths, over what is allowed of the direction."""
-CURVE = 5e-2
-"""Relative difference of any of the losses in float32 and TF32."""
+LENGTH = {FLOAT32: 1e-4, TF32: 5e-3, BFLOAT16: 5e-2, FLOAT16: 1e-2}
+"""Relative difference of their lengths."""
+CURVE = {FLOAT32: 5e-3, TF32: 5e-2}
+"""Relative difference of any of the losses."""
 
 
 class RecordedStep(GradientStep):
@@ -87,8 +88,8 @@ def stage1(frozen: bool = True) -> ResumableModel:
     return ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2))
 
 
-def stage2(frozen: bool = False) -> ResumableModel:
-    """Distillation; BatchNorm by the batch unless ``frozen``."""
+def stage2(frozen: bool = True) -> ResumableModel:
+    """Distillation, two or three sub-networks a step."""
     network = build_network("resnet48_mini", CLASSES)
     teacher = build_network("resnet48_mini", CLASSES, elastic=False)
     seed_weights(network, 2)
@@ -99,6 +100,8 @@ def stage2(frozen: bool = False) -> ResumableModel:
 
 
 STAGES: dict[str, Callable[..., ResumableModel]] = {"stage 1": stage1, "stage 2": stage2}
+"""By default at frozen statistics, as the recipe has it: by those of so small batches and maps
+gradients would depend on the last bits."""
 
 
 def prepared(model: ResumableModel, onednn: bool, **how) -> ResumableModel:
@@ -198,21 +201,19 @@ def compare(
     yield at_most(
         f"{name}, its length in {kind}",
         abs(sizes[0] / sizes[1] - 1),
-        LENGTH_PER_DIRECTION * DIRECTION[precision],
+        LENGTH[precision],
         "relative",
     )
     if precision.is_half:
         yield holds(f"{name}, {len(curve)} losses in {kind} are finite", np.isfinite(losses).all())
     else:
         note = "largest relative difference"
-        yield at_most(f"{name}, {len(curve)} losses in {kind}", errors.max(), CURVE, note)
+        yield at_most(f"{name}, {len(curve)} losses in {kind}", errors.max(), CURVE[precision], note)
 
 
 def accumulated(name: str, build: Callable) -> Result:
     """The gradient of a batch in two parts is that of the whole, at frozen statistics."""
-    whole, parts = (
-        prepared(build(frozen=True), onednn=True, accumulate=number) for number in (1, 2)
-    )
+    whole, parts = (prepared(build(), onednn=True, accumulate=number) for number in (1, 2))
     for model in (whole, parts):
         run(model, 0, 1)
     error = relative_error(parts.gradients.gradient, whole.gradients.gradient)
@@ -223,7 +224,7 @@ def repeated(row: str, build: Callable, precision: Precision, folder: Path) -> I
     """Steps that are interrupted by saving and loading give the same bits as without."""
 
     def model() -> ResumableModel:
-        return prepared(build(), onednn=True, **mixed(precision))
+        return prepared(build(frozen=False), onednn=True, **mixed(precision))
 
     whole, begun, resumed = model(), model(), model()
     run(whole, 0, REPEATED)
