@@ -8,10 +8,11 @@ import paddle
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import UserError
+from hnas.evaluation.calibration import batch_statistics
 from hnas.evaluation.fused import find_fused
-from hnas.evaluation.kernels import DygraphKernels
+from hnas.evaluation.kernels import EPSILON, DygraphKernels
 from hnas.evaluation.variants import Precision, Variant, usual_variant
-from hnas.evaluation.weights import Convolution, Form, channels_last
+from hnas.evaluation.weights import Convolution, Form, channels_last, leading_channels
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +53,17 @@ class GpuKernels(DygraphKernels):
         x = super().accept(x, kernels, stride)
         return x if x.dtype == self._dtype else x.astype(self._dtype)
 
-    def _normalisation(self, y, scale, shift):
-        if not self.variant.precision.is_half:
-            return super()._normalisation(y, scale, shift)
+    def conv_norm(self, x, convolution: Convolution, stride: int, padding: int):
+        if not self.calibration:
+            return super().conv_norm(x, convolution, stride, padding)
+        y = self.convolve(x, convolution.filters, stride, padding)
+        seen = leading_channels(y, self.calibration, axis=0)
         # Statistics in float32: a half-precision mean would be as coarse as the values.
-        seen = y[: self.calibration].astype("float32")
-        factor, offset = super()._normalisation(seen, scale, shift)
-        return factor.astype(y.dtype), offset.astype(y.dtype)
+        seen = seen.astype("float32") if self.variant.precision.is_half else seen
+        statistics = batch_statistics(seen, self._mean_of_calibration)
+        # One operator, which computes in float32 and rounds its result only.
+        flat = [part.flatten() for part in (*statistics, *convolution.rest)]
+        return F.batch_norm(y, *flat, epsilon=EPSILON, data_format=self.layout)
 
     def stem(self, x, conv: Convolution):
         if self._fused is None:

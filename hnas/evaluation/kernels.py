@@ -49,15 +49,10 @@ class DygraphKernels:
         if not self.calibration:
             return self._add_bias(y, convolution.rest[0])
         scale, shift = convolution.rest
-        factor, offset = self._normalisation(y, scale, shift)
-        return y * factor + offset
-
-    def _normalisation(self, y, scale, shift):
-        """What to multiply by and to add for BatchNorm by the calibration images' statistics."""
         seen = leading_channels(y, self.calibration, self._batch_axis)
         mean, variance = batch_statistics(seen, self._mean_of_calibration)
         factor = scale * paddle.rsqrt(variance + EPSILON)
-        return factor, shift - mean * factor
+        return y * factor + (shift - mean * factor)
 
     def _add_bias(self, y, bias):
         if self.channel_axis < 3:

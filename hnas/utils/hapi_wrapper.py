@@ -76,6 +76,8 @@ class ResumableModel(paddle.Model):
                     self.epoch, self.step = epoch, step
                     self.set_rate(epoch * len(loader) + step)
                     lr = self._optimizer.get_lr()
+                    if self.exchange is not None:
+                        self.exchange.read_notices()
                     logs = {**self.train_batch(batch), "lr": lr}
                     callbacks.on_batch_end("train", step, logs)
             callbacks.on_epoch_end(epoch, logs)
