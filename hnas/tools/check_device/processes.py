@@ -23,6 +23,10 @@ WORKER_LOG = "worker.log"
 """What a process that checks says besides its results."""
 SILENT_SECONDS = 600
 """Of a process that gives no result for so long nothing more is expected."""
+ENDING_SECONDS = 60
+"""Within which a process that has written all it had must end."""
+GRACE_SECONDS = 20
+"""Between SIGTERM and SIGKILL."""
 USER_ERROR = 2
 
 Start = Callable[[Sequence[str]], subprocess.Popen]
@@ -76,33 +80,42 @@ def results_of(
     """
     left = list(names)
     while left:
-        process = start(left)
+        process, why = start(left), ""
         try:
             for content in _contents(process, silent_s):
                 if "done" in content:
                     left.remove(content["done"])
                 else:
                     yield left[0], Result(**content)
+            process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            why = f"still there {ENDING_SECONDS} s after its last result"
+        except TimeoutError as error:
+            why = str(error)
         finally:
-            silent = process.poll() is None and not _ends(process)
+            _end(process)
             process.stdout.close()
         code = process.returncode
         if code == USER_ERROR:
             raise UserError(_last_line(log).removeprefix("error: "))
         if left and code != DEVICE_LOST:
-            why = f"no result for {silent_s:g} s" if silent else _how_it_ended(code)
+            why = why or _how_it_ended(code)
             yield left[0], Result(left.pop(0), FAILED, note=f"{why}: {_last_line(log)}")
 
 
 def _contents(process: subprocess.Popen, silent_s: float) -> Iterator[dict]:
-    """The JSON objects that a process writes, a line each; ends with it, or with its silence."""
+    """The JSON objects that a process writes, a line each, until it writes no more.
+
+    Raises:
+        TimeoutError: it has been silent for too long.
+    """
     lines: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
     while True:
         try:
             line = lines.get(timeout=silent_s)
         except queue.Empty:
-            return
+            raise TimeoutError(f"no result for {silent_s:g} s") from None
         if not line:
             return
         try:
@@ -122,15 +135,14 @@ def _read(file: IO[bytes], lines: queue.Queue[bytes]) -> None:
     lines.put(b"")
 
 
-def _ends(process: subprocess.Popen) -> bool:
-    """Whether a process, whose output is over, ends by itself; else it is killed."""
+def _end(process: subprocess.Popen) -> None:
+    """If it has not ended: first such that it ends what it has started itself."""
+    process.terminate()
     try:
-        process.wait(5)
-        return True
+        process.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        return False
 
 
 def _how_it_ended(code: int) -> str:

@@ -39,7 +39,7 @@ GATHERED = ("uint8", "int64", "float32", "float16", "bfloat16")
 """Images, positions, keys, and keys in mixed precision."""
 IMAGES = 2
 """Of each rank."""
-STEP_SECONDS = 0.05
+STEP_SECONDS, MOST_SECONDS = 0.05, 300
 
 
 def values(of_rank: int) -> np.ndarray:
@@ -87,18 +87,23 @@ def gradient(ranks: int, own: int | None = None) -> np.ndarray:
 
 
 def exchange_until_stopped(folder: Path) -> None:
-    """Steps of one all-reduce, as training has, until all ranks know of a signal."""
+    """Steps of one all-reduce, as training has, until all ranks know of a signal.
+
+    Or for some minutes, in case that nobody is left who would tell them.
+    """
+    deadline = time.monotonic() + MOST_SECONDS
     weight = paddle.create_parameter([8], "float32")
     with StopSignals(patient=True) as stop:
         exchange = GradientExchange([weight], stop)
         (folder / f"rank{rank()}.pid").write_text(str(os.getpid()), encoding="ascii")
-        while exchange.received is None:
+        while exchange.received is None and time.monotonic() < deadline:
             weight.sum().backward()
             exchange.run()
             weight.clear_gradient(set_to_zero=False)
             time.sleep(STEP_SECONDS)
     leave()
-    raise Stopped(exchange.received)
+    if exchange.received is not None:
+        raise Stopped(exchange.received)
 
 
 def main() -> None:

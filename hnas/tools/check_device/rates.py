@@ -34,6 +34,10 @@ LAYOUTS = ("NCHW", "NHWC")
 BATCH, WARM_UP = 64, 3
 SECONDS = 0.5
 """Of each measurement, at least."""
+WALK_ON_GPU, WALK_ON_CPU = ("resnet48", 224, BATCH, 12), ("resnet48", 224, 2, 3)
+"""Backbone, px, images and architectures."""
+TRAINED_ON_GPU, TRAINED_ON_CPU = ("", 224, BATCH), ("_mini", 32, 16)
+"""End of the backbone's name, px, and images of a batch."""
 
 
 def check(machine: Machine) -> Iterator[Result]:
@@ -60,7 +64,7 @@ def seconds_of(function: Callable[[], paddle.Tensor]) -> float:
         y = function()
     wait_for(y)
     calls, began = 0, time.perf_counter()
-    while time.perf_counter() - began < SECONDS:
+    while not calls or time.perf_counter() - began < SECONDS:
         for _ in range(4):
             y = function()
         wait_for(y)
@@ -126,8 +130,8 @@ def block_rates(precision: Precision, layout: str) -> Iterator[Result]:
 
 def walk_rates(machine: Machine, precision: Precision) -> Iterator[Result]:
     """GMAC/s of a walk over a few architectures: what ``hnas.tools.plan`` takes."""
-    size, number, archs = (224, BATCH, 12) if machine.has_gpu else (224, 2, 3)
-    network = build_network("resnet48", 1000)
+    backbone, size, number, archs = WALK_ON_GPU if machine.has_gpu else WALK_ON_CPU
+    network = build_network(backbone, CLASSES)
     seed_weights(network)
     rng = np.random.default_rng(2)
     drawn_archs = [network.space.sample(rng) for _ in range(archs)]
@@ -136,7 +140,7 @@ def walk_rates(machine: Machine, precision: Precision) -> Iterator[Result]:
         evaluator = SharedEvaluator(network, drawn_archs, size, variant=variant)
         evaluator.evaluate(*batch, Counts.zeros(archs))
         done, began = evaluator.macs, time.perf_counter()
-        while time.perf_counter() - began < SECONDS:
+        while evaluator.macs == done or time.perf_counter() - began < SECONDS:
             evaluator.evaluate(*batch, Counts.zeros(archs))
         rate = (evaluator.macs - done) / (time.perf_counter() - began) / 1e9
         how = str(variant) if variant else "the CPU's kernels"
@@ -144,8 +148,8 @@ def walk_rates(machine: Machine, precision: Precision) -> Iterator[Result]:
 
 
 def training_rate(machine: Machine, name: str, stage: int, amp: str) -> Iterator[Result]:
-    """Images/s of a stage's steps: the recipe's at 224 px; on CPUs the small network at 32 px."""
-    suffix, size, batch = ("", 224, BATCH) if machine.has_gpu else ("_mini", 32, 16)
+    """Images/s of a stage's steps."""
+    suffix, size, batch = TRAINED_ON_GPU if machine.has_gpu else TRAINED_ON_CPU
     if stage == 1:
         network = build_network(f"resnet48pinasv2{suffix}", CLASSES, queue_size=16 * batch)
         model = ContrastiveModel(network, LargestSampler(network.space, 2))
@@ -157,8 +161,8 @@ def training_rate(machine: Machine, name: str, stage: int, amp: str) -> Iterator
     seed_weights(network)
     freeze_statistics(network)
     prepared(model, onednn=True, amp=amp)
-    pixels, truth = (paddle.to_tensor(part) for part in (images(batch, size), labels(batch)))
-    parts = [pixels, pixels.flip([3])] if stage == 1 else [pixels, truth]
+    other = images(batch, size, seed=1) if stage == 1 else labels(batch)
+    parts = [paddle.to_tensor(part) for part in (images(batch, size), other)]
     seconds = seconds_of(lambda: model.train_batch(parts)["loss"])
     what = f"resnet48{suffix}, {size} px, batches of {batch}"
     yield fact(name, f"{batch / seconds:,.0f} images/s", what)

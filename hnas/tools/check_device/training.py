@@ -208,7 +208,9 @@ def compare(
         yield holds(f"{name}, {len(curve)} losses in {kind} are finite", np.isfinite(losses).all())
     else:
         note = "largest relative difference"
-        yield at_most(f"{name}, {len(curve)} losses in {kind}", errors.max(), CURVE[precision], note)
+        yield at_most(
+            f"{name}, {len(curve)} losses in {kind}", errors.max(), CURVE[precision], note
+        )
 
 
 def accumulated(name: str, build: Callable) -> Result:

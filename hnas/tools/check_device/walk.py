@@ -24,6 +24,9 @@ from hnas.tools.check_device.results import Result, at_most, guarded, not_here
 from hnas.tools.check_device.subjects import CLASSES, images, labels, seed_weights
 
 CALIBRATION = 64
+LIMITS = {each: each.tolerance for each in Precision} | {Precision.BFLOAT16: 0.5}
+"""Of the largest difference of logits, in their standard deviations. No stage scores in bfloat16:
+its rounding, emulated, moves these networks' logits by 0.1."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Subject:
 def subjects(plan: Plan) -> list[Subject]:
     """Which supernets a run looks at."""
     if plan.quick:
-        return [Subject("mini", "resnet48_mini", 4, 12, 64)]
-    mini = Subject("mini", "resnet48_mini", 10, 48, 64)
+        return [Subject("mini", "resnet48_mini", 3, 12, 32)]
+    mini = Subject("mini", "resnet48_mini", 10, 48, 32)
     whole = Subject("full width", "resnet48", 8, 48, 224) if plan.full else None
     return [mini, whole or Subject("full width", "resnet48", 4, 24, 96)]
 
@@ -152,7 +155,7 @@ def judge(
     ]
     worst = max(each.relative if each.relative == each.relative else np.inf for each in comparisons)
     note = "logits, in their standard deviations"
-    yield at_most(name, worst, precision.tolerance, note)
+    yield at_most(name, worst, LIMITS[precision], note)
     wrong = [
         abs(counted - right) > uncertain
         for each in comparisons
