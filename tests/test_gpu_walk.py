@@ -117,6 +117,13 @@ def test_half_precision_stays_half(network, archs, calibrated, monkeypatch):
     assert 2**-12 < found.relative < Precision.FLOAT16.tolerance / 2
 
 
+def test_bfloat16_rounds_several_times_as_much_as_float16(network, archs, monkeypatch):
+    gpu_fakes.half_operators(monkeypatch)
+    halves = Precision.FLOAT16, Precision.BFLOAT16
+    fine, coarse = (compared(network, archs, usual_variant(half)).relative for half in halves)
+    assert coarse > 3 * fine
+
+
 def test_half_precision_weights_are_made_once(network, archs, monkeypatch):
     gpu_fakes.half_operators(monkeypatch)
     evaluator = SharedEvaluator(network, list(archs.values()), 32, None, HALF)

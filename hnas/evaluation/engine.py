@@ -135,14 +135,22 @@ def choose_chunk(
 ) -> int:
     """Images a walk such that its activations take at most ``memory`` bytes.
 
-    One path of activations is alive: every block may keep its output, conv1's output and the
-    shortcut, all at full width and depth. ``number`` is the bytes of an activation.
+    ``number`` is the bytes of an activation.
+    """
+    images = int(memory / (number * path_numbers(space, image_size)))
+    return max(1, min(MAX_CHUNK, images - calibration))
+
+
+def path_numbers(space: SearchSpace, image_size: int) -> int:
+    """Activations of the one path that is alive in a walk, an image.
+
+    Every block may keep its output, conv1's output and the shortcut, all at full width and depth.
     """
     stem, sizes = feature_sizes(image_size)
     numbers = 2 * stem * stem * space.base_channels[0]
     for stage, _, mid, cout, _ in space.plan(space.largest()).blocks():
         numbers += 3 * sizes[stage] ** 2 * max(mid, cout)
-    return max(1, min(MAX_CHUNK, int(memory / (number * numbers)) - calibration))
+    return numbers
 
 
 def describe(
