@@ -160,7 +160,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
 
 def axis(cost: str, latency: LatencyTable | None) -> str:
     """The label of a plot's axis."""
-    if cost != "latency_ms" or latency is None:
+    if cost != "latency" or latency is None:
         return UNITS[cost]
     about = latency.about
     where = f"{about['processor']}, batch {about['batch_size']}"
