@@ -54,6 +54,27 @@ def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarr
     return archs, np.array(values)
 
 
+def read_truth(path: str | Path) -> dict[Architecture, float]:
+    """True accuracies in percent; a file whose accuracies are all at most 1 holds shares of 1.
+
+    Raises:
+        UserError: a wrong file, or an accuracy outside of 0 to 100.
+    """
+    archs, accuracies = read_accuracies(path)
+    for name, value in zip(archs, accuracies, strict=True):
+        if not 0 <= value <= 100:
+            raise UserError(
+                f"{path}: entry {name!r}: accuracy {value:g}; true accuracies are 0 to 1, or 0 to "
+                "100 in percent"
+            )
+    return dict(zip(archs.values(), in_percent(accuracies).tolist(), strict=True))
+
+
+def in_percent(accuracies: np.ndarray) -> np.ndarray:
+    """Accuracies in percent, of accuracies in percent or as shares of 1."""
+    return accuracies * 100 if accuracies.max() <= 1 else accuracies
+
+
 class _Entry(NamedTuple):
     """One architecture of a file, as it stands there.
 

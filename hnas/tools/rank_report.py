@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.architecture_file import read_accuracies
+from hnas.architecture_file import in_percent, read_accuracies, read_truth
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, read_path, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, replacing, write_json
@@ -77,27 +77,6 @@ def match(pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]) 
         [arch.code for arch in pred if arch not in gt],
         [arch.code for arch in gt if arch not in pred],
     )
-
-
-def read_truth(path: str) -> dict[Architecture, float]:
-    """True accuracies in percent; a file whose accuracies are all at most 1 holds shares of 1.
-
-    Raises:
-        UserError: a wrong file, or an accuracy outside of 0 to 100.
-    """
-    archs, accuracies = read_accuracies(path)
-    for name, value in zip(archs, accuracies, strict=True):
-        if not 0 <= value <= 100:
-            raise UserError(
-                f"{path}: entry {name!r}: accuracy {value:g}; true accuracies are 0 to 1, or 0 to "
-                "100 in percent"
-            )
-    return dict(zip(archs.values(), in_percent(accuracies).tolist(), strict=True))
-
-
-def in_percent(accuracies: np.ndarray) -> np.ndarray:
-    """Accuracies in percent, of accuracies in percent or as shares of 1."""
-    return accuracies * 100 if accuracies.max() <= 1 else accuracies
 
 
 def predictions(

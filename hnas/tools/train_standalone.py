@@ -189,7 +189,7 @@ def train_one(
     # names; here they begin anew for every network.
     with paddle.utils.unique_name.guard():
         network = ResNet(space.plan(arch), classes)
-        model = StandaloneModel(network, code)
+        model = StandaloneModel(network, code, options.label_smoothing)
         prepare(model, own, len(loader))
         fit(model, own, loader)
     counts = evaluate_network(network, val)
