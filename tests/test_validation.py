@@ -21,7 +21,7 @@ from hnas.base.errors import UserError
 from hnas.evaluation.reference import evaluate_reference
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils import training, validation
+from hnas.utils import resuming, training, validation
 from hnas.utils.callbacks import TrainLogger, VisualDLWriter
 from hnas.utils.checkpoint import generators_state
 from hnas.utils.hapi_wrapper import ResumableModel
@@ -149,6 +149,24 @@ PROJECTED = "122221" + "1111000000" + "1113000000" + "1111" + "0" * 12 + "111100
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(UserError, match=message):
         stage2.check_flags(Options(**flags))
+
+
+def test_flags_reach_the_model(tmp_path, monkeypatch):
+    paddle.seed(0)
+    network = build_network("resnet48_mini", len(CLASSES), elastic=False)
+    paddle.save(network.state_dict(), str(tmp_path / "start.pdparams"))
+    models = []
+    monkeypatch.setattr(stage2, "fit", lambda model, *_: models.append(model))
+    flags = {"backbone": "resnet48_mini", "pretrained": tmp_path / "start.pdparams"}
+    flags |= {"sample_method": "sandwich", "eval_freq": 0, "label_smoothing": 0.2}
+    images = noise_images(tmp_path / "images")
+    for in_place in (False, True):
+        more = {"in_place_distillation": in_place}
+        run(stage2, monkeypatch, images, tmp_path / "out", **flags, **more)
+    taught, alone = models
+    assert taught.label_smoothing == alone.label_smoothing == 0.2
+    assert taught.teacher is not None and not taught.in_place
+    assert alone.teacher is None and alone.in_place
 
 
 # --- stage two, whole
@@ -308,6 +326,25 @@ def test_a_measurement_leaves_the_generators_alone(tmp_path):
     paddle.seed(5)
     train(tmp_path, measure)
     assert len(states) == EPOCHS and len({*states, str(generators_state())}) == 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        None,
+        [1],
+        [{"tau": 0.5}],
+        [{"epoch": 2, "tau": 0.5}],
+        [{"epoch": -1, "tau": 0.5}],
+        [{"epoch": True, "tau": 0.5}],
+        [{"epoch": 0, "tau": float("nan")}],
+        [{"epoch": 0, "tau": "high"}],
+    ],
+)
+def test_a_checkpoints_figures_are_checked(rows):
+    with pytest.raises(resuming.NONSENSE):
+        resuming.check_validation(rows, 2)
+    resuming.check_validation([{"epoch": 1, "tau": 0.5}, {"epoch": 0, "tau": None}], 2)
 
 
 # --- curves

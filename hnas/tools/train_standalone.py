@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import paddle
@@ -34,7 +34,7 @@ from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture
 from hnas.utils.checkpoint import RUN_NOTE, SET_NAME, remove_set
 from hnas.utils.hapi_wrapper import StandaloneModel
-from hnas.utils.options import Options, Stage
+from hnas.utils.options import Options, Stage, default_of
 from hnas.utils.parsing import parse_options
 from hnas.utils.resuming import describe_run
 from hnas.utils.runtime import (
@@ -140,7 +140,9 @@ def _check_run(path: Path, results: Path, run: Mapping) -> None:
             raise UserError(f"{results} is there without {path.name}; choose another --save_dir")
         write_json(path, run)
         return
-    earlier = read_json(path)
+    # Flags that did not exist then were off, as they are by default.
+    defaults = {option.name: default_of(option, Stage.STANDALONE) for option in fields(Options)}
+    earlier = {**defaults, **read_json(path)}
     changed = [key for key in run if earlier.get(key) != run[key]]
     if changed:
         raise UserError(
