@@ -43,7 +43,8 @@ from hnas.base.files import (
     write_json,
 )
 from hnas.dataset.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, shorter_side
-from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.hits import LogitsError, count_hits
 from hnas.evaluation.images import balanced_order
 from hnas.models.calibration import calibrated
 from hnas.models.registry import build_network
@@ -284,11 +285,11 @@ def compare(source: Logits, exported: Logits, loader) -> Comparison:
     for images, labels in tqdm(loader, desc="checking", unit="batch", mininterval=1):
         x = normalize(images)
         logits = paddle.stack([source(x), exported(x)])
-        *hits, bad = count_hits(logits, labels).T
-        for who, number in zip(("the source", "the exported network"), bad, strict=True):
+        hits = count_hits(logits, labels)
+        for who, number in zip(("the source", "the exported network"), hits.bad, strict=True):
             if number:
                 raise LogitsError(who, number, len(labels))
-        found.counts.add(Counts(*hits, len(labels)))
+        found.counts.add(hits.counts(len(labels)))
         found.difference = max(found.difference, float((logits[0] - logits[1]).abs().max()))
     return found
 
