@@ -15,7 +15,7 @@ from hnas.base.errors import UserError
 from hnas.evaluation.hits import Counts
 from hnas.evaluation.ledger import estimates
 from hnas.ranking.figures import bin_edges, option_panels
-from hnas.ranking.scores import budgets, front
+from hnas.ranking.scores import budgets
 from hnas.ranking.svg import Axis, Panel, round_ticks
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.rank_report import main
@@ -97,18 +97,6 @@ def test_figures_are_those_of_numpy(report, stage3, archs, counts):
     depths = np.array([arch.depths[2] for arch in archs.values()])
     means = [accuracy[depths == depth].mean() for depth in range(2, 9)]
     assert [row["mean"] for row in rows] == pytest.approx(means)
-
-
-def test_the_front_is_what_none_beats():
-    rng = np.random.default_rng(2)
-    cost, accuracy = rng.integers(0, 30, 200), rng.integers(0, 30, 200)
-    found = front(cost, accuracy)
-    assert (np.diff(cost[found]) > 0).all() and (np.diff(accuracy[found]) > 0).all()
-    for index in range(200):
-        beaten = ((cost <= cost[index]) & (accuracy > accuracy[index])).any()
-        cheaper = ((cost < cost[index]) & (accuracy == accuracy[index])).any()
-        twin = (cost[found] == cost[index]) & (accuracy[found] == accuracy[index])
-        assert twin.any() == (not beaten and not cheaper)
 
 
 def test_budgets_are_round_and_reach_the_dearest():

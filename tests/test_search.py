@@ -115,7 +115,7 @@ def test_what_is_written(whole):
     assert [row["macs"] for row in content["front"]] == front
     assert content["best"]["acc"] == max(accuracies) == content["course"][-1]["best"]
     assert [row["scored"] for row in content["course"]] == [6, 9, 12, 15]
-    assert (whole / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "front.svg").read_text().startswith("<svg")
 
 
 def test_choose_reads_it(whole, tmp_path, capsys):

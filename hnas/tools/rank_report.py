@@ -32,8 +32,9 @@ from hnas.ranking.figures import (
     rank_panel,
     scatter_panel,
 )
+from hnas.ranking.front import pareto_front
 from hnas.ranking.report_pages import ranking_page, scores_page
-from hnas.ranking.scores import Scores, analyse_scores, front
+from hnas.ranking.scores import Scores, analyse_scores
 from hnas.ranking.svg import Panel
 from hnas.search_space import Architecture, SearchSpace, search_space
 
@@ -261,7 +262,10 @@ def draw_scores(scores: Scores, report: Mapping) -> dict[str, list[Panel]]:
         "distribution": [distribution_panel(scores.accuracy, "score, %")],
         "front": [
             front_panel(
-                cost / 1e6, scores.accuracy, front(cost, scores.accuracy), (label, "score, %")
+                cost / 1e6,
+                scores.accuracy,
+                pareto_front(scores.accuracy, cost),
+                (label, "score, %"),
             )
             for label, cost in costs.items()
         ],
