@@ -368,8 +368,8 @@ class Options:
     )
     deterministic: bool = _flag(
         False,
-        "cuDNN's deterministic algorithms only, slower: convolutions and pooling give the same bits "
-        "on the same kind of card, Paddle and cuDNN; CPUs do anyway",
+        "cuDNN's deterministic algorithms only, slower: convolutions and pooling give the same "
+        "bits on the same kind of card, Paddle and cuDNN; CPUs do anyway",
     )
     accumulate: int = _flag(
         1,
