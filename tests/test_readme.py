@@ -171,7 +171,7 @@ def test_modules_of_the_prose_exist(page):
 
 @each_page
 def test_every_flag_exists(page):
-    programs = [*(ROOT / "hnas/tools").glob("*.py"), *(ROOT / "hnas/bench").rglob("*.py")]
+    programs = [*(ROOT / "hnas/tools").rglob("*.py"), *(ROOT / "hnas/bench").rglob("*.py")]
     known = option_names().union(*(flags_of(path.read_text()) for path in programs))
     text = re.sub(r"unknown flag --\w+", "", text_of(page))  # quoted messages
     mentioned = set(re.findall(r"(?<![-\w])--([A-Za-z][\w-]*)", text))
