@@ -35,7 +35,7 @@ from hnas.parallel.distributed import barrier, is_main_process, leave
 from hnas.ranking.figures import choice_panel
 from hnas.ranking.latency import LatencyTable, read_latency
 from hnas.search_space import find_backbone
-from hnas.tools.choose import Scores, choose, conclusions, table
+from hnas.tools.choose import Scores, choose, conclusions, latency_label, table
 from hnas.utils.memory_needs import check_chunk
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
@@ -148,7 +148,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
         100 * scores.accuracy,
         chosen,
         cost,
-        axis(cost, budget.latency),
+        UNITS[cost] if cost != "latency" else latency_label(budget.latency),
         budget.limits.get(cost),
     ).svg(alone=True)
     with replacing(folder / "front.svg") as temporary:
@@ -156,15 +156,6 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     logger.info("%d networks: %s, front.svg, search.csv", len(archs), folder / "search.json")
     shown = table(chosen, LISTED, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(archs), cost)}\n")
-
-
-def axis(cost: str, latency: LatencyTable | None) -> str:
-    """The label of a plot's axis."""
-    if cost != "latency" or latency is None:
-        return UNITS[cost]
-    about = latency.about
-    where = f"{about['processor']}, batch {about['batch_size']}"
-    return f"latency, ms ({where}, {about['threads']} threads)"
 
 
 def write_table(path: Path, chosen: Sequence[Mapping], generation: Mapping[str, int]) -> None:
