@@ -12,7 +12,7 @@ import pytest
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.evaluation import calibration, gpu_kernels, kernels
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.variants import Precision, Variant
 from hnas.models import elastic
 from hnas.models.pinasv2 import PiNASv2

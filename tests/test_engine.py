@@ -19,7 +19,6 @@ from hnas.base.files import write_json
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation import engine, ledger
-from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import (
     ScoringSettings,
     choose_chunk,
