@@ -19,11 +19,14 @@ from hnas.base.errors import UserError
 from hnas.base.files import digest_path, file_digest
 from hnas.dataset.image_folder import decode_image
 from hnas.dataset.transforms import EvalTransform
+from hnas.evaluation.comparison import Comparison
+from hnas.evaluation.counts import Counts
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
-from hnas.tools.export import main
+from hnas.tools.export import Wanted, check, main
 from hnas.utils import exporting
+from hnas.utils.options import Options
 from hnas.utils.weights import ABOUT, load_supernet, read_checkpoint, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -360,17 +363,37 @@ def test_scores_of_other_weights_are_noticed(small, tmp_path, caplog):
         small / "images",
         small / "supernet.pdparams",
         tmp_path,
-        arch="other",
+        arch=SMALLEST[1:],  # found by its code
         modelarch_file=small / "names.json",
     )
     assert "the scores say 0.9000 for other, here it has" in caplog.text
 
 
-def test_an_export_that_differs_is_not_written(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("hnas.tools.export.read_network", lambda folder, form, blank: blank)
-    with pytest.raises(UserError, match="hits and its source .*: nothing was written"):
-        export(digits, DEMO, tmp_path / "out", arch=SMALLEST, eval_images=30)
+@pytest.mark.parametrize("factor", [0.9, 1.02])
+def test_an_export_that_differs_is_not_written(small, tmp_path, monkeypatch, factor):
+    """Even with the same hits."""
+
+    def distorted(folder, form, blank):
+        read = exporting.read_network(folder, form, blank)
+        return lambda x: factor * read(x)
+
+    monkeypatch.setattr("hnas.tools.export.read_network", distorted)
+    with pytest.raises(UserError, match="(.+) hits and its source .* apart: nothing was written"):
+        export(small / "images", small / "own.pdparams", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_other_hits_of_like_logits_are_not_written():
+    """In float32 on CPUs; half precision may move them."""
+    counts = Counts.zeros(2)
+    counts.top1[:], counts.top5[:], counts.near1[:], counts.images = [60, 57], 90, 2, 100
+    found = Comparison(counts, difference=1e-3, largest=20.0)
+    wanted = Wanted(Architecture.from_code(SMALLEST))
+    check(found, Options(precision="float16"), wanted)
+    with pytest.raises(UserError, match="has 57 hits and its source 60"):
+        check(found, Options(), wanted)
+    counts.near1[:] = 3
+    check(found, Options(), wanted)
 
 
 def test_a_damaged_export_is_noticed_when_it_is_loaded(small, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import paddle
 from paddle.static import InputSpec
 
 from hnas.base.errors import UserError
+from hnas.evaluation.comparison import Logits
 from hnas.models.resnet import ResNet
 from hnas.utils.weights import check_values, load_weights, read_weights, write_state
 
@@ -25,9 +26,6 @@ INPUT, OUTPUT = "image", "logits"
 OPSET = 17
 ONNX_PACKAGES = ("paddle2onnx==2.1.0", "onnxruntime>=1.20")
 """As the extra ``onnx`` in pyproject.toml has them."""
-
-Logits = Callable[[paddle.Tensor], paddle.Tensor]
-"""From normalised images [N, 3, S, S] to logits [N, classes], both float32."""
 
 
 def check_format(form: str, precision: str) -> None:
