@@ -49,4 +49,7 @@ timed stage3 env backbone=resnet48_mini save_dir="$demo/stage3" \
     ckpt_dir="$demo/stage2/final.pdparams" modelarch_file="$demo/architectures.json" \
     sh local_eval.sh
 
+# What the scores say by themselves, as a page.
+"$python" -m hnas.tools.rank_report --pred "$demo/stage3/submission.json" --out "$demo/report" \
+    --backbone resnet48_mini --image_size "$image_size" --num_classes 10 >"$demo/report.txt"
 "$python" -m hnas.tools.demo_summary --demo_dir "$demo"

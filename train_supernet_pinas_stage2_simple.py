@@ -15,14 +15,12 @@ import logging
 
 from hnas.base.errors import UserError, run_main
 from hnas.dataset.transforms import TrainTransform
-from hnas.evaluation.reference import evaluate_reference
 from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
-from hnas.parallel.distributed import is_main_process, leave
+from hnas.parallel.distributed import leave
 from hnas.search_space import find_backbone
-from hnas.utils.callbacks import EvaluateExtremes
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
-from hnas.utils.options import Stage
+from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import (
     calibration_images,
@@ -42,6 +40,7 @@ from hnas.utils.training import (
     start_from_checkpoint,
     start_from_pretrained,
 )
+from hnas.utils.validation import Figures, Ranking, extremes_accuracy, figures_text
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ def main() -> None:
     options = parse_options(Stage.DISTILL, about=__doc__.splitlines()[0])
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; stage 2 takes resnet48")
+    check_flags(options)
     start(options, writes=options.train_flag)
     require(options, "pretrained")
     images = training_images(options)
@@ -69,34 +69,52 @@ def main() -> None:
     largest_only = not options.dyna_batch_size
     model = DistillationModel(
         network,
-        teacher,
+        None if options.in_place_distillation else teacher,
         LargestSampler(space) if largest_only else build_sampler(options, space, options.seed),
         loss_weights=relative_sizes(space) if options.use_loss_expand else None,
         temperature=options.distill_temperature,
+        label_smoothing=options.label_smoothing,
+        in_place=options.in_place_distillation,
     )
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)
     prepare(model, options, len(loader))
 
-    callbacks = []
+    measure = None
     if options.eval_freq or not options.train_flag:
-        val = validation_loader(options, validation_images(options, images))
+        val_images = validation_images(options, images)
+        val = validation_loader(options, val_images)
         calibration = calibration_images(options, frozen, images)
-        extremes = {"largest": space.largest(), "smallest": space.smallest()}
+        ranking = None
+        if options.rank_gt:
+            ranking = Ranking.of_run(options, network, val_images, val, calibration)
 
-        def evaluate() -> dict[str, float]:
-            return {
-                name: float(evaluate_reference(network, [arch], val, calibration).accuracy()[0])
-                for name, arch in extremes.items()
-            }
+        def measure() -> Figures:
+            found = extremes_accuracy(network, val, calibration)
+            return found if ranking is None else {**found, **ranking.measure()}
 
-        callbacks.append(EvaluateExtremes(evaluate, options.eval_freq))
     if options.train_flag:
-        fit(model, options, loader, callbacks)
-    elif is_main_process():
-        for name, accuracy in evaluate().items():
-            logger.info("validation top-1 of the %s sub-network: %.4f", name, accuracy)
+        fit(model, options, loader, measure)
+    else:
+        logger.info("validation: %s", figures_text(measure()))
     leave()
+
+
+def check_flags(options: Options) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        UserError: naming them.
+    """
+    if options.in_place_distillation and (
+        options.sample_method != "sandwich" or not options.dyna_batch_size
+    ):
+        raise UserError(
+            "--in_place_distillation True needs --sample_method sandwich and at least 2 for "
+            "--dyna_batch_size: the largest network teaches the others"
+        )
+    if options.rank_gt and options.train_flag and not options.eval_freq:
+        raise UserError("--rank_gt scores every --eval_freq epochs; give 1 instead of 0")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,33 @@ def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarr
     return archs, np.array(values)
 
 
+def read_percent(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
+    """As :func:`read_accuracies`, in percent; where all are at most 1, they are shares of 1.
+
+    Raises:
+        UserError: a wrong file, or an accuracy outside of 0 to 100.
+    """
+    archs, accuracies = read_accuracies(path)
+    for name, value in zip(archs, accuracies, strict=True):
+        if not 0 <= value <= 100:
+            raise UserError(
+                f"{path}: entry {name!r}: accuracy {value:g}; accuracies are 0 to 1, or 0 to 100 "
+                "in percent"
+            )
+    return archs, in_percent(accuracies)
+
+
+def read_truth(path: str | Path) -> dict[Architecture, float]:
+    """Accuracies in percent by architecture; see :func:`read_percent`."""
+    archs, accuracies = read_percent(path)
+    return dict(zip(archs.values(), accuracies.tolist(), strict=True))
+
+
+def in_percent(accuracies: np.ndarray) -> np.ndarray:
+    """Accuracies in percent, of accuracies in percent or as shares of 1."""
+    return accuracies * 100 if accuracies.max() <= 1 else accuracies
+
+
 class _Entry(NamedTuple):
     """One architecture of a file, as it stands there.
 

@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -7,6 +9,19 @@ from hypothesis import settings
 # The same examples in every run, and no deadline, since machines are shared.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
+
+
+NO_GPU = ",".join(["-1"] * 8)
+"""Hides GPUs. Paddle's launcher takes one of these for each of up to eight processes."""
+
+
+def pytest_configure(config):
+    """Hide GPUs from these tests and from what they start; only ``-m gpu`` sees them.
+
+    Paddle would choose a GPU wherever it sees one, and the numbers are those of CPUs.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = NO_GPU
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,13 +6,13 @@ import json
 import independent
 import numpy as np
 import pytest
+from counted import counts_of, first_ones
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from hnas.base.errors import UserError
-from hnas.evaluation.hits import Counts
-from hnas.evaluation.ledger import estimates
+from hnas.evaluation.results import estimates
 from hnas.ranking.front import (
     binomial_error,
     critical_value,
@@ -59,7 +59,7 @@ def test_the_critical_value_keeps_the_best_as_often_as_it_says():
 
 def test_noise_is_that_of_stage_3():
     hits = np.array([0, 100, IMAGES])
-    counts = Counts(hits, hits, hits, hits, IMAGES)
+    counts = counts_of(first_ones(hits, IMAGES))
     found = binomial_error(counts.accuracy(), IMAGES)
     np.testing.assert_allclose(found, counts.standard_error(), rtol=1e-12)
 
@@ -84,7 +84,7 @@ def scored(tmp_path):
     archs = space.sample_distinct(rng, 40, (space.largest(), space.smallest()))
     macs = np.array([space.macs(arch, 32, 10) for arch in archs.values()])
     hits = np.clip(300 + 8e-6 * (macs - macs.min()) + rng.normal(0, 6, 40), 0, IMAGES).astype(int)
-    found = estimates(archs, Counts(hits, hits, hits, hits, IMAGES))
+    found = estimates(archs, counts_of(first_ones(hits, IMAGES)), None, IMAGES)
     (tmp_path / "estimates.json").write_text(json.dumps(found))
     submission = {
         name: {"acc": entry["acc"], "arch": entry["arch"]}

@@ -65,7 +65,7 @@ def test_an_unfinished_demo_is_refused(demo):
 
 def commands(text):
     joined = text.replace("\\\n", " ")
-    return [shlex.split(line) for line in joined.splitlines() if line.startswith("  ")][3:]
+    return [shlex.split(line) for line in joined.splitlines() if line.startswith("  ")][4:]
 
 
 def test_the_report_works_as_printed(demo, capsys):
@@ -77,7 +77,7 @@ def test_the_report_works_as_printed(demo, capsys):
     # The accuracies are the MACs.
     assert found["architectures"] == NUMBER
     assert found["kendall_tau_b"]["value"] == pytest.approx(1)
-    assert (demo / "report/report.html").is_file()
+    assert (demo / "macs/report.html").is_file()
 
 
 def test_the_other_command_scores_what_it_draws():

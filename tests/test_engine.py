@@ -20,19 +20,18 @@ from hnas.dataset.image_folder import scan_images
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation import engine
 from hnas.evaluation.engine import (
-    EngineError,
     ScoringSettings,
     choose_chunk,
     cost_of_an_image,
     evaluate_shared,
-    spot_check,
 )
-from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, balanced_order
-from hnas.evaluation.ledger import STATE_FILE, load_state
+from hnas.evaluation.ledger import Targets
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.state import STATE_FILE, load_state
 from hnas.models.registry import build_network
+from hnas.ranking.paired import read_estimates
 from hnas.search_space import RESNET48, RESNET48_MINI
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,12 +119,22 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, fold
         rate = (hits + 1) / 26
         assert entry["arch"] == arch.code and entry["acc"] == hits / 24
         assert entry["se"] == pytest.approx((rate * (1 - rate) / 24) ** 0.5, abs=1e-6)
+    assert told["agreement"] == {"images": 24, "tau": 1.0, "low": 1.0, "high": 1.0}
+    read = read_estimates(tmp_path / "estimates.json")
+    np.testing.assert_array_equal(read.folds, counts.folds)
+    np.testing.assert_array_equal(read.folds.sum(axis=1), counts.top1)
+    assert np.all(np.abs(read.folds - expected.folds).sum(axis=1) <= counts.near1)
 
 
 def test_engine_stops_at_the_target(network, archs, folder, tmp_path):
     images = decoded(folder, tmp_path)
     counts = evaluate_shared(
-        network, archs, images, tmp_path, IDENTITY, ScoringSettings(chunk=6, target_se=0.13)
+        network,
+        archs,
+        images,
+        tmp_path,
+        IDENTITY,
+        ScoringSettings(None, 6, targets=Targets(se=0.13)),
     )
     assert counts.images in (12, 18)
     assert counts.standard_error().max() < 0.13
@@ -144,11 +153,11 @@ def test_interrupted_evaluation_continues_to_the_same_file(
     calls = []
     original = SharedEvaluator.evaluate
 
-    def failing(self, *arguments):
+    def failing(self, *arguments, **named):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        original(self, *arguments)
+        return original(self, *arguments, **named)
 
     monkeypatch.setattr(SharedEvaluator, "evaluate", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -162,20 +171,7 @@ def test_interrupted_evaluation_continues_to_the_same_file(
     assert len(calls) == 3 + 3
     for one, other in zip(resumed.columns(), uninterrupted.columns(), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_spot_check_finds_a_wrong_count(network, archs, folder, tmp_path):
-    images = decoded(folder, tmp_path)
-    batch = images.batch(0, 24)
-    counts = Counts.zeros(6)
-    right = evaluate_reference(network, [archs["n2"]], [batch])
-    counts.top1[2], counts.top5[2] = right.top1[0], right.top5[0]
-    spot_check(network, archs, 2, batch, None, counts)
-    counts.top1[2] += 1
-    with pytest.raises(EngineError, match="n2"):
-        spot_check(network, archs, 2, batch, None, counts)
-    counts.near1[2] = 1  # one image's logits are that close
-    spot_check(network, archs, 2, batch, None, counts)
+    np.testing.assert_array_equal(resumed.folds, uninterrupted.folds)
 
 
 @pytest.mark.parametrize(
@@ -203,15 +199,14 @@ def test_one_architecture_is_not_compared_with_itself(network, archs, folder, tm
     assert line.endswith(f"in chunks of 24: {macs / 1e6:.2f} MMAC an image") and macs < 1e7
 
 
-def test_chunk_follows_the_free_memory(monkeypatch):
-    monkeypatch.setattr(engine, "available_bytes", lambda: 8 * 2**30)
-    large = choose_chunk(RESNET48, 224, 0)
+def test_chunk_follows_the_memory():
+    large = choose_chunk(RESNET48, 224, 0, 2 * 2**30)
     assert 16 <= large <= 200
-    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * 2**30)
-    assert choose_chunk(RESNET48, 224, 0) == pytest.approx(large / 2, abs=1)
-    assert choose_chunk(RESNET48_MINI, 32, 0) == engine.MAX_CHUNK
-    monkeypatch.setattr(engine, "available_bytes", lambda: 0)
-    assert choose_chunk(RESNET48, 224, 0) == 1
+    assert choose_chunk(RESNET48, 224, 0, 2**30) == pytest.approx(large / 2, abs=1)
+    assert choose_chunk(RESNET48, 224, 0, 2**30, number=2) == pytest.approx(large, abs=1)
+    assert choose_chunk(RESNET48, 224, 16, 2 * 2**30) == large - 16
+    assert choose_chunk(RESNET48_MINI, 32, 0, 2**30) == engine.MAX_CHUNK
+    assert choose_chunk(RESNET48, 224, 0, 0) == 1
 
 
 def command(folder, tmp_path, name):

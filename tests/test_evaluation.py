@@ -10,10 +10,11 @@ import pytest
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.architecture_file import read_architectures
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu.inference import InferenceKernels, filters_are_fresh
 from hnas.evaluation.cpu.matmul import MatmulKernels, corner_windows, window_indices
 from hnas.evaluation.cpu.winograd import WinogradKernels
-from hnas.evaluation.hits import Counts, count_hits
+from hnas.evaluation.hits import count_hits
 from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator, _Walk
@@ -113,23 +114,23 @@ def logits_of(evaluator, images, labels, counts, monkeypatch):
     caught = {}
 
     def catch(self, features, channels):
-        weight, bias = self._evaluator._classifier
-        logits = paddle.stack(features) @ weight[:channels] + bias
+        logits = original_logits(self, features, channels)
         for (leaves, _), own in zip(current[0], logits, strict=True):
             for position in leaves:
                 caught[int(self._tree.order[position])] = own.numpy()
-        return count_hits(logits, self._labels)
+        return logits
 
     current = [None]
-    original = _Walk._multiply_heads
+    original_logits, original = _Walk._logits, _Walk._multiply_heads
 
     def remember(self, channels):
         current[0] = list(self._features[channels])
         original(self, channels)
 
-    monkeypatch.setattr(_Walk, "_head_hits", catch)
+    monkeypatch.setattr(_Walk, "_logits", catch)
     monkeypatch.setattr(_Walk, "_multiply_heads", remember)
-    evaluator.evaluate(images, labels, counts)
+    watched = evaluator.evaluate(images, labels, counts, watch=2)
+    np.testing.assert_array_equal(watched.numpy(), caught[2])
     return caught
 
 
@@ -199,6 +200,7 @@ def test_chunks_add_up():
     assert sum(finished) == 3 * len(archs)
     assert parts.images == 12
     assert np.all(np.abs(whole.top1 - parts.top1) <= whole.near1)
+    assert np.all(np.abs(whole.folds - parts.folds).sum(axis=1) <= whole.near1)
 
 
 @pytest.mark.parametrize(
@@ -335,11 +337,16 @@ def test_hits_and_near_ties():
     labels[0] = 2
     logits[1, 1, labels[1]] = np.sort(logits[1, 1])[-1] + 5e-5  # wins by a hair
     found = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    assert not found.bad.any()
     for network in range(3):
         order = np.argsort(-logits[network], axis=1, kind="stable")
         rank = (order == labels[:, None]).argmax(1)
-        assert found[network, 0] == (rank < 1).sum() and found[network, 1] == (rank < 5).sum()
-    assert found[0, 2] >= 1 and found[0, 3] >= 1 and found[1, 2] >= 1
+        assert found.columns[network, :2].tolist() == [(rank < 1).sum(), (rank < 5).sum()]
+        expected = [(rank[fold::16] < 1).sum() for fold in range(16)]
+        assert found.folds[network].tolist() == expected
+        later = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels), first=19)
+        assert later.folds[network].tolist() == np.roll(expected, 3).tolist()
+    assert found.columns[0, 2] >= 1 and found.columns[0, 3] >= 1 and found.columns[1, 2] >= 1
 
 
 def as_imagenet(images):
@@ -426,7 +433,7 @@ def test_standard_error_is_binomial_and_never_certain():
 
 
 def test_submission_json_is_exact(tmp_path):
-    from hnas.evaluation.engine import write_results
+    from hnas.evaluation.results import write_results
 
     archs = {f"n{i}": arch for i, arch in enumerate(family(RESNET48_MINI, 6))}
     counts = Counts.zeros(len(archs))

@@ -20,7 +20,7 @@ from hnas.base.files import digest_path, file_digest
 from hnas.dataset.image_folder import decode_image
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.comparison import Comparison
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.counts import Counts
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits

@@ -8,7 +8,6 @@ from paddle import nn
 from hnas.base.errors import UserError
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.callbacks import VisualDLWriter
 from hnas.utils.gradient_step import GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
@@ -87,39 +86,6 @@ def test_batches_that_cannot_be_split_are_refused():
 def test_training_in_half_precision_only_is_refused():
     with pytest.raises(UserError, match="O1"):
         prepare(distillation(1), Options(batch_size=8, amp="O2"), 10)
-
-
-def test_visualdl_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "visualdl", None)
-    with pytest.raises(UserError, match="pip install visualdl"):
-        VisualDLWriter("curves", 1)
-
-
-def test_visualdl_gets_a_point_every_log_freq_steps(monkeypatch):
-    points = []
-
-    class Writer:
-        def __init__(self, folder):
-            points.append(folder)
-
-        def add_scalar(self, tag, value, step):
-            points.append((tag, value, step))
-
-        def close(self):
-            points.append("closed")
-
-    module = type("visualdl", (), {"LogWriter": Writer})
-    monkeypatch.setitem(__import__("sys").modules, "visualdl", module)
-    writer = VisualDLWriter("curves", 2)
-    writer.set_params({"epochs": 2, "steps": 3, "batch_size": 4})
-    for epoch in range(2):
-        writer.on_epoch_begin(epoch)
-        for step in range(3):
-            writer.on_train_batch_end(step, {"loss": epoch * 10.0 + step, "top1": 0.5, "lr": 0.1})
-    writer.on_train_end()
-    losses = [point[1:] for point in points if point[0] == "train/loss"]
-    assert losses == [(1.0, 2), (11.0, 5)]
-    assert points[0] == "curves" and points[-1] == "closed"
 
 
 def test_mixed_precision_is_refused_on_a_cpu():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from counted import counts_of, first_ones
 from PIL import Image
 
 from hnas.base.errors import UserError
@@ -29,11 +30,13 @@ from hnas.dataset import image_folder
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.image_index import cache_folder
 from hnas.dataset.pixel_cache import PixelCache
-from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.hits import LogitsError, count_hits
 from hnas.evaluation.images import DecodedImages, list_hash
-from hnas.evaluation.ledger import STATE_FILE, Ledger, StateError
+from hnas.evaluation.ledger import Ledger
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.state import STATE_FILE, StateError
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import draw_architectures, flops, rank_report, train_standalone
@@ -76,7 +79,9 @@ def test_logits_that_are_not_finite_are_no_hits(classes, bad, where):
     column = {"the label's": labels[2], "another": (labels[2] + 1) % classes, "all": slice(None)}
     logits[1, 2, column[where]] = bad
     found = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
-    assert found.tolist() == [[6, 6, 0, 0, 0], [5, 5, 0, 0, 1]]
+    assert found.columns.tolist() == [[6, 6, 0, 0], [5, 5, 0, 0]]
+    assert found.bad.tolist() == [0, 1]
+    assert found.folds.tolist() == [[1] * 6 + [0] * 10, [1, 1, 0, 1, 1, 1] + [0] * 10]
 
 
 @pytest.mark.parametrize("value", [0.0, 5e3, -5e3, 3e38])
@@ -84,7 +89,7 @@ def test_equal_logits_of_any_size_go_to_the_smallest_index(value):
     """Those of 3e38 add up to infinity, which is no reason to refuse them."""
     logits = paddle.full([1, 8, 8], value)
     found = count_hits(logits, paddle.arange(8))
-    assert found.tolist() == [[1, 5, 8, 8, 0]]
+    assert found.columns.tolist() == [[1, 5, 8, 8]] and found.bad.tolist() == [0]
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +292,7 @@ def arrays(start=0, images=10, **changes) -> dict[str, np.ndarray]:
     """What a state of 10 of 23 images holds, or with other numbers another file."""
     columns = {name: np.array([images // 2, images]) for name in ("top1", "top5")}
     columns |= {name: np.zeros(2, np.int64) for name in ("near1", "near5")}
+    columns |= {"folds": counts_of(first_ones(columns["top1"], images)).folds}
     numbers = {"start": np.array(start), "chunk": np.array(5), "images": np.array(images)}
     whose = {f"identity_{name}": np.array(value) for name, value in IDENTITY.items()}
     content = {**numbers, **columns, **whose, **changes}
@@ -329,10 +335,19 @@ def two_start(content: bytes) -> bytes:
     return file.getvalue()
 
 
+GOOD_FOLDS = arrays()["folds"]
 GOOD, CHUNK = as_npz(arrays()), as_npz(arrays(10, 5))
 HUGE = "{'descr': '<i8', 'fortran_order': False, 'shape': (1125899906842624,), }"
 OBJECTS = "{'descr': '|O', 'fortran_order': False, 'shape': (2,), }"
 STATES = {  # name of the file, content, words of the error
+    "of an earlier version": (STATE_FILE, arrays(folds=None), "of an earlier version"),
+    "folds above their images": (
+        STATE_FILE, arrays(folds=np.eye(2, 16, dtype=np.int64) * [[5], [10]]), "above its images"),
+    "negative folds": (
+        STATE_FILE, arrays(folds=GOOD_FOLDS + np.eye(2, 16, 1, dtype=np.int64) * -9), "below 0"),
+    "folds of other hits": (STATE_FILE, arrays(folds=GOOD_FOLDS[::-1]), "do not add up"),
+    "fewer folds": (STATE_FILE, arrays(folds=GOOD_FOLDS[:, :8]), "wrong shapes"),
+    "folds of floats": (STATE_FILE, arrays(folds=GOOD_FOLDS * 1.0), "not int64"),
     "hits above the images": (STATE_FILE, arrays(top1=np.array([5, 11])), "above the 10 images"),
     "top-5 above the images": (STATE_FILE, arrays(top5=np.array([10, 11])), "above the 10 images"),
     "near ties above the images": (STATE_FILE, arrays(near5=np.array([0, 11])), "above the 10"),
@@ -343,7 +358,9 @@ STATES = {  # name of the file, content, words of the error
     "booleans": (STATE_FILE, arrays(top1=np.array([True, False])), "not int64"),
     "text": (STATE_FILE, arrays() | {"images": np.array("ten")}, "not int64"),
     "one architecture more": (
-        STATE_FILE, arrays(**dict.fromkeys(FOUR, np.zeros(3, np.int64))), "3 architectures, not 2"),
+        STATE_FILE,
+        arrays(**dict.fromkeys(FOUR, np.zeros(3, np.int64)), folds=np.zeros((3, 16), np.int64)),
+        "3 architectures, not 2"),
     "columns of two lengths": (STATE_FILE, arrays(top1=np.zeros(3, np.int64)), "wrong shapes"),
     "a table": (STATE_FILE, arrays(**dict.fromkeys(FOUR, np.zeros((2, 1), np.int64))), "shapes"),
     "a list of chunks": (STATE_FILE, arrays(chunk=np.array([5])), "wrong shapes"),

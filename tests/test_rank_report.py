@@ -1,16 +1,15 @@
 """python -m hnas.tools.rank_report: matching, figures, files, and what it refuses."""
 
-import base64
 import html.parser
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import stats
 
 from hnas.base.errors import UserError
@@ -144,9 +143,23 @@ def test_the_breakdown_names_the_choice_that_is_missing(report, files, tmp_path)
     assert min(effects, key=effects.get) == "depth 3" and effects["depth 3"] < -20
     shallow, *_, deep = found["by_option"]["depth 3"]
     assert (shallow["option"], deep["option"]) == (2, 8)
-    assert shallow["mean_error"] > 10 and deep["mean_error"] < -10
+    assert shallow["mean"] > 10 and deep["mean"] < -10
     assert sum(row["architectures"] for row in found["by_option"]["depth 3"]) == NUMBER
     assert "the depth of stage 3 is underrated" in found["interpretation"][1]
+    share = f"{100 * found['attribution']['explained']:.0f} % of the errors' variance"
+    assert share in found["interpretation"][1]
+    assert found["attribution"]["choices"]["depth 3"]["p_value"] < 0.001
+
+
+def test_errors_of_chance_have_no_culprit(report, tmp_path, archs, truth):
+    """The largest of these effects is 2.8 standard errors, as one of twelve well may be."""
+    rng = np.random.default_rng(5)
+    pred = write(tmp_path / "pred.json", archs, truth + rng.normal(scale=0.02, size=NUMBER))
+    report(pred, write(tmp_path / "gt.json", archs, truth))
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    effects = found["attribution"]["choices"].values()
+    assert max(abs(row["effect"]) / row["standard_error"] for row in effects) > 2
+    assert "No choice of depth or width stands out" in found["interpretation"][1]
 
 
 # --- matching
@@ -212,8 +225,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.attributes += [(tag, name, value) for name, value in attributes]
-        if tag not in ("meta", "img"):
+        if tag != "meta":
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += [(tag, name, value) for name, value in attributes]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -222,22 +238,24 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
+PANELS = {"scatter.svg", "ranks.svg", *(f"breakdown_{number}.svg" for number in range(1, 9))}
+
+
 def test_the_page_needs_nothing_else(report, files, tmp_path):
     found = report(*files)
     out = tmp_path / "out"
     assert found["report"] == str(out / "report.html")
-    names = {path.name for path in out.iterdir()}
-    assert names == {"report.html", "report.json", "scatter.png", "ranks.png", "breakdown.png"}
+    assert {path.name for path in out.iterdir()} == {"report.html", "report.json", *PANELS}
     text = (out / "report.html").read_text()
     page = Page(text)
-    sources = [value for _, name, value in page.attributes if name in ("src", "href")]
-    assert len(sources) == 3 and "http" not in text and "<script" not in text
-    for source, name in zip(sources, ("scatter", "ranks", "breakdown"), strict=True):
-        image = base64.b64decode(source.removeprefix("data:image/png;base64,"))
-        assert image == (out / f"{name}.png").read_bytes()
-        with Image.open(out / f"{name}.png") as picture:
-            picture.load()
-            assert min(picture.size) > 400 and len(picture.convert("L").getcolors()) > 10
+    assert not [value for _, name, value in page.attributes if name in ("src", "href")]
+    assert "http" not in text and "<script" not in text and "url(" not in text
+    assert text.count("<svg") == len(PANELS)
+    for name in PANELS:
+        drawing = ElementTree.parse(out / name).getroot()
+        assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+        body = (out / name).read_text().split("</style>")[1]
+        assert body in text, name
     assert f"{found['kendall_tau_b']['value']:.3f}" in page.text
     assert "stage 4: output width" in page.text and "70 % (digit 7)" in page.text
 

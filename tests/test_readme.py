@@ -32,7 +32,7 @@ LAUNCHERS = (
     "local_eval.sh",
 )
 # Of programs that are not ours.
-FOREIGN_FLAGS = {"help", "shm-size"}
+FOREIGN_FLAGS = {"help", "shm-size", "logdir", "port"}
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 each_page = pytest.mark.parametrize("page", PAGES)
 
@@ -156,7 +156,8 @@ def test_commands_fit_the_programs_they_call(page):
             elif module := re.search(r"-m (hnas\.[\w.]+)", line):
                 assert given <= flags_of(program(module[1])), line
             elif not scripts:
-                assert words[0] in ("mkdir", "cp") or re.search(r"-m (venv|pip)\b", line), line
+                foreign = ("mkdir", "cp", ".venv/bin/visualdl")
+                assert words[0] in foreign or re.search(r"-m (venv|pip)\b", line), line
         assert exported <= set().union(*map(launcher_variables, called)), script
 
 
@@ -364,6 +365,15 @@ def test_fields_of_the_ranking_report_are_all_told():
     source = text_of("hnas/tools/rank_report.py").split("def summary(")[1]
     printed = set(re.findall(r'^ +"(\w+)": ', source, re.M)) | set(CORRELATIONS)
     assert fields == printed - {"pred", "gt", "report"}
+
+
+def test_fields_of_a_report_on_scores_are_all_told():
+    rows = table_after("docs/ranking-report.md", "scores fields")
+    fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    source = text_of("hnas/tools/rank_report.py").split("def report_scores(")[1]
+    shown = re.search(r"shown = \((.*)\)", source)[1]
+    printed = set(re.findall(r'"(\w+)"', shown)) | {"tau_of_macs", "explained", "notes"}
+    assert fields == printed - {"pred"}
 
 
 def test_widths_and_costs_are_the_search_spaces():

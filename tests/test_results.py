@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from counted import counts_of, first_ones
 
 from hnas.architecture_file import read_architectures
 from hnas.base.errors import UserError
-from hnas.evaluation.engine import write_results
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.results import write_results
 from hnas.search_space import RESNET48
 
 
@@ -17,7 +17,7 @@ def scored():
     """Three architectures on 7 images."""
     rng = np.random.default_rng(0)
     archs = {f"arch{index}": RESNET48.sample(rng) for index in (1, 30, 7)}
-    counts = Counts(*(np.array(part) for part in ([3, 0, 7], [5, 1, 7], [0, 2, 1], [1, 0, 0])), 7)
+    counts = counts_of(first_ones([3, 0, 7], 7), [5, 1, 7], [0, 2, 1], [1, 0, 0])
     return archs, counts
 
 

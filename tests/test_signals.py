@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from counted import counts_of
 from PIL import Image
 
 from hnas.base.signals import Stopped
 from hnas.dataset import image_folder
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.ledger import Ledger
 from hnas.search_space import RESNET48_MINI
 
@@ -159,8 +160,7 @@ def test_scoring_stops_when_the_chunk_is_saved(number, tmp_path):
         return found
 
     def counts(chunk: range) -> Counts:
-        ones = np.full(3, len(chunk), dtype=np.int64)
-        return Counts(ones, ones, 0 * ones, 0 * ones, len(chunk))
+        return counts_of(np.ones((3, len(chunk))))
 
     first, seen = ledger(), []
     with pytest.raises(Stopped) as stopped:

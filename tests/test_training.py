@@ -18,11 +18,12 @@ from hnas.search_space import RESNET48_MINI
 from hnas.utils.gradient_step import learning_rate, momentum_optimizer, swinging_rate
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
+    StandaloneModel,
     distillation_loss,
     relative_sizes,
 )
 from hnas.utils.options import Options
-from hnas.utils.SampleMethod import RandomSampler, SandwichSampler
+from hnas.utils.SampleMethod import LargestSampler, RandomSampler, SandwichSampler
 from hnas.utils.training import prepare
 
 CLASSES, RATE, MOMENTUM, DECAY = 10, 0.05, 0.9, 1e-3
@@ -284,3 +285,149 @@ def test_flags_choose_the_schedule():
     cosine = [peak * math.cos(math.pi * step / 20) ** 2 for step in range(10)]
     np.testing.assert_allclose(found["cosine"][10:], cosine, atol=1e-12)
     np.testing.assert_allclose(found["cosine"][:10], [peak * (i + 1) / 10 for i in range(10)])
+
+
+# --- what flags add
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_first_subnetwork_learns_from_labels_and_teaches_the_others(temperature):
+    paddle.seed(9)
+    net = build_network("resnet48_mini", CLASSES)
+    # In float64, since new networks amplify rounding; normalisation gives float32 images.
+    net.to(dtype="float64")
+    net.forward = lambda x, run=net.forward: run(x.astype("float64"))
+    sampler = SandwichSampler(RESNET48_MINI, seed=2, number=3)
+    model = DistillationModel(net, None, sampler, temperature=temperature, in_place=True)
+    model.prepare(paddle.optimizer.SGD(0.1, parameters=net.parameters()))
+    images, labels = batch(11)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    x = paddle.to_tensor(normalized(images)).astype("float64")
+    expected, teacher = [], None
+    with paddle.no_grad():
+        for arch in sampler.sample(0, 0):
+            logits = independent.forward(state, arch.code, x, (20, 32, 64, 128), 1, True).numpy()
+            loss = -log_softmax(logits)[np.arange(16), labels].mean()
+            softened = log_softmax(logits / temperature)
+            if teacher is None:
+                teacher = np.exp(softened)
+            else:
+                loss += -(temperature**2) * (teacher * softened).sum(1).mean()
+            expected.append(loss)
+    logs = model.train_batch([paddle.to_tensor(images), paddle.to_tensor(labels)])
+    codes = [code for code, _ in logs["parts"]]
+    assert codes[:2] == [RESNET48_MINI.largest().code, RESNET48_MINI.smallest().code]
+    np.testing.assert_allclose([float(loss) for _, loss in logs["parts"]], expected, rtol=1e-5)
+
+
+def test_a_teacher_in_place_gets_no_gradient_from_its_pupils():
+    """With a pupil or without, what only the largest network has gets the same gradient."""
+    gradients = []
+    for subnetworks in (1, 2):
+        paddle.seed(12)
+        net = build_network("resnet48_mini", CLASSES)
+        sampler = SandwichSampler(RESNET48_MINI, 0, subnetworks)
+        model = DistillationModel(net, None, sampler, in_place=True)
+        before = {name: p.numpy().copy() for name, p in net.named_parameters()}
+        model.prepare(paddle.optimizer.SGD(0.1, parameters=net.parameters()))
+        model.train_batch([paddle.to_tensor(part) for part in batch(13)])
+        gradients.append({name: p.numpy() - before[name] for name, p in net.named_parameters()})
+    # Of a filter [out, in, 3, 3] the smallest network has the first 70 to 90 % each way.
+    own, shared = 0, 0
+    for name, alone in gradients[0].items():
+        if alone.ndim == 4 and name.startswith("blocks.") and alone.shape[0] > 90:
+            corner = np.s_[-1, -1]
+            np.testing.assert_allclose(gradients[1][name][corner], alone[corner], atol=1e-6)
+            own += np.abs(alone[corner]).max() > 1e-6
+            shared += np.abs(gradients[1][name][0, 0] - alone[0, 0]).max() > 1e-6
+    assert own > 3 and shared > 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_label_smoothing_spreads_a_share_over_all_classes(smoothing):
+    rng = np.random.default_rng(3)
+    logits = rng.normal(scale=2, size=(6, CLASSES))
+    labels = rng.integers(0, CLASSES, 6)
+    target = (1 - smoothing) * np.eye(CLASSES)[labels] + smoothing / CLASSES
+    student = paddle.to_tensor(logits)
+    student.stop_gradient = False
+    loss = distillation_loss(student, paddle.to_tensor(labels), None, 1.0, smoothing)
+    assert float(loss) == pytest.approx(-(target * log_softmax(logits)).sum(1).mean(), rel=1e-6)
+    loss.backward()
+    gradient = (np.exp(log_softmax(logits)) - target) / 6
+    np.testing.assert_allclose(student.grad.numpy(), gradient, atol=1e-7)
+
+
+def test_models_smooth_labels_and_leave_the_teacher_alone():
+    """The loss that a step logs, against NumPy on the network's own logits."""
+    paddle.seed(5)
+    net = build_network("resnet48_mini", CLASSES)
+    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
+    plain = net.extract(RESNET48_MINI.largest())
+    images, labels = batch(4)
+    tensors = [paddle.to_tensor(images), paddle.to_tensor(labels)]
+    x = paddle.to_tensor(normalized(images))
+    target = 0.8 * np.eye(CLASSES)[labels] + 0.2 / CLASSES
+    log_p = log_softmax(plain(x).numpy().astype(float))
+    hard = -(target * log_p).sum(1).mean()
+
+    def loss_of(model):
+        model.prepare(paddle.optimizer.SGD(0.0, parameters=model.network.parameters()))
+        return float(model.train_batch(tensors)["loss"])
+
+    alone = StandaloneModel(plain, "code", label_smoothing=0.2)
+    assert loss_of(alone) == pytest.approx(hard, rel=1e-4)
+    teacher.eval()
+    soft = -(np.exp(log_softmax(teacher(x).numpy())) * log_p).sum(1).mean()
+    taught = DistillationModel(net, teacher, LargestSampler(RESNET48_MINI), label_smoothing=0.2)
+    assert loss_of(taught) == pytest.approx(hard + soft, rel=1e-4)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("spared", [False, True])
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_steps_of_the_optimizer_are_those_of_numpy(nesterov, spared, limit):
+    """Penalties on vectors or not, Nesterov or not, with all gradients clipped together or not."""
+    paddle.seed(3)
+    layers = paddle.nn.Sequential(paddle.nn.Conv2D(3, 4, 2), paddle.nn.BatchNorm2D(4))
+    layers[1].weight.set_value(paddle.to_tensor([1.5, 0.5, 2.0, 1.0]))
+    trained = [p for p in layers.parameters() if not p.stop_gradient]
+    assert sorted(p.ndim for p in trained) == [1, 1, 1, 4]
+    values = [p.numpy().astype(float) for p in trained]
+    velocities = [np.zeros_like(value) for value in values]
+    optimizer = momentum_optimizer(layers, RATE, MOMENTUM, 0.1, limit, nesterov, spared)
+    for step in range(3):
+        x = paddle.to_tensor(np.random.default_rng(step).normal(size=(5, 3, 3, 3)), "float32")
+        (layers(x) ** 2).sum().backward()
+        gradients = [p.grad.numpy().astype(float) for p in trained]
+        norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
+        factor = min(1.0, limit / norm) if limit else 1.0
+        assert not limit or factor < 1
+        for i, gradient in enumerate(gradients):
+            decay = 0.0 if spared and values[i].ndim == 1 else 0.1
+            total = factor * gradient + decay * values[i]
+            velocities[i] = MOMENTUM * velocities[i] + total
+            values[i] -= RATE * (total + MOMENTUM * velocities[i] if nesterov else velocities[i])
+        optimizer.step()
+        optimizer.clear_grad()
+        for parameter, value in zip(trained, values, strict=True):
+            np.testing.assert_allclose(parameter.numpy(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_flags_reach_the_optimizer():
+    """With no gradient only the penalty moves a weight; it moves no vector if they say so."""
+    for spared in (False, True):
+        paddle.seed(1)
+        layer = paddle.nn.Linear(2, 2)
+        layer.bias.set_value(paddle.ones([2]))
+        model = SimpleNamespace(network=layer)
+        model.prepare = lambda optimizer, *_, model=model: setattr(model, "optimizer", optimizer)
+        options = Options(lr=1.0, batch_size=256, warmup=0, no_norm_decay=spared, nesterov=True)
+        options.weight_decay = 0.5
+        prepare(model, options, steps_per_epoch=5)
+        before = layer.weight.numpy()
+        (0 * layer(paddle.ones([1, 2]))).sum().backward()
+        model.optimizer.step()
+        # Nesterov's first step is (1 + momentum) times as long.
+        np.testing.assert_allclose(layer.weight.numpy(), before * (1 - 1.9 * 0.5), rtol=1e-5)
+        np.testing.assert_allclose(layer.bias.numpy(), 1.0 if spared else 0.05, rtol=1e-5)

@@ -206,10 +206,10 @@ def read_json(path: str | Path) -> dict:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not what this program saves; choose another --save_dir")
+        raise UserError(f"{path} is not what this program saves; name another file or folder")
     return content
 
 

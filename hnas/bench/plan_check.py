@@ -23,8 +23,8 @@ from paddle.static import InputSpec
 
 from hnas.base.command_line import LARGEST_SIDE, MOST_ARCHITECTURES, OneLineParser, whole_number
 from hnas.base.errors import run_main
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu.inference import cpu_threads, onednn_predictor
-from hnas.evaluation.hits import Counts
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import PrefixTree
 from hnas.models.elastic import freeze_statistics

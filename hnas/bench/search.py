@@ -35,12 +35,12 @@ from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output, file_digest, read_json, write_json
 from hnas.bench.rank.distorted_digits import Distortion
 from hnas.dataset.image_folder import scan_images
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
-from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, balanced_order
-from hnas.evaluation.ledger import architectures_hash
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.state import architectures_hash
 from hnas.models.registry import build_network
 from hnas.search_space import Architecture, search_space
 from hnas.tools import search
@@ -259,7 +259,7 @@ class Bench:
         batch = images.batch(0, len(images))
         rows = read_generations(folder)
         evaluator = SharedEvaluator(
-            self._network, rows[0], IMAGE_SIZE, settings.calibration, settings.amp
+            self._network, rows[0], IMAGE_SIZE, settings.calibration, settings.variant
         )
         spent = {"shared": np.zeros(2), "one_by_one": np.zeros(2)}
         for archs in rows:

@@ -38,10 +38,11 @@ from hnas.base.memory import peak_gib, reset_peak
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu.inference import cpu_threads, onednn_predictor
-from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages
 from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.shards import MOST_SHARDS, Shard
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.models.elastic import ElasticResNet
@@ -79,6 +80,9 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
     parser.add_argument("--count_only", type=read_bool, default=False, help="MACs, no run")
+    parser.add_argument(
+        "--shards", type=whole_number(1, MOST_SHARDS), default=1, help="count those of shards, too"
+    )
     options = parser.parse_args(argv)
 
     space = search_space(options.backbone)
@@ -95,11 +99,24 @@ def main(argv=None) -> None:
         "macs_naive": naive_macs(space, archs, options.image_size),
         "macs_shared": PrefixTree(space, archs).macs(options.image_size),
     }
+    if options.shards > 1:
+        result["macs_shards"] = shard_macs(space, archs, options.image_size, options.shards)
     if not options.count_only:
         paddle.seed(options.seed)
         with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
             result |= measure(options, space, archs, Path(folder), rng)
     sys.stdout.write(json.dumps(result) + "\n")
+
+
+def shard_macs(space, archs, image_size: int, shards: int) -> list[int]:
+    """Multiply-accumulates an image that a walk over each shard executes."""
+    named = {str(index): arch for index, arch in enumerate(archs)}
+    found = []
+    for number in range(1, shards + 1):
+        positions = Shard(number, shards).positions(space, named, image_size)
+        tree = PrefixTree(space, [archs[position] for position in positions])
+        found.append(tree.macs(image_size))
+    return found
 
 
 def measure(options, space, archs, folder: Path, rng) -> dict:

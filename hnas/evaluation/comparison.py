@@ -9,7 +9,8 @@ import paddle
 from tqdm import tqdm
 
 from hnas.dataset.transforms import normalize
-from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.hits import LogitsError, count_hits
 
 Logits = Callable[[paddle.Tensor], paddle.Tensor]
 """From normalised images [N, 3, S, S] to logits [N, classes], both float32."""
@@ -41,11 +42,11 @@ def compare(source: Logits, exported: Logits, loader) -> Comparison:
     for images, labels in tqdm(loader, desc="checking", unit="batch", mininterval=1):
         x = normalize(images)
         logits = paddle.stack([source(x), exported(x)])
-        *hits, bad = count_hits(logits, labels).T
-        for who, number in zip(("the source", "the exported network"), bad, strict=True):
+        hits = count_hits(logits, labels)
+        for who, number in zip(("the source", "the exported network"), hits.bad, strict=True):
             if number:
                 raise LogitsError(who, number, len(labels))
-        found.counts.add(Counts(*hits, len(labels)))
+        found.counts.add(hits.counts(len(labels)))
         found.difference = max(found.difference, float((logits[0] - logits[1]).abs().max()))
         found.largest = max(found.largest, float(logits[0].abs().max()))
     return found

@@ -12,27 +12,25 @@ from pathlib import Path
 import paddle
 from tqdm import tqdm
 
-from hnas.architecture_file import submission
-from hnas.base.errors import UserError
-from hnas.base.files import replacing, write_json
-from hnas.base.memory import available_bytes, peak_gib
-from hnas.evaluation.hits import Counts
+from hnas.base.device import free_bytes, on_gpu, peak_memory
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
-from hnas.evaluation.ledger import Ledger, even_chunk
-from hnas.evaluation.reference import evaluate_network, evaluate_reference
+from hnas.evaluation.ledger import Ledger, Targets, even_chunk
+from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.spot_check import spot_check
 from hnas.evaluation.tree import naive_macs
+from hnas.evaluation.variants import Variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
+from hnas.ranking.agreement import Agreement
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
 
 logger = logging.getLogger(__name__)
 
 MAX_CHUNK = 1024
-
-
-class EngineError(UserError):
-    """The shared engine disagrees with the reference engine."""
+CPU_SHARE, GPU_SHARE = 0.25, 0.6
+"""Of the free memory for a walk's activations. A machine's memory has other uses, a card's none."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,14 @@ class ScoringSettings:
         calibration: uint8 images [N, 3, H, W] for BatchNorm re-calibration, or None.
         chunk: images a walk; 0 chooses by the free memory, and such that every process gets as
             many chunks. A resumed run keeps its first.
-        target_se: stop when all standard errors are below it; 0: go through all images.
-        amp: mixed precision on GPUs.
+        targets: at which to stop before all images are through.
+        variant: how the walk computes; None as in :class:`SharedEvaluator`.
     """
 
     calibration: paddle.Tensor | None = None
     chunk: int = 0
-    target_se: float = 0.0
-    amp: str = "O0"
+    targets: Targets = Targets()
+    variant: Variant | None = None
 
 
 def evaluate_shared(
@@ -81,57 +79,78 @@ def evaluate_shared(
 
     Raises:
         StateError: the state in ``save_dir`` is of something else.
-        EngineError: the reference engine counts other hits.
+        EngineError: the reference engine finds other logits or hits.
     """
-    calibration, amp = settings.calibration, settings.amp
+    calibration = settings.calibration
     if evaluator is None:
-        evaluator = SharedEvaluator(network, list(archs.values()), images.size, calibration, amp)
+        evaluator = SharedEvaluator(
+            network, list(archs.values()), images.size, calibration, settings.variant
+        )
     else:
         evaluator.take(list(archs.values()))
-    ledger = Ledger(save_dir, identity, archs, len(images), settings.target_se, is_main_process())
-    ledger.begin(
-        settings.chunk or default_chunk(network.space, images, evaluator.calibration_images)
-    )
+    ledger = Ledger(save_dir, identity, archs, len(images), settings.targets, is_main_process())
+    ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
     for chunk in ledger.chunks():
         began = time.perf_counter()
         title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.starts())}"
         batch = images.batch(chunk.start, chunk.stop)
         counts = Counts.zeros(len(archs))
+        checked = chunk.start % len(archs)
         with tqdm(total=len(archs), desc=title, unit="arch", mininterval=1) as progress:
-            evaluator.evaluate(*batch, counts, progress.update)
-        if amp == "O0":
-            spot_check(network, archs, chunk.start % len(archs), batch, calibration, counts)
+            logits = evaluator.evaluate(*batch, counts, progress.update, watch=checked)
+        spot_check(
+            network,
+            list(archs.items())[checked],
+            batch,
+            calibration,
+            logits,
+            (counts.top1[checked], counts.top5[checked]),
+            evaluator.precision,
+            passes=len(archs) * len(images) / len(chunk),
+        )
         ledger.add(chunk.start, counts)
-        report(title, ledger, counts, len(images), time.perf_counter() - began)
+        if is_main_process():
+            report(title, ledger, counts, len(images), time.perf_counter() - began)
     return ledger.complete()
 
 
 def default_chunk(
-    space: SearchSpace, images: DecodedImages | ImagesOnDemand, calibration: int
+    space: SearchSpace, images: DecodedImages | ImagesOnDemand, evaluator: SharedEvaluator
 ) -> int:
     """Images a walk: what the memory allows, in as many chunks for every process."""
-    limit = choose_chunk(space, images.size, calibration)
+    free = free_bytes() if on_gpu() else free_bytes() / local_ranks()
+    limit = choose_chunk(
+        space,
+        images.size,
+        evaluator.calibration_images,
+        free * (GPU_SHARE if on_gpu() else CPU_SHARE),
+        evaluator.precision.bytes,
+    )
     return even_chunk(limit, len(images), world_size())
 
 
-def choose_chunk(space: SearchSpace, image_size: int, calibration: int) -> int:
-    """Images a walk such that its activations take at most a quarter of the free memory.
+def choose_chunk(
+    space: SearchSpace, image_size: int, calibration: int, memory: float, number: int = 4
+) -> int:
+    """Images a walk such that its activations take at most ``memory`` bytes.
 
-    One path of activations is alive: every block may keep its output, conv1's output and the
-    shortcut, all at full width and depth.
+    ``number`` is the bytes of an activation.
     """
-    if paddle.get_device() == "cpu":
-        free = available_bytes() / local_ranks()
-    else:
-        properties = paddle.device.cuda.get_device_properties()
-        free = properties.total_memory - paddle.device.cuda.memory_allocated()
+    images = int(memory / (number * path_numbers(space, image_size)))
+    return max(1, min(MAX_CHUNK, images - calibration))
+
+
+def path_numbers(space: SearchSpace, image_size: int) -> int:
+    """Activations of the one path that is alive in a walk, an image.
+
+    Every block may keep its output, conv1's output and the shortcut, all at full width and depth.
+    """
     stem, sizes = feature_sizes(image_size)
-    floats = 2 * stem * stem * space.base_channels[0]
+    numbers = 2 * stem * stem * space.base_channels[0]
     for stage, _, mid, cout, _ in space.plan(space.largest()).blocks():
-        floats += 3 * sizes[stage] ** 2 * max(mid, cout)
-    images = int(free / 4 / (4 * floats)) - calibration
-    return max(1, min(MAX_CHUNK, images))
+        numbers += 3 * sizes[stage] ** 2 * max(mid, cout)
+    return numbers
 
 
 def describe(
@@ -155,6 +174,8 @@ def describe(
         logger.warning(
             "%d chunks for %d processes: lower chunk_size", len(ledger.starts()), world_size()
         )
+    if ledger.targets != Targets() and len(ledger.starts()) == 1:
+        logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
     shared = evaluator.tree.macs(images.size)
     naive = naive_macs(space, archs.values(), images.size)
     logger.info(
@@ -180,48 +201,27 @@ def macs_text(macs: int) -> str:
     return f"{value:,.{decimals}f} {unit}"
 
 
-def spot_check(
-    network: ElasticResNet,
-    archs: Mapping[str, Architecture],
-    index: int,
-    batch: tuple[paddle.Tensor, paddle.Tensor],
-    calibration: paddle.Tensor | None,
-    counts: Counts,
-) -> None:
-    """Compare the hits of the architecture at ``index`` on a chunk with the reference engine's.
-
-    The programs on CPUs rely on what Paddle does, not on what it promises, so every chunk is
-    checked before its counts are kept.
-
-    Raises:
-        EngineError: they differ by more than nearly equal logits explain.
-    """
-    name, arch = list(archs.items())[index]
-    network.activate(arch)
-    expected = evaluate_network(network, [batch], calibration)
-    for hits, near in (("top1", "near1"), ("top5", "near5")):
-        found, allowed = getattr(counts, hits)[index], getattr(counts, near)[index]
-        if abs(found - getattr(expected, hits)[0]) > allowed:
-            raise EngineError(
-                f"architecture {name}: the shared engine counts {found} {hits} hits in a chunk, "
-                f"the reference {getattr(expected, hits)[0]}; use --eval_engine reference, and "
-                "please report this with your Paddle version"
-            )
-
-
 def report(title: str, ledger: Ledger, counts: Counts, images: int, seconds: float) -> None:
-    """Log how far the evaluation of ``images`` is, after a chunk of this process."""
+    """Log how far the evaluation of ``images`` is, after a chunk of the main process."""
     logger.info(
-        "%s: %d images, largest standard error %.4f, %.1f s, %.0f "
-        "images x architectures/s, eta %.0f s, peak memory %.2f GiB",
+        "%s: %d images, largest standard error %.4f, %s, %.1f s, %.0f "
+        "images x architectures/s, eta %.0f s, peak memory %s",
         title,
         ledger.counts.images,
         ledger.largest_error,
+        agreement_text(ledger.agreement),
         seconds,
         world_size() * counts.images * len(counts.top1) / seconds,
         (images - ledger.counts.images) / counts.images * seconds / world_size(),
-        peak_gib(),
+        peak_memory(),
     )
+
+
+def agreement_text(agreement: Agreement | None) -> str:
+    """How well the ranking agrees with that by all images, for the log."""
+    if agreement is None:
+        return "ranking's agreement not known yet"
+    return f"ranking's agreement {agreement.tau:.3f} ({agreement.low:.3f} to {agreement.high:.3f})"
 
 
 def evaluate_one_by_one(
@@ -232,30 +232,3 @@ def evaluate_one_by_one(
         return evaluate_reference(
             network, list(archs.values()), loader, calibration, progress.update
         )
-
-
-def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:
-    """Write what was found, and log how many hits hang on nearly equal logits.
-
-    ``submission.json`` holds top-1 accuracies in the organisers' form, ``submission_top5.json``
-    top-5 ones; ``channel_sample.txt`` has a line ``CODE top1 top5`` for each architecture, which
-    the helpers of public code read.
-    """
-    top1, top5 = counts.accuracy().tolist(), counts.top5_accuracy().tolist()
-    write_json(folder / "submission_top5.json", submission(archs, top5))
-    with replacing(folder / "channel_sample.txt") as temporary:
-        rows = zip(archs.values(), top1, top5, strict=True)
-        temporary.write_text("".join(f"{arch.code} {one} {five}\n" for arch, one, five in rows))
-    write_json(folder / "submission.json", submission(archs, top1))
-    logger.info(
-        "%d top-1 and %d top-5 hits of %d hang on logits closer than 1e-4",
-        counts.near1.sum(),
-        counts.near5.sum(),
-        len(archs) * counts.images,
-    )
-    logger.info(
-        "scored %d architectures on %d images: %s",
-        len(archs),
-        counts.images,
-        folder / "submission.json",
-    )

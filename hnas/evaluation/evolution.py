@@ -20,7 +20,7 @@ from hnas.base.errors import UserError
 from hnas.ranking.latency import LatencyTable
 from hnas.search_space import MIN_DEPTH, Architecture, SearchSpace
 
-UNITS = {"macs": "MACs", "params": "parameters", "latency_ms": "ms"}
+UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
 """What may be limited, and how one says it."""
 TWO_PARENTS = 0.5
 """Share of the children."""
@@ -39,7 +39,7 @@ class Budget:
         image_size: px.
         num_classes: outputs of the classifier.
         limits: the most of each kind of ``UNITS``; kinds that are not there have no limit.
-        latency: needed for ``latency_ms``.
+        latency: needed to limit it.
     """
 
     space: SearchSpace
@@ -55,7 +55,7 @@ class Budget:
             "params": self.space.params(arch, self.num_classes),
         }
         if self.latency is not None:
-            found["latency_ms"] = self.latency.of(arch)
+            found["latency"] = self.latency.of(arch)
         return found
 
     def allows(self, arch: Architecture) -> bool:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.evolution import Evolution
-from hnas.evaluation.hits import Counts
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
 from hnas.evaluation.ledger import STATE_FILE, architectures_hash, load_state
 from hnas.evaluation.shared import SharedEvaluator
@@ -46,7 +46,8 @@ class Scored:
         self.archs |= archs
         self.generation += [generation] * len(archs)
         columns = zip(self.counts.columns(), counts.columns(), strict=True)
-        self.counts = Counts(*map(np.concatenate, columns), counts.images)
+        folds = np.concatenate([self.counts.folds, counts.folds])
+        self.counts = Counts(*map(np.concatenate, columns), counts.images, folds)
 
 
 def search(
@@ -91,7 +92,7 @@ def search(
         whose = {**identity, "architecture_list": architectures_hash(archs)}
         if evaluator is None:
             evaluator = SharedEvaluator(
-                network, proposed, images.size, settings.calibration, settings.amp
+                network, proposed, images.size, settings.calibration, settings.variant
             )
         counts = evaluate_shared(network, archs, images, own, whose, settings, evaluator)
         scored.add(archs, _everywhere(counts), generation)
@@ -104,9 +105,10 @@ def search(
 
 def _everywhere(counts: Counts) -> Counts:
     """The main process's counts, which alone are complete."""
-    numbers = from_main_process([counts.images, *np.concatenate(counts.columns()).tolist()])
-    columns = np.array(numbers[1:], dtype=np.int64).reshape(4, -1)
-    return Counts(*columns, numbers[0])
+    table = np.vstack([counts.columns(), counts.folds.T])
+    images, *numbers = from_main_process([counts.images, *table.ravel().tolist()])
+    columns, folds = np.split(np.array(numbers, dtype=np.int64).reshape(table.shape), [4])
+    return Counts(*columns, images, folds.T)
 
 
 def report(scored: Scored, generation: int, generations: int) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import paddle
 
 from hnas.base.errors import UserError
+from hnas.evaluation.counts import Counts, by_fold
 
 NEAR = 1e-4
-"""Two logits this close may swap places in an engine that adds in another order."""
+"""Two logits this close may swap places in an engine that adds in another order; in float32.
+
+For the record only: how far engines may differ is measured, see ``spot_check.py``.
+"""
 
 
 class LogitsError(UserError):
@@ -29,60 +33,26 @@ class LogitsError(UserError):
         )
 
 
-@dataclass
-class Counts:
-    """How many images each of several architectures classifies correctly.
+class Hits(NamedTuple):
+    """What :func:`count_hits` finds in several networks.
 
     Attributes:
-        top1: images whose label has the largest logit; int64 [architectures].
-        top5: images whose label is among the five largest logits; int64 [architectures].
-        near1: images whose top-1 hit or miss hangs on logits within ``NEAR`` of the label's; int64
-            [architectures]. Engines may differ by this many hits, and by no more.
-        near5: the same for ``top5``.
-        images: how many images each architecture has classified.
+        columns: ``top1``, ``top5``, ``near1``, ``near5`` of :class:`Counts`; int64 [networks, 4].
+        folds: ``folds`` of :class:`Counts`; int64 [networks, FOLDS].
+        bad: images that have a logit that is NaN or infinite, which callers refuse by
+            :class:`LogitsError`; int64 [networks].
     """
 
-    top1: np.ndarray
-    top5: np.ndarray
-    near1: np.ndarray
-    near5: np.ndarray
-    images: int = 0
+    columns: np.ndarray
+    folds: np.ndarray
+    bad: np.ndarray
 
-    @classmethod
-    def zeros(cls, architectures: int) -> Counts:
-        """Before the first image."""
-        return cls(*np.zeros((4, architectures), dtype=np.int64))
-
-    def add(self, more: Counts) -> None:
-        """Add the same architectures' counts over other images."""
-        for own, others in zip(self.columns(), more.columns(), strict=True):
-            own += others
-        self.images += more.images
-
-    def columns(self) -> tuple[np.ndarray, ...]:
-        """The four arrays, in the order of the first columns of :func:`count_hits`."""
-        return self.top1, self.top5, self.near1, self.near5
-
-    def accuracy(self) -> np.ndarray:
-        """Top-1 accuracies, 0 to 1; float64 [architectures]."""
-        return self.top1 / max(1, self.images)
-
-    def top5_accuracy(self) -> np.ndarray:
-        """Top-5 accuracies, float64."""
-        return self.top5 / max(1, self.images)
-
-    def standard_error(self) -> np.ndarray:
-        """Standard errors of the accuracies as estimates for more such images; as accuracies.
-
-        Those of a binomial proportion, sqrt(p * (1 - p) / images), at Laplace's estimate
-        p = (hits + 1) / (images + 2): with the observed p, a few images that are all hits, or
-        all misses, would give an error of 0.
-        """
-        rate = (self.top1 + 1) / (self.images + 2)
-        return np.sqrt(rate * (1 - rate) / max(1, self.images))
+    def counts(self, images: int) -> Counts:
+        """As counts over ``images`` images."""
+        return Counts(*self.columns.T.copy(), images, self.folds)
 
 
-def count_hits(logits: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
+def count_hits(logits: paddle.Tensor, labels: paddle.Tensor, first: int = 0) -> Hits:
     """Hits of several networks on the same images.
 
     An image is a top-k hit if fewer than k classes are ahead of its label. Ahead are the classes
@@ -92,10 +62,7 @@ def count_hits(logits: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
     Args:
         logits: float32 [networks, N, classes].
         labels: int64 [N].
-
-    Returns:
-        int64 [networks, 5]: ``top1``, ``top5``, ``near1`` and ``near5`` of :class:`Counts`, and
-        the images that have such a logit, which callers refuse by :class:`LogitsError`.
+        first: how many images were counted before these, which decides on their folds.
     """
     networks, images, _ = logits.shape
     bad = _not_finite(logits)
@@ -112,8 +79,9 @@ def count_hits(logits: paddle.Tensor, labels: paddle.Tensor) -> np.ndarray:
         values = logits[network, image].numpy()
         ties = (values[:label] == values[label]).sum()
         ahead[network, image] = (values > values[label]).sum() + ties
-    columns = [(ahead < 1) & ~bad, (ahead < 5) & ~bad, *near, bad]
-    return np.stack([column.sum(axis=1) for column in columns], axis=1).astype(np.int64)
+    top1 = (ahead < 1) & ~bad
+    columns = [column.sum(axis=1) for column in (top1, (ahead < 5) & ~bad, *near)]
+    return Hits(np.stack(columns, axis=1), by_fold(top1, first), bad.sum(axis=1))
 
 
 def _not_finite(logits: paddle.Tensor) -> np.ndarray:

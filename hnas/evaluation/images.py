@@ -40,10 +40,11 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((position, turn))
 
 
-def list_hash(images: ImageList, order: np.ndarray, size: int) -> str:
+def list_hash(images: ImageList, order: np.ndarray, size: int, times: bool = True) -> str:
     """Hash of which images are evaluated at which size, in which order.
 
     An image is its name, its size and its modification time: one that was replaced is another.
+    Without ``times``, copies of the images on several machines are the same.
 
     Raises:
         DataError: an image is gone, or a link to nothing.
@@ -55,7 +56,7 @@ def list_hash(images: ImageList, order: np.ndarray, size: int) -> str:
             stamp = stamp_of(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-        digest.update(os.fsencode(f"{images.name(path)}\0{stamp}\n"))
+        digest.update(os.fsencode(f"{images.name(path)}\0{stamp if times else stamp[1]}\n"))
     return digest.hexdigest()
 
 

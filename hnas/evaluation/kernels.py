@@ -1,12 +1,11 @@
 """The operations that the shared evaluation is made of, in plain Paddle.
 
 Each takes activations and convolutions as tensors, so that one piece of code, or one compiled
-program, serves every block and width. ``evaluation/cpu`` has faster ways of running them on CPUs.
+program, serves every block and width. ``evaluation/cpu`` has faster ways of running them on CPUs,
+``evaluation/gpu_kernels.py`` those of GPUs.
 """
 
 from __future__ import annotations
-
-from contextlib import nullcontext
 
 import paddle
 from paddle.nn import functional as F  # noqa: N812
@@ -18,22 +17,20 @@ EPSILON = 1e-5
 
 
 class DygraphKernels:
-    """Paddle's operators one by one: for GPUs, and what the kernels for CPUs must agree with.
+    """Paddle's operators one by one in float32: what the kernels for CPUs must agree with.
 
     Args:
         calibration: BatchNorm takes the statistics of this many images at the front of every
             batch; with 0 it is folded into the convolutions.
         layout: of activations, ``NCHW`` or ``NHWC``.
-        amp: ``O0``, or ``O1``/``O2`` for mixed precision: bfloat16 where the GPU has it.
 
     Convolutions are as :class:`SlicedWeights` gives them; activations are [N, C, H, W] below,
     whatever the layout.
     """
 
-    def __init__(self, calibration: int = 0, layout: str = "NCHW", amp: str = "O0"):
+    def __init__(self, calibration: int = 0, layout: str = "NCHW"):
         self.calibration = calibration
         self.layout = layout
-        self.amp = amp
         self.channel_axis = layout.index("C")
         self._batch_axis = layout.index("N")
         self._spatial = [layout.index("H"), layout.index("W")]
@@ -41,13 +38,6 @@ class DygraphKernels:
     def form(self, size: int, stride: int) -> Form:
         """How a convolution's tensors must lie, by the height of its output and its stride."""
         return Form(channel_axis=self.channel_axis)
-
-    def precision(self):
-        """Context of a walk: mixed precision, or nothing."""
-        if self.amp == "O0":
-            return nullcontext()
-        half = "bfloat16" if paddle.amp.is_bfloat16_supported() else "float16"
-        return paddle.amp.auto_cast(level=self.amp, dtype=half)
 
     def convolve(self, x, filters, stride: int, padding: int):
         """A convolution without bias."""

@@ -10,12 +10,12 @@ matter which process finds them, or in which order. Kept in the folder of an eva
 
   Both say which images they hold, and what they say is checked: a file that was copied, renamed or
   changed is refused.
-- ``estimates.json``: accuracy and standard error of every architecture over the prefix.
+- ``estimates.json``: accuracy and standard error of every architecture over the prefix, and how
+  well it ranks them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import time
@@ -26,10 +26,17 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.base.arrays import ArraysError, read_arrays
-from hnas.base.errors import UserError
-from hnas.base.files import replacing, write_json
-from hnas.evaluation.hits import Counts
+from hnas.base.files import write_json
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.results import ESTIMATES_FILE, estimates
+from hnas.evaluation.state import (
+    CHUNK_FILES,
+    STATE_FILE,
+    Saved,
+    StateError,
+    load_state,
+    save_state,
+)
 from hnas.parallel.distributed import (
     barrier,
     finished_before_stopping,
@@ -37,22 +44,32 @@ from hnas.parallel.distributed import (
     rank,
     world_size,
 )
+from hnas.ranking.agreement import Agreement, expected_agreement
 from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "eval_state.npz"
-CHUNK_FILES = "eval_chunk_*.npz"
 CHUNK_NAME = re.compile(r"eval_chunk_(\d{8,18})\.npz")
-ESTIMATES_FILE = "estimates.json"
-FIELDS = ("top1", "top5", "near1", "near5")
 POLL_SECONDS = 0.2
-# A state of 45,000 architectures takes 1.5 MB.
-MOST_BYTES = 2**28
 
 
-class StateError(UserError):
-    """A state file that is broken or belongs to another evaluation."""
+@dataclass(frozen=True)
+class Targets:
+    """What an evaluation may stop at before it has seen all images; of two, both must be reached.
+
+    Attributes:
+        se: every accuracy's standard error is below it; 0: no such target.
+        tau: the ranking's expected agreement with that by all images is, at the lower end of its
+            interval, at least this (:mod:`hnas.ranking.agreement`); 0: no such target.
+    """
+
+    se: float = 0.0
+    tau: float = 0.0
+
+    def __str__(self) -> str:
+        se = [f"all standard errors are below {self.se:g}"] if self.se else []
+        tau = [f"the ranking's agreement is at least {self.tau:g}"] if self.tau else []
+        return " and ".join(se + tau)
 
 
 class Ledger:
@@ -66,10 +83,11 @@ class Ledger:
         identity: what the files must belong to.
         archs: by name.
         images: how many in all.
-        target_se: the prefix is enough when all its standard errors are below it; 0: never.
+        targets: with which the prefix is enough.
         is_main: whether this is the main process.
 
     Attributes:
+        targets: as given.
         chunk: images of a chunk (the last has fewer); 0 until it is known.
         counts: over the prefix, as far as this process knows.
 
@@ -83,16 +101,17 @@ class Ledger:
         identity: Mapping[str, str],
         archs: Mapping[str, Architecture],
         images: int,
-        target_se: float = 0.0,
+        targets: Targets = Targets(),
         is_main: bool = True,
     ):
         self._folder = folder
         self._identity = identity
         self._archs = archs
         self._images = images
-        self._target = target_se
+        self.targets = targets
         self._is_main = is_main
         self._own: list[int] = []
+        self._agreement: tuple[int, Agreement | None] = (0, None)
         self.chunk, self.counts = 0, Counts.zeros(len(archs))
         self._reload()
         for path in folder.glob(CHUNK_FILES):
@@ -159,7 +178,7 @@ class Ledger:
                 time.sleep(POLL_SECONDS)
         self._delete_chunks()
         if self.counts.images < self._images:
-            logger.info("all standard errors are below %g: stopped early", self._target)
+            logger.info("%s: stopped early", self.targets)
         return self.counts
 
     # --- what is done
@@ -175,14 +194,28 @@ class Ledger:
     @property
     def enough(self) -> bool:
         """Whether the prefix is all images, or as exact as wanted."""
-        if self.counts.images == self._images:
-            return True
-        return self.counts.images > 0 and self.largest_error < self._target
+        if self.counts.images in (0, self._images):
+            return self.counts.images > 0
+        se, tau = self.targets.se, self.targets.tau
+        reached = [self.largest_error < se] if se else []
+        if tau:
+            reached.append(self.agreement is not None and self.agreement.low >= tau)
+        return bool(reached) and all(reached)
 
     @property
     def largest_error(self) -> float:
         """The largest standard error over the prefix."""
         return float(self.counts.standard_error().max())
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """Of the prefix's ranking with that by all images; None where it is not defined."""
+        images, found = self._agreement
+        if images != self.counts.images:
+            images = self.counts.images
+            found = expected_agreement(self.counts.folds, images, self._images)
+            self._agreement = images, found
+        return found
 
     def collect(self) -> bool:
         """Extend the prefix by the chunk files that follow it; whether there were any.
@@ -200,7 +233,8 @@ class Ledger:
         """Add the prefix's next chunk, and write the prefix."""
         self.counts.add(counts)
         save_state(self._folder / STATE_FILE, self._identity, self.chunk, self.counts)
-        write_json(self._folder / ESTIMATES_FILE, estimates(self._archs, self.counts))
+        content = estimates(self._archs, self.counts, self.agreement, self._images)
+        write_json(self._folder / ESTIMATES_FILE, content)
 
     def _reload(self) -> None:
         """Read the prefix that the main process has written."""
@@ -285,121 +319,3 @@ def share_out(undone: np.ndarray, process: int, processes: int) -> list[int]:
         The chunks' numbers, from 0.
     """
     return np.flatnonzero(undone)[process::processes].tolist()
-
-
-# --- files
-
-
-def architectures_hash(archs: Mapping[str, Architecture]) -> str:
-    """SHA-256 of names and codes in their order."""
-    digest = hashlib.sha256()
-    for name, arch in archs.items():
-        digest.update(f"{name} {arch.code}\n".encode())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a file of counts holds.
-
-    Attributes:
-        chunk: images of a chunk in that evaluation, at least 1.
-        counts: over ``counts.images`` images.
-        start: the position of the first of them.
-    """
-
-    chunk: int
-    counts: Counts
-    start: int
-
-
-def save_state(
-    path: Path, identity: Mapping[str, str], chunk: int, counts: Counts, start: int = 0
-) -> None:
-    """Write counts with what they belong to, in one step.
-
-    Args:
-        path: of the file.
-        identity: what the counts belong to, e.g. hashes of the checkpoint and the lists.
-        chunk: images of a chunk in this evaluation.
-        counts: of the prefix or of one chunk.
-        start: the position of their first image.
-
-    Raises:
-        UserError: the file cannot be written; the earlier one is intact.
-    """
-    columns = dict(zip(FIELDS, counts.columns(), strict=True))
-    whose = {f"identity_{name}": np.array(value) for name, value in identity.items()}
-    position = {"start": start, "chunk": chunk, "images": counts.images}
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **position, **columns, **whose)
-
-
-def load_state(path: Path, identity: Mapping[str, str]) -> Saved | None:
-    """What :func:`save_state` wrote, or None if there is no file.
-
-    Raises:
-        StateError: it is broken, of another checkpoint, image list, architecture list, ..., or
-            holds hits that no images can have given.
-    """
-    try:
-        state = read_arrays(path, MOST_BYTES)
-        found = {name: str(state.pop(f"identity_{name}")) for name in identity}
-        _check_identity(path, found, identity)
-        return _saved(state)
-    except FileNotFoundError:
-        return None
-    except KeyError as error:
-        raise StateError(
-            f"{path} is broken ({error} is missing); remove it to start anew"
-        ) from None
-    except ArraysError as error:
-        raise StateError(f"{path} is broken ({error}); remove it to start anew") from None
-
-
-def _check_identity(path: Path, found: Mapping[str, str], identity: Mapping[str, str]) -> None:
-    for name, value in identity.items():
-        if found[name] != value:
-            raise StateError(
-                f"{path} is of another {name.replace('_', ' ')} ({found[name][:16]} instead of "
-                f"{value[:16]}); remove it to start anew, or choose another save_dir"
-            )
-
-
-def _saved(state: Mapping[str, np.ndarray]) -> Saved:
-    """The content of a file, if it can be what an evaluation has counted.
-
-    Raises:
-        KeyError: an array is missing.
-        ArraysError: it cannot.
-    """
-    numbers = [state[name] for name in ("start", "chunk", "images")]
-    columns = [state[name] for name in FIELDS]
-    shapes = {column.shape for column in columns}
-    if set(state) != {"start", "chunk", "images", *FIELDS}:
-        raise ArraysError("unknown arrays")
-    if any(part.dtype != np.int64 for part in (*numbers, *columns)):
-        raise ArraysError("numbers that are not int64")
-    if any(number.shape for number in numbers) or len(shapes) > 1 or columns[0].ndim != 1:
-        raise ArraysError("arrays of wrong shapes")
-    start, chunk, images = map(int, numbers)
-    if start < 0 or chunk < 1 or images < 1:
-        raise ArraysError(f"start {start}, chunk {chunk}, images {images}")
-    top1, top5, near1, near5 = columns
-    if any((column < 0).any() or (column > images).any() for column in columns):
-        raise ArraysError(f"hits below 0 or above the {images} images")
-    if (top1 > top5).any():
-        raise ArraysError("more top-1 than top-5 hits")
-    return Saved(chunk, Counts(top1, top5, near1, near5, images), start)
-
-
-def estimates(archs: Mapping[str, Architecture], counts: Counts) -> dict:
-    """Accuracy and standard error of every architecture over the images of ``counts``."""
-    accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
-    return {
-        "images": counts.images,
-        "architectures": {
-            name: {"acc": acc, "se": round(se, 6), "arch": arch.code}
-            for (name, arch), acc, se in zip(archs.items(), accuracy, error, strict=True)
-        },
-    }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import paddle
 from paddle import nn
 
 from hnas.dataset.transforms import normalize
-from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.hits import LogitsError, count_hits
 from hnas.models.calibration import calibrated
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture
@@ -40,15 +40,28 @@ def evaluate_network(
 
 
 @paddle.no_grad()
+def network_logits(
+    network: nn.Layer, images: paddle.Tensor, calibration: paddle.Tensor | None = None
+) -> paddle.Tensor:
+    """Logits [N, classes] of one batch, as :func:`evaluate_network` counts them.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+    """
+    with calibrated(network, None if calibration is None else normalize(calibration)):
+        return network(normalize(images))
+
+
+@paddle.no_grad()
 def _count_network(network: nn.Layer, loader: Batches, calibration, who: str) -> Counts:
     counts = Counts.zeros(1)
     with calibrated(network, None if calibration is None else normalize(calibration)):
         for images, labels in loader:
             logits = network(normalize(images))
-            ((*hits, bad),) = count_hits(logits.unsqueeze(0), labels)
-            if bad:
-                raise LogitsError(who, bad, len(labels))
-            counts.add(Counts(*np.reshape(hits, [-1, 1]), len(labels)))
+            hits = count_hits(logits.unsqueeze(0), labels)
+            if hits.bad[0]:
+                raise LogitsError(who, hits.bad[0], len(labels))
+            counts.add(hits.counts(len(labels)))
     return counts
 
 
@@ -77,6 +90,7 @@ def evaluate_reference(
         own = _count_network(network, loader, calibration, f"architecture {arch.code}")
         for column, (value,) in zip(counts.columns(), own.columns(), strict=True):
             column[index] = value
+        counts.folds[index] = own.folds[0]
         counts.images = own.images
         progress(1)
     return counts

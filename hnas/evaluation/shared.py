@@ -6,17 +6,20 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import paddle
 
+from hnas.base.device import on_gpu
 from hnas.base.memory import keep_freed_memory
 from hnas.dataset.transforms import normalize
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu.inference import InferenceKernels, cpu_threads, filters_are_fresh
 from hnas.evaluation.cpu.matmul import MatmulKernels
 from hnas.evaluation.cpu.winograd import WinogradKernels
-from hnas.evaluation.hits import Counts, LogitsError, count_hits
+from hnas.evaluation.gpu_kernels import GpuKernels
+from hnas.evaluation.hits import LogitsError, count_hits
 from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree
+from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.evaluation.weights import STEM, SlicedWeights, leading_channels
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture, feature_sizes
@@ -40,10 +43,12 @@ class SharedEvaluator:
         image_size: height and width of the images.
         calibration: uint8 images [N, 3, H, W] to re-calibrate every sub-network's BatchNorm
             with; None scores at the running statistics.
-        amp: mixed precision on GPUs, ``O0``, ``O1`` or ``O2``.
+        variant: how to compute; None: on CPUs by the kernels that suit the size of the maps, on
+            GPUs in float32.
 
     Attributes:
         archs: as given.
+        variant: how it computes; None: by the CPU's kernels.
         tree: their prefix tree.
         macs: multiply-accumulates executed so far, of convolutions, all images together.
         kernel_seconds: time spent in operators; the rest of a walk is Python.
@@ -55,14 +60,16 @@ class SharedEvaluator:
         archs: Sequence[Architecture],
         image_size: int,
         calibration: paddle.Tensor | None = None,
-        amp: str = "O0",
+        variant: Variant | None = None,
     ):
         self._space = network.space
         self.take(archs)
         self.macs = 0
         self.kernel_seconds = 0.0
         self._calibration = None if calibration is None else normalize(calibration)
-        self._amp = amp
+        self.variant = variant
+        if variant is None and on_gpu():
+            self.variant = usual_variant(Precision.FLOAT32)
         _, sizes = feature_sizes(image_size)
         kernels = self._choose_kernels(sizes)
         self._kernels = kernels
@@ -86,11 +93,16 @@ class SharedEvaluator:
         """Images at the front of every batch."""
         return 0 if self._calibration is None else len(self._calibration)
 
+    @property
+    def precision(self) -> Precision:
+        """How the walk rounds."""
+        return self.variant.precision if self.variant else Precision.FLOAT32
+
     def _choose_kernels(self, sizes: Sequence[int]) -> dict[int, DygraphKernels]:
         """The kernels of the stem (-1) and of each stage (0 to 3), by the size of its maps."""
         number = self.calibration_images
-        if paddle.get_device() != "cpu":
-            return dict.fromkeys(range(-1, len(sizes)), DygraphKernels(number, "NHWC", self._amp))
+        if self.variant is not None:
+            return dict.fromkeys(range(-1, len(sizes)), GpuKernels(self.variant, number))
         wide = cpu_kernels(number)
         small, tiny = WinogradKernels(wide), MatmulKernels(number)
         chosen = {
@@ -106,24 +118,29 @@ class SharedEvaluator:
         labels: paddle.Tensor,
         counts: Counts,
         progress: Callable[[int], None] = lambda _: None,
-    ) -> None:
+        watch: int | None = None,
+    ) -> paddle.Tensor | None:
         """Add the hits on a chunk of images to ``counts``.
 
         Args:
             images: uint8 [N, 3, H, W].
             labels: int64 [N].
             progress: called with the number of architectures that were just finished.
+            watch: the position of an architecture whose logits are wanted.
+
+        Returns:
+            Its logits, float32 [N, classes].
 
         Raises:
             LogitsError: a logit is NaN or infinite; names the architecture.
         """
-        walk = _Walk(self, labels, counts, progress)
+        walk = _Walk(self, labels, counts, progress, watch)
         x = normalize(images)
         if self._calibration is not None:
             x = paddle.concat([self._calibration, x])
-        with self._kernels[-1].precision():
-            walk.run(x)
+        walk.run(x)
         counts.images += len(labels)
+        return walk.watched
 
 
 def cpu_kernels(calibration: int) -> DygraphKernels:
@@ -141,7 +158,7 @@ def cpu_kernels(calibration: int) -> DygraphKernels:
 class _Walk:
     """One depth-first walk: at any time one path of activations is alive."""
 
-    def __init__(self, evaluator: SharedEvaluator, labels, counts: Counts, progress):
+    def __init__(self, evaluator: SharedEvaluator, labels, counts: Counts, progress, watch):
         self._evaluator = evaluator
         self._tree = evaluator.tree
         self._kernels = evaluator._kernels
@@ -149,6 +166,8 @@ class _Walk:
         self._labels = labels
         self._counts = counts
         self._progress = progress
+        self._watch = watch
+        self.watched: paddle.Tensor | None = None
         self._features: dict[int, list] = {}
 
     def run(self, x) -> None:
@@ -233,21 +252,23 @@ class _Walk:
 
     def _multiply_heads(self, channels: int) -> None:
         rows = self._features.pop(channels)
-        hits = self._timed(self._head_hits, [features for _, features in rows], channels)
-        for (leaves, _), (*found, bad) in zip(rows, hits, strict=True):
+        logits = self._timed(self._logits, [features for _, features in rows], channels)
+        hits = self._timed(count_hits, logits, self._labels, self._counts.images)
+        for index, ((leaves, _), found, folds, bad) in enumerate(zip(rows, *hits, strict=True)):
             archs = self._tree.order[leaves.start : leaves.stop]
+            if self._watch in archs:
+                self.watched = logits[index]
             if bad:
                 code = self._evaluator.archs[archs[0]].code
                 raise LogitsError(f"architecture {code}", bad, len(self._labels))
             for column, value in zip(self._counts.columns(), found, strict=True):
                 column[archs] += value
+            self._counts.folds[archs] += folds
             self._progress(len(leaves))
 
-    def _head_hits(self, features: list, channels: int) -> np.ndarray:
+    def _logits(self, features: list, channels: int) -> paddle.Tensor:
         weight, bias = self._evaluator._classifier
-        with paddle.amp.auto_cast(enable=False):
-            logits = paddle.stack(features) @ weight[:channels] + bias
-            return count_hits(logits, self._labels)
+        return paddle.stack(features) @ weight[:channels] + bias
 
     def _conv(self, group: Group, name: str, cin: int, cout: int):
         key = (group.stage, group.block, name)

@@ -78,6 +78,13 @@ class Group:
             weights += 9 * mid * max(child.cout for child in children)
         return size * size * weights
 
+    def outputs(self, size: int) -> int:
+        """Numbers an image that the convolutions of all children write."""
+        channels = self.widest_mid + (self.widest_out if self.projects else 0)
+        for children in self.by_mid.values():
+            channels += max(child.cout for child in children)
+        return size * size * channels
+
 
 @dataclass(frozen=True)
 class Node:
@@ -174,11 +181,18 @@ class PrefixTree:
 
         All convolutions; heads, as everywhere in the evaluator's figures, not counted.
         """
+        return self.cost(image_size)[0]
+
+    def cost(self, image_size: int) -> tuple[int, int]:
+        """Of one walk, an image: multiply-accumulates, and numbers that convolutions write."""
         stem, sizes = feature_sizes(image_size)
-        total = stem * stem * 3 * 49 * self.stem_channels
+        macs = stem * stem * 3 * 49 * self.stem_channels
+        outputs = stem * stem * self.stem_channels
         for node in self.nodes():
-            total += sum(group.macs(sizes[group.stage]) for group in node.groups)
-        return total
+            for group in node.groups:
+                macs += group.macs(sizes[group.stage])
+                outputs += group.outputs(sizes[group.stage])
+        return macs, outputs
 
 
 def _positions(plan) -> Iterator[tuple[int, int, int, int]]:

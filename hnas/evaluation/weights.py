@@ -27,12 +27,14 @@ class Form:
         arrange: from filters [O, I, K, K] to this form.
         inputs, outputs: axes of the channels in the arranged filters.
         channel_axis: of the activations, and so of bias, scale and shift.
+        dtype: of filters and bias. Scale and shift are float32 always.
     """
 
     arrange: Callable[[paddle.Tensor], Filters] = lambda filters: filters
     inputs: int = 1
     outputs: int = 0
     channel_axis: int = 1
+    dtype: str = "float32"
 
 
 class Convolution(NamedTuple):
@@ -125,10 +127,12 @@ class SlicedWeights:
         form = self._forms[key]
         shape = [1, 1, 1, 1]
         shape[form.channel_axis] = -1
-        return (
-            form.arrange(filters.detach()),
-            *(part.reshape(shape).detach() for part in parts),
-        )
+        filters = filters.detach()
+        parts = [part.reshape(shape).detach() for part in parts]
+        if form.dtype != "float32":
+            filters = filters.astype(form.dtype)
+            parts = [part.astype(form.dtype) for part in parts] if self._fold else parts
+        return form.arrange(filters), *parts
 
 
 class _LatestSlices:
@@ -159,3 +163,8 @@ def leading_channels(x: paddle.Tensor, channels: int, axis: int) -> paddle.Tenso
     if x.shape[axis] == channels:
         return x
     return x[(slice(None),) * axis + (slice(0, channels),)].contiguous()
+
+
+def channels_last(filters: paddle.Tensor) -> paddle.Tensor:
+    """[O, I, K, K] -> [O, K, K, I]."""
+    return filters.transpose([0, 2, 3, 1]).contiguous()

@@ -239,14 +239,24 @@ class GradientExchange:
         self.received: int | None = None
         """The signal that all ranks know of, as :class:`StopSignals` has it."""
 
-    @paddle.no_grad()
-    def run(self) -> None:
-        """To be called after the backward passes and before the optimizer's step."""
-        # Those of the step before: a GPU has them without waiting for this step.
+    def read_notices(self) -> None:
+        """To be called before a step's forward pass: a rank may have been told in the step before.
+
+        Read later, in the middle of a step, they would let the host wait for all of it that the
+        GPU has been given.
+        """
         if self._notices is not None and self.received is None:
             counts = zip(SIGNALS, self._notices.tolist(), strict=True)
             self.received = max((number for number, count in counts if count), default=None)
-        own = paddle.to_tensor([float(self._stop.received == number) for number in SIGNALS])
+        self._notices = None
+
+    @paddle.no_grad()
+    def run(self) -> None:
+        """To be called after the backward passes and before the optimizer's step."""
+        if self._stop.received is None:
+            own = paddle.zeros([len(SIGNALS)])  # filled on the device, not copied to it
+        else:
+            own = paddle.to_tensor([float(self._stop.received == number) for number in SIGNALS])
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         groups = _by_dtype([own, *gradients])
         for group in groups:

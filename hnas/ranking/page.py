@@ -1,71 +1,45 @@
-"""A ranking report as one HTML page that needs nothing else: no scripts, no other files."""
+"""A report as one HTML page that needs nothing else: no scripts, no other files, any width."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from hnas.ranking.breakdown import PERCENT_OF_DIGIT
+from hnas.ranking.svg import COLOURS, MINUS, PLOTS, Panel
 
-NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman", "abs_pearson": "|Pearson|"}
-MINUS = "\N{MINUS SIGN}"
+STYLE = f"""{COLOURS}
+html {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }}
+h1 {{ font-size: 1.6rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .6rem; padding-top: .8rem;
+     border-top: 1px solid var(--line); }}
+p {{ overflow-wrap: anywhere; }}
+p.lead {{ font-size: 1.05rem; margin: .6rem 0; }}
+p.note, figcaption {{ color: var(--muted); font-size: .88rem; }}
+p.warning {{ background: var(--warning); border-left: 4px solid var(--orange);
+            padding: .5rem .8rem; }}
+table {{ border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }}
+th {{ font-weight: 600; color: var(--muted); }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; white-space: nowrap; }}
+td {{ white-space: nowrap; }}
+.code {{ text-align: left; }}
+td.code {{ font-family: ui-monospace, monospace; font-size: .82rem; }}
+.row {{ display: grid; gap: 0 2rem;
+       grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }}
+.many {{ display: grid; gap: .5rem; grid-template-columns: repeat(2, 1fr); }}
+@media (min-width: 45rem) {{ .many {{ grid-template-columns: repeat(4, 1fr); }} }}
+.tables {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }}
+.row > *, .many > * {{ min-width: 0; }}
+.wide {{ overflow-x: auto; }}
+figure {{ margin: .5rem 0; }}
+{PLOTS}"""
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff;
-       max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; padding-top: .8rem;
-     border-top: 1px solid #dde1e7; }
-p.lead { font-size: 1.05rem; margin: .6rem 0; }
-p.note, figcaption, small { color: #5a6270; font-size: .88rem; }
-p.warning { background: #fff4e5; border-left: 4px solid #d9662b; padding: .5rem .8rem; }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e6e9ee; }
-th { font-weight: 600; color: #3c4452; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.code { font-family: ui-monospace, monospace; font-size: .82rem; text-align: left; }
-.row { display: flex; flex-wrap: wrap; gap: 0 2rem; }
-.row > div { flex: 1 1 18rem; }
-.wide { overflow-x: auto; }
-figure { margin: .5rem 0; flex: 1 1 26rem; }
-img { max-width: 100%; height: auto; }
-"""
 
-
-def page(report: Mapping, plots: Mapping[str, bytes]) -> str:
-    """The report of ``hnas.tools.rank_report`` as HTML.
-
-    Args:
-        report: see ``report.json``.
-        plots: PNG files by name: scatter, ranks, breakdown.
-    """
-    title = f"Ranking report: {report['pred']}"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="note">against {escape(report["gt"])}, {report["architectures"]:,} '
-        "architectures</p>",
-        *(f'<p class="lead">{escape(line)}</p>' for line in report["interpretation"]),
-        *(f'<p class="warning">{escape(line)}</p>' for line in report["notes"]),
-        "<h2>Agreement with the truth</h2>",
-        '<div class="row"><div>' + _correlations(report) + "</div><div>" + _top_k(report),
-        "</div></div>",
-        '<div class="row">',
-        _figure(plots["scatter"], "Predicted against true accuracy."),
-        _figure(plots["ranks"], "Predicted against true rank. Points in both bands are found."),
-        "</div>",
-        "<h2>Which depth or width the errors come from</h2>",
-        '<p class="note">The rank error of an architecture is its predicted less its true rank, in '
-        "percent of the number of architectures: positive where it is ranked too high. A "
-        "prediction that follows a choice too little shows a falling line, one that follows it "
-        "too much a rising one.</p>",
-        _figure(plots["breakdown"], "Mean rank error by option; bars are two standard errors."),
-        _effects(report),
-        "<h2>Rank error by option</h2>",
-        _options(report),
-        "<h2>Matching</h2>",
-        _matching(report),
-    ]
+def document(title: str, parts: Iterable[str]) -> str:
+    """A whole page; ``parts`` is HTML, the title is not."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -73,6 +47,16 @@ def page(report: Mapping, plots: Mapping[str, bytes]) -> str:
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
+
+
+def heading(title: str, about: str, report: Mapping) -> list[str]:
+    """The title, a line of what it is about, and what a reader must know first."""
+    return [
+        f"<h1>{escape(title)}</h1>",
+        note(about),
+        *(f'<p class="lead">{escape(line)}</p>' for line in report["interpretation"]),
+        *(f'<p class="warning">{escape(line)}</p>' for line in report["notes"]),
+    ]
 
 
 def signed(value: float | None, digits: int = 1) -> str:
@@ -84,7 +68,7 @@ def number(value: float | None, digits: int = 3, sign: str = "") -> str:
     """A number; a dash for None."""
     if value is None:
         return "–"
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", MINUS)
+    return f"{round(value, digits) + 0.0:{sign},.{digits}f}".replace("-", MINUS)
 
 
 def option_label(choice: str, option: float) -> str:
@@ -94,116 +78,75 @@ def option_label(choice: str, option: float) -> str:
     return f"{option:g} % (digit {PERCENT_OF_DIGIT.index(option) + 1})"
 
 
-def _correlations(report: Mapping) -> str:
-    rows = [
-        (NAMES[name], number(found["value"]), _interval(found))
-        for name, found in report["correlations"].items()
-    ]
-    note = (
-        f"95 % interval: percentile bootstrap over architectures, {report['resamples']:,} "
-        f"resamples, seed {report['seed']}."
-    )
-    return _table(("correlation", "value", "95 % interval"), rows) + _note(note)
-
-
-def _interval(found: Mapping) -> str:
-    if found["low"] is None:
-        return "–"
-    return f"{number(found['low'])} to {number(found['high'])}"
-
-
-def _top_k(report: Mapping) -> str:
-    rows = [
-        (f"{row['k']:,}", f"{number(row['regret'], 2)}", f"{100 * row['precision']:.1f} %")
-        for row in report["top_k"]
-    ]
-    note = (
-        "Regret: the best true accuracy less the best among the k predicted best, in percentage "
-        "points. Precision: share of these k that are truly among the best k."
-    )
-    return _table(("k", "regret", "precision"), rows) + _note(note)
-
-
-def _effects(report: Mapping) -> str:
-    attribution = report["attribution"]
-    rows = [
-        (
-            _choice_name(name),
-            number(row["correlation"], 2, "+"),
-            signed(row["effect"]),
-            "–" if row["standard_error"] is None else f"± {number(row['standard_error'], 1)}",
-        )
-        for name, row in attribution["choices"].items()
-    ]
-    explained = attribution["explained"]
-    share = (
-        "There are too few architectures to say which share of the errors that explains."
-        if explained is None
-        else f"Together the choices explain {100 * explained:.0f} % of the errors' variance "
-        "(adjusted R²)."
-    )
-    note = (
-        "Correlation of the rank error with each choice alone; effect on the rank error, in "
-        "percent of the ranks, of going from its smallest to its largest value, the others "
-        f"being equal (least squares, with standard errors). Positive: overrated. {share}"
-    )
-    return _table(("choice", "correlation", "effect", "standard error"), rows) + _note(note)
-
-
-def _choice_name(name: str) -> str:
+def choice_name(name: str) -> str:
+    """A choice as people say it, e.g. ``stage 1: depth``."""
     kind, stage = name.rsplit(" ", 1)
     return f"stage {stage}: {kind}"
 
 
-def _options(report: Mapping) -> str:
+def effects_table(attribution: Mapping, digits: int) -> str:
+    """What each choice does, see ``Attribution.record``; effects with so many decimals."""
+    rows = [
+        (
+            choice_name(name),
+            signed(row["correlation"], 2),
+            with_error(signed(row["effect"], digits), row["standard_error"], digits),
+            "–" if row["p_value"] is None else p_text(row["p_value"]),
+        )
+        for name, row in attribution["choices"].items()
+    ]
+    return table(("choice", "correlation", "effect", "p"), rows)
+
+
+def with_error(value: str, error: float | None, digits: int) -> str:
+    """A number with its standard error, if that is known."""
+    return value if error is None else f"{value} ± {number(error, digits)}"
+
+
+def p_text(p_value: float) -> str:
+    """A p-value to three decimals."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def options_tables(by_option: Mapping, digits: int, absolute: bool) -> str:
+    """A table for each choice: how many architectures, their mean, and absolute mean if asked."""
     tables = []
-    for name, rows in report["by_option"].items():
+    for name, rows in by_option.items():
+        head = [choice_name(name), "number", "mean", *(["mean absolute"] if absolute else [])]
         cells = [
-            (
+            [
                 option_label(name, row["option"]),
                 f"{row['architectures']:,}",
-                signed(row["mean_error"]),
-                number(row["mean_absolute_error"], 1),
-            )
+                signed(row["mean"], digits) if absolute else number(row["mean"], digits),
+                *([number(row["mean_absolute"], digits)] if absolute else []),
+            ]
             for row in rows
         ]
-        head = (_choice_name(name), "number", "mean", "mean absolute")
-        tables.append(f"<div>{_table(head, cells)}</div>")
-    return f'<div class="row">{"".join(tables)}</div>' + _note("Rank errors in percent.")
+        tables.append(f"<div>{table(head, cells)}</div>")
+    return f'<div class="row tables">{"".join(tables)}</div>'
 
 
-def _matching(report: Mapping) -> str:
-    text = (
-        f"{report['architectures']:,} architectures are in both files; codes of 51 and 52 digits "
-        "are the same where they differ in the image size digit only."
-    )
-    rows = [
-        (f"only in {source}", f"{found['count']:,}", code)
-        for source, found in report["unmatched"].items()
-        for code in (found["codes"] or ["–"])
-    ]
-    return f"<p>{escape(text)}</p>" + _table(("", "number", "first codes"), rows, code_column=2)
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], code_column: int = -1) -> str:
+    """A table; a column of codes is in type of equal widths."""
 
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], code_column: int = -1) -> str:
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = [f"<tr>{cells}</tr>"]
-    for row in rows:
-        cells = "".join(
-            f"<td{' class=code' if column == code_column else ''}>{escape(cell)}</td>"
+    def line(tag: str, row: Sequence[str]) -> str:
+        cells = (
+            f"<{tag}{' class=code' if column == code_column else ''}>{escape(cell)}</{tag}>"
             for column, cell in enumerate(row)
         )
-        lines.append(f"<tr>{cells}</tr>")
+        return f"<tr>{''.join(cells)}</tr>"
+
+    lines = [line("th", head), *(line("td", row) for row in rows)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
+    """A paragraph in small print."""
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _figure(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def figure(panels: Sequence[Panel], caption: str) -> str:
+    """Panels beside each other as far as there is room, with a caption."""
+    drawn = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
+    kind = f'<div class="many">{drawn}</div>' if len(panels) > 1 else drawn
+    return f"<figure>{kind}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -75,13 +75,14 @@ def next_steps(demo: Path, python: str) -> str:
     """
     return f"""\
 files
+  {demo}/report/report.html       a page about these accuracies, for a browser
   {demo}/stage3/submission.json   accuracies of all architectures, as submitted
   {demo}/{SUPERNET}    the supernet that predicted them
   {demo}/summary.json             this table
 
-next: how far would MACs alone have ranked them the same way? See {demo}/report/report.html
+next: how far would MACs alone have ranked them the same way? See {demo}/macs/report.html
   {python} -m hnas.tools.rank_report --pred macs --gt {demo}/stage3/submission.json \\
-      --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/report
+      --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/macs
 or let the supernet score 500 other architectures, drawn by the seed
   backbone={BACKBONE} image_size={IMAGE_SIZE} image_dir={demo}/data num_workers=0 seed=1 \\
       ckpt_dir={demo}/{SUPERNET} modelarch_file=None eval_sample_num=500 \\

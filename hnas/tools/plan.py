@@ -2,14 +2,17 @@
 
     python -m hnas.tools.plan --gpus 8 --gpu h100 --n_arch 45000 --images 50000
 
-Time is multiply-accumulates over a rate. The rate of a GPU is its data sheet's times an assumed
-efficiency, both printed with the result; --gmacs_per_s puts a measured one in their place. The
-result is JSON on standard output.
+Time is multiply-accumulates over a rate: a GPU's by its data sheet, in the precision that --tf32
+and --amp give, times an assumed efficiency. Stage 3's walk also moves every activation through
+memory several times, more often where convolution, bias, shortcut and ReLU are not fused. All that
+is assumed is printed with the result; --gmacs_per_s puts a measured rate in its place. The result
+is JSON on standard output.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +25,15 @@ from hnas.base.command_line import (
     MOST_ARCHITECTURES,
     OneLineParser,
     path_text,
+    read_bool,
     real_number,
     whole_number,
 )
 from hnas.base.errors import UserError, run_main
-from hnas.evaluation.engine import MAX_CHUNK
+from hnas.evaluation.engine import GPU_SHARE, choose_chunk, path_numbers
 from hnas.evaluation.ledger import even_chunk
 from hnas.evaluation.tree import PrefixTree, naive_macs
+from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.search_space import Architecture, SearchSpace, feature_sizes, search_space
 from hnas.utils.SampleMethod import FirstPlaceSampler
 
@@ -41,19 +46,48 @@ SAMPLED = 300
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data sheet figures of what float32 convolutions run on, and the share assumed of it."""
+    """A card's data sheet.
 
-    tflops: float
-    unit: str
-    efficiency: float
+    Attributes:
+        float32, tf32, half: TFLOP/s of dense products; 0: the card has none such.
+        gb_per_s: of its memory.
+        memory_gib: how much.
+        training: the share of them that training is assumed to reach, in each precision.
+    """
+
+    float32: float
+    tf32: float
+    half: float
+    gb_per_s: int
     memory_gib: int
+    training: tuple[float, float, float]
+
+    def rate(self, precision: Precision) -> float:
+        """TFLOP/s by the data sheet."""
+        if precision.is_half:
+            return self.half
+        return self.tf32 if precision is Precision.TF32 else self.float32
+
+    def training_share(self, precision: Precision) -> float:
+        """What training is assumed to reach of :meth:`rate`."""
+        if precision.is_half:
+            return self.training[2]
+        return self.training[1 if precision is Precision.TF32 else 0]
 
 
 GPUS = {
-    "h100": Gpu(494.5, "TF32 tensor cores, dense", 0.10, 80),
-    "a100": Gpu(156.0, "TF32 tensor cores", 0.15, 80),
-    "v100": Gpu(15.7, "FP32 cores", 0.55, 32),
+    "h100": Gpu(66.9, 494.5, 989.4, 3350, 80, (0.55, 0.10, 0.10)),
+    "a100": Gpu(19.5, 156.0, 312.0, 2039, 80, (0.55, 0.15, 0.15)),
+    "v100": Gpu(15.7, 0.0, 125.0, 900, 32, (0.55, 0.0, 0.15)),
 }
+SHARE_OF_PRODUCTS = {Precision.FLOAT32: 0.8}
+SHARE_OF_TENSOR_CORES = 0.5
+"""Of the data sheet's rate, that a convolution of stage 3 by itself is assumed to reach."""
+SHARE_OF_BANDWIDTH = 0.8
+PASSES, FUSED_PASSES = 7.5, 2.5
+"""Times that memory sees an activation of stage 3, counted in a convolution's outputs: the
+convolution reads and writes one each, and so do bias and ReLU; the shortcut's sum, behind every
+second convolution, reads two and writes one. Fused only the shortcut is read in addition."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +106,7 @@ class Recipe:
     queue_size: int = 40960
     gpus: int = 1
     memory_gib: int = 80
+    variant: Variant = Variant()
 
 
 def stage1_macs(space: SearchSpace, recipe: Recipe) -> float:
@@ -122,40 +157,78 @@ def training_bytes(space: SearchSpace, recipe: Recipe, stage: int) -> int:
 
 
 def scored_chunk(space: SearchSpace, recipe: Recipe) -> int:
-    """Images a walk scores: with the calibration's they take at most a quarter of the memory."""
-    image = 3 * FLOAT * activation_floats(space, recipe.image_size)
-    free = recipe.memory_gib * 2**30 // 4 // image - recipe.calibration
-    return even_chunk(max(1, min(MAX_CHUNK, free)), recipe.images, recipe.gpus)
+    """Images a walk scores, as stage 3 chooses them on a card that has all its memory free."""
+    memory, number = GPU_SHARE * recipe.memory_gib * 2**30, recipe.variant.precision.bytes
+    limit = choose_chunk(space, recipe.image_size, recipe.calibration, memory, number)
+    return even_chunk(limit, recipe.images, recipe.gpus)
 
 
 def scoring_bytes(space: SearchSpace, recipe: Recipe) -> int:
     """Weights, folded weights, and the activations of a chunk and of the calibration images."""
     images = scored_chunk(space, recipe) + recipe.calibration
-    weights = 2 * space.params(space.largest(), recipe.num_classes)
-    return FLOAT * (weights + 3 * images * activation_floats(space, recipe.image_size))
+    weights, number = (
+        space.params(space.largest(), recipe.num_classes),
+        recipe.variant.precision.bytes,
+    )
+    activations = images * path_numbers(space, recipe.image_size)
+    return FLOAT * weights + number * (weights + activations)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is.
+
+    Attributes:
+        training: multiply-accumulates a second of stages 1 and 2.
+        scoring: of stage 3's convolutions.
+        bytes: a second through memory beside stage 3's; infinite: in ``scoring`` already.
+    """
+
+    training: float
+    scoring: float
+    bytes: float = math.inf
+
+    def scoring_seconds(self, macs: float, outputs: float, variant: Variant) -> float:
+        """Of convolutions that do ``macs`` and write ``outputs`` numbers."""
+        passes = FUSED_PASSES if variant.fused else PASSES
+        moved = passes * outputs * variant.precision.bytes
+        return macs / self.scoring + moved / self.bytes
+
+
+def rates_of(gpu: Gpu, precision: Precision, efficiency: float = 0.0) -> Rates:
+    """What is assumed of a card; ``efficiency`` is the share that training reaches, if not 0."""
+    macs = gpu.rate(precision) * 1e12 / 2
+    share = SHARE_OF_PRODUCTS.get(precision, SHARE_OF_TENSOR_CORES)
+    return Rates(
+        macs * (efficiency or gpu.training_share(precision)),
+        macs * share,
+        gpu.gb_per_s * 1e9 * SHARE_OF_BANDWIDTH,
+    )
 
 
 def estimate(
-    space: SearchSpace, archs: Sequence[Architecture], recipe: Recipe, macs_per_s: float
+    space: SearchSpace, archs: Sequence[Architecture], recipe: Recipe, rates: Rates
 ) -> dict:
     """Hours, GMAC per image and GiB per device of each stage and of the naive loop.
 
     Args:
         archs: to be scored.
-        macs_per_s: of one device.
+        rates: of one device.
     """
     chunk = scored_chunk(space, recipe)
     # Every walk carries the calibration images along.
     carried = (chunk + recipe.calibration) / chunk
-    walk = carried * PrefixTree(space, archs).macs(recipe.image_size)
+    walk, outputs = (carried * part for part in PrefixTree(space, archs).cost(recipe.image_size))
     naive = naive_macs(space, archs, recipe.image_size)
     steps = recipe.train_images // (recipe.batch_size * recipe.gpus)
     trained = steps * recipe.batch_size * recipe.gpus
+    scored = rates.scoring_seconds(walk, outputs, recipe.variant)
+    stage1, stage2 = stage1_macs(space, recipe), stage2_macs(space, recipe)
     rows = {
-        "stage1": (stage1_macs(space, recipe), recipe.stage1_epochs * trained, 1),
-        "stage2": (stage2_macs(space, recipe), recipe.stage2_epochs * trained, 2),
-        "stage3": (walk, recipe.images, 3),
-        "stage3_naive": (naive, recipe.images, 3),
+        "stage1": (stage1, recipe.stage1_epochs * trained, 1, stage1 / rates.training),
+        "stage2": (stage2, recipe.stage2_epochs * trained, 2, stage2 / rates.training),
+        "stage3": (walk, recipe.images, 3, scored),
+        "stage3_naive": (naive, recipe.images, 3, scored * naive / walk),
     }
     memory = {
         stage: scoring_bytes(space, recipe) if stage == 3 else training_bytes(space, recipe, stage)
@@ -165,36 +238,61 @@ def estimate(
         name: {
             "gmacs_per_image": round(macs / 1e9, 1),
             "images": images,
-            "hours": round(macs * images / (macs_per_s * recipe.gpus) / 3600, 3),
+            "hours": round(seconds * images / recipe.gpus / 3600, 3),
             "gib_per_device": round(memory[stage] / 2**30, 1),
         }
-        for name, (macs, images, stage) in rows.items()
+        for name, (macs, images, stage, seconds) in rows.items()
     }
 
 
-def assumptions(options, macs_per_s: float) -> list[str]:
+def assumptions(options, variant: Variant, rates: Rates) -> list[str]:
     """What the estimate rests on, one sentence each."""
     if options.gmacs_per_s:
-        rate = f"{options.gmacs_per_s} GMAC/s a device, as given"
+        speed = [f"{options.gmacs_per_s} GMAC/s a device, as given"]
     else:
-        gpu = GPUS[options.gpu]
-        share = options.efficiency or gpu.efficiency
-        rate = (
-            f"{options.gpu}: {gpu.tflops} TFLOP/s ({gpu.unit}, data sheet) x {share} assumed, not "
-            f"measured by this project = {macs_per_s / 1e9:.0f} GMAC/s a device"
-        )
+        gpu, precision = GPUS[options.gpu], variant.precision
+        peak = gpu.rate(precision)
+        training = f"{rates.training / 1e9:.0f} GMAC/s"
+        speed = [
+            f"{options.gpu}, {precision.value}: {peak} TFLOP/s (data sheet); assumed, not measured "
+            f"by this project: training reaches {2e-12 * rates.training / peak:.2g} of them "
+            f"({training} a device), a convolution of stage 3 {2e-12 * rates.scoring / peak:.2g}, "
+            f"and memory {SHARE_OF_BANDWIDTH} of {gpu.gb_per_s} GB/s",
+        ]
+    passes = FUSED_PASSES if variant.fused else PASSES
     return [
-        rate,
+        *speed,
+        f"stage 3 walks in {variant}: memory sees each of its activations {passes} times"
+        + ("" if variant.fused else "; the program tries at the start whether fusing works"),
         "a multiply-accumulate is two floating point operations; a backward pass costs two forward",
         "devices work at the same rate, exchange hidden or free; loading images, evaluations and "
         "checkpoints cost nothing",
         "stage 1 trains the largest network only; its first convolution's saving is ignored",
         "the naive loop runs at the same rate and decodes nothing anew, which flatters it",
-        f"memory: float32, {options.batch_size} images a step and device, each convolution's "
-        "output kept three times for the backward pass; libraries' own memory not counted; "
-        f"stage 3 takes chunks of a quarter of {GPUS[options.gpu].memory_gib} GiB, of which "
-        f"{options.bn_calibration_images} images re-calibrate BatchNorm",
+        f"memory: training in float32, {options.batch_size} images a step and device, each "
+        "convolution's output kept three times for the backward pass; libraries' own memory not "
+        f"counted; stage 3 takes chunks of {GPU_SHARE:.0%} of {GPUS[options.gpu].memory_gib} GiB, "
+        f"of which {options.bn_calibration_images} images re-calibrate BatchNorm",
     ]
+
+
+def planned_variant(options) -> Variant:
+    """The variant that the flags ask for on that card.
+
+    Raises:
+        UserError: the card, or re-calibration, does not allow it.
+    """
+    has_tf32 = GPUS[options.gpu].tf32 > 0
+    if options.tf32 == "on" and not has_tf32:
+        raise UserError(f"--tf32 on, but {options.gpu} has no TF32; give auto or off")
+    if options.fused and options.bn_calibration_images:
+        raise UserError(
+            "--fused True, but BatchNorm re-calibration cannot be fused; give "
+            "--bn_calibration_images 0"
+        )
+    tf32 = has_tf32 and options.tf32 != "off"
+    precision = Precision.TF32 if tf32 else Precision.FLOAT32
+    return usual_variant(precision if options.amp == "O0" else Precision.FLOAT16, options.fused)
 
 
 def main(argv=None) -> None:
@@ -203,7 +301,19 @@ def main(argv=None) -> None:
     parser.add_argument("--gpus", type=whole_number(1), default=1, help="devices [default 1]")
     parser.add_argument("--gpu", choices=GPUS, default="a100", help="kind [default a100]")
     parser.add_argument(
-        "--efficiency", type=real_number(0, 1), default=0.0, help="share of the data sheet's"
+        "--efficiency",
+        type=real_number(0, 1),
+        default=0.0,
+        help="share of the data sheet's rate that training reaches",
+    )
+    parser.add_argument(
+        "--tf32", choices=("auto", "on", "off"), default="auto", help="auto: where the card has it"
+    )
+    parser.add_argument(
+        "--amp", choices=("O0", "O1"), default="O0", help="O1: half precision [default O0]"
+    )
+    parser.add_argument(
+        "--fused", type=read_bool, default=False, help="stage 3 with the fused operator"
     )
     parser.add_argument(
         "--gmacs_per_s", type=real_number(0, 1e9), default=0.0, help="measured, of one device"
@@ -235,6 +345,7 @@ def main(argv=None) -> None:
     else:
         drawn = space.sample_distinct(np.random.default_rng(0), options.n_arch)
         archs = list(drawn.values())
+    variant = planned_variant(options)
     recipe = Recipe(
         options.image_size,
         train_images=options.train_images,
@@ -246,18 +357,18 @@ def main(argv=None) -> None:
         calibration=options.bn_calibration_images,
         gpus=options.gpus,
         memory_gib=GPUS[options.gpu].memory_gib,
+        variant=variant,
     )
-    gpu = GPUS[options.gpu]
     if options.gmacs_per_s:
-        macs_per_s = options.gmacs_per_s * 1e9
+        rates = Rates(options.gmacs_per_s * 1e9, options.gmacs_per_s * 1e9)
     else:
-        macs_per_s = gpu.tflops * 1e12 / 2 * (options.efficiency or gpu.efficiency)
+        rates = rates_of(GPUS[options.gpu], variant.precision, options.efficiency)
     result = {
         "device": "as given" if options.gmacs_per_s else options.gpu,
         "devices": options.gpus,
         "architectures": len(archs),
-        **estimate(space, archs, recipe, macs_per_s),
-        "assumptions": assumptions(options, macs_per_s),
+        **estimate(space, archs, recipe, rates),
+        "assumptions": assumptions(options, variant, rates),
     }
     json.dump(result, sys.stdout, indent=1)
     sys.stdout.write("\n")

@@ -1,10 +1,12 @@
-"""How well predicted accuracies rank architectures: figures, plots, one HTML page.
+"""How well predicted accuracies rank architectures, or what they say alone: one HTML page.
 
     python -m hnas.tools.rank_report --pred submission.json --gt gt.json --out DIR
+    python -m hnas.tools.rank_report --pred submission.json --out DIR
 
-Both files have the organisers' form. --pred may also be macs or params: the counts of the
-architectures in --gt, computed from their codes. DIR gets report.html (all of it), report.json
-and the plots. The last line printed is a JSON object.
+Files have the organisers' form. With --gt, true accuracies, --pred may also be macs or params: the
+counts of the architectures in --gt, computed from their codes. Without, the page tells what the
+scores of a run say by themselves; standard errors come from stage 3's estimates.json beside it. DIR
+gets report.html (all of it), report.json and the plots. The last line printed is a JSON object.
 """
 
 from __future__ import annotations
@@ -17,20 +19,22 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.architecture_file import read_accuracies
+from hnas.architecture_file import in_percent, read_accuracies, read_percent, read_truth
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, read_path, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, replacing, write_json
-from hnas.ranking.breakdown import DISCRETE, attribute, by_option, choices
-from hnas.ranking.correlations import (
-    RESAMPLES,
-    correlations,
-    none_if_nan,
-    rank_errors,
-    top_k,
+from hnas.base.files import check_writable, read_json, replacing, write_json
+from hnas.ranking.breakdown import DISCRETE, Attribution, attribute, by_option, choices
+from hnas.ranking.correlations import RESAMPLES, correlations, rank_errors, top_k
+from hnas.ranking.figures import (
+    distribution_panel,
+    front_panel,
+    option_panels,
+    rank_panel,
+    scatter_panel,
 )
-from hnas.ranking.page import page, signed
-from hnas.ranking.plots import breakdown_plot, rank_plot, scatter_plot
+from hnas.ranking.report_pages import ranking_page, scores_page
+from hnas.ranking.scores import Scores, analyse_scores, front
+from hnas.ranking.svg import Panel
 from hnas.search_space import Architecture, SearchSpace, search_space
 
 FEWEST = 3
@@ -79,27 +83,6 @@ def match(pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]) 
     )
 
 
-def read_truth(path: str) -> dict[Architecture, float]:
-    """True accuracies in percent; a file whose accuracies are all at most 1 holds shares of 1.
-
-    Raises:
-        UserError: a wrong file, or an accuracy outside of 0 to 100.
-    """
-    archs, accuracies = read_accuracies(path)
-    for name, value in zip(archs, accuracies, strict=True):
-        if not 0 <= value <= 100:
-            raise UserError(
-                f"{path}: entry {name!r}: accuracy {value:g}; true accuracies are 0 to 1, or 0 to "
-                "100 in percent"
-            )
-    return dict(zip(archs.values(), in_percent(accuracies).tolist(), strict=True))
-
-
-def in_percent(accuracies: np.ndarray) -> np.ndarray:
-    """Accuracies in percent, of accuracies in percent or as shares of 1."""
-    return accuracies * 100 if accuracies.max() <= 1 else accuracies
-
-
 def predictions(
     pred: str, archs: Iterable[Architecture], space: SearchSpace, size: int, classes: int
 ) -> dict[Architecture, float]:
@@ -129,23 +112,13 @@ def analyse(matched: Matched, seed: int = 0, resamples: int = RESAMPLES) -> dict
         "top_k": [{**asdict(row), "regret": round(row.regret, 6)} for row in best],
         "mean_absolute_rank_error": float(np.abs(errors).mean()),
         "by_option": {name: by_option(chosen[name], errors) for name in DISCRETE},
-        "attribution": {
-            "explained": none_if_nan(attribution.explained),
-            "choices": {
-                name: {
-                    "correlation": none_if_nan(attribution.correlation[name]),
-                    "effect": effect,
-                    "standard_error": none_if_nan(attribution.standard_error[name]),
-                }
-                for name, effect in attribution.effect.items()
-            },
-        },
+        "attribution": attribution.record(),
         "unmatched": {
             source: {"count": len(codes), "codes": codes[:LISTED]}
             for source, codes in (("pred", matched.only_in_pred), ("gt", matched.only_in_gt))
         },
     }
-    return {**report, "interpretation": interpret(report), "notes": notes(matched)}
+    return {**report, "interpretation": interpret(report, attribution), "notes": notes(matched)}
 
 
 def notes(matched: Matched) -> list[str]:
@@ -177,7 +150,7 @@ def notes(matched: Matched) -> list[str]:
     return found
 
 
-def interpret(report: Mapping) -> list[str]:
+def interpret(report: Mapping, attribution: Attribution) -> list[str]:
     """The figures in sentences."""
     tau = report["correlations"]["kendall_tau_b"]
     if tau["value"] is None:
@@ -202,51 +175,116 @@ def interpret(report: Mapping) -> list[str]:
         f" Taking the predicted best one costs {first['regret']:.2f} percentage points of true "
         "accuracy."
     )
-    clear = {
-        name: row
-        for name, row in report["attribution"]["choices"].items()
-        if row["standard_error"] is not None and abs(row["effect"]) > 2 * row["standard_error"]
-    }
+    clear = attribution.clear()
     if clear:
-        name, row = max(clear.items(), key=lambda item: abs(item[1]["effect"]))
+        name, change = clear[0], attribution.effect[clear[0]]
         kind, stage = name.rsplit(" ", 1)
         lines.append(
             f"Its largest systematic error: the {kind} of stage {stage} is "
-            f"{'overrated' if row['effect'] > 0 else 'underrated'}. From the smallest to the "
-            f"largest, the predicted rank rises {signed(abs(row['effect']), 0)[1:]} % of all "
-            f"ranks {'more' if row['effect'] > 0 else 'less'} than the true one."
+            f"{'overrated' if change > 0 else 'underrated'}. From the smallest to the "
+            f"largest, the predicted rank rises {abs(change):.0f} % of all "
+            f"ranks {'more' if change > 0 else 'less'} than the true one. All choices together "
+            f"explain {100 * attribution.explained:.0f} % of the errors' variance; the rest is "
+            "other than depths and widths added up, or noise."
         )
     elif report["attribution"]["explained"] is not None:
         lines.append("No choice of depth or width stands out as the cause of its errors.")
     return lines
 
 
-def draw(matched: Matched, report: Mapping, pred: str) -> dict[str, bytes]:
-    """The plots, as PNG by name."""
+def draw(matched: Matched, report: Mapping, pred: str) -> dict[str, list[Panel]]:
+    """The figures, by name."""
     values, label = matched.pred, "predicted accuracy"
     if pred in COUNTED:
         values, label = matched.pred / 1e6, f"{'MACs' if pred == 'macs' else 'parameters'}, million"
     elif values.min() >= 0 and values.max() <= 100:
         values, label = in_percent(values), "predicted accuracy, %"
     return {
-        "scatter": scatter_plot(values, matched.gt, label, "true accuracy, %"),
-        "ranks": rank_plot(matched.pred, matched.gt),
-        "breakdown": breakdown_plot(report["by_option"]),
+        "scatter": [scatter_panel(values, matched.gt, label, "true accuracy, %")],
+        "ranks": [rank_panel(matched.pred, matched.gt)],
+        "breakdown": option_panels(report["by_option"], "rank error, %"),
     }
 
 
-def write_report(folder: Path, report: Mapping, plots: Mapping[str, bytes]) -> None:
-    """Write ``report.html``, ``report.json`` and a PNG of each plot.
+def read_scores(path: str, space: SearchSpace, size: int, classes: int) -> tuple[Scores, list[str]]:
+    """The scores of a file, and what is not known of them.
+
+    Standard errors, the number of images and the ranking's agreement come from ``estimates.json``
+    beside the file, which stage 3 writes, if it is of the same scores.
+
+    Raises:
+        UserError: a wrong file, fewer than three architectures, or an accuracy outside of 0 to 100.
+    """
+    if path in COUNTED:
+        raise UserError(f"--pred {path} needs --gt, whose architectures it counts")
+    named, accuracy = read_percent(path)
+    names, archs = [*named], [*named.values()]
+    if len(names) < FEWEST:
+        raise UserError(f"{path} has {len(names)} architectures; a report needs at least {FEWEST}")
+    macs = np.array([space.macs(arch, size, classes) for arch in archs], np.float64)
+    params = np.array([space.params(arch, classes) for arch in archs], np.float64)
+    known = {"error": None, "images": None, "agreement": None}
+    missing = "Standard errors are not known: "
+    beside = Path(path).with_name("estimates.json")
+    if not beside.is_file():
+        unknown = [f"{missing}there is no estimates.json of stage 3 beside the scores."]
+    else:
+        found = estimates_of(read_json(beside), archs, accuracy)
+        known, unknown = found or known, []
+        if found is None:
+            unknown = [f"{missing}{beside} is of other scores."]
+    return Scores(names, archs, accuracy, macs, params, **known), unknown
+
+
+def estimates_of(content, archs: list[Architecture], accuracy: np.ndarray) -> dict | None:
+    """What ``estimates.json`` knows of scores besides accuracies; None: it is of others."""
+    try:
+        rows = {entry["arch"]: entry for entry in content["architectures"].values()}
+        own = [rows[arch.code] for arch in archs]
+        same = np.array_equal(in_percent(np.array([float(row["acc"]) for row in own])), accuracy)
+        error = 100 * np.array([float(row["se"]) for row in own])
+        images = int(content["images"])
+        agreement = content.get("agreement")
+        if agreement is not None:
+            numbers = {name: float(agreement[name]) for name in ("tau", "low", "high")}
+            agreement = {"images": int(agreement["images"]), **numbers}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    same = same and images > 0 and np.isfinite(error).all()
+    return {"error": error, "images": images, "agreement": agreement} if same else None
+
+
+def draw_scores(scores: Scores, report: Mapping) -> dict[str, list[Panel]]:
+    """The figures, by name."""
+    costs = {"MACs, million": scores.macs, "parameters, million": scores.params}
+    return {
+        "distribution": [distribution_panel(scores.accuracy, "score, %")],
+        "front": [
+            front_panel(
+                cost / 1e6, scores.accuracy, front(cost, scores.accuracy), (label, "score, %")
+            )
+            for label, cost in costs.items()
+        ],
+        "influence": option_panels(report["by_option"], "score, %"),
+    }
+
+
+def write_report(
+    folder: Path, report: Mapping, figures: Mapping[str, list[Panel]], page: str
+) -> None:
+    """Write ``report.html``, ``report.json`` and an SVG of each panel.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    for name, png in plots.items():
-        with replacing(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(png)
+    for name, panels in figures.items():
+        for number, panel in enumerate(panels, 1):
+            own = name if len(panels) == 1 else f"{name}_{number}"
+            with replacing(folder / f"{own}.svg") as temporary:
+                temporary.write_text(panel.svg(alone=True), encoding="utf-8")
     write_json(folder / "report.json", report)
     with replacing(folder / "report.html") as temporary:
-        temporary.write_text(page(report, plots), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
 
 
 def main(argv=None) -> None:
@@ -254,7 +292,9 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--pred", type=path_text, required=True, help="predictions: JSON, or macs, or params"
     )
-    parser.add_argument("--gt", type=path_text, required=True, help="true accuracies: JSON")
+    parser.add_argument(
+        "--gt", type=path_text, help="true accuracies: JSON [none: the scores alone]"
+    )
     parser.add_argument("--out", required=True, type=read_path, help="folder to write")
     parser.add_argument("--backbone", default="resnet48", help="for macs and params [resnet48]")
     parser.add_argument(
@@ -277,6 +317,11 @@ def main(argv=None) -> None:
     check_writable(options.out, "--out")
 
     space = search_space(options.backbone)
+    html = options.out / "report.html"
+    if not options.gt:
+        found = report_scores(options, space)
+        sys.stdout.write(json.dumps({**found, "report": str(html)}) + "\n")
+        return
     gt = read_truth(options.gt)
     pred = predictions(options.pred, gt, space, options.image_size, options.num_classes)
     matched = match(pred, gt)
@@ -285,8 +330,36 @@ def main(argv=None) -> None:
         "gt": options.gt,
         **analyse(matched, options.seed, options.resamples),
     }
-    write_report(options.out, report, draw(matched, report, options.pred))
-    sys.stdout.write(json.dumps(summary(report, options.out / "report.html")) + "\n")
+    figures = draw(matched, report, options.pred)
+    write_report(options.out, report, figures, ranking_page(report, figures))
+    sys.stdout.write(json.dumps(summary(report, html)) + "\n")
+
+
+def report_scores(options, space: SearchSpace) -> dict:
+    """Write the report on scores alone.
+
+    Returns:
+        The line that is printed, without where the report is.
+    """
+    size, classes = options.image_size, options.num_classes
+    scores, unknown = read_scores(options.pred, space, size, classes)
+    found = analyse_scores(scores)
+    report = {
+        "pred": options.pred,
+        "backbone": options.backbone,
+        "image_size": size,
+        "num_classes": classes,
+        **found,
+        "notes": [*found["notes"], *unknown],
+    }
+    figures = draw_scores(scores, report)
+    write_report(options.out, report, figures, scores_page(report, figures))
+    shown = ("pred", "architectures", "images", "accuracy", "standard_error", "agreement")
+    return {
+        **{name: report[name] for name in (*shown, "tau_of_macs")},
+        "explained": report["attribution"]["explained"],
+        "notes": report["notes"],
+    }
 
 
 def summary(report: Mapping, html: Path) -> dict:

@@ -26,10 +26,10 @@ import numpy as np
 
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, remove_leftovers, replacing, write_json
-from hnas.evaluation.engine import ScoringSettings, write_results
+from hnas.evaluation.engine import ScoringSettings
 from hnas.evaluation.evolution import UNITS, Budget, Evolution
 from hnas.evaluation.generations import Scored, search
-from hnas.evaluation.ledger import ESTIMATES_FILE, estimates
+from hnas.evaluation.results import ESTIMATES_FILE, complete_estimates, write_results
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import barrier, is_main_process, leave
 from hnas.ranking.latency import LatencyTable, read_latency
@@ -40,7 +40,7 @@ from hnas.utils.memory_needs import check_chunk
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import calibration_images, require, space_of, start, validation_images
-from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash
+from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash, variant
 from hnas.utils.training import start_from_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; search takes resnet48")
     latency = latency_table(options)
-    start(options)
+    arithmetic = start(options)
     require(options, "ckpt_dir")
     check_chunk(options)
     space = space_of(options)
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     barrier()
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     decoded = decoded_images(options, images, order)
-    whose = identity(options, shared_hash(decoded.hash, images.select(order)), calibration)
+    names = shared_hash(decoded.hash, images.select(order))
+    whose = identity(options, names, calibration, arithmetic)
     logger.info("at most %s", budget)
     scored = search(
         network,
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoded,
         save_dir,
         {**whose, **search_identity(options, budget)},
-        ScoringSettings(calibration, options.chunk_size, amp=options.amp),
+        ScoringSettings(calibration, options.chunk_size, variant=variant(arithmetic, calibration)),
     )
     if is_main_process():
         write(save_dir, options, budget, scored)
@@ -139,7 +140,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     chosen = choose(scores, costs, np.full(len(archs), True), cost)
 
     write_results(folder, archs, counts)
-    write_json(folder / ESTIMATES_FILE, estimates(archs, counts))
+    write_json(folder / ESTIMATES_FILE, complete_estimates(archs, counts))
     write_table(folder / "search.csv", chosen, dict(zip(archs, scored.generation, strict=True)))
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
     plot = front_plot(
@@ -159,7 +160,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
 
 def axis(cost: str, latency: LatencyTable | None) -> str:
     """The label of a plot's axis."""
-    if cost != "latency_ms" or latency is None:
+    if cost != "latency" or latency is None:
         return UNITS[cost]
     about = latency.about
     where = f"{about['processor']}, batch {about['batch_size']}"

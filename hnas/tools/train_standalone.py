@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ from hnas.search_space import Architecture
 from hnas.utils.checkpoint import RUN_NOTE, SET_NAME, remove_set
 from hnas.utils.exporting import FILES
 from hnas.utils.hapi_wrapper import StandaloneModel
-from hnas.utils.options import Options, Stage
+from hnas.utils.options import Options, Stage, default_of
 from hnas.utils.parsing import parse_options
 from hnas.utils.resuming import describe_run
 from hnas.utils.runtime import (
@@ -192,7 +192,9 @@ def _check_run(path: Path, results: Path, run: Mapping) -> None:
             raise UserError(f"{results} is there without {path.name}; choose another --save_dir")
         write_json(path, run)
         return
-    earlier = read_json(path)
+    # Flags that did not exist then were off, as they are by default.
+    defaults = {option.name: default_of(option, Stage.STANDALONE) for option in fields(Options)}
+    earlier = {**defaults, **read_json(path)}
     changed = [key for key in run if earlier.get(key) != run[key]]
     if changed:
         raise UserError(
@@ -254,7 +256,7 @@ def train_one(
         network = ResNet(space.plan(arch), classes)
         if weights is not None:
             load_weights(network, weights, options.init)
-        model = StandaloneModel(network, code)
+        model = StandaloneModel(network, code, options.label_smoothing)
         prepare(model, own, len(loader))
         fit(model, own, loader)
     counts = evaluate_network(network, val)

@@ -7,13 +7,14 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle.callbacks import Callback
 
+from hnas.base.device import peak_memory
 from hnas.base.errors import UserError
 from hnas.base.files import remove_leftovers, write_json
 from hnas.base.signals import Stopped
@@ -26,6 +27,7 @@ from hnas.utils.weights import NotFiniteError
 
 logger = logging.getLogger(__name__)
 
+HISTORY = "history.json"
 LARGEST = RESNET48.largest().code
 """Of every search space; log lines of steps that train it alone leave it out."""
 
@@ -39,12 +41,16 @@ class TrainLogger(Callback):
 
     Losses are read from the device when a line is due or a checkpoint is about to be written,
     and checked then, so a step never waits for its loss and no checkpoint follows a bad one.
+
+    Attributes:
+        validation: what was measured after epochs, from 0: figures by name.
     """
 
     def __init__(self, log_freq: int):
         super().__init__()
         self.log_freq = log_freq
         self.epoch_losses: list[float] = []
+        self.validation: dict[int, dict[str, float | None]] = {}
         self._losses: list[float] = []
         self._unread: list[tuple[int, dict]] = []
         self._epoch = 0
@@ -57,13 +63,14 @@ class TrainLogger(Callback):
         return self._earlier_seconds + time.perf_counter() - self._began
 
     def state(self) -> dict:
-        """The losses so far, for a checkpoint."""
+        """The losses and figures so far, for a checkpoint."""
         self.read_losses()
         return {
             "epoch_losses": np.array(self.epoch_losses, np.float64),
             "step_losses": np.array(self._losses, np.float64),
             "best_epoch": self.history()["best_epoch"],
             "seconds": self.seconds,
+            "validation": self._validation_rows(),
         }
 
     def restore(self, state: Mapping) -> None:
@@ -71,12 +78,31 @@ class TrainLogger(Callback):
         self.epoch_losses = state["epoch_losses"].tolist()
         self._losses = state["step_losses"].tolist()
         self._earlier_seconds = state["seconds"]
+        # Checkpoints of earlier versions have none.
+        rows = [dict(row) for row in state.get("validation", [])]
+        self.validation = {row.pop("epoch"): row for row in rows}
+
+    @property
+    def epochs_done(self) -> int:
+        """How many epochs are done if none is under way; else 0."""
+        return 0 if self._losses or self._unread else len(self.epoch_losses)
 
     def history(self) -> dict:
-        """Mean loss of each epoch, the epoch (from 0) of the least, and the seconds."""
+        """What ``history.json`` holds; epochs count from 0, as the names of checkpoints do."""
         losses = self.epoch_losses
         best = int(np.argmin(losses)) if losses else None
-        return {"epoch_losses": losses, "best_epoch": best, "seconds": round(self.seconds, 1)}
+        found = {"epoch_losses": losses, "best_epoch": best, "seconds": round(self.seconds, 1)}
+        if self.validation:
+            found["validation"] = self._validation_rows()
+        return found
+
+    def _validation_rows(self) -> list[dict]:
+        rows = sorted(self.validation.items())
+        return [{"epoch": epoch, **figures} for epoch, figures in rows]
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is a line after ``step``, from 0: every ``log_freq``, and the last."""
+        return (step + 1) % self.log_freq == 0 or step + 1 == self.params["steps"]
 
     def read_losses(self) -> None:
         """Fetch the losses since the last call, means over all ranks, which call this together.
@@ -126,8 +152,7 @@ class TrainLogger(Callback):
     def on_train_batch_end(self, step, logs=None):
         self._unread.append((step, logs))
         self._since += 1
-        last = step + 1 == self.params["steps"]
-        if (step + 1) % self.log_freq == 0 or last:
+        if self.is_due(step):
             self.read_losses()
             if is_main_process():
                 self._log_line(step, logs)
@@ -138,6 +163,8 @@ class TrainLogger(Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.epoch_losses.append(sum(self._losses) / len(self._losses))
         self._losses = []
+        if is_main_process():
+            logger.info("epoch %d: peak memory %s", epoch + 1, peak_memory())
 
     def _log_line(self, step, logs):
         elapsed = time.perf_counter() - self._mark
@@ -219,7 +246,7 @@ class Checkpoints(Callback):
         elif stopped_by:
             self.save(f"{epoch + 1}-0", epoch + 1, 0, logs)
         if is_main_process():
-            write_json(self.folder / "history.json", self.log.history())
+            write_json(self.folder / HISTORY, self.log.history())
         if stopped_by and epoch + 1 < self.params["epochs"]:
             self._end(stopped_by, f"after epoch {epoch + 1}")
 
@@ -282,44 +309,34 @@ class Checkpoints(Callback):
         raise Stopped(number)
 
 
-class EvaluateExtremes(Callback):
-    """Validation accuracy of the largest and the smallest sub-network after epochs."""
-
-    def __init__(self, evaluate: Callable[[], dict[str, float]], eval_freq: int):
-        super().__init__()
-        self.evaluate = evaluate
-        self.eval_freq = eval_freq
-
-    def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.eval_freq:
-            return
-        if is_main_process():
-            line = ", ".join(f"{name} {value:.4f}" for name, value in self.evaluate().items())
-            logger.info("epoch %d validation top-1: %s", epoch + 1, line)
-        barrier()
-
-
 class VisualDLWriter(Callback):
-    """Writes loss, top-1, learning rate and images a second every ``log_freq`` steps.
+    """Writes curves: of training at every log line, of validation after epochs.
 
     Args:
-        folder: where the log goes.
-        log_freq: steps between points; only then losses are read from the device.
+        folder: where they go.
+        log: which has averaged a step's loss over ranks before this is called, and holds what was
+            measured after epochs.
 
     Raises:
         UserError: VisualDL is not installed.
     """
 
-    def __init__(self, folder: str, log_freq: int):
+    def __init__(self, folder: str, log: TrainLogger):
         super().__init__()
         try:
             from visualdl import LogWriter
         except ImportError as error:
             raise UserError(
-                f"--visualdl_dir needs VisualDL ({error}): pip install visualdl, or leave it out"
+                f"--visualdl_dir needs VisualDL ({error}): pip install visualdl 'numpy<2', or "
+                "leave it out"
             ) from None
-        self.log_freq = log_freq
+        self.log = log
         self._writer = LogWriter(folder)
+        self._written: set[int] = set()
+
+    def on_train_begin(self, logs=None):
+        # Of a resumed run, too: it writes to a new file, and VisualDL shows the newest.
+        self._write_validation()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -327,7 +344,7 @@ class VisualDLWriter(Callback):
 
     def on_train_batch_end(self, step, logs=None):
         self._since += 1
-        if (step + 1) % self.log_freq:
+        if not self.log.is_due(step):
             return
         done = self._epoch * self.params["steps"] + step + 1
         loss, top1 = float(logs["loss"]), float(logs["top1"])
@@ -337,5 +354,21 @@ class VisualDLWriter(Callback):
             self._writer.add_scalar(f"train/{name}", value, done)
         self._mark, self._since = time.perf_counter(), 0
 
-    def on_train_end(self, logs=None):
+    def on_epoch_end(self, epoch, logs=None):
+        self._write_validation()
+
+    def _write_validation(self) -> None:
+        """Write what was measured since the last call, at the step after which it was."""
+        for epoch, figures in self.log.validation.items():
+            if epoch in self._written:
+                continue
+            self._written.add(epoch)
+            for name, value in figures.items():
+                if value is not None:
+                    self._writer.add_scalar(
+                        f"validation/{name}", value, (epoch + 1) * self.params["steps"]
+                    )
+
+    def close(self) -> None:
+        """Write out what VisualDL holds back, up to two minutes' points."""
         self._writer.close()

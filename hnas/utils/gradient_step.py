@@ -111,16 +111,37 @@ def swinging_rate(
 
 
 def momentum_optimizer(
-    network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
+    network: nn.Layer,
+    schedule,
+    momentum: float,
+    weight_decay: float,
+    clip_norm: float = 0.0,
+    nesterov: bool = False,
+    no_norm_decay: bool = False,
 ):
     """Momentum SGD on the parameters that train.
 
-    ``clip_norm`` is the largest norm of all gradients together; 0: any.
+    Args:
+        network: whose parameters they are.
+        schedule, momentum, weight_decay: rate, velocity's share that stays, and L2 penalty.
+        clip_norm: largest norm of all gradients together; 0: any.
+        nesterov: step by the gradient plus momentum times the new velocity (Sutskever et al.,
+            ICML 2013).
+        no_norm_decay: no penalty on vectors: BatchNorm's scales and shifts, and biases (He et al.,
+            "Bag of tricks", CVPR 2019).
     """
+    trained = [p for p in network.parameters() if not p.stop_gradient]
+    if no_norm_decay:
+        # A parameter's own penalty wins over the optimizer's. Groups of parameters would each have
+        # their gradients clipped alone.
+        for parameter in trained:
+            if parameter.ndim == 1:
+                parameter.regularizer = paddle.regularizer.L2Decay(0.0)
     return paddle.optimizer.Momentum(
         schedule,
         momentum,
-        parameters=[p for p in network.parameters() if not p.stop_gradient],
+        parameters=trained,
+        use_nesterov=nesterov,
         weight_decay=paddle.regularizer.L2Decay(weight_decay),
         grad_clip=nn.ClipGradByGlobalNorm(clip_norm) if clip_norm else None,
     )

@@ -76,6 +76,8 @@ class ResumableModel(paddle.Model):
                     self.epoch, self.step = epoch, step
                     self.set_rate(epoch * len(loader) + step)
                     lr = self._optimizer.get_lr()
+                    if self.exchange is not None:
+                        self.exchange.read_notices()
                     logs = {**self.train_batch(batch), "lr": lr}
                     callbacks.on_batch_end("train", step, logs)
             callbacks.on_epoch_end(epoch, logs)
@@ -102,6 +104,10 @@ class DistillationModel(ResumableModel):
         loss_weights: weights of the losses of a step's sub-networks; None: 1.
         temperature: T of the soft targets: both sides are softened by it, and the loss grows by
             T squared, so that gradients keep their size (Hinton et al., 2015).
+        label_smoothing: see :func:`distillation_loss`.
+        in_place: a step's first sub-network learns from labels only and teaches the others (Yu et
+            al., BigNAS, ECCV 2020), where there is no ``teacher``. The sampler should give the
+            largest first, as :class:`hnas.utils.SampleMethod.SandwichSampler` does.
     """
 
     def __init__(
@@ -111,6 +117,8 @@ class DistillationModel(ResumableModel):
         sampler: Sampler,
         loss_weights: Callable[[Sequence[Architecture]], Sequence[float]] | None = None,
         temperature: float = 1.0,
+        label_smoothing: float = 0.0,
+        in_place: bool = False,
     ):
         spec = [paddle.static.InputSpec([None, 3, None, None], "uint8", "image")]
         label = [paddle.static.InputSpec([None], "int64", "label")]
@@ -119,6 +127,8 @@ class DistillationModel(ResumableModel):
         self.sampler = sampler
         self.loss_weights = loss_weights or (lambda archs: [1.0] * len(archs))
         self.temperature = temperature
+        self.label_smoothing = label_smoothing
+        self.in_place = in_place
         if teacher is not None:
             teacher.eval()
 
@@ -135,9 +145,11 @@ class DistillationModel(ResumableModel):
                 self.network.activate(arch)
                 with self.gradients.autocast():
                     logits = self.network(part)
-                    loss = distillation_loss(logits, answers, targets, self.temperature)
-                    loss = weight * loss
-                targets = self.next_targets(targets, logits)
+                    loss = weight * distillation_loss(
+                        logits, answers, targets, self.temperature, self.label_smoothing
+                    )
+                if self.in_place and targets is None:
+                    targets = F.softmax(logits.detach() / self.temperature)
                 self.gradients.backward(loss)
                 losses[index] += loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
@@ -159,14 +171,16 @@ class DistillationModel(ResumableModel):
         with self.gradients.autocast():
             return F.softmax(self.teacher(images) / self.temperature)
 
-    def next_targets(self, targets, logits) -> paddle.Tensor | None:
-        """What teaches a step's next sub-network; ``logits`` [N, C] are the last one's."""
-        return targets
 
+def distillation_loss(
+    logits, labels, targets, temperature: float = 1.0, label_smoothing: float = 0.0
+) -> paddle.Tensor:
+    """Cross-entropy with labels [N] plus, if given, with the teacher's probabilities [N, C].
 
-def distillation_loss(logits, labels, targets, temperature: float = 1.0) -> paddle.Tensor:
-    """Cross-entropy with labels [N] plus, if given, with the teacher's probabilities [N, C]."""
-    loss = F.cross_entropy(logits, labels)
+    ``label_smoothing`` is the share of a label that is spread evenly over the C classes, its own
+    included (Szegedy et al., CVPR 2016); the teacher's probabilities stay as they are.
+    """
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     if targets is None:
         return loss
     soft = F.cross_entropy(logits / temperature, targets, soft_label=True)
@@ -188,11 +202,13 @@ class StandaloneModel(ResumableModel):
     Args:
         network: float images [N, 3, H, W] to logits [N, classes].
         code: of its architecture, for log lines.
+        label_smoothing: see :func:`distillation_loss`.
     """
 
-    def __init__(self, network: nn.Layer, code: str):
+    def __init__(self, network: nn.Layer, code: str, label_smoothing: float = 0.0):
         super().__init__(network)
         self.code = code
+        self.label_smoothing = label_smoothing
 
     def train_batch(self, inputs) -> dict:
         """One step of cross-entropy on uint8 images [N, 3, H, W] and labels [N]."""
@@ -202,7 +218,9 @@ class StandaloneModel(ResumableModel):
         for part, answers in self.gradients.parts(normalize(images), labels):
             with self.gradients.autocast():
                 logits = self.network(part)
-                part_loss = F.cross_entropy(logits, answers)
+                part_loss = distillation_loss(
+                    logits, answers, None, label_smoothing=self.label_smoothing
+                )
             self.gradients.backward(part_loss)
             loss += part_loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()

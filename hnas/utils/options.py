@@ -112,6 +112,17 @@ class Options:
         1e-4, "L2 penalty", stages=TRAINING, low=0, high=1000, own={Stage.DISTILL: 3e-5}
     )
     momentum: float = _flag(0.9, "of the optimizer", stages=TRAINING, low=0, high=1)
+    nesterov: bool = _flag(False, "Nesterov's momentum", stages=TRAINING)
+    no_norm_decay: bool = _flag(
+        False, "no L2 penalty on BatchNorm's scales and shifts and on biases", stages=TRAINING
+    )
+    label_smoothing: float = _flag(
+        0.0,
+        "share of a label that is spread evenly over all classes",
+        stages=TRAINING - CONTRAST,
+        low=0,
+        high=1,
+    )
     batch_size: int = _flag(256, "images a step and device", "images", low=1, high=1_000_000)
     dyna_batch_size: int = _flag(
         4,
@@ -204,6 +215,12 @@ class Options:
     distill_temperature: float = _flag(
         1.0, "of the teacher's soft targets", stages=DISTILL, low=0.001, high=1000
     )
+    in_place_distillation: bool = _flag(
+        False,
+        "with sample_method sandwich: a step's largest network learns from labels only and "
+        "teaches the others, instead of the pretrained one",
+        stages=DISTILL,
+    )
     train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)
     use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
     ckpt_dir: str = _flag(
@@ -262,11 +279,18 @@ class Options:
     )
     eval_freq: int = _flag(
         1,
-        "epochs between evaluations of the largest and smallest; 0: never",
+        "epochs between evaluations of the largest and smallest, and of rank_gt's; 0: never",
         "epochs",
         stages=DISTILL,
         low=0,
         high=MOST_EPOCHS,
+    )
+    rank_gt: str = _flag(
+        "",
+        "architectures with stand-alone accuracies, to score whenever eval_freq says: for the log, "
+        "history.json and the curves only",
+        "file",
+        stages=DISTILL,
     )
     bn_calibration_images: int = _flag(
         AUTO,
@@ -381,6 +405,20 @@ class Options:
         low=0,
         high=1,
     )
+    target_tau: float = _flag(
+        0.0,
+        "stop when the ranking's tau with that by all images is at least this, at the lower end of "
+        "its interval; 0: never",
+        stages=SCORE,
+        low=0,
+        high=1,
+    )
+    arch_shard: str = _flag(
+        "",
+        "score one of several parts of the list, as 2/8; merge_scores joins them; none: all",
+        "part",
+        stages=SCORE,
+    )
     cache_gb: float = _flag(
         8.0,
         "most memory for decoded images; more go to a file in save_dir",
@@ -391,9 +429,20 @@ class Options:
     )
     amp: str = _flag(
         "O0",
-        "mixed precision on GPUs: O0 (none), O1, or in stage 3 and search O2",
+        "half precision on GPUs: O0 (none), O1; stage 3 and search take O2 for O1",
         "name",
         stages=ALL - EXPORT,
+    )
+    tf32: str = _flag(
+        "auto",
+        "float32 on GPUs with 10 bits of mantissa in convolutions and matrix products: on or off; "
+        "auto: as Paddle has it, convolutions only",
+        "name",
+    )
+    deterministic: bool = _flag(
+        False,
+        "cuDNN's deterministic algorithms only, slower: convolutions and pooling give the same "
+        "bits on the same kind of card, Paddle and cuDNN; CPUs do anyway",
     )
     accumulate: int = _flag(
         1,

@@ -141,6 +141,7 @@ def _check_bounds(options: Options) -> None:
         "device": ("auto", "cpu", "gpu"),
         "eval_engine": ("shared", "reference"),
         "amp": ("O0", "O1", "O2"),
+        "tf32": ("auto", "on", "off"),
         "bad_images": ("fatal", "skip"),
         "stage1_views": ("two_kinds", "one_kind"),
         "lr_schedule": ("cosine", "swing"),

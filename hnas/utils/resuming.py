@@ -35,7 +35,7 @@ NEUTRAL_FLAGS = frozenset((
     "save_dir", "save_dir_new", "save_freq", "save_steps", "keep", "log_freq", "eval_freq",
     "bn_calibration_images", "resume", "train_flag", "image_dir", "pretrained", "use_ckpt",
     "ckpt_dir", "num_workers", "device", "verify_images", "bad_images", "cache_dir",
-    "visualdl_dir", "modelarch_file", "init",
+    "visualdl_dir", "modelarch_file", "init", "rank_gt",
 ))
 # fmt: on
 # What decides which images a step of an epoch sees.
@@ -179,12 +179,30 @@ def check_progress(progress: Mapping) -> None:
     seconds = losses["seconds"]
     if type(seconds) is not float or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r:.40}")
+    check_validation(losses.get("validation", []), progress["epoch"])
     for name in ("run", "generators"):
         if not isinstance(progress[name], dict):
             raise TypeError(f"{name} is a {type(progress[name]).__name__}")
     for name, value in progress["run"].items():
         if not isinstance(value, bool | int | float | str):
             raise TypeError(f"{name} of run is a {type(value).__name__}")
+
+
+def check_validation(rows, epochs: int) -> None:
+    """Check what was measured after the first ``epochs`` epochs, see :class:`Validation`.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not what this program saves.
+    """
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise TypeError("validation is no list of rows")
+    numbers = [row["epoch"] for row in rows]
+    if any(type(number) is not int or not 0 <= number < epochs for number in numbers):
+        raise ValueError(f"validation after epochs {numbers!r:.40}, of {epochs}")
+    for row in rows:
+        figures = [value for name, value in row.items() if name != "epoch" and value is not None]
+        if not all(type(value) is float and math.isfinite(value) for value in figures):
+            raise ValueError(f"validation after epoch {row['epoch']} is not finite")
 
 
 def changed_settings(before: Mapping, run: Mapping) -> list[str]:

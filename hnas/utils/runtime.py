@@ -15,6 +15,7 @@ import paddle
 from paddle.base.core import set_num_threads
 from PIL import Image
 
+from hnas.base.device import Arithmetic, device_name, on_gpu, set_deterministic, set_tf32
 from hnas.base.errors import UserError
 from hnas.base.files import check_writable
 from hnas.dataset.image_folder import (
@@ -44,16 +45,19 @@ from hnas.utils.options import AUTO, Options
 logger = logging.getLogger(__name__)
 
 
-def start(options: Options, writes: bool = True) -> None:
-    """Choose the device, meet the run's other processes and seed every generator.
+def start(options: Options, writes: bool = True) -> Arithmetic:
+    """Choose the device and how it rounds, meet the run's other processes, seed every generator.
 
     Args:
         options: of the run.
         writes: whether there will be results, for which ``save_dir`` is tried now.
 
+    Returns:
+        What the run computes with.
+
     Raises:
-        UserError: a GPU is asked for and Paddle has none, other processes cannot be reached, or
-            ``save_dir`` cannot be written.
+        UserError: a GPU is asked for and Paddle has none, the device cannot round as asked for,
+            other processes cannot be reached, or ``save_dir`` cannot be written.
     """
     if not is_main_process():
         logging.getLogger().setLevel(logging.WARNING)
@@ -61,19 +65,24 @@ def start(options: Options, writes: bool = True) -> None:
     if options.device == "gpu" and not has_gpu:
         raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
     paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
-    if options.amp != "O0" and paddle.get_device() == "cpu":
+    if options.amp != "O0" and not on_gpu():
         raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
+    tf32 = set_tf32(options.tf32)
+    if options.deterministic:
+        set_deterministic()
+    arithmetic = Arithmetic(device_name(), tf32, options.amp, options.deterministic)
     if "PINAS_THREADS" in os.environ:
         set_num_threads(cpu_threads())
     if writes:
         check_writable(options.save_dir, "--save_dir")
         if options.visualdl_dir:
             check_writable(options.visualdl_dir, "--visualdl_dir")
-    join_processes(cpu=paddle.get_device() == "cpu")
+    join_processes(cpu=not on_gpu())
     seed_generators(options.seed)
-    logger.info("device %s, seed %d", paddle.get_device(), options.seed)
+    logger.info("device %s (%s), seed %d", paddle.get_device(), arithmetic, options.seed)
     if world_size() > 1:
         logger.info("%d processes, %d of them on this machine", world_size(), local_ranks())
+    return arithmetic
 
 
 def seed_generators(seed: int) -> None:

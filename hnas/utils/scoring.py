@@ -7,11 +7,15 @@ import math
 from pathlib import Path
 
 import numpy as np
+import paddle
 
+from hnas.base.device import Arithmetic, on_gpu
 from hnas.base.errors import UserError
 from hnas.base.files import file_digest
 from hnas.dataset.image_folder import ImageList
+from hnas.evaluation.gpu_kernels import choose_variant
 from hnas.evaluation.images import DECODE_BATCH, DecodedImages, ImagesOnDemand, balanced_order
+from hnas.evaluation.variants import Precision, Variant
 from hnas.parallel.distributed import agree, from_main_process, world_size
 from hnas.utils.memory_needs import check_cache, check_shared_memory
 from hnas.utils.options import Options
@@ -61,15 +65,31 @@ def shared_hash(own: str, images: ImageList) -> str:
     return bytes(from_main_process(list(bytes.fromhex(own)))).hex()
 
 
-def identity(options: Options, images: str, calibration) -> dict[str, str]:
+def identity(
+    options: Options, images: str, calibration: paddle.Tensor | None, arithmetic: Arithmetic
+) -> dict[str, str]:
     """What a saved state belongs to: whatever accuracies depend on besides their architectures.
 
-    ``images`` is the hash of the images to score on.
+    ``images`` is the hash of the images to score on. All processes compute with the same.
     """
+    setting = f"{options.backbone}, {arithmetic}"
+    agree([int(hashlib.sha256(setting.encode()).hexdigest()[:15], 16)], "device or Paddle")
     pixels = None if calibration is None else calibration.numpy().tobytes()
     return {
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
         "image_list": images,
-        "setting": f"{options.backbone} amp={options.amp}",
+        "setting": setting,
         "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
     }
+
+
+def variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) -> Variant | None:
+    """How the walk computes on a GPU; None: on CPUs the engine decides.
+
+    Half precision is float16, eight times as fine as bfloat16. What overflows is found.
+    """
+    if not on_gpu():
+        return None
+    rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
+    precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
+    return choose_variant(precision, 0 if calibration is None else len(calibration))

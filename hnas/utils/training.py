@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from hnas.parallel.distributed import (
 )
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import SearchSpace
-from hnas.utils.callbacks import Checkpoints, TrainLogger, VisualDLWriter
+from hnas.utils.callbacks import HISTORY, Checkpoints, TrainLogger, VisualDLWriter
 from hnas.utils.gradient_step import (
     GradientStep,
     learning_rate,
@@ -38,6 +39,7 @@ from hnas.utils.gradient_step import (
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import Options
 from hnas.utils.resuming import describe_run, resume
+from hnas.utils.validation import Figures, Validation
 from hnas.utils.weights import (
     PARAMS,
     Checkpoint,
@@ -169,7 +171,13 @@ def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> No
             options.max_epoch * steps_per_epoch,
         )
     optimizer = momentum_optimizer(
-        model.network, schedule, options.momentum, options.weight_decay, options.clip_norm
+        model.network,
+        schedule,
+        options.momentum,
+        options.weight_decay,
+        options.clip_norm,
+        options.nesterov,
+        options.no_norm_decay,
     )
     if options.onednn:
         teacher = getattr(model, "teacher", None)
@@ -177,11 +185,19 @@ def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> No
     model.prepare(optimizer, GradientStep(optimizer, options.accumulate, options.amp))
 
 
-def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=()) -> None:
+def fit(
+    model: ResumableModel,
+    options: Options,
+    loader: EpochLoader,
+    measure: Callable[[], Figures] | None = None,
+) -> None:
     """Train from the start or from where ``--resume`` says, save, and record the losses.
 
     ``SAVE_DIR/final.pdparams`` holds the last weights, ``SAVE_DIR/history.json`` the mean loss of
-    each epoch.
+    each epoch and what was measured after it.
+
+    Args:
+        measure: see :class:`Validation`; called every ``eval_freq`` epochs.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C, after saving.
@@ -189,24 +205,29 @@ def fit(model: ResumableModel, options: Options, loader: EpochLoader, callbacks=
     """
     log = TrainLogger(options.log_freq)
     about = about_weights(options, loader)
+    curves = []
     if options.visualdl_dir and is_main_process():
-        callbacks = [*callbacks, VisualDLWriter(options.visualdl_dir, options.log_freq)]
+        curves.append(VisualDLWriter(options.visualdl_dir, log))
     run = describe_run(options, loader)
     start = resume(model, options, log, run, len(loader))
     logger.info("training from epoch %d step %d", start.epoch + 1, start.step + 1)
     if start.epoch >= options.max_epoch:
         logger.info("all %d epochs are done already: nothing is left to train", options.max_epoch)
-    with StopSignals(patient=world_size() > 1) as stop:
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignals(patient=world_size() > 1))
         if world_size() > 1:
             agree(start.position, "the epoch and step to start from")
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             stop = model.exchange = GradientExchange(trained, stop)
-        saver = Checkpoints(options, log, stop, run, start.run_id, about)
-        model.fit(loader, options.max_epoch, [log, saver, *callbacks], start.position)
+        callbacks = [log, Checkpoints(options, log, stop, run, start.run_id, about)]
+        if measure is not None and options.eval_freq:
+            callbacks.append(Validation(measure, options.eval_freq, log, options.save_dir))
+        callbacks += [stack.enter_context(closing(writer)) for writer in curves]
+        model.fit(loader, options.max_epoch, callbacks, start.position)
     if is_main_process():
         # Also when nothing was left to train: a kill may have come just before either.
-        write_json(Path(options.save_dir) / "history.json", log.history())
+        write_json(Path(options.save_dir) / HISTORY, log.history())
         path = Path(options.save_dir) / f"final{PARAMS}"
         write_state(path, model.network.state_dict(), about)
     barrier()

@@ -10,11 +10,10 @@ import paddle
 from paddle import nn
 
 from hnas.bench.rank.distorted_digits import CLASSES, DigitsLoader, DigitsTask
-from hnas.bench.rank.in_place import InPlaceDistillationModel
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import STAGE1_FORWARDS, Method, find_method
 from hnas.bench.rank.samplers import AnnealedSampler, StratifiedSampler
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.convolution import use_onednn
@@ -200,10 +199,10 @@ def stage2_model(
         "loss_weights": macs_weights(bench.space, size) if method.macs_weighted else None,
         "temperature": method.temperature,
     }
-    if method.teacher == "in place":
-        return InPlaceDistillationModel(network, sampler, **more)
     teacher = teacher if method.teacher == "pretrained" else None
-    return DistillationModel(network, teacher, sampler, **more)
+    return DistillationModel(
+        network, teacher, sampler, in_place=method.teacher == "in place", **more
+    )
 
 
 def method_sampler(bench: Bench, method: Method, steps: int, seed: int) -> Sampler:

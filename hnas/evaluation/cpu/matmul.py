@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 
 from hnas.evaluation.kernels import DygraphKernels
-from hnas.evaluation.weights import Form
+from hnas.evaluation.weights import Form, channels_last
 
 
 class MatmulKernels(DygraphKernels):
@@ -68,11 +68,6 @@ def window_indices(height: int, width: int, kernel: int, stride: int, padding: i
     padded[inside] = np.arange(height * width).reshape(height, width)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel))
     return windows[::stride, ::stride].reshape(-1)
-
-
-def channels_last(filters: paddle.Tensor) -> paddle.Tensor:
-    """[O, I, K, K] -> [O, K, K, I]."""
-    return filters.transpose([0, 2, 3, 1]).contiguous()
 
 
 def corner_windows(filters: paddle.Tensor, size: int) -> tuple[paddle.Tensor, ...]:

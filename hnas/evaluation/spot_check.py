@@ -1,0 +1,162 @@
+"""Is the shared engine right? Logits of one architecture a chunk against the reference engine's.
+
+The walk rests on what Paddle does, not on what it promises: slices that stay valid, programs that
+take the filters they are given, an operator for its inference engine. So every chunk is checked
+before its counts are kept. How much may differ follows from how it rounds, and is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from hnas.base.device import on_gpu
+from hnas.base.errors import UserError
+from hnas.evaluation.hits import LogitsError, count_hits
+from hnas.evaluation.reference import network_logits
+from hnas.evaluation.variants import Precision
+from hnas.models.elastic import ElasticResNet
+from hnas.search_space import Architecture
+
+
+class EngineError(UserError):
+    """The shared engine disagrees with the reference engine."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the logits of an engine are from the reference engine's on the same images.
+
+    Attributes:
+        precision: in which they were computed.
+        largest: the largest difference of two logits.
+        spread: standard deviation of the reference's logits.
+        hits: ``(counted, expected, uncertain)`` by name, ``top1`` and ``top5``. Uncertain are the
+            images whose hit or miss hangs on a margin of at most twice the largest difference;
+            all others must be as expected.
+    """
+
+    precision: Precision
+    largest: float
+    spread: float
+    hits: dict[str, tuple[int, int, int]]
+
+    @property
+    def relative(self) -> float:
+        """The largest difference in standard deviations of the logits."""
+        return self.largest / self.spread if self.spread else np.inf * self.largest
+
+    def fault(self) -> str:
+        """What rounding does not explain, in words; empty: nothing."""
+        allowed = self.precision.tolerance
+        if not self.largest <= allowed * self.spread:
+            return (
+                f"logits differ by up to {self.largest:.3g}, {self.relative:.2g} of their standard "
+                f"deviation, where {self.precision.value} explains {allowed:g}"
+            )
+        for name, (counted, expected, uncertain) in self.hits.items():
+            if abs(counted - expected) > uncertain:
+                return (
+                    f"{counted} {name} hits instead of {expected}, where differences of up to "
+                    f"{self.largest:.3g} explain {uncertain}"
+                )
+        return ""
+
+
+def compare(
+    found: paddle.Tensor,
+    expected: paddle.Tensor,
+    labels: paddle.Tensor,
+    counted: tuple[int, int],
+    precision: Precision,
+) -> Comparison:
+    """Compare an engine's logits with the reference engine's.
+
+    Args:
+        found, expected: logits [N, classes], finite.
+        labels: int64 [N].
+        counted: top-1 and top-5 hits that the engine has counted.
+        precision: of ``found``.
+    """
+    top1, top5 = count_hits(expected.unsqueeze(0), labels).columns[0, :2]
+    logits = expected.numpy().astype(np.float64)
+    largest = float(np.abs(found.numpy() - logits).max())
+    hits = {
+        name: (int(own), int(right), int((margins(logits, labels.numpy(), k) <= 2 * largest).sum()))
+        for name, k, own, right in (("top1", 1, counted[0], top1), ("top5", 5, counted[1], top5))
+    }
+    return Comparison(precision, largest, float(logits.std()), hits)
+
+
+def margins(logits: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    """By how much each image's top-k hit or miss is one: [N], of logits [N, classes].
+
+    The distance of the label's logit from the k-th largest of the others; infinite if there are
+    fewer.
+    """
+    images, classes = logits.shape
+    if classes <= k:
+        return np.full(images, np.inf)
+    rows = np.arange(images)
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    rival = np.partition(others, classes - k, axis=1)[:, classes - k]
+    return np.abs(logits[rows, labels] - rival)
+
+
+def spot_check(
+    network: ElasticResNet,
+    named: tuple[str, Architecture],
+    batch: tuple[paddle.Tensor, paddle.Tensor],
+    calibration: paddle.Tensor | None,
+    found: paddle.Tensor,
+    counted: tuple[int, int],
+    precision: Precision,
+    passes: float,
+) -> None:
+    """Compare what the shared engine has of one architecture on a chunk with the reference's.
+
+    Args:
+        network: the supernet; the architecture is its active sub-network afterwards.
+        named: the architecture with its name.
+        batch: the chunk's images and labels.
+        calibration: as in :class:`SharedEvaluator`.
+        found, counted: the shared engine's logits [N, classes], and top-1 and top-5 hits.
+        precision: of the walk.
+        passes: how many times as long as for this chunk the reference engine would take for all
+            architectures and images; for the message.
+
+    Raises:
+        EngineError: they differ by more than rounding explains.
+        LogitsError: the reference engine's logits are not finite.
+    """
+    name, arch = named
+    images, labels = batch
+    network.activate(arch)
+    began = time.perf_counter()
+    expected = network_logits(network, images, calibration)
+    bad = int((~paddle.isfinite(expected).all(axis=1)).sum())
+    seconds = time.perf_counter() - began
+    if bad:
+        raise LogitsError(f"architecture {name}", bad, len(labels))
+    fault = compare(found, expected, labels, counted, precision).fault()
+    if fault:
+        raise EngineError(
+            f"architecture {name}, shared engine against reference engine: {fault}; please report "
+            f"this with your Paddle version{instead(precision)}; --eval_engine reference takes "
+            f"about {passes * seconds / 3600:.2g} hours"
+        )
+
+
+def instead(precision: Precision) -> str:
+    """What else a user can do, after ``; please report this with your Paddle version``."""
+    if not on_gpu():
+        return ""
+    report = " and what python -m hnas.tools.check_device prints"
+    if precision is Precision.FLOAT32:
+        return report
+    flag = "--tf32 off" if precision is Precision.TF32 else "--amp O0"
+    return f"{report}; {flag} rounds less"

@@ -1,0 +1,348 @@
+"""How well a ranking by the first images agrees with that by all, and paired errors: by simulation.
+
+The simulated supernets have the accuracies of the ranking bench's. An image is easy or hard for all
+architectures, and further suits groups of architectures more than others:
+hit = ability + interaction - difficulty > 0, all of them normal. With the variances chosen here a
+difference of two accuracies is as much more certain than unpaired as it was measured on the bench
+(0.0041 instead of 0.0073 at 4,000 images).
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hnas.base.errors import UserError
+from hnas.evaluation.counts import Counts, by_fold
+from hnas.evaluation.results import estimates
+from hnas.ranking import agreement as module
+from hnas.ranking import paired
+from hnas.ranking.agreement import (
+    FOLDS,
+    Agreement,
+    corrected_for_length,
+    expected_agreement,
+    fold_sizes,
+    halvings,
+)
+from hnas.ranking.correlations import kendall_tau_b
+from hnas.ranking.paired import difference_errors, not_worse, read_estimates
+from hnas.search_space import RESNET48_MINI
+
+RUNS = Path(__file__).parents[1] / "docs/results/rank/runs.jsonl"
+INTERACTION = 0.55
+"""Standard deviation of what an image means to one architecture more than to all."""
+
+
+def bench_accuracies(job: str) -> np.ndarray:
+    """Accuracies of a supernet's architectures that the ranking bench measured."""
+    for line in RUNS.read_text().splitlines():
+        run = json.loads(line)
+        if run["job"] == job:
+            return np.array([arch["hits"] for arch in run["archs"].values()]) / run["images"]
+    raise AssertionError(job)
+
+
+def simulated_hits(rng, accuracies, images: int, groups: int = 2) -> np.ndarray:
+    """Which images each architecture is right about; bool [architectures, images]."""
+    number = len(accuracies)
+    ability = stats.norm.ppf(accuracies) * math.hypot(1, INTERACTION)
+    member = rng.normal(size=(number, groups))
+    member /= np.linalg.norm(member, axis=1, keepdims=True)
+    common = member @ rng.normal(size=(groups, images))
+    interaction = (common + rng.normal(size=(number, images))) * math.sqrt(0.5) * INTERACTION
+    return ability[:, None] + interaction > rng.normal(size=images)
+
+
+def spread(rng, accuracies, number: int) -> np.ndarray:
+    """Accuracies of more architectures, spread as the given ones."""
+    drawn = np.quantile(accuracies, rng.random(number))
+    return np.clip(drawn + rng.normal(size=number) * accuracies.std() / 20, 0.01, 0.99)
+
+
+# --- the method's parts
+
+
+def test_halvings_are_orthogonal_halves():
+    signs = np.where(halvings(), 1, -1)
+    assert signs.shape == (15, 16)
+    np.testing.assert_array_equal(signs @ signs.T, 16 * np.eye(15))
+    assert not signs.sum(axis=1).any()
+
+
+@pytest.mark.parametrize("images", [0, 1, 15, 16, 17, 100])
+def test_fold_sizes(images):
+    expected = [len(range(fold, images, FOLDS)) for fold in range(FOLDS)]
+    assert fold_sizes(images).tolist() == expected
+
+
+@pytest.mark.parametrize("one", [300, 390])
+def test_correction_is_the_models(one):
+    """Against normal scores and errors that are drawn."""
+    rng = np.random.default_rng(0)
+    images, of_images, number, ratio = 600, 1500, 200_000, 400.0
+    true = rng.normal(size=number)
+
+    def errors(size):
+        return rng.normal(size=number) * math.sqrt(ratio / size)
+
+    first, second = errors(one), errors(images - one)
+    halves = kendall_tau_b(true + first, true + second)
+    before = (one * first + (images - one) * second) / images
+    after = (images * before + (of_images - images) * errors(of_images - images)) / of_images
+    expected = kendall_tau_b(true + before, true + after)
+    found = corrected_for_length(halves, (one, images - one), images, of_images)
+    assert found == pytest.approx(expected, abs=0.004)
+
+
+def test_correction_at_its_ends():
+    assert corrected_for_length(1.0, (50, 50), 100, 1000) == pytest.approx(1)
+    for tau in (0.0, -0.3):  # images see nothing: only those that are shared agree
+        expected = 2 / math.pi * math.asin(math.sqrt(0.1))
+        assert corrected_for_length(tau, (50, 50), 100, 1000) == pytest.approx(expected, abs=1e-3)
+    for tau in (-1.0, 0.0, 0.4, 1.0):
+        assert corrected_for_length(tau, (50, 50), 100, 100) == pytest.approx(1)
+
+
+def test_constants_are_students():
+    assert stats.t.ppf(0.975, 14) == pytest.approx(module.STUDENT, abs=1e-4)
+    assert stats.t.ppf(0.95, 15) == pytest.approx(paired.STUDENT, abs=1e-4)
+
+
+def test_where_nothing_can_be_said():
+    rng = np.random.default_rng(0)
+    hits = rng.random((5, 200)) < 0.5
+    assert expected_agreement(by_fold(hits[:, :31], 0), 31, 200) is None
+    assert expected_agreement(by_fold(hits[:, :32], 0), 32, 200) is not None
+    same = np.repeat(hits[:1], 5, axis=0)
+    assert expected_agreement(by_fold(same[:, :100], 0), 100, 200) is None
+    assert expected_agreement(by_fold(hits[:1, :100], 0), 100, 200) is None
+    assert expected_agreement(by_fold(same, 0), 200, 200) == Agreement(1, 1, 1)
+
+
+def test_two_architectures_are_never_certain_before_the_end():
+    hits = np.stack([np.ones(999), np.zeros(999)]).astype(bool)
+    found = expected_agreement(by_fold(hits, 0), 999, 1000)
+    assert (found.tau, found.low) == (1, -1)
+
+
+def test_45000_architectures_take_seconds():
+    rng = np.random.default_rng(0)
+    folds = rng.binomial(64, rng.normal(0.7, 0.02, (45_000, 1)), (45_000, FOLDS))
+    began = time.process_time()
+    found = expected_agreement(folds, 1024, 50_000)
+    assert time.process_time() - began < 10
+    correlation = math.sqrt((0.02**2 + 0.21 / 50_000) / (0.02**2 + 0.21 / 1024))
+    assert found.low < 2 / math.pi * math.asin(correlation) < found.high < found.low + 0.02
+
+
+# --- coverage
+
+
+def looks(rng, accuracies, images, steps, groups=2):
+    """(true tau, estimate) after each of ``steps`` images of one simulated evaluation."""
+    hits = simulated_hits(rng, accuracies, images, groups)
+    final = hits.sum(axis=1)
+    for step in steps:
+        now = hits[:, :step]
+        true = kendall_tau_b(now.sum(axis=1), final)
+        yield step, true, expected_agreement(by_fold(now, 0), step, images)
+
+
+STEPS = (200, 400, 700, 1000, 1300, 1600, 1900)
+SUPERNETS = {  # job: architectures, images, target
+    "supernet-single_path-0": (40, 2000, 0.9),
+    "supernet-sandwich_inplace-0": (150, 2000, 0.9),
+    "supernet-fair-0": (64, 2000, 0.95),
+    "supernet-seed_recipe-0": (150, 2000, 0.95),
+    "supernet-bias_4-0": (40, 2000, 0.95),
+}
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Evaluations of every supernet: lists of (images, true tau, estimate), by job."""
+    rng = np.random.default_rng(3)
+    runs = {}
+    for job, (number, images, _) in SUPERNETS.items():
+        accuracies = spread(rng, bench_accuracies(job), number)
+        runs[job] = [list(looks(rng, accuracies, images, STEPS)) for _ in range(20)]
+    return runs
+
+
+def test_the_interval_holds_the_true_tau(simulated):
+    """At least as often as it says, to two standard errors: evaluations' looks go together."""
+    below, above = [], []
+    for runs in simulated.values():
+        for run in runs:
+            below.append(np.mean([true < found.low for _, true, found in run]))
+            above.append(np.mean([true > found.high for _, true, found in run]))
+    for missed in (below, above):
+        error = np.std(missed) / math.sqrt(len(missed))
+        assert np.mean(missed) <= 0.025 + 2 * error
+    assert np.mean(below) <= 0.04 and np.mean(above) <= 0.04
+
+
+def test_the_estimate_is_right_on_average(simulated):
+    for runs in simulated.values():
+        bias = [np.mean([found.tau - true for step, true, found in run[2:]]) for run in runs]
+        assert abs(np.mean(bias)) <= 0.008 + 2 * np.std(bias) / math.sqrt(len(bias))
+
+
+def test_where_it_stops_the_target_is_reached(simulated):
+    """Looking after every chunk gives chances to be wrong, which the interval must pay for."""
+    reached, saved = [], []
+    for job, runs in simulated.items():
+        target, images = SUPERNETS[job][2], SUPERNETS[job][1]
+        for run in runs:
+            stops = [(step, true) for step, true, found in run if found.low >= target]
+            saved.append(1 - stops[0][0] / images if stops else 0)
+            reached += [true >= target for _, true in stops[:1]]
+    assert len(reached) > 80
+    assert np.mean(reached) >= 0.95
+    assert np.mean(saved) > 0.2
+
+
+def test_the_halves_are_corrected(simulated, monkeypatch):
+    """The check of coverage fails without the correction for length, and with half of its width."""
+    seen = [look for runs in simulated.values() for looks in runs for look in looks]
+    narrow = [true < found.tau - (found.tau - found.low) / 3 for _, true, found in seen]
+    assert np.mean(narrow) > 0.1
+    monkeypatch.setattr(module, "corrected_for_length", lambda tau, *_: tau)
+    rng = np.random.default_rng(4)
+    accuracies = bench_accuracies("supernet-fair-0")
+    found = [look for _ in range(5) for look in looks(rng, accuracies, 2000, [1000])]
+    assert all(true > estimate.high for _, true, estimate in found)
+
+
+# --- paired errors
+
+
+def test_paired_errors_are_those_of_differences():
+    """Against what differences really vary by, and as much smaller than unpaired as measured."""
+    rng = np.random.default_rng(5)
+    accuracies = np.array([0.91, 0.912, 0.92, 0.9])
+    images, found, differences, unpaired = 800, [], [], []
+    for _ in range(300):
+        hits = simulated_hits(rng, accuracies, images)
+        rates = hits.mean(axis=1)
+        found.append(difference_errors(by_fold(hits, 0), images, 2))
+        differences.append(rates - rates[2])
+        unpaired.append(math.sqrt(2 * rates[0] * (1 - rates[0]) / images))
+    found, true = np.array(found), np.std(differences, axis=0)
+    assert (found[:, 2] == 0).all() and true[2] == 0
+    others = [0, 1, 3]
+    np.testing.assert_allclose(np.sqrt((found**2).mean(axis=0))[others], true[others], rtol=0.12)
+    assert true[0] < 0.85 * np.mean(unpaired)
+
+
+def test_one_in_twenty_that_are_as_good_is_left_out():
+    rng = np.random.default_rng(6)
+    worse = []
+    for _ in range(300):
+        hits = simulated_hits(rng, np.array([0.8, 0.8, 0.8, 0.8, 0.7]), 640)
+        worse.append(~not_worse(by_fold(hits, 0), 640, 0))
+    worse = np.mean(worse, axis=0)
+    assert worse[0] == 0 and worse[4] > 0.99
+    assert 0.02 < worse[1:4].mean() < 0.08
+
+
+def test_few_images_are_not_certain():
+    hits = np.stack([np.ones(40), np.ones(40), np.arange(40) > 0]).astype(bool)
+    few = by_fold(hits[:, :31], 0)
+    assert difference_errors(few, 31, 0).tolist() == [0, math.inf, math.inf]
+    assert not_worse(few, 31, 0).all()
+    errors = difference_errors(by_fold(hits, 0), 40, 0)
+    assert errors[1] == 1 / 40 and not_worse(by_fold(hits, 0), 40, 0).all()
+
+
+# --- estimates.json
+
+
+def written(images=100, known=True) -> dict:
+    rng = np.random.default_rng(7)
+    archs = RESNET48_MINI.sample_distinct(rng, 3)
+    counts = Counts.zeros(3)
+    hits = rng.random((3, images)) < 0.7
+    top1 = hits.sum(axis=1)
+    counts.add(Counts(top1, top1, 0 * top1, 0 * top1, images, by_fold(hits, 0)))
+    agreement = Agreement(0.9, 0.8, 0.95) if known else None
+    return estimates(archs, counts, agreement, 500)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_estimates_are_read_as_they_were_written(known, tmp_path):
+    content = written(known=known)
+    (tmp_path / "estimates.json").write_text(json.dumps(content))
+    found = read_estimates(tmp_path / "estimates.json")
+    entries = content["architectures"]
+    assert found.names == tuple(entries) and found.images == 100
+    assert found.codes == tuple(entry["arch"] for entry in entries.values())
+    assert found.accuracy.tolist() == [entry["acc"] for entry in entries.values()]
+    assert found.agreement == (Agreement(0.9, 0.8, 0.95) if known else None)
+    assert found.folds.shape == (3, FOLDS)
+    assert found.not_worse(1)[1] and found.difference_errors(1)[1] == 0
+
+
+def changed(**changes):
+    """The first architecture's entry with other values."""
+
+    def change(content):
+        next(iter(content["architectures"].values())).update(changes)
+
+    return change
+
+
+SIXTEEN = "1 " * 15 + "1"
+BROKEN = {  # what becomes of the content, words of the error
+    "of an earlier version": (
+        lambda c: [entry.pop("folds") for entry in c["architectures"].values()], "of the form"),
+    "no agreement": (lambda c: c.pop("agreement"), "'agreement' is missing"),
+    "no tau": (lambda c: c["agreement"].pop("tau"), "'tau' is missing"),
+    "half an agreement": (lambda c: c["agreement"].update(low=None), "from -1 to 1"),
+    "an agreement of 2": (lambda c: c["agreement"].update(tau=2), "from -1 to 1"),
+    "NaN": (lambda c: c["agreement"].update(tau=math.nan), "from -1 to 1"),
+    "agreement is a number": (lambda c: c.update(agreement=1), "not an estimates.json"),
+    "no images": (lambda c: c.update(images=0), "no number of images"),
+    "true images": (lambda c: c.update(images=True), "no number of images"),
+    "images of text": (lambda c: c.update(images="100"), "no number of images"),
+    "no architectures": (lambda c: c.update(architectures={}), "no architectures"),
+    "a list": (lambda c: c.update(architectures=[1]), "no architectures"),
+    "an entry of text": (lambda c: c["architectures"].update(a="x"), "of the form"),
+    "a code of a number": (changed(arch=5), "of the form"),
+    "another accuracy": (changed(acc=0.5001), "do not add up"),
+    "an accuracy of text": (changed(acc="0.5"), "do not add up"),
+    "folds of other hits": (changed(folds=SIXTEEN), "do not add up"),
+    "folds of a list": (changed(folds=[1] * 16), "16 whole numbers"),
+    "15 folds": (changed(folds=SIXTEEN[2:]), "16 whole numbers"),
+    "a negative fold": (changed(folds=SIXTEEN.replace("1", "-1", 1)), "16 whole numbers"),
+    "a fold of another script": (changed(folds=SIXTEEN.replace("1", "١", 1)), "16 whole"),
+    "a huge fold": (changed(folds=SIXTEEN + "0" * 30), "16 whole numbers"),
+    "a fold above its images": (changed(folds=SIXTEEN + "0"), "more hits than images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_estimates_are_not_believed(case, tmp_path):
+    change, words = BROKEN[case]
+    content = written()
+    change(content)
+    path = tmp_path / "estimates.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words) as error:
+        read_estimates(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"images": 1}'])
+def test_what_is_no_estimates_at_all(text, tmp_path):
+    path = tmp_path / "estimates.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="estimates.json"):
+        read_estimates(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_estimates(tmp_path / "none.json")

@@ -1,0 +1,215 @@
+"""How a GPU rounds, what it is called and holds: flags, logs, saved states. The card is faked."""
+
+import logging
+
+import gpu_fakes
+import paddle
+import pytest
+
+import train_supernet
+from hnas.base import device
+from hnas.base.device import Arithmetic, peak_memory, set_tf32
+from hnas.base.errors import UserError
+from hnas.evaluation import fused
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.state import StateError, load_state, save_state
+from hnas.evaluation.variants import Precision, Variant
+from hnas.utils import runtime
+from hnas.utils.callbacks import TrainLogger
+from hnas.utils.options import Options, Stage
+from hnas.utils.parsing import parse_options
+
+V100 = {"name": "Tesla V100-SXM2-32GB", "major": 7, "gib": 32}
+CONVOLUTIONS, PRODUCTS = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+
+
+# --- TF32
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags", "convolutions", "products"),
+    [
+        ("auto", {}, True, False),
+        ("auto", {CONVOLUTIONS: False}, False, False),  # the environment's
+        ("on", {}, True, True),
+        ("on", {CONVOLUTIONS: False}, True, True),
+        ("off", {}, False, False),
+        ("off", {PRODUCTS: True}, False, False),
+    ],
+)
+def test_tf32_sets_paddles_flags(mode, flags, convolutions, products, monkeypatch):
+    found = gpu_fakes.fake_card(monkeypatch, flags=dict(flags))
+    assert set_tf32(mode) == convolutions
+    assert found[CONVOLUTIONS] == convolutions
+    assert found[PRODUCTS] == products
+
+
+@pytest.mark.parametrize(
+    ("mode", "override", "expected"),
+    [("auto", "0", False), ("auto", "1", True), ("on", "1", True), ("off", "0", False)],
+)
+def test_nvidias_variable_wins(mode, override, expected, monkeypatch):
+    flags = {CONVOLUTIONS: override == "0"}
+    gpu_fakes.fake_card(monkeypatch, flags=flags)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    assert set_tf32(mode) == expected
+
+
+REFUSED = {
+    "a contradiction": ({}, "on", "0", "--tf32 on, but NVIDIA_TF32_OVERRIDE=0 is set"),
+    "another": ({}, "off", "1", "--tf32 off, but NVIDIA_TF32_OVERRIDE=1 is set"),
+    "a card without": (V100, "on", None, "V100.*compute capability 7.0.* has no TF32"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tf32_that_is_not_to_be_had_is_refused(case, monkeypatch):
+    card, mode, override, message = REFUSED[case]
+    gpu_fakes.fake_card(monkeypatch, **card)
+    if override:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    with pytest.raises(UserError, match=message):
+        set_tf32(mode)
+
+
+def test_a_card_without_tf32_computes_in_float32(monkeypatch):
+    gpu_fakes.fake_card(monkeypatch, **V100)
+    assert not set_tf32("auto") and not set_tf32("off")
+
+
+def test_a_paddle_without_the_flags_is_told(monkeypatch, caplog):
+    gpu_fakes.fake_card(monkeypatch)
+
+    def unknown(names):
+        raise ValueError(f"Flag {names} cannot get its value through this function.")
+
+    monkeypatch.setattr(paddle, "get_flags", unknown)
+    monkeypatch.setattr(paddle, "set_flags", unknown)
+    for mode in ("on", "off"):
+        with pytest.raises(UserError, match=f"--tf32 {mode}, but Paddle .* has no FLAGS_cudnn"):
+            set_tf32(mode)
+    assert set_tf32("auto")
+    assert "taking convolutions for TF32's" in caplog.text
+    with pytest.raises(UserError, match="--deterministic True, but Paddle"):
+        device.set_deterministic()
+
+
+def test_on_cpus_tf32_is_refused_and_the_rest_is_float32():
+    assert not set_tf32("auto") and not set_tf32("off")
+    with pytest.raises(UserError, match="--tf32 on needs a GPU; CPUs compute in float32"):
+        set_tf32("on")
+
+
+def test_the_real_cpu_build_has_no_such_flags():
+    """What the fake is a fake of; Paddle's answer where there is no flag."""
+    if paddle.is_compiled_with_cuda():
+        pytest.skip("this is a GPU build")
+    for flag in (CONVOLUTIONS, PRODUCTS, device.DETERMINISTIC):
+        with pytest.raises(ValueError):
+            paddle.set_flags({flag: True})
+        with pytest.raises(ValueError):
+            paddle.get_flags([flag])
+
+
+@pytest.mark.parametrize("stage", list(Stage), ids=str)
+def test_every_program_takes_the_flags_and_refuses_tf32_on_cpus(stage, tmp_path):
+    given = ["--save_dir", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(UserError, match="--tf32 fast; allowed: auto, on, off|--tf32 'fast'"):
+        parse_options(stage, [*given, "--tf32", "fast"])
+    options = parse_options(stage, [*given, "--tf32", "on", "--deterministic", "True"])
+    with pytest.raises(UserError, match="--tf32 on needs a GPU"):
+        runtime.start(options)
+    options = parse_options(stage, [*given, "--tf32", "off", "--deterministic", "True"])
+    assert runtime.start(options).deterministic
+
+
+# --- what ran is known
+
+
+def start_on(monkeypatch, caplog, tmp_path, **options):
+    """What ``start`` says on the faked card; the device itself is not changed."""
+    monkeypatch.setattr(paddle, "set_device", lambda name: name)
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(runtime, "seed_generators", lambda seed: None)
+    caplog.set_level(logging.INFO)
+    return runtime.start(Options(save_dir=str(tmp_path), **options))
+
+
+def test_device_and_rounding_are_logged(monkeypatch, caplog, tmp_path):
+    flags = gpu_fakes.fake_card(monkeypatch)
+    found = start_on(monkeypatch, caplog, tmp_path, amp="O1", deterministic=True)
+    assert found == Arithmetic("NVIDIA A100-SXM4-80GB", True, "O1", True, paddle.__version__)
+    line = f"NVIDIA A100-SXM4-80GB, TF32, amp O1, deterministic, Paddle {paddle.__version__}"
+    assert line in caplog.text
+    assert flags["FLAGS_cudnn_deterministic"]
+    off = start_on(monkeypatch, caplog, tmp_path, tf32="off")
+    assert str(off) == f"NVIDIA A100-SXM4-80GB, float32, amp O0, Paddle {paddle.__version__}"
+
+
+def test_a_state_of_another_arithmetic_is_refused(tmp_path):
+    """Each of device, TF32, AMP, cuDNN's algorithms and Paddle's version."""
+    checkpoint = tmp_path / "net.pdparams"
+    checkpoint.write_bytes(b"weights")
+    options = Options(ckpt_dir=str(checkpoint), backbone="resnet48_mini")
+    ran = Arithmetic("NVIDIA H100", True, "O0", False, "3.3.1")
+    own = train_supernet.identity(options, {}, "i" * 64, None, ran)
+    assert own["setting"] == "resnet48_mini, NVIDIA H100, TF32, amp O0, Paddle 3.3.1"
+    counts = Counts.zeros(2)
+    counts.images = 1
+    path = tmp_path / "eval_state.npz"
+    save_state(path, own, 1, counts)
+    assert load_state(path, own).counts.images == 1
+    others = [
+        Arithmetic("NVIDIA A100", True, "O0", False, "3.3.1"),
+        Arithmetic("NVIDIA H100", False, "O0", False, "3.3.1"),
+        Arithmetic("NVIDIA H100", True, "O1", False, "3.3.1"),
+        Arithmetic("NVIDIA H100", True, "O0", True, "3.3.1"),
+        Arithmetic("NVIDIA H100", True, "O0", False, "3.4.0"),
+    ]
+    for other in others:
+        setting = train_supernet.identity(options, {}, "i" * 64, None, other)
+        with pytest.raises(StateError, match="of another setting") as error:
+            load_state(path, setting)
+        assert str(other) in str(error.value) and str(ran) in str(error.value)
+
+
+def test_stage_3_computes_as_the_flags_say(monkeypatch):
+    monkeypatch.setattr(fused, "ROUTES", (gpu_fakes.fused_operator,))
+    fused.find_fused.cache_clear()
+    plain, tf32 = (Arithmetic("card", on) for on in (False, True))
+    half = Arithmetic("card", True, "O1")
+    assert train_supernet.variant(plain, None) is None  # a CPU
+    gpu_fakes.fake_card(monkeypatch)
+    seen = paddle.zeros([4, 3, 8, 8], "uint8")
+    assert train_supernet.variant(plain, None) == Variant(Precision.FLOAT32, "NCHW", True)
+    assert train_supernet.variant(tf32, None) == Variant(Precision.TF32, "NCHW", True)
+    assert train_supernet.variant(tf32, seen) == Variant(Precision.TF32, "NCHW", False)
+    monkeypatch.setattr(fused, "ROUTES", ())
+    fused.find_fused.cache_clear()
+    assert train_supernet.variant(half, None) == Variant(Precision.FLOAT16, "NHWC", False)
+    fused.find_fused.cache_clear()
+
+
+# --- memory
+
+
+def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    assert "GPU" not in peak_memory()
+    gpu_fakes.fake_card(monkeypatch)
+    assert peak_memory().startswith("3.00 GiB on the GPU, ")
+    log = TrainLogger(1)
+    log._losses = [1.0]
+    log.on_epoch_end(0)
+    assert "epoch 1: peak memory 3.00 GiB on the GPU, " in caplog.text
+
+
+def test_free_memory_is_the_cards_and_what_paddle_holds_unused(monkeypatch):
+    gpu_fakes.fake_card(monkeypatch, gib=40, used_gib=15)
+    assert device.free_bytes() == 26 * 2**30

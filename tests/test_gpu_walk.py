@@ -1,0 +1,398 @@
+"""The walk in the variants of GPUs, emulated: see ``gpu_fakes.py`` for what each fake does."""
+
+import logging
+from types import SimpleNamespace
+
+import gpu_fakes
+import numpy as np
+import paddle
+import pytest
+
+from hnas.base.errors import UserError
+from hnas.evaluation import fused, spot_check
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.engine import ScoringSettings, default_chunk, evaluate_shared
+from hnas.evaluation.fused import find_fused, trial
+from hnas.evaluation.gpu_kernels import GpuKernels, choose_variant
+from hnas.evaluation.reference import evaluate_reference, network_logits
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.spot_check import EngineError, compare, margins
+from hnas.evaluation.state import STATE_FILE
+from hnas.evaluation.variants import Precision, Variant, usual_variant
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48, RESNET48_MINI
+
+CLASSES = 7
+IDENTITY = {"checkpoint": "c" * 64}
+HALF = usual_variant(Precision.FLOAT16)
+
+
+@pytest.fixture(scope="module")
+def network():
+    paddle.seed(0)
+    net = build_network("resnet48_mini", CLASSES)
+    net.train()
+    with paddle.no_grad():
+        for _ in range(6):
+            net(paddle.randn([16, 3, 32, 32]))
+    net.eval()
+    return net
+
+
+@pytest.fixture(scope="module")
+def archs():
+    rng = np.random.default_rng(1)
+    drawn = [RESNET48_MINI.sample(rng) for _ in range(2)]
+    return {f"n{i}": arch for i, arch in enumerate([*drawn, RESNET48_MINI.smallest()])}
+
+
+class Images:
+    """What the engine takes of :class:`DecodedImages`: 12 of 32 px."""
+
+    size = 32
+
+    def __init__(self):
+        rng = np.random.default_rng(2)
+        self.pixels = rng.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+        self.labels = rng.integers(0, CLASSES, 12)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, start, stop):
+        return paddle.to_tensor(self.pixels[start:stop]), paddle.to_tensor(self.labels[start:stop])
+
+
+@pytest.fixture
+def routes(monkeypatch):
+    """Set what is there of the fused operator."""
+
+    def use(*operators):
+        monkeypatch.setattr(fused, "ROUTES", operators)
+        find_fused.cache_clear()
+
+    yield use
+    find_fused.cache_clear()
+
+
+def compared(network, archs, variant, calibration=None, index=1):
+    """One architecture's logits in a variant against the reference engine's."""
+    batch = Images().batch(0, 12)
+    evaluator = SharedEvaluator(network, list(archs.values()), 32, calibration, variant)
+    counts = Counts.zeros(len(archs))
+    found = evaluator.evaluate(*batch, counts, watch=index)
+    network.activate(list(archs.values())[index])
+    expected = network_logits(network, batch[0], calibration)
+    counted = counts.top1[index], counts.top5[index]
+    return compare(found, expected, batch[1], counted, evaluator.precision)
+
+
+# --- precision and layout
+
+
+def test_tf32_is_within_its_tolerance_and_beyond_float32s(network, archs, monkeypatch):
+    gpu_fakes.round_convolutions(monkeypatch)
+    found = compared(network, archs, usual_variant(Precision.TF32))
+    assert found.fault() == ""
+    assert Precision.FLOAT32.tolerance < found.relative < Precision.TF32.tolerance
+    claimed = compared(network, archs, usual_variant(Precision.FLOAT32))
+    assert "float32 explains 0.001" in claimed.fault()
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant(layout="NHWC")], ids=str)
+def test_float32_is_within_its_tolerance_in_any_layout(network, archs, variant):
+    found = compared(network, archs, variant)
+    assert found.fault() == "" and 0 < found.relative < 1e-4
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_half_precision_stays_half(network, archs, calibrated, monkeypatch):
+    """The fake operators refuse what autocast did: adding float32 biases and shortcuts."""
+    gpu_fakes.half_operators(monkeypatch)
+    pixels = np.random.default_rng(4).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
+    extra = paddle.to_tensor(pixels) if calibrated else None
+    found = compared(network, archs, HALF, extra)
+    assert found.fault() == ""
+    # The largest of all logits' differences, of numbers rounded to 11 bits in every layer.
+    assert 2**-12 < found.relative < Precision.FLOAT16.tolerance / 2
+
+
+def test_bfloat16_rounds_several_times_as_much_as_float16(network, archs, monkeypatch):
+    gpu_fakes.half_operators(monkeypatch)
+    halves = Precision.FLOAT16, Precision.BFLOAT16
+    fine, coarse = (compared(network, archs, usual_variant(half)).relative for half in halves)
+    assert coarse > 3 * fine
+
+
+def test_half_precision_weights_are_made_once(network, archs, monkeypatch):
+    gpu_fakes.half_operators(monkeypatch)
+    evaluator = SharedEvaluator(network, list(archs.values()), 32, None, HALF)
+    evaluator.evaluate(*Images().batch(0, 12), Counts.zeros(len(archs)))
+    tensors = [tensor for whole in evaluator._weights._whole.values() for tensor in whole]
+    assert {tensor.dtype for tensor in tensors} == {paddle.float16}
+    before = [tensor.data_ptr() for tensor in tensors]
+    evaluator.evaluate(*Images().batch(0, 12), Counts.zeros(len(archs)))
+    again = [tensor for whole in evaluator._weights._whole.values() for tensor in whole]
+    assert [tensor.data_ptr() for tensor in again] == before
+
+
+def test_layouts_are_those_without_transposing():
+    for precision in Precision:
+        assert usual_variant(precision).layout == ("NHWC" if precision.is_half else "NCHW")
+        assert precision.bytes == (2 if precision.is_half else 4)
+
+
+# --- the fused operator
+
+
+@pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.FLOAT16])
+def test_the_fused_operator_does_all_convolutions(network, archs, precision, routes, monkeypatch):
+    if precision.is_half:
+        gpu_fakes.half_operators(monkeypatch)
+    calls = []
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return gpu_fakes.fused_operator(*arguments)
+
+    routes(counting)
+    variant = usual_variant(precision, fused=True)
+    GpuKernels(variant)  # tries it
+    calls.clear()
+    found = compared(network, archs, variant)
+    assert found.fault() == ""
+    with_shortcut = sum(arguments[3] is not None for arguments in calls)
+    assert 0 < with_shortcut < len(calls)
+    plain = compared(network, archs, usual_variant(precision))
+    assert found.relative < 2 * max(plain.relative, 1e-6)
+
+
+def changed(**wrong):
+    """The fake operator with one argument replaced by what a broken one would make of it."""
+    names = ("x", "filters", "bias", "shortcut", "stride", "padding", "layout", "activation")
+
+    def operator(*arguments):
+        given = dict(zip(names, arguments, strict=True))
+        return gpu_fakes.fused_operator(
+            *(wrong[name](value) if name in wrong else value for name, value in given.items())
+        )
+
+    return operator
+
+
+def rounding_operator(*arguments):
+    return gpu_fakes.rounded_to_tf32(
+        gpu_fakes.fused_operator(*map_tensors(gpu_fakes.rounded_to_tf32, arguments))
+    )
+
+
+def map_tensors(function, arguments):
+    return [function(part) if isinstance(part, paddle.Tensor) else part for part in arguments]
+
+
+def raising(error):
+    def operator(*_):
+        raise error
+
+    return operator
+
+
+BROKEN = {
+    "no such operator": (raising(AttributeError("no attribute")), "fails: no attribute"),
+    "a static one": (raising(TypeError("\nmust be Value, but got Tensor")), "must be Value"),
+    "no kernel": (raising(RuntimeError("(NotFound) no kernels")), "no kernels"),
+    "loses the shortcut": (changed(shortcut=lambda _: None), "differs by"),
+    "loses the bias": (changed(bias=lambda b: b * 0), "differs by"),
+    "ReLU always": (changed(activation=lambda _: "relu"), "differs by"),
+    "stride 1": (changed(stride=lambda _: 1), "instead of"),
+    "TF32 where float32 was said": (rounding_operator, "differs by"),
+    "NaN": (lambda *a: gpu_fakes.fused_operator(*a) * float("nan"), "differs by nan"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=str)
+def test_a_broken_operator_is_not_used_and_the_log_says_why(case, routes, caplog):
+    operator, reason = BROKEN[case]
+    assert trial(gpu_fakes.fused_operator, Precision.FLOAT32, "NCHW") == ""
+    assert reason in trial(operator, Precision.FLOAT32, "NCHW")
+    routes(operator)
+    caplog.set_level(logging.INFO)
+    assert choose_variant(Precision.FLOAT32, 0) == Variant()
+    assert reason in caplog.text and "not fused" in caplog.text
+    with pytest.raises(UserError, match="fused_conv2d_add_act"):
+        GpuKernels(Variant(fused=True))
+
+
+def test_the_route_that_works_is_taken(routes, caplog):
+    routes(raising(TypeError("must be Value")), gpu_fakes.fused_operator)
+    caplog.set_level(logging.INFO)
+    assert choose_variant(Precision.TF32, 0) == Variant(Precision.TF32, "NCHW", True)
+    assert "TF32, NCHW, fused" in caplog.text
+    assert choose_variant(Precision.TF32, 64) == Variant(Precision.TF32)
+
+
+def test_this_paddle_is_asked_for_the_operator_as_it_is_called():
+    """The CPU build parses the call, and only then lacks a kernel."""
+    for route in fused.ROUTES:
+        reason = trial(route, Precision.FLOAT32, "NCHW")
+        assert "must be Value" in reason or "no kernels which are registered" in reason
+
+
+# --- the spot check
+
+
+def settings(variant, chunk=12):
+    return ScoringSettings(chunk=chunk, variant=variant)
+
+
+@pytest.mark.parametrize("precision", [Precision.TF32, Precision.FLOAT16])
+def test_a_run_with_coarse_rounding_ends_well(network, archs, precision, tmp_path, monkeypatch):
+    """Whatever hits differ by: near the boundary any rounding may turn an image."""
+    fake = gpu_fakes.half_operators if precision.is_half else gpu_fakes.round_convolutions
+    fake(monkeypatch)
+    images = Images()
+    counts = evaluate_shared(
+        network, archs, images, tmp_path, IDENTITY, settings(usual_variant(precision), 5)
+    )
+    assert counts.images == 12
+    expected = evaluate_reference(network, list(archs.values()), [images.batch(0, 12)])
+    assert np.abs(counts.top1 - expected.top1).max() <= 2
+
+
+@pytest.mark.parametrize("fake", ["half", "tf32", "float32"])
+def test_a_stale_filter_is_found_in_every_precision(network, archs, fake, tmp_path, monkeypatch):
+    """A fault of the walk, not of rounding: one block's filters are another's."""
+    precision = {"half": Precision.FLOAT16, "tf32": Precision.TF32}.get(fake, Precision.FLOAT32)
+    if precision.is_half:
+        gpu_fakes.half_operators(monkeypatch)
+    original = SharedEvaluator.evaluate
+
+    def stale(self, *arguments, **named):
+        filters, *rest = self._weights._prepare((2, 1, "conv1"))
+        self._weights._whole[2, 1, "conv1"] = (paddle.concat([filters[8:], filters[:8]]), *rest)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(SharedEvaluator, "evaluate", stale)
+    with pytest.raises(EngineError, match="architecture n0.*logits differ by up to"):
+        evaluate_shared(
+            network, archs, Images(), tmp_path, IDENTITY, settings(usual_variant(precision))
+        )
+    assert not (tmp_path / STATE_FILE).exists()
+
+
+def test_a_wrong_count_is_found_though_logits_agree():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(40, 9)).astype("float32"), rng.integers(0, 9, 40)
+    order = np.argsort(-logits, axis=1)
+    top1, top5 = ((order[:, :k] == labels[:, None]).any(1).sum() for k in (1, 5))
+    arguments = paddle.to_tensor(logits), paddle.to_tensor(logits), paddle.to_tensor(labels)
+    assert compare(*arguments, (top1, top5), Precision.FLOAT32).fault() == ""
+    wrong = compare(*arguments, (top1 + 1, top5), Precision.FLOAT32)
+    assert wrong.fault().startswith(f"{top1 + 1} top1 hits instead of {top1}")
+    assert "top5 hits" in compare(*arguments, (top1, top5 - 1), Precision.FLOAT32).fault()
+
+
+def test_hits_may_differ_where_a_margin_is_below_twice_the_difference():
+    rng = np.random.default_rng(3)
+    expected = rng.normal(size=(60, 9)).astype("float32")
+    found = expected + rng.uniform(-0.02, 0.02, expected.shape).astype("float32")
+    labels = rng.integers(0, 9, 60)
+    tensors = paddle.to_tensor(found), paddle.to_tensor(expected), paddle.to_tensor(labels)
+
+    def hits(logits, k):
+        return (np.argsort(-logits, axis=1)[:, :k] == labels[:, None]).any(1)
+
+    result = compare(*tensors, (hits(found, 1).sum(), hits(found, 5).sum()), Precision.BFLOAT16)
+    assert result.fault() == ""
+    assert result.spread == pytest.approx(expected.astype(float).std())
+    assert result.largest == pytest.approx(np.abs(found - expected).max())
+    for name, k in (("top1", 1), ("top5", 5)):
+        own = expected[np.arange(60), labels]
+        others = [
+            sorted(np.delete(row, label))[-k] for row, label in zip(expected, labels, strict=True)
+        ]
+        near = np.abs(own - others) <= 2 * result.largest
+        np.testing.assert_allclose(margins(expected, labels, k), np.abs(own - others))
+        assert result.hits[name][2] == near.sum()
+        assert not (hits(found, k) != hits(expected, k))[~near].any()
+
+
+def test_five_classes_have_no_top_5_misses():
+    assert np.isinf(margins(np.zeros((3, 5)), np.array([0, 1, 4]), 5)).all()
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        (Precision.FLOAT32, "prints; --eval_engine"),
+        (Precision.TF32, "--tf32 off rounds less"),
+        (Precision.FLOAT16, "--amp O0 rounds less"),
+    ],
+)
+def test_on_a_gpu_the_reference_engine_is_not_advised_without_its_hours(
+    network, archs, precision, advice, monkeypatch
+):
+    gpu_fakes.fake_card(monkeypatch)
+    clock = iter([0.0, 7.2])
+    monkeypatch.setattr(spot_check, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(spot_check, "network_logits", lambda *_: paddle.ones([3, 4]).cumsum(1))
+    with pytest.raises(EngineError) as error:
+        spot_check.spot_check(
+            network,
+            ("n0", archs["n0"]),
+            (None, paddle.zeros([3], "int64")),
+            None,
+            paddle.zeros([3, 4]),
+            (0, 3),
+            precision,
+            passes=45_000 * 50,
+        )
+    message = str(error.value)
+    assert advice in message and "hnas.tools.check_device" in message
+    assert "differ by up to 4, 3.6 of their standard deviation" in message
+    # 7.2 s for a chunk of one architecture, 45,000 of them on 50 chunks.
+    assert message.endswith("--eval_engine reference takes about 4.5e+03 hours")
+
+
+# --- memory
+
+
+def test_a_walk_takes_60_percent_of_the_cards_free_memory(monkeypatch):
+    evaluator = SimpleNamespace(calibration_images=0, precision=Precision.TF32)
+    images = type("Many", (), {"size": 224, "__len__": lambda self: 50_000})()
+    gpu_fakes.fake_card(monkeypatch, gib=16, used_gib=5)
+    # 11 GiB free, and 1 GiB that Paddle holds unused.
+    path = 4 * (
+        2 * 112**2 * 64
+        + 3
+        * sum(
+            n * size**2 * width
+            for n, size, width in zip(
+                (5, 5, 8, 5), (56, 28, 14, 7), (64, 128, 256, 512), strict=True
+            )
+        )
+    )
+    found = default_chunk(RESNET48, images, evaluator)
+    assert found == int(0.6 * 12 * 2**30 / path)
+    evaluator.precision = Precision.FLOAT16
+    assert default_chunk(RESNET48, images, evaluator) == min(1024, int(1.2 * 12 * 2**30 / path))
+
+
+def test_ours_on_cpus_is_a_quarter_as_before(monkeypatch):
+    evaluator = SimpleNamespace(calibration_images=3, precision=Precision.FLOAT32)
+    images = type("Many", (), {"size": 224, "__len__": lambda self: 50_000})()
+    monkeypatch.setattr("hnas.base.device.available_bytes", lambda: 8 * 2**30)
+    more = default_chunk(
+        RESNET48, images, SimpleNamespace(calibration_images=0, precision=Precision.FLOAT32)
+    )
+    assert default_chunk(RESNET48, images, evaluator) == more - 3
+    assert 16 <= more <= 200
+
+
+def test_padding_fakes_agree_with_numpy():
+    """The fakes themselves: TF32 keeps 10 bits of mantissa, to nearest, ties to even."""
+    x = np.float32([1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, -(1 + 2**-11 + 2**-20), 3e38, 0])
+    found = gpu_fakes.rounded_to_tf32(paddle.to_tensor(x)).numpy()
+    wanted = [1 + 2**-10, 1, 1 + 2**-9, -(1 + 2**-10)]
+    np.testing.assert_array_equal(found[:4], np.float32(wanted))
+    assert found[4] == pytest.approx(3e38, rel=2**-11) and found[5] == 0

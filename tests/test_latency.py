@@ -1,0 +1,280 @@
+"""Latency: which parts there are, sums of them, files, and measuring that goes on after a kill."""
+
+import json
+import logging
+import os
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hnas.base.errors import UserError
+from hnas.evaluation.stopwatch import Stopwatch
+from hnas.ranking.latency import all_parts, parts_of, read_latency
+from hnas.search_space import RESNET48, Architecture, search_space
+from hnas.tools import latency
+
+ABOUT = {
+    "format": 1,
+    "backbone": "resnet48_mini",
+    "sample_space": "released",
+    "image_size": 32,
+    "num_classes": 10,
+    "batch_size": 1,
+    "device": "cpu",
+    "processor": "a CPU, 2 cores",
+    "threads": 1,
+    "engine": "none",
+    "paddle": "3.3.1",
+}
+MINI = search_space("resnet48_mini")
+
+
+def made_up(space):
+    """A time for every part."""
+    return {part.name: round(0.1 + i / 1000, 6) for i, part in enumerate(all_parts(space))}
+
+
+@pytest.fixture
+def table_file(tmp_path):
+    path = tmp_path / "latency.json"
+    path.write_text(json.dumps({**ABOUT, "milliseconds": made_up(MINI)}))
+    return path
+
+
+# --- parts
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sample_space", "blocks"),
+    [
+        # Per stage, widths in (of the stage before) x mid x out, and mid x out: of 2, 3, 5 and 7
+        # distinct widths of ResNet48, and so on.
+        ("resnet48", "released", 2 * 2 + (2 * 9 + 9) + (3 * 25 + 25) + (5 * 49 + 49)),
+        ("resnet48", "full", 3 * 3 + (3 * 36 + 36) + (6 * 49 + 49) + (7 * 49 + 49)),
+        ("resnet48_mini", "released", 3 * 3 + (3 * 9 + 9) + (3 * 25 + 25) + (5 * 49 + 49)),
+        ("resnet48_mini", "full", 7 * 7 + 3 * (7 * 49 + 49)),
+    ],
+)
+def test_as_many_blocks_as_widths_make(backbone, sample_space, blocks):
+    parts = all_parts(search_space(backbone, sample_space))
+    assert len({part.name for part in parts}) == len(parts)
+    assert sum(part.kind == "block" for part in parts) == blocks
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    backbone=st.sampled_from(["resnet48", "resnet48_mini"]),
+    sample_space=st.sampled_from(["released", "full"]),
+)
+def test_every_drawn_network_is_made_of_them(seed, backbone, sample_space):
+    space = search_space(backbone, sample_space)
+    arch = space.sample(np.random.default_rng(seed))
+    parts = list(parts_of(space.plan(arch)))
+    assert set(parts) <= set(all_parts(space))
+    assert len(parts) == sum(arch.depths) + 2
+    assert [part.stride for part in parts[1:-1]].count(2) == 3
+
+
+def test_names_say_what_a_part_is():
+    code = "1222211111000000111100000011110000000000001111000000"
+    names = [part.name for part in parts_of(RESNET48.plan(Architecture.from_code(code)))]
+    assert names[:4] == [
+        "stem 64",
+        "block 1 64-64-64 /1",
+        "block 1 64-64-64 /1",
+        "block 2 64-128-128 /2",
+    ]
+    assert names[-1] == "head 512"
+
+
+# --- sums
+
+
+def test_latency_is_the_sum_of_the_parts(table_file):
+    table = read_latency(table_file)
+    times = json.loads(table_file.read_text())["milliseconds"]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        arch = MINI.sample(rng)
+        # From the digits of the code alone.
+        digits, widths = [int(digit) for digit in arch.code], MINI.base_channels
+        ratios = (0, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+        def channels(stage, digit, widths=widths, ratios=ratios):
+            return int(round(widths[stage] * ratios[digit], 6) + 0.5)
+
+        cin = channels(0, digits[5])
+        total, first = times[f"stem {cin}"], 6
+        for stage, deepest in enumerate((5, 5, 8, 5)):
+            for block in range(digits[1 + stage]):
+                mid, out = (channels(stage, digits[first + 2 * block + conv]) for conv in (0, 1))
+                stride = 2 if stage and not block else 1
+                total += times[f"block {stage + 1} {cin}-{mid}-{out} /{stride}"]
+                cin = out
+            first += 2 * deepest
+        assert table.of(arch) == pytest.approx(total + times[f"head {cin}"], rel=1e-12)
+
+
+def test_what_was_not_measured_is_named(table_file):
+    table = read_latency(table_file)
+    narrow = search_space("resnet48_mini", "full").smallest()
+    with pytest.raises(UserError, match=f"lacks 'stem 14' of architecture {narrow.code}.*full"):
+        table.of(narrow)
+    table.check_fits("resnet48_mini", 32)
+    with pytest.raises(UserError, match="--backbone resnet48_mini, not resnet48;"):
+        table.check_fits("resnet48", 32)
+    with pytest.raises(UserError, match="--image_size 32, not 224;"):
+        table.check_fits("resnet48_mini", 224)
+
+
+HOSTILE = [
+    ({"format": 2}, "'format'"),
+    ({"backbone": None}, "'backbone'"),
+    ({"backbone": "resnet50"}, "unknown backbone"),
+    ({"sample_space": "other"}, "'sample_space'"),
+    ({"image_size": "32"}, "'image_size'"),
+    ({"threads": True}, "'threads'"),
+    ({"milliseconds": [1]}, "'milliseconds'"),
+    ({"milliseconds": {"stem 20": 1.0}}, "'milliseconds'"),
+    ({"milliseconds": {**made_up(MINI), "stem 20": -1.0}}, "'milliseconds'"),
+    ({"milliseconds": {**made_up(MINI), "stem 20": float("nan")}}, "'milliseconds'"),
+    ({"milliseconds": {**made_up(MINI), "stem 20": "1"}}, "'milliseconds'"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), HOSTILE)
+def test_a_wrong_file_is_one_line(tmp_path, change, words):
+    path = tmp_path / "latency.json"
+    path.write_text(json.dumps({**ABOUT, "milliseconds": made_up(MINI), **change}))
+    with pytest.raises(UserError, match=words) as error:
+        read_latency(path)
+    assert "\n" not in str(error.value)
+
+
+# --- measuring
+
+
+def test_a_stopwatch_times_what_it_is_given():
+    """The sum of the parts is near the whole, as far as a busy machine lets one see."""
+    watch = Stopwatch(64, 1, 1000, threads=1, seconds=0.05)
+    plan = RESNET48.plan(RESNET48.smallest())
+    parts = list(parts_of(plan))
+    times = {part: watch.part(part) for part in dict.fromkeys(parts)}
+    assert all(time > 0 for time in times.values())
+    total, whole = sum(times[part] for part in parts), watch.network(plan)
+    assert total == pytest.approx(whole, rel=0.6)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture
+def fake_watch(monkeypatch):
+    """Times that a formula gives; the second round is faster."""
+    calls = []
+
+    class Watch:
+        fails_at = None
+
+        def __init__(self, *settings):
+            self.settings = settings
+
+        def _time(self, name, value):
+            if len(calls) == Watch.fails_at:
+                raise KilledError
+            calls.append(name)
+            return value * (1.0 if calls.count(name) != 2 else 0.8)
+
+        def part(self, part):
+            return self._time(part.name, sum(part.channels) / 100)
+
+        def network(self, plan):
+            return self._time(plan, sum(sum(p.channels) / 100 for p in parts_of(plan)) * 1.05)
+
+    monkeypatch.setattr(latency, "Stopwatch", Watch)
+    return Watch, calls
+
+
+FLAGS = "--backbone resnet48_mini --image_size 32 --num_classes 10 --threads 1 --device cpu "
+FLAGS += "--rounds 2 --networks 5"
+
+
+def test_a_killed_measurement_goes_on_where_it_was(fake_watch, tmp_path, capsys, caplog):
+    watch, calls = fake_watch
+    path = tmp_path / "latency.json"
+    arguments = ["--output", str(path), *FLAGS.split()]
+    watch.fails_at = 600
+    with pytest.raises(KilledError):
+        latency.main(arguments)
+    assert not path.exists()
+    watch.fails_at = None
+    with pytest.raises(UserError, match="latency.json.partial was measured with batch_size 1, not"):
+        latency.main([*arguments, "--batch_size", "2"])
+    with caplog.at_level(logging.INFO):
+        latency.main(arguments)
+    assert "continuing with the 454 programs" in caplog.text  # 449 parts and 5 networks
+    assert len(calls) == 2 * 454
+    table = read_latency(path)
+    arch = MINI.sample(np.random.default_rng(5))
+    expected = sum(0.8 * sum(part.channels) / 100 for part in parts_of(MINI.plan(arch)))
+    assert table.of(arch) == pytest.approx(expected, rel=1e-4)
+    check = json.loads(path.read_text())["check"]
+    assert check["mean_error"] == pytest.approx(1 / 1.05 - 1, abs=1e-3)
+    assert check["mean_absolute_error"] == pytest.approx(1 - 1 / 1.05, abs=1e-3)
+    assert len(check["networks"]) == 5
+    told = json.loads(capsys.readouterr().out)
+    assert told["largest_absolute_error"] == check["largest_absolute_error"]
+    assert [file.name for file in tmp_path.iterdir()] == ["latency.json"]
+    # Asked again, it is finished; asked for another, the file is not overwritten.
+    before = path.read_bytes()
+    latency.main(arguments)
+    with pytest.raises(UserError, match="was measured with threads 1, not 2"):
+        latency.main([*arguments, "--threads", "2"])
+    assert path.read_bytes() == before and len(calls) == 2 * 454
+
+
+@pytest.mark.parametrize(("error", "warns"), [(0.09, False), (0.11, True)])
+def test_sums_that_are_wrong_are_a_warning(error, warns, tmp_path, caplog):
+    latency.report({"mean_absolute_error": error, "networks": []}, tmp_path / "latency.json")
+    assert ("the sums are off by 11 %" in caplog.text) == warns
+
+
+def test_a_signal_ends_after_the_program_under_way(fake_watch, tmp_path, monkeypatch):
+    watch, calls = fake_watch
+    measure = watch.part
+
+    def part(self, which):
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, which)
+
+    monkeypatch.setattr(watch, "part", part)
+    path = tmp_path / "latency.json"
+    with pytest.raises(SystemExit) as ended:
+        latency.main(["--output", str(path), *FLAGS.split()])
+    assert ended.value.code == 143
+    content = json.loads((tmp_path / "latency.json.partial").read_text())
+    assert len(content["times"]) == len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--output OUT --backbone resnet48pinasv2", "stage 1's"),
+        ("--output OUT --backbone resnet5", "unknown backbone"),
+        ("--output OUT --device gpu", "sees no GPU"),
+        ("--output . ", "is a folder"),
+        ("--output OUT --rounds 0", "--rounds"),
+        ("--output OUT --seconds nan", "--seconds"),
+    ],
+)
+def test_wrong_flags_are_one_line(line, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        latency.main(line.replace("OUT", "latency.json").split())
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
