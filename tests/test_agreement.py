@@ -20,7 +20,6 @@ from hnas.base.errors import UserError
 from hnas.evaluation.counts import Counts, by_fold
 from hnas.evaluation.results import estimates
 from hnas.ranking import agreement as module
-from hnas.ranking import paired
 from hnas.ranking.agreement import (
     FOLDS,
     Agreement,
@@ -30,7 +29,8 @@ from hnas.ranking.agreement import (
     halvings,
 )
 from hnas.ranking.correlations import kendall_tau_b
-from hnas.ranking.paired import difference_errors, not_worse, read_estimates
+from hnas.ranking.front import not_worse, student
+from hnas.ranking.paired import difference_errors, read_estimates
 from hnas.search_space import RESNET48_MINI
 
 RUNS = Path(__file__).parents[1] / "docs/results/rank/runs.jsonl"
@@ -110,7 +110,6 @@ def test_correction_at_its_ends():
 
 def test_constants_are_students():
     assert stats.t.ppf(0.975, 14) == pytest.approx(module.STUDENT, abs=1e-4)
-    assert stats.t.ppf(0.95, 15) == pytest.approx(paired.STUDENT, abs=1e-4)
 
 
 def test_where_nothing_can_be_said():
@@ -240,24 +239,32 @@ def test_paired_errors_are_those_of_differences():
     assert true[0] < 0.85 * np.mean(unpaired)
 
 
-def test_one_in_twenty_that_are_as_good_is_left_out():
+def group(hits) -> np.ndarray:
+    """Which architectures are not worse than the best, by paired errors."""
+    accuracy, best = hits.mean(axis=1), int(np.argmax(hits.sum(axis=1)))
+    errors = difference_errors(by_fold(hits, 0), hits.shape[1], best)
+    return not_worse(accuracy, errors, freedom=FOLDS - 1)
+
+
+def test_the_truly_best_is_kept_however_many_are_as_good():
     rng = np.random.default_rng(6)
-    worse = []
-    for _ in range(300):
-        hits = simulated_hits(rng, np.array([0.8, 0.8, 0.8, 0.8, 0.7]), 640)
-        worse.append(~not_worse(by_fold(hits, 0), 640, 0))
-    worse = np.mean(worse, axis=0)
-    assert worse[0] == 0 and worse[4] > 0.99
-    assert 0.02 < worse[1:4].mean() < 0.08
+    for number in (2, 8):
+        accuracies = np.array([0.8] * number + [0.7])
+        kept = np.mean([group(simulated_hits(rng, accuracies, 640)) for _ in range(300)], axis=0)
+        assert 0.93 < kept[:number].mean() < 0.995 and kept[number] < 0.03
 
 
 def test_few_images_are_not_certain():
     hits = np.stack([np.ones(40), np.ones(40), np.arange(40) > 0]).astype(bool)
     few = by_fold(hits[:, :31], 0)
     assert difference_errors(few, 31, 0).tolist() == [0, math.inf, math.inf]
-    assert not_worse(few, 31, 0).all()
-    errors = difference_errors(by_fold(hits, 0), 40, 0)
-    assert errors[1] == 1 / 40 and not_worse(by_fold(hits, 0), 40, 0).all()
+    assert group(hits[:, :31]).all()
+    assert difference_errors(by_fold(hits, 0), 40, 0)[1] == 1 / 40 and group(hits).all()
+
+
+@pytest.mark.parametrize("z", [1.0, 2.6, 4.2, 5.0])
+def test_student_exceeds_as_rarely(z):
+    assert student(z, 15) == pytest.approx(stats.t.isf(stats.norm.sf(z), 15), rel=0.01)
 
 
 # --- estimates.json
@@ -285,7 +292,6 @@ def test_estimates_are_read_as_they_were_written(known, tmp_path):
     assert found.accuracy.tolist() == [entry["acc"] for entry in entries.values()]
     assert found.agreement == (Agreement(0.9, 0.8, 0.95) if known else None)
     assert found.folds.shape == (3, FOLDS)
-    assert found.not_worse(1)[1] and found.difference_errors(1)[1] == 0
 
 
 def changed(**changes):

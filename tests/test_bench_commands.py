@@ -13,7 +13,7 @@ from hnas.base.files import write_json
 from hnas.bench import plan_check, speed_scoring
 from hnas.search_space import RESNET48_MINI
 
-BENCHES = ("chaos", "plan_check", "speed_scoring", "speed_training", "rank.__main__")
+BENCHES = ("chaos", "plan_check", "search", "speed_scoring", "speed_training", "rank.__main__")
 
 
 @pytest.mark.parametrize("name", BENCHES)

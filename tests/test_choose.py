@@ -1,7 +1,7 @@
 """python -m hnas.tools.choose: front, noise and group against independent computations."""
 
-import io
 import json
+from xml.etree import ElementTree
 
 import independent
 import numpy as np
@@ -9,7 +9,6 @@ import pytest
 from counted import counts_of, first_ones
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from hnas.base.errors import UserError
 from hnas.evaluation.results import estimates
@@ -19,6 +18,7 @@ from hnas.ranking.front import (
     independent_difference,
     not_worse,
     pareto_front,
+    student,
 )
 from hnas.ranking.latency import all_parts
 from hnas.search_space import RESNET48_MINI
@@ -76,6 +76,19 @@ def test_the_group_by_hand():
 # --- the program
 
 
+def right_about(hits):
+    """Which images each network is right about, at random; bool [networks, IMAGES]."""
+    return np.random.default_rng(2).permuted(first_ones(hits, IMAGES), axis=1)
+
+
+def paired_error(one, other):
+    """Of the difference of two accuracies, from 16 folds of the images."""
+    more = one.astype(int) - other
+    folds = [more[fold::16] for fold in range(16)]
+    off = [fold.sum() - more.mean() * len(fold) for fold in folds]
+    return np.sqrt(16 / 15 * np.square(off).sum() + 1) / IMAGES if (one != other).any() else 0
+
+
 @pytest.fixture
 def scored(tmp_path):
     """Forty networks scored as stage 3 writes it: the folder, architectures and hits."""
@@ -84,7 +97,7 @@ def scored(tmp_path):
     archs = space.sample_distinct(rng, 40, (space.largest(), space.smallest()))
     macs = np.array([space.macs(arch, 32, 10) for arch in archs.values()])
     hits = np.clip(300 + 8e-6 * (macs - macs.min()) + rng.normal(0, 6, 40), 0, IMAGES).astype(int)
-    found = estimates(archs, counts_of(first_ones(hits, IMAGES)), None, IMAGES)
+    found = estimates(archs, counts_of(right_about(hits)), None, IMAGES)
     (tmp_path / "estimates.json").write_text(json.dumps(found))
     submission = {
         name: {"acc": entry["acc"], "arch": entry["arch"]}
@@ -118,6 +131,13 @@ def test_what_is_chosen(scored, capsys):
     rate = {name: (accuracy[name] * IMAGES + 1) / (IMAGES + 2) for name in fits}
     noise = {name: np.sqrt(rate[name] * (1 - rate[name]) / IMAGES) for name in fits}
     first = found[0]["name"]
+    right = dict(zip(archs, right_about(hits), strict=True))
+    most = student(critical_value(len(fits)), 15)
+    kept = {
+        name
+        for name in fits
+        if best - accuracy[name] <= most * paired_error(right[name], right[first])
+    }
     for row in found:
         name = row["name"]
         assert row["arch"] == archs[name].code and row["images"] == IMAGES
@@ -132,13 +152,14 @@ def test_what_is_chosen(scored, capsys):
             for other in fits
         )
         assert row["front"] != dominated
-        far = best - accuracy[name] > critical_value(len(fits)) * np.hypot(
-            noise[name], noise[first]
-        )
-        assert row["group"] != far
+        assert row["group"] == (name in kept)
     assert {row["group"] for row in found} == {True, False}
-    picture = Image.open(io.BytesIO((folder / "out/front.png").read_bytes()))
-    assert picture.format == "PNG" and min(picture.size) > 300
+    picture = ElementTree.parse(folder / "out/front.svg").getroot()
+    assert picture.tag.endswith("svg")
+    paths = {path.get("class"): path.get("d") for path in picture.iter() if path.get("d")}
+    assert paths["dots"].count("M") == 40
+    assert paths["dots second"].count("M") == len(kept)
+    assert paths["marks"].count("M") == sum(row["front"] for row in found)
 
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[:4]] == [
@@ -261,10 +282,10 @@ def estimates_text(text):
             "",
             "are 0: nothing to choose by",
         ),
-        (estimates_text("{}"), "", "is of other scores"),
+        (estimates_text("{}"), "", "is not an estimates.json of this version"),
         (estimates_text("[1]"), "", "estimates.json is not what this program saves"),
         (estimates_text("{"), "", "cannot read .*estimates.json"),
-        (estimates_text('{"architectures": 3, "images": 5}'), "", "is of other scores"),
+        (estimates_text('{"architectures": 3, "images": 5}'), "", "there are no architectures"),
         (None, "--max_macs 1000", "none of 40 networks is within 1,000 MACs; .* [0-9,]+ MACs$"),
         (None, "--max_macs 9e6 --max_params 7", "within 9,000,000 MACs, 7 parameters"),
         (None, "--max_macs nan", "'nan' is not a finite number"),

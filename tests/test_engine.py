@@ -18,7 +18,7 @@ from hnas.architecture_file import submission
 from hnas.base.files import write_json
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.transforms import EvalTransform
-from hnas.evaluation import engine
+from hnas.evaluation import engine, ledger
 from hnas.evaluation.engine import (
     ScoringSettings,
     choose_chunk,
@@ -31,6 +31,7 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.state import STATE_FILE, load_state
 from hnas.models.registry import build_network
+from hnas.ranking.agreement import Agreement
 from hnas.ranking.paired import read_estimates
 from hnas.search_space import RESNET48, RESNET48_MINI
 
@@ -141,6 +142,43 @@ def test_engine_stops_at_the_target(network, archs, folder, tmp_path):
     # Asked again without a target, it goes on from there.
     whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings())
     assert whole.images == 24
+
+
+def test_engine_stops_when_the_ranking_stands(
+    network, archs, folder, tmp_path, monkeypatch, caplog
+):
+    """By an estimate that stands in for the real one, which needs more images than are here."""
+    low = {5: None, 10: 0.7, 15: 0.8, 20: 0.9}
+
+    def estimate(folds, images, of_images):
+        assert (folds.sum(axis=1) <= images).all() and of_images == 24
+        return None if low[images] is None else Agreement(0.95, low[images], 0.97)
+
+    monkeypatch.setattr(ledger, "expected_agreement", estimate)
+    caplog.set_level("INFO")
+    settings = ScoringSettings(chunk=5, targets=Targets(tau=0.8))
+    counts = evaluate_shared(
+        network, archs, decoded(folder, tmp_path), tmp_path, IDENTITY, settings
+    )
+    assert counts.images == 15
+    told = json.loads((tmp_path / "estimates.json").read_text())
+    assert told["agreement"] == {"images": 24, "tau": 0.95, "low": 0.8, "high": 0.97}
+    for words in (
+        "5 images, largest standard error 0.1",
+        "ranking's agreement not known yet",
+        "ranking's agreement 0.950 (0.700 to 0.970)",
+        "the ranking's agreement is at least 0.8: stopped early",
+    ):
+        assert words in caplog.text
+
+
+def test_targets_that_have_nowhere_to_stop_are_told(network, archs, folder, tmp_path, caplog):
+    images, archs = decoded(folder, tmp_path), {"n0": archs["n0"]}
+    for name, targets in (("with", Targets(se=0.01)), ("without", Targets())):
+        settings = ScoringSettings(chunk=24, targets=targets)
+        evaluate_shared(network, archs, images, tmp_path / name, IDENTITY, settings)
+        assert ("nowhere to stop: lower chunk_size" in caplog.text) == (name == "with")
+        caplog.clear()
 
 
 def test_interrupted_evaluation_continues_to_the_same_file(

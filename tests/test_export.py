@@ -22,6 +22,7 @@ from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.comparison import Comparison
 from hnas.evaluation.counts import Counts
 from hnas.models.elastic import ElasticResNet, freeze_statistics
+from hnas.ranking.agreement import FOLDS
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
 from hnas.tools.export import Wanted, check, main
@@ -385,7 +386,8 @@ def test_an_export_that_differs_is_not_written(small, tmp_path, monkeypatch, fac
 
 def test_other_hits_of_like_logits_are_not_written():
     """In float32 on CPUs; half precision may move them."""
-    counts = Counts(*np.array([[60, 57], [90, 90], [2, 2], [0, 0]]), images=100)
+    counts = Counts.zeros(2)
+    counts.top1[:], counts.top5[:], counts.near1[:], counts.images = [60, 57], 90, 2, 100
     found = Comparison(counts, difference=1e-3, largest=20.0)
     wanted = Wanted(Architecture.from_code(SMALLEST))
     check(found, Options(precision="float16"), wanted)

@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from hnas.base.device import set_tf32
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.tools.check_device import facts, fused, loaders, norms, operators, training, walk

@@ -1,6 +1,7 @@
 """How a GPU rounds, what it is called and holds: flags, logs, saved states. The card is faked."""
 
 import logging
+import sys
 
 import gpu_fakes
 import paddle
@@ -194,6 +195,13 @@ def test_stage_3_computes_as_the_flags_say(monkeypatch):
     fused.find_fused.cache_clear()
     assert train_supernet.variant(half, None) == Variant(Precision.FLOAT16, "NHWC", False)
     fused.find_fused.cache_clear()
+
+
+def test_the_reference_engine_does_not_pass_for_half_precision(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "run", "--amp", "O1", "--eval_engine", "reference"])
+    monkeypatch.setattr(train_supernet, "start", lambda options: Arithmetic("card", True, "O1"))
+    with pytest.raises(UserError, match="--eval_engine reference computes in float32; --amp O1"):
+        train_supernet.main()
 
 
 # --- memory

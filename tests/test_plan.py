@@ -80,20 +80,22 @@ BANDWIDTH = {"h100": 3350e9, "a100": 2039e9, "v100": 900e9}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_stage_3_takes_the_time_of_its_variant(name, capsys):
+def test_stage_3_takes_the_time_of_its_variant(name, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "SAMPLED", 3)  # of stage 2
     gpu, flags, tflops, share, size, passes, words = VARIANTS[name]
     found = run(capsys, "--gpu", gpu, "--images", "10000000", *flags.split())
     archs = list(RESNET48.sample_distinct(np.random.default_rng(0), 50).values())
     compute = PrefixTree(RESNET48, archs).macs(224) / (tflops * 1e12 / 2 * share)
     memory = passes * size * outputs_by_hand(archs) / (0.8 * BANDWIDTH[gpu])
     hours = (compute + memory) * 1e7 / 3600
-    assert found["stage3"]["hours"] == pytest.approx(hours, rel=1e-4)
+    assert found["stage3"]["hours"] == pytest.approx(hours, abs=6e-4)
     assert any(words in line for line in found["assumptions"])
     assert any(f"{tflops} TFLOP/s" in line for line in found["assumptions"])
 
 
-def test_an_a100_without_tf32_is_slow(capsys):
+def test_an_a100_without_tf32_is_slow(capsys, monkeypatch):
     """What was planned without a word: 23 TFLOP/s, above the 19.5 of its float32 cores."""
+    monkeypatch.setattr(plan, "SAMPLED", 3)
     fast, slow = (run(capsys, "--gpu", "a100", "--tf32", mode) for mode in ("on", "off"))
     for stage in ("stage1", "stage2", "stage3"):
         assert slow[stage]["hours"] > 2 * fast[stage]["hours"]

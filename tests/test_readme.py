@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from counted import counts_of
 
 from hnas.architecture_file import submission
 from hnas.base.files import write_json
+from hnas.evaluation.results import estimates
 from hnas.models.registry import build_network
 from hnas.ranking.correlations import CORRELATIONS
 from hnas.search_space import RESNET48, RESNET48_MINI
@@ -169,7 +171,7 @@ def test_modules_of_the_prose_exist(page):
 
 @each_page
 def test_every_flag_exists(page):
-    programs = [*(ROOT / "hnas/tools").glob("*.py"), *(ROOT / "hnas/bench").rglob("*.py")]
+    programs = [*(ROOT / "hnas/tools").rglob("*.py"), *(ROOT / "hnas/bench").rglob("*.py")]
     known = option_names().union(*(flags_of(path.read_text()) for path in programs))
     text = re.sub(r"unknown flag --\w+", "", text_of(page))  # quoted messages
     mentioned = set(re.findall(r"(?<![-\w])--([A-Za-z][\w-]*)", text))
@@ -243,6 +245,25 @@ def test_the_page_on_development_shows_a_sampler_that_works(tmp_path, monkeypatc
     assert len(drawn) == 200 and sampler.sample(0, 7) == sampler.sample(0, 7)
     # Uniform depths sum to 15.5 on average, the larger of two such sums to 16.9.
     assert np.mean([sum(arch.depths) for arch in drawn]) > 16.4
+
+
+def test_the_page_on_scoring_finds_what_is_no_worse_than_the_best(tmp_path, monkeypatch):
+    right = np.random.default_rng(0).random((3, 500)) < [[0.9], [0.89], [0.5]]
+    archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 3)
+    told = estimates(archs, counts_of(right), None, 1000)
+    write_json(tmp_path / "checkpoint_files/stage3/estimates.json", told)
+    names = run_page("docs/scoring.md", tmp_path, monkeypatch)
+    assert names["as_good"] == list(archs)[:2]
+
+
+def test_costs_of_shards_are_those_of_the_result_file():
+    run = json.loads((RESULTS / "shards_resnet48_224px_8.json").read_text())
+    shards, page = np.array(run["macs_shards"]), text_of("docs/speed.md")
+    assert len(shards) == 8 and run["n_arch"] == 45_000
+    more, off = shards.sum() / run["macs_shared"] - 1, np.abs(shards / shards.mean() - 1).max()
+    assert f"take {100 * more:.3f} % more multiply-accumulates" in page
+    assert f"none is more than {100 * off:.2f} % off" in page
+    assert f"[to {100 * off:.2f} %](speed.md" in text_of("docs/scoring.md")
 
 
 # --- the two languages

@@ -12,10 +12,9 @@ import pytest
 from scipy import stats
 
 from hnas.base.errors import UserError
-from hnas.evaluation.hits import Counts
-from hnas.evaluation.ledger import estimates
+from hnas.base.files import write_json
 from hnas.ranking.figures import bin_edges, option_panels
-from hnas.ranking.scores import budgets, front
+from hnas.ranking.scores import budgets
 from hnas.ranking.svg import Axis, Panel, round_ticks
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.rank_report import main
@@ -31,27 +30,30 @@ def archs():
 
 
 @pytest.fixture(scope="module")
-def counts(archs):
-    """Hits that grow with the MACs."""
+def hits(archs):
+    """That grow with the MACs."""
     rng = np.random.default_rng(1)
     macs = np.array([RESNET48_MINI.macs(arch, 32, 10) for arch in archs.values()])
-    found = Counts.zeros(NUMBER)
-    found.top1[:] = rng.binomial(IMAGES, 0.85 + 0.1 * macs / macs.max())
-    found.top5[:] = IMAGES
-    found.images = IMAGES
-    return found
+    return rng.binomial(IMAGES, 0.85 + 0.1 * macs / macs.max())
 
 
 @pytest.fixture
-def stage3(tmp_path, archs, counts):
+def stage3(tmp_path, archs, hits):
     """What stage 3 leaves."""
     folder = tmp_path / "stage3"
     folder.mkdir()
-    rows = zip(archs.items(), counts.accuracy().tolist(), strict=True)
-    content = {name: {"acc": acc, "arch": arch.code} for (name, arch), acc in rows}
-    (folder / "submission.json").write_text(json.dumps(content))
-    (folder / "estimates.json").write_text(json.dumps(estimates(archs, counts)))
+    rows = zip(archs.items(), (hits / IMAGES).tolist(), errors_of(hits).tolist(), strict=True)
+    entries = {name: {"acc": acc, "se": se, "arch": arch.code} for (name, arch), acc, se in rows}
+    write_json(folder / "estimates.json", {"images": IMAGES, "architectures": entries})
+    accuracies = {n: {"acc": row["acc"], "arch": row["arch"]} for n, row in entries.items()}
+    write_json(folder / "submission.json", accuracies)
     return folder
+
+
+def errors_of(hits):
+    """Standard errors of accuracies by Laplace's estimate."""
+    rate = (hits + 1) / (IMAGES + 2)
+    return np.sqrt(rate * (1 - rate) / IMAGES)
 
 
 @pytest.fixture
@@ -72,9 +74,9 @@ def report(tmp_path, capsys):
 # --- figures
 
 
-def test_figures_are_those_of_numpy(report, stage3, archs, counts):
+def test_figures_are_those_of_numpy(report, stage3, archs, hits):
     printed, found = report(stage3 / "submission.json")
-    accuracy = 100 * counts.accuracy()
+    accuracy = hits / IMAGES * 100
     macs = np.array([RESNET48_MINI.macs(arch, 32, 10) for arch in archs.values()])
     assert printed["architectures"] == NUMBER and printed["images"] == IMAGES
     assert printed["accuracy"] == {
@@ -83,7 +85,7 @@ def test_figures_are_those_of_numpy(report, stage3, archs, counts):
         "highest": accuracy.max(),
         "standard_deviation": pytest.approx(accuracy.std(ddof=1)),
     }
-    error = pytest.approx(100 * np.median(counts.standard_error()), abs=1e-4)
+    error = pytest.approx(100 * np.median(errors_of(hits)))
     assert printed["standard_error"] == error
     assert printed["tau_of_macs"] == pytest.approx(stats.kendalltau(macs, accuracy).statistic)
     best = np.sort(accuracy)[::-1]
@@ -97,18 +99,6 @@ def test_figures_are_those_of_numpy(report, stage3, archs, counts):
     depths = np.array([arch.depths[2] for arch in archs.values()])
     means = [accuracy[depths == depth].mean() for depth in range(2, 9)]
     assert [row["mean"] for row in rows] == pytest.approx(means)
-
-
-def test_the_front_is_what_none_beats():
-    rng = np.random.default_rng(2)
-    cost, accuracy = rng.integers(0, 30, 200), rng.integers(0, 30, 200)
-    found = front(cost, accuracy)
-    assert (np.diff(cost[found]) > 0).all() and (np.diff(accuracy[found]) > 0).all()
-    for index in range(200):
-        beaten = ((cost <= cost[index]) & (accuracy > accuracy[index])).any()
-        cheaper = ((cost < cost[index]) & (accuracy == accuracy[index])).any()
-        twin = (cost[found] == cost[index]) & (accuracy[found] == accuracy[index])
-        assert twin.any() == (not beaten and not cheaper)
 
 
 def test_budgets_are_round_and_reach_the_dearest():
@@ -137,7 +127,6 @@ def test_scores_without_estimates(report, stage3):
         lambda content: content["architectures"]["arch3"].update(acc=0.5),
         lambda content: content["architectures"]["arch3"].update(se=None),
         lambda content: content.update(architectures=[]),
-        lambda content: content.update(agreement={"tau": None}),
     ],
 )
 def test_estimates_of_other_scores_are_said_to_be(report, stage3, change):
@@ -156,6 +145,14 @@ def test_the_rankings_agreement_is_shown_where_stage_three_tells_it(report, stag
     assert printed["agreement"] == content["agreement"]
     text = (tmp_path / "out/report.html").read_text()
     assert "with that by all 5,000 at a tau-b of 0.875 (0.812 to 0.938)" in text
+    # Of all images, or not defined: nothing is said of it.
+    for more in ({"images": IMAGES}, {"tau": None}):
+        content["agreement"] |= more
+        write_json(stage3 / "estimates.json", content)
+        printed, _ = report(stage3 / "submission.json")
+        assert printed["standard_error"] is not None
+        assert "expected to agree" not in (tmp_path / "out/report.html").read_text()
+    assert printed["agreement"] is None
 
 
 # --- what is refused, and what is odd

@@ -17,6 +17,7 @@ from hnas.architecture_file import submission
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList, scan_images
 from hnas.evaluation.images import list_hash
+from hnas.evaluation.ledger import Targets
 from hnas.evaluation.shard_files import ScoredShard, ShardError, join, read_shard, write_shard
 from hnas.evaluation.shards import Shard, balanced_cuts, leaf_macs
 from hnas.evaluation.state import architectures_hash
@@ -74,6 +75,19 @@ def test_the_reference_engine_has_no_targets(flag):
     with pytest.raises(UserError, match=f"--{flag} is for --eval_engine shared"):
         train_supernet.wanted_shard(Options(eval_engine="reference", **{flag: 0.5}))
     assert train_supernet.wanted_shard(Options(**{flag: 0.5})) is None
+
+
+def test_targets_reach_the_engine(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train_supernet, "evaluate_shared", lambda *arguments: seen.append(arguments)
+    )
+    images = scan_images(noise_images(tmp_path, number=1), "val")
+    options = Options(
+        image_size=32, num_workers=0, target_se=0.1, target_tau=0.8, ckpt_dir=str(DEMO)
+    )
+    train_supernet.score(options, None, drawn(2), images, np.arange(10), None)
+    assert seen[0][-1].targets == Targets(se=0.1, tau=0.8)
 
 
 def test_more_shards_than_architectures_are_refused():

@@ -213,8 +213,8 @@ class Bench:
     def best_of_list(self, path: str, number: int, budget: int, found: Sequence[str]) -> dict:
         """The best within the budget of ``number`` architectures drawn from a file.
 
-        The codes ``found`` by searches are scored with them, since every seed has re-calibrated
-        with images of its own.
+        The codes ``found`` by searches are scored anew, re-calibrated with the same images as
+        these: every seed has drawn its own.
         """
         listed = list(read_architectures(path).values())
         number = min(number, len(listed))
@@ -223,17 +223,18 @@ class Bench:
         archs = {f"arch{i + 1}": listed[i] for i in drawn if macs[i] <= budget}
         if not archs:
             raise UserError(f"no architecture of {path} takes at most {budget} MACs")
-        within = len(archs)
-        archs |= {f"found{i}": Architecture.from_code(code) for i, code in enumerate(found)}
         accuracy = self._score("search", archs, self._work / "list_scores").accuracy()
-        best = int(np.argmax(accuracy[:within]))
+        best = int(np.argmax(accuracy))
+        others = {code: Architecture.from_code(code) for code in dict.fromkeys(found)}
+        own = self._score("search", others, self._work / "found_scores").accuracy()
+        accuracies = dict(zip(others, own.tolist(), strict=True))
         return {
             "listed": len(listed),
             "drawn": number,
-            "within": within,
+            "within": len(archs),
             "arch": list(archs.values())[best].code,
             "acc": float(accuracy[best]),
-            "found": accuracy[within:].tolist(),
+            "found": [accuracies[code] for code in found],
         }
 
     def _score(self, split: str, archs: Mapping[str, Architecture], folder: Path) -> Counts:

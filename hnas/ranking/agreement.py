@@ -23,13 +23,15 @@ ranking. Each of them is corrected for length:
 3. The first n images are among the N, so the correlation of both accuracies is
    sqrt((1 + x / N) / (1 + x / n)): 1 at the end, and sqrt(n / N) where images see no difference.
 4. Back to tau = 2 / pi asin(correlation).
+5. Of the pairs that differ in some fold a share is equal over the first n images, which tau-b
+   leaves out: tau-b = tau / sqrt(1 - share).
 
 Near 1 neither normal scores nor equal errors are needed: disagreements are in proportion to the
 errors' size and to how many architectures are nearly equal, and the second is the same on both
-sides. The tau of step 1 is tau-a: a pair that is equal in a half agrees and disagrees to equal
-parts, and only pairs that are equal in all folds do not count. Of tau-b, which leaves all equal
-pairs out, halves have more than the whole. It makes the estimate smaller, by less than the share of
-pairs that are equal.
+sides. The tau of step 1 is tau-a over the pairs that differ in some fold: a pair that is equal in a
+half agrees and disagrees to equal parts. Half of the images have more such pairs than the whole,
+which tau-b would leave out of both numbers. Where equal pairs are many, the estimate is a little
+small.
 
 The estimate is the mean over the 15 ways. The interval is for a further draw, which is what the
 images to come are: mean +- t sqrt(s^2 (2 + 1 / 15) + (2 / pairs)^2) with the ways' variance s^2 and
@@ -93,16 +95,15 @@ def expected_agreement(folds: np.ndarray, images: int, of_images: int) -> Agreem
         of_images: how many the list has.
 
     Returns:
-        None where it is not defined: with fewer than ``FEWEST_IMAGES`` images, or where no fold
-        sees a difference between the architectures.
+        None where it is not defined: with fewer than ``FEWEST_IMAGES`` images, or where all
+        accuracies are equal.
     """
     if images == of_images:
         return Agreement(1.0, 1.0, 1.0)
     if images < FEWEST_IMAGES:
         return None
-    _, same = np.unique(folds, axis=0, return_counts=True)
-    pairs = (len(folds) * (len(folds) - 1) - int((same * (same - 1)).sum())) // 2
-    if not pairs:
+    pairs, unequal = different_pairs(folds), different_pairs(folds.sum(axis=1))
+    if not unequal:
         return None
     sizes = fold_sizes(images)
     taus = np.empty(FOLDS - 1)
@@ -110,9 +111,16 @@ def expected_agreement(folds: np.ndarray, images: int, of_images: int) -> Agreem
         found = concordance(folds[:, first].sum(axis=1), folds[:, ~first].sum(axis=1))
         halves = int(sizes[first].sum()), int(sizes[~first].sum())
         taus[way] = corrected_for_length(found.excess / pairs, halves, images, of_images)
+    taus = np.minimum(1.0, taus * math.sqrt(pairs / unequal))
     tau, variance = taus.mean(), taus.var(ddof=1)
     width = STUDENT * math.sqrt(variance * (2 + 1 / len(taus)) + (2 / pairs) ** 2)
     return Agreement(float(tau), max(-1.0, float(tau - width)), min(1.0, float(tau + width)))
+
+
+def different_pairs(rows: np.ndarray) -> int:
+    """How many pairs of rows of an array are not the same."""
+    _, same = np.unique(rows, axis=0, return_counts=True)
+    return (len(rows) * (len(rows) - 1) - int((same * (same - 1)).sum())) // 2
 
 
 def corrected_for_length(tau: float, halves: tuple[int, int], images: int, of_images: int) -> float:

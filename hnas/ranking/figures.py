@@ -12,6 +12,8 @@ from hnas.ranking.svg import Axis, Panel, round_ticks
 
 SMALL = (200, 165)
 """Size of a panel of which a figure has many."""
+WIDE = (420, 320)
+"""Size of a panel that is a file by itself."""
 
 
 def scatter_panel(pred: np.ndarray, gt: np.ndarray, pred_label: str, gt_label: str) -> Panel:
@@ -121,4 +123,50 @@ def front_panel(
     panel.points(cost, accuracy)
     panel.steps(cost[front], accuracy[front], "second")
     panel.points(cost[front], accuracy[front], "marks second")
+    return panel
+
+
+def choice_panel(
+    cost: np.ndarray,
+    accuracy: np.ndarray,
+    chosen: Sequence[Mapping],
+    kind: str,
+    label: str,
+    budget: float | None,
+) -> Panel:
+    """All networks [n]; of those within a budget the best's equals and the Pareto front.
+
+    Args:
+        accuracy: of all, in percent.
+        chosen: those within the budget, as rows with ``acc``, ``se``, ``front``, ``group`` and
+            the cost under the name ``kind``.
+        label: of the cost's axis.
+        budget: drawn as a line; None: no limit.
+    """
+    scale, million = (1e6, "million ") if cost.max() >= 1e6 else (1, "")
+    by_cost = sorted(chosen, key=lambda row: row[kind])
+
+    def part(mark: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = [row for row in by_cost if row[mark]]
+        factors = ((kind, 1 / scale), ("acc", 100), ("se", 100))
+        return tuple(factor * np.array([row[name] for row in rows]) for name, factor in factors)
+
+    x, y, bars = part("front")
+    heights = np.concatenate([accuracy, y - bars, y + bars])
+    ends = cost if budget is None else np.append(cost, budget)
+    panel = Panel(
+        Axis.around(ends / scale, f"{million}{label}"),
+        Axis.around(heights, "top-1 accuracy, %"),
+        "orange: not worse than the best; line: Pareto front",
+        WIDE,
+    )
+    panel.points(cost / scale, accuracy)
+    group_x, group_y, _ = part("group")
+    panel.points(group_x, group_y, "dots second")
+    panel.steps(x, y)
+    panel.points(x, y, "marks")
+    for place, middle, bar in zip(x, y, bars, strict=True):
+        panel.error(place, middle - bar, middle + bar)
+    if budget is not None:
+        panel.line([budget / scale] * 2, [panel.y.low, panel.y.high], "guide")
     return panel

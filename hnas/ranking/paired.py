@@ -1,4 +1,4 @@
-"""Reading ``estimates.json``, and telling which architectures are no worse than another.
+"""Reading ``estimates.json``, and how certain the difference of two accuracies is.
 
 All architectures see the same images, so the difference of two accuracies is far more certain than
 either of them. Its error comes from the folds (:mod:`hnas.ranking.agreement`): how much the
@@ -18,8 +18,6 @@ from hnas.base.errors import UserError
 from hnas.base.files import read_json
 from hnas.ranking.agreement import FEWEST_IMAGES, FOLDS, Agreement, fold_sizes
 
-STUDENT = 1.7531
-"""Student's t, one-sided 95 %, of 15 degrees of freedom."""
 KEYS = frozenset({"acc", "se", "arch", "folds"})
 
 
@@ -41,14 +39,6 @@ class Estimates:
     images: int
     folds: np.ndarray
     agreement: Agreement | None
-
-    def difference_errors(self, index: int) -> np.ndarray:
-        """See :func:`difference_errors`."""
-        return difference_errors(self.folds, self.images, index)
-
-    def not_worse(self, index: int) -> np.ndarray:
-        """See :func:`not_worse`."""
-        return not_worse(self.folds, self.images, index)
 
 
 def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
@@ -76,19 +66,6 @@ def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
         errors = np.sqrt(variance + 1) / images
     errors[index] = 0.0
     return errors
-
-
-def not_worse(folds: np.ndarray, images: int, index: int) -> np.ndarray:
-    """Which architectures are not significantly worse than one; bool [architectures].
-
-    A one-sided t-test of each difference at 5 %, on the same images. It is a test of each
-    architecture alone: of many that are truly as good, one in twenty is left out.
-
-    Args:
-        folds, images, index: as of :func:`difference_errors`; ``index`` itself is not worse.
-    """
-    hits = folds.sum(axis=1)
-    return (hits[index] - hits) / images <= STUDENT * difference_errors(folds, images, index)
 
 
 def fold_text(folds: Sequence[int]) -> str:

@@ -52,57 +52,6 @@ def methods_plot(
     return _png(figure)
 
 
-def front_plot(
-    cost: np.ndarray,
-    accuracy: np.ndarray,
-    chosen: Sequence[Mapping],
-    kind: str,
-    unit: str,
-    budget: float | None,
-) -> bytes:
-    """All networks [n], those within a budget, their Pareto front and the best's equals, as PNG.
-
-    Bars are a standard error.
-
-    Args:
-        accuracy: of all, in percent.
-        chosen: those within the budget, as rows with ``acc``, ``se``, ``front``, ``group`` and
-            the cost under the name ``kind``.
-        unit: of the cost, for the axis.
-        budget: drawn as a line; None: no limit.
-    """
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes)
-    scale, million = (1e6, "million ") if cost.max() >= 1e6 else (1, "")
-    axes.scatter(cost / scale, accuracy, s=8, color=GREY, alpha=0.4, linewidths=0, label="scored")
-
-    def part(mark: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = sorted((row for row in chosen if row[mark]), key=lambda row: row[kind])
-        return tuple(
-            factor * np.array([row[name] for row in rows])
-            for name, factor in ((kind, 1 / scale), ("acc", 100), ("se", 100))
-        )
-
-    x, y, _ = part("group")
-    axes.scatter(x, y, s=22, color=ORANGE, linewidths=0, zorder=3, label="not worse than the best")
-    x, y, bars = part("front")
-    style = {"color": BLUE, "marker": "o", "ms": 3.5, "lw": 1.2, "capsize": 2, "zorder": 4}
-    axes.errorbar(x, y, bars, drawstyle="steps-post", label="Pareto front", **style)
-    if budget is not None:
-        axes.axvline(budget / scale, color=DARK, ls="--", lw=1, label="budget")
-    axes.set_xlabel(f"{million}{unit}")
-    axes.set_ylabel("top-1 accuracy, %")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize=8)
-    return _png(figure)
-
-
-def _style(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.ticklabel_format(useOffset=False, style="plain")
-
-
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # Without the version of the library, so that equal figures are equal files.

@@ -10,6 +10,7 @@ import numpy as np
 
 from hnas.ranking.breakdown import DISCRETE, Attribution, attribute, by_option, choices
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan
+from hnas.ranking.front import pareto_front
 from hnas.search_space import Architecture
 
 BUDGETS = 8
@@ -53,16 +54,6 @@ class Scores:
         }
 
 
-def front(cost: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """Indices of those that none is more accurate than at no more cost, by rising cost.
-
-    Of several that are equal in both the first is taken.
-    """
-    order = np.lexsort((-accuracy, cost))
-    best = np.maximum.accumulate(accuracy[order])
-    return order[np.concatenate([[True], best[1:] > best[:-1]])]
-
-
 def budgets(macs: np.ndarray, number: int = BUDGETS) -> list[float]:
     """Round numbers of MACs from just above the cheapest architecture to the dearest.
 
@@ -79,7 +70,7 @@ def analyse_scores(scores: Scores) -> dict:
     accuracy = scores.accuracy
     chosen = choices(scores.archs)
     effects = attribute(chosen, accuracy)
-    by_macs = front(scores.macs, accuracy)
+    by_macs = pareto_front(accuracy, scores.macs)
     report = {
         "architectures": len(accuracy),
         "images": scores.images,

@@ -212,7 +212,8 @@ class Panel:
         if self.title:
             texts.append(_text(left, 14, self.title, "start", "title"))
         frame = f"M{_px(left)} {self._top}V{bottom}H{right}{''.join(lines)}"
-        style = f"<style>{COLOURS}{PLOTS}</style>" if alone else ""
+        style = f"<style>{COLOURS}{PLOTS}svg {{ background: var(--paper); }}</style>"
+        style = style if alone else ""
         name = ' xmlns="http://www.w3.org/2000/svg"' if alone else ""
         label = escape(self.title or f"{self.y.title} against {self.x.title}")
         return (

@@ -4,7 +4,7 @@
         --backbone resnet48_mini --image_size 32 --num_classes 10 [--out DIR]
 
 Nothing is evaluated, and Paddle is not needed. DIR gets choice.json (all networks within the
-budget) and front.png.
+budget) and front.svg.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from hnas.base.command_line import (
     whole_number,
 )
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, read_json, replacing, write_json
+from hnas.base.files import check_writable, replacing, write_json
+from hnas.ranking.agreement import FOLDS
+from hnas.ranking.figures import choice_panel
 from hnas.ranking.front import (
     CONFIDENCE,
     binomial_error,
@@ -37,6 +39,7 @@ from hnas.ranking.front import (
     pareto_front,
 )
 from hnas.ranking.latency import LatencyTable, read_latency
+from hnas.ranking.paired import difference_errors, read_estimates
 from hnas.search_space import Architecture, SearchSpace, search_space
 
 ESTIMATES = "estimates.json"
@@ -55,12 +58,14 @@ class Scores:
         accuracy: shares of 1 [n].
         error: standard errors of them as estimates for more such images [n].
         images: how many each was scored on [n].
+        folds: hits by fold of the images, which are the same for all, or None [n, FOLDS].
     """
 
     archs: Mapping[str, Architecture]
     accuracy: np.ndarray
     error: np.ndarray
     images: np.ndarray
+    folds: np.ndarray | None = None
 
 
 def read_scores(path: str, images: int = 0) -> Scores:
@@ -86,12 +91,17 @@ def read_scores(path: str, images: int = 0) -> Scores:
         )
     if accuracy.max() > 1:
         accuracy = accuracy / 100
-    number = np.full(len(archs), images) if images else _images(Path(path), archs, accuracy)
-    return Scores(archs, accuracy, binomial_error(accuracy, number), number)
+    if images:
+        number, folds = np.full(len(archs), images), None
+    else:
+        number, folds = _images(Path(path), archs, accuracy)
+    return Scores(archs, accuracy, binomial_error(accuracy, number), number, folds)
 
 
-def _images(path: Path, archs: Mapping[str, Architecture], accuracy: np.ndarray) -> np.ndarray:
-    """How many images each of a file's networks was scored on [n].
+def _images(
+    path: Path, archs: Mapping[str, Architecture], accuracy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """How many images each of a file's networks was scored on [n], and hits by fold if known.
 
     Raises:
         UserError: it is not known.
@@ -99,25 +109,20 @@ def _images(path: Path, archs: Mapping[str, Architecture], accuracy: np.ndarray)
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     own = [entry.get("images") for entry in content.values()]
     if all(_is_count(number) for number in own):
-        return np.array(own)
+        return np.array(own), None
     beside = path.with_name(ESTIMATES)
     unknown = f"on how many images {path} was scored is not known"
     if not beside.is_file():
         raise UserError(f"{unknown}, for there is no {ESTIMATES} beside it; give --images N")
-    content = read_json(beside)
-    found = content.get("architectures")
-    scored = {
-        entry.get("arch"): entry.get("acc")
-        for entry in (found.values() if isinstance(found, dict) else ())
-        if isinstance(entry, dict)
-    }
-    same = all(
-        scored.get(arch.code) == value
-        for arch, value in zip(archs.values(), accuracy.tolist(), strict=True)
-    )
-    if not (same and _is_count(content.get("images"))):
+    try:
+        found = read_estimates(beside)
+    except UserError as error:
+        raise UserError(f"{unknown}: {error}; or give --images N") from None
+    places = {code: place for place, code in enumerate(found.codes)}
+    rows = [places.get(arch.code, -1) for arch in archs.values()]
+    if min(rows) < 0 or (found.accuracy[rows] != accuracy).any():
         raise UserError(f"{unknown}, for {beside} is of other scores; give --images N")
-    return np.full(len(archs), content["images"])
+    return np.full(len(archs), found.images), found.folds[rows]
 
 
 def _is_count(value: object) -> bool:
@@ -180,17 +185,22 @@ def choose(
     accuracy, error = scores.accuracy[fits], scores.error[fits]
     front = np.zeros(len(accuracy), bool)
     front[pareto_front(accuracy, costs[cost][fits])] = True
-    group = not_worse(accuracy, independent_difference(accuracy, error))
+    if scores.folds is None:
+        group = not_worse(accuracy, independent_difference(accuracy, error))
+    else:
+        best, images = int(np.argmax(accuracy)), int(scores.images[0])
+        paired = difference_errors(scores.folds[fits], images, best)
+        group = not_worse(accuracy, paired, freedom=FOLDS - 1)
     own = {kind: values[fits].tolist() for kind, values in costs.items()}
     names = np.array(list(scores.archs), object)[fits]
-    images = scores.images[fits].tolist()
+    number = scores.images[fits].tolist()
     return [
         {
             "name": names[i],
             "arch": scores.archs[names[i]].code,
             "acc": float(accuracy[i]),
             "se": round(float(error[i]), 6),
-            "images": images[i],
+            "images": number[i],
             **{kind: values[i] for kind, values in own.items()},
             "front": bool(front[i]),
             "group": bool(group[i]),
@@ -257,7 +267,7 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--top", type=whole_number(1, 1_000_000), default=10, help="rows to print [default 10]"
     )
-    parser.add_argument("--out", type=read_path, help="folder for choice.json and front.png [none]")
+    parser.add_argument("--out", type=read_path, help="folder for choice.json and front.svg [none]")
     parser.add_argument(
         "--images",
         type=whole_number(1),
@@ -289,8 +299,10 @@ def main(argv=None) -> None:
     chosen = choose(scores, costs, within(costs, budget), cost)
     if options.out:
         label = UNITS[cost] if cost != "latency" else latency_label(latency)
-        plot = front_of(costs[cost], scores.accuracy, chosen, cost, label, budget.get(cost))
-        write(options, scores, cost, budget, chosen, plot)
+        panel = choice_panel(
+            costs[cost], 100 * scores.accuracy, chosen, cost, label, budget.get(cost)
+        )
+        write(options, scores, cost, budget, chosen, panel.svg(alone=True))
     shown = table(chosen, options.top, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
 
@@ -323,9 +335,9 @@ def latency_label(table: LatencyTable) -> str:
 
 
 def write(
-    options, scores: Scores, cost: str, budget: Mapping, chosen: Sequence[Mapping], plot: bytes
+    options, scores: Scores, cost: str, budget: Mapping, chosen: Sequence[Mapping], plot: str
 ) -> None:
-    """Write ``choice.json`` and ``front.png``.
+    """Write ``choice.json`` and ``front.svg``.
 
     Raises:
         UserError: the folder cannot be written.
@@ -343,16 +355,9 @@ def write(
         "critical_value": round(critical_value(len(chosen)), 6),
         "networks": chosen,
     }
-    with replacing(options.out / "front.png") as temporary:
-        temporary.write_bytes(plot)
+    with replacing(options.out / "front.svg") as temporary:
+        temporary.write_text(plot)
     write_json(options.out / "choice.json", content)
-
-
-def front_of(cost: np.ndarray, accuracy: np.ndarray, *arguments) -> bytes:
-    """:func:`front_plot` of accuracies as shares of 1; only here Matplotlib is needed."""
-    from hnas.ranking.plots import front_plot
-
-    return front_plot(cost, 100 * accuracy, *arguments)
 
 
 if __name__ == "__main__":

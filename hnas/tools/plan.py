@@ -338,6 +338,7 @@ def main(argv=None) -> None:
     options = parser.parse_args(argv)
     if min(options.efficiency, options.gmacs_per_s) < 0 or options.efficiency > 1:
         raise UserError("--efficiency lies between 0 and 1, --gmacs_per_s is positive")
+    variant = planned_variant(options)
 
     space = search_space(options.backbone)
     if options.modelarch_file:
@@ -345,7 +346,6 @@ def main(argv=None) -> None:
     else:
         drawn = space.sample_distinct(np.random.default_rng(0), options.n_arch)
         archs = list(drawn.values())
-    variant = planned_variant(options)
     recipe = Recipe(
         options.image_size,
         train_images=options.train_images,

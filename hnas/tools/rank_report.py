@@ -32,8 +32,9 @@ from hnas.ranking.figures import (
     rank_panel,
     scatter_panel,
 )
+from hnas.ranking.front import pareto_front
 from hnas.ranking.report_pages import ranking_page, scores_page
-from hnas.ranking.scores import Scores, analyse_scores, front
+from hnas.ranking.scores import Scores, analyse_scores
 from hnas.ranking.svg import Panel
 from hnas.search_space import Architecture, SearchSpace, search_space
 
@@ -244,14 +245,21 @@ def estimates_of(content, archs: list[Architecture], accuracy: np.ndarray) -> di
         same = np.array_equal(in_percent(np.array([float(row["acc"]) for row in own])), accuracy)
         error = 100 * np.array([float(row["se"]) for row in own])
         images = int(content["images"])
-        agreement = content.get("agreement")
-        if agreement is not None:
-            numbers = {name: float(agreement[name]) for name in ("tau", "low", "high")}
-            agreement = {"images": int(agreement["images"]), **numbers}
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
     same = same and images > 0 and np.isfinite(error).all()
-    return {"error": error, "images": images, "agreement": agreement} if same else None
+    if not same:
+        return None
+    return {"error": error, "images": images, "agreement": agreement_of(content)}
+
+
+def agreement_of(content: Mapping) -> dict | None:
+    """How well a ranking agrees with that by all images, where ``estimates.json`` tells it."""
+    found = content.get("agreement")
+    if not isinstance(found, dict):
+        return None
+    record = {name: found.get(name) for name in ("images", "tau", "low", "high")}
+    return record if all(type(value) in (int, float) for value in record.values()) else None
 
 
 def draw_scores(scores: Scores, report: Mapping) -> dict[str, list[Panel]]:
@@ -261,7 +269,10 @@ def draw_scores(scores: Scores, report: Mapping) -> dict[str, list[Panel]]:
         "distribution": [distribution_panel(scores.accuracy, "score, %")],
         "front": [
             front_panel(
-                cost / 1e6, scores.accuracy, front(cost, scores.accuracy), (label, "score, %")
+                cost / 1e6,
+                scores.accuracy,
+                pareto_front(scores.accuracy, cost),
+                (label, "score, %"),
             )
             for label, cost in costs.items()
         ],

@@ -3,7 +3,7 @@
     python -m hnas.tools.search --ckpt_dir checkpoint_files/stage2/0.pdparams --image_dir DIR \\
         --max_macs 3e9 --save_dir S [--max_params P] [--max_latency_ms T --latency FILE]
 
-Regularized evolution; each generation is scored together, as stage 3 scores. S gets front.png,
+Regularized evolution; each generation is scored together, as stage 3 scores. S gets front.svg,
 search.json (the best, the Pareto front, how it went), search.csv (all that was scored) and the
 same as stage 3's submission.json, which choose, export and rank_report read. The same command goes
 on where a killed one stopped.
@@ -32,10 +32,10 @@ from hnas.evaluation.generations import Scored, search
 from hnas.evaluation.results import ESTIMATES_FILE, complete_estimates, write_results
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import barrier, is_main_process, leave
+from hnas.ranking.figures import choice_panel
 from hnas.ranking.latency import LatencyTable, read_latency
-from hnas.ranking.plots import front_plot
 from hnas.search_space import find_backbone
-from hnas.tools.choose import Scores, choose, conclusions, table
+from hnas.tools.choose import Scores, choose, conclusions, latency_label, table
 from hnas.utils.memory_needs import check_chunk
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
@@ -136,35 +136,26 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     # What is limited is what matters; the last of several kinds is the least usual.
     cost = next(reversed(budget.limits), "macs")
     images = np.full(len(archs), counts.images)
-    scores = Scores(archs, counts.accuracy(), counts.standard_error(), images)
+    scores = Scores(archs, counts.accuracy(), counts.standard_error(), images, counts.folds)
     chosen = choose(scores, costs, np.full(len(archs), True), cost)
 
     write_results(folder, archs, counts)
     write_json(folder / ESTIMATES_FILE, complete_estimates(archs, counts))
     write_table(folder / "search.csv", chosen, dict(zip(archs, scored.generation, strict=True)))
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
-    plot = front_plot(
+    plot = choice_panel(
         costs[cost],
         100 * scores.accuracy,
         chosen,
         cost,
-        axis(cost, budget.latency),
+        UNITS[cost] if cost != "latency" else latency_label(budget.latency),
         budget.limits.get(cost),
-    )
-    with replacing(folder / "front.png") as temporary:
-        temporary.write_bytes(plot)
-    logger.info("%d networks: %s, front.png, search.csv", len(archs), folder / "search.json")
+    ).svg(alone=True)
+    with replacing(folder / "front.svg") as temporary:
+        temporary.write_text(plot)
+    logger.info("%d networks: %s, front.svg, search.csv", len(archs), folder / "search.json")
     shown = table(chosen, LISTED, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(archs), cost)}\n")
-
-
-def axis(cost: str, latency: LatencyTable | None) -> str:
-    """The label of a plot's axis."""
-    if cost != "latency" or latency is None:
-        return UNITS[cost]
-    about = latency.about
-    where = f"{about['processor']}, batch {about['batch_size']}"
-    return f"latency, ms ({where}, {about['threads']} threads)"
 
 
 def write_table(path: Path, chosen: Sequence[Mapping], generation: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader
-from hnas.evaluation.hits import Counts
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import Batches, evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet

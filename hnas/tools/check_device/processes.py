@@ -4,6 +4,7 @@ device to it, the others are still made."""
 from __future__ import annotations
 
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -33,13 +34,22 @@ Start = Callable[[Sequence[str]], subprocess.Popen]
 """Starts a process that makes the named checks and writes to a pipe."""
 
 
+def environment() -> dict[str, str]:
+    """Of a process that computes: on all cores, where no launcher has said how many.
+
+    Paddle takes one, and says so in the environment when it is imported.
+    """
+    given = os.environ.get("PINAS_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    return {**os.environ, "PINAS_THREADS": given or str(os.cpu_count() or 1)}
+
+
 def starter(folder: Path, plan: Plan) -> Start:
     """Starts ``worker.py``; what it says besides results goes to a log in ``folder``."""
 
     def start(names: Sequence[str]) -> subprocess.Popen:
         command = [sys.executable, "-m", f"{PACKAGE}.worker", str(folder), plan.to_json(), *names]
         with open(folder / WORKER_LOG, "wb") as log:
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment())
 
     return start
 
@@ -48,8 +58,9 @@ def starter(folder: Path, plan: Plan) -> Start:
 def twin(folder: Path, plan: Plan) -> Iterator[None]:
     """Within the context the twin computes on the CPU."""
     command = [sys.executable, "-m", f"{PACKAGE}.twin", str(folder), plan.to_json()]
+    hidden = {**environment(), "CUDA_VISIBLE_DEVICES": "-1"}
     with open(folder / "twin.log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=hidden)
 
     def note_end() -> None:
         process.wait()

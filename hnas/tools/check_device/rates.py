@@ -10,9 +10,9 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.fused import find_fused
 from hnas.evaluation.gpu_kernels import GpuKernels
-from hnas.evaluation.hits import Counts
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.variants import Precision, Variant
 from hnas.evaluation.weights import Convolution, new_identity
