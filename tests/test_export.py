@@ -22,7 +22,6 @@ from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.comparison import Comparison
 from hnas.evaluation.counts import Counts
 from hnas.models.elastic import ElasticResNet, freeze_statistics
-from hnas.ranking.agreement import FOLDS
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
 from hnas.tools.export import Wanted, check, main
