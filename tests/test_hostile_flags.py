@@ -32,6 +32,7 @@ from hnas.utils.memory_needs import (
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
 from hnas.utils.SampleMethod import SamplerSettings, build_sampler
+from hnas.utils.scoring import scored_order
 
 ROOT = Path(__file__).parents[1]
 LONG = "9" * 30
