@@ -18,6 +18,7 @@ import pytest
 
 import train_supernet
 from hnas.base import memory
+from hnas.base.device import Arithmetic
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
 from hnas.search_space import RESNET48, SearchSpace
@@ -189,7 +190,9 @@ def test_a_sandwich_of_two_is_told(caplog):
 def test_more_images_than_the_set_has_are_refused():
     images = ImageList(Path("val"), ["a"], [Path("x")] * 10, np.zeros(10, np.int64))
     with pytest.raises(UserError, match="--eval_images 11, but val has 10; lower it, or give 0"):
-        train_supernet.score(Options(eval_images=11), None, {}, images, None)
+        train_supernet.score(
+            Options(eval_images=11), None, {}, images, None, Arithmetic("CPU", False)
+        )
 
 
 def test_more_architectures_than_the_file_has_are_refused(tmp_path):
