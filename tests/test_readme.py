@@ -245,13 +245,13 @@ def test_the_page_on_development_shows_a_sampler_that_works(tmp_path, monkeypatc
     assert np.mean([sum(arch.depths) for arch in drawn]) > 16.4
 
 
-def test_the_page_on_scoring_finds_what_is_no_worse_than_the_best(tmp_path, monkeypatch):
+def test_the_page_on_scoring_finds_what_is_close_to_the_best(tmp_path, monkeypatch):
     right = np.random.default_rng(0).random((3, 500)) < [[0.9], [0.89], [0.5]]
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 3)
     told = estimates(archs, counts_of(right), None, 1000)
     write_json(tmp_path / "checkpoint_files/stage3/estimates.json", told)
     names = run_page("docs/scoring.md", tmp_path, monkeypatch)
-    assert names["as_good"] == list(archs)[:2]
+    assert names["close"] == list(archs)[:2]
 
 
 def test_costs_of_shards_are_those_of_the_result_file():
