@@ -92,12 +92,12 @@ def test_a_budget_without_a_step_is_refused():
 def test_splits_are_disjoint_and_smaller_benches_begin_alike():
     bench = Bench(Path(), Scale())
     splits = [bench.split(name) for name in bench.archs]
-    assert splits == ["selection"] * 16 + ["seen"] * 24 + ["sealed"] * 24
+    assert splits == ["selection"] * 16 + ["seen"] * 24 + ["sealed"] * 24 + ["final"] * 32
     quick = Bench(Path(), Scale.quick()).archs
-    assert list(quick.items()) == list(bench.archs.items())[:5]
+    assert list(quick.items()) == list(bench.archs.items())[:7]
     for arch in bench.archs.values():
         RESNET48_MINI.shared_plan(arch)
-    assert len({RESNET48_MINI.plan(arch) for arch in bench.archs.values()}) == 64
+    assert len({RESNET48_MINI.plan(arch) for arch in bench.archs.values()}) == 96
 
 
 def test_only_finalists_are_scored_on_sealed_architectures():
@@ -111,7 +111,8 @@ def test_only_finalists_are_scored_on_sealed_architectures():
             assert splits == {"selection", "seen", *(["sealed"] if name in FINALISTS else [])}
             settings = bench.settings(Job("supernet", name, 0))
             assert settings["architectures"] == len(own)
-        assert len(bench.archs) - len(bench.scored("bias_4")) == scale.sealed > 0
+        assert len(bench.scored(RECIPE)) - len(bench.scored("bias_4")) == scale.sealed > 0
+        assert len(bench.archs) - len(bench.scored(RECIPE)) == scale.final > 0
 
 
 def test_finalists_have_more_seeds_where_the_sealed_are_compared_unless_told():

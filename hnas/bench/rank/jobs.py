@@ -23,8 +23,9 @@ from hnas.search_space import Architecture, SearchSpace, search_space
 BACKBONE = "resnet48_mini"
 ARCHITECTURES_SEED = 2022
 
-SPLITS = ("selection", "seen", "sealed")
-"""Architectures to tune on; held out, but looked at once; held out and scored by finalists only."""
+SPLITS = ("selection", "seen", "sealed", "final")
+"""Architectures to tune on; held out, but looked at once; held out and scored by finalists only;
+never scored before the comparison that docs/ranking-bench.md announces."""
 
 OPEN_SPLITS = ("selection", "seen")
 """What all methods are scored on."""
@@ -39,7 +40,8 @@ class Scale:
     Attributes:
         architectures: how many, drawn from the released distribution.
         selection: how many of them, the first, recipes may be tuned on.
-        sealed: how many of them, the last, only the finalists are scored on.
+        sealed: how many of them, before the final ones, only the finalists are scored on.
+        final: how many of them, the last, are for one announced comparison.
         seeds: independent runs of everything.
         finalist_seeds: of the finalists, where the sealed are compared.
         batch_size: images a step.
@@ -53,9 +55,10 @@ class Scale:
         calibration_images: to re-calibrate BatchNorm with, where it is.
     """
 
-    architectures: int = 64
+    architectures: int = 96
     selection: int = 16
     sealed: int = 24
+    final: int = 32
     seeds: int = 3
     finalist_seeds: int = 8
     batch_size: int = 32
@@ -77,9 +80,10 @@ class Scale:
     def quick(cls) -> Scale:
         """Just enough to run every part of the bench; its figures mean nothing."""
         return cls(
-            architectures=5,
+            architectures=7,
             selection=2,
             sealed=1,
+            final=2,
             seeds=1,
             finalist_seeds=1,
             batch_size=16,
@@ -182,10 +186,10 @@ class Bench:
 
     def split(self, name: str) -> str:
         """An architecture's, one of ``SPLITS``."""
-        place = list(self.archs).index(name)
-        if place < self.scale.selection:
-            return "selection"
-        return "seen" if place < self.scale.architectures - self.scale.sealed else "sealed"
+        scale, place = self.scale, list(self.archs).index(name)
+        final = scale.architectures - scale.final
+        ends = (scale.selection, final - scale.sealed, final, scale.architectures)
+        return next(split for split, end in zip(SPLITS, ends, strict=True) if place < end)
 
     def of_splits(self, splits: Sequence[str]) -> dict[str, Architecture]:
         """The architectures of some of ``SPLITS``."""
@@ -193,7 +197,7 @@ class Bench:
 
     def scored(self, method: str) -> dict[str, Architecture]:
         """The architectures that a method's supernets are scored on."""
-        return self.archs if method in FINALISTS else self.of_splits(OPEN_SPLITS)
+        return self.of_splits((*OPEN_SPLITS, "sealed") if method in FINALISTS else OPEN_SPLITS)
 
     def weights(self, job: Job) -> Path:
         return self.folder / "weights" / f"{job.name}.pdparams"
