@@ -13,7 +13,7 @@ from scipy import stats
 
 from hnas.base.errors import UserError
 from hnas.bench.rank import __main__ as bench_rank
-from hnas.bench.rank.jobs import SPLITS, Bench, Job, Scale
+from hnas.bench.rank.jobs import LOOKED_AT, Bench, Job, Scale
 from hnas.bench.rank.methods import DEFAULTS, FINALISTS, METHODS, RECIPE, STAGE1_FORWARDS
 from hnas.bench.rank.runs import run_job, train_alone
 from hnas.search_space import RESNET48_MINI, Architecture
@@ -59,7 +59,7 @@ def without(path, jobs):
 def finished(tmp_path_factory):
     """A folder after ground_truth, supernets and report, and what the last one printed."""
     out = tmp_path_factory.mktemp("rank")
-    common = ("--out", out, "--quick", True, "--splits", ",".join(SPLITS), "--workers", 2)
+    common = ("--out", out, "--quick", True, "--splits", ",".join(LOOKED_AT), "--workers", 2)
     run("ground_truth", *common)
     run("supernets", *common)
     return out, run("report", *common).stdout
@@ -237,7 +237,7 @@ def test_what_is_missing_is_done_again_to_the_same_bytes(finished):
     # A killed process left half a line.
     (out / "runs.jsonl").write_bytes(kept + line_of(runs["truth-arch2-0"])[:70])
     (out / "weights" / "stage1-largest-0.pdparams").unlink()
-    common = ("--out", out, "--quick", True, "--splits", ",".join(SPLITS), "--workers", 2)
+    common = ("--out", out, "--quick", True, "--splits", ",".join(LOOKED_AT), "--workers", 2)
     run("report", *common, "--methods", "uniform_distill")
     error = run("report", *common, "--methods", "seed_recipe", code=2).stderr
     assert "no method with all of its seeds" in error.splitlines()[-1]

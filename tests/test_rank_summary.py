@@ -215,7 +215,7 @@ def test_another_kind_of_file_is_no_ground_truth(change, tmp_path):
         for i, arch in enumerate(archs)
     }
     write_json(tmp_path / "good.json", content)
-    assert rank_truth.Truth.read(tmp_path / "good.json").acc.shape == (2, 5)
+    assert rank_truth.Truth.read(tmp_path / "good.json").acc.shape == (2, 7)
     change(content["arch3"])
     write_json(tmp_path / "bad.json", content)
     with pytest.raises(UserError, match="is no ground truth of this bench"):

@@ -27,6 +27,9 @@ SPLITS = ("selection", "seen", "sealed", "final")
 """Architectures to tune on; held out, but looked at once; held out and scored by finalists only;
 never scored before the comparison that docs/ranking-bench.md announces."""
 
+LOOKED_AT = ("selection", "seen", "sealed")
+"""What the committed runs of former methods are scored on."""
+
 OPEN_SPLITS = ("selection", "seen")
 """What all methods are scored on."""
 
