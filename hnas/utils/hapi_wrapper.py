@@ -135,7 +135,7 @@ class DistillationModel(ResumableModel):
                 self.network.activate(arch)
                 with self.gradients.autocast():
                     logits = self.network(part)
-                    loss = distillation_loss(logits, answers, targets, self.temperature)
+                    loss = self.objective(logits, answers, targets)
                     loss = weight * loss
                 targets = self.next_targets(targets, logits)
                 self.gradients.backward(loss)
@@ -159,6 +159,10 @@ class DistillationModel(ResumableModel):
         with self.gradients.autocast():
             return F.softmax(self.teacher(images) / self.temperature)
 
+    def objective(self, logits, labels, targets) -> paddle.Tensor:
+        """The loss of a sub-network's ``logits`` [N, C]."""
+        return distillation_loss(logits, labels, targets, self.temperature)
+
     def next_targets(self, targets, logits) -> paddle.Tensor | None:
         """What teaches a step's next sub-network; ``logits`` [N, C] are the last one's."""
         return targets
@@ -169,8 +173,12 @@ def distillation_loss(logits, labels, targets, temperature: float = 1.0) -> padd
     loss = F.cross_entropy(logits, labels)
     if targets is None:
         return loss
-    soft = F.cross_entropy(logits / temperature, targets, soft_label=True)
-    return loss + temperature**2 * soft
+    return loss + soft_loss(logits, targets, temperature)
+
+
+def soft_loss(logits, targets, temperature: float) -> paddle.Tensor:
+    """Cross-entropy with the teacher's probabilities [N, C], softened and scaled back."""
+    return temperature**2 * F.cross_entropy(logits / temperature, targets, soft_label=True)
 
 
 def relative_sizes(space: SearchSpace) -> Callable[[Sequence[Architecture]], list[float]]:
