@@ -170,6 +170,17 @@ def test_a_worker_does_what_its_input_names_and_stops_with_it(monkeypatch):
     os.close(reading)
 
 
+def test_a_worker_whose_main_process_is_gone_ends_after_its_job(monkeypatch):
+    done = []
+    monkeypatch.setattr(runs, "run_job", lambda bench, job: done.append(job))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("truth-arch1-0\ntruth-arch2-0\n"))
+    reading, writing = os.pipe()
+    os.close(reading)
+    workers.work(Bench(Path(), Scale.quick()), writing)
+    os.close(writing)
+    assert done == [Job("truth", "arch1", 0)]
+
+
 def test_a_failing_worker_ends_the_bench_with_one_line(tmp_path):
     # A folder where the file of seconds should be made.
     (tmp_path / "seconds.jsonl").mkdir()

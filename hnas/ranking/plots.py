@@ -125,7 +125,7 @@ def estimates_plot(bars: Sequence[Bar], best: float | None, label: str) -> bytes
     for row, bar in enumerate(bars):
         color = ORANGE if bar.marked else BLUE
         seeds = [value for value in bar.seeds if value is not None]
-        axes.plot(seeds, [row] * len(seeds), "o", color=GREY, ms=3, alpha=0.7)
+        axes.plot(seeds, [row + 0.25] * len(seeds), "o", color=GREY, ms=3, alpha=0.7)
         if bar.low is not None:
             axes.plot([bar.low, bar.high], [row, row], color=color, lw=2)
         if bar.value is not None:

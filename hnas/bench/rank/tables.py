@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hnas.base.files import replacing, write_json
 from hnas.bench.rank.estimates import STATISTICS
-from hnas.bench.rank.methods import COMPARED, LEARNING_RATES, REFERENCE
+from hnas.bench.rank.methods import CHANGES, COMPARED, LEARNING_RATES, REFERENCE
 from hnas.bench.rank.summary import TAU
 from hnas.ranking.plots import Bar, estimates_plot
 
@@ -42,7 +42,7 @@ def table(own: Mapping) -> str:
 
 def default(own: Mapping, name: str) -> bool:
     """Whether an entry is what the launchers do."""
-    return own["reference"] == name == REFERENCE
+    return own["reference"] == name and name in (REFERENCE, CHANGES[0].title)
 
 
 def cells(method: Mapping) -> list[str]:

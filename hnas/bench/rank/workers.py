@@ -143,4 +143,8 @@ def work(bench: Bench, answers: int) -> None:
 
     for line in sys.stdin:
         run_job(bench, Job.from_name(line.strip()))
-        os.write(answers, DONE)
+        try:
+            os.write(answers, DONE)
+        except BrokenPipeError:
+            logger.info("the main process is gone: stopping")
+            return
