@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import train_supernet
 from hnas.architecture_file import submission
+from hnas.base.device import Arithmetic
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList, scan_images
 from hnas.evaluation.images import list_hash
@@ -86,7 +87,9 @@ def test_targets_reach_the_engine(tmp_path, monkeypatch):
     options = Options(
         image_size=32, num_workers=0, target_se=0.1, target_tau=0.8, ckpt_dir=str(DEMO)
     )
-    train_supernet.score(options, None, drawn(2), images, np.arange(10), None)
+    train_supernet.score(
+        options, None, drawn(2), images, np.arange(10), None, Arithmetic("CPU", False)
+    )
     assert seen[0][-1].targets == Targets(se=0.1, tau=0.8)
 
 
