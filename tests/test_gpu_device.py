@@ -19,6 +19,7 @@ from hnas.utils import runtime
 from hnas.utils.callbacks import TrainLogger
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
+from hnas.utils.scoring import identity, variant
 
 V100 = {"name": "Tesla V100-SXM2-32GB", "major": 7, "gib": 32}
 CONVOLUTIONS, PRODUCTS = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
@@ -159,7 +160,7 @@ def test_a_state_of_another_arithmetic_is_refused(tmp_path):
     checkpoint.write_bytes(b"weights")
     options = Options(ckpt_dir=str(checkpoint), backbone="resnet48_mini")
     ran = Arithmetic("NVIDIA H100", True, "O0", False, "3.3.1")
-    own = train_supernet.identity(options, {}, "i" * 64, None, ran)
+    own = identity(options, "i" * 64, None, ran)
     assert own["setting"] == "resnet48_mini, NVIDIA H100, TF32, amp O0, Paddle 3.3.1"
     counts = Counts.zeros(2)
     counts.images = 1
@@ -174,7 +175,7 @@ def test_a_state_of_another_arithmetic_is_refused(tmp_path):
         Arithmetic("NVIDIA H100", True, "O0", False, "3.4.0"),
     ]
     for other in others:
-        setting = train_supernet.identity(options, {}, "i" * 64, None, other)
+        setting = identity(options, "i" * 64, None, other)
         with pytest.raises(StateError, match="of another setting") as error:
             load_state(path, setting)
         assert str(other) in str(error.value) and str(ran) in str(error.value)
@@ -185,15 +186,15 @@ def test_stage_3_computes_as_the_flags_say(monkeypatch):
     fused.find_fused.cache_clear()
     plain, tf32 = (Arithmetic("card", on) for on in (False, True))
     half = Arithmetic("card", True, "O1")
-    assert train_supernet.variant(plain, None) is None  # a CPU
+    assert variant(plain, None) is None  # a CPU
     gpu_fakes.fake_card(monkeypatch)
     seen = paddle.zeros([4, 3, 8, 8], "uint8")
-    assert train_supernet.variant(plain, None) == Variant(Precision.FLOAT32, "NCHW", True)
-    assert train_supernet.variant(tf32, None) == Variant(Precision.TF32, "NCHW", True)
-    assert train_supernet.variant(tf32, seen) == Variant(Precision.TF32, "NCHW", False)
+    assert variant(plain, None) == Variant(Precision.FLOAT32, "NCHW", True)
+    assert variant(tf32, None) == Variant(Precision.TF32, "NCHW", True)
+    assert variant(tf32, seen) == Variant(Precision.TF32, "NCHW", False)
     monkeypatch.setattr(fused, "ROUTES", ())
     fused.find_fused.cache_clear()
-    assert train_supernet.variant(half, None) == Variant(Precision.FLOAT16, "NHWC", False)
+    assert variant(half, None) == Variant(Precision.FLOAT16, "NHWC", False)
     fused.find_fused.cache_clear()
 
 
@@ -221,3 +222,10 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
 def test_free_memory_is_the_cards_and_what_paddle_holds_unused(monkeypatch):
     gpu_fakes.fake_card(monkeypatch, gib=40, used_gib=15)
     assert device.free_bytes() == 26 * 2**30
+
+
+def test_a_card_that_does_not_say_is_taken_to_be_empty(monkeypatch, caplog):
+    gpu_fakes.fake_card(monkeypatch, gib=40, used_gib=15)
+    monkeypatch.delattr(paddle.cuda, "mem_get_info")
+    assert device.free_bytes() == 39 * 2**30
+    assert "what is free of its memory" in caplog.text

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import train_supernet
 from hnas.architecture_file import submission
+from hnas.base.device import Arithmetic
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList, scan_images
 from hnas.evaluation.images import list_hash
@@ -86,14 +87,16 @@ def test_targets_reach_the_engine(tmp_path, monkeypatch):
     options = Options(
         image_size=32, num_workers=0, target_se=0.1, target_tau=0.8, ckpt_dir=str(DEMO)
     )
-    train_supernet.score(options, None, drawn(2), images, np.arange(10), None)
+    train_supernet.score(
+        options, None, drawn(2), images, np.arange(10), None, Arithmetic("CPU", False)
+    )
     assert seen[0][-1].targets == Targets(se=0.1, tau=0.8)
 
 
 def test_more_shards_than_architectures_are_refused():
     archs = drawn(5)
     assert [Shard(n, 5).positions(RESNET48_MINI, archs, 32) for n in range(1, 6)]
-    with pytest.raises(UserError, match="--arch_shard 2/6, but there are 5 architectures"):
+    with pytest.raises(UserError, match="shard 2/6 of 5 architectures: make at most as many"):
         Shard(2, 6).positions(RESNET48_MINI, archs, 32)
 
 

@@ -100,6 +100,7 @@ def main(argv=None) -> None:
         "arch": wanted.arch.code,
         "format": options.format,
         "precision": options.precision,
+        "image_size": options.image_size,
         "bn_calibration_images": options.bn_calibration_images,
         "seed": options.seed,
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
