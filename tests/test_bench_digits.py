@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from hnas.bench.rank.distorted_digits import (
     LEFT,
+    STRONG,
     DigitsLoader,
     DigitsTask,
     Distortion,
@@ -103,7 +104,7 @@ def test_a_batch_depends_on_seed_epoch_and_step_only():
 
 def test_views_show_the_same_scans_distorted_independently():
     task = DigitsTask(distortion=Distortion(noise=0))
-    loader = DigitsLoader(task, 64, 1, seed=2, views=2)
+    loader = DigitsLoader(task, 64, 1, seed=2, more=[task.distortion])
     ((one, two, labels),) = batches(loader)
     assert one.shape == two.shape == (64, 3, 48, 48) and labels.shape == (64,)
     assert one.dtype == np.uint8 and labels.dtype == np.int64
@@ -115,6 +116,15 @@ def test_views_show_the_same_scans_distorted_independently():
     # The first view is the one that a loader of a single view gives.
     ((single, _),) = batches(DigitsLoader(task, 64, 1, seed=2))
     np.testing.assert_array_equal(single, one)
+
+
+def test_the_other_kind_of_view_comes_first_and_is_noisier():
+    task = DigitsTask()
+    ((strong, usual, labels),) = batches(DigitsLoader(task, 64, 1, seed=2, more=[STRONG]))
+    assert strong.shape == usual.shape and len(labels) == 64
+    # Of an image's first row, which is black but for the noise.
+    noise = [(view[:, 0, 0] > 0).mean() and view[:, 0, 0].std() for view in (strong, usual)]
+    assert noise[0] > 1.5 * noise[1] > 0
 
 
 def test_training_and_validation_show_different_scans():
@@ -147,7 +157,7 @@ def test_training_and_validation_show_different_scans():
     validation = indices(*task.validation)
     training = set()
     for batch in range(12):
-        (images,), labels = task.training_batch(500, 1, (0, 0, batch))
+        (images,), labels = task.training_batch(500, (0, 0, batch))
         training |= indices(images, labels)
     assert 500 < len(validation) <= 597 and 1190 < len(training) <= 1200
     assert not validation & training

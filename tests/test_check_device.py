@@ -11,10 +11,10 @@ import paddle
 import pytest
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.evaluation import calibration, gpu_kernels, kernels
+from hnas.evaluation import gpu_kernels, kernels
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.variants import Precision, Variant
-from hnas.models import elastic
+from hnas.models import calibration, elastic
 from hnas.models.pinasv2 import PiNASv2
 from hnas.tools.check_device import cpu_kernels, fused, loaders, norms, operators, training, walk
 from hnas.tools.check_device.arithmetic import FLOAT16, FLOAT32, TF32

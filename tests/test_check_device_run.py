@@ -1,11 +1,8 @@
 """hnas.tools.check_device as a program: a whole quick run, lost processes, table, exit code."""
 
-import argparse
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import gpu_fakes
 import paddle
@@ -122,6 +119,14 @@ def test_a_silent_process_is_ended(tmp_path):
     rows, found, starts = run(tmp_path, EACH.format("time.sleep(60 * (name == 'b'))"), silent_s=1)
     assert rows[2] == ("b", "b", FAILED) and starts[1:] == [["c"]]
     assert "no result for 1 s" in found[2][1].note
+
+
+def test_who_waits_for_the_twin_is_excused(tmp_path):
+    log = tmp_path / "log"
+    start = starter(EACH.format("time.sleep(0.5)"), log)
+    excuses = []
+    found = [*results_of("a", start, log, 0.1, lambda: not excuses.append(1))]
+    assert [result.state for _, result in found] == [PASSED] and len(excuses) > 1
 
 
 def test_a_lost_device_costs_no_check(tmp_path):
@@ -243,26 +248,18 @@ def test_cards_are_those_that_paddle_sees(tmp_path, monkeypatch, asked, seen, fo
         assert program.chosen_cards(asked, tmp_path) == found
 
 
-def test_on_cards_tf32_and_repeating_have_processes_of_their_own(tmp_path, monkeypatch):
-    made = []
-
-    def results(names, start, log):
-        made.append(([*names], start.tf32))
-        return iter(())
-
-    monkeypatch.setattr(program, "results_of", results)
-    monkeypatch.setattr(program, "starter", lambda _, plan: SimpleNamespace(tf32=plan.tf32))
-    monkeypatch.setattr(program, "chosen_cards", lambda *_: (0,))
-    monkeypatch.setattr(program, "twin", lambda *_: nullcontext())
-    options = argparse.Namespace(gpus=None, quick=False, full=False)
-    assert not [*program.all_results(options, tmp_path)]
-    several = [name for name in CHECKS if name != "repeat"]
-    assert made == [
+def test_on_cards_tf32_and_repeating_have_processes_of_their_own():
+    names = [*CHECKS]
+    assert program.processes(Plan(), names) == [(names, "off")]
+    several = [name for name in names if name != "repeat"]
+    assert program.processes(Plan((0,)), names) == [
         (several, "off"),
         (["repeat"], "off"),
         ([*WITH_TF32], "on"),
         (["tf32"], "auto"),
     ]
+    quick = program.processes(Plan((0,)), [name for name in names if name != "rates"])
+    assert quick[2] == ([name for name in WITH_TF32 if name != "rates"], "on")
 
 
 # --- facts and rates of an emulated card

@@ -221,3 +221,10 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
 def test_free_memory_is_the_cards_and_what_paddle_holds_unused(monkeypatch):
     gpu_fakes.fake_card(monkeypatch, gib=40, used_gib=15)
     assert device.free_bytes() == 26 * 2**30
+
+
+def test_a_card_that_does_not_say_is_taken_to_be_empty(monkeypatch, caplog):
+    gpu_fakes.fake_card(monkeypatch, gib=40, used_gib=15)
+    monkeypatch.delattr(paddle.cuda, "mem_get_info")
+    assert device.free_bytes() == 39 * 2**30
+    assert "what is free of its memory" in caplog.text

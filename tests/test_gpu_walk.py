@@ -354,6 +354,15 @@ def test_on_a_gpu_the_reference_engine_is_not_advised_without_its_hours(
     assert message.endswith("--eval_engine reference takes about 4.5e+03 hours")
 
 
+def test_statistics_of_few_values_are_named_as_the_cause(network, archs, tmp_path):
+    """Two images of one position a channel in the last stage: nothing but rounding is left."""
+    few = Images().batch(0, 2)[0] // 64
+    with pytest.raises(EngineError, match="re-calibration by 2 images .* raise --bn_calibration"):
+        evaluate_shared(
+            network, archs, Images(), tmp_path, IDENTITY, ScoringSettings(few, 12, 0.0, None)
+        )
+
+
 # --- memory
 
 

@@ -32,6 +32,7 @@ from hnas.utils.memory_needs import (
 from hnas.utils.options import Options, Stage
 from hnas.utils.parsing import parse_options
 from hnas.utils.SampleMethod import SamplerSettings, build_sampler
+from hnas.utils.scoring import scored_order
 
 ROOT = Path(__file__).parents[1]
 LONG = "9" * 30
@@ -191,7 +192,7 @@ def test_a_sandwich_of_two_is_told(caplog):
 def test_more_images_than_the_set_has_are_refused():
     images = ImageList(Path("val"), ["a"], [Path("x")] * 10, np.zeros(10, np.int64))
     with pytest.raises(UserError, match="--eval_images 11, but val has 10; lower it, or give 0"):
-        train_supernet.scoring_order(Options(eval_images=11), images)
+        scored_order(Options(eval_images=11), images)
 
 
 def test_more_architectures_than_the_file_has_are_refused(tmp_path):

@@ -6,11 +6,13 @@ import os
 import signal
 
 import numpy as np
+import paddle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hnas.base.errors import UserError
+from hnas.evaluation import stopwatch
 from hnas.evaluation.stopwatch import Stopwatch
 from hnas.ranking.latency import all_parts, parts_of, read_latency
 from hnas.search_space import RESNET48, Architecture, search_space
@@ -278,3 +280,49 @@ def test_wrong_flags_are_one_line(line, words, tmp_path, monkeypatch):
         latency.main(line.replace("OUT", "latency.json").split())
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- GPUs, emulated: there is none here
+
+
+def test_every_run_on_a_gpu_is_waited_for_by_the_walls_clock(monkeypatch):
+    """A predictor that returns at once, and work that ends when it is waited for."""
+    now, calls = [0.0], []
+
+    class Predictor:
+        def run(self):
+            calls.append("run")
+            now[0] += 0.001
+
+    def wait():
+        calls.append("wait")
+        now[0] += 0.009
+
+    monkeypatch.setattr(stopwatch, "on_gpu", lambda: True)
+    monkeypatch.setattr(paddle.device, "synchronize", wait)
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
+    watch = Stopwatch(32, 1, 10, threads=1, seconds=0.3)
+    assert watch._repeat(Predictor()) == pytest.approx(10.0)
+    assert calls == ["run", "wait"] * 30
+
+
+def test_a_predictor_for_gpus_is_asked_for(monkeypatch, tmp_path):
+    asked = []
+
+    class Config:
+        def __init__(self, program, weights):
+            asked.append((program, weights))
+
+        def enable_use_gpu(self, memory, index):
+            asked.append(("gpu", index))
+
+        def disable_glog_info(self):
+            pass
+
+    monkeypatch.setattr(stopwatch, "on_gpu", lambda: True)
+    monkeypatch.setattr(paddle.device, "current_device", lambda: 3)
+    monkeypatch.setattr(stopwatch.inference, "Config", Config)
+    monkeypatch.setattr(stopwatch.inference, "create_predictor", lambda config: config)
+    made = Stopwatch(32, 1, 10, threads=1, seconds=0)._predictor(tmp_path / "net")
+    assert isinstance(made, Config)
+    assert asked == [(f"{tmp_path}/net.json", f"{tmp_path}/net.pdiparams"), ("gpu", 3)]

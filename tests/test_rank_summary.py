@@ -1,7 +1,6 @@
-"""The ranking bench's figures of several seeds, against scipy's."""
+"""The ranking bench's figures, from made-up runs: what is compared, and what is not told early."""
 
-from itertools import combinations
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
@@ -10,213 +9,225 @@ from scipy import stats
 from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.bench.rank import summary as rank_summary
-from hnas.bench.rank import truth as rank_truth
-from hnas.bench.rank.jobs import OPEN_SPLITS, Bench, Scale
-from hnas.search_space import RESNET48_MINI
+from hnas.bench.rank import tables, truth, tuning
+from hnas.bench.rank.jobs import Bench, Job, Scale
+from hnas.bench.rank.methods import LEARNING_RATES
+from hnas.ranking.plots import Bar, estimates_plot
+
+SCALE = Scale(architectures=22, selection=10, sealed=0, final=12, most_truth_seeds=3, most_seeds=4)
+RATES = {"first_place": 0.02, "organisers": 0.0067, "fairnas": 0.06}
+NOISE = {"first_place": 3, "organisers": 60, "fairnas": 4}
 
 
-def made_up(seed, archs, seeds):
-    """A ground truth of random accuracies."""
-    rng = np.random.default_rng(seed)
-    acc = rng.random(archs) + 0.3 * rng.random((seeds, archs))
-    codes = list(Bench(Path(), Scale()).archs.values())[:archs]
-    third = archs // 3
-    splits = ["selection"] * third + ["seen"] * third + ["sealed"] * (archs - 2 * third)
-    return rank_truth.Truth(codes, splits, acc)
+def put_supernet(bench, job, hits):
+    archs = bench.of_splits((job.kind,))
+    content = {
+        name: {"arch": arch.code, "hits": int(own), "calibrated_hits": 4000 - int(own)}
+        for (name, arch), own in zip(archs.items(), hits, strict=False)
+    }
+    result = {"steps": 9, "forwards": 48, "images": 4000, "archs": content}
+    bench.runs.put(job.name, {"settings": bench.settings(job), **result})
+    bench.times.put(job.name, {"seconds": 10.0 + job.seed})
 
 
-def test_ceiling_is_the_mean_tau_of_a_seed_against_the_others():
-    truth = made_up(0, 12, 3)
-    taus = []
-    for seed, others in ((0, [1, 2]), (1, [0, 2]), (2, [0, 1])):
-        rest = (truth.acc[others[0]] + truth.acc[others[1]]) / 2
-        taus.append(stats.kendalltau(truth.acc[seed], rest).statistic)
-    assert rank_truth.ceiling(truth.acc) == pytest.approx(np.mean(taus))
-    figures = rank_truth.describe_truth(truth, RESNET48_MINI, 32)
-    assert figures["ceiling"] == pytest.approx(np.mean(taus))
-    pairs = [stats.kendalltau(truth.acc[a], truth.acc[b]).statistic for a, b in ((0, 1), (0, 2))]
-    pairs.append(stats.kendalltau(truth.acc[1], truth.acc[2]).statistic)
-    assert figures["tau_between_seeds"] == pytest.approx(np.mean(pairs))
-    assert figures["highest"] == pytest.approx(truth.acc.mean(axis=0).max())
-    rho = [stats.pearsonr(*pair).statistic for pair in combinations(truth.acc, 2)]
-    assert figures["pearson_between_seeds"] == pytest.approx(np.mean(rho))
-    expected = rank_truth.expected_tau(np.mean(rho), 3)
-    assert figures["expected_tau_of_means"] == pytest.approx(expected)
+@pytest.fixture
+def bench(tmp_path):
+    """A finished bench of three methods, and the qualities of its final architectures."""
+    bench, rng = Bench(tmp_path, SCALE), np.random.default_rng(0)
+    quality = {name: 40 * rng.standard_normal() for name in bench.archs}
+    for job in truth.truth_jobs(bench, ("selection", "final")):
+        hits = 3000 + int(quality[job.what] + 10 * rng.standard_normal())
+        result = {"settings": bench.settings(job), "hits": hits, "images": 4000}
+        bench.runs.put(job.name, result)
+    final = np.array([quality[name] for name in bench.of_splits(("final",))])
+    for name, entry in rank_summary.final_entries(bench, RATES).items():
+        # fairnas is compared by its calibrated scores, which are upside down here.
+        sign = -1 if name == "fairnas" else 1
+        for job in entry.jobs:
+            noise = NOISE[name] * rng.standard_normal(len(final))
+            put_supernet(bench, job, 2000 + sign * (final + noise))
+    return bench
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 3, 4, 6])
-def test_halves_of_the_seeds_are_compared_in_all_ways(seeds):
-    acc = made_up(2, 12, seeds).acc
-    ways = {
-        1: [],
-        2: [((0,), (1,))],
-        3: [((0,), (1,)), ((0,), (2,)), ((1,), (2,))],
-        4: [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))],
-        6: [
-            ((0, *pair), tuple({1, 2, 3, 4, 5} - set(pair)))
-            for pair in combinations(range(1, 6), 2)
-        ],
-    }[seeds]
-    taus = [
-        stats.kendalltau(sum(acc[i] for i in one), sum(acc[i] for i in other)).statistic
-        for one, other in ways
-    ]
-    found = rank_truth.tau_between_halves(acc)
-    assert found == pytest.approx(np.mean(taus)) if taus else np.isnan(found)
+def test_correlations_and_leads_are_scipys(bench):
+    found = rank_summary.summarize(bench, RATES)["final"]
+    acc = truth.Truth.of_bench(bench, ("final",)).mean
+    taus = {}
+    for name, rate in RATES.items():
+        column = "calibrated_hits" if name == "fairnas" else "hits"
+        runs = [
+            bench.runs.get(Job.supernet("final", name, rate, seed).name)["archs"]
+            for seed in range(4)
+        ]
+        scores = [[entry[column] for entry in run.values()] for run in runs]
+        own = found["methods"][name]
+        for key, of in (
+            ("kendall_tau_b", stats.kendalltau),
+            ("pearson", stats.pearsonr),
+            ("spearman", stats.spearmanr),
+        ):
+            values = [of(row, acc).statistic for row in scores]
+            assert own[key]["seed_values"] == pytest.approx(values)
+            assert own[key]["value"] == pytest.approx(np.mean(values))
+            assert own[key]["low"] < own[key]["value"] < own[key]["high"] < 1
+            assert own[key]["corrected"]["value"] >= own[key]["value"]
+        taus[name] = own["kendall_tau_b"]["value"]
+        assert own["seeds"] == 4 and own["seconds"] == 11.5 and own["rate"] == rate
+        assert own["score_sd"] == pytest.approx(
+            np.mean([np.std(np.array(row) / 40, ddof=1) for row in scores])
+        )
+    for name in ("organisers", "fairnas"):
+        lead = found["methods"][name]["reference_leads_by"]["kendall_tau_b"]
+        assert lead["value"] == pytest.approx(taus["first_place"] - taus[name])
+        assert lead["p_holm"] >= lead["p"]
+    assert found["methods"]["organisers"]["reference_leads_by"]["kendall_tau_b"]["low"] > 0
+    low, high = (
+        found["methods"]["fairnas"]["reference_leads_by"]["kendall_tau_b"][end]
+        for end in ("low", "high")
+    )
+    assert low < 0 < high
+    # What needs no training has no seeds, and is no comparison that others are adjusted for.
+    macs = found["methods"]["macs"]
+    assert macs["seeds"] == 0 and "p_holm" not in macs["reference_leads_by"]["kendall_tau_b"]
+    archs = bench.of_splits(("final",)).values()
+    expected = stats.kendalltau([bench.space.macs(arch, 48, 100) for arch in archs], acc)
+    assert macs["kendall_tau_b"]["value"] == pytest.approx(expected.statistic)
 
 
-@pytest.mark.parametrize(("noise", "seeds"), [(0.5, 1), (0.5, 3), (1.0, 3), (1.0, 5)])
-def test_expected_tau_is_that_of_two_simulated_means(noise, seeds):
+def test_a_part_of_a_comparison_is_not_told(bench):
+    missing = Job.supernet("final", "organisers", 0.0067, 3)
+    lines = bench.runs.path.read_text().splitlines(keepends=True)
+    bench.runs.path.write_text("".join(x for x in lines if f'"{missing.name}"' not in x))
+    found = rank_summary.summarize(bench, RATES)
+    assert found["final"] == {"unfinished": 1}
+    assert rank_summary.headline(found)["final"] == {"unfinished": 1}
+    found = rank_summary.summarize(bench, {})
+    assert found["final"] == {"unfinished": "learning rates"}
+    lines = [x for x in lines if '"truth-arch15-2"' not in x]
+    bench.runs.path.write_text("".join(lines))
+    assert rank_summary.summarize(bench, RATES)["final"] == {"unfinished": "ground truth"}
+
+
+def test_a_method_whose_supernet_diverged_is_not_compared(bench):
+    job = Job.supernet("final", "fairnas", 0.06, 2)
+    put_supernet(bench, job, [])
+    found = rank_summary.summarize(bench, RATES)["final"]
+    assert found["methods"]["fairnas"]["diverged"] == 1
+    assert "kendall_tau_b" not in found["methods"]["fairnas"]
+    assert "| 1 of 4 diverged | – |" in tables.table(found)
+    assert tables.plot(found, "final").startswith(b"\x89PNG")
+
+
+def test_scores_of_other_architectures_are_told(bench):
+    job = Job.supernet("final", "fairnas", 0.06, 2)
+    put_supernet(bench, job, range(5))
+    with pytest.raises(UserError, match="did not score 7 architectures"):
+        rank_summary.summarize(bench, RATES)
+
+
+def test_the_tables_mark_the_default_and_show_intervals(bench, tmp_path):
+    found = rank_summary.summarize(bench, RATES)
+    tables.write_summary(found, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(found))
+    rows = [row.split(" | ") for row in (tmp_path / "final.md").read_text().splitlines()]
+    assert rows[2][0] == "| first place **(the default)**"
+    tau = found["final"]["methods"]["organisers"]["kendall_tau_b"]
+    shown = f"{tau['value']:.3f} [{tau['low']:.3f}, {tau['high']:.3f}]"
+    assert rows[3][:2] == ["| organisers' baseline", shown]
+    assert {len(row) for row in rows[2:]} == {len(rows[0])}
+    headline = rank_summary.headline(found)["final"]
+    assert list(headline["tau"])[-1] != "first_place"
+    assert set(headline["first_place leads by"]) == {"organisers", "fairnas", "macs", "params"}
+
+
+def test_a_figure_takes_what_is_not_defined():
+    bars = [Bar("one", 0.5, 0.4, 0.6, (0.45, None), True), Bar("two", None, None, None, (), False)]
+    assert estimates_plot(bars, None, "tau").startswith(b"\x89PNG")
+    assert estimates_plot(bars, 0.8, "tau") != estimates_plot(bars, None, "tau")
+
+
+# --- the truth
+
+
+def test_the_truth_is_described_by_its_seeds(bench):
+    own = truth.Truth.of_bench(bench, ("final",))
+    assert own.acc.shape == (3, 12) and list(own.archs) == [f"arch{i}" for i in range(11, 23)]
+    found = truth.describe_truth(own)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    rho = np.mean([stats.pearsonr(own.acc[a], own.acc[b]).statistic for a, b in pairs])
+    assert found["pearson_between_seeds"] == pytest.approx(rho)
+    # Spearman-Brown's formula for means of three.
+    assert found["reliability"] == pytest.approx(3 * rho / (1 + 2 * rho), abs=0.02)
+    assert found["highest"] == own.acc.mean(axis=0).max()
+    assert truth.Truth.of_bench(bench, ("selection", "final")).acc.shape == (3, 22)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_the_true_order_reaches_what_is_said(noise):
     rng = np.random.default_rng(3)
     skill = rng.standard_normal(4000)
-    means = [(skill + noise * rng.standard_normal((seeds, 4000))).mean(axis=0) for _ in range(2)]
-    found = rank_truth.expected_tau(1 / (1 + noise**2), seeds)
-    # The standard error of the simulated tau is below 0.01.
-    assert found == pytest.approx(stats.kendalltau(*means).statistic, abs=0.03)
-    assert np.isnan(rank_truth.expected_tau(-0.1, seeds))
+    means = (skill + noise * rng.standard_normal((4, 4000))).mean(axis=0)
+    found = truth.expected_of_the_truth_itself(1 / (1 + noise**2 / 4))
+    assert found == pytest.approx(stats.kendalltau(skill, means).statistic, abs=0.02)
+    assert np.isnan(truth.expected_of_the_truth_itself(-0.1))
 
 
-def test_spread_over_seeds_and_splits():
-    truth = made_up(1, 12, 3)
-    rng = np.random.default_rng(2)
-    hits = rng.integers(0, 1000, (3, 12))
-    runs = [
-        {
-            "images": 2000,
-            "archs": {
-                f"a{i}": {"arch": arch.code, "hits": int(row[i]), "calibrated_hits": -int(row[i])}
-                for i, arch in reversed(list(enumerate(truth.archs)))
-            },
-        }
-        for row in hits
-    ]
-    found = rank_summary.describe_method(truth, runs)
-    parts = {"selection": (0, 4), "seen": (4, 8), "sealed": (8, 12), "held_out": (4, 12)}
-    assert set(found) == set(parts)
-    for split, bounds in parts.items():
-        part = slice(*bounds)
-        mean = truth.acc.mean(axis=0)[part]
-        taus = [stats.kendalltau(row[part], mean).statistic for row in hits]
-        own = found[split]["plain"]["kendall_tau_b"]
-        assert own["seeds"] == pytest.approx(taus) and own["mean"] == pytest.approx(np.mean(taus))
-        assert own["se"] == pytest.approx(stats.sem(taus))
-        assert own["sd"] == pytest.approx(np.std(taus, ddof=1))
-        turned = found[split]["calibrated"]
-        assert turned["kendall_tau_b"]["mean"] == pytest.approx(-np.mean(taus))
-        rho = [abs(stats.pearsonr(row[part], mean).statistic) for row in hits]
-        assert turned["abs_pearson"]["seeds"] == pytest.approx(rho)
-        shares = found[split]["plain"]
-        assert shares["score_sd"] == pytest.approx(
-            np.mean([np.std(row[part] / 20, ddof=1) for row in hits])
-        )
-        rho = [
-            stats.pearsonr(one[part], other[part]).statistic for one, other in combinations(hits, 2)
-        ]
-        assert shares["pearson_between_seeds"] == pytest.approx(np.mean(rho))
-    runs[0]["archs"].pop("a11")
-    opened = rank_summary.describe_method(truth, runs, OPEN_SPLITS)
-    assert opened == {part: found[part] for part in ("selection", "seen")}
-    with pytest.raises(UserError, match="did not score 1 architectures"):
-        rank_summary.describe_method(truth, runs)
+# --- learning rates
 
 
-def with_taus(taus, baselines, ceiling):
-    """A summary of held-out taus: by method, plain and calibrated ones, a list over two seeds."""
-    return {
-        "methods": {
-            name: {
-                "held_out": {
-                    kind: {"kendall_tau_b": rank_summary.spread(seeds)}
-                    for kind, seeds in zip(("plain", "calibrated"), pair, strict=True)
-                }
-            }
-            for name, pair in taus.items()
-        },
-        "baselines": {
-            name: {"held_out": {"kendall_tau_b": tau}} for name, tau in baselines.items()
-        },
-        "truth": {"held_out": {"ceiling": ceiling}},
-        "margin_architectures_se": {
-            "held_out": {
-                **{f"{name} {kind}": 0.5 for name in taus for kind in ("plain", "calibrated")},
-                "fair calibrated": 0.25,
-                **dict.fromkeys(baselines, 0.125),
-            }
-        },
+def test_the_rate_that_ranks_best_is_chosen(bench):
+    acc = truth.Truth.of_bench(bench, ("selection",)).mean
+    order = np.argsort(np.argsort(acc))
+    worse = order.copy()
+    worse[[0, 3, 7]] = worse[[7, 0, 3]]
+    for job, hits in zip(tuning.tuning_jobs(["organisers"]), (worse, order, []), strict=True):
+        put_supernet(bench, job, hits)
+    # By calibrated scores, which are upside down here.
+    for job, hits in zip(tuning.tuning_jobs(["fairnas"]), (order, -order, worse), strict=True):
+        put_supernet(bench, job, hits)
+    for job in tuning.tuning_jobs(["first_place"])[:2]:
+        put_supernet(bench, job, order)
+    found = tuning.choose(bench, ["first_place", "organisers", "fairnas"])
+    tau = stats.kendalltau(worse, acc).statistic
+    assert found["organisers"] == {
+        "taus": {"0.0067": pytest.approx(tau), "0.02": pytest.approx(1), "0.06": None},
+        "chosen": 0.02,
     }
+    assert found["fairnas"]["chosen"] == 0.02 and set(found) == {"organisers", "fairnas"}
+    assert "| `organisers` |" in tables.tuning_table(found) and "**1.000** | – |" in (
+        tables.tuning_table(found)
+    )
+    write_json(bench.folder / "rates.json", {"methods": found})
+    path = bench.folder / "rates.json"
+    assert tuning.rates_of(path, ["fairnas"]) == {"fairnas": 0.02}
+    with pytest.raises(UserError, match="no learning rate of bignas; run tune"):
+        tuning.rates_of(path, ["fairnas", "bignas"])
 
 
-def test_verdict_takes_the_best_baseline_in_either_scoring(monkeypatch):
-    monkeypatch.setattr(rank_summary, "RECIPE", "seed_recipe")
-    monkeypatch.setattr(rank_summary, "RECIPE_SCORES", "calibrated")
-    taus = {
-        "seed_recipe": ([0.9, 0.9], [0.56, 0.64]),
-        # An ablation is no rival.
-        "bias_4": ([0.8, 0.8], [0.8, 0.8]),
-        "fair": ([0.40, 0.46], [0.55, 0.53]),
-        "single_path": ([0.1, 0.1], [0.4, 0.4]),
-    }
-    found = rank_summary.verdict(with_taus(taus, {"macs": 0.42, "params": None}, 0.75))
-    assert found["tau"] == pytest.approx(0.6)
-    assert found["share_of_ceiling"] == pytest.approx(0.8)
-    either, plain = found["either"], found["plain"]
-    assert either["best_baseline"] == "fair calibrated"
-    assert either["margin"] == pytest.approx(0.06)
-    # Standard errors of two values are half of their difference.
-    assert either["margin_se"] == pytest.approx(np.hypot(0.04, 0.01))
-    assert either["paired_se"] == pytest.approx((0.11 - 0.01) / 2)
-    assert either["architectures_se"] == 0.25 and plain["architectures_se"] == 0.5
-    assert plain["best_baseline"] == "fair plain" and plain["margin"] == pytest.approx(0.17)
-    assert plain["paired_se"] == pytest.approx((0.18 - 0.16) / 2)
-
-    found = rank_summary.verdict(with_taus(taus, {"macs": 0.7}, None))
-    assert found["plain"] == found["either"] and found["share_of_ceiling"] is None
-    assert found["plain"]["best_baseline"] == "macs"
-    assert found["plain"]["architectures_se"] == 0.125
-    assert found["plain"]["margin"] == pytest.approx(-0.1)
-    assert found["plain"]["margin_se"] == found["plain"]["paired_se"] == pytest.approx(0.04)
-    # A rival with more seeds is paired by those in common.
-    more = taus | {"fair": ([0.1], [0.75, 0.79, 0.9, 0.9])}
-    found = rank_summary.verdict(with_taus(more, {"macs": 0.7}, None))["either"]
-    assert found["best_baseline_tau"] == pytest.approx(0.835) and found["pairs"] == 2
-    assert found["paired_se"] == pytest.approx((0.19 - 0.15) / 2)
-    # Only the finalists of a part are compared on it.
-    summary = with_taus(taus, {"macs": 0.1}, None)
-    summary["methods"]["fair"]["seen"] = summary["methods"]["fair"].pop("held_out")
-    assert rank_summary.verdict(summary)["either"]["best_baseline"] == "single_path calibrated"
-    taus["seed_recipe"] = ([0.9, 0.9], [0.6, float("nan")])
-    assert rank_summary.verdict(with_taus(taus, {"macs": 0.7}, 0.7)) is None
-    taus.pop("seed_recipe")
-    assert rank_summary.verdict(with_taus(taus, {"macs": 0.7}, 0.7)) is None
-
-
-def test_verdict_of_one_seed_has_no_error():
-    taus = {rank_summary.RECIPE: ([0.6], [0.6])}
-    found = rank_summary.verdict(with_taus(taus, {"macs": 0.5}, 0.7))
-    assert found["either"]["margin"] == pytest.approx(0.1)
-    assert found["either"]["margin_se"] is None and found["either"]["paired_se"] is None
+def test_a_method_that_diverges_everywhere_has_no_rate(bench):
+    for job in tuning.tuning_jobs(["bignas"]):
+        put_supernet(bench, job, [])
+    found = tuning.choose(bench, ["bignas"])
+    assert found["bignas"]["chosen"] is None
+    assert "| `bignas` | – | – | – |" in tables.tuning_table(found)
+    write_json(bench.folder / "rates.json", {"methods": found})
+    assert tuning.read_rates(bench.folder / "rates.json") == {}
+    with pytest.raises(UserError, match="if it diverged, leave it out"):
+        tuning.rates_of(bench.folder / "rates.json", ["bignas"])
 
 
 @pytest.mark.parametrize(
-    "change",
+    "content",
     [
-        lambda entry: entry.pop("split"),
-        lambda entry: entry.update(split="held_out"),
-        lambda entry: entry.pop("acc_seeds"),
-        lambda entry: entry.update(acc_seeds=0.5),
-        lambda entry: entry.update(acc_seeds=[0.5]),
-        lambda entry: entry.update(acc_seeds=[0.5, None]),
+        [],
+        {},
+        {"methods": ["first_place"]},
+        {"methods": {"first_place": 0.02}},
+        {"methods": {"first_place": {"chosen": 0.03}}},
+        {"methods": {"evolution": {"chosen": LEARNING_RATES[0]}}},
     ],
 )
-def test_another_kind_of_file_is_no_ground_truth(change, tmp_path):
-    archs = list(Bench(Path(), Scale.quick()).archs.values())
-    content = {
-        f"arch{i}": {"acc": 0.5, "arch": arch.code, "acc_seeds": [0.4, 0.6], "split": "sealed"}
-        for i, arch in enumerate(archs)
-    }
-    write_json(tmp_path / "good.json", content)
-    assert rank_truth.Truth.read(tmp_path / "good.json").acc.shape == (2, 5)
-    change(content["arch3"])
-    write_json(tmp_path / "bad.json", content)
-    with pytest.raises(UserError, match="is no ground truth of this bench"):
-        rank_truth.Truth.read(tmp_path / "bad.json")
+def test_another_kind_of_file_has_no_learning_rates(content, tmp_path):
+    write_json(tmp_path / "rates.json", content)
+    with pytest.raises(UserError, match="is no file of learning rates|is not what"):
+        tuning.read_rates(tmp_path / "rates.json")

@@ -22,7 +22,6 @@ from hnas.ranking.correlations import (
     none_if_nan,
     pearson,
     rank_errors,
-    resampled_taus,
     spearman,
     top_k,
 )
@@ -253,40 +252,3 @@ def test_equal_values_share_their_mean_rank(values):
 
 def test_errors_are_positive_where_ranked_too_high():
     assert rank_errors([0.9, 0.5, 0.1], [1, 2, 3]).tolist() == [2, 0, -2]
-
-
-# --- differences of taus over resampled architectures
-
-
-def test_resampled_taus_are_scipys_of_the_drawn_architectures():
-    rng = np.random.default_rng(0)
-    gt, preds = rng.integers(0, 6, 15), rng.integers(0, 6, (3, 15))
-    found = resampled_taus(preds, gt, seed=4, resamples=50)
-    draws = np.random.default_rng(4).multinomial(15, np.full(15, 1 / 15), 50)
-    for tau, times in zip(found, draws, strict=True):
-        drawn = np.repeat(np.arange(15), times)
-        taus = [stats.kendalltau(pred[drawn], gt[drawn]).statistic for pred in preds]
-        assert tau == pytest.approx(np.mean(taus))
-    # The same architectures for every method.
-    assert (resampled_taus(preds[:1], gt, 4, 50) == -resampled_taus(-preds[:1], gt, 4, 50)).all()
-
-
-def test_resamples_of_one_architecture_have_no_tau():
-    assert np.isnan(resampled_taus([[3]], [0.5], seed=0, resamples=4)).all()
-    assert np.isfinite(resampled_taus([[1, 2]], [0.1, 0.2], seed=0, resamples=20)).any()
-
-
-def test_the_spread_of_resampled_taus_is_that_of_new_samples():
-    rng = np.random.default_rng(1)
-
-    def sample(number):
-        gt = rng.standard_normal(number)
-        return gt, gt + rng.standard_normal(number), gt + 2 * rng.standard_normal(number)
-
-    taus = []
-    for _ in range(400):
-        gt, one, other = sample(60)
-        taus.append(kendall_tau_b(one, gt) - kendall_tau_b(other, gt))
-    gt, one, other = sample(60)
-    spread = (resampled_taus([one], gt, 2) - resampled_taus([other], gt, 2)).std()
-    assert spread == pytest.approx(np.std(taus), rel=0.3)

@@ -248,13 +248,13 @@ def test_the_page_on_development_shows_a_sampler_that_works(tmp_path, monkeypatc
     assert np.mean([sum(arch.depths) for arch in drawn]) > 16.4
 
 
-def test_the_page_on_scoring_finds_what_is_no_worse_than_the_best(tmp_path, monkeypatch):
+def test_the_page_on_scoring_finds_what_is_close_to_the_best(tmp_path, monkeypatch):
     right = np.random.default_rng(0).random((3, 500)) < [[0.9], [0.89], [0.5]]
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 3)
     told = estimates(archs, counts_of(right), None, 1000)
     write_json(tmp_path / "checkpoint_files/stage3/estimates.json", told)
     names = run_page("docs/scoring.md", tmp_path, monkeypatch)
-    assert names["as_good"] == list(archs)[:2]
+    assert names["close"] == list(archs)[:2]
 
 
 def test_costs_of_shards_are_those_of_the_result_file():
@@ -265,6 +265,8 @@ def test_costs_of_shards_are_those_of_the_result_file():
     assert f"take {100 * more:.3f} % more multiply-accumulates" in page
     assert f"none is more than {100 * off:.2f} % off" in page
     assert f"[to {100 * off:.2f} %](speed.md" in text_of("docs/scoring.md")
+    dealt = sum(run["macs_dealt"]) / run["macs_shared"] - 1
+    assert f"every eighth code of the file would take {100 * dealt:.1f} % more" in page
 
 
 # --- the two languages

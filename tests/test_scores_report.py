@@ -235,8 +235,8 @@ def test_a_point_is_drawn_where_it_belongs():
         for p in ElementTree.fromstring(panel.svg(alone=True)).iter(f"{SVG}path")
         if p.get("class") == "dots"
     ]
-    # Without labels the axes are 24 px from the left, 10 from the right and top, 38 from below.
-    assert path.get("d") == f"M{24 + 0.25 * 266:g} {250 - 38 - 0.5 * 202:g}h0"
+    # Without labels the axes are 28 px from the left, 10 from the right and top, 38 from below.
+    assert path.get("d") == f"M{28 + 0.25 * 262:g} {250 - 38 - 0.5 * 202:g}h0"
 
 
 def test_one_architecture_has_no_error_bar():

@@ -93,7 +93,7 @@ def test_targets_reach_the_engine(tmp_path, monkeypatch):
 def test_more_shards_than_architectures_are_refused():
     archs = drawn(5)
     assert [Shard(n, 5).positions(RESNET48_MINI, archs, 32) for n in range(1, 6)]
-    with pytest.raises(UserError, match="--arch_shard 2/6, but there are 5 architectures"):
+    with pytest.raises(UserError, match="shard 2/6 of 5 architectures: make at most as many"):
         Shard(2, 6).positions(RESNET48_MINI, archs, 32)
 
 

@@ -123,9 +123,14 @@ def free_bytes() -> int:
     """Memory of the device that can still be taken; of a CPU the machine's."""
     if not on_gpu():
         return available_bytes()
-    # Other processes on the card count, too; what Paddle holds, but does not use, is free.
-    free, _ = paddle.cuda.mem_get_info()
-    return free + paddle.device.cuda.memory_reserved() - paddle.device.cuda.memory_allocated()
+    used = paddle.device.cuda.memory_allocated()
+    try:
+        # Other processes on the card count, too; what Paddle holds, but does not use, is free.
+        free, _ = paddle.cuda.mem_get_info()
+        return free + paddle.device.cuda.memory_reserved() - used
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        logger.warning("the card does not say what is free of its memory: %s", error)
+        return paddle.device.cuda.get_device_properties().total_memory - used
 
 
 def peak_memory() -> str:

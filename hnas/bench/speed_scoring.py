@@ -101,6 +101,8 @@ def main(argv=None) -> None:
     }
     if options.shards > 1:
         result["macs_shards"] = shard_macs(space, archs, options.image_size, options.shards)
+        dealt = (archs[number :: options.shards] for number in range(options.shards))
+        result["macs_dealt"] = [PrefixTree(space, own).macs(options.image_size) for own in dealt]
     if not options.count_only:
         paddle.seed(options.seed)
         with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:

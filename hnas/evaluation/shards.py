@@ -57,8 +57,8 @@ class Shard:
         """
         if len(archs) < self.of:
             raise UserError(
-                f"--arch_shard {self}, but there are {len(archs)} architectures; make at most as "
-                "many shards"
+                f"shard {self} of {len(archs)} architectures: make at most as many shards as there "
+                "are architectures"
             )
         tree = PrefixTree(space, list(archs.values()))
         cuts = balanced_cuts(leaf_macs(tree, image_size), self.of)

@@ -145,10 +145,21 @@ def spot_check(
     fault = compare(found, expected, labels, counted, precision).fault()
     if fault:
         raise EngineError(
-            f"architecture {name}, shared engine against reference engine: {fault}; please report "
-            f"this with your Paddle version{instead(precision)}; --eval_engine reference takes "
-            f"about {passes * seconds / 3600:.2g} hours"
+            f"architecture {name}, shared engine against reference engine: {fault}; "
+            f"{few_values(calibration)}please report this with your Paddle version"
+            f"{instead(precision)}; --eval_engine reference takes about "
+            f"{passes * seconds / 3600:.2g} hours"
         )
+
+
+def few_values(calibration: paddle.Tensor | None) -> str:
+    """A cause that is no fault of the engine's: statistics of few values, before advice."""
+    if calibration is None:
+        return ""
+    return (
+        f"re-calibration by {len(calibration)} images amplifies rounding where a channel has few "
+        "values: raise --bn_calibration_images; "
+    )
 
 
 def instead(precision: Precision) -> str:

@@ -13,6 +13,7 @@ from paddle import inference, nn
 from paddle.base.core import set_num_threads
 from paddle.static import InputSpec
 
+from hnas.base.device import on_gpu
 from hnas.base.memory import keep_freed_memory
 from hnas.evaluation.cpu.inference import onednn_predictor
 from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
@@ -24,6 +25,8 @@ WARM_UP = 2
 QUANTILE = 0.1
 """Of the runs' times. Other programs can only slow a run down, so the fast ones say what the device
 takes; the very fastest of many may be a misreading."""
+MEMORY_MIB = 256
+"""That a predictor takes of a GPU at first."""
 FEEDING = 8
 """Channels that the convolution before a timed block reads."""
 
@@ -95,24 +98,24 @@ class Stopwatch:
 
     def _predictor(self, path: Path):
         program, weights = f"{path}.json", f"{path}.pdiparams"
-        if paddle.get_device() == "cpu":
+        if not on_gpu():
             return onednn_predictor(program, weights, self._threads)
         config = inference.Config(program, weights)
-        config.enable_use_gpu(256, paddle.device.cuda.current_device_id())
+        config.enable_use_gpu(MEMORY_MIB, paddle.device.current_device())
         config.disable_glog_info()
         return inference.create_predictor(config)
 
     def _repeat(self, predictor) -> float:
-        on_gpu = paddle.get_device() != "cpu"
+        waits = on_gpu()
         # On an idle core the same; on a busy one it leaves out the time that others run.
-        alone = not on_gpu and self._threads == 1
+        alone = not waits and self._threads == 1
         clock = time.process_time if alone else time.perf_counter
         times: list[float] = []
         ends = clock() + self._seconds
         while len(times) < WARM_UP + FEWEST_RUNS or clock() < ends:
             began = clock()
             predictor.run()
-            if on_gpu:
+            if waits:
                 paddle.device.synchronize()
             times.append(clock() - began)
         return 1000 * float(np.quantile(times[WARM_UP:], QUANTILE))

@@ -170,41 +170,6 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def resampled_taus(
-    preds: ArrayLike, gt: ArrayLike, seed: int, resamples: int = RESAMPLES
-) -> np.ndarray:
-    """Mean tau-b of several predictions in bootstrap resamples of the architectures [resamples].
-
-    The same seed draws the same architectures, so that differences between two calls tell how much
-    one method's lead over another depends on which architectures were compared. Copies of an
-    architecture count as ties, as in :func:`bootstrap_interval`.
-
-    Args:
-        preds: [predictions, n]; memory grows with n squared.
-        gt: [n].
-        seed: of the resampling.
-        resamples: how many.
-    """
-    preds, gt = np.asarray(preds, np.float64), np.asarray(gt, np.float64)
-    rng = np.random.default_rng(seed)
-    # How often each architecture is drawn, instead of the draws: sums over pairs become products.
-    times = rng.multinomial(len(gt), np.full(len(gt), 1 / len(gt)), resamples).astype(np.float64)
-
-    def over_pairs(values: np.ndarray) -> np.ndarray:
-        return ((times @ values) * times).sum(axis=1)
-
-    def signs(values: np.ndarray) -> np.ndarray:
-        return np.sign(values[:, None] - values[None, :])
-
-    true = signs(gt)
-    untied = over_pairs(np.abs(true))
-    total = np.zeros(resamples)
-    for pred in map(signs, preds):
-        with np.errstate(invalid="ignore"):
-            total += over_pairs(pred * true) / np.sqrt(over_pairs(np.abs(pred)) * untied)
-    return total / len(preds)
-
-
 @dataclass(frozen=True)
 class TopK:
     """What choosing by a prediction costs.

@@ -3,52 +3,69 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
 
 DPI = 120
 BLUE, ORANGE, GREY, DARK = "#2563a8", "#d9662b", "#8a8f98", "#3c4452"
 
 
-def methods_plot(
-    methods: Mapping[str, Mapping[str, Sequence[float | None]]],
-    baselines: Mapping[str, float | None],
-    ceiling: float | None,
-    where: str,
-) -> bytes:
-    """Kendall's tau of ways to predict, as PNG: bars of the means, a point for each seed.
+class Bar(NamedTuple):
+    """A way to predict.
+
+    Attributes:
+        title: its name.
+        value, low, high: its estimate and the ends of the interval, or None.
+        seeds: the values of single runs.
+        marked: whether it stands out.
+    """
+
+    title: str
+    value: float | None
+    low: float | None
+    high: float | None
+    seeds: Sequence[float | None]
+    marked: bool
+
+
+def estimates_plot(bars: Sequence[Bar], best: float | None, label: str) -> bytes:
+    """Estimates with their intervals and the values of single runs, as PNG.
 
     Args:
-        methods: for each method and kind of scoring (at most two kinds) the seeds' taus.
-        baselines: a single tau each.
-        ceiling: drawn as a line.
-        where: which architectures, for the axis.
+        bars: one a row, from above.
+        best: what the truth itself would be expected to reach, drawn as a line.
+        label: of the axis.
     """
-    names = [*methods, *baselines]
-    figure = Figure(figsize=(7, 1 + 0.42 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7, 1.1 + 0.3 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
-    kinds = list(next(iter(methods.values()), {}))
-    height = 0.8 / max(1, len(kinds))
-    for kind, (label, color) in enumerate(zip(kinds, (GREY, BLUE), strict=False)):
-        rows = np.arange(len(methods)) + (kind + 0.5) * height - 0.4
-        seeds = [[tau for tau in own[label] if tau is not None] for own in methods.values()]
-        means = [np.mean(taus) if taus else 0 for taus in seeds]
-        axes.barh(rows, means, 0.92 * height, color=color, alpha=0.6, label=label)
-        for row, taus in zip(rows, seeds, strict=True):
-            axes.plot(taus, [row] * len(taus), "o", color=DARK, ms=3.5, zorder=3)
-    rows = np.arange(len(methods), len(names))
-    axes.barh(rows, [tau or 0 for tau in baselines.values()], 0.5, color=ORANGE, alpha=0.6)
-    if ceiling is not None:
-        axes.axvline(ceiling, color=DARK, ls="--", lw=1, label="ceiling")
+    for row, bar in enumerate(bars):
+        color = ORANGE if bar.marked else BLUE
+        seeds = [value for value in bar.seeds if value is not None]
+        axes.plot(seeds, [row + 0.25] * len(seeds), "o", color=GREY, ms=3, alpha=0.7)
+        if bar.low is not None:
+            axes.plot([bar.low, bar.high], [row, row], color=color, lw=2)
+        if bar.value is not None:
+            axes.plot([bar.value], [row], "D", color=color, ms=5, zorder=3)
+    if best is not None:
+        axes.axvline(best, color=DARK, ls=":", lw=1)
+        axes.annotate(
+            "the true order itself\n(expected; the truth is noisy)",
+            (best, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7,
+        )
     axes.axvline(0, color=DARK, lw=0.8)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(bars)), [bar.title for bar in bars])
     axes.invert_yaxis()
-    axes.set_xlabel(f"tau-b with stand-alone accuracies, {where} architectures", fontsize=9)
+    axes.set_xlabel(f"{label}\nestimate, 95 % interval; grey: single supernets", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
     return _png(figure)
 
 

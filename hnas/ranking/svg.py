@@ -119,7 +119,7 @@ class Panel:
         self.width, self.height = size
         self._top = TOP + (16 if title else 0)
         # Room for the title, and the ticks' labels.
-        self._left = 24 + DIGIT * max((len(label) for _, label in y.ticks), default=0)
+        self._left = 28 + DIGIT * max((len(label) for _, label in y.ticks), default=0)
         self._parts: list[str] = []
 
     def at(self, x, y) -> tuple[np.ndarray, np.ndarray]:

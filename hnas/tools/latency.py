@@ -32,6 +32,7 @@ from hnas.base.command_line import (
     real_number,
     whole_number,
 )
+from hnas.base.device import device_name, on_gpu, set_tf32
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output, read_json, write_json
 from hnas.evaluation.cpu.inference import cpu_threads
@@ -39,6 +40,7 @@ from hnas.evaluation.stopwatch import Stopwatch
 from hnas.parallel.distributed import finished_before_stopping
 from hnas.ranking.latency import FORMAT, LatencyTable, all_parts
 from hnas.search_space import SAMPLE_SPACES, Architecture, find_backbone, search_space
+from hnas.tools.check_device.facts import processor
 
 logger = logging.getLogger(__name__)
 
@@ -135,17 +137,16 @@ def choose_device(options) -> None:
 
 def settings_of(options) -> dict:
     """What the times belong to, as the file says it."""
-    on_cpu = paddle.get_device() == "cpu"
     return {
         "backbone": options.backbone,
         "sample_space": options.sample_space,
         "image_size": options.image_size,
         "num_classes": options.num_classes,
         "batch_size": options.batch_size,
-        "device": "cpu" if on_cpu else "gpu",
-        "processor": processor() if on_cpu else paddle.device.cuda.get_device_properties().name,
+        "device": "gpu" if on_gpu() else "cpu",
+        "processor": device_name() if on_gpu() else f"{processor()}, {os.cpu_count()} cores",
         "threads": options.threads,
-        "engine": "Paddle Inference, oneDNN, float32" if on_cpu else "Paddle Inference, float32",
+        "engine": f"Paddle Inference, {arithmetic()}",
         "paddle": paddle.__version__,
         "seconds": options.seconds,
         "rounds": options.rounds,
@@ -154,14 +155,11 @@ def settings_of(options) -> dict:
     }
 
 
-def processor() -> str:
-    """The name of the CPU and how many cores this machine has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, 'unknown CPU')}, {os.cpu_count()} cores"
+def arithmetic() -> str:
+    """What a network's convolutions are computed by, or in."""
+    if not on_gpu():
+        return "oneDNN, float32"
+    return "TF32" if set_tf32("auto") else "float32"
 
 
 class Times:

@@ -105,8 +105,8 @@ class DistillationModel(ResumableModel):
         temperature: T of the soft targets: both sides are softened by it, and the loss grows by
             T squared, so that gradients keep their size (Hinton et al., 2015).
         label_smoothing: see :func:`distillation_loss`.
-        in_place: a step's first sub-network learns from labels only and teaches the others (Yu et
-            al., BigNAS, ECCV 2020), where there is no ``teacher``. The sampler should give the
+        in_place: a step's first sub-network alone learns from labels, and teaches the others (Yu
+            et al., BigNAS, ECCV 2020), where there is no ``teacher``. The sampler should give the
             largest first, as :class:`hnas.utils.SampleMethod.SandwichSampler` does.
     """
 
@@ -145,9 +145,12 @@ class DistillationModel(ResumableModel):
                 self.network.activate(arch)
                 with self.gradients.autocast():
                     logits = self.network(part)
-                    loss = weight * distillation_loss(
-                        logits, answers, targets, self.temperature, self.label_smoothing
-                    )
+                    if self.in_place and targets is not None:
+                        loss = weight * soft_loss(logits, targets, self.temperature)
+                    else:
+                        loss = weight * distillation_loss(
+                            logits, answers, targets, self.temperature, self.label_smoothing
+                        )
                 if self.in_place and targets is None:
                     targets = F.softmax(logits.detach() / self.temperature)
                 self.gradients.backward(loss)
@@ -183,8 +186,12 @@ def distillation_loss(
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     if targets is None:
         return loss
-    soft = F.cross_entropy(logits / temperature, targets, soft_label=True)
-    return loss + temperature**2 * soft
+    return loss + soft_loss(logits, targets, temperature)
+
+
+def soft_loss(logits, targets, temperature: float) -> paddle.Tensor:
+    """Cross-entropy with the teacher's probabilities [N, C], softened and scaled back."""
+    return temperature**2 * F.cross_entropy(logits / temperature, targets, soft_label=True)
 
 
 def relative_sizes(space: SearchSpace) -> Callable[[Sequence[Architecture]], list[float]]:

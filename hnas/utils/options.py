@@ -217,8 +217,8 @@ class Options:
     )
     in_place_distillation: bool = _flag(
         False,
-        "with sample_method sandwich: a step's largest network learns from labels only and "
-        "teaches the others, instead of the pretrained one",
+        "with sample_method sandwich: a step's largest network learns from labels, and the others "
+        "from it alone; none from the pretrained one",
         stages=DISTILL,
     )
     train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)

@@ -8,12 +8,15 @@ two CPU cores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import paddle
+
+if TYPE_CHECKING:
+    import paddle
 
 CLASSES = 100
 SCAN_SIZE = 8
@@ -70,6 +73,10 @@ class Distortion:
         return np.repeat(grey[:, None], 3, axis=1)
 
 
+STRONG = Distortion(shrink=(1.3, 3.2), noise=0.4)
+"""Another kind of view: more different sizes and twice the noise."""
+
+
 def sample_bilinear(images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Values of ``images`` [N, H, W] at positions [N, h, w] in pixels (0: the upper left edge).
 
@@ -111,18 +118,19 @@ class DigitsTask:
         return (digits.images / 16).astype(np.float32), digits.target.astype(np.int64), order
 
     def _draw(
-        self, which: np.ndarray, size: int, views: int, rng: np.random.Generator
+        self,
+        which: np.ndarray,
+        size: int,
+        kinds: Sequence[Distortion],
+        rng: np.random.Generator,
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Views [size, 3, H, W] of random pairs of the scans ``which``, and labels [size]."""
         scans, labels, _ = self._scans
         left, right = which[rng.integers(0, len(which), (2, size))]
         images = []
-        for _ in range(views):
-            halves = (
-                self.distortion.place(scans[left], rng, LEFT),
-                self.distortion.place(scans[right], rng, RIGHT),
-            )
-            images.append(self.distortion.expose(np.maximum(*halves), rng))
+        for kind in kinds:
+            halves = (kind.place(scans[left], rng, LEFT), kind.place(scans[right], rng, RIGHT))
+            images.append(kind.expose(np.maximum(*halves), rng))
         return images, labels[left] * 10 + labels[right]
 
     @cached_property
@@ -131,15 +139,19 @@ class DigitsTask:
         # Numbers that no training batch has, also if NumPy pads theirs with zeros, as it does.
         rng = np.random.default_rng((0, 0, 0, 1))
         which = self._scans[2][self.train_scans :]
-        (images,), labels = self._draw(which, self.validation_images, 1, rng)
+        (images,), labels = self._draw(which, self.validation_images, [self.distortion], rng)
         return images, labels
 
     def training_batch(
-        self, size: int, views: int, seed: tuple[int, ...]
+        self, size: int, seed: tuple[int, ...], more: Sequence[Distortion] = ()
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Views of ``size`` random pairs of training scans, and labels [size]."""
+        """Views of ``size`` random pairs of training scans, and labels [size].
+
+        One view is distorted as validation images are; before it stand those of ``more`` kinds.
+        """
         which = self._scans[2][: self.train_scans]
-        return self._draw(which, size, views, np.random.default_rng(seed))
+        kinds = [*more, self.distortion]
+        return self._draw(which, size, kinds, np.random.default_rng(seed))
 
 
 class DigitsLoader:
@@ -150,23 +162,32 @@ class DigitsLoader:
         batch_size: images a batch.
         steps: batches an epoch.
         seed: of the draws; a batch depends on (seed, epoch, step) only.
-        views: how many of each image.
+        more: kinds of views of each image before the usual one.
     """
 
-    def __init__(self, task: DigitsTask, batch_size: int, steps: int, seed: int, views: int = 1):
+    def __init__(
+        self,
+        task: DigitsTask,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        more: Sequence[Distortion] = (),
+    ):
         self.task = task
         self.batch_size = self.total_batch = batch_size
         self.steps = steps
         self.seed = seed
-        self.views = views
+        self.more = more
 
     def __len__(self) -> int:
         return self.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
         """The batches of ``epoch`` from ``start_step`` on: views [N, 3, H, W], labels [N]."""
+        # Takes seconds, which commands that only hand out work need not wait for.
+        import paddle
+
         for step in range(start_step, self.steps):
-            views, labels = self.task.training_batch(
-                self.batch_size, self.views, (self.seed, epoch, step)
-            )
+            seed = (self.seed, epoch, step)
+            views, labels = self.task.training_batch(self.batch_size, seed, self.more)
             yield [paddle.to_tensor(part) for part in (*views, labels)]

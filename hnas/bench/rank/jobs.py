@@ -16,18 +16,23 @@ import numpy as np
 
 from hnas.base.errors import UserError
 from hnas.bench.rank.distorted_digits import DigitsTask
-from hnas.bench.rank.methods import FINALISTS, STAGE1_FORWARDS, Method, find_method
+from hnas.bench.rank.methods import EIGHT_SEEDS, STAGE1_FORWARDS, Method, find_method
 from hnas.bench.rank.records import Records
 from hnas.search_space import Architecture, SearchSpace, search_space
 
 BACKBONE = "resnet48_mini"
 ARCHITECTURES_SEED = 2022
 
-SPLITS = ("selection", "seen", "sealed")
-"""Architectures to tune on; held out, but looked at once; held out and scored by finalists only."""
+SPLITS = ("selection", "seen", "sealed", "final")
+"""Architectures to tune on; held out for former methods, but looked at once; looked at by three
+former methods; never scored before the comparison that docs/ranking-bench.md announces."""
 
-OPEN_SPLITS = ("selection", "seen")
-"""What all methods are scored on."""
+TRUTH_SEEDS = {"selection": 6, "seen": 3, "sealed": 3, "final": 8}
+"""How often each architecture is trained alone."""
+
+DEVELOPMENT_SEEDS = (8, 9)
+"""Of supernets that are scored on the selection architectures: the first to choose learning rates
+by, both for what moves tau. Final ones have the seeds before them."""
 
 
 @dataclass(frozen=True)
@@ -39,35 +44,34 @@ class Scale:
     Attributes:
         architectures: how many, drawn from the released distribution.
         selection: how many of them, the first, recipes may be tuned on.
-        sealed: how many of them, the last, only the finalists are scored on.
-        seeds: independent runs of everything.
-        finalist_seeds: of the finalists, where the sealed are compared.
+        sealed: how many of them, before the final ones, were held out for former methods.
+        final: how many of them, the last, are for one announced comparison.
+        most_truth_seeds, most_seeds: bounds of the numbers of seeds.
         batch_size: images a step.
         truth_steps, truth_lr: of the networks that are trained alone.
         pretrain_steps, pretrain_lr: of the network that supernets start from and learn from.
         stage1_steps, stage1_lr, queue_size: of stage 1.
         budget: forward passes over a batch that a supernet may take, stage 1's included.
-        supernet_lr: for the sum of the gradients of four sub-networks.
         momentum, weight_decay: of all.
         validation_images: that everything is measured on.
         calibration_images: to re-calibrate BatchNorm with, where it is.
     """
 
-    architectures: int = 64
+    architectures: int = 96
     selection: int = 16
     sealed: int = 24
-    seeds: int = 3
-    finalist_seeds: int = 8
+    final: int = 32
+    most_truth_seeds: int = 8
+    most_seeds: int = 8
     batch_size: int = 32
     truth_steps: int = 3200
     truth_lr: float = 0.05
     pretrain_steps: int = 3200
     pretrain_lr: float = 0.05
-    stage1_steps: int = 200
+    stage1_steps: int = 120
     stage1_lr: float = 0.005
     queue_size: int = 1024
-    budget: int = 6000
-    supernet_lr: float = 0.02
+    budget: int = 3600
     momentum: float = 0.9
     weight_decay: float = 1e-4
     validation_images: int = 4000
@@ -77,20 +81,29 @@ class Scale:
     def quick(cls) -> Scale:
         """Just enough to run every part of the bench; its figures mean nothing."""
         return cls(
-            architectures=5,
-            selection=2,
-            sealed=1,
-            seeds=1,
-            finalist_seeds=1,
+            architectures=7,
+            selection=3,
+            sealed=0,
+            final=4,
+            most_truth_seeds=2,
+            most_seeds=1,
             batch_size=16,
-            truth_steps=12,
-            pretrain_steps=20,
-            stage1_steps=3,
+            truth_steps=8,
+            pretrain_steps=12,
+            stage1_steps=1,
             queue_size=64,
-            budget=40,
-            validation_images=200,
+            budget=26,
+            validation_images=100,
             calibration_images=32,
         )
+
+    def truth_seeds(self, split: str) -> int:
+        """How often each architecture of a split is trained alone."""
+        return min(TRUTH_SEEDS[split], self.most_truth_seeds)
+
+    def seeds(self, method: str) -> int:
+        """How many final supernets a method has."""
+        return min(8 if method in EIGHT_SEEDS else 5, self.most_seeds)
 
     def steps(self, method: Method) -> int:
         """Steps of stage 2 that the budget leaves to a method.
@@ -98,7 +111,7 @@ class Scale:
         Raises:
             UserError: none.
         """
-        left = self.budget - self.stage1_forwards(method)
+        left = (self.budget - self.stage1_forwards(method)) * method.stage2
         if left < method.forwards:
             raise UserError(f"a budget of {self.budget} forward passes leaves no step of stage 2")
         return int(left / method.forwards)
@@ -112,11 +125,15 @@ class Scale:
 COMMON = ("batch_size", "momentum", "weight_decay", "validation_images")
 PRETRAIN = (*COMMON, "pretrain_steps", "pretrain_lr")
 STAGE1 = (*PRETRAIN, "stage1_steps", "stage1_lr", "queue_size")
+SUPERNET = (*STAGE1, "budget", "calibration_images")
 DEPENDS = {
     "truth": (*COMMON, "truth_steps", "truth_lr"),
     "pretrain": PRETRAIN,
     "stage1": STAGE1,
-    "supernet": (*STAGE1, "budget", "supernet_lr", "calibration_images"),
+    "selection": SUPERNET,
+    "final": SUPERNET,
+    # Former ones, which are only read; their lines say what else they were.
+    "supernet": COMMON,
 }
 
 
@@ -125,8 +142,9 @@ class Job:
     """One training.
 
     Attributes:
-        kind: ``truth``, ``pretrain``, ``stage1`` or ``supernet``.
-        what: an architecture's name, nothing, a kind of stage 1, a method's name.
+        kind: ``truth``, ``pretrain``, ``stage1``, or of a supernet the split that it is scored on,
+            ``selection`` or ``final``; ``supernet`` for those of former methods.
+        what: an architecture's name, nothing, a kind of stage 1, or ``METHOD@RATE``.
         seed: from 0.
     """
 
@@ -142,6 +160,31 @@ class Job:
     def from_name(cls, name: str) -> Job:
         kind, *what, seed = name.split("-")
         return cls(kind, "".join(what), int(seed))
+
+    @classmethod
+    def supernet(cls, split: str, method: str, rate: float, seed: int) -> Job:
+        """A method's training at a learning rate, scored on a split."""
+        return cls(split, f"{method}@{rate:g}", seed)
+
+    @property
+    def method(self) -> Method:
+        """Of a supernet."""
+        return find_method(self.what.partition("@")[0])
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of a supernet, for the sum of a step's gradients."""
+        return float(self.what.partition("@")[2])
+
+    @property
+    def needs(self) -> tuple[Job, ...]:
+        """The jobs whose weights it starts from."""
+        if self.kind in ("truth", "pretrain"):
+            return ()
+        pretrained = Job("pretrain", "", self.seed)
+        if self.kind == "stage1" or self.method.stage1 == "none":
+            return (pretrained,)
+        return pretrained, Job("stage1", self.method.stage1, self.seed)
 
 
 @dataclass(frozen=True)
@@ -163,7 +206,7 @@ class Bench:
 
     @cached_property
     def times(self) -> Records:
-        """Seconds, apart from the results, so that a repeated job gives the same result."""
+        """What jobs cost, apart from the results, so that a repeated job gives the same result."""
         return Records(self.folder / "seconds.jsonl")
 
     @cached_property
@@ -182,24 +225,20 @@ class Bench:
 
     def split(self, name: str) -> str:
         """An architecture's, one of ``SPLITS``."""
-        place = list(self.archs).index(name)
-        if place < self.scale.selection:
-            return "selection"
-        return "seen" if place < self.scale.architectures - self.scale.sealed else "sealed"
+        scale, place = self.scale, list(self.archs).index(name)
+        final = scale.architectures - scale.final
+        ends = (scale.selection, final - scale.sealed, final, scale.architectures)
+        return next(split for split, end in zip(SPLITS, ends, strict=True) if place < end)
 
     def of_splits(self, splits: Sequence[str]) -> dict[str, Architecture]:
         """The architectures of some of ``SPLITS``."""
         return {name: arch for name, arch in self.archs.items() if self.split(name) in splits}
 
-    def scored(self, method: str) -> dict[str, Architecture]:
-        """The architectures that a method's supernets are scored on."""
-        return self.archs if method in FINALISTS else self.of_splits(OPEN_SPLITS)
-
     def weights(self, job: Job) -> Path:
         return self.folder / "weights" / f"{job.name}.pdparams"
 
     def seconds(self, job: Job) -> float | None:
-        """What a job took, if that is known."""
+        """What a job took by the clock, if that is known."""
         return (self.times.get(job.name) or {}).get("seconds")
 
     def settings(self, job: Job) -> dict:
@@ -211,9 +250,10 @@ class Bench:
         }
         if job.kind == "truth":
             settings["arch"] = self.archs[job.what].code
-        elif job.kind == "supernet":
-            settings["method"] = find_method(job.what).settings()
-            settings["architectures"] = len(self.scored(job.what))
+        elif job.kind in ("selection", "final"):
+            settings["method"] = job.method.settings()
+            settings["lr"] = job.rate
+            settings["architectures"] = len(self.of_splits((job.kind,)))
         return json.loads(json.dumps(settings))
 
     def result(self, job: Job) -> dict | None:
@@ -223,7 +263,9 @@ class Bench:
             UserError: it is of other settings.
         """
         result, settings = self.runs.get(job.name), self.settings(job)
-        if result is None:
+        if result is None or (
+            job.kind in ("pretrain", "stage1") and not self.weights(job).is_file()
+        ):
             return None
         found = result.get("settings", {})
         changed = [key for key in settings if found.get(key) != settings[key]]
@@ -232,5 +274,4 @@ class Bench:
                 f"{self.runs.path}: {job.name} is of other settings ({', '.join(changed)}); remove "
                 "its line, or choose another --out"
             )
-        needs_weights = job.kind in ("pretrain", "stage1")
-        return None if needs_weights and not self.weights(job).is_file() else result
+        return result

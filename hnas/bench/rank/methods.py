@@ -6,12 +6,18 @@ included. All start from the same pretrained largest network, which is also the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hnas.base.errors import UserError
 
 STAGE1_FORWARDS = 4
 """Passes of a step of stage 1: two of the query encoder, two of the key encoder."""
+
+COLUMNS = {"plain": "hits", "calibrated": "calibrated_hits"}
+"""Of a supernet's scores: at running statistics, and with BatchNorm computed anew."""
+
+LEARNING_RATES = (0.0067, 0.02, 0.06)
+"""What each method's is chosen from: peaks, for the sum of the gradients of a step."""
 
 
 @dataclass(frozen=True)
@@ -19,32 +25,30 @@ class Method:
     """How a supernet is trained.
 
     Attributes:
+        title: its name in figures.
         about: one line for tables.
         stage1: ``none``, ``frozen`` (as the first place ran it: the largest network twice, frozen
-            statistics), or at batch statistics, temperature 0.2 and with exchanged views
-            ``largest`` or ``sampled``.
-        sampler: ``first_place``, ``random``, ``tilted``, ``annealed``, ``stratified``, ``sandwich``
-            or ``fair``.
-        tilt: of ``tilted`` and ``stratified``; ``annealed`` goes from it to ``tilt_end``.
+            statistics), ``frozen_two_kinds`` (of views) or ``largest`` (batch statistics,
+            temperature 0.2, exchanged views).
+        sampler: ``first_place``, ``random``, ``tilted``, ``sandwich`` or ``fair``.
+        tilt: of ``tilted``.
         teacher: ``pretrained``, ``in place`` (the step's first sub-network) or ``none``.
         subnetworks: a step.
         temperature: of the soft targets.
-        macs_weighted: losses weighted by the sub-networks' MACs.
-        lr: relative to the bench's, for the sum of a step's gradients.
         freeze_bn: stage 2 trains at the running statistics that it starts from.
+        stage2: its length, relative to what the bench's budget leaves to it.
     """
 
+    title: str
     about: str
     stage1: str = "none"
     sampler: str = "random"
     tilt: float = 0.0
-    tilt_end: float = 0.0
     teacher: str = "pretrained"
     subnetworks: int = 4
     temperature: float = 1.0
-    macs_weighted: bool = False
-    lr: float = 1.0
     freeze_bn: bool = False
+    stage2: float = 1.0
 
     @property
     def forwards(self) -> float:
@@ -52,95 +56,141 @@ class Method:
         extra = 1 / 3 if self.sampler == "first_place" else 0
         return self.subnetworks + extra + (self.teacher == "pretrained")
 
+    @property
+    def scores(self) -> str:
+        """Which of its scores it is compared by, as ``bn_calibration_images=auto`` chooses.
+
+        ``plain`` ones are at running statistics, which are those that it was trained at where they
+        were frozen; elsewhere BatchNorm is ``calibrated`` anew for each architecture.
+        """
+        return "plain" if self.freeze_bn else "calibrated"
+
     def settings(self) -> dict:
-        """What a supernet depends on; runs from before frozen statistics existed do not say so."""
+        """What a supernet depends on."""
         settings = asdict(self)
-        del settings["about"]
-        if not self.freeze_bn:
-            del settings["freeze_bn"]
+        del settings["title"], settings["about"]
         return settings
 
 
-BASELINES = {
-    "uniform_distill": Method("uniform, distillation, no stage 1 (the organisers')"),
-    "sandwich_inplace": Method(
-        "sandwich, in-place distillation (BigNAS)", sampler="sandwich", teacher="in place"
-    ),
-    "single_path": Method(
-        "uniform, one path a step, no distillation", teacher="none", subnetworks=1
-    ),
-    "fair": Method(
-        "each option equally often, no distillation (after FairNAS)",
-        sampler="fair",
-        teacher="none",
-    ),
-}
+FIRST_PLACE = Method(
+    "first place",
+    "stage 1 and 2 at frozen statistics, the 4 largest of 400 candidates and one more in every "
+    "third step, labels and teacher",
+    stage1="frozen",
+    sampler="first_place",
+    freeze_bn=True,
+)
 
-ABLATIONS = {
-    "seed_recipe": Method(
-        "seed recipe: stage 1 (largest), bias 2, distillation", "largest", "tilted", tilt=2.0
+COMPARED = {
+    "first_place": FIRST_PLACE,
+    "first_place_no_stage1": replace(
+        FIRST_PLACE,
+        title="first place, no stage 1",
+        about="the same without stage 1",
+        stage1="none",
     ),
-    "no_stage1": Method("seed recipe without stage 1", sampler="tilted", tilt=2.0),
-    "no_bias": Method("seed recipe without bias", "largest"),
-    "bias_1": Method("seed recipe with bias 1", "largest", "tilted", tilt=1.0),
-    "bias_4": Method("seed recipe with bias 4", "largest", "tilted", tilt=4.0),
-    "stage1_sampled": Method(
-        "seed recipe, stage 1 with two sampled paths (Pi-NAS)", "sampled", "tilted", tilt=2.0
-    ),
-}
-
-DEFAULTS = (*BASELINES, *ABLATIONS)
-
-CANDIDATES = {
-    "first_place": Method(
-        "first place: frozen statistics, the largest of 400 candidates, stage 1 as it ran",
-        "frozen",
-        "first_place",
-        freeze_bn=True,
+    "first_place_uniform": replace(
+        FIRST_PLACE,
+        title="first place, uniform draws",
+        about="first place with 4 uniform sub-networks a step",
+        sampler="random",
     ),
     "tilted": Method(
-        "batch statistics, tilt 2, stage 1 (largest, exchanged views)",
-        "largest",
-        "tilted",
+        "tilt 2, batch statistics",
+        "the former default: stage 1 and 2 at batch statistics, tilt 2, labels and teacher",
+        stage1="largest",
+        sampler="tilted",
         tilt=2.0,
     ),
-    "annealed": Method(
-        "seed recipe, bias going from 2 to 0", "largest", "annealed", tilt=2.0, tilt_end=0.0
+    "organisers": Method(
+        "organisers' baseline",
+        "4 uniform sub-networks a step at frozen statistics, labels and teacher, no stage 1",
+        freeze_bn=True,
     ),
-    "temperature_4": Method(
-        "seed recipe, soft targets of temperature 4", "largest", "tilted", 2.0, temperature=4.0
+    "organisers_calibrated": Method(
+        "organisers', batch statistics", "the same at batch statistics"
     ),
-    "macs_weighted": Method(
-        "seed recipe, losses weighted by MACs", "largest", "tilted", 2.0, macs_weighted=True
+    "bignas": Method(
+        "BigNAS",
+        "largest, smallest, two uniform; labels for the largest, which teaches the others",
+        sampler="sandwich",
+        teacher="in place",
     ),
-    "bias_1_temperature_4": Method(
-        "seed recipe, bias 1 and temperature 4", "largest", "tilted", 1.0, temperature=4.0
+    "fairnas": Method(
+        "FairNAS",
+        "7 sub-networks a step, in which every option has its turn equally often; labels",
+        sampler="fair",
+        teacher="none",
+        subnetworks=7,
     ),
-    "bias_1_temperature_4_no_stage1": Method(
-        "seed recipe, bias 1, temperature 4, no stage 1",
-        sampler="tilted",
-        tilt=1.0,
-        temperature=4.0,
-    ),
-    "stratified": Method(
-        "seed recipe, bias 1, temperature 4, a step's sub-networks spread evenly",
-        "largest",
-        "stratified",
-        1.0,
-        temperature=4.0,
+    "single_path": Method(
+        "single path (SPOS)",
+        "one uniform sub-network a step; labels",
+        teacher="none",
+        subnetworks=1,
     ),
 }
+"""What is compared on the final architectures."""
 
-RECIPE = "seed_recipe"
-"""The method that the finalists are compared with: the launchers' settings until `first_place`."""
+REFERENCE = "first_place"
+"""What the others' differences are taken from: the launchers' defaults."""
 
-FINALISTS = ("uniform_distill", "fair", RECIPE)
-"""The recipe and the baselines near it: more seeds, and scores on the sealed architectures too."""
+PRIMARY = "organisers"
+"""The difference that the comparison is announced for."""
 
-RECIPE_SCORES = "calibrated"
-"""Which of its scores: ``calibrated`` or ``plain`` (``bn_calibration_images=0``)."""
+EIGHT_SEEDS = ("first_place", "first_place_no_stage1", "first_place_uniform", PRIMARY)
+"""Compared with eight seeds; the others with five."""
 
-METHODS = {**BASELINES, **ABLATIONS, **CANDIDATES}
+VARIANTS = {
+    "first_place_batch": replace(FIRST_PLACE, freeze_bn=False),
+    "first_place_tilted": replace(FIRST_PLACE, sampler="tilted", tilt=2.0),
+    "first_place_two_kinds": replace(FIRST_PLACE, stage1="frozen_two_kinds"),
+    "first_place_quarter": replace(FIRST_PLACE, stage2=0.25),
+    "first_place_half": replace(FIRST_PLACE, stage2=0.5),
+    "first_place_double": replace(FIRST_PLACE, stage2=2.0),
+    "first_place_quadruple": replace(FIRST_PLACE, stage2=4.0),
+    "first_place_temperature_4": replace(FIRST_PLACE, temperature=4.0),
+}
+"""Of first place, for :data:`CHANGES`."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the first place's recipe, whose effect is measured.
+
+    Attributes:
+        title: for tables and figures.
+        method: its name.
+        scores: ``plain`` or ``calibrated``.
+        rate: learning rate relative to the first place's.
+    """
+
+    title: str
+    method: str = REFERENCE
+    scores: str = "plain"
+    rate: float = 1.0
+
+
+CHANGES = (
+    Change("as it ran"),
+    Change("re-calibrated", scores="calibrated"),
+    Change("batch statistics in stage 2", "first_place_batch"),
+    Change("batch statistics, re-calibrated", "first_place_batch", "calibrated"),
+    Change("tilt 2", "first_place_tilted"),
+    Change("uniform", "first_place_uniform"),
+    Change("no stage 1", "first_place_no_stage1"),
+    Change("two kinds of views", "first_place_two_kinds"),
+    Change("stage 2 / 4", "first_place_quarter"),
+    Change("stage 2 / 2", "first_place_half"),
+    Change("stage 2 x 2", "first_place_double"),
+    Change("stage 2 x 4", "first_place_quadruple"),
+    Change("learning rate / 3", rate=1 / 3),
+    Change("learning rate x 3", rate=3.0),
+    Change("temperature 4", "first_place_temperature_4"),
+)
+"""What may move tau, one change at a time; the first is what the others are compared with."""
+
+METHODS = {**COMPARED, **VARIANTS}
 
 
 def find_method(name: str) -> Method:
@@ -152,3 +202,32 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     return METHODS[name]
+
+
+FORMER = {
+    "uniform_distill": "uniform, distilled",
+    "sandwich_inplace": "sandwich, in place",
+    "single_path": "single path, fast rate",
+    "fair": "fair, 4 a step",
+    "seed_recipe": "tilt 2, stage 1",
+    "no_stage1": "tilt 2, no stage 1",
+    "stage1_sampled": "tilt 2, stage 1 on sampled paths",
+    "no_bias": "no tilt, stage 1",
+    "bias_1": "tilt 1, stage 1",
+    "bias_4": "tilt 4, stage 1",
+    "macs_weighted": "tilt 2, stage 1, losses by MACs",
+    "bias_1_temperature_4": "tilt 1, stage 1, temperature 4",
+    "first_place": "first place",
+    "tilted": "tilt 2, batch statistics",
+}
+"""Compared before, by title, on architectures that have been looked at; but for ``first_place`` all
+at batch statistics. Their runs are committed and can be read; the code that trained them is that of
+commit a1c8890."""
+
+FORMER_REFERENCE = "seed_recipe"
+
+FORMER_FINALISTS = ("seed_recipe", "uniform_distill", "fair")
+"""Those with eight seeds and scores on the sealed architectures; the others have three."""
+
+FORMER_TRIAL = ("first_place", "tilted")
+"""Two seeds each, compared on the selection architectures."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle import nn
 
-from hnas.bench.rank.distorted_digits import CLASSES, DigitsLoader, DigitsTask
+from hnas.bench.rank.distorted_digits import (
+    CLASSES,
+    STRONG,
+    DigitsLoader,
+    DigitsTask,
+    Distortion,
+)
 from hnas.bench.rank.jobs import Bench, Job
-from hnas.bench.rank.methods import STAGE1_FORWARDS, Method, find_method
-from hnas.bench.rank.samplers import AnnealedSampler, StratifiedSampler
+from hnas.bench.rank.methods import COLUMNS, STAGE1_FORWARDS, Method
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
@@ -20,7 +28,7 @@ from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
-from hnas.search_space import Architecture, SearchSpace
+from hnas.search_space import Architecture
 from hnas.utils.gradient_step import learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
@@ -29,19 +37,25 @@ from hnas.utils.hapi_wrapper import (
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.runtime import seed_generators
-from hnas.utils.SampleMethod import (
-    LargestSampler,
-    RandomSampler,
-    Sampler,
-    SamplerSettings,
-    build_sampler,
-)
+from hnas.utils.SampleMethod import LargestSampler, Sampler, SamplerSettings, build_sampler
 from hnas.utils.training import start_from_pretrained
-from hnas.utils.weights import check_finite, load_weights, read_weights, write_state
+from hnas.utils.weights import (
+    NotFiniteError,
+    check_finite,
+    load_weights,
+    read_weights,
+    write_state,
+)
 
 CHUNK = 1000
 # Jobs of one seed draw from different images.
-DATA_SEEDS = {"truth": 1000, "pretrain": 2000, "stage1": 3000, "supernet": 4000}
+DATA_SEEDS = {
+    "truth": 1000,
+    "pretrain": 2000,
+    "stage1": 3000,
+    "selection": 4000,
+    "final": 4000,
+}
 CALIBRATION_SEED = 5000
 
 
@@ -50,19 +64,39 @@ def run_job(bench: Bench, job: Job) -> None:
 
     It depends on the job's settings and the number of threads, not on what ran before.
     """
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     seed_generators(job.seed)
     with paddle.utils.unique_name.guard():
         result = RUN[job.kind](bench, job)
-    seconds = round(time.perf_counter() - began, 1)
-    bench.times.put(job.name, {"seconds": seconds})
+    cost = {
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "processor": processor(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
+    }
+    bench.times.put(job.name, cost)
     bench.runs.put(job.name, {"settings": bench.settings(job), **result})
 
 
+def processor() -> str:
+    """Its name; last digits, and so results, differ between processors about as between seeds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def train(
-    bench: Bench, job: Job, model: ResumableModel, steps: int, lr: float, views: int = 1
+    bench: Bench,
+    job: Job,
+    model: ResumableModel,
+    steps: int,
+    lr: float,
+    more: Sequence[Distortion] = (),
 ) -> None:
-    """Train a model on the task's images.
+    """Train a model on the task's images, and on ``more`` kinds of views of them.
 
     Raises:
         NotFiniteError: it diverged; its logits would compare as hits.
@@ -77,7 +111,7 @@ def train(
     use_onednn(model.network, *([teacher] if teacher is not None else []))
     model.prepare(optimizer)
     seed = DATA_SEEDS[job.kind] + job.seed
-    model.fit(DigitsLoader(bench.task, scale.batch_size, steps, seed, views), 1)
+    model.fit(DigitsLoader(bench.task, scale.batch_size, steps, seed, more), 1)
     check_finite(model.network)
 
 
@@ -134,28 +168,34 @@ def start(bench: Bench, seed: int, supernet: ElasticResNet) -> ResNet:
 def run_stage1(bench: Bench, job: Job) -> dict:
     """Contrastive training; the supernet's weights are kept, neck and key encoder are not."""
     scale = bench.scale
-    frozen = job.what == "frozen"
+    frozen = job.what != "largest"
     temperature = 0.1 if frozen else 0.2
     network = PiNASv2(bench.space, CLASSES, queue_size=scale.queue_size, temperature=temperature)
     start(bench, job.seed, network.backbone)
     network.reset_key_encoder()
     if frozen:
         freeze_statistics(network)
-    sampler = (
-        RandomSampler(bench.space, job.seed, 2)
-        if job.what == "sampled"
-        else LargestSampler(bench.space, 2)
-    )
-    model = ContrastiveModel(network, sampler, exchange_views=not frozen)
+    model = ContrastiveModel(network, LargestSampler(bench.space, 2), exchange_views=not frozen)
+    more = [STRONG if job.what == "frozen_two_kinds" else bench.task.distortion]
     # Of the mean of both passes, whose gradients add up.
-    train(bench, job, model, scale.stage1_steps, scale.stage1_lr / 2, views=2)
+    train(bench, job, model, scale.stage1_steps, scale.stage1_lr / 2, more)
     write_state(bench.weights(job), network.backbone.state_dict())
     return {"forwards": STAGE1_FORWARDS * scale.stage1_steps}
 
 
 def run_supernet(bench: Bench, job: Job) -> dict:
-    """Stage 2 of a method, and the hits of all architectures with and without calibration."""
-    method, scale = find_method(job.what), bench.scale
+    """Stage 2 of a method, and the hits of a split by the scores that it is compared by.
+
+    On the selection architectures by both. A learning rate at which it diverges is a result, too:
+    there are no hits then.
+    """
+    method, scale = job.method, bench.scale
+    steps = scale.steps(method)
+    result = {
+        "steps": steps,
+        "forwards": scale.stage1_forwards(method) + round(steps * method.forwards),
+        "images": scale.validation_images,
+    }
     network = ElasticResNet(bench.space, CLASSES)
     teacher = start(bench, job.seed, network)
     if method.stage1 != "none":
@@ -163,56 +203,42 @@ def run_supernet(bench: Bench, job: Job) -> dict:
         load_weights(network, read_weights(path), path)
     if method.freeze_bn:
         freeze_statistics(network)
-    steps = scale.steps(method)
-    model = stage2_model(bench, method, network, teacher, steps, job.seed)
-    # The gradients of a step's sub-networks add up.
-    lr = scale.supernet_lr * 4 / method.subnetworks * method.lr
-    train(bench, job, model, steps, lr)
+    model = stage2_model(bench, method, network, teacher, job.seed)
+    try:
+        # The gradients of a step's sub-networks add up.
+        train(bench, job, model, steps, job.rate)
+    except NotFiniteError:
+        return {**result, "archs": {}}
     seed = (CALIBRATION_SEED + job.seed, 0, 0)
-    (calibration,), _ = bench.task.training_batch(scale.calibration_images, 1, seed)
-    archs = bench.scored(job.what)
-    hits = score_supernet(bench, network, archs, None)
-    calibrated = score_supernet(bench, network, archs, paddle.to_tensor(calibration))
-    return {
-        "steps": steps,
-        "forwards": scale.stage1_forwards(method) + round(steps * method.forwards),
-        "images": scale.validation_images,
-        "archs": {
-            name: {"arch": arch.code, "hits": int(hits[i]), "calibrated_hits": int(calibrated[i])}
-            for i, (name, arch) in enumerate(archs.items())
-        },
+    (calibration,), _ = bench.task.training_batch(scale.calibration_images, seed)
+    archs = bench.of_splits((job.kind,))
+    images = {"plain": None, "calibrated": paddle.to_tensor(calibration)}
+    hits = {
+        column: score_supernet(bench, network, archs, images[scores])
+        for scores, column in COLUMNS.items()
+        if job.kind == "selection" or scores == method.scores
     }
+    result["archs"] = {
+        name: {"arch": arch.code, **{column: int(own[i]) for column, own in hits.items()}}
+        for i, (name, arch) in enumerate(archs.items())
+    }
+    return result
 
 
 def stage2_model(
-    bench: Bench,
-    method: Method,
-    network: ElasticResNet,
-    teacher: ResNet,
-    steps: int,
-    seed: int,
+    bench: Bench, method: Method, network: ElasticResNet, teacher: ResNet, seed: int
 ) -> DistillationModel:
     """A method's model of stage 2."""
-    sampler = method_sampler(bench, method, steps, seed)
-    size = bench.task.distortion.size
-    more = {
-        "loss_weights": macs_weights(bench.space, size) if method.macs_weighted else None,
-        "temperature": method.temperature,
-    }
+    sampler = method_sampler(bench, method, seed)
+    in_place = method.teacher == "in place"
     teacher = teacher if method.teacher == "pretrained" else None
     return DistillationModel(
-        network, teacher, sampler, in_place=method.teacher == "in place", **more
+        network, teacher, sampler, temperature=method.temperature, in_place=in_place
     )
 
 
-def method_sampler(bench: Bench, method: Method, steps: int, seed: int) -> Sampler:
+def method_sampler(bench: Bench, method: Method, seed: int) -> Sampler:
     """What draws a method's sub-networks."""
-    if method.sampler == "annealed":
-        return AnnealedSampler(
-            bench.space, seed, method.subnetworks, method.tilt, method.tilt_end, steps
-        )
-    if method.sampler == "stratified":
-        return StratifiedSampler(bench.space, seed, method.subnetworks, method.tilt)
     first_place = method.sampler == "first_place"
     settings = SamplerSettings(
         "random" if first_place else method.sampler,
@@ -221,18 +247,6 @@ def method_sampler(bench: Bench, method: Method, steps: int, seed: int) -> Sampl
         bias_strength=method.tilt,
     )
     return build_sampler(settings, bench.space, seed)
-
-
-def macs_weights(
-    space: SearchSpace, image_size: int
-) -> Callable[[Sequence[Architecture]], list[float]]:
-    """Loss weights: each sub-network's MACs over the mean MACs of the step's."""
-
-    def weights(archs):
-        macs = np.array([space.macs(arch, image_size) for arch in archs], dtype=np.float64)
-        return (macs / macs.mean()).tolist()
-
-    return weights
 
 
 def score_supernet(
@@ -254,5 +268,6 @@ RUN: dict[str, Callable[[Bench, Job], dict]] = {
     "truth": run_truth,
     "pretrain": run_pretrain,
     "stage1": run_stage1,
-    "supernet": run_supernet,
+    "selection": run_supernet,
+    "final": run_supernet,
 }

@@ -1,69 +1,81 @@
-"""The tables and plots of ``hnas.bench.rank``: finalists on what is held out, and all."""
+"""The tables and plots of ``hnas.bench.rank``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hnas.base.files import replacing, write_json
-from hnas.bench.rank.methods import RECIPE_SCORES
-from hnas.bench.rank.summary import STATISTICS, TAU
-from hnas.ranking.plots import methods_plot
+from hnas.bench.rank.estimates import STATISTICS
+from hnas.bench.rank.methods import CHANGES, COMPARED, LEARNING_RATES, REFERENCE
+from hnas.bench.rank.summary import TAU
+from hnas.ranking.plots import Bar, estimates_plot
 
-COLUMNS = {
-    "finalists": (
-        ("seen", "calibrated"),
-        ("sealed", "calibrated"),
-        ("held_out", "plain"),
-        ("held_out", "calibrated"),
-    ),
-    "methods": (
-        ("selection", "plain"),
-        ("selection", "calibrated"),
-        ("seen", "plain"),
-        ("seen", "calibrated"),
-    ),
-}
-"""What each table shows: tau-b on these parts by these scores; the last part also otherwise."""
+HEADS = ("tau-b", "corrected", "Pearson", "Spearman")
 
 
-def table(summary: Mapping, kind: str) -> str:
-    """Markdown: tau-b by method, mean and standard error over seeds; one of ``COLUMNS``."""
-    columns = COLUMNS[kind]
-    last = columns[-1][0]
-    heads = [f"{part.replace('_', '-')}, {scores}" for part, scores in columns]
-    # The others are of the last part's calibrated scores.
-    heads += ["abs. Pearson", "Spearman", "sd of scores, %", "seeds agree", "seeds", "seconds"]
-    lines = [f"| method | what | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
-    for name, own in compared(summary, last).items():
-        cells = [shown(own[part][scores][TAU]) for part, scores in columns]
-        used = own[last][RECIPE_SCORES]
-        cells += [shown(used["abs_pearson"]), shown(used["spearman"])]
-        cells += [number(used["score_sd"], 2), number(used["pearson_between_seeds"], 2)]
-        cells += [str(own["seeds"]), number(own["seconds"], 0)]
-        mark = " **(the former defaults)**" if name == summary["recipe"] else ""
-        lines.append(f"| `{name}` | {own['about']}{mark} | {' | '.join(cells)} |")
-    for name, own in summary["baselines"].items():
-        taus = [number(own[part][TAU]) for part, _ in columns]
-        others = [number(own[last][key]) for key in ("abs_pearson", "spearman")]
-        lines.append(f"| {name} | no training | {' | '.join([*taus, *others])} {'| – ' * 4}|")
-    limits = [number(summary["truth"][part]["ceiling"]) for part, _ in columns]
-    lines.append(
-        f"| ceiling | one seed of the ground truth against the others | {' | '.join(limits)} "
-        f"{'| – ' * 6}|"
-    )
+def comparisons(summary: Mapping) -> Iterator[tuple[str, Mapping, str]]:
+    """Of those that are finished, a name for files, the comparison, and which architectures."""
+    where = {
+        "final": (summary["final"], "final"),
+        "changes": (summary["changes"], "selection"),
+        "former": (summary["former"].get("held_out", {}), "seen and sealed"),
+        "former_seen": (summary["former"].get("seen", {}), "seen"),
+        "former_selection": (summary["former"].get("selection", {}), "selection"),
+    }
+    for name, (own, archs) in where.items():
+        if "methods" in own:
+            yield name, own, archs
+
+
+def table(own: Mapping) -> str:
+    """Markdown: correlations with their intervals, and what the reference leads by."""
+    reference = own["methods"].get(own["reference"], {}).get("title", own["reference"])
+    heads = ["method", *HEADS, f"lead of {reference}, tau-b", "p, Holm"]
+    heads += ["sd of scores, %", "seeds agree", "learning rate", "seeds", "seconds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, method in own["methods"].items():
+        title = f"{method['title']} **(the default)**" if default(own, name) else method["title"]
+        lines.append(f"| {' | '.join([title, *cells(method)])} |")
     return "\n".join(lines) + "\n"
 
 
-def compared(summary: Mapping, part: str) -> dict[str, Mapping]:
-    """The methods that are scored on a part."""
-    return {name: own for name, own in summary["methods"].items() if part in own}
+def default(own: Mapping, name: str) -> bool:
+    """Whether an entry is what the launchers do."""
+    return own["reference"] == name and name in (REFERENCE, CHANGES[0].title)
 
 
-def shown(value: Mapping) -> str:
-    """Mean ± standard error; the latter only where there are several seeds."""
-    error = "" if value["se"] is None else f" ± {number(value['se'])}"
-    return number(value["mean"]) + error
+def cells(method: Mapping) -> list[str]:
+    """A row but for its title."""
+    if "diverged" in method:
+        correlations = [f"{method['diverged']} of {method['seeds']} diverged", "–", "–", "–"]
+    else:
+        corrected = method[TAU]["corrected"]
+        correlations = [estimate(method[name]) for name in STATISTICS]
+        correlations.insert(1, estimate(corrected))
+    lead = method.get("reference_leads_by", {}).get(TAU, {})
+    return [
+        *correlations,
+        estimate(lead),
+        probability(lead.get("p_holm")),
+        number(method.get("score_sd"), 2),
+        number(method.get("pearson_between_seeds"), 2),
+        f"{method['rate']:g}" if method.get("rate") else "–",
+        str(method["seeds"] or "–"),
+        number(method.get("seconds"), 0),
+    ]
+
+
+def estimate(found: Mapping) -> str:
+    """A value with the ends of its interval, where there is one."""
+    if found.get("low") is None:
+        return number(found.get("value"))
+    return f"{number(found['value'])} [{number(found['low'])}, {number(found['high'])}]"
+
+
+def probability(value: float | None) -> str:
+    """A p-value's cell."""
+    return "< 0.001" if value is not None and value < 0.001 else number(value)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -71,28 +83,61 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def plot(summary: Mapping, part: str) -> bytes:
-    """PNG of all that is compared on a part."""
-    methods: dict[str, Mapping[str, Sequence[float | None]]] = {
-        name: {kind: own[part][kind][TAU]["seeds"] for kind in STATISTICS}
-        for name, own in compared(summary, part).items()
-    }
-    plain = {name: own[part][TAU] for name, own in summary["baselines"].items()}
-    where = part.replace("_", "-")
-    return methods_plot(methods, plain, summary["truth"][part]["ceiling"], where)
+def methods_table() -> str:
+    """Markdown: what is compared."""
+    lines = ["| method | what | scored |", "|---|---|---|"]
+    for name, method in COMPARED.items():
+        mark = " **(the default)**" if name == REFERENCE else ""
+        scored = "re-calibrated" if method.scores == "calibrated" else "as it is"
+        lines.append(f"| `{name}`{mark} | {method.about} | {scored} |")
+    return "\n".join(lines) + "\n"
+
+
+def tuning_table(tuning: Mapping) -> str:
+    """Markdown: tau-b of every learning rate."""
+    rates = [f"{rate:g}" for rate in LEARNING_RATES]
+    lines = [f"| method | {' | '.join(rates)} |", "|---" * (1 + len(rates)) + "|"]
+    for name, choice in tuning.items():
+        shown = [
+            f"**{number(choice['taus'][rate])}**"
+            if float(rate) == choice["chosen"]
+            else number(choice["taus"][rate])
+            for rate in rates
+        ]
+        lines.append(f"| `{name}` | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(own: Mapping, where: str) -> bytes:
+    """PNG of a comparison: tau-b of each with its interval, and every seed's."""
+    bars = [
+        Bar(
+            f"{method['title']} (the default)" if default(own, name) else method["title"],
+            method[TAU]["value"],
+            method[TAU]["low"],
+            method[TAU]["high"],
+            method[TAU]["seed_values"] or (),
+            default(own, name),
+        )
+        for name, method in own["methods"].items()
+        if TAU in method
+    ]
+    label = f"tau-b with stand-alone accuracies, {where} architectures"
+    return estimates_plot(bars, own["truth"]["best_tau"], label)
 
 
 def write_summary(summary: Mapping, folder: Path) -> None:
-    """``summary.json``, and for finalists (where there are) and all methods a table and a plot.
+    """``summary.json``, and a table and a plot of each comparison that is finished.
 
     Raises:
         UserError: they cannot be written.
     """
     write_json(folder / "summary.json", summary)
-    for kind, columns in COLUMNS.items():
-        if any(part not in summary["truth"] for part, _ in columns):
-            continue
-        with replacing(folder / f"{kind}.md") as temporary:
-            temporary.write_text(table(summary, kind), encoding="utf-8")
-        with replacing(folder / f"{kind}.png") as temporary:
-            temporary.write_bytes(plot(summary, columns[-1][0]))
+    tables = {"tuning": tuning_table(summary["tuning"])} if summary["tuning"] else {}
+    for name, own, where in comparisons(summary):
+        tables[name] = table(own)
+        with replacing(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(plot(own, where))
+    for name, text in tables.items():
+        with replacing(folder / f"{name}.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")

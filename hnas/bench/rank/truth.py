@@ -1,4 +1,4 @@
-"""The ground truth of ``hnas.bench.rank``: its file, its parts, how far it can be trusted.
+"""The ground truth of ``hnas.bench.rank``: networks trained alone, and how far they can be trusted.
 
 A statistic that is not defined is None.
 """
@@ -8,20 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
-from hnas.architecture_file import read_accuracies
 from hnas.base.errors import UserError
-from hnas.base.files import read_json
-from hnas.bench.rank.distorted_digits import CLASSES
-from hnas.bench.rank.jobs import SPLITS, Bench, Job
+from hnas.bench.rank.estimates import reliability
+from hnas.bench.rank.jobs import Bench, Job
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan, pearson
-from hnas.search_space import Architecture, SearchSpace
-
-PARTS = {**{split: (split,) for split in SPLITS}, "held_out": ("seen", "sealed")}
-"""What figures are given for."""
+from hnas.search_space import Architecture
 
 
 @dataclass(frozen=True)
@@ -29,44 +23,22 @@ class Truth:
     """Accuracies of networks that were trained alone.
 
     Attributes:
-        archs: the architectures.
-        splits: of each, one of ``SPLITS``.
+        archs: the architectures by name.
         acc: shares of 1 [seeds, architectures].
     """
 
-    archs: list[Architecture]
-    splits: list[str]
+    archs: Mapping[str, Architecture]
     acc: np.ndarray
 
     @classmethod
-    def read(cls, path: str | Path) -> Truth:
-        """The file that the bench's ``ground_truth`` writes.
-
-        Raises:
-            UserError: it is something else.
-        """
-        archs, _ = read_accuracies(path)
-        entries = read_json(Path(path))
-        try:
-            splits = [entries[name]["split"] for name in archs]
-            acc = np.array([entries[name]["acc_seeds"] for name in archs], np.float64).T
-        except (KeyError, TypeError, ValueError):
-            acc, splits = np.zeros(0), []
-        if acc.ndim != 2 or not np.isfinite(acc).all() or set(splits) - set(SPLITS):
-            raise UserError(
-                f"{path} is no ground truth of this bench: every entry needs acc_seeds, one "
-                f"list of numbers of the same length, and a split ({', '.join(SPLITS)})"
-            )
-        return cls(list(archs.values()), splits, acc)
-
-    def of_splits(self, splits: Sequence[str]) -> Truth:
-        """The architectures of some of ``SPLITS``."""
-        chosen = [index for index, own in enumerate(self.splits) if own in splits]
-        return Truth(
-            [self.archs[index] for index in chosen],
-            [self.splits[index] for index in chosen],
-            self.acc[:, chosen],
-        )
+    def of_bench(cls, bench: Bench, splits: Sequence[str]) -> Truth | None:
+        """Of some splits, with the seeds that all of them have; None if one is not finished."""
+        archs = bench.of_splits(splits)
+        seeds = range(min(bench.scale.truth_seeds(split) for split in splits))
+        jobs = [[Job("truth", name, seed) for name in archs] for seed in seeds]
+        if unfinished(bench, (job for own in jobs for job in own)):
+            return None
+        return cls(archs, np.array([[accuracy(bench, job) for job in own] for own in jobs]))
 
     @property
     def mean(self) -> np.ndarray:
@@ -74,103 +46,89 @@ class Truth:
         return self.acc.mean(axis=0)
 
 
-def truth_file(bench: Bench, archs: Mapping[str, Architecture], seeds: Iterable[int]) -> dict:
-    """The organisers' form: ``acc`` is the mean over seeds; ``acc_seeds`` and ``split`` besides.
+def truth_jobs(bench: Bench, splits: Sequence[str], seeds: int | None = None) -> list[Job]:
+    """What the ground truth of some splits takes; whole seeds one after the other."""
+    archs = bench.of_splits(splits)
+    number = {name: seeds or bench.scale.truth_seeds(bench.split(name)) for name in archs}
+    return [
+        Job("truth", name, seed)
+        for seed in range(max(number.values(), default=0))
+        for name in archs
+        if seed < number[name]
+    ]
+
+
+def unfinished(bench: Bench, jobs: Iterable[Job]) -> list[Job]:
+    """Those without a result."""
+    return [job for job in jobs if bench.result(job) is None]
+
+
+def accuracy(bench: Bench, job: Job) -> float:
+    """Of a finished truth job."""
+    result = bench.result(job)
+    return result["hits"] / result["images"]
+
+
+def selection_truth(bench: Bench) -> Truth:
+    """What supernets are chosen by.
 
     Raises:
-        UserError: something is not trained yet.
+        UserError: it is not trained yet.
     """
-    content = {}
-    for name, arch in archs.items():
-        runs = [_finished(bench, Job("truth", name, seed)) for seed in seeds]
-        acc = [run["hits"] / run["images"] for run in runs]
-        content[name] = {
-            "acc": sum(acc) / len(acc),
-            "arch": arch.code,
-            "acc_seeds": acc,
+    truth = Truth.of_bench(bench, ("selection",))
+    if truth is None:
+        raise UserError(
+            f"{bench.runs.path} has not all of the selection's ground truth; run ground_truth "
+            "with --splits selection and the same --out first"
+        )
+    return truth
+
+
+def truth_file(bench: Bench, jobs: Iterable[Job]) -> dict:
+    """The organisers' form: ``acc`` is the mean over seeds; ``acc_seeds`` and ``split`` besides."""
+    acc: dict[str, list[float]] = {}
+    for job in jobs:
+        acc.setdefault(job.what, []).append(accuracy(bench, job))
+    return {
+        name: {
+            "acc": sum(own) / len(own),
+            "arch": bench.archs[name].code,
+            "acc_seeds": own,
             "split": bench.split(name),
         }
-    return content
-
-
-def _finished(bench: Bench, job: Job) -> dict:
-    result = bench.result(job)
-    if result is None:
-        raise UserError(
-            f"{bench.runs.path} has no {job.name}; run ground_truth again with the same --out"
-        )
-    return result
-
-
-def ceiling(acc: np.ndarray) -> float:
-    """Mean tau-b of each seed's accuracies against the mean of the others'; NaN for one seed.
-
-    Args:
-        acc: [seeds, architectures].
-    """
-    if len(acc) < 2:
-        return float("nan")
-    taus = [
-        kendall_tau_b(acc[seed], np.delete(acc, seed, axis=0).mean(axis=0))
-        for seed in range(len(acc))
-    ]
-    return float(np.mean(taus))
-
-
-def tau_between_halves(acc: np.ndarray) -> float:
-    """Mean tau-b of means over two halves of the seeds, all ways to halve them; NaN for one seed.
-
-    Of an odd number one seed is left out.
-
-    Args:
-        acc: [seeds, architectures].
-    """
-    seeds, half = range(len(acc)), len(acc) // 2
-    taus = [
-        kendall_tau_b(acc[list(one)].mean(axis=0), acc[list(other)].mean(axis=0))
-        for one, other in combinations(combinations(seeds, half), 2)
-        if half and not set(one) & set(other)
-    ]
-    return float(np.mean(taus)) if taus else float("nan")
-
-
-def expected_tau(pearson: float, seeds: int) -> float:
-    """Tau between two means over so many seeds each, from the correlation of single seeds.
-
-    Spearman-Brown's formula gives the correlation of the means; for normal values tau is
-    2 / pi * arcsin of it (Kendall, Rank Correlation Methods). NaN where seeds do not agree.
-    """
-    if not pearson > 0:
-        return float("nan")
-    return float(2 / np.pi * np.arcsin(seeds * pearson / (1 + (seeds - 1) * pearson)))
-
-
-def describe_truth(truth: Truth, space: SearchSpace, size: int) -> dict:
-    """How far accuracies are apart, how well seeds agree, and whether size helps."""
-    pairs = list(combinations(truth.acc, 2))
-    taus = [kendall_tau_b(one, other) for one, other in pairs]
-    agreement = [pearson(*pair) for pair in pairs]
-    macs = [space.macs(arch, size, CLASSES) for arch in truth.archs]
-    return {
-        "architectures": len(truth.archs),
-        "lowest": float(truth.mean.min()),
-        "highest": float(truth.mean.max()),
-        "sd": none_if_nan(truth.mean.std(ddof=1)) if len(truth.archs) > 1 else None,
-        "tau_between_seeds": none_if_nan(np.mean(taus)) if taus else None,
-        "pearson_between_seeds": none_if_nan(np.mean(agreement)) if agreement else None,
-        "expected_tau_of_means": (
-            none_if_nan(expected_tau(np.mean(agreement), len(truth.acc))) if agreement else None
-        ),
-        "tau_between_halves": none_if_nan(tau_between_halves(truth.acc)),
-        "tau_of_macs": none_if_nan(kendall_tau_b(macs, truth.mean)),
-        "ceiling": none_if_nan(ceiling(truth.acc)),
+        for name, own in acc.items()
     }
 
 
-def present(truth: Truth) -> dict[str, Truth]:
-    """The parts that a ground truth has all splits of."""
+def expected_of_the_truth_itself(share: float) -> float:
+    """Tau-b of the architectures' true order with that of means of this reliability.
+
+    For normal values, whose correlation with the means is the root of the reliability, it is
+    2 / pi * arcsin of that (Kendall, Rank Correlation Methods). NaN where seeds do not agree.
+    """
+    return float(2 / np.pi * np.arcsin(np.sqrt(share))) if 0 < share <= 1 else float("nan")
+
+
+def describe_truth(truth: Truth) -> dict:
+    """How far accuracies are apart, and how well seeds agree.
+
+    ``reliability`` is the share of the means' variance over architectures that is not noise;
+    ``best_tau`` what the true order itself would be expected to reach against the means.
+    """
+    pairs = list(combinations(truth.acc, 2))
+    share = float(reliability(np.ones((1, len(truth.archs))), truth.acc)[0])
+    agreement = {"tau": kendall_tau_b, "pearson": pearson}
     return {
-        part: truth.of_splits(splits)
-        for part, splits in PARTS.items()
-        if set(splits) <= set(truth.splits)
+        "architectures": len(truth.archs),
+        "seeds": len(truth.acc),
+        "lowest": float(truth.mean.min()),
+        "highest": float(truth.mean.max()),
+        "sd": none_if_nan(truth.mean.std(ddof=1)),
+        **{
+            f"{name}_between_seeds": none_if_nan(np.mean([of(*pair) for pair in pairs]))
+            for name, of in agreement.items()
+            if pairs
+        },
+        "reliability": none_if_nan(share),
+        "best_tau": none_if_nan(expected_of_the_truth_itself(share)),
     }

@@ -53,22 +53,25 @@ def chosen_cards(asked: tuple[int, ...] | None, folder: Path) -> tuple[int, ...]
 def all_results(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Result]]:
     """What every check yields, in as many processes as it takes."""
     plan = Plan((), options.quick, options.full)
-    with twin(folder, plan):
+    with twin(folder, plan) as at_work:
         plan = replace(plan, gpus=chosen_cards(options.gpus, folder))
         names = [name for name in CHECKS if not (plan.quick and name in SLOW)]
-        if not plan.gpus:
-            yield from results_of(names, starter(folder, plan), folder / WORKER_LOG)
-        else:
-            several = [name for name in names if name not in ALONE]
-            yield from results_of(several, starter(folder, plan), folder / WORKER_LOG)
-            for name in ALONE:
-                yield from results_of([name], starter(folder, plan), folder / WORKER_LOG)
-            # Which kernels run is settled once in a process, for TF32 or not.
-            switched_on = starter(folder, replace(plan, tf32="on"))
-            names = [name for name in names if name in WITH_TF32]
-            yield from results_of(names, switched_on, folder / WORKER_LOG)
-            untouched = starter(folder, replace(plan, tf32="auto"))
-            yield from results_of(["tf32"], untouched, folder / WORKER_LOG)
+        for own, tf32 in processes(plan, names):
+            start = starter(folder, replace(plan, tf32=tf32))
+            yield from results_of(own, start, folder / WORKER_LOG, excused=at_work)
+
+
+def processes(plan: Plan, names: list[str]) -> list[tuple[list[str], str]]:
+    """Which checks have a process of their own, and ``--tf32`` in it."""
+    if not plan.gpus:
+        return [(names, "off")]
+    # Which kernels run is settled once in a process, for TF32 or not, deterministic or not.
+    return [
+        ([name for name in names if name not in ALONE], "off"),
+        *(([name], "off") for name in names if name in ALONE),
+        ([name for name in names if name in WITH_TF32], "on"),
+        (["tf32"], "auto"),
+    ]
 
 
 def row(result: Result) -> str:

@@ -32,7 +32,7 @@ from hnas.tools.check_device.results import (
 )
 
 ROOT = Path(hnas.__file__).parents[1]
-START_SECONDS, END_SECONDS = 120, 60
+START_SECONDS, END_SECONDS = 300, 90
 GRADIENT = 1e-4
 """Relative to the largest of them, in float32."""
 

@@ -55,8 +55,8 @@ def starter(folder: Path, plan: Plan) -> Start:
 
 
 @contextmanager
-def twin(folder: Path, plan: Plan) -> Iterator[None]:
-    """Within the context the twin computes on the CPU."""
+def twin(folder: Path, plan: Plan) -> Iterator[Callable[[], bool]]:
+    """Within the context the twin computes on the CPU; gives whether it still does."""
     command = [sys.executable, "-m", f"{PACKAGE}.twin", str(folder), plan.to_json()]
     hidden = {**environment(), "CUDA_VISIBLE_DEVICES": "-1"}
     with open(folder / "twin.log", "wb") as log:
@@ -69,14 +69,18 @@ def twin(folder: Path, plan: Plan) -> Iterator[None]:
     watcher = threading.Thread(target=note_end)
     watcher.start()
     try:
-        yield
+        yield watcher.is_alive
     finally:
         process.kill()
         watcher.join()
 
 
 def results_of(
-    names: Sequence[str], start: Start, log: Path, silent_s: float = SILENT_SECONDS
+    names: Sequence[str],
+    start: Start,
+    log: Path,
+    silent_s: float = SILENT_SECONDS,
+    excused: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[str, Result]]:
     """Each result of the named checks, with the check's name, as it comes.
 
@@ -85,6 +89,7 @@ def results_of(
         start: starts a process that makes them; another goes on with the rest where one is lost.
         log: what it writes besides.
         silent_s: seconds without a result after which it is killed.
+        excused: whether it may just be waiting for the twin.
 
     Raises:
         UserError: a process says so.
@@ -93,7 +98,7 @@ def results_of(
     while left:
         process, why = start(left), ""
         try:
-            for content in _contents(process, silent_s):
+            for content in _contents(process, silent_s, excused):
                 if "done" in content:
                     left.remove(content["done"])
                 else:
@@ -114,7 +119,9 @@ def results_of(
             yield left[0], Result(left.pop(0), FAILED, note=f"{why}: {_last_line(log)}")
 
 
-def _contents(process: subprocess.Popen, silent_s: float) -> Iterator[dict]:
+def _contents(
+    process: subprocess.Popen, silent_s: float, excused: Callable[[], bool]
+) -> Iterator[dict]:
     """The JSON objects that a process writes, a line each, until it writes no more.
 
     Raises:
@@ -126,6 +133,8 @@ def _contents(process: subprocess.Popen, silent_s: float) -> Iterator[dict]:
         try:
             line = lines.get(timeout=silent_s)
         except queue.Empty:
+            if excused():
+                continue
             raise TimeoutError(f"no result for {silent_s:g} s") from None
         if not line:
             return

@@ -72,7 +72,7 @@ def subjects(plan: Plan) -> list[Subject]:
         return [Subject("mini", "resnet48_mini", 3, 12, 32)]
     mini = Subject("mini", "resnet48_mini", 10, 48, 32)
     whole = Subject("full width", "resnet48", 8, 48, 224) if plan.full else None
-    return [mini, whole or Subject("full width", "resnet48", 4, 24, 96)]
+    return [mini, whole or Subject("full width", "resnet48", 3, 16, 64)]
 
 
 def expected(machine: Machine) -> dict[str, np.ndarray]:
