@@ -8,17 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hnas.architecture_file import read_accuracies
 from hnas.base.errors import UserError
+from hnas.bench import search as bench
 from hnas.dataset.image_folder import scan_images
 from hnas.evaluation import shared
 from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.registry import build_network
-from hnas.ranking.latency import all_parts, parts_of
+from hnas.ranking.latency import all_parts, parts_of, read_latency
 from hnas.search_space import search_space
 from hnas.tools import choose, search
 from hnas.tools.digits_folder import write_digits
@@ -28,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoint_files/demo_stage2.pdparams"
 SPACE = search_space("resnet48_mini")
 MAX_MACS = 4_900_000
+KINDS = ("mean", "mean_absolute", "largest_absolute")
 IMAGES = 40
 
 
@@ -248,3 +251,90 @@ def test_two_processes_find_the_same(whole, digits, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert same_results(whole, tmp_path / "out") == []
+
+
+# --- the bench
+
+
+def test_the_benchs_test_is_a_paired_one():
+    evolution, random = np.array([0.8, 0.81, 0.79, 0.83]), np.array([0.79, 0.78, 0.78, 0.80])
+    runs = [
+        {"evolution": {"acc": a}, "random": {"acc": b}}
+        for a, b in zip(evolution, random, strict=True)
+    ]
+    found = bench.paired_test(runs, "acc")
+    difference = evolution - random
+    error = np.sqrt(((difference - difference.mean()) ** 2).sum() / 3 / 4)
+    t = difference.mean() / error
+    # The upper tail of Student's t with 3 degrees of freedom in closed form.
+    x = t / np.sqrt(3)
+    p = 0.5 - (np.arctan(x) + x / (1 + x * x)) / np.pi
+    assert found["difference"] == pytest.approx(0.02, abs=1e-5)
+    assert found["standard_error"] == pytest.approx(error, abs=1e-5)
+    assert found["p"] == pytest.approx(p, abs=1e-6)
+
+
+def test_the_benchs_images_are_of_the_demos_scans(digits, tmp_path):
+    bench.write_task(tmp_path / "search", "search")
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    bench.write_task(tmp_path / "search", "search")
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    for split in ("train", "val"):
+        own = {
+            (path.parent.name, path.stem.removesuffix("_0"))
+            for path in (tmp_path / "search" / split).rglob("*.png")
+        }
+        demos = {(path.parent.name, path.stem) for path in (digits / split).rglob("*.png")}
+        assert own == demos
+
+
+# --- the page
+
+
+def results(name):
+    return json.loads((ROOT / "docs/results" / name).read_text())
+
+
+def table_after(marker):
+    text = (ROOT / "docs/search.md").read_text().split(f"<!-- {marker} -->")[1].strip()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.split("\n\n")[0].splitlines()
+    ]
+    return rows[2:]
+
+
+def test_the_pages_searches_are_the_result_files():
+    found = results("search_resnet48_mini_32px.json")
+    expected = [
+        [str(seed), *(f"{100 * run[m][k]:.2f}" for k in ("acc", "fresh") for m in bench.METHODS)]
+        for seed, run in enumerate(found["runs"])
+    ]
+    means = [f"{100 * found['test'][k][m]:.2f}" for k in ("acc", "fresh") for m in bench.METHODS]
+    assert table_after("search table") == [*expected, ["mean", *means]]
+    text = " ".join((ROOT / "docs/search.md").read_text().split())
+    for kind in ("acc", "fresh"):
+        test = found["test"][kind]
+        gain, error = 100 * test["difference"], 100 * test["standard_error"]
+        assert f"{gain:.2f} +- {error:.2f} points, p = {test['p']:.2g}" in text
+    listed = found["list"]
+    assert f"{listed['drawn']:,} codes drawn from the list, {listed['within']:,} are within" in text
+    assert f"the best has {100 * listed['acc']:.2f} %" in text
+    assert ", ".join(f"{100 * value:.2f}" for value in listed["found"]) in text
+    assert f"{found['time']['ratio_cpu']:.1f} times" in text
+
+
+def test_the_pages_latencies_are_the_result_files():
+    found = results("latency_resnet48_224px.json")
+    read_latency(ROOT / "docs/results/latency_resnet48_224px.json")
+    check = found["check"]
+    shown = [f"{100 * check[f'{kind}_error']:.1f} %" for kind in KINDS]
+    measured = [row["measured"] for row in check["networks"]]
+    assert table_after("latency table") == [
+        [f"{min(measured):.1f} to {max(measured):.1f} ms", *shown]
+    ]
+    assert found["rounds"] == 2 and found["processor"].startswith("AMD EPYC")
+    for backbone, *counts in table_after("latency blocks"):
+        for sample_space, count in zip(("released", "full"), counts, strict=True):
+            parts = all_parts(search_space(backbone, sample_space))
+            assert int(count) == sum(part.kind == "block" for part in parts)
