@@ -44,8 +44,9 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.search_space import Architecture, SearchSpace, find_backbone
+from hnas.utils.flags import Stage
 from hnas.utils.memory_needs import check_chunk
-from hnas.utils.options import Options, Stage
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import (
     calibration_images,

@@ -19,8 +19,9 @@ from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import leave
 from hnas.search_space import find_backbone
+from hnas.utils.flags import Stage
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
-from hnas.utils.options import Options, Stage
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import (
     calibration_images,

@@ -14,7 +14,7 @@ from hnas.base.errors import UserError
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.demo_summary import SUPERNET, main, next_steps, summarize
 from hnas.tools.flag_tables import launcher_variables
-from hnas.utils.options import Stage
+from hnas.utils.flags import Stage
 from hnas.utils.parsing import parse_options
 
 ROOT = Path(__file__).parents[1]

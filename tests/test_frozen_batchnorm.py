@@ -12,7 +12,8 @@ import train_supernet_pinas_stage2_simple as stage2
 from hnas.dataset.image_folder import DataError
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.options import AUTO, Options
+from hnas.utils.flags import AUTO
+from hnas.utils.options import Options
 from hnas.utils.public_files import CheckpointError
 from hnas.utils.runtime import calibration_images, calibration_number
 from hnas.utils.training import (

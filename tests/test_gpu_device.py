@@ -17,7 +17,8 @@ from hnas.evaluation.state import StateError, load_state, save_state
 from hnas.evaluation.variants import Precision, Variant
 from hnas.utils import runtime
 from hnas.utils.callbacks import TrainLogger
-from hnas.utils.options import Options, Stage
+from hnas.utils.flags import Stage
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.scoring import identity, variant
 

@@ -22,6 +22,7 @@ from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
 from hnas.search_space import RESNET48, SearchSpace
 from hnas.utils import memory_needs
+from hnas.utils.flags import Stage
 from hnas.utils.memory_needs import (
     check_batch,
     check_cache,
@@ -29,7 +30,7 @@ from hnas.utils.memory_needs import (
     check_queue,
     check_shared_memory,
 )
-from hnas.utils.options import Options, Stage
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.SampleMethod import SamplerSettings, build_sampler
 from hnas.utils.scoring import scored_order

@@ -11,7 +11,8 @@ import pytest
 
 from hnas.tools import flag_tables
 from hnas.tools.flag_tables import LAUNCHERS, PAGE, SHARED, launcher_variables, main, page
-from hnas.utils.options import Options, Stage
+from hnas.utils.flags import Stage
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +99,7 @@ def test_programs_compute_with_the_launchers_threads():
     program = (
         "import ctypes, paddle\n"
         "from pathlib import Path\n"
-        "from hnas.utils.options import Stage\n"
+        "from hnas.utils.flags import Stage\n"
         "from hnas.utils.parsing import parse_options\n"
         "from hnas.utils.runtime import start\n"
         "from hnas.evaluation.cpu.inference import cpu_threads\n"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hnas.base.errors import UserError
-from hnas.utils.options import AUTO, Options, Stage, default_of
+from hnas.utils.flags import AUTO, Stage, default_of
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import start
 

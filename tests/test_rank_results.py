@@ -148,6 +148,56 @@ def test_the_page_shows_the_tables_and_the_plots():
         assert shown_on_the_page("tuning.md") == tables.tuning_table(summary["tuning"])
 
 
+def test_what_the_page_says_of_former_results_is_so(runs):
+    former, text = committed("summary.json")["former"], re.sub(r"\s+", " ", page())
+    for part, name in (
+        ("held_out", "uniform_distill calibrated"),
+        ("selection", "tilted calibrated"),
+    ):
+        lead = former[part]["methods"][name]["reference_leads_by"]["kendall_tau_b"]
+        assert lead["low"] < 0 < lead["high"] and lead["p_holm"] > 0.05
+        assert f"{lead['value']:.3f} [{lead['low']:.3f}, {lead['high']:.3f}]" in text
+    for name in ("seed_recipe", "uniform_distill", "fair"):
+        lead = former["held_out"]["methods"][f"{name} plain"]["reference_leads_by"]
+        assert lead["kendall_tau_b"]["p_holm"] < 0.05
+        assert 0.145 < lead["kendall_tau_b"]["value"] < 0.185
+    for name, own in former["seen"]["methods"].items():
+        if own["seeds"] and name != former["seen"]["reference"]:
+            assert own["reference_leads_by"]["kendall_tau_b"]["p_holm"] > 0.05
+    # Against single truth seeds, and of scores that are averaged over supernets.
+    truth = committed("ground_truth.json")
+    archs = [name for name, entry in truth.items() if entry["split"] in ("seen", "sealed")]
+    acc = np.array([truth[name]["acc_seeds"] for name in archs]).T
+    scores = {
+        name: np.array(
+            [
+                [
+                    runs[f"supernet-{name}-{seed}"]["archs"][arch]["calibrated_hits"]
+                    for arch in archs
+                ]
+                for seed in range(8)
+            ]
+        )
+        for name in FORMER_FINALISTS
+    }
+
+    def tau(one, other):
+        return stats.kendalltau(one, other).statistic
+
+    ours, theirs = scores["seed_recipe"], scores["uniform_distill"]
+    pairs = list(zip(ours, theirs, strict=True))
+    margins = [np.mean([tau(one, own) - tau(other, own) for one, other in pairs]) for own in acc]
+    shown = [f"{margin:.3f}" for margin in margins]
+    assert f"is {shown[0]}, {shown[1]} and {shown[2]}" in text
+    mean = acc.mean(axis=0)
+    paired = [tau(one, mean) - tau(other, mean) for one, other in pairs]
+    assert f"p {stats.ttest_1samp(paired, 0).pvalue:.3f}, and" in text
+    averaged = {name: tau(own.mean(axis=0), mean) for name, own in scores.items()}
+    shown = {name: f"{value:.3f}" for name, value in averaged.items()}
+    ours, theirs, fair = (shown[name] for name in FORMER_FINALISTS)
+    assert f"uniform {theirs}, yesterday's default {ours}, fair {fair}" in text
+
+
 def test_the_page_announces_what_is_compared():
     assert shown_on_the_page("methods") == tables.methods_table()
     scale = Scale()

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import train_supernet
 from hnas.architecture_file import submission
-from hnas.base.device import Arithmetic
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList, scan_images
 from hnas.evaluation.images import list_hash
@@ -80,17 +79,16 @@ def test_the_reference_engine_has_no_targets(flag):
 
 def test_targets_reach_the_engine(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        train_supernet, "evaluate_shared", lambda *arguments: seen.append(arguments)
-    )
-    images = scan_images(noise_images(tmp_path, number=1), "val")
-    options = Options(
-        image_size=32, num_workers=0, target_se=0.1, target_tau=0.8, ckpt_dir=str(DEMO)
-    )
-    train_supernet.score(
-        options, None, drawn(2), images, np.arange(10), None, Arithmetic("CPU", False)
-    )
-    assert seen[0][-1].targets == Targets(se=0.1, tau=0.8)
+
+    def evaluate(network, archs, images, save_dir, identity, settings):
+        seen.append(settings.targets)
+        return counts_of(np.ones((len(archs), len(images))))
+
+    monkeypatch.setattr(train_supernet, "evaluate_shared", evaluate)
+    flags = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "eval_sample_num": 2}
+    flags |= {"bn_calibration_images": 0, "target_se": 0.1, "target_tau": 0.8}
+    run(train_supernet, monkeypatch, noise_images(tmp_path, 1), tmp_path / "out", **flags)
+    assert seen == [Targets(se=0.1, tau=0.8)]
 
 
 def test_more_shards_than_architectures_are_refused():

@@ -57,7 +57,8 @@ from hnas.utils.exporting import (
     read_network,
     write_network,
 )
-from hnas.utils.options import AUTO, Options, Stage
+from hnas.utils.flags import AUTO, Stage
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.programs import program
 from hnas.utils.runtime import (

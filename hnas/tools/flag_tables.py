@@ -18,7 +18,8 @@ from typing import NamedTuple
 from hnas.base.command_line import OneLineParser, read_bool
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import replacing
-from hnas.utils.options import ALL, EXPORT, TRAINING, Options, Stage, default_of
+from hnas.utils.flags import ALL, EXPORT, TRAINING, Stage, default_of
+from hnas.utils.options import Options
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path("docs/launchers-and-flags.md")

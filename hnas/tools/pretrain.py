@@ -21,8 +21,8 @@ from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import is_main_process
+from hnas.utils.flags import Stage
 from hnas.utils.hapi_wrapper import DistillationModel
-from hnas.utils.options import Stage
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import (
     require,

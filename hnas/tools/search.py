@@ -36,8 +36,9 @@ from hnas.ranking.figures import choice_panel
 from hnas.ranking.latency import LatencyTable, read_latency
 from hnas.search_space import find_backbone
 from hnas.tools.choose import Scores, choose, conclusions, latency_label, table
+from hnas.utils.flags import Stage
 from hnas.utils.memory_needs import check_chunk
-from hnas.utils.options import Options, Stage
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import calibration_images, require, space_of, start, validation_images
 from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash, variant

@@ -37,8 +37,9 @@ from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture
 from hnas.utils.checkpoint import RUN_NOTE, SET_NAME, remove_set
 from hnas.utils.exporting import FILES
+from hnas.utils.flags import Stage, default_of
 from hnas.utils.hapi_wrapper import StandaloneModel
-from hnas.utils.options import Options, Stage, default_of
+from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.resuming import describe_run
 from hnas.utils.runtime import (

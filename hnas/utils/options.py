@@ -2,78 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hnas.base.command_line import (
     LARGEST,
     LARGEST_SIDE,
 )
 from hnas.base.errors import UserError
-
-
-class Stage(enum.Enum):
-    """A program that takes :class:`Options`; as text, what users call it."""
-
-    PRETRAIN = "pretrain"
-    CONTRAST = "stage 1"
-    DISTILL = "stage 2"
-    SCORE = "stage 3"
-    STANDALONE = "train_standalone"
-    EXPORT = "export"
-    SEARCH = "search"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-ALL = frozenset(Stage)
-PRETRAIN = frozenset({Stage.PRETRAIN})
-CONTRAST = frozenset({Stage.CONTRAST})
-DISTILL = frozenset({Stage.DISTILL})
-SCORE = frozenset({Stage.SCORE})
-STANDALONE = frozenset({Stage.STANDALONE})
-EXPORT = frozenset({Stage.EXPORT})
-SEARCH = frozenset({Stage.SEARCH})
-SUPERNET = CONTRAST | DISTILL
-TRAINING = ALL - SCORE - EXPORT - SEARCH
-
-AUTO = -1
-"""``auto`` as a number: the program decides, and says so in the log."""
-MOST_EPOCHS = 100_000
-LARGEST_RATE = 1e30
-"""A float32 holds it, times any batch / 256."""
-MOST_COST = 1e15
-"""Of an architecture, in any unit."""
-PATHS = frozenset({"file", "folder"})
-"""Units of flags that are paths."""
-
-
-def _flag(
-    default,
-    help_text: str,
-    unit: str = "",
-    *,
-    stages: frozenset[Stage] = ALL,
-    low: float | None = None,
-    high: float | None = None,
-    auto: bool = False,
-    own: Mapping[Stage, object] | None = None,
-):
-    """A field of :class:`Options`.
-
-    Args:
-        default: of every stage that has none of its own.
-        help_text, unit: for ``--help``.
-        stages: where the flag has an effect.
-        low, high: the least and the largest value that is allowed; None: any.
-        auto: whether ``auto`` is a value, too; it becomes ``AUTO``.
-        own: defaults of single stages.
-    """
-    metadata = {"help": help_text, "unit": unit, "stages": stages, "own": own or {}}
-    return field(default=default, metadata={**metadata, "low": low, "high": high, "auto": auto})
+from hnas.utils.flags import (
+    ALL,
+    AUTO,
+    CONTRAST,
+    DISTILL,
+    EXPORT,
+    LARGEST_RATE,
+    MOST_COST,
+    MOST_EPOCHS,
+    PRETRAIN,
+    SCORE,
+    SEARCH,
+    STANDALONE,
+    SUPERNET,
+    TRAINING,
+    Stage,
+    flag,
+)
 
 
 @dataclass
@@ -82,16 +35,16 @@ class Options:
     one that has no effect in a stage is named in the log. The defaults that stages have of their
     own come with :func:`parse_options`."""
 
-    backbone: str = _flag(
+    backbone: str = flag(
         "resnet48",
         "network: resnet48, resnet48_mini; in stage 1 resnet48pinasv2, resnet48pinasv2_mini",
         "name",
         own={Stage.CONTRAST: "resnet48pinasv2"},
     )
-    image_size: int = _flag(
+    image_size: int = flag(
         224, "height and width of the network's input", "px", low=32, high=LARGEST_SIDE
     )
-    max_epoch: int = _flag(
+    max_epoch: int = flag(
         5,
         "epochs to train",
         "epochs",
@@ -100,7 +53,7 @@ class Options:
         high=MOST_EPOCHS,
         own={Stage.PRETRAIN: 90, Stage.CONTRAST: 10, Stage.STANDALONE: 90},
     )
-    lr: float = _flag(
+    lr: float = flag(
         0.0005,
         "base learning rate for a batch of 256",
         stages=TRAINING,
@@ -108,23 +61,23 @@ class Options:
         high=LARGEST_RATE,
         own={Stage.PRETRAIN: 0.1, Stage.CONTRAST: 0.0008, Stage.STANDALONE: 0.1},
     )
-    weight_decay: float = _flag(
+    weight_decay: float = flag(
         1e-4, "L2 penalty", stages=TRAINING, low=0, high=1000, own={Stage.DISTILL: 3e-5}
     )
-    momentum: float = _flag(0.9, "of the optimizer", stages=TRAINING, low=0, high=1)
-    nesterov: bool = _flag(False, "Nesterov's momentum", stages=TRAINING)
-    no_norm_decay: bool = _flag(
+    momentum: float = flag(0.9, "of the optimizer", stages=TRAINING, low=0, high=1)
+    nesterov: bool = flag(False, "Nesterov's momentum", stages=TRAINING)
+    no_norm_decay: bool = flag(
         False, "no L2 penalty on BatchNorm's scales and shifts and on biases", stages=TRAINING
     )
-    label_smoothing: float = _flag(
+    label_smoothing: float = flag(
         0.0,
         "share of a label that is spread evenly over all classes",
         stages=TRAINING - CONTRAST,
         low=0,
         high=1,
     )
-    batch_size: int = _flag(256, "images a step and device", "images", low=1, high=1_000_000)
-    dyna_batch_size: int = _flag(
+    batch_size: int = flag(256, "images a step and device", "images", low=1, high=1_000_000)
+    dyna_batch_size: int = flag(
         4,
         "sub-networks a step; 0: the largest network only",
         "sub-networks",
@@ -133,7 +86,7 @@ class Options:
         high=1000,
         own={Stage.CONTRAST: 0},
     )
-    warmup: int = _flag(
+    warmup: int = flag(
         5,
         "linear warm-up of the learning rate",
         "epochs",
@@ -142,15 +95,15 @@ class Options:
         high=MOST_EPOCHS,
         own={Stage.CONTRAST: 1},
     )
-    sample_method: str = _flag("random", "random, tilted, sandwich or fair", "name", stages=DISTILL)
-    bias_sample_flag: bool = _flag(
+    sample_method: str = flag("random", "random, tilted, sandwich or fair", "name", stages=DISTILL)
+    bias_sample_flag: bool = flag(
         False,
         "with sample_method random: train the largest of stage1_sample_num candidates, the first "
         "place's law",
         stages=DISTILL,
         own={Stage.DISTILL: True},
     )
-    stage1_sample_num: int = _flag(
+    stage1_sample_num: int = flag(
         400,
         "uniform candidates of a step, of which bias_sample_flag trains the largest",
         "sub-networks",
@@ -158,7 +111,7 @@ class Options:
         low=1,
         high=100_000,
     )
-    extra_random_every: int = _flag(
+    extra_random_every: int = flag(
         3,
         "with bias_sample_flag: steps from one that trains a further, uniform sub-network to the "
         "next; 0: never",
@@ -167,7 +120,7 @@ class Options:
         low=0,
         high=LARGEST,
     )
-    bias_strength: float = _flag(
+    bias_strength: float = flag(
         2.0,
         "tilt b of sample_method tilted: the largest option is exp(b) times as likely as the "
         "smallest",
@@ -175,69 +128,69 @@ class Options:
         low=-100,
         high=100,
     )
-    sample_space: str = _flag(
+    sample_space: str = flag(
         "released",
         "width digits to sample: released (those of the 45,000) or full (1 to 7)",
         "name",
         stages=SUPERNET | SCORE | SEARCH,
     )
-    largest_net_in_stage1: bool = _flag(
+    largest_net_in_stage1: bool = flag(
         True, "both paths of stage 1 are the largest network, else uniform draws", stages=CONTRAST
     )
-    stage1_views: str = _flag(
+    stage1_views: str = flag(
         "two_kinds",
         "two_kinds: the query's view has colour jitter, grey and blur besides crop and flip; "
         "one_kind: both are crop and flip",
         "name",
         stages=CONTRAST,
     )
-    exchange_views: bool = _flag(
+    exchange_views: bool = flag(
         False, "exchange the views in the second pass, as the paths are", stages=CONTRAST
     )
-    freeze_bn: bool = _flag(
+    freeze_bn: bool = flag(
         False,
         "normalise in training by the running statistics that it starts from, and keep them",
         stages=SUPERNET,
         own={Stage.CONTRAST: True, Stage.DISTILL: True},
     )
-    lr_schedule: str = _flag(
+    lr_schedule: str = flag(
         "cosine",
         "cosine: warm-up, then one cosine over all steps; swing: the full rate to zero and back "
         "every 2 * max_epoch steps",
         "name",
         stages=CONTRAST,
     )
-    use_loss_expand: bool = _flag(
+    use_loss_expand: bool = flag(
         False,
         "weight each sub-network's loss by its size over the largest network's",
         stages=DISTILL,
     )
-    distill_temperature: float = _flag(
+    distill_temperature: float = flag(
         1.0, "of the teacher's soft targets", stages=DISTILL, low=0.001, high=1000
     )
-    in_place_distillation: bool = _flag(
+    in_place_distillation: bool = flag(
         False,
         "with sample_method sandwich: a step's largest network learns from labels, and the others "
         "from it alone; none from the pretrained one",
         stages=DISTILL,
     )
-    train_flag: bool = _flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)
-    use_ckpt: bool = _flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
-    ckpt_dir: str = _flag(
+    train_flag: bool = flag(True, "False: evaluate what was loaded and stop", stages=DISTILL)
+    use_ckpt: bool = flag(False, "start from the weights in ckpt_dir", stages=SUPERNET)
+    ckpt_dir: str = flag(
         "",
         "weights to start from (stages 1, 2), to score (3, search), or to export from",
         "file",
         stages=SUPERNET | SCORE | EXPORT | SEARCH,
     )
-    pretrained: str = _flag(
+    pretrained: str = flag(
         "",
         "official weights of the largest network: start of stage 1, teacher of 2; pretrain "
         "writes them",
         "file",
         stages=PRETRAIN | SUPERNET,
     )
-    image_dir: str = _flag("", "images: train/CLASS/* and val/CLASS/*", "folder")
-    save_dir: str = _flag(
+    image_dir: str = flag("", "images: train/CLASS/* and val/CLASS/*", "folder")
+    save_dir: str = flag(
         "checkpoint_files/output",
         "where results go",
         "folder",
@@ -251,13 +204,13 @@ class Options:
             Stage.SEARCH: "checkpoint_files/search",
         },
     )
-    save_dir_new: str = _flag(
+    save_dir_new: str = flag(
         "", "stage 1's name for save_dir, which it overrides", "folder", stages=CONTRAST
     )
-    save_freq: int = _flag(
+    save_freq: int = flag(
         1, "epochs between checkpoints", "epochs", stages=TRAINING, low=1, high=MOST_EPOCHS
     )
-    save_steps: int = _flag(
+    save_steps: int = flag(
         500,
         "steps between checkpoints within an epoch; 0: at the ends only",
         "steps",
@@ -265,7 +218,7 @@ class Options:
         low=0,
         high=LARGEST,
     )
-    keep: int = _flag(
+    keep: int = flag(
         0,
         "newest epochs' checkpoints to keep, besides epoch 0's; 0: all",
         "epochs",
@@ -274,10 +227,10 @@ class Options:
         high=MOST_EPOCHS,
         own={Stage.STANDALONE: 1},
     )
-    log_freq: int = _flag(
+    log_freq: int = flag(
         50, "steps between log lines", "steps", stages=TRAINING, low=1, high=LARGEST
     )
-    eval_freq: int = _flag(
+    eval_freq: int = flag(
         1,
         "epochs between evaluations of the largest and smallest, and of rank_gt's; 0: never",
         "epochs",
@@ -285,14 +238,14 @@ class Options:
         low=0,
         high=MOST_EPOCHS,
     )
-    rank_gt: str = _flag(
+    rank_gt: str = flag(
         "",
         "architectures with stand-alone accuracies, to score whenever eval_freq says: for the log, "
         "history.json and the curves only",
         "file",
         stages=DISTILL,
     )
-    bn_calibration_images: int = _flag(
+    bn_calibration_images: int = flag(
         AUTO,
         "training images to re-calibrate BatchNorm with when evaluating; 0: running statistics; "
         "auto: 0 for weights that were trained with freeze_bn, else 64",
@@ -302,21 +255,21 @@ class Options:
         high=100_000,
         auto=True,
     )
-    num_workers: int = _flag(
+    num_workers: int = flag(
         8, "loader processes; 0: load in the main one", "processes", low=0, high=1024
     )
-    use_tensor_dataset: bool = _flag(
+    use_tensor_dataset: bool = flag(
         False,
         "decode all images once; training keeps them in a file, evaluation in memory",
         own={Stage.SCORE: True},
     )
-    verify_images: bool = _flag(
+    verify_images: bool = flag(
         False, "decode every image before the start and list those that cannot be"
     )
-    bad_images: str = _flag(
+    bad_images: str = flag(
         "fatal", "images that cannot be decoded: fatal, or skip (implies verify_images)", "name"
     )
-    crop_scale_min: float = _flag(
+    crop_scale_min: float = flag(
         0.08,
         "smallest random crop in training",
         "share of the image",
@@ -324,10 +277,10 @@ class Options:
         low=0.01,
         high=1,
     )
-    flip_prob: float = _flag(
+    flip_prob: float = flag(
         0.5, "of mirroring in training", "probability", stages=TRAINING, low=0, high=1
     )
-    queue_size: int = _flag(
+    queue_size: int = flag(
         40960,
         "negatives of stage 1; a multiple of the batch",
         "keys",
@@ -335,54 +288,52 @@ class Options:
         low=1,
         high=2**24,
     )
-    key_momentum: float = _flag(0.999, "of the key encoder", stages=CONTRAST, low=0, high=1)
-    temperature: float = _flag(
-        0.1, "of the contrastive loss", stages=CONTRAST, low=0.001, high=1000
-    )
-    resume: str = _flag(
+    key_momentum: float = flag(0.999, "of the key encoder", stages=CONTRAST, low=0, high=1)
+    temperature: float = flag(0.1, "of the contrastive loss", stages=CONTRAST, low=0.001, high=1000)
+    resume: str = flag(
         "",
         "continue from a folder's newest checkpoint; auto: from save_dir's",
         "folder",
         stages=TRAINING - STANDALONE,
     )
-    seed: int = _flag(
+    seed: int = flag(
         0, "of data order, augmentations, sub-networks and new weights", low=0, high=LARGEST
     )
-    device: str = _flag("auto", "auto, cpu or gpu", "name")
-    arch: str = _flag(
+    device: str = flag("auto", "auto, cpu or gpu", "name")
+    arch: str = flag(
         "",
         "architecture to train stand-alone or to export: 52 or 51 digits; to export, also a name "
         "in modelarch_file",
         "code",
         stages=STANDALONE | EXPORT,
     )
-    modelarch_file: str = _flag(
+    modelarch_file: str = flag(
         "",
         "architectures to score (3) or to train stand-alone, or to find arch's name in: JSON or "
         "text",
         "file",
         stages=SCORE | STANDALONE | EXPORT,
     )
-    init: str = _flag(
+    init: str = flag(
         "",
         "weights of arch to start from: what export wrote, its folder or the .pdparams in it",
         "file",
         stages=STANDALONE,
     )
-    format: str = _flag(
+    format: str = flag(
         "pdparams",
         "pdparams: weights; inference: program and weights for Paddle Inference; onnx",
         "name",
         stages=EXPORT,
     )
-    precision: str = _flag(
+    precision: str = flag(
         "float32",
         "of the exported weights: float32, or float16 (not for inference)",
         "name",
         stages=EXPORT,
     )
-    eval_engine: str = _flag("shared", "shared, or reference: one by one", "name", stages=SCORE)
-    eval_images: int = _flag(
+    eval_engine: str = flag("shared", "shared, or reference: one by one", "name", stages=SCORE)
+    eval_images: int = flag(
         0,
         "validation images to score or check on, the classes in equal shares; 0: all",
         "images",
@@ -390,7 +341,7 @@ class Options:
         low=0,
         high=LARGEST,
     )
-    chunk_size: int = _flag(
+    chunk_size: int = flag(
         0,
         "images a walk over all architectures; 0: by the free memory",
         "images",
@@ -398,14 +349,14 @@ class Options:
         low=0,
         high=1_000_000,
     )
-    target_se: float = _flag(
+    target_se: float = flag(
         0.0,
         "stop when every accuracy's standard error is below; 0: never",
         stages=SCORE,
         low=0,
         high=1,
     )
-    target_tau: float = _flag(
+    target_tau: float = flag(
         0.0,
         "stop when the ranking's tau with that by all images is at least this, at the lower end of "
         "its interval; 0: never",
@@ -413,13 +364,13 @@ class Options:
         low=0,
         high=1,
     )
-    arch_shard: str = _flag(
+    arch_shard: str = flag(
         "",
         "score one of several parts of the list, as 2/8; merge_scores joins them; none: all",
         "part",
         stages=SCORE,
     )
-    cache_gb: float = _flag(
+    cache_gb: float = flag(
         8.0,
         "most memory for decoded images; more go to a file in save_dir",
         "GiB",
@@ -427,37 +378,37 @@ class Options:
         low=0,
         high=1_000_000,
     )
-    amp: str = _flag(
+    amp: str = flag(
         "O0",
         "half precision on GPUs: O0 (none), O1; stage 3 and search take O2 for O1",
         "name",
         stages=ALL - EXPORT,
     )
-    tf32: str = _flag(
+    tf32: str = flag(
         "auto",
         "float32 on GPUs with 10 bits of mantissa in convolutions and matrix products: on or off; "
         "auto: as Paddle has it, convolutions only",
         "name",
     )
-    deterministic: bool = _flag(
+    deterministic: bool = flag(
         False,
         "cuDNN's deterministic algorithms only, slower: convolutions and pooling give the same "
         "bits on the same kind of card, Paddle and cuDNN; CPUs do anyway",
     )
-    accumulate: int = _flag(
+    accumulate: int = flag(
         1,
         "parts that a batch is split into, one after the other, to save memory",
         stages=TRAINING,
         low=1,
         high=1_000_000,
     )
-    clip_norm: float = _flag(
+    clip_norm: float = flag(
         0.0, "largest norm of all gradients; 0: any", stages=TRAINING, low=0, high=LARGEST_RATE
     )
-    onednn: bool = _flag(
+    onednn: bool = flag(
         True, "training's convolutions by oneDNN on CPUs, if it works", stages=TRAINING
     )
-    storage_size: int = _flag(
+    storage_size: int = flag(
         0,
         "shorter side of cached images; 0: 8/7 of image_size",
         "px",
@@ -465,14 +416,14 @@ class Options:
         low=0,
         high=LARGEST_SIDE,
     )
-    cache_dir: str = _flag(
+    cache_dir: str = flag(
         "",
         "where the images of use_tensor_dataset are kept; none: ~/.cache/pinas",
         "folder",
         stages=TRAINING,
     )
-    visualdl_dir: str = _flag("", "write curves for VisualDL to it", "folder", stages=TRAINING)
-    eval_sample_num: int = _flag(
+    visualdl_dir: str = flag("", "write curves for VisualDL to it", "folder", stages=TRAINING)
+    eval_sample_num: int = flag(
         0,
         "score the first N architectures of the file, or draw N without one; 0: the whole file",
         "architectures",
@@ -480,7 +431,7 @@ class Options:
         low=0,
         high=1_000_000,
     )
-    max_macs: float = _flag(
+    max_macs: float = flag(
         0.0,
         "most multiply-accumulates an image; 0: any",
         "MACs",
@@ -488,10 +439,10 @@ class Options:
         low=0,
         high=MOST_COST,
     )
-    max_params: float = _flag(
+    max_params: float = flag(
         0.0, "most parameters; 0: any", "parameters", stages=SEARCH, low=0, high=MOST_COST
     )
-    max_latency_ms: float = _flag(
+    max_latency_ms: float = flag(
         0.0,
         "most time for a batch, as the file latency says; 0: any",
         "ms",
@@ -499,10 +450,10 @@ class Options:
         low=0,
         high=MOST_COST,
     )
-    latency: str = _flag(
+    latency: str = flag(
         "", "measured blocks, which hnas.tools.latency wrote", "file", stages=SEARCH
     )
-    population: int = _flag(
+    population: int = flag(
         100,
         "first sub-networks, uniform, and living ones in each generation",
         "sub-networks",
@@ -510,13 +461,13 @@ class Options:
         low=2,
         high=100_000,
     )
-    children: int = _flag(
+    children: int = flag(
         50, "new ones of a generation", "sub-networks", stages=SEARCH, low=1, high=100_000
     )
-    generations: int = _flag(
+    generations: int = flag(
         20, "after the first population", "generations", stages=SEARCH, low=0, high=100_000
     )
-    tournament: int = _flag(
+    tournament: int = flag(
         25,
         "living ones that are drawn to take the best of as parent",
         "sub-networks",
@@ -535,16 +486,3 @@ class Options:
         if self.use_ckpt and not self.ckpt_dir:
             raise UserError("--use_ckpt True, but --ckpt_dir is missing")
         return self.ckpt_dir if self.use_ckpt else ""
-
-
-def default_of(option: dataclasses.Field, stage: Stage) -> object:
-    """What a field of :class:`Options` is in a stage if nothing is given."""
-    return option.metadata["own"].get(stage, option.default)
-
-
-def default_text(option: dataclasses.Field, stage: Stage) -> str:
-    """A default as a command line would give it."""
-    default = default_of(option, stage)
-    if option.metadata["auto"] and default == AUTO:
-        return "auto"
-    return "none" if default == "" else str(default)

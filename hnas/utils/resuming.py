@@ -23,8 +23,9 @@ from hnas.utils.checkpoint import (
     restore_generators,
     run_of,
 )
+from hnas.utils.flags import TRAINING
 from hnas.utils.hapi_wrapper import ResumableModel
-from hnas.utils.options import TRAINING, Options
+from hnas.utils.options import Options
 from hnas.utils.public_files import CheckpointError
 
 logger = logging.getLogger(__name__)

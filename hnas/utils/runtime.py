@@ -39,8 +39,9 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.search_space import SearchSpace, search_space
+from hnas.utils.flags import AUTO
 from hnas.utils.memory_needs import batch_bytes, check_batch, check_shared_memory
-from hnas.utils.options import AUTO, Options
+from hnas.utils.options import Options
 
 logger = logging.getLogger(__name__)
 
