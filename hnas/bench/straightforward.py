@@ -31,6 +31,7 @@ def with_paddleslim_norms(layer: nn.Layer) -> nn.Layer:
                 child.weight.shape[0], momentum=child._momentum, epsilon=child._epsilon
             )
             norm.set_state_dict(child.state_dict())
+            norm.frozen = child.frozen  # for the network, which asks its norms
             norm._use_global_stats = True if child.frozen else None
             for own, other in zip(norm.parameters(), child.parameters(), strict=True):
                 own.stop_gradient = other.stop_gradient
