@@ -161,7 +161,15 @@ def test_signals_save_and_end_with_their_code(stage, number, code, workers, runs
     runs.assert_same(folder, undisturbed[stage])
 
 
-def test_the_second_signal_acts_at_once():
+@pytest.fixture
+def heeds_interrupts():
+    """What is started in a shell's background ignores SIGINT."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
+def test_the_second_signal_acts_at_once(heeds_interrupts):
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGINT
