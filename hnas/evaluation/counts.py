@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hnas.ranking.agreement import FOLDS
+from hnas.ranking.front import error_of_hits
 
 
 @dataclass
@@ -57,14 +58,8 @@ class Counts:
         return self.top5 / max(1, self.images)
 
     def standard_error(self) -> np.ndarray:
-        """Standard errors of the accuracies as estimates for more such images; as accuracies.
-
-        Those of a binomial proportion, sqrt(p * (1 - p) / images), at Laplace's estimate
-        p = (hits + 1) / (images + 2): with the observed p, a few images that are all hits, or
-        all misses, would give an error of 0.
-        """
-        rate = (self.top1 + 1) / (self.images + 2)
-        return np.sqrt(rate * (1 - rate) / max(1, self.images))
+        """See :func:`error_of_hits`; float64 [architectures]."""
+        return error_of_hits(self.top1, self.images)
 
 
 def by_fold(hits: np.ndarray, first: int) -> np.ndarray:

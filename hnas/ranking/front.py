@@ -35,13 +35,19 @@ def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 
 def binomial_error(accuracy: np.ndarray, images: np.ndarray | int) -> np.ndarray:
-    """Standard errors of accuracies (shares of 1) that were counted on so many images.
+    """Standard errors of accuracies (shares of 1) that were counted on so many images."""
+    return error_of_hits(np.asarray(accuracy) * images, images)
 
-    As in stage 3: of a binomial proportion at Laplace's estimate, (hits + 1) / (images + 2), so
-    that a few images that are all hits do not give an error of 0.
+
+def error_of_hits(hits: np.ndarray, images: np.ndarray | int) -> np.ndarray:
+    """Standard errors of accuracies as estimates for more such images; as accuracies.
+
+    Those of a binomial proportion, sqrt(p * (1 - p) / images), at Laplace's estimate
+    p = (hits + 1) / (images + 2): with the observed p, a few images that are all hits, or all
+    misses, would give an error of 0.
     """
-    rate = (np.asarray(accuracy) * images + 1) / (np.asarray(images) + 2)
-    return np.sqrt(rate * (1 - rate) / images)
+    rate = (hits + 1) / (np.asarray(images) + 2)
+    return np.sqrt(rate * (1 - rate) / np.maximum(1, images))
 
 
 def not_worse(
