@@ -67,7 +67,7 @@ def main() -> None:
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; stage 3 takes resnet48")
     shard = wanted_shard(options)
-    arithmetic = start(options)
+    arithmetic = start(options, scores=True)
     if world_size() > 1 and options.eval_engine == "reference":
         raise UserError("--eval_engine reference runs in one process; shared runs in several")
     if options.amp != "O0" and options.eval_engine == "reference":

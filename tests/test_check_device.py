@@ -11,13 +11,26 @@ import paddle
 import pytest
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.base.onednn import has_bfloat16
+from hnas.evaluation import cpu_kernels as cpu_kernels_of_stage_3
 from hnas.evaluation import gpu_kernels, kernels
 from hnas.evaluation.counts import Counts
+from hnas.evaluation.cpu_kernels import CpuKernels
+from hnas.evaluation.onednn_steps import ConvolutionKernel
 from hnas.evaluation.variants import Precision, Variant
 from hnas.models import calibration, elastic
 from hnas.models.pinasv2 import PiNASv2
-from hnas.tools.check_device import cpu_kernels, fused, loaders, norms, operators, training, walk
-from hnas.tools.check_device.arithmetic import FLOAT16, FLOAT32, TF32
+from hnas.tools.check_device import (
+    arithmetic,
+    cpu_kernels,
+    fused,
+    loaders,
+    norms,
+    operators,
+    training,
+    walk,
+)
+from hnas.tools.check_device.arithmetic import FLOAT16, FLOAT32, TF32, scoring_precisions
 from hnas.tools.check_device.collectives import judge as judge_ranks
 from hnas.tools.check_device.collectives import visible_cards
 from hnas.tools.check_device.facts import convolution_error, judge_tf32, product_error
@@ -478,6 +491,66 @@ def test_a_wrong_onednn_convolution_is_found():
 
     (row,) = cpu_kernels.check_convolution("row", transposed, 3, 1, 9)
     assert row.state == FAILED
+
+
+def no_sum(patch):
+    patch.setattr(CpuKernels, "_copy", lambda self, x, target: target.zero_())
+
+
+def no_statistics(patch):
+    patch.setattr(CpuKernels, "_normalise", lambda *_: None)
+
+
+def mixed_filters(patch):
+    """Others of the same shape are used again."""
+    filters = {}
+    pack = ConvolutionKernel.pack
+    patch.setattr(
+        ConvolutionKernel,
+        "pack",
+        lambda self, own: filters.setdefault(tuple(self.packed), pack(self, own)),
+    )
+
+
+def no_transformed_sum(patch):
+    right = cpu_kernels_of_stage_3.winograd
+    patch.setattr(
+        cpu_kernels_of_stage_3,
+        "winograd",
+        lambda x, points, outputs, bias, shortcut, *rest: right(
+            x, points, outputs, bias, None, *rest
+        ),
+    )
+
+
+FAULTY_KERNELS = {
+    "a shortcut that is lost by Winograd's transforms": (no_transformed_sum, 0),
+    "a lost shortcut": (no_sum, 0),
+    "no statistics": (no_statistics, cpu_kernels.CALIBRATION),
+    "filters of another convolution": (mixed_filters, 0),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY_KERNELS)
+def test_faulty_kernels_of_stage_3_are_found(monkeypatch, fault):
+    plant, calibration = FAULTY_KERNELS[fault]
+    assert not failed(cpu_kernels.check_kernels(FLOAT32, calibration))
+    plant(monkeypatch)
+    assert failed(cpu_kernels.check_kernels(FLOAT32, calibration))
+
+
+def test_a_cpu_scores_in_bfloat16_if_it_has_it(monkeypatch, tmp_path):
+    machine = Machine(QUICK, tmp_path)
+    rows = states(cpu_kernels.check(machine))
+    assert not failed(cpu_kernels.check(machine))
+    assert any("bfloat16" in row and rows[row] == PASSED for row in rows) == has_bfloat16()
+    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: False)
+    assert states(cpu_kernels.check(machine))["stage 3's kernels in bfloat16"] == NOT_HERE
+    assert dict(scoring_precisions(machine))[Precision.BFLOAT16] == arithmetic.NO_BFLOAT16
+    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: True)
+    can = [precision for precision, missing in scoring_precisions(machine) if not missing]
+    assert can == [FLOAT32, Precision.BFLOAT16]
+    assert [p for p, missing in arithmetic.precisions(machine) if not missing] == [FLOAT32]
 
 
 def test_a_card_does_not_look_at_the_cpus_kernels(card):

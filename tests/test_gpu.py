@@ -47,7 +47,7 @@ def test_a_walk_counts_the_reference_engines_hits(gpu):
     network = subject.network()
     archs, batch = subject.architectures(network), subject.batch()
     counts = Counts.zeros(len(archs))
-    SharedEvaluator(network, archs, subject.size).evaluate(*batch, counts)
+    SharedEvaluator(network, archs).evaluate(*batch, counts)
     expected = evaluate_reference(network, archs, [batch])
     # In float32 the engines may differ in images whose margin is a rounding.
     np.testing.assert_allclose(counts.top1, expected.top1, atol=1)

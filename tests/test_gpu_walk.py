@@ -9,6 +9,7 @@ import paddle
 import pytest
 
 from hnas.base.errors import UserError
+from hnas.base.onednn import has_bfloat16
 from hnas.evaluation import fused, spot_check
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, default_chunk, evaluate_shared
@@ -18,7 +19,7 @@ from hnas.evaluation.reference import evaluate_reference, network_logits
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import EngineError, compare, margins
 from hnas.evaluation.state import STATE_FILE
-from hnas.evaluation.variants import Precision, Variant, usual_variant
+from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48, RESNET48_MINI
 
@@ -78,7 +79,7 @@ def routes(monkeypatch):
 def compared(network, archs, variant, calibration=None, index=1):
     """One architecture's logits in a variant against the reference engine's."""
     batch = Images().batch(0, 12)
-    evaluator = SharedEvaluator(network, list(archs.values()), 32, calibration, variant)
+    evaluator = SharedEvaluator(network, list(archs.values()), calibration, variant)
     counts = Counts.zeros(len(archs))
     found = evaluator.evaluate(*batch, counts, watch=index)
     network.activate(list(archs.values())[index])
@@ -124,9 +125,22 @@ def test_bfloat16_rounds_several_times_as_much_as_float16(network, archs, monkey
     assert coarse > 3 * fine
 
 
+@pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16")
+@pytest.mark.parametrize("number", [0, 40])
+def test_a_cpus_own_bfloat16_rounds_as_the_emulated_one(network, archs, number, monkeypatch):
+    """Re-calibrated by few images, logits move further than the spot check allows."""
+    pixels = np.random.default_rng(4).integers(0, 256, (number, 3, 32, 32), dtype=np.uint8)
+    extra = paddle.to_tensor(pixels) if number else None
+    found = compared(network, archs, cpu_variant(Precision.BFLOAT16), extra)
+    assert number or found.fault() == ""
+    gpu_fakes.half_operators(monkeypatch)
+    emulated = compared(network, archs, usual_variant(Precision.BFLOAT16), extra).relative
+    assert Precision.FLOAT32.tolerance < found.relative < 3 * emulated
+
+
 def test_half_precision_weights_are_made_once(network, archs, monkeypatch):
     gpu_fakes.half_operators(monkeypatch)
-    evaluator = SharedEvaluator(network, list(archs.values()), 32, None, HALF)
+    evaluator = SharedEvaluator(network, list(archs.values()), None, HALF)
     evaluator.evaluate(*Images().batch(0, 12), Counts.zeros(len(archs)))
     tensors = [tensor for whole in evaluator._weights._whole.values() for tensor in whole]
     assert {tensor.dtype for tensor in tensors} == {paddle.float16}

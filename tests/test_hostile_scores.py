@@ -117,7 +117,7 @@ def images(number=5):
 
 
 def by_shared(net, archs, batch):
-    SharedEvaluator(net, archs, 32).evaluate(*batch, Counts.zeros(len(archs)))
+    SharedEvaluator(net, archs).evaluate(*batch, Counts.zeros(len(archs)))
 
 
 ENGINES = {

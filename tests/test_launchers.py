@@ -102,7 +102,7 @@ def test_programs_compute_with_the_launchers_threads():
         "from hnas.utils.flags import Stage\n"
         "from hnas.utils.parsing import parse_options\n"
         "from hnas.utils.runtime import start\n"
-        "from hnas.evaluation.cpu.inference import cpu_threads\n"
+        "from hnas.base.device import cpu_threads\n"
         "start(parse_options(Stage.SCORE, ['--device', 'cpu']))\n"
         "libraries = Path(paddle.__file__).parent / 'libs'\n"
         "openmp = ctypes.CDLL(str(libraries / 'libiomp5.so')).omp_get_max_threads()\n"

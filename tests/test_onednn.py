@@ -6,6 +6,7 @@ import paddle
 import pytest
 from hypothesis import given, settings
 
+from hnas.base.onednn import OneDNNError
 from hnas.models import convolution, onednn
 from hnas.models.convolution import onednn_conv2d, use_onednn
 from hnas.models.registry import build_network
@@ -125,7 +126,7 @@ def test_a_library_that_differs_is_not_used(monkeypatch, caplog):
     assert "differ" in caplog.text
 
     def missing():
-        raise onednn.OneDNNError("cannot use libdnnl.so.3: gone")
+        raise OneDNNError("cannot use libdnnl.so.3: gone")
 
     monkeypatch.setattr(convolution, "_largest_difference", missing)
     assert not use_onednn(network)
@@ -133,7 +134,7 @@ def test_a_library_that_differs_is_not_used(monkeypatch, caplog):
 
 
 def test_a_refused_call_is_an_error():
-    with pytest.raises(onednn.OneDNNError, match="returned"):
+    with pytest.raises(OneDNNError, match="returned"):
         onednn.Convolution(onednn.Shape((1, 3, 4, 4), (8, 3, 9, 9), 8, 1, 0))
 
 

@@ -1,7 +1,6 @@
 """The search tool: generations by the shared walk, resumed exactly, refused, written."""
 
 import csv
-import functools
 import itertools
 import json
 import os
@@ -16,7 +15,6 @@ from hnas.architecture_file import read_accuracies
 from hnas.base.errors import UserError
 from hnas.bench import search as bench
 from hnas.dataset.image_folder import scan_images
-from hnas.evaluation import shared
 from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
@@ -33,14 +31,6 @@ SPACE = search_space("resnet48_mini")
 MAX_MACS = 4_900_000
 KINDS = ("mean", "mean_absolute", "largest_absolute")
 IMAGES = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    """Compiled once for all searches of this file; they hold no weights."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "cpu_kernels", functools.cache(shared.cpu_kernels))
-        yield
 
 
 @pytest.fixture(scope="module")

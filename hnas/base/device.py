@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import paddle
 
@@ -139,3 +141,19 @@ def peak_memory() -> str:
     if not on_gpu():
         return host
     return f"{paddle.device.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU, {host} beside"
+
+
+def cpu_threads() -> int:
+    """``PINAS_THREADS``, which the launchers set, or ``OMP_NUM_THREADS``, or one a core."""
+    given = os.environ.get("PINAS_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    return int(given or os.cpu_count() or 1)
+
+
+def processor() -> str:
+    """The processor's name; last digits of results differ between processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -22,10 +22,11 @@ import paddle
 from paddle.static import InputSpec
 
 from hnas.base.command_line import LARGEST_SIDE, MOST_ARCHITECTURES, OneLineParser, whole_number
+from hnas.base.device import cpu_threads
 from hnas.base.errors import run_main
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.cpu.inference import cpu_threads, onednn_predictor
 from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.stopwatch import onednn_predictor
 from hnas.evaluation.tree import PrefixTree
 from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
@@ -106,7 +107,7 @@ def walk_seconds(space: SearchSpace, images: paddle.Tensor, archs: list) -> floa
     """Seconds of a walk over ``archs``."""
     network = build_network("resnet48", CLASSES, space)
     network.eval()
-    evaluator = SharedEvaluator(network, archs, images.shape[2])
+    evaluator = SharedEvaluator(network, archs)
     labels = paddle.zeros([len(images)], dtype="int64")
     counts = Counts.zeros(len(archs))
     return seconds_of(lambda: evaluator.evaluate(images, labels, counts), 1)

@@ -259,9 +259,7 @@ class Bench:
         images, settings = self._images["search"], self._settings["search"]
         batch = images.batch(0, len(images))
         rows = read_generations(folder)
-        evaluator = SharedEvaluator(
-            self._network, rows[0], IMAGE_SIZE, settings.calibration, settings.variant
-        )
+        evaluator = SharedEvaluator(self._network, rows[0], settings.calibration, settings.variant)
         spent = {"shared": np.zeros(2), "one_by_one": np.zeros(2)}
         for archs in rows:
             evaluator.take(archs)

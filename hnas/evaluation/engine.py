@@ -83,9 +83,7 @@ def evaluate_shared(
     """
     calibration = settings.calibration
     if evaluator is None:
-        evaluator = SharedEvaluator(
-            network, list(archs.values()), images.size, calibration, settings.variant
-        )
+        evaluator = SharedEvaluator(network, list(archs.values()), calibration, settings.variant)
     else:
         evaluator.take(list(archs.values()))
     ledger = Ledger(save_dir, identity, archs, len(images), settings.targets, is_main_process())
@@ -111,7 +109,8 @@ def evaluate_shared(
         )
         ledger.add(chunk.start, counts)
         if is_main_process():
-            report(title, ledger, counts, len(images), time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            report(title, ledger, counts, len(images), seconds, evaluator.python_share)
     return ledger.complete()
 
 
@@ -201,11 +200,13 @@ def macs_text(macs: int) -> str:
     return f"{value:,.{decimals}f} {unit}"
 
 
-def report(title: str, ledger: Ledger, counts: Counts, images: int, seconds: float) -> None:
+def report(
+    title: str, ledger: Ledger, counts: Counts, images: int, seconds: float, outside: float
+) -> None:
     """Log how far the evaluation of ``images`` is, after a chunk of the main process."""
     logger.info(
         "%s: %d images, largest standard error %.4f, %s, %.1f s, %.0f "
-        "images x architectures/s, eta %.0f s, peak memory %s",
+        "images x architectures/s, eta %.0f s, peak memory %s, %.1f %% outside of operators",
         title,
         ledger.counts.images,
         ledger.largest_error,
@@ -214,6 +215,7 @@ def report(title: str, ledger: Ledger, counts: Counts, images: int, seconds: flo
         world_size() * counts.images * len(counts.top1) / seconds,
         (images - ledger.counts.images) / counts.images * seconds / world_size(),
         peak_memory(),
+        100 * outside,
     )
 
 

@@ -91,9 +91,7 @@ def search(
         own = folder / f"generation_{generation:04d}"
         whose = {**identity, "architecture_list": architectures_hash(archs)}
         if evaluator is None:
-            evaluator = SharedEvaluator(
-                network, proposed, images.size, settings.calibration, settings.variant
-            )
+            evaluator = SharedEvaluator(network, proposed, settings.calibration, settings.variant)
         counts = evaluate_shared(network, archs, images, own, whose, settings, evaluator)
         scored.add(archs, _everywhere(counts), generation)
         if is_main_process():

@@ -43,14 +43,14 @@ class GpuKernels(DygraphKernels):
             if self._fused is None:
                 raise UserError(f"{variant}: {reason}")
 
-    def form(self, size: int, stride: int) -> Form:
+    def form(self) -> Form:
         dtype = self.variant.precision.dtype
         if self._fused is not None and self.layout == "NHWC":
-            return Form(channels_last, 3, 0, self.channel_axis, dtype)
+            return Form(channels_last, 3, self.channel_axis, dtype)
         return Form(channel_axis=self.channel_axis, dtype=dtype)
 
-    def accept(self, x, kernels: DygraphKernels, stride: int = 1):
-        x = super().accept(x, kernels, stride)
+    def accept(self, x, kernels: DygraphKernels):
+        x = super().accept(x, kernels)
         return x if x.dtype == self._dtype else x.astype(self._dtype)
 
     def conv_norm(self, x, convolution: Convolution, stride: int, padding: int):
@@ -84,7 +84,7 @@ class GpuKernels(DygraphKernels):
     def last(self, y, shortcut, conv2: Convolution):
         if self._fused is None:
             return super().last(y, shortcut, conv2)
-        return self._run(y, conv2, shortcut, stride=1, padding=1)
+        return self._run(y, conv2, self.narrow(shortcut, conv2.outputs), stride=1, padding=1)
 
     def _run(self, x, conv, shortcut, stride: int, padding: int, activation: str = "relu"):
         bias = conv.rest[0].flatten()

@@ -1,11 +1,13 @@
 """The operations that the shared evaluation is made of, in plain Paddle.
 
-Each takes activations and convolutions as tensors, so that one piece of code, or one compiled
-program, serves every block and width. ``evaluation/cpu`` has faster ways of running them on CPUs,
+Each takes activations and convolutions as tensors, so that one piece of code serves every block and
+width. ``evaluation/cpu_kernels.py`` has faster ways of running them on CPUs,
 ``evaluation/gpu_kernels.py`` those of GPUs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import paddle
 from paddle.nn import functional as F  # noqa: N812
@@ -35,8 +37,8 @@ class DygraphKernels:
         self._batch_axis = layout.index("N")
         self._spatial = [layout.index("H"), layout.index("W")]
 
-    def form(self, size: int, stride: int) -> Form:
-        """How a convolution's tensors must lie, by the height of its output and its stride."""
+    def form(self) -> Form:
+        """How a convolution's tensors must lie."""
         return Form(channel_axis=self.channel_axis)
 
     def convolve(self, x, filters, stride: int, padding: int):
@@ -78,19 +80,20 @@ class DygraphKernels:
         return self.conv_norm(x, conv, stride=2, padding=0)
 
     def last(self, y, shortcut, conv2: Convolution):
-        """A block's conv2, shortcut and ReLU."""
+        """A block's conv2, the shortcut, of which it may have fewer channels, and ReLU."""
+        shortcut = self.narrow(shortcut, conv2.outputs)
         return F.relu(self.conv_norm(y, conv2, stride=1, padding=1) + shortcut)
 
-    def block(self, x, conv1: Convolution, conv2: Convolution, level: int):
-        """A whole block with identity shortcut, the ``level``-th of its network."""
+    def block(self, x, conv1: Convolution, conv2: Convolution):
+        """A whole block with identity shortcut."""
         return self.last(self.first(x, conv1, stride=1), x, conv2)
 
-    def keep(self, x):
-        """``x`` such that it outlives further operations."""
-        return x
+    def narrow(self, x, channels: int):
+        """The first channels of an activation."""
+        return leading_channels(x, channels, self.channel_axis)
 
-    def accept(self, x, kernels: DygraphKernels, stride: int = 1):
-        """An activation of other kernels in the layout that a block of ``stride`` takes."""
+    def accept(self, x, kernels: DygraphKernels):
+        """An activation of other kernels in the layout of these."""
         if kernels.layout == self.layout:
             return x
         return x.transpose([kernels.layout.index(axis) for axis in self.layout]).contiguous()
@@ -103,3 +106,12 @@ class DygraphKernels:
     def map_size(self, x) -> int:
         """Positions of a feature map, H times W."""
         return x.shape[self._spatial[0]] * x.shape[self._spatial[1]]
+
+    def classifier(self, weight, bias) -> Callable[[paddle.Tensor], paddle.Tensor]:
+        """From pooled features [N, C] to logits [N, classes], both float32.
+
+        Args:
+            weight: [most channels, classes], of which the first C rows are used.
+            bias: [classes].
+        """
+        return lambda features: features @ weight[: features.shape[1]] + bias

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 
 import paddle
 
 from hnas.base.device import on_gpu
-from hnas.base.memory import keep_freed_memory
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.cpu.inference import InferenceKernels, cpu_threads, filters_are_fresh
-from hnas.evaluation.cpu.matmul import MatmulKernels
-from hnas.evaluation.cpu.winograd import WinogradKernels
+from hnas.evaluation.cpu_kernels import cpu_kernels
 from hnas.evaluation.gpu_kernels import GpuKernels
 from hnas.evaluation.hits import LogitsError, count_hits
 from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.tree import Group, Node, PrefixTree
-from hnas.evaluation.variants import Precision, Variant, usual_variant
-from hnas.evaluation.weights import STEM, SlicedWeights, leading_channels
+from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
+from hnas.evaluation.weights import STEM, SlicedWeights
 from hnas.models.elastic import ElasticResNet
-from hnas.search_space import Architecture, feature_sizes
+from hnas.search_space import Architecture
 
-logger = logging.getLogger(__name__)
-
-TINY_MAP = 3
-"""Feature maps of at most this height are multiplied as matrices on CPUs."""
-WINOGRAD_MAP = 7
-"""Larger maps up to this height go through Winograd's transforms there."""
 HEAD_ROWS = 2048
 """Feature vectors that are collected before the classifier multiplies them."""
 
@@ -40,48 +30,39 @@ class SharedEvaluator:
     Args:
         network: the supernet, not to be trained while this is in use.
         archs: what to score.
-        image_size: height and width of the images.
         calibration: uint8 images [N, 3, H, W] to re-calibrate every sub-network's BatchNorm
             with; None scores at the running statistics.
-        variant: how to compute; None: on CPUs by the kernels that suit the size of the maps, on
-            GPUs in float32.
+        variant: how to compute; None: in float32, as is usual on this device.
 
     Attributes:
         archs: as given.
-        variant: how it computes; None: by the CPU's kernels.
+        variant: how it computes.
         tree: their prefix tree.
         macs: multiply-accumulates executed so far, of convolutions, all images together.
-        kernel_seconds: time spent in operators; the rest of a walk is Python.
+        seconds: time spent in walks.
+        kernel_seconds: of that in operators; the rest is Python.
     """
 
     def __init__(
         self,
         network: ElasticResNet,
         archs: Sequence[Architecture],
-        image_size: int,
         calibration: paddle.Tensor | None = None,
         variant: Variant | None = None,
     ):
         self._space = network.space
         self.take(archs)
         self.macs = 0
-        self.kernel_seconds = 0.0
+        self.seconds = self.kernel_seconds = 0.0
         self._calibration = None if calibration is None else normalize(calibration)
-        self.variant = variant
-        if variant is None and on_gpu():
-            self.variant = usual_variant(Precision.FLOAT32)
-        _, sizes = feature_sizes(image_size)
-        kernels = self._choose_kernels(sizes)
-        self._kernels = kernels
-        self._weights = SlicedWeights(
-            network,
-            fold=not self.calibration_images,
-            form=lambda stage, stride: kernels[stage].form(sizes[stage], stride),
-        )
-        self._classifier = (
-            network.head.fc.fn.weight.detach(),
-            network.head.fc.fn.bias.detach(),
-        )
+        usual = usual_variant(Precision.FLOAT32) if on_gpu() else cpu_variant()
+        self.variant = variant or usual
+        make = cpu_kernels if self.variant.onednn else GpuKernels
+        self.kernels: DygraphKernels = make(self.variant, self.calibration_images)
+        fold = not self.calibration_images
+        self._weights = SlicedWeights(network, fold, self.kernels.form())
+        head = network.head.fc.fn
+        self._logits = self.kernels.classifier(head.weight.detach(), head.bias.detach())
 
     def take(self, archs: Sequence[Architecture]) -> None:
         """Score ``archs`` from now on; programs and weights stay prepared."""
@@ -96,20 +77,7 @@ class SharedEvaluator:
     @property
     def precision(self) -> Precision:
         """How the walk rounds."""
-        return self.variant.precision if self.variant else Precision.FLOAT32
-
-    def _choose_kernels(self, sizes: Sequence[int]) -> dict[int, DygraphKernels]:
-        """The kernels of the stem (-1) and of each stage (0 to 3), by the size of its maps."""
-        number = self.calibration_images
-        if self.variant is not None:
-            return dict.fromkeys(range(-1, len(sizes)), GpuKernels(self.variant, number))
-        wide = cpu_kernels(number)
-        small, tiny = WinogradKernels(wide), MatmulKernels(number)
-        chosen = {
-            stage: tiny if size <= TINY_MAP else small if size <= WINOGRAD_MAP else wide
-            for stage, size in enumerate(sizes)
-        }
-        return {-1: wide, **chosen}
+        return self.variant.precision
 
     @paddle.no_grad()
     def evaluate(
@@ -134,25 +102,20 @@ class SharedEvaluator:
         Raises:
             LogitsError: a logit is NaN or infinite; names the architecture.
         """
+        began = time.perf_counter()
         walk = _Walk(self, labels, counts, progress, watch)
         x = normalize(images)
         if self._calibration is not None:
             x = paddle.concat([self._calibration, x])
         walk.run(x)
         counts.images += len(labels)
+        self.seconds += time.perf_counter() - began
         return walk.watched
 
-
-def cpu_kernels(calibration: int) -> DygraphKernels:
-    """Paddle Inference with oneDNN, or dygraph where that cannot be trusted, which is logged."""
-    keep_freed_memory()
-    kernels = InferenceKernels(cpu_threads(), calibration)
-    if filters_are_fresh(kernels):
-        return kernels
-    logger.warning(
-        "Paddle Inference of this version keeps old filters; using dygraph, several times slower"
-    )
-    return DygraphKernels(calibration)
+    @property
+    def python_share(self) -> float:
+        """Share of the walks' time outside of operators."""
+        return 1 - self.kernel_seconds / self.seconds
 
 
 class _Walk:
@@ -161,7 +124,7 @@ class _Walk:
     def __init__(self, evaluator: SharedEvaluator, labels, counts: Counts, progress, watch):
         self._evaluator = evaluator
         self._tree = evaluator.tree
-        self._kernels = evaluator._kernels
+        self._kernels = evaluator.kernels
         self._weights = evaluator._weights
         self._labels = labels
         self._counts = counts
@@ -172,87 +135,69 @@ class _Walk:
 
     def run(self, x) -> None:
         """Walk from the stem; ``x`` are float images [N, 3, H, W]."""
-        kernels = self._kernels[-1]
+        kernels = self._kernels
         conv = self._weights.get(STEM, 3, self._tree.stem_channels)
         size = (x.shape[2] + 1) // 2
         self._evaluator.macs += conv.macs * size * size * len(self._labels)
-        x = kernels.accept(x, _PIXELS)
-        stem = self._timed(kernels.keep, self._timed(kernels.stem, x, conv))
+        stem = self._timed(kernels.stem, kernels.accept(x, _PIXELS), conv)
         for channels, low, high in self._tree.roots():
             node = self._tree.node(low, high, 0, channels)
-            self._visit(leading_channels(stem, channels, kernels.channel_axis), node, 0, kernels)
+            self._visit(self._timed(kernels.narrow, stem, channels), node, 0)
         for channels in list(self._features):
             self._multiply_heads(channels)
 
-    def _visit(self, x, node: Node, level: int, kernels: DygraphKernels) -> None:
-        """Everything below a node; ``x`` is its activation in the layout of ``kernels``."""
+    def _visit(self, x, node: Node, level: int) -> None:
+        """Everything below a node; ``x`` is its activation."""
         if node.leaves:
-            self._collect(x, node, kernels)
+            self._collect(x, node)
         for group in node.groups:
-            own = self._kernels[group.stage]
-            inputs = self._timed(own.accept, x, kernels, group.stride)
             if len(group.children) == 1 and not group.projects:
-                self._single(inputs, group, level, own)
+                self._single(x, group, level)
             else:
-                self._siblings(inputs, group, level, own)
+                self._siblings(x, group, level)
 
-    def _single(self, x, group: Group, level: int, kernels: DygraphKernels) -> None:
+    def _single(self, x, group: Group, level: int) -> None:
         """A block that continues its stage without alternatives."""
         (child,) = group.children
         conv1 = self._conv(group, "conv1", group.cin, child.mid)
         conv2 = self._conv(group, "conv2", child.mid, child.cout)
-        y = self._timed(kernels.block, x, conv1, conv2, level)
-        self._count(kernels, y, conv1, conv2)
-        self._enter(y, child, level, kernels)
+        y = self._timed(self._kernels.block, x, conv1, conv2)
+        self._count(y, conv1, conv2)
+        self._enter(y, child, level)
 
-    def _siblings(self, x, group: Group, level: int, kernels: DygraphKernels) -> None:
+    def _siblings(self, x, group: Group, level: int) -> None:
         """Blocks with the same input: conv1 once at the largest width, conv2 once a width."""
-        axis = kernels.channel_axis
-        several = len(group.by_mid) > 1
+        kernels = self._kernels
         conv1 = self._conv(group, "conv1", group.cin, group.widest_mid)
         y = self._timed(kernels.first, x, conv1, group.stride)
-        self._count(kernels, y, conv1)
+        self._count(y, conv1)
         shortcut = x
         if group.projects:
             conv = self._conv(group, "project", group.cin, group.widest_out)
             shortcut = self._timed(kernels.project, x, conv)
-            self._count(kernels, shortcut, conv)
-        if several:
-            y = self._timed(kernels.keep, y)
-            shortcut = self._timed(kernels.keep, shortcut) if group.projects else shortcut
+            self._count(shortcut, conv)
         for mid, children in group.by_mid.items():
             widest = max(child.cout for child in children)
             conv2 = self._conv(group, "conv2", mid, widest)
-            z = self._timed(
-                kernels.last,
-                self._timed(leading_channels, y, mid, axis),
-                self._timed(leading_channels, shortcut, widest, axis),
-                conv2,
-            )
-            self._count(kernels, z, conv2)
-            if len(children) > 1:
-                z = self._timed(kernels.keep, z)
+            z = self._timed(kernels.last, self._timed(kernels.narrow, y, mid), shortcut, conv2)
+            self._count(z, conv2)
             for child in children:
-                self._enter(
-                    self._timed(leading_channels, z, child.cout, axis), child, level, kernels
-                )
+                self._enter(self._timed(kernels.narrow, z, child.cout), child, level)
 
-    def _enter(self, x, child, level: int, kernels: DygraphKernels) -> None:
+    def _enter(self, x, child, level: int) -> None:
         node = self._tree.node(child.low, child.high, level + 1, child.cout)
-        if node.reused:
-            x = self._timed(kernels.keep, x)
-        self._visit(x, node, level + 1, kernels)
+        self._visit(x, node, level + 1)
 
-    def _collect(self, x, node: Node, kernels: DygraphKernels) -> None:
+    def _collect(self, x, node: Node) -> None:
         """Keep a leaf's pooled features until enough are there for one matrix product."""
         rows = self._features.setdefault(node.channels, [])
-        rows.append((node.leaves, self._timed(kernels.pooled, x)))
+        rows.append((node.leaves, self._timed(self._kernels.pooled, x)))
         if len(rows) * len(self._labels) >= HEAD_ROWS:
             self._multiply_heads(node.channels)
 
     def _multiply_heads(self, channels: int) -> None:
         rows = self._features.pop(channels)
-        logits = self._timed(self._logits, [features for _, features in rows], channels)
+        logits = self._timed(self._logits, [features for _, features in rows])
         hits = self._timed(count_hits, logits, self._labels, self._counts.images)
         for index, ((leaves, _), found, folds, bad) in enumerate(zip(rows, *hits, strict=True)):
             archs = self._tree.order[leaves.start : leaves.stop]
@@ -266,16 +211,17 @@ class _Walk:
             self._counts.folds[archs] += folds
             self._progress(len(leaves))
 
-    def _logits(self, features: list, channels: int) -> paddle.Tensor:
-        weight, bias = self._evaluator._classifier
-        return paddle.stack(features) @ weight[:channels] + bias
+    def _logits(self, features: list) -> paddle.Tensor:
+        """Of several sub-networks' features [N, C]: [sub-networks, N, classes]."""
+        logits = self._evaluator._logits(paddle.concat(features))
+        return logits.reshape([len(features), len(self._labels), -1])
 
     def _conv(self, group: Group, name: str, cin: int, cout: int):
         key = (group.stage, group.block, name)
         return self._timed(self._weights.get, key, cin, cout)
 
-    def _count(self, kernels: DygraphKernels, y, *convolutions) -> None:
-        positions = kernels.map_size(y) * len(self._labels)
+    def _count(self, y, *convolutions) -> None:
+        positions = self._kernels.map_size(y) * len(self._labels)
         self._evaluator.macs += positions * sum(conv.macs for conv in convolutions)
 
     def _timed(self, operation, *arguments):

@@ -15,7 +15,6 @@ from paddle.static import InputSpec
 
 from hnas.base.device import on_gpu
 from hnas.base.memory import keep_freed_memory
-from hnas.evaluation.cpu.inference import onednn_predictor
 from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.ranking.latency import Part
 from hnas.search_space import ChannelPlan, feature_sizes
@@ -141,3 +140,18 @@ class _Framed(nn.Layer):
             if layer is not None:
                 x = layer(x)
         return x
+
+
+def onednn_predictor(program: str, weights: str, threads: int):
+    """A predictor on CPUs with oneDNN.
+
+    Args:
+        program, weights: files that ``paddle.jit.save`` wrote.
+        threads: of oneDNN.
+    """
+    config = inference.Config(program, weights)
+    config.disable_gpu()
+    config.enable_mkldnn()
+    config.set_cpu_math_library_num_threads(threads)
+    config.disable_glog_info()
+    return inference.create_predictor(config)

@@ -100,13 +100,6 @@ class Node:
     leaves: range
     groups: tuple[Group, ...]
 
-    @property
-    def reused(self) -> bool:
-        """Whether the activation is still needed after the first child was entered."""
-        if len(self.groups) > 1:
-            return True
-        return any(not group.projects and len(group.by_mid) > 1 for group in self.groups)
-
 
 class PrefixTree:
     """Architectures sorted so that those with a common prefix stand together.

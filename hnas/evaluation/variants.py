@@ -48,20 +48,24 @@ class Precision(enum.Enum):
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute a walk in Paddle's operators.
+    """A way to compute a walk.
 
     Attributes:
         precision: of convolutions and activations. Pooled features and the classifier are float32.
         layout: of activations, ``NCHW`` or ``NHWC``.
         fused: convolution, bias, shortcut and ReLU are one operator, see ``evaluation/fused.py``.
             Not with BatchNorm re-calibration, which needs the convolution's output by itself.
+        onednn: by oneDNN's kernels, on CPUs, instead of by Paddle's operators.
     """
 
     precision: Precision = Precision.FLOAT32
     layout: str = "NCHW"
     fused: bool = False
+    onednn: bool = False
 
     def __str__(self) -> str:
+        if self.onednn:
+            return f"{self.precision.value} by oneDNN"
         return f"{self.precision.value}, {self.layout}, {'' if self.fused else 'not '}fused"
 
 
@@ -72,3 +76,8 @@ def usual_variant(precision: Precision, fused: bool = False) -> Variant:
     take half precision with channels last.
     """
     return Variant(precision, "NHWC" if precision.is_half else "NCHW", fused)
+
+
+def cpu_variant(precision: Precision = Precision.FLOAT32) -> Variant:
+    """How CPUs compute."""
+    return Variant(precision, "NHWC", fused=True, onednn=True)

@@ -12,9 +12,6 @@ import paddle
 
 from hnas.models.elastic import ElasticResNet
 
-Filters = paddle.Tensor | tuple[paddle.Tensor, ...]
-"""Filters in the form that some kernels want; several tensors if that form has parts."""
-
 STEM = (-1, 0, "stem")
 CACHE_BYTES = 1 << 30
 
@@ -25,30 +22,33 @@ class Form:
 
     Attributes:
         arrange: from filters [O, I, K, K] to this form.
-        inputs, outputs: axes of the channels in the arranged filters.
+        inputs: axis of the input channels in the arranged filters; the outputs' is the first.
         channel_axis: of the activations, and so of bias, scale and shift.
         dtype: of filters and bias. Scale and shift are float32 always.
+        sliced: whether filters are narrowed to the channels in use. If not, they are the whole.
     """
 
-    arrange: Callable[[paddle.Tensor], Filters] = lambda filters: filters
+    arrange: Callable[[paddle.Tensor], paddle.Tensor] = lambda filters: filters
     inputs: int = 1
-    outputs: int = 0
     channel_axis: int = 1
     dtype: str = "float32"
+    sliced: bool = True
 
 
 class Convolution(NamedTuple):
     """A convolution of one width.
 
     Attributes:
-        filters: of it.
+        filters: of it, or the whole ones, whose leading part it uses.
         rest: (bias,), or with BatchNorm re-calibration (scale, shift).
+        outputs: its output channels.
         identity: a number that no other convolution of this process has.
         macs: multiply-accumulates a position, those with padding included.
     """
 
-    filters: Filters
+    filters: paddle.Tensor
     rest: tuple[paddle.Tensor, ...]
+    outputs: int
     identity: int
     macs: int = 0
 
@@ -64,11 +64,12 @@ class SlicedWeights:
         fold: fold the running statistics of BatchNorm into filters and bias. This is done once
             per output channel, so slices stay valid. False keeps filters, scale and shift apart
             for statistics that are measured later.
-        form: of the convolutions of a stage (0 to 3; -1: the stem) and a stride.
+        form: in which they are wanted.
     """
 
-    def __init__(self, network: ElasticResNet, fold: bool, form: Callable[[int, int], Form]):
+    def __init__(self, network: ElasticResNet, fold: bool, form: Form):
         self._fold = fold
+        self._form = form
         self._layers = {STEM: (network.stem.conv.fn, network.stem.bn)}
         for stage in range(len(network.depths)):
             for index, block in enumerate(network.stage_blocks(stage)):
@@ -77,39 +78,31 @@ class SlicedWeights:
                 if block.downsample is not None:
                     conv, norm = block.downsample
                     self._layers[stage, index, "project"] = conv.fn, norm
-        self._forms = {
-            key: form(key[0], conv._stride[0]) for key, (conv, _) in self._layers.items()
-        }
         self._whole: dict[tuple, tuple] = {}
         self._rest: dict[tuple, tuple] = {}
-        self._slices = _LatestSlices(CACHE_BYTES)
+        self._slices = LatestTensors(CACHE_BYTES)
 
     def get(self, key: tuple, cin: int, cout: int) -> Convolution:
         """The convolution ``(stage, block, "conv1" | "conv2" | "project")``, or ``STEM``."""
         if key not in self._whole:
             self._whole[key] = self._prepare(key)
         filters, *rest = self._whole[key]
-        form = self._forms[key]
-        if isinstance(filters, tuple):
-            sliced = tuple(
-                self._slice((key, part), whole, form, cin, cout)
-                for part, whole in enumerate(filters)
-            )
-        else:
-            sliced = self._slice((key,), filters, form, cin, cout)
+        form = self._form
         if (key, cin, cout) not in self._rest:
             narrow = tuple(leading_channels(part, cout, form.channel_axis) for part in rest)
-            self._rest[key, cin, cout] = narrow, new_identity()
+            self._rest[key, cin, cout] = narrow, cout, new_identity()
+        if form.sliced:
+            filters = self._narrow(key, filters, cin)[:cout]
         kernel = self._layers[key][0].weight.shape[2]
-        return Convolution(sliced, *self._rest[key, cin, cout], kernel * kernel * cin * cout)
+        return Convolution(filters, *self._rest[key, cin, cout], kernel * kernel * cin * cout)
 
-    def _slice(self, name: tuple, whole: paddle.Tensor, form: Form, cin: int, cout: int):
-        """A slice of one tensor; of its leading axis it is a view, else a copy that is kept."""
+    def _narrow(self, key: tuple, filters: paddle.Tensor, cin: int) -> paddle.Tensor:
+        """Fewer inputs, of which a copy is kept; fewer outputs are a view then."""
         # One axis after the other: Paddle copies a slice of two axes element by element.
-        narrow = self._slices.get((*name, cin), whole, cin, form.inputs)
-        if form.outputs == 0:
-            return narrow[:cout] if cout < narrow.shape[0] else narrow
-        return self._slices.get((*name, cin, cout), narrow, cout, form.outputs)
+        axis = self._form.inputs
+        if filters.shape[axis] == cin:
+            return filters
+        return self._slices.get((key, cin), lambda: leading_channels(filters, cin, axis))
 
     @paddle.no_grad()
     def _prepare(self, key: tuple) -> tuple:
@@ -124,7 +117,7 @@ class SlicedWeights:
             factor = scale / paddle.sqrt(variance + norm._epsilon)
             filters = filters * factor.astype("float32").reshape([-1, 1, 1, 1])
             parts = ((shift - mean * factor).astype("float32"),)
-        form = self._forms[key]
+        form = self._form
         shape = [1, 1, 1, 1]
         shape[form.channel_axis] = -1
         filters = filters.detach()
@@ -135,27 +128,25 @@ class SlicedWeights:
         return form.arrange(filters), *parts
 
 
-class _LatestSlices:
-    """Copies of slices, the latest used ones, of at most ``capacity`` bytes in all."""
+class LatestTensors:
+    """Tensors that can be made again: the latest used ones, of at most ``capacity`` bytes."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
         self._used = 0
-        self._parts: OrderedDict[tuple, paddle.Tensor] = OrderedDict()
+        self._held: OrderedDict[tuple, paddle.Tensor] = OrderedDict()
 
-    def get(self, key: tuple, whole: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:
-        """The leading ``channels`` of ``whole``, which is what ``key`` stands for."""
-        if whole.shape[axis] == channels:
-            return whole
-        if key in self._parts:
-            self._parts.move_to_end(key)
-            return self._parts[key]
-        self._parts[key] = part = leading_channels(whole, channels, axis)
-        self._used += part.size * part.element_size()
-        while self._used > self._capacity and len(self._parts) > 1:
-            _, oldest = self._parts.popitem(last=False)
+    def get(self, key: tuple, make: Callable[[], paddle.Tensor]) -> paddle.Tensor:
+        """What ``make`` gives, or gave."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        self._held[key] = tensor = make()
+        self._used += tensor.size * tensor.element_size()
+        while self._used > self._capacity and len(self._held) > 1:
+            _, oldest = self._held.popitem(last=False)
             self._used -= oldest.size * oldest.element_size()
-        return part
+        return tensor
 
 
 def leading_channels(x: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:

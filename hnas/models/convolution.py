@@ -13,7 +13,8 @@ from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.models.onednn import OneDNNError, Shape, convolution_of
+from hnas.base.onednn import OneDNNError
+from hnas.models.onednn import Shape, convolution_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def _largest_difference() -> float:
     """Between both kinds of convolution, forward and backward, over the largest value."""
     worst = 0.0
     for kernel, stride, size in ((3, 1, 6), (3, 2, 5), (1, 2, 6), (7, 2, 9)):
-        tensors = [_ramp([3, 5, size, size]), _ramp([9, 6, kernel, kernel])]
+        tensors = [ramp([3, 5, size, size]), ramp([9, 6, kernel, kernel])]
         padding = kernel // 2
         results = []
         for function in (
@@ -78,14 +79,14 @@ def _largest_difference() -> float:
             for tensor in tensors:
                 tensor.stop_gradient = False
             y = function(*tensors)
-            results.append([y, *paddle.grad(y, tensors, _ramp(y.shape))])
+            results.append([y, *paddle.grad(y, tensors, ramp(y.shape))])
         for expected, found in zip(*results, strict=True):
             difference = (expected - found).abs().max() / expected.abs().max()
             worst = max(worst, float(difference))
     return worst
 
 
-def _ramp(shape) -> paddle.Tensor:
+def ramp(shape) -> paddle.Tensor:
     """Values in [-1, 1) that repeat nowhere near, without touching a random generator."""
     number = int(np.prod(shape))
     return paddle.to_tensor((np.arange(number) * 0.618034 % 2 - 1).astype("float32")).reshape(shape)

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; search takes resnet48")
     latency = latency_table(options)
-    arithmetic = start(options)
+    arithmetic = start(options, scores=True)
     require(options, "ckpt_dir")
     check_chunk(options)
     space = space_of(options)

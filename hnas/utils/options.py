@@ -380,7 +380,8 @@ class Options:
     )
     amp: str = flag(
         "O0",
-        "half precision on GPUs: O0 (none), O1; stage 3 and search take O2 for O1",
+        "half precision: O0 (none), O1; stage 3 and search take O2 for O1; on CPUs only they, in "
+        "bfloat16, if the processor has AVX512_BF16 or AMX",
         "name",
         stages=ALL - EXPORT,
     )

@@ -15,9 +15,17 @@ import paddle
 from paddle.base.core import set_num_threads
 from PIL import Image
 
-from hnas.base.device import Arithmetic, device_name, on_gpu, set_deterministic, set_tf32
+from hnas.base.device import (
+    Arithmetic,
+    cpu_threads,
+    device_name,
+    on_gpu,
+    set_deterministic,
+    set_tf32,
+)
 from hnas.base.errors import UserError
 from hnas.base.files import check_writable
+from hnas.base.onednn import refuse_without_bfloat16
 from hnas.dataset.image_folder import (
     DataError,
     ImageList,
@@ -29,7 +37,6 @@ from hnas.dataset.image_folder import (
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.pixel_cache import PixelCache, has_pixels
 from hnas.dataset.transforms import EvalTransform
-from hnas.evaluation.cpu.inference import cpu_threads
 from hnas.parallel.distributed import (
     barrier,
     is_main_process,
@@ -46,12 +53,13 @@ from hnas.utils.options import Options
 logger = logging.getLogger(__name__)
 
 
-def start(options: Options, writes: bool = True) -> Arithmetic:
+def start(options: Options, writes: bool = True, scores: bool = False) -> Arithmetic:
     """Choose the device and how it rounds, meet the run's other processes, seed every generator.
 
     Args:
         options: of the run.
         writes: whether there will be results, for which ``save_dir`` is tried now.
+        scores: whether it walks over sub-networks, which some CPUs do in half precision.
 
     Returns:
         What the run computes with.
@@ -67,7 +75,9 @@ def start(options: Options, writes: bool = True) -> Arithmetic:
         raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
     paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
     if options.amp != "O0" and not on_gpu():
-        raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
+        if not scores:
+            raise UserError(f"--amp {options.amp} needs a GPU; CPUs train in float32")
+        refuse_without_bfloat16(f"--amp {options.amp}")
     tf32 = set_tf32(options.tf32)
     if options.deterministic:
         set_deterministic()

@@ -15,7 +15,7 @@ from hnas.base.files import file_digest
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.gpu_kernels import choose_variant
 from hnas.evaluation.images import DECODE_BATCH, DecodedImages, ImagesOnDemand, balanced_order
-from hnas.evaluation.variants import Precision, Variant
+from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.parallel.distributed import agree, from_main_process, world_size
 from hnas.utils.memory_needs import check_cache, check_shared_memory
 from hnas.utils.options import Options
@@ -84,12 +84,13 @@ def identity(
 
 
 def variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) -> Variant | None:
-    """How the walk computes on a GPU; None: on CPUs the engine decides.
+    """How the walk computes; None: on CPUs in float32, by what works there.
 
-    Half precision is float16, eight times as fine as bfloat16. What overflows is found.
+    Half precision is float16 on GPUs, eight times as fine as bfloat16, which CPUs have. What
+    overflows is found.
     """
     if not on_gpu():
-        return None
+        return None if arithmetic.amp == "O0" else cpu_variant(Precision.BFLOAT16)
     rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
     precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
     return choose_variant(precision, 0 if calibration is None else len(calibration))

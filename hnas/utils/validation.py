@@ -104,9 +104,7 @@ class Ranking:
         """Kendall's tau-b and Pearson's correlation; all processes call this together."""
         # What Paddle compiles here gets numbers of its own, as in a run that does not measure.
         with paddle.utils.unique_name.guard():
-            evaluator = SharedEvaluator(
-                self.network, list(self.truth), self.image_size, self.calibration
-            )
+            evaluator = SharedEvaluator(self.network, list(self.truth), self.calibration)
             counts = Counts.zeros(len(self.truth))
             for images, labels in self.loader:
                 for start in range(0, len(labels), self.batch):

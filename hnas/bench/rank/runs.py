@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle import nn
 
+from hnas.base.device import processor
 from hnas.bench.rank.distorted_digits import (
     CLASSES,
     STRONG,
@@ -76,16 +75,6 @@ def run_job(bench: Bench, job: Job) -> None:
     }
     bench.times.put(job.name, cost)
     bench.runs.put(job.name, {"settings": bench.settings(job), **result})
-
-
-def processor() -> str:
-    """Its name; last digits, and so results, differ between processors about as between seeds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def train(
@@ -256,8 +245,7 @@ def score_supernet(
     calibration: paddle.Tensor | None,
 ) -> np.ndarray:
     """Hits of architectures on the validation images, int64 [architectures]."""
-    size = bench.task.distortion.size
-    evaluator = SharedEvaluator(network, list(archs.values()), size, calibration)
+    evaluator = SharedEvaluator(network, list(archs.values()), calibration)
     counts = Counts.zeros(len(archs))
     for images, labels in validation_chunks(bench.task):
         evaluator.evaluate(images, labels, counts)

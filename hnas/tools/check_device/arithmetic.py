@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import paddle
 
+from hnas.base.onednn import has_bfloat16
 from hnas.evaluation.variants import Precision
 from hnas.tools.check_device.machine import Machine
 
@@ -15,6 +16,8 @@ FLOAT32, TF32, FLOAT16, BFLOAT16 = Precision
 NEEDED_CAPABILITY = {TF32: (8, 0), BFLOAT16: (8, 0), FLOAT16: (7, 0)}
 """Compute capabilities of the cards that have it."""
 NOT_OFFERED = "needs a GPU of compute capability {}.{}"
+NO_BFLOAT16 = "needs AVX512_BF16 or AMX"
+"""Of a processor."""
 
 LIMITS = {FLOAT32: 1e-4, TF32: 3e-3, BFLOAT16: 3e-2, FLOAT16: 5e-3}
 """Of an operator's largest error over its largest value. TF32 rounds factors to 11 bits, which
@@ -28,6 +31,14 @@ def precisions(machine: Machine) -> list[tuple[Precision, str]]:
     capability = paddle.device.cuda.get_device_capability()
     own = [TF32] if machine.plan.tf32 == "on" else [FLOAT32, BFLOAT16, FLOAT16]
     return [(each, _missing(each, capability)) for each in own]
+
+
+def scoring_precisions(machine: Machine) -> list[tuple[Precision, str]]:
+    """:func:`precisions` of a walk, for which processors, too, may have bfloat16."""
+    found = dict(precisions(machine))
+    if not machine.has_gpu:
+        found[BFLOAT16] = "" if has_bfloat16() else NO_BFLOAT16
+    return list(found.items())
 
 
 def _missing(precision: Precision, capability: tuple[int, int]) -> str:

@@ -1,4 +1,4 @@
-"""What only CPUs use: oneDNN in training; Paddle Inference, Winograd and products in scoring.
+"""What only CPUs use: oneDNN's convolutions in training, and its kernels in stage 3.
 
 Expected values are Paddle's own operators' in float64.
 """
@@ -11,39 +11,44 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.evaluation.cpu.inference import InferenceKernels, cpu_threads, filters_are_fresh
-from hnas.evaluation.cpu.matmul import MatmulKernels
-from hnas.evaluation.cpu.winograd import WinogradKernels
+from hnas.evaluation.cpu_kernels import CpuKernels
 from hnas.evaluation.kernels import DygraphKernels
+from hnas.evaluation.variants import Precision, cpu_variant
 from hnas.evaluation.weights import Convolution, new_identity
 from hnas.models.convolution import onednn_conv2d
+from hnas.tools.check_device.arithmetic import BFLOAT16, FLOAT32, LIMITS, scoring_precisions
 from hnas.tools.check_device.machine import Machine
-from hnas.tools.check_device.results import (
-    Result,
-    at_most,
-    guarded,
-    holds,
-    not_here,
-    relative_error,
-)
+from hnas.tools.check_device.results import Result, at_most, guarded, not_here, relative_error
 
 LIMIT = 1e-5
-"""Relative to the largest value, in float32."""
+"""Of a convolution's error in float32, relative to the largest value."""
+BLOCK_LIMITS = {FLOAT32: 1e-4, BFLOAT16: LIMITS[BFLOAT16]}
 CHANNELS, IMAGES, CALIBRATION = 24, 6, 2
 CONVOLUTIONS = ((3, 1, 9), (3, 2, 9), (1, 2, 8), (7, 2, 16))
 """Kernel, stride and size of the map."""
+WIDTHS = {CHANNELS: IMAGES, 112: 20}
+"""Channels of the blocks, and images: few, and enough for Winograd's transforms."""
+MAP = 12
+"""Height and width of the blocks' inputs, px."""
 
 
 def check(machine: Machine) -> Iterator[Result]:
     """The CPU's own kernels."""
     if machine.has_gpu:
-        yield not_here("oneDNN, Paddle Inference, Winograd", "only CPUs compute by them")
+        yield not_here("oneDNN's kernels", "only CPUs compute by them")
         return
     for kernel, stride, size in CONVOLUTIONS:
         name = f"oneDNN convolution {kernel}x{kernel}/{stride}"
         yield from guarded(name, check_convolution, name, onednn_conv2d, kernel, stride, size)
-    for calibration in (0, CALIBRATION):
-        yield from guarded("kernels of stage 3", check_kernels, calibration)
+    for precision, missing in scoring_precisions(machine):
+        if precision not in BLOCK_LIMITS:
+            continue
+        name = f"stage 3's kernels in {precision.value}"
+        if missing:
+            yield not_here(name, missing)
+            continue
+        for calibration in (0, CALIBRATION):
+            yield from guarded(name, check_kernels, precision, calibration)
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -72,42 +77,44 @@ def check_convolution(
     yield at_most(name, error, LIMIT, "output and gradients")
 
 
-def check_kernels(calibration: int) -> Iterator[Result]:
-    """A block by each kind of kernels."""
-    statistics = f", {calibration} calibration images" if calibration else ""
-    inference = InferenceKernels(cpu_threads(), calibration)
-    yield holds(f"Paddle Inference takes new filters{statistics}", filters_are_fresh(inference))
-    for name, kernels, size in (
-        ("Paddle Inference", inference, 12),
-        ("Winograd", WinogradKernels(inference), 6),
-        ("products of tiny maps", MatmulKernels(calibration), 2),
-    ):
-        error = relative_error(*(block(each, calibration, size) for each in (kernels, None)))
-        yield at_most(f"a block by {name}{statistics}", error, 10 * LIMIT)
+def check_kernels(precision: Precision, calibration: int) -> Iterator[Result]:
+    """Blocks by the kernels of stage 3."""
+    how = f"{precision.value}{', re-calibrated' if calibration else ''}"
+    for channels in WIDTHS:
+        kernels = CpuKernels(cpu_variant(precision), calibration)
+        right = blocks(DygraphKernels(calibration), "float64", channels)
+        for name, found in blocks(kernels, "float32", channels).items():
+            row = f"{name}, {channels} channels, {how}"
+            error = relative_error(found, right[name])
+            yield at_most(row, error, BLOCK_LIMITS[precision], "of the largest value")
 
 
-def block(kernels: DygraphKernels | None, calibration: int, size: int) -> np.ndarray:
-    """The output [N, C, H, W] of a block; None: by Paddle's operators in float64."""
-    plain = DygraphKernels(calibration)
-    dtype = "float32" if kernels else "float64"
-    kernels = kernels or plain
-    form = kernels.form(size, 1)
+@paddle.no_grad()
+def blocks(kernels: DygraphKernels, dtype: str, channels: int) -> dict[str, np.ndarray]:
+    """Outputs [N, C, H, W] of a block and of a stage's first block, of tensors in ``dtype``."""
+    plain = DygraphKernels(kernels.calibration)
+    form = kernels.form()
     shape = [1, 1, 1, 1]
     shape[form.channel_axis] = -1
 
     def tensor(seed: int, *dimensions: int) -> paddle.Tensor:
         return paddle.to_tensor(draw(seed, *dimensions).astype(np.float32)).astype(dtype)
 
-    convolutions = [
-        Convolution(
-            form.arrange(tensor(seed, CHANNELS, CHANNELS, 3, 3)),
-            tuple(
-                tensor(seed + 1 + part, CHANNELS).reshape(shape)
-                for part in range(2 if calibration else 1)
-            ),
-            new_identity(),
-        )
-        for seed in (10, 20)
-    ]
-    x = kernels.accept(tensor(0, IMAGES, CHANNELS, size, size), plain)
-    return plain.accept(kernels.block(x, *convolutions, 0), kernels).numpy()
+    def convolution(seed: int, outputs: int, inputs: int, kernel: int) -> Convolution:
+        filters = tensor(seed, channels + 4, channels + 3, kernel, kernel)
+        if form.sliced:
+            filters = filters[:outputs, :inputs].contiguous()
+        parts = 2 if kernels.calibration else 1
+        rest = (tensor(seed + 1 + part, outputs).reshape(shape) for part in range(parts))
+        return Convolution(form.arrange(filters), tuple(rest), outputs, new_identity())
+
+    x = kernels.accept(tensor(0, WIDTHS[channels], channels, MAP, MAP), plain)
+    middle, narrow = channels - 6, channels - 1
+    conv1, conv2 = convolution(10, middle, channels, 3), convolution(20, narrow, middle, 3)
+    first = kernels.last(
+        kernels.first(x, convolution(30, middle, channels, 3), stride=2),
+        kernels.project(x, convolution(40, channels, channels, 1)),
+        convolution(50, narrow, middle, 3),
+    )
+    found = {"block": kernels.block(x, conv1, conv2), "first block": first}
+    return {name: plain.accept(y, kernels).astype(dtype).numpy() for name, y in found.items()}

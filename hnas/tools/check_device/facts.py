@@ -12,8 +12,8 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.base.device import cpu_threads
 from hnas.base.memory import available_bytes, gib, shared_bytes
-from hnas.evaluation.cpu.inference import cpu_threads
 from hnas.tools.check_device.machine import Machine
 from hnas.tools.check_device.results import Result, at_most, fact, not_here
 

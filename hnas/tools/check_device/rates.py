@@ -18,7 +18,7 @@ from hnas.evaluation.variants import Precision, Variant
 from hnas.evaluation.weights import Convolution, new_identity
 from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
-from hnas.tools.check_device.arithmetic import precisions
+from hnas.tools.check_device.arithmetic import scoring_precisions
 from hnas.tools.check_device.machine import Machine
 from hnas.tools.check_device.results import Result, fact, guarded, not_here
 from hnas.tools.check_device.subjects import CLASSES, images, labels, seed_weights
@@ -42,7 +42,7 @@ TRAINED_ON_GPU, TRAINED_ON_CPU = ("", 224, BATCH), ("_mini", 32, 16)
 
 def check(machine: Machine) -> Iterator[Result]:
     """(i) Rates; those of blocks and layouts on GPUs alone."""
-    for precision, missing in precisions(machine):
+    for precision, missing in scoring_precisions(machine):
         if missing:
             yield not_here(f"rates in {precision.value}", missing)
             continue
@@ -106,19 +106,20 @@ def block_rates(precision: Precision, layout: str) -> Iterator[Result]:
     def one(variant: Variant) -> Iterator[Result]:
         channels, size = SHAPES[2]
         kernels, plain = GpuKernels(variant), GpuKernels(Variant())
-        form = kernels.form(size, 1)
+        form = kernels.form()
         shape = [1, 1, 1, 1]
         shape[form.channel_axis] = -1
         convolutions = [
             Convolution(
                 form.arrange(drawn(channels, channels, 3, 3).astype(form.dtype)),
                 (drawn(channels).reshape(shape).astype(form.dtype),),
+                channels,
                 new_identity(),
             )
             for _ in range(2)
         ]
         x = kernels.accept(drawn(BATCH, channels, size, size), plain)
-        seconds = seconds_of(lambda: kernels.block(x, *convolutions, 0))
+        seconds = seconds_of(lambda: kernels.block(x, *convolutions))
         rate = BATCH * size * size * 18 * channels * channels / seconds / 1e9
         yield fact(f"block of stage 3: {variant}", f"{rate:,.0f} GMAC/s")
 
@@ -137,14 +138,13 @@ def walk_rates(machine: Machine, precision: Precision) -> Iterator[Result]:
     drawn_archs = [network.space.sample(rng) for _ in range(archs)]
     batch = paddle.to_tensor(images(number, size)), paddle.to_tensor(labels(number))
     for variant in variants(machine, precision, 0):
-        evaluator = SharedEvaluator(network, drawn_archs, size, variant=variant)
+        evaluator = SharedEvaluator(network, drawn_archs, variant=variant)
         evaluator.evaluate(*batch, Counts.zeros(archs))
         done, began = evaluator.macs, time.perf_counter()
         while evaluator.macs == done or time.perf_counter() - began < SECONDS:
             evaluator.evaluate(*batch, Counts.zeros(archs))
         rate = (evaluator.macs - done) / (time.perf_counter() - began) / 1e9
-        how = str(variant) if variant else "the CPU's kernels"
-        yield fact(f"walk at {size} px: {how}", f"plan --gmacs_per_s {rate:.0f}")
+        yield fact(f"walk at {size} px: {variant}", f"plan --gmacs_per_s {rate:.0f}")
 
 
 def training_rate(machine: Machine, name: str, stage: int, amp: str) -> Iterator[Result]:

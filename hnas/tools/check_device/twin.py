@@ -3,7 +3,7 @@
     python -m hnas.tools.check_device.twin FOLDER PLAN
 
 Writes one file after the other to FOLDER, in the order in which they are asked for. Only Paddle's
-plain operators and the reference engine are used here: no oneDNN, no Inference, no GPU.
+plain operators and the reference engine are used here: no oneDNN, no GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import paddle
 from paddle.base.core import set_num_threads
 
+from hnas.base.device import cpu_threads
 from hnas.base.errors import run_main
-from hnas.evaluation.cpu.inference import cpu_threads
 from hnas.tools.check_device import fused, operators, training, walk
 from hnas.tools.check_device.machine import Machine, write_expected
 from hnas.tools.check_device.plan import Plan

@@ -18,9 +18,8 @@ from pathlib import Path
 import paddle
 from paddle.base.core import set_num_threads
 
-from hnas.base.device import set_tf32
+from hnas.base.device import cpu_threads, set_tf32
 from hnas.base.errors import run_main
-from hnas.evaluation.cpu.inference import cpu_threads
 from hnas.tools.check_device import (
     collectives,
     cpu_kernels,

@@ -1,0 +1,214 @@
+"""oneDNN's C interface, on CPUs: of the library that Paddle ships, for training and scoring.
+
+Paddle's own operators multiply image by image: on small feature maps those products are so narrow
+that most of the time is lost, and more cores do not help. Paddle ships oneDNN, but training
+reaches it neither in dygraph nor, at any gain, in static graphs, and scoring by Paddle Inference
+only, which re-orders filters anew whenever they change (docs/speed.md). So both call the shipped
+library: channels last, over the whole batch at once, on all threads.
+
+Only the documented C interface of version 3 is used. Nothing here holds weights: what a call gets
+is what it uses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import paddle
+
+from hnas.base.errors import UserError
+
+# Values of the C interface's enumerations, oneDNN 3.
+CPU, ANY_FORMAT, IN_ORDER = 1, 1, 1
+BFLOAT16, FLOAT32 = 2, 3
+FORWARD_TRAINING, FORWARD_INFERENCE = 64, 96
+DIRECT_CONVOLUTION, RELU, MAX_POOLING, MEAN_POOLING, ADD = 0x1, 0x20, 0x1FF, 0x3FF, 0x1FFF0
+QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 131, 132
+SRC, SRC_1, DST, WEIGHTS, BIAS = 1, 2, 17, 33, 41
+MEAN, VARIANCE, SCALE, SHIFT = 49, 50, 51, 52
+DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
+GIVEN_STATISTICS, WITH_SCALE, WITH_SHIFT, THEN_RELU = 1, 2, 4, 8
+"""Flags of batch normalisation."""
+AVX512_BF16 = 0xE7
+"""Bits of the instruction sets that compute in bfloat16 and not by way of float32."""
+MAX_DIMENSIONS = 12
+MAJOR_VERSION = 3
+
+
+class OneDNNError(RuntimeError):
+    """A call that the library refused, or a library that is not there."""
+
+
+class _Version(Structure):
+    _fields_ = [("major", c_int), ("minor", c_int), ("patch", c_int)]
+
+
+class _Argument(Structure):
+    _fields_ = [("which", c_int), ("memory", c_void_p)]
+
+
+class Library:
+    """The library that Paddle ships, with an engine and a stream."""
+
+    def __init__(self):
+        path = Path(paddle.__file__).parent / "libs" / f"libdnnl.so.{MAJOR_VERSION}"
+        try:
+            self._functions = ctypes.CDLL(str(path))
+            version = self._functions.dnnl_version
+            query = self._functions.dnnl_primitive_desc_query_md
+        except (OSError, AttributeError) as error:
+            raise OneDNNError(f"cannot use {path.name}: {error}") from None
+        version.restype = POINTER(_Version)
+        if version().contents.major != MAJOR_VERSION:
+            raise OneDNNError(f"{path.name} is version {version().contents.major}")
+        query.restype, query.argtypes = c_void_p, (c_void_p, c_int, c_int)
+        self._query = query
+        self._execute = self._functions.dnnl_primitive_execute
+        self._execute.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
+        self._set_handle = self._functions.dnnl_memory_set_data_handle
+        self._set_handle.argtypes = (c_void_p, c_void_p)
+        self.engine = self.make("dnnl_engine_create", CPU, c_size_t(0))
+        self.stream = self.make("dnnl_stream_create", self.engine, IN_ORDER)
+
+    def make(self, function: str, *arguments) -> c_void_p:
+        """Call a function whose first parameter is where the new object's handle goes."""
+        handle = c_void_p()
+        self.call(function, byref(handle), *arguments)
+        return handle
+
+    def call(self, function: str, *arguments) -> None:
+        """Call a function.
+
+        Raises:
+            OneDNNError: it refuses.
+        """
+        self._check(function, getattr(self._functions, function)(*arguments))
+
+    def _check(self, function: str, status: int) -> None:
+        if status:
+            raise OneDNNError(f"{function} returned {status}")
+
+    def description(self, shape, strides=None, dtype: int = FLOAT32) -> c_void_p:
+        """A memory descriptor; without ``strides`` the primitive chooses the format."""
+        arguments = len(shape), dimensions(shape), dtype
+        if strides is None:
+            return self.make("dnnl_memory_desc_create_with_tag", *arguments, ANY_FORMAT)
+        return self.make("dnnl_memory_desc_create_with_strides", *arguments, dimensions(strides))
+
+    def equal(self, description, other) -> bool:
+        """Whether memory that one describes can be read as the other's."""
+        return bool(self._functions.dnnl_memory_desc_equal(description, other))
+
+    def attributes(self, add: bool, relu: bool) -> c_void_p | None:
+        """What a primitive does to its result: add what its output holds, and ReLU."""
+        if not (add or relu):
+            return None
+        attributes, then = (
+            self.make("dnnl_primitive_attr_create"),
+            self.make("dnnl_post_ops_create"),
+        )
+        if add:
+            self.call("dnnl_post_ops_append_sum", then, c_float(1), 0, 0)
+        if relu:
+            self.call("dnnl_post_ops_append_eltwise", then, RELU, c_float(0), c_float(0))
+        self.call("dnnl_primitive_attr_set_post_ops", attributes, then)
+        return attributes
+
+    def instructions(self) -> int:
+        """Bits of the instruction sets in use."""
+        return self._functions.dnnl_get_effective_cpu_isa()
+
+    def size(self, description) -> int:
+        """Bytes that a memory descriptor needs."""
+        function = self._functions.dnnl_memory_desc_get_size
+        function.restype, function.argtypes = c_size_t, (c_void_p,)
+        return function(description)
+
+    def chosen(self, primitive_description, query: int) -> c_void_p:
+        """The memory descriptor that a primitive has chosen."""
+        return c_void_p(self._query(primitive_description, query, 0))
+
+    def run(self, step: Step, *pointers: int) -> None:
+        """Execute a primitive on the addresses of its arguments, in their order."""
+        for memory, pointer in zip(step.memories, pointers, strict=True):
+            self._set_handle(memory, pointer)
+        status = self._execute(step.primitive, self.stream, len(step.memories), step.arguments)
+        self._check("dnnl_primitive_execute", status)
+
+    def step(self, primitive_description, *arguments: tuple[int, c_void_p]) -> Step:
+        """A primitive with its arguments: pairs of which one and its memory descriptor."""
+        primitive = self.make("dnnl_primitive_create", primitive_description)
+        memories = [
+            self.make("dnnl_memory_create", description, self.engine, c_void_p(None))
+            for _, description in arguments
+        ]
+        pairs = [_Argument(which, m) for (which, _), m in zip(arguments, memories, strict=True)]
+        return Step(primitive, memories, (_Argument * len(pairs))(*pairs))
+
+    def reorder(self, source, target) -> Step:
+        """A copy from one memory format to another."""
+        description = self.make(
+            "dnnl_reorder_primitive_desc_create", source, self.engine, target, self.engine, None
+        )
+        return self.step(description, (SRC, source), (DST, target))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A primitive with the memory objects of its arguments, which :meth:`Library.run` points."""
+
+    primitive: c_void_p
+    memories: list
+    arguments: ctypes.Array
+
+
+def dimensions(values) -> ctypes.Array:
+    """Numbers as the interface takes them."""
+    return (c_int64 * MAX_DIMENSIONS)(*values)
+
+
+def dense(shape) -> tuple[int, ...]:
+    """Strides of a dense array [N, C, H, W]."""
+    _, c, h, w = shape
+    return (c * h * w, h * w, w, 1)
+
+
+def channels_last(shape, channels: int = 0) -> tuple[int, ...]:
+    """Strides of [N, C, H, W] that lies as [N, H, W, C], or as the first C of ``channels``."""
+    _, c, h, w = shape
+    c = channels or c
+    return (c * h * w, 1, w * c, c)
+
+
+@lru_cache(maxsize=1)
+def library() -> Library:
+    """The library, loaded at the first call.
+
+    Raises:
+        OneDNNError: Paddle does not ship it, or another version.
+    """
+    return Library()
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16 (AVX512_BF16, AMX), and oneDNN lets it."""
+    try:
+        return library().instructions() & AVX512_BF16 == AVX512_BF16
+    except OneDNNError:
+        return False
+
+
+def refuse_without_bfloat16(what: str) -> None:
+    """Say that a processor has no bfloat16 before it is asked for it.
+
+    Raises:
+        UserError: it has not; names ``what`` asks.
+    """
+    if not has_bfloat16():
+        raise UserError(
+            f"{what} on a CPU needs a processor with AVX512_BF16 or AMX, and oneDNN; give --amp O0"
+        )

@@ -1,0 +1,285 @@
+"""The operations of a walk on CPUs: oneDNN's kernels, with everything fused that they fuse.
+
+Activations lie with channels last, in float32 or bfloat16. A convolution adds its bias and the
+shortcut and applies ReLU itself. Filters are re-ordered once for every width and kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import paddle
+
+from hnas.base.errors import UserError
+from hnas.base.memory import available_bytes, keep_freed_memory
+from hnas.base.onednn import (
+    MAX_POOLING,
+    MEAN_POOLING,
+    OneDNNError,
+    Step,
+    library,
+    refuse_without_bfloat16,
+)
+from hnas.evaluation.kernels import DygraphKernels
+from hnas.evaluation.onednn_steps import (
+    MOST_ROWS,
+    adding,
+    convolution_kernel,
+    copying,
+    norm_of,
+    pooling,
+)
+from hnas.evaluation.variants import Precision, Variant
+from hnas.evaluation.weights import CACHE_BYTES, Convolution, Form, LatestTensors, new_identity
+from hnas.evaluation.winograd import filters_to_points, winograd, worth_it
+from hnas.models.convolution import ramp
+from hnas.models.onednn import scratch
+
+logger = logging.getLogger(__name__)
+
+PACKED_SHARE = 1 / 8
+"""Of the free memory, for filters as oneDNN wants them."""
+TRIALS = ((3, 9, 14), (3, 2, 14), (16, 16, 50))
+"""Images, height of the maps before the first block, and channels after it, of a trial; the last is
+computed by Winograd's transforms."""
+TRIAL_CALIBRATION = 4
+TRIAL_TOLERANCE = {Precision.FLOAT32: 1e-4, Precision.BFLOAT16: 5e-2}
+"""Of a block, relative to its largest value."""
+
+
+class CpuKernels(DygraphKernels):
+    """oneDNN's, by its C interface, on all threads.
+
+    Args:
+        variant: float32 or bfloat16.
+        calibration: as in :class:`DygraphKernels`.
+
+    Raises:
+        OneDNNError: the library is not there.
+    """
+
+    def __init__(self, variant: Variant, calibration: int = 0):
+        super().__init__(calibration, "NHWC")
+        self._dtype = variant.precision.dtype
+        self._rest: dict[int, np.ndarray] = {}
+        # With the filters themselves, so that their addresses stay theirs.
+        self._points: dict[int, tuple[paddle.Tensor, paddle.Tensor]] = {}
+        self._packed = LatestTensors(max(CACHE_BYTES, int(PACKED_SHARE * available_bytes())))
+        library()
+
+    def form(self) -> Form:
+        return Form(channel_axis=self.channel_axis, sliced=False)
+
+    def accept(self, x, kernels: DygraphKernels):
+        return super().accept(x, kernels).astype(self._dtype)
+
+    def conv_norm(
+        self, x, convolution: Convolution, stride: int, padding: int, relu=False, shortcut=None
+    ):
+        if not self.calibration:
+            return self._convolve(x, convolution, stride, padding, relu, shortcut)
+        y = self._convolve(x, convolution._replace(rest=()), stride, padding)
+        self._normalise(y, convolution, relu and shortcut is None)
+        return y if shortcut is None else self._add(y, shortcut)
+
+    def stem(self, x, conv: Convolution):
+        y = self.conv_norm(x, conv, stride=2, padding=3, relu=True)
+        return self._run_on(y, pooling(tuple(y.shape), self._dtype, MAX_POOLING, 3, 2, 1))
+
+    def first(self, x, conv1: Convolution, stride: int):
+        return self.conv_norm(x, conv1, stride, padding=1, relu=True)
+
+    def last(self, y, shortcut, conv2: Convolution):
+        return self.conv_norm(y, conv2, stride=1, padding=1, relu=True, shortcut=shortcut)
+
+    def narrow(self, x, channels: int):
+        if x.shape[3] == channels:
+            return x
+        return self._copy(x, paddle.empty([*x.shape[:3], channels], self._dtype))
+
+    def pooled(self, x):
+        x = x[self.calibration :].astype("float32")
+        n, height, width, channels = x.shape
+        if height != width or height == 1:
+            return x.mean([1, 2])
+        step = pooling((n, height, width, channels), "float32", MEAN_POOLING, height, height, 0)
+        return self._run_on(x, step).reshape([n, channels])
+
+    def classifier(self, weight, bias) -> Callable:
+        whole = weight.t().contiguous().reshape([weight.shape[1], -1, 1, 1])
+        convolutions: dict[int, Convolution] = {}
+
+        def logits(features):
+            rows, channels = features.shape
+            if channels not in convolutions:
+                convolutions[channels] = Convolution(whole, (bias,), len(whole), new_identity())
+            x = features.reshape([rows, 1, 1, channels])
+            return self._convolve(x, convolutions[channels], 1, 0).reshape([rows, -1])
+
+        return logits
+
+    def _convolve(self, x, conv: Convolution, stride: int, padding: int, relu=False, shortcut=None):
+        """Plus bias, if it has one, plus the shortcut's leading channels, then ReLU."""
+        if stride == 1 and padding == 1 and self._dtype == "float32":
+            images, size, width, inputs = x.shape
+            if size == width and worth_it(images, size, inputs, conv.outputs):
+                y = self._empty([images, size, size, conv.outputs], x.dtype)
+                bias = self._numbers(conv)[0, 0] if conv.rest else None
+                winograd(x, self._at_points(conv), conv.outputs, bias, shortcut, relu, y)
+                return y
+        return self.direct(x, conv, stride, padding, relu, shortcut)
+
+    def direct(self, x, conv: Convolution, stride: int, padding: int, relu=False, shortcut=None):
+        """The same by oneDNN's own convolution."""
+        kernel = convolution_kernel(
+            tuple(x.shape),
+            x.dtype == paddle.bfloat16,
+            tuple(conv.filters.shape),
+            conv.outputs,
+            (stride, padding),
+            (bool(conv.rest), shortcut is not None, relu),
+        )
+        y = self._empty(kernel.output, x.dtype)
+        if shortcut is not None:
+            self._copy(shortcut, y)
+        packed = self._packed.get((conv.identity, kernel.format), lambda: kernel.pack(conv.filters))
+        tensors = [x, packed, *conv.rest, y]
+        library().run(kernel.step, *(tensor.data_ptr() for tensor in tensors))
+        return y
+
+    def _empty(self, shape: list[int], dtype) -> paddle.Tensor:
+        """Room for an output, and behind it for what :func:`norm_of` takes to be there."""
+        images, height, width, _ = shape
+        if not self.calibration or images * height * width % MOST_ROWS == 0:
+            return paddle.empty(shape, dtype)
+        return paddle.empty([images + MOST_ROWS, *shape[1:]], dtype)[:images]
+
+    def _copy(self, x, target):
+        """The leading channels of ``x`` as ``target``."""
+        step = copying(tuple(x.shape), target.shape[3], self._dtype)
+        library().run(step, x.data_ptr(), target.data_ptr())
+        return target
+
+    def _run_on(self, x, made: tuple[Step, list[int]]):
+        step, shape = made
+        y = paddle.empty(shape, x.dtype)
+        library().run(step, x.data_ptr(), y.data_ptr())
+        return y
+
+    def _normalise(self, y, convolution: Convolution, relu: bool) -> None:
+        """BatchNorm by the calibration images' statistics, in place."""
+        norm = norm_of(tuple(y.shape), self.calibration, self._dtype, relu)
+        unused = scratch("normalised", norm.bytes)
+        vectors = np.empty((4, norm.rows, y.shape[3]), np.float32)
+        first, step = vectors.ctypes.data, vectors[0].nbytes
+        addresses = [first + place * step for place in range(4)]
+        library().run(norm.measure, y.data_ptr(), unused, *addresses[:2])
+        if norm.rows > 1:
+            vectors[:2] = over_rows(vectors[:2])
+        vectors[2:] = self._numbers(convolution)
+        library().run(norm.apply, y.data_ptr(), y.data_ptr(), *addresses)
+
+    def _numbers(self, convolution: Convolution) -> np.ndarray:
+        """Bias, or scale and shift, [1 or 2, 1, C]."""
+        if convolution.identity not in self._rest:
+            rows = [part.numpy().ravel() for part in convolution.rest]
+            self._rest[convolution.identity] = np.stack(rows)[:, None]
+        return self._rest[convolution.identity]
+
+    def _at_points(self, convolution: Convolution) -> paddle.Tensor:
+        """The whole filters, transformed once for all widths."""
+        key = convolution.filters.data_ptr()
+        if key not in self._points:
+            self._points[key] = convolution.filters, filters_to_points(convolution.filters)
+        return self._points[key][1]
+
+    def _add(self, y, shortcut):
+        """Plus the shortcut, then ReLU, in place."""
+        shortcut = self.narrow(shortcut, y.shape[3])
+        step = adding(tuple(y.shape), self._dtype)
+        library().run(step, y.data_ptr(), shortcut.data_ptr(), y.data_ptr())
+        return y
+
+
+def over_rows(found: np.ndarray) -> np.ndarray:
+    """Means and biased variances [2, rows, C] of equally many values: those of all, [2, 1, C]."""
+    rows = found.shape[1]
+    both = np.add.reduce(found, axis=1, keepdims=True) / rows
+    apart = found[0] - both[0]
+    both[1] += np.add.reduce(apart * apart, axis=0, keepdims=True) / rows
+    return both
+
+
+def cpu_kernels(variant: Variant, calibration: int) -> DygraphKernels:
+    """oneDNN's kernels, or Paddle's where they cannot be trusted, which is logged.
+
+    Raises:
+        UserError: bfloat16, and they or the processor cannot.
+    """
+    keep_freed_memory()
+    half = variant.precision.is_half
+    if half:
+        refuse_without_bfloat16("bfloat16")
+    try:
+        kernels = CpuKernels(variant, calibration)
+        difference = largest_difference(CpuKernels(variant, min(calibration, TRIAL_CALIBRATION)))
+    except OneDNNError as error:
+        reason = str(error)
+    else:
+        if difference < TRIAL_TOLERANCE[variant.precision]:
+            return kernels
+        reason = f"its results differ by {difference:g}"
+    if half:
+        raise UserError(f"bfloat16 does not work on this CPU: {reason}; give --amp O0")
+    logger.warning("scoring by Paddle's operators, several times slower than oneDNN's: %s", reason)
+    return DygraphKernels(calibration)
+
+
+@paddle.no_grad()
+def largest_difference(kernels: DygraphKernels) -> float:
+    """Between kernels and Paddle's operators, over the largest value, in a stage's first blocks.
+
+    They rely on the library that Paddle ships, so they are tried before they are trusted.
+    """
+    plain = DygraphKernels(kernels.calibration)
+    parts = 2 if kernels.calibration else 1
+    worst = 0.0
+    for images, size, width in TRIALS:
+        results = []
+        for own in (plain, kernels):
+            wide, more = width + 4, width + 6
+            convolutions = [
+                _trial_convolution(own, *shape, parts)
+                for shape in (
+                    (wide, more, 3),
+                    (width, wide, 3),
+                    (width, more, 1),
+                    (width, width, 3),
+                    (width, width, 3),
+                )
+            ]
+            conv1, conv2, project, *second = convolutions
+            x = own.accept(ramp([kernels.calibration + images, more, size, size]), plain)
+            y = own.last(own.first(x, conv1, 2), own.project(x, project), conv2)
+            y = own.narrow(own.block(y, *second), width - 4)
+            results.append(plain.accept(y, own).astype("float32"))
+        expected, found = results
+        difference = float((expected - found).abs().max() / expected.abs().max())
+        if not difference < 1:
+            return difference
+        worst = max(worst, difference)
+    return worst
+
+
+def _trial_convolution(kernels: DygraphKernels, outputs: int, inputs: int, size: int, parts: int):
+    """The leading part of wider filters."""
+    form = kernels.form()
+    shape = [1, 1, 1, 1]
+    shape[form.channel_axis] = -1
+    filters = ramp([outputs + 2, inputs + 3, size, size]) / (size * inputs**0.5)
+    if form.sliced:
+        filters = filters[:outputs, :inputs].contiguous()
+    rest = tuple(ramp([outputs]).reshape(shape) + 1 for _ in range(parts))
+    return Convolution(form.arrange(filters), rest, outputs, new_identity())

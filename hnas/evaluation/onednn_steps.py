@@ -1,0 +1,233 @@
+"""oneDNN's primitives that a walk on CPUs is made of, each made once for a shape and kept.
+
+Shapes are those of activations as they lie, [N, H, W, C].
+"""
+
+from __future__ import annotations
+
+import math
+from ctypes import c_float, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+
+import paddle
+
+from hnas.base.onednn import (
+    ADD,
+    BFLOAT16,
+    BIAS,
+    DIRECT_CONVOLUTION,
+    DST,
+    FLOAT32,
+    FORWARD_INFERENCE,
+    FORWARD_TRAINING,
+    GIVEN_STATISTICS,
+    MEAN,
+    QUERY_WEIGHTS,
+    SCALE,
+    SHIFT,
+    SRC,
+    SRC_1,
+    THEN_RELU,
+    VARIANCE,
+    WEIGHTS,
+    WITH_SCALE,
+    WITH_SHIFT,
+    Step,
+    channels_last,
+    dense,
+    dimensions,
+    library,
+)
+from hnas.evaluation.kernels import EPSILON
+
+DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+FULL_REGISTER = {"float32": 4, "bfloat16": 16}
+"""Channels of which BatchNorm wants a multiple."""
+MOST_ROWS = 16
+"""Positions that it takes side by side at most."""
+KEPT_STEPS = 8192
+"""Steps of different shapes that are kept. The released space needs 1,500 at a chunk's size."""
+
+
+@dataclass(frozen=True)
+class ConvolutionKernel:
+    """A convolution of one shape.
+
+    Attributes:
+        step: of activations, packed filters, bias if it has one, output.
+        packing: of the whole filters into the packed ones.
+        packed: shape of a float32 tensor that holds these.
+        format: a number that other shapes have, too, which pack the same filters alike.
+        output: shape [N, H, W, C].
+    """
+
+    step: Step
+    packing: Step
+    packed: list[int]
+    format: int
+    output: list[int]
+
+    def pack(self, filters: paddle.Tensor) -> paddle.Tensor:
+        held = paddle.empty(self.packed)
+        library().run(self.packing, filters.data_ptr(), held.data_ptr())
+        return held
+
+
+@lru_cache(maxsize=KEPT_STEPS)
+def convolution_kernel(
+    x: tuple[int, ...],
+    half: bool,
+    filters: tuple[int, ...],
+    outputs: int,
+    window: tuple[int, int],
+    then: tuple[bool, bool, bool],
+) -> ConvolutionKernel:
+    """For activations ``x`` [N, H, W, C] and the leading part of ``filters`` [O, I, K, K].
+
+    Args:
+        half: bfloat16 activations, and so filters.
+        window: stride and padding.
+        then: whether it adds a bias, adds what its output holds, and applies ReLU.
+    """
+    lib, dtype = library(), BFLOAT16 if half else FLOAT32
+    (n, height, width, inputs), (_, _, kernel, _) = x, filters
+    (stride, padding), (with_bias, add, relu) = window, then
+    size = [(side + 2 * padding - kernel) // stride + 1 for side in (height, width)]
+    source = _activation(lib, x, dtype)
+    target = _activation(lib, (n, *size, outputs), dtype)
+    part = (outputs, inputs, kernel, kernel)
+    bias = lib.description((outputs,), (1,)) if with_bias else None
+    primitive = lib.make(
+        "dnnl_convolution_forward_primitive_desc_create",
+        *(lib.engine, FORWARD_INFERENCE, DIRECT_CONVOLUTION, source),
+        *(lib.description(part, dtype=dtype), bias, target),
+        *(dimensions([stride] * 2), dimensions([0] * 2)),
+        *(dimensions([padding] * 2), dimensions([padding] * 2)),
+        lib.attributes(add, relu),
+    )
+    packed = lib.chosen(primitive, QUERY_WEIGHTS)
+    arguments = [(SRC, source), (WEIGHTS, packed), (DST, target)]
+    if with_bias:
+        arguments.insert(2, (BIAS, bias))
+    return ConvolutionKernel(
+        lib.step(primitive, *arguments),
+        # A slice of the whole filters: its strides are the whole's.
+        lib.reorder(lib.description(part, dense(filters)), packed),
+        [-(-lib.size(packed) // 4)],
+        _format(lib, packed),
+        [n, *size, outputs],
+    )
+
+
+_formats: list[c_void_p] = []
+
+
+def _format(lib, description) -> int:
+    """The place of a description, or its equal, in the list of those that were met."""
+    for place, known in enumerate(_formats):
+        if lib.equal(known, description):
+            return place
+    _formats.append(description)
+    return len(_formats) - 1
+
+
+@lru_cache(maxsize=KEPT_STEPS)
+def copying(x: tuple[int, ...], channels: int, dtype: str) -> Step:
+    """Of leading channels into a tensor of their own."""
+    lib = library()
+    part = (*x[:3], channels)
+    return lib.reorder(
+        _activation(lib, part, DTYPES[dtype], x[3]), _activation(lib, part, DTYPES[dtype])
+    )
+
+
+@lru_cache(maxsize=KEPT_STEPS)
+def pooling(
+    x: tuple[int, ...], dtype: str, kind: int, window: int, stride: int, padding: int
+) -> tuple[Step, list[int]]:
+    """And the shape [N, H, W, C] of its result."""
+    lib = library()
+    n, height, width, channels = x
+    size = [(side + 2 * padding - window) // stride + 1 for side in (height, width)]
+    source = _activation(lib, x, DTYPES[dtype])
+    target = _activation(lib, (n, *size, channels), DTYPES[dtype])
+    primitive = lib.make(
+        "dnnl_pooling_forward_primitive_desc_create",
+        *(lib.engine, FORWARD_INFERENCE, kind, source, target, dimensions([stride] * 2)),
+        *(dimensions([window] * 2), dimensions([0] * 2)),
+        *(dimensions([padding] * 2), dimensions([padding] * 2), None),
+    )
+    return lib.step(primitive, (SRC, source), (DST, target)), [n, *size, channels]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """BatchNorm by the statistics of the first images.
+
+    oneDNN takes 20 times as long where channels do not fill its registers. So a few positions
+    are put side by side, as if they had channels of their own: statistics are of each of them.
+
+    Attributes:
+        measure: of all images, somewhere to write to, mean and variance.
+        apply: of all images, the result, mean, variance, scale and shift.
+        rows: positions side by side.
+        bytes: of what measuring writes.
+    """
+
+    measure: Step
+    apply: Step
+    rows: int
+    bytes: int
+
+
+@lru_cache(maxsize=KEPT_STEPS)
+def norm_of(x: tuple[int, ...], seen: int, dtype: str, relu: bool) -> Norm:
+    """For activations ``x``, of which the first ``seen`` images are measured.
+
+    Behind them there must be room for :data:`MOST_ROWS` positions, unless their number is a
+    multiple of that.
+    """
+    lib = library()
+    images, height, width, channels = x
+    positions = height * width
+    rows = FULL_REGISTER[dtype] // math.gcd(channels, FULL_REGISTER[dtype])
+    if seen * positions % rows:
+        rows = 1
+    vector = lib.description((rows * channels,), (1,))
+    whole, front = (
+        _activation(lib, (-(-number * positions // rows), 1, 1, rows * channels), DTYPES[dtype])
+        for number in (images, seen)
+    )
+    create = "dnnl_batch_normalization_forward_primitive_desc_create"
+    epsilon = c_float(EPSILON)
+    measure = lib.make(create, lib.engine, FORWARD_TRAINING, front, front, epsilon, 0, None)
+    flags = GIVEN_STATISTICS | WITH_SCALE | WITH_SHIFT | (THEN_RELU if relu else 0)
+    apply = lib.make(create, lib.engine, FORWARD_INFERENCE, whole, whole, epsilon, flags, None)
+    statistics = [(MEAN, vector), (VARIANCE, vector)]
+    parameters = [(SCALE, vector), (SHIFT, vector)]
+    return Norm(
+        lib.step(measure, (SRC, front), (DST, front), *statistics),
+        lib.step(apply, (SRC, whole), (DST, whole), *statistics, *parameters),
+        rows,
+        lib.size(front),
+    )
+
+
+@lru_cache(maxsize=KEPT_STEPS)
+def adding(x: tuple[int, ...], dtype: str) -> Step:
+    """Two activations, then ReLU."""
+    lib = library()
+    whole = _activation(lib, x, DTYPES[dtype])
+    primitive = lib.make(
+        "dnnl_binary_primitive_desc_create",
+        *(lib.engine, ADD, whole, whole, whole, lib.attributes(add=False, relu=True)),
+    )
+    return lib.step(primitive, (SRC, whole), (SRC_1, whole), (DST, whole))
+
+
+def _activation(lib, x: tuple[int, ...], dtype: int, channels: int = 0) -> c_void_p:
+    """Of [N, H, W, C], or of the first C of ``channels``."""
+    n, height, width, own = x
+    shape = (n, own, height, width)
+    return lib.description(shape, channels_last(shape, channels), dtype)
