@@ -17,6 +17,7 @@ from hnas.architecture_file import read_architectures
 from hnas.base.errors import UserError
 from hnas.base.onednn import OneDNNError, has_bfloat16
 from hnas.evaluation import cpu_kernels as cpu_kernels_module
+from hnas.evaluation import onednn_steps
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu_kernels import (
     TRIAL_TOLERANCE,
@@ -40,6 +41,7 @@ from hnas.evaluation.weights import (
     channels_last,
     new_identity,
 )
+from hnas.models import onednn
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48, RESNET48_MINI, Architecture
 
@@ -470,6 +472,43 @@ def test_pooled_features_of_another_width_have_weights_of_their_own():
         features = paddle.randn([5, width])
         right = features.numpy() @ weight.numpy()[:width] + bias.numpy()
         np.testing.assert_allclose(logits(features).numpy(), right, atol=1e-5)
+
+
+class WithACanary:
+    """Paddle, whose new tensors have a few numbers behind them that nobody may touch."""
+
+    NUMBERS, VALUE = 64, 7.0
+
+    def __init__(self):
+        self.kept = []
+
+    def __getattr__(self, name):
+        return getattr(paddle, name)
+
+    def empty(self, shape, dtype="float32"):
+        size = int(np.prod(shape))
+        held = paddle.full([size + self.NUMBERS], self.VALUE, dtype)
+        self.kept.append(held[size:])
+        return held[:size].reshape(shape)
+
+    def sings(self):
+        return all(bool((behind == self.VALUE).all()) for behind in self.kept)
+
+
+@pytest.mark.parametrize("seen", [0, 1, 5, 24])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_is_written_behind_an_output(precision, seen, monkeypatch):
+    canary = WithACanary()
+    for module in (cpu_kernels_module, onednn_steps, onednn):
+        monkeypatch.setattr(module, "paddle", canary)
+    monkeypatch.setattr(onednn, "_buffers", {})
+    monkeypatch.setattr(cpu_kernels_module, "worth_it", lambda *_: precision is Precision.FLOAT32)
+    net, archs = supernet(RESNET48_MINI, size=40), family(RESNET48_MINI, 3)[:6]
+    extra = images_for(40, seen, seed=2)[0] if seen else None
+    for number in (1, 5, 16):
+        evaluator = SharedEvaluator(net, archs, extra, cpu_variant(precision))
+        evaluator.evaluate(*images_for(40, number), Counts.zeros(len(archs)))
+    assert len(canary.kept) > 100 and canary.sings()
 
 
 # --- when oneDNN's kernels are not trusted

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 PACKED_SHARE = 1 / 8
 """Of the free memory, for filters as oneDNN wants them."""
-TRIALS = ((3, 9, 14), (3, 2, 14), (16, 16, 50))
+TRIALS = ((3, 9, 14), (3, 2, 14), (64, 8, 50))
 """Images, height of the maps before the first block, and channels after it, of a trial; the last is
 computed by Winograd's transforms."""
 TRIAL_CALIBRATION = 4
@@ -251,13 +251,15 @@ def largest_difference(kernels: DygraphKernels) -> float:
         for own in (plain, kernels):
             wide, more = width + 4, width + 6
             convolutions = [
-                _trial_convolution(own, *shape, parts)
-                for shape in (
-                    (wide, more, 3),
-                    (width, wide, 3),
-                    (width, more, 1),
-                    (width, width, 3),
-                    (width, width, 3),
+                _trial_convolution(own, number, *shape, parts)
+                for number, shape in enumerate(
+                    (
+                        (wide, more, 3),
+                        (width, wide, 3),
+                        (width, more, 1),
+                        (width, width, 3),
+                        (width, width, 3),
+                    )
                 )
             ]
             conv1, conv2, project, *second = convolutions
@@ -273,12 +275,16 @@ def largest_difference(kernels: DygraphKernels) -> float:
     return worst
 
 
-def _trial_convolution(kernels: DygraphKernels, outputs: int, inputs: int, size: int, parts: int):
-    """The leading part of wider filters."""
+def _trial_convolution(
+    kernels: DygraphKernels, number: int, outputs: int, inputs: int, size: int, parts: int
+) -> Convolution:
+    """The leading part of wider filters; others for every number, even of the same shape."""
     form = kernels.form()
     shape = [1, 1, 1, 1]
     shape[form.channel_axis] = -1
-    filters = ramp([outputs + 2, inputs + 3, size, size]) / (size * inputs**0.5)
+    shift = number * size * size
+    filters = ramp([outputs + 2, inputs + 3, size, size]).flatten().roll(shift)
+    filters = filters.reshape([outputs + 2, inputs + 3, size, size]) / (size * inputs**0.5)
     if form.sliced:
         filters = filters[:outputs, :inputs].contiguous()
     rest = tuple(ramp([outputs]).reshape(shape) + 1 for _ in range(parts))

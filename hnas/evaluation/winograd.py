@@ -27,7 +27,7 @@ SPARE = 16
 """Floats between rows of filters: rows that are a power of two apart share places in the cache."""
 CACHE_BYTES = 5 << 20
 """Of the values at the points of as many images as are computed at once."""
-SMALLEST_MAP, LARGEST_MAP = 4, 28
+SMALLEST_MAP, LARGEST_MAP = 3, 28
 FEWEST_CHANNELS = 48
 FEWEST_ROWS = 64
 
@@ -40,10 +40,9 @@ def worth_it(images: int, size: int, inputs: int, outputs: int) -> bool:
     """
     tiles = -(-size // TILE)
     rows = tiles * tiles * images
-    fewest = FEWEST_CHANNELS if size == SMALLEST_MAP else 2 * FEWEST_CHANNELS
     return (
         SMALLEST_MAP <= size <= LARGEST_MAP
-        and min(inputs, outputs) >= fewest
+        and min(inputs, outputs) >= FEWEST_CHANNELS
         and (rows >= FEWEST_ROWS or (2 * rows >= FEWEST_ROWS and inputs * outputs <= 1 << 16))
     )
 

@@ -88,9 +88,19 @@ def variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) -> Varian
 
     Half precision is float16 on GPUs, eight times as fine as bfloat16, which CPUs have. What
     overflows is found.
+
+    Raises:
+        UserError: bfloat16 with re-calibration.
     """
     if not on_gpu():
-        return None if arithmetic.amp == "O0" else cpu_variant(Precision.BFLOAT16)
+        if arithmetic.amp == "O0":
+            return None
+        if calibration is not None:
+            raise UserError(
+                "--amp O1 on a CPU is bfloat16, whose rounding re-calibration magnifies; give "
+                "--amp O0, or --bn_calibration_images 0 for weights trained with freeze_bn"
+            )
+        return cpu_variant(Precision.BFLOAT16)
     rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
     precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
     return choose_variant(precision, 0 if calibration is None else len(calibration))
