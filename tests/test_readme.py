@@ -18,6 +18,7 @@ from scipy.stats import t as student
 from hnas.architecture_file import submission
 from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
+from hnas.evaluation.winograd import worth_it
 from hnas.models.registry import build_network
 from hnas.ranking.correlations import CORRELATIONS
 from hnas.search_space import RESNET48, RESNET48_MINI
@@ -310,24 +311,95 @@ def lines_of(name):
     return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
+def scored(run):
+    """What a line of the scoring bench is of."""
+    return f"{run['backbone']}, {run['n_images']} of {run['image_size']} px, {run['n_arch']}"
+
+
 def test_scoring_speeds_are_those_of_the_result_files():
+    runs = lines_of("speed_scoring")
     expected = [
         [
-            f"{run['backbone']}, {run['n_images']} of {run['image_size']} px, {run['n_arch']}",
+            scored(run),
             f"{run['reference_s']:.1f}",
+            f"{run['first_s']:.1f}",
             f"{run['shared_s']:.1f}",
             f"{run['ratio']:.2f}",
             f"{run['walk_over_limit']:.2f}",
             f"{100 * run['python_share']:.1f} %",
             f"{run['reference_peak_gib']:.2f} / {run['shared_peak_gib']:.2f} GiB",
         ]
-        for run in lines_of("speed_scoring")
+        for run in runs
     ]
-    rows = table_after("docs/speed.md", "speed_scoring table")
-    assert sorted(rows) == sorted(expected)
-    assert all(run["largest_difference_top1"] == 0 for run in lines_of("speed_scoring"))
-    for run in lines_of("speed_scoring"):
-        assert f"{run['macs_naive'] / run['macs_shared']:.2f}" in text_of("docs/speed.md")
+    assert sorted(table_after("docs/speed.md", "speed_scoring table")) == sorted(expected)
+    for run in runs:
+        assert run["largest_difference_top1"] == 0 and run["processor"] in text_of("docs/speed.md")
+        if run["backbone"] == "resnet48":
+            assert f"{run['macs_naive'] / run['macs_shared']:.2f}" in text_of("docs/speed.md")
+
+
+def test_other_walks_are_those_of_the_result_files():
+    runs = lines_of("speed_scoring")
+    calibrated = [
+        [
+            scored(run),
+            str(run["bn_calibration_images"]),
+            f"{run['walk_s']:.2f}",
+            f"{run['calibrated_walk_s']:.2f}",
+            f"{run['calibrated_over_plain']:.2f}",
+        ]
+        for run in runs
+        if "calibrated_walk_s" in run
+    ]
+    assert sorted(table_after("docs/speed.md", "calibrated table")) == sorted(calibrated)
+    half = [
+        [
+            scored(run),
+            f"{run['walk_s']:.2f}",
+            f"{run['bfloat16_walk_s']:.2f}",
+            f"{run['bfloat16_speedup']:.2f}",
+            f"{run['bfloat16_tau']:.3f}",
+            f"{run['bfloat16_logits_apart']:.3f}",
+        ]
+        for run in runs
+        if "bfloat16_walk_s" in run
+    ]
+    assert sorted(table_after("docs/speed.md", "bfloat16 table")) == sorted(half)
+
+
+def test_convolutions_are_as_they_were_timed():
+    content = json.loads((RESULTS / "speed_convolution.json").read_text())
+    rows = table_after("docs/speed.md", "speed_convolution table")
+    expected = [
+        [
+            f"{of['images']}, {of['size']} px, {of['inputs']} to {of['outputs']}",
+            f"{of['direct_ms']:.2f}",
+            f"{of['winograd_ms']:.2f}",
+            f"{of['ratio']:.2f}",
+            "yes" if of["chosen"] else "no",
+        ]
+        for of in content["shapes"]
+    ]
+    assert len(rows) > 5 and all(row in expected for row in rows)
+    for of in content["shapes"]:
+        shape = [of[name] for name in ("images", "size", "inputs", "outputs")]
+        assert worth_it(*shape) == of["chosen"]
+        # What is used pays; what is not would not pay by much.
+        assert of["ratio"] > 1 if of["chosen"] else of["ratio"] < 1.3, shape
+
+
+def test_the_rehearsal_is_told_as_it_went():
+    run = json.loads((RESULTS / "rehearsal_resnet48_224px.json").read_text())
+    told = text_of("docs/speed.md").split("### A dress rehearsal")[1].split("###")[0]
+    assert run["n_arch"] == 45000 and f"{run['macs_shared'] / 1e12:.1f} TMAC" in told
+    for value in (
+        *(f"{chunk['seconds']:,.0f}" for chunk in run["chunks"]),
+        *(f"{seconds:.0f}" for seconds in run["start_s"]),
+        *(f"{ratio:.2f}" for ratio in run["chunk_over_predicted"]),
+        f"{max(chunk['peak_gib'] for chunk in run['chunks']):.1f} GiB",
+        f"{100 * run['chunks'][0]['outside_operators']:.1f} %",
+    ):
+        assert value in told, value
 
 
 def test_training_speeds_are_those_of_the_result_files():

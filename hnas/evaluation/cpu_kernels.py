@@ -36,6 +36,7 @@ from hnas.evaluation.weights import CACHE_BYTES, Convolution, Form, LatestTensor
 from hnas.evaluation.winograd import filters_to_points, winograd, worth_it
 from hnas.models.convolution import ramp
 from hnas.models.onednn import scratch
+from hnas.parallel.distributed import local_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class CpuKernels(DygraphKernels):
         self._rest: dict[int, np.ndarray] = {}
         # With the filters themselves, so that their addresses stay theirs.
         self._points: dict[int, tuple[paddle.Tensor, paddle.Tensor]] = {}
-        self._packed = LatestTensors(max(CACHE_BYTES, int(PACKED_SHARE * available_bytes())))
+        free = available_bytes() / local_ranks()
+        self._packed = LatestTensors(max(CACHE_BYTES, int(PACKED_SHARE * free)))
         library()
 
     def form(self) -> Form:
