@@ -8,13 +8,13 @@ import paddle
 import pytest
 
 import train_supernet
-from hnas.base import device
+from hnas.base import device, onednn
 from hnas.base.device import Arithmetic, peak_memory, set_tf32
 from hnas.base.errors import UserError
 from hnas.evaluation import fused
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.state import StateError, load_state, save_state
-from hnas.evaluation.variants import Precision, Variant
+from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.utils import runtime
 from hnas.utils.callbacks import TrainLogger
 from hnas.utils.flags import Stage
@@ -201,7 +201,7 @@ def test_stage_3_computes_as_the_flags_say(monkeypatch):
 
 def test_the_reference_engine_does_not_pass_for_half_precision(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "run", "--amp", "O1", "--eval_engine", "reference"])
-    monkeypatch.setattr(train_supernet, "start", lambda options: Arithmetic("card", True, "O1"))
+    monkeypatch.setattr(train_supernet, "start", lambda *_, **__: Arithmetic("card", True, "O1"))
     with pytest.raises(UserError, match="--eval_engine reference computes in float32; --amp O1"):
         train_supernet.main()
 
@@ -230,3 +230,19 @@ def test_a_card_that_does_not_say_is_taken_to_be_empty(monkeypatch, caplog):
     monkeypatch.delattr(paddle.cuda, "mem_get_info")
     assert device.free_bytes() == 39 * 2**30
     assert "what is free of its memory" in caplog.text
+
+
+def test_cpus_score_in_bfloat16_if_they_have_it_and_train_in_float32(monkeypatch, tmp_path):
+    options = Options(device="cpu", amp="O1", save_dir=str(tmp_path))
+    with pytest.raises(UserError, match="--amp O1 needs a GPU; CPUs train in float32"):
+        runtime.start(options)
+    monkeypatch.setattr(onednn, "has_bfloat16", lambda: False)
+    with pytest.raises(UserError, match="--amp O1 on a CPU needs a processor with AVX512_BF16"):
+        runtime.start(options, scores=True)
+    monkeypatch.setattr(onednn, "has_bfloat16", lambda: True)
+    arithmetic = runtime.start(options, scores=True)
+    assert str(arithmetic).startswith("CPU, float32, amp O1")
+    assert variant(arithmetic, None) == cpu_variant(Precision.BFLOAT16)
+    with pytest.raises(UserError, match="re-calibration magnifies; give --amp O0"):
+        variant(arithmetic, paddle.zeros([4, 3, 8, 8], "uint8"))
+    assert variant(Arithmetic("CPU", False), None) is None
