@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from hnas.parallel.distributed import agree, from_main_process, world_size
 from hnas.utils.memory_needs import check_cache, check_shared_memory
 from hnas.utils.options import Options
 from hnas.utils.weights import find_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def scored_order(options: Options, images: ImageList) -> np.ndarray:
@@ -100,7 +103,9 @@ def variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) -> Varian
                 "--amp O1 on a CPU is bfloat16, whose rounding re-calibration magnifies; give "
                 "--amp O0, or --bn_calibration_images 0 for weights trained with freeze_bn"
             )
-        return cpu_variant(Precision.BFLOAT16)
+        chosen = cpu_variant(Precision.BFLOAT16)
+        logger.info("the walk computes in %s", chosen)
+        return chosen
     rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
     precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
     return choose_variant(precision, 0 if calibration is None else len(calibration))

@@ -1,0 +1,461 @@
+"""Stage three's kernels on CPUs against sums written out, and when they are not trusted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import paddle
+import pytest
+from hypothesis import given, settings
+from supernets import family, images_for, supernet
+
+from hnas.base.errors import UserError
+from hnas.base.onednn import OneDNNError, has_bfloat16
+from hnas.evaluation import cpu_kernels as cpu_kernels_module
+from hnas.evaluation import onednn_steps
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.cpu_kernels import (
+    TRIAL_TOLERANCE,
+    CpuKernels,
+    cpu_kernels,
+    largest_difference,
+    over_rows,
+)
+from hnas.evaluation.kernels import DygraphKernels
+from hnas.evaluation.onednn_steps import ConvolutionKernel
+from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.variants import Precision, cpu_variant
+from hnas.evaluation.weights import (
+    Convolution,
+    Form,
+    LatestTensors,
+    SlicedWeights,
+    channels_last,
+    new_identity,
+)
+from hnas.models import onednn
+from hnas.search_space import RESNET48_MINI
+
+ROOT = Path(__file__).parents[1]
+
+SPARE = 3
+"""Channels of a whole convolution's filters that are not in use."""
+FINE, COARSE = 1e-5, 3e-2
+"""Of rounding to float32 and to bfloat16, relative to the largest value."""
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16")
+PRECISIONS = [Precision.FLOAT32, pytest.param(Precision.BFLOAT16, marks=needs_bfloat16)]
+
+
+class ByHand:
+    """The operations of kernels on [N, C, H, W] in float64, and the same on whole filters."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def conv_norm(self, x, conv, stride, padding):
+        filters = conv.filters[: conv.outputs, : x.shape[1]]
+        windows = windows_of(x, filters.shape[2], stride, padding)
+        y = np.einsum("nchwij,ocij->nohw", windows, filters, optimize=True)
+        if not self.seen:
+            return y + conv.rest[0].reshape(-1, 1, 1)
+        front = y[: self.seen]
+        unit = (y - front.mean((0, 2, 3), keepdims=True)) / np.sqrt(
+            front.var((0, 2, 3), keepdims=True) + 1e-5
+        )
+        scale, shift = (part.reshape(-1, 1, 1) for part in conv.rest)
+        return unit * scale + shift
+
+    def stem(self, x, conv):
+        return windows_of(np.maximum(self.conv_norm(x, conv, 2, 3), 0), 3, 2, 1).max((4, 5))
+
+    def first(self, x, conv1, stride):
+        return np.maximum(self.conv_norm(x, conv1, stride, 1), 0)
+
+    def project(self, x, conv):
+        return self.conv_norm(x, conv, 2, 0)
+
+    def last(self, y, shortcut, conv2):
+        return np.maximum(self.conv_norm(y, conv2, 1, 1) + shortcut[:, : conv2.outputs], 0)
+
+    def block(self, x, conv1, conv2):
+        return self.last(self.first(x, conv1, 1), x, conv2)
+
+    def narrow(self, x, channels):
+        return x[:, :channels]
+
+    def pooled(self, x):
+        return x[self.seen :].mean((2, 3))
+
+    def classifier(self, weight, bias):
+        return lambda features: features @ weight[: features.shape[1]] + bias
+
+
+def windows_of(x, kernel, stride, padding):
+    """[N, C, H, W] -> [N, C, H', W', K, K], with zeros around."""
+    padded = np.pad(x, ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))
+    whole = np.lib.stride_tricks.sliding_window_view(padded, (kernel, kernel), axis=(2, 3))
+    return whole[:, :, ::stride, ::stride]
+
+
+def drawn_convolution(rng, seen, outputs, inputs, kernel):
+    """Whole filters in NumPy, and what follows them."""
+    filters = rng.normal(size=(outputs + SPARE, inputs + SPARE, kernel, kernel))
+    rest = tuple(rng.normal(size=outputs) for _ in range(2 if seen else 1))
+    scaled = filters / (kernel * inputs**0.5)
+    return Convolution(rounded(scaled), tuple(map(rounded, rest)), outputs, new_identity())
+
+
+def rounded(values):
+    """To bfloat16, which is exact in every precision."""
+    tensor = paddle.to_tensor(values.astype("float32")).astype("bfloat16")
+    return tensor.astype("float32").numpy().astype("float64")
+
+
+class Handed:
+    """Kernels whose operations take what :class:`ByHand`'s take, and give the same."""
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+
+    def __getattr__(self, name):
+        def run(*arguments):
+            with paddle.no_grad():
+                found = getattr(self.kernels, name)(*map(self.given, arguments))
+            return self.taken(found)
+
+        return run
+
+    def given(self, part):
+        if isinstance(part, Convolution):
+            return self.convolution(part)
+        if not isinstance(part, np.ndarray):
+            return part
+        tensor = paddle.to_tensor(part.astype("float32"))
+        return self.kernels.accept(tensor, DygraphKernels()) if tensor.ndim == 4 else tensor
+
+    def convolution(self, conv):
+        form = self.kernels.form()
+        filters = paddle.to_tensor(conv.filters.astype("float32"))
+        if form.sliced:
+            filters = filters[: conv.outputs, : conv.filters.shape[1] - SPARE].contiguous()
+        shape = [1, 1, 1, 1]
+        shape[form.channel_axis] = -1
+        rest = tuple(paddle.to_tensor(part.astype("float32")).reshape(shape) for part in conv.rest)
+        return conv._replace(filters=form.arrange(filters), rest=rest)
+
+    def taken(self, found):
+        if callable(found):
+            return lambda *features: self.taken(found(*map(self.given, features)))
+        return taken(self.kernels, found)
+
+
+def taken(kernels, found):
+    """NumPy's, with activations as [N, C, H, W]."""
+    found = DygraphKernels().accept(found, kernels) if found.ndim == 4 else found
+    return found.astype("float32").numpy()
+
+
+def results_of(kernels, seen, images, size, channels):
+    """Each operation's result by kernels that take and give NumPy's arrays."""
+    rng = np.random.default_rng(size)
+    cin, mid, cout = channels
+
+    def draw(*shape):
+        return rounded(rng.normal(size=shape))
+
+    stem, conv1, project, conv2 = (
+        drawn_convolution(rng, seen, *shape)
+        for shape in ((mid, 3, 7), (mid, cin, 3), (cout, cin, 1), (cout, mid, 3))
+    )
+    x, y = draw(seen + images, cin, size, size), draw(seen + images, mid, size, size)
+    return {
+        "stem": kernels.stem(draw(seen + images, 3, 4 * size, 4 * size + 2), stem),
+        "first": kernels.first(x, conv1, 1),
+        "first, stride 2": kernels.first(x, conv1, 2),
+        "project": kernels.project(x, project),
+        "last, with a wider shortcut": kernels.last(y, x, conv2),
+        "block": kernels.block(x, conv1, conv2),
+        "narrow": kernels.narrow(x, cout),
+        "pooled": kernels.pooled(x),
+        "pooled, not square": kernels.pooled(draw(seen + images, cin, size, size + 1)),
+        "classifier": kernels.classifier(draw(cin + SPARE, 7), draw(7))(draw(images, cin)),
+    }
+
+
+# Size of the map, calibration images, others, and channels: of a block's input, conv1 and conv2.
+SHAPES = [
+    (1, 0, 5, (20, 17, 6)),
+    (1, 24, 1, (17, 6, 17)),
+    (2, 16, 3, (20, 17, 6)),
+    (3, 0, 2, (17, 20, 5)),
+    (4, 6, 3, (18, 17, 17)),
+    (5, 7, 1, (6, 17, 3)),
+    (7, 0, 3, (33, 16, 20)),
+    (7, 5, 3, (33, 20, 17)),
+    (8, 2, 3, (17, 48, 16)),
+    (9, 0, 1, (17, 6, 17)),
+    (9, 4, 2, (20, 17, 6)),
+    (11, 0, 3, (50, 57, 48)),
+]
+
+
+def onednns(precision=Precision.FLOAT32):
+    return lambda seen: CpuKernels(cpu_variant(precision), seen)
+
+
+KINDS = [
+    pytest.param(DygraphKernels, False, FINE, id="Paddle, NCHW"),
+    pytest.param(lambda seen: DygraphKernels(seen, "NHWC"), False, FINE, id="Paddle, NHWC"),
+    pytest.param(onednns(), False, FINE, id="oneDNN, float32"),
+    pytest.param(onednns(), True, FINE, id="Winograd, float32"),
+    pytest.param(
+        onednns(Precision.BFLOAT16), True, COARSE, marks=needs_bfloat16, id="oneDNN, bfloat16"
+    ),
+]
+
+
+@pytest.mark.parametrize(("size", "seen", "images", "channels"), SHAPES)
+@pytest.mark.parametrize(("make", "winograd", "rounding"), KINDS)
+def test_kernels_compute_what_is_written_out(
+    make, winograd, rounding, size, seen, images, channels, monkeypatch
+):
+    """Transformed wherever that is possible, or nowhere."""
+    monkeypatch.setattr(cpu_kernels_module, "worth_it", lambda *_: winograd)
+    kernels = make(seen)
+    expected, found = (
+        results_of(each, seen, images, size, channels) for each in (ByHand(seen), Handed(kernels))
+    )
+    for name, right in expected.items():
+        # Pooled features and logits are float32 always.
+        own = FINE if name.startswith(("pooled", "classifier")) else rounding
+        near = own * np.abs(right).max()
+        np.testing.assert_allclose(found[name], right, rtol=0, atol=near, err_msg=name)
+
+
+@settings(max_examples=30)
+@given(
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    far=st.floats(-50, 50),
+    seed=st.integers(0, 99),
+)
+def test_statistics_of_rows_are_those_of_all_their_values(shape, far, seed):
+    values = np.random.default_rng(seed).normal(far, 3, shape)
+    each = np.stack([values.mean(0), values.var(0)]).astype(np.float32)
+    found = over_rows(each)
+    assert found.shape == (2, 1, shape[2])
+    expected = values.mean((0, 1)), values.var((0, 1))
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("winograd", "capacity", "most"),
+    [(False, 0, 10), (False, 50_000, 10), (False, 1 << 30, 6), (True, 0, 0)],
+)
+def test_filters_are_those_that_are_given(winograd, capacity, most, monkeypatch):
+    """Of equal shapes in turns, whatever is kept of them, which is not packed again."""
+    monkeypatch.setattr(cpu_kernels_module, "worth_it", lambda *_: winograd)
+    packed = []
+    pack = ConvolutionKernel.pack
+    monkeypatch.setattr(
+        ConvolutionKernel, "pack", lambda *given: packed.append(given) or pack(*given)
+    )
+    kernels = CpuKernels(cpu_variant())
+    kernels._packed = LatestTensors(capacity)
+    handed, hand = Handed(kernels), ByHand(0)
+    rng = np.random.default_rng(0)
+    plain = [drawn_convolution(rng, 0, 17, 20, 3) for _ in range(3)]
+    own = [handed.convolution(conv) for conv in plain]
+    for size, order in ((8, (0, 1, 2, 0, 0, 1)), (1, (2, 1, 2)), (8, (1, 0))):
+        for which in order:
+            x = rounded(rng.normal(size=(2, 20, size, size)))
+            right = hand.first(x, plain[which], 1)
+            found = taken(kernels, kernels.first(handed.given(x), own[which], 1))
+            np.testing.assert_allclose(found, right, rtol=0, atol=FINE * np.abs(right).max())
+    # Twice at most, if oneDNN wants other formats for other shapes.
+    assert len(packed) <= most
+
+
+def test_pooled_features_of_another_width_have_weights_of_their_own():
+    weight, bias = paddle.randn([20, 7]), paddle.randn([7])
+    logits = CpuKernels(cpu_variant()).classifier(weight, bias)
+    for width in (17, 20, 6, 17):
+        features = paddle.randn([5, width])
+        right = features.numpy() @ weight.numpy()[:width] + bias.numpy()
+        np.testing.assert_allclose(logits(features).numpy(), right, atol=1e-5)
+
+
+class WithACanary:
+    """Paddle, whose new tensors have a few numbers behind them that nobody may touch."""
+
+    NUMBERS, VALUE = 64, 7.0
+
+    def __init__(self):
+        self.kept = []
+
+    def __getattr__(self, name):
+        return getattr(paddle, name)
+
+    def empty(self, shape, dtype="float32"):
+        size = int(np.prod(shape))
+        held = paddle.full([size + self.NUMBERS], self.VALUE, dtype)
+        self.kept.append(held[size:])
+        return held[:size].reshape(shape)
+
+    def sings(self):
+        return all(bool((behind == self.VALUE).all()) for behind in self.kept)
+
+
+@pytest.mark.parametrize("seen", [0, 1, 5, 24])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_is_written_behind_an_output(precision, seen, monkeypatch):
+    canary = WithACanary()
+    for module in (cpu_kernels_module, onednn_steps, onednn):
+        monkeypatch.setattr(module, "paddle", canary)
+    monkeypatch.setattr(onednn, "_buffers", {})
+    monkeypatch.setattr(cpu_kernels_module, "worth_it", lambda *_: precision is Precision.FLOAT32)
+    net, archs = supernet(RESNET48_MINI, size=40), family(RESNET48_MINI, 3)[:6]
+    extra = images_for(40, seen, seed=2)[0] if seen else None
+    for number in (1, 5, 16):
+        evaluator = SharedEvaluator(net, archs, extra, cpu_variant(precision))
+        evaluator.evaluate(*images_for(40, number), Counts.zeros(len(archs)))
+    assert len(canary.kept) > 100 and canary.sings()
+
+
+# --- when oneDNN's kernels are not trusted
+
+
+@pytest.mark.parametrize("seen", [0, 3, 16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_onednn_is_trusted_here(precision, seen, caplog):
+    kernels = cpu_kernels(cpu_variant(precision), seen)
+    assert type(kernels) is CpuKernels and not caplog.text
+    near = COARSE if precision.is_half else FINE
+    assert 0 < largest_difference(kernels) < near <= TRIAL_TOLERANCE[precision]
+
+
+def missing():
+    raise OneDNNError("cannot use libdnnl.so.3: gone")
+
+
+REASONS = {
+    "gone": ("library", missing),
+    "differ by 0.5": ("largest_difference", lambda _: 0.5),
+    "differ by nan": ("largest_difference", lambda _: float("nan")),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_without_onednn_paddle_scores_in_float32(reason, monkeypatch, caplog):
+    net = supernet(RESNET48_MINI)
+    archs = family(RESNET48_MINI, 8)[:5]
+    batch = images_for(32, 9)
+    right = evaluate_reference(net, archs, [batch])
+    monkeypatch.setattr(cpu_kernels_module, *REASONS[reason])
+    evaluator = SharedEvaluator(net, archs)
+    assert type(evaluator.kernels) is DygraphKernels
+    assert "several times slower" in caplog.text and reason in caplog.text
+    counts = Counts.zeros(len(archs))
+    evaluator.evaluate(*batch, counts)
+    assert np.all(np.abs(counts.top1 - right.top1) <= counts.near1)
+    # Of bfloat16 Paddle's operators have none.
+    with pytest.raises(UserError, match="give --amp O0"):
+        cpu_kernels(cpu_variant(Precision.BFLOAT16), 0)
+
+
+def test_a_processor_without_bfloat16_is_refused():
+    program = (
+        "from hnas.evaluation.cpu_kernels import cpu_kernels\n"
+        "from hnas.evaluation.variants import Precision, cpu_variant\n"
+        "cpu_kernels(cpu_variant(), 2)\n"
+        "cpu_kernels(cpu_variant(Precision.BFLOAT16), 2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "UserError: " in last and "AVX512_BF16" in last and "--amp O0" in last
+
+
+def without(method, instead):
+    """Plant a fault in one of the kernels' methods, which gets the right one first."""
+
+    def plant(patch):
+        right = getattr(CpuKernels, method)
+        patch.setattr(CpuKernels, method, lambda self, *given: instead(right, self, *given))
+
+    return plant
+
+
+def plant_pack(change):
+    right = ConvolutionKernel.pack
+    return lambda patch: patch.setattr(
+        ConvolutionKernel, "pack", lambda self, filters: right(self, change(filters))
+    )
+
+
+def plant_rows(wrong):
+    return lambda patch: patch.setattr(cpu_kernels_module, "over_rows", wrong)
+
+
+# Calibration images, and what is wrong.
+FAULTS = {
+    "filters of other outputs": (0, plant_pack(lambda filters: filters.roll(1, 0))),
+    "filters of other inputs": (0, plant_pack(lambda filters: filters.roll(1, 1))),
+    "filters upside down": (3, plant_pack(lambda filters: filters.flip([2]))),
+    "NaN": (0, plant_pack(lambda filters: filters * float("nan"))),
+    "a lost shortcut": (0, without("_copy", lambda right, self, x, y: y.zero_())),
+    "a shortcut that is not added": (3, without("_add", lambda right, self, y, shortcut: y)),
+    "no statistics": (3, without("_normalise", lambda *_: None)),
+    "statistics of some positions": (16, plant_rows(lambda found: found[:, :1])),
+    "variances within rows alone": (
+        16,
+        plant_rows(lambda found: found.mean(1, keepdims=True) * [[[1]], [[0.9]]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault, monkeypatch, caplog):
+    seen, plant = FAULTS[fault]
+    plant(monkeypatch)
+    assert not largest_difference(CpuKernels(cpu_variant(), seen)) < 1e-2
+    assert type(cpu_kernels(cpu_variant(), seen)) is DygraphKernels
+    assert "its results differ" in caplog.text
+
+
+# --- filters
+
+
+def test_slices_are_the_same_with_little_memory(monkeypatch):
+    """Whether copies are kept or made again does not show."""
+    net = supernet(RESNET48_MINI)
+    forms = (
+        Form(),
+        Form(channels_last, inputs=3, channel_axis=3),
+        CpuKernels(cpu_variant()).form(),
+    )
+    for capacity in (0, 20_000):
+        monkeypatch.setattr("hnas.evaluation.weights.CACHE_BYTES", capacity)
+        for form in forms:
+            weights = SlicedWeights(net, False, form)
+            for cin, cout in [(60, 64), (64, 60), (50, 51), (60, 64)]:
+                given = weights.get((2, 1, "conv1"), cin, cout)
+                whole = net.stage_blocks(2)[1].conv1.fn.weight
+                used = whole[:cout, :cin] if form.sliced else whole
+                np.testing.assert_array_equal(given.filters.numpy(), form.arrange(used).numpy())
+                assert given.macs == 9 * cin * cout and given.outputs == cout
+                assert [part.shape[form.channel_axis] for part in given.rest] == [cout] * 2
+            again = weights.get((2, 1, "conv1"), 60, 64)
+            assert again.identity == weights.get((2, 1, "conv1"), 60, 64).identity
+            assert again.identity != given.identity or given.outputs == 64
+            assert weights._slices._used <= max(capacity, 64 * 60 * 9 * 4)
