@@ -13,6 +13,7 @@ is what it uses.
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -172,9 +173,8 @@ def dimensions(values) -> ctypes.Array:
 
 
 def dense(shape) -> tuple[int, ...]:
-    """Strides of a dense array [N, C, H, W]."""
-    _, c, h, w = shape
-    return (c * h * w, h * w, w, 1)
+    """Strides of a dense array."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def channels_last(shape, channels: int = 0) -> tuple[int, ...]:

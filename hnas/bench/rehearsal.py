@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from PIL import Image
 
 from hnas.architecture_file import read_architectures
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, whole_number
 from hnas.base.device import cpu_threads, processor
 from hnas.base.errors import UserError, run_main
-from hnas.bench.speed_scoring import Limit
+from hnas.base.onednn import refuse_without_bfloat16
+from hnas.bench.speed_scoring import Limit, smooth_noise
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 CHUNKS = 2
 CHUNK_LINE = re.compile(
-    r"chunk (\d+)/\d+: \d+ images, .*, ([\d.]+) s, .*peak memory ([\d.]+) GiB, ([\d.]+) % outside"
+    r"chunk \d+/\d+: \d+ images, .*, ([\d.]+) s, .*peak memory ([\d.]+) GiB, ([\d.]+) % outside"
 )
 START_LINE = re.compile(r"architectures, \d+ images in chunks of \d+")
 
@@ -71,6 +71,8 @@ def main(argv=None) -> None:
         help="seconds of the second chunk before the kill",
     )
     options = parser.parse_args(argv)
+    if options.amp != "O0":
+        refuse_without_bfloat16(f"--amp {options.amp}")
     work = Path(options.out)
     archs = list(read_architectures(options.modelarch_file).values())
     before = prepare(options, work, archs)
@@ -92,9 +94,7 @@ def prepare(options, work: Path, archs: list) -> dict:
     for label in range(options.num_classes):
         folder = work / "images" / "val" / f"n{label:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        large = (options.image_size * 8 // 7,) * 2
-        coarse.resize(large, Image.Resampling.BICUBIC).save(folder / "0.png")
+        smooth_noise(rng, options.image_size * 8 // 7).save(folder / "0.png")
     network = build_network(options.backbone, options.num_classes)
     images = scan_images(work / "images", "val")
     dataset = ImageDataset(images, EvalTransform(options.image_size), 0)
@@ -173,7 +173,7 @@ def follow(command: list[str], work: Path, kill_after: int | None = None) -> dic
             if START_LINE.search(line):
                 found["start_s"] = round(time.perf_counter() - began, 1)
             elif match := CHUNK_LINE.search(line):
-                _, seconds, peak, outside = match.groups()
+                seconds, peak, outside = match.groups()
                 found["chunks"].append(
                     {
                         "seconds": float(seconds),

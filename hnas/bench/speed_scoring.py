@@ -232,10 +232,8 @@ def make_images(options, network: ElasticResNet, folder: Path, rng) -> ImageList
     """PNG files of smooth noise; BatchNorm is given their statistics, labels the predictions."""
     paths = []
     for index in range(options.n_images):
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        image = coarse.resize((options.image_size,) * 2, Image.Resampling.BICUBIC)
         paths.append(folder / f"{index:05d}.png")
-        image.save(paths[-1])
+        smooth_noise(rng, options.image_size).save(paths[-1])
     classes = tuple(str(label) for label in range(options.num_classes))
     images = ImageList(folder, classes, tuple(paths), np.zeros(len(paths), dtype=np.int64))
     dataset = ImageDataset(images, EvalTransform(options.image_size), options.seed)
@@ -246,6 +244,12 @@ def make_images(options, network: ElasticResNet, folder: Path, rng) -> ImageList
     network.eval()
     labels = np.concatenate([network(batch).argmax(axis=1).numpy() for batch in batches])
     return ImageList(folder, classes, tuple(paths), labels)
+
+
+def smooth_noise(rng: np.random.Generator, size: int) -> Image.Image:
+    """An image of ``size`` px without sharp edges."""
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    return coarse.resize((size, size), Image.Resampling.BICUBIC)
 
 
 class Reference:

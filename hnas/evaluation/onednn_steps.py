@@ -94,8 +94,8 @@ def convolution_kernel(
     (n, height, width, inputs), (_, _, kernel, _) = x, filters
     (stride, padding), (with_bias, add, relu) = window, then
     size = [(side + 2 * padding - kernel) // stride + 1 for side in (height, width)]
-    source = _activation(lib, x, dtype)
-    target = _activation(lib, (n, *size, outputs), dtype)
+    source = activation(x, dtype)
+    target = activation((n, *size, outputs), dtype)
     part = (outputs, inputs, kernel, kernel)
     bias = lib.description((outputs,), (1,)) if with_bias else None
     primitive = lib.make(
@@ -137,9 +137,7 @@ def copying(x: tuple[int, ...], channels: int, dtype: str) -> Step:
     """Of leading channels into a tensor of their own."""
     lib = library()
     part = (*x[:3], channels)
-    return lib.reorder(
-        _activation(lib, part, DTYPES[dtype], x[3]), _activation(lib, part, DTYPES[dtype])
-    )
+    return lib.reorder(activation(part, DTYPES[dtype], x[3]), activation(part, DTYPES[dtype]))
 
 
 @lru_cache(maxsize=KEPT_STEPS)
@@ -150,8 +148,8 @@ def pooling(
     lib = library()
     n, height, width, channels = x
     size = [(side + 2 * padding - window) // stride + 1 for side in (height, width)]
-    source = _activation(lib, x, DTYPES[dtype])
-    target = _activation(lib, (n, *size, channels), DTYPES[dtype])
+    source = activation(x, DTYPES[dtype])
+    target = activation((n, *size, channels), DTYPES[dtype])
     primitive = lib.make(
         "dnnl_pooling_forward_primitive_desc_create",
         *(lib.engine, FORWARD_INFERENCE, kind, source, target, dimensions([stride] * 2)),
@@ -165,7 +163,7 @@ def pooling(
 class Norm:
     """BatchNorm by the statistics of the first images.
 
-    oneDNN takes 20 times as long where channels do not fill its registers. So a few positions
+    oneDNN takes 10 to 30 times as long where channels do not fill its registers. So a few positions
     are put side by side, as if they had channels of their own: statistics are of each of them.
 
     Attributes:
@@ -196,7 +194,7 @@ def norm_of(x: tuple[int, ...], seen: int, dtype: str, relu: bool) -> Norm:
         rows = 1
     vector = lib.description((rows * channels,), (1,))
     whole, front = (
-        _activation(lib, (-(-number * positions // rows), 1, 1, rows * channels), DTYPES[dtype])
+        activation((-(-number * positions // rows), 1, 1, rows * channels), DTYPES[dtype])
         for number in (images, seen)
     )
     create = "dnnl_batch_normalization_forward_primitive_desc_create"
@@ -218,7 +216,7 @@ def norm_of(x: tuple[int, ...], seen: int, dtype: str, relu: bool) -> Norm:
 def adding(x: tuple[int, ...], dtype: str) -> Step:
     """Two activations, then ReLU."""
     lib = library()
-    whole = _activation(lib, x, DTYPES[dtype])
+    whole = activation(x, DTYPES[dtype])
     primitive = lib.make(
         "dnnl_binary_primitive_desc_create",
         *(lib.engine, ADD, whole, whole, whole, lib.attributes(add=False, relu=True)),
@@ -226,8 +224,8 @@ def adding(x: tuple[int, ...], dtype: str) -> Step:
     return lib.step(primitive, (SRC, whole), (SRC_1, whole), (DST, whole))
 
 
-def _activation(lib, x: tuple[int, ...], dtype: int, channels: int = 0) -> c_void_p:
-    """Of [N, H, W, C], or of the first C of ``channels``."""
+def activation(x: tuple[int, ...], dtype: int = FLOAT32, channels: int = 0) -> c_void_p:
+    """The description of [N, H, W, C], or of the first C of ``channels``."""
     n, height, width, own = x
     shape = (n, own, height, width)
-    return lib.description(shape, channels_last(shape, channels), dtype)
+    return library().description(shape, channels_last(shape, channels), dtype)

@@ -17,7 +17,8 @@ from functools import lru_cache
 import numpy as np
 import paddle
 
-from hnas.base.onednn import BIAS, DST, SRC, WEIGHTS, Step, channels_last, library
+from hnas.base.onednn import BIAS, DST, SRC, WEIGHTS, Step, dense, library
+from hnas.evaluation.onednn_steps import activation
 from hnas.models.onednn import scratch
 
 TILE, POINTS = 4, 6
@@ -135,7 +136,7 @@ def parts_of(images: int, size: int, channels: int) -> list[range]:
 
 @dataclass(frozen=True)
 class _Steps:
-    """The primitives of one shape, and the bytes of what lies between them."""
+    """The primitives of one shape: images, height of the map, input and output channels."""
 
     shape: tuple[int, int, int, int]
     enter: Step
@@ -193,10 +194,11 @@ def _steps(
     weights = lib.description(
         (POINTS, 1, POINTS, inputs, outputs), (POINTS * held, POINTS * held, held, row, 1)
     )
+    maps = (images, size, size)
     grid = (POINTS, tiles, POINTS, tiles * images)
     return _Steps(
         (images, size, inputs, outputs),
-        lib.reorder(_last(lib, images, size, inputs), _inside(lib, images, size, inputs)),
+        lib.reorder(activation((*maps, inputs)), _inside(lib, images, size, inputs)),
         (
             _product((rows, size), (size, size * images * inputs)),
             _product((1, rows, size), (rows, size, images * inputs)),
@@ -212,16 +214,11 @@ def _steps(
             ),
         ),
         lib.reorder(
-            _last(lib, images, size, outputs, added or outputs),
+            activation((*maps, outputs), channels=added or outputs),
             _inside(lib, images, size, outputs),
         ),
-        lib.reorder(_inside(lib, images, size, outputs), _last(lib, images, size, outputs)),
+        lib.reorder(_inside(lib, images, size, outputs), activation((*maps, outputs))),
     )
-
-
-def _last(lib, images: int, size: int, channels: int, of: int = 0):
-    shape = (images, channels, size, size)
-    return lib.description(shape, channels_last(shape, of))
 
 
 def _inside(lib, images: int, size: int, channels: int):
@@ -234,10 +231,10 @@ def _product(left, right, weights=None, bias: bool = False, attributes=None) -> 
     """Of arrays of matrices, dense but for ``weights``; an axis of length 1 serves all others."""
     lib = library()
     result = (*map(max, zip(left[:-2], right[:-2], strict=True)), left[-2], right[-1])
-    source, target = (lib.description(shape, _dense(shape)) for shape in (left, result))
-    weights = weights or lib.description(right, _dense(right))
+    source, target = (lib.description(shape, dense(shape)) for shape in (left, result))
+    weights = weights or lib.description(right, dense(right))
     row = (*[1] * (len(result) - 1), result[-1])
-    bias = lib.description(row, _dense(row)) if bias else None
+    bias = lib.description(row, dense(row)) if bias else None
     primitive = lib.make(
         "dnnl_matmul_primitive_desc_create", lib.engine, source, weights, bias, target, attributes
     )
@@ -245,7 +242,3 @@ def _product(left, right, weights=None, bias: bool = False, attributes=None) -> 
     if bias:
         arguments.insert(2, (BIAS, bias))
     return lib.step(primitive, *arguments)
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
