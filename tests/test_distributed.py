@@ -353,6 +353,9 @@ def roll_calls(ranks):
 
     def share(numbers):
         if numbers[0]:
+            # A stranger at the door, before anyone else knows where it is, is turned away.
+            with socket.create_connection(("127.0.0.1", numbers[0])) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
             box.extend(numbers)
             ready.set()
         assert ready.wait(10)
@@ -366,10 +369,6 @@ def roll_calls(ranks):
     threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
         thread.start()
-    assert ready.wait(10)
-    # A stranger at the door is turned away.
-    with socket.create_connection(("127.0.0.1", box[0])) as stranger:
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
     for thread in threads:
         thread.join(10)
     return made
