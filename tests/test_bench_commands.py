@@ -17,6 +17,7 @@ from hnas.search_space import RESNET48_MINI
 
 BENCHES = (
     "chaos",
+    "cudnn.__main__",
     "plan_check",
     "rehearsal",
     "search",

@@ -70,11 +70,11 @@ def outputs_by_hand(archs):
 
 
 VARIANTS = {
-    "TF32": ("h100", "", 494.5, 0.5, 4, 7.5, "TF32, NCHW, not fused"),
+    "TF32": ("h100", "", 494.5, 0.37, 4, 7.5, "TF32, NCHW, not fused"),
     "an A100 without": ("a100", "--tf32 off", 19.5, 0.8, 4, 7.5, "float32, NCHW, not fused"),
     "no tensor cores": ("v100", "", 15.7, 0.8, 4, 7.5, "float32, NCHW, not fused"),
-    "half": ("h100", "--amp O1", 989.4, 0.5, 2, 7.5, "float16, NHWC, not fused"),
-    "fused": ("h100", "--amp O1 --fused True", 989.4, 0.5, 2, 2.5, "float16, NHWC, fused"),
+    "half": ("h100", "--amp O1", 989.4, 0.43, 2, 7.5, "float16, NHWC, not fused"),
+    "fused": ("h100", "--amp O1 --fused True", 989.4, 0.43, 2, 2.5, "float16, NHWC, fused"),
 }
 BANDWIDTH = {"h100": 3350e9, "a100": 2039e9, "v100": 900e9}
 

@@ -3,10 +3,10 @@
     python -m hnas.tools.plan --gpus 8 --gpu h100 --n_arch 45000 --images 50000
 
 Time is multiply-accumulates over a rate: a GPU's by its data sheet, in the precision that --tf32
-and --amp give, times an assumed efficiency. Stage 3's walk also moves every activation through
-memory several times, more often where convolution, bias, shortcut and ReLU are not fused. All that
-is assumed is printed with the result; --gmacs_per_s puts a measured rate in its place. The result
-is JSON on standard output.
+and --amp give, times the share of it that is reached. Stage 3's walk also moves every activation
+through memory several times, more often where convolution, bias, shortcut and ReLU are not fused.
+All that is assumed is printed with the result; --gmacs_per_s puts a measured rate in its place. The
+result is JSON on standard output.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class Gpu:
         float32, tf32, half: TFLOP/s of dense products; 0: the card has none such.
         gb_per_s: of its memory.
         memory_gib: how much.
-        training: the share of them that training is assumed to reach, in each precision.
+        training: the share of them that training is taken to reach, in float32, TF32 and half
+            precision.
+        scoring: the same of stage 3's convolutions by themselves.
+        known: how the shares are known.
     """
 
     float32: float
@@ -61,6 +64,8 @@ class Gpu:
     gb_per_s: int
     memory_gib: int
     training: tuple[float, float, float]
+    scoring: tuple[float, float, float]
+    known: str = "assumed, not measured by this project"
 
     def rate(self, precision: Precision) -> float:
         """TFLOP/s by the data sheet."""
@@ -68,21 +73,24 @@ class Gpu:
             return self.half
         return self.tf32 if precision is Precision.TF32 else self.float32
 
-    def training_share(self, precision: Precision) -> float:
-        """What training is assumed to reach of :meth:`rate`."""
+    def share(self, precision: Precision, of: tuple[float, float, float]) -> float:
+        """The share of :meth:`rate` that ``training`` or ``scoring`` has for a precision."""
         if precision.is_half:
-            return self.training[2]
-        return self.training[1 if precision is Precision.TF32 else 0]
+            return of[2]
+        return of[1 if precision is Precision.TF32 else 0]
 
 
+THROUGH_PYTORCH = "measured on one through PyTorch, not with Paddle (docs/speed.md)"
 GPUS = {
-    "h100": Gpu(66.9, 494.5, 989.4, 3350, 80, (0.55, 0.10, 0.10)),
-    "a100": Gpu(19.5, 156.0, 312.0, 2039, 80, (0.55, 0.15, 0.15)),
-    "v100": Gpu(15.7, 0.0, 125.0, 900, 32, (0.55, 0.0, 0.15)),
+    "h100": Gpu(
+        *(66.9, 494.5, 989.4, 3350, 80),
+        training=(0.54, 0.14, 0.11),
+        scoring=(0.57, 0.37, 0.43),
+        known=THROUGH_PYTORCH,
+    ),
+    "a100": Gpu(19.5, 156.0, 312.0, 2039, 80, (0.55, 0.15, 0.15), (0.8, 0.5, 0.5)),
+    "v100": Gpu(15.7, 0.0, 125.0, 900, 32, (0.55, 0.0, 0.15), (0.8, 0.0, 0.5)),
 }
-SHARE_OF_PRODUCTS = {Precision.FLOAT32: 0.8}
-SHARE_OF_TENSOR_CORES = 0.5
-"""Of the data sheet's rate, that a convolution of stage 3 by itself is assumed to reach."""
 SHARE_OF_BANDWIDTH = 0.8
 PASSES, FUSED_PASSES = 7.5, 2.5
 """Times that memory sees an activation of stage 3, counted in a convolution's outputs: the
@@ -198,10 +206,9 @@ class Rates:
 def rates_of(gpu: Gpu, precision: Precision, efficiency: float = 0.0) -> Rates:
     """What is assumed of a card; ``efficiency`` is the share that training reaches, if not 0."""
     macs = gpu.rate(precision) * 1e12 / 2
-    share = SHARE_OF_PRODUCTS.get(precision, SHARE_OF_TENSOR_CORES)
     return Rates(
-        macs * (efficiency or gpu.training_share(precision)),
-        macs * share,
+        macs * (efficiency or gpu.share(precision, gpu.training)),
+        macs * gpu.share(precision, gpu.scoring),
         gpu.gb_per_s * 1e9 * SHARE_OF_BANDWIDTH,
     )
 
@@ -254,10 +261,10 @@ def assumptions(options, variant: Variant, rates: Rates) -> list[str]:
         peak = gpu.rate(precision)
         training = f"{rates.training / 1e9:.0f} GMAC/s"
         speed = [
-            f"{options.gpu}, {precision.value}: {peak} TFLOP/s (data sheet); assumed, not measured "
-            f"by this project: training reaches {2e-12 * rates.training / peak:.2g} of them "
-            f"({training} a device), a convolution of stage 3 {2e-12 * rates.scoring / peak:.2g}, "
-            f"and memory {SHARE_OF_BANDWIDTH} of {gpu.gb_per_s} GB/s",
+            f"{options.gpu}, {precision.value}: {peak} TFLOP/s (data sheet); {gpu.known}: training "
+            f"reaches {2e-12 * rates.training / peak:.2g} of them ({training} a device), a "
+            f"convolution of stage 3 {2e-12 * rates.scoring / peak:.2g}, and memory "
+            f"{SHARE_OF_BANDWIDTH} of {gpu.gb_per_s} GB/s",
         ]
     passes = FUSED_PASSES if variant.fused else PASSES
     return [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import paddle
-from paddle import nn
+
+if TYPE_CHECKING:
+    from paddle import nn
 
 CLASSES = 10
 QUIET = 0.3
@@ -12,16 +15,16 @@ QUIET = 0.3
 rounding would grow from block to block."""
 
 
-@paddle.no_grad()
 def seed_weights(network: nn.Layer, seed: int = 0) -> None:
     """Set weights and statistics from NumPy's generator, as no two devices of Paddle draw alike."""
     rng = np.random.default_rng(seed)
     for name, tensor in network.state_dict().items():
-        if tensor.dtype == paddle.float32:
-            tensor.set_value(_drawn(name, tensor.shape, rng).astype(np.float32))
+        if tensor.is_floating_point():
+            tensor.set_value(drawn(name, tensor.shape, rng).astype(np.float32))
 
 
-def _drawn(name: str, shape: list[int], rng: np.random.Generator) -> np.ndarray:
+def drawn(name: str, shape: list[int], rng: np.random.Generator) -> np.ndarray:
+    """Weights or statistics of one name, float64: the names say of what."""
     values = rng.normal(size=shape)
     if name == "queue":
         return values / np.linalg.norm(values, axis=0)
