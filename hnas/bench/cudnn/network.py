@@ -16,6 +16,7 @@ EPSILON = 1e-5
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TF32 = "TF32"
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -202,3 +203,46 @@ def normalised(pixels: np.ndarray) -> torch.Tensor:
     """uint8 [N, 3, H, W] -> float32, as ``hnas.dataset.transforms.normalize``."""
     mean, deviation = (np.float32(part).reshape(1, 3, 1, 1) for part in (MEAN, DEVIATION))
     return on_device((pixels.astype(np.float32) / 255 - mean) / deviation)
+
+
+def features(
+    space: SearchSpace, state: State, prefix: str, arch: Architecture, x: torch.Tensor
+) -> torch.Tensor:
+    """The last stage's map of a sub-network, at the running statistics, not folded: to train."""
+
+    def conv_bn(x, conv: str, norm: str, cout: int, stride: int, padding: int) -> torch.Tensor:
+        filters = state[f"{prefix}{conv}.weight"][:cout, : x.shape[1]]
+        names = ("_mean", "_variance", "weight", "bias")
+        parts = [state[f"{prefix}{norm}.{part}"][:cout] for part in names]
+        return F.batch_norm(F.conv2d(x, filters, None, stride, padding), *parts, eps=EPSILON)
+
+    plan, deepest = space.shared_plan(arch), [len(s) for s in space.plan(space.largest()).stages]
+    x = F.relu(conv_bn(x, "blocks.0.conv", "blocks.0.bn", plan.stem, 2, 3))
+    x = F.max_pool2d(x, 3, 2, 1)
+    for stage, blocks in enumerate(plan.stages):
+        for index, (mid, cout) in enumerate(blocks):
+            name = f"blocks.{1 + sum(deepest[:stage]) + index}"
+            stride = 2 if stage and not index else 1
+            shortcut = x
+            if x.shape[1] != cout:
+                norm = f"{name}.downsample.1"
+                shortcut = conv_bn(x, f"{name}.downsample.0", norm, cout, stride, 0)
+            y = F.relu(conv_bn(x, f"{name}.conv1", f"{name}.bn1", mid, stride, 1))
+            x = F.relu(conv_bn(y, f"{name}.conv2", f"{name}.bn2", cout, 1, 1) + shortcut)
+    return x
+
+
+def linear(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    """By the first rows of a weight [inputs, outputs]."""
+    return x @ state[f"{name}.weight"][: x.shape[1]] + state[f"{name}.bias"]
+
+
+def pooled(x: torch.Tensor) -> torch.Tensor:
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def classify(
+    space: SearchSpace, state: State, prefix: str, arch: Architecture, x: torch.Tensor
+) -> torch.Tensor:
+    """Logits [N, classes]."""
+    return linear(state, f"{prefix}blocks.24.fc", pooled(features(space, state, prefix, arch, x)))

@@ -13,11 +13,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from hnas.bench.cudnn.network import (
     DEVICE,
-    EPSILON,
     HALVES,
     TF32,
     SubNetwork,
     Way,
+    classify,
     normalised,
     on_device,
     supernet_state,
@@ -158,7 +158,6 @@ def training(space: SearchSpace, state: dict[str, np.ndarray], precision: str) -
     A backward pass counts as two forward passes, as ``hnas.tools.plan`` counts it.
     """
     Way(precision).allow()
-    arch = space.largest()
     parameters = {
         name: on_device(value).requires_grad_(not name.endswith(("_mean", "_variance")))
         for name, value in state.items()
@@ -168,36 +167,14 @@ def training(space: SearchSpace, state: dict[str, np.ndarray], precision: str) -
     half = HALVES.get(precision)
     scaler = torch.amp.GradScaler(DEVICE, enabled=half is torch.float16)
     x, truth = normalised(images(BATCH, SIZE)), on_device(labels(BATCH))
-    strides = [(index, stride) for index, (*_, stride) in enumerate(space.plan(arch).blocks(), 1)]
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(DEVICE, half, enabled=half is not None):
-            loss = F.cross_entropy(logits(parameters, strides, x), truth)
+            loss = F.cross_entropy(classify(space, parameters, "", space.largest(), x), truth)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
-    macs = 3 * BATCH * space.macs(arch, SIZE, CLASSES)
+    macs = 3 * BATCH * space.macs(space.largest(), SIZE, CLASSES)
     return row(f"training in {precision}", "gmacs_per_s", macs, timed(step))
-
-
-def logits(parameters: dict[str, torch.Tensor], strides, x: torch.Tensor) -> torch.Tensor:
-    """Of the largest network, with BatchNorm at the running statistics, not folded."""
-
-    def conv_bn(x, conv: str, norm: str, stride: int, padding: int) -> torch.Tensor:
-        y = F.conv2d(x, parameters[f"{conv}.weight"], None, stride, padding)
-        parts = [parameters[f"{norm}.{part}"] for part in ("_mean", "_variance", "weight", "bias")]
-        return F.batch_norm(y, *parts, eps=EPSILON)
-
-    x = F.relu(conv_bn(x, "blocks.0.conv", "blocks.0.bn", 2, 3))
-    x = F.max_pool2d(x, 3, 2, 1)
-    for index, stride in strides:
-        name = f"blocks.{index}"
-        shortcut = x
-        if f"{name}.downsample.0.weight" in parameters:
-            shortcut = conv_bn(x, f"{name}.downsample.0", f"{name}.downsample.1", stride, 0)
-        y = F.relu(conv_bn(x, f"{name}.conv1", f"{name}.bn1", stride, 1))
-        x = F.relu(conv_bn(y, f"{name}.conv2", f"{name}.bn2", 1, 1) + shortcut)
-    head = f"blocks.{len(strides) + 1}.fc"
-    return x.float().mean((2, 3)) @ parameters[f"{head}.weight"] + parameters[f"{head}.bias"]

@@ -8,7 +8,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from hnas.bench.cudnn.network import DEVICE, EPSILON, HALVES, TF32, Way, normalised, on_device
+from hnas.bench.cudnn.network import (
+    DEVICE,
+    HALVES,
+    TF32,
+    State,
+    Way,
+    classify,
+    features,
+    linear,
+    normalised,
+    on_device,
+    pooled,
+)
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.check_device.subjects import images, labels
 
@@ -16,47 +28,6 @@ BATCH, SIZE, RATE, MOMENTUM, DECAY = 8, 32, 0.002, 0.9, 1e-4
 TEMPERATURE, KEY_MOMENTUM = 0.2, 0.999
 SCALE = 1024.0
 """As ``hnas.tools.check_device.training`` has them."""
-
-State = dict[str, torch.Tensor]
-
-
-def features(state: State, prefix: str, arch: Architecture, x: torch.Tensor) -> torch.Tensor:
-    """The last stage's map of a sub-network, at the running statistics, not folded."""
-
-    def conv_bn(x, conv: str, norm: str, cout: int, stride: int, padding: int) -> torch.Tensor:
-        filters = state[f"{prefix}{conv}.weight"][:cout, : x.shape[1]]
-        names = ("_mean", "_variance", "weight", "bias")
-        parts = [state[f"{prefix}{norm}.{part}"][:cout] for part in names]
-        return F.batch_norm(F.conv2d(x, filters, None, stride, padding), *parts, eps=EPSILON)
-
-    space = RESNET48_MINI
-    plan, deepest = space.shared_plan(arch), [len(s) for s in space.plan(space.largest()).stages]
-    x = F.relu(conv_bn(x, "blocks.0.conv", "blocks.0.bn", plan.stem, 2, 3))
-    x = F.max_pool2d(x, 3, 2, 1)
-    for stage, blocks in enumerate(plan.stages):
-        for index, (mid, cout) in enumerate(blocks):
-            name = f"blocks.{1 + sum(deepest[:stage]) + index}"
-            stride = 2 if stage and not index else 1
-            shortcut = x
-            if x.shape[1] != cout:
-                norm = f"{name}.downsample.1"
-                shortcut = conv_bn(x, f"{name}.downsample.0", norm, cout, stride, 0)
-            y = F.relu(conv_bn(x, f"{name}.conv1", f"{name}.bn1", mid, stride, 1))
-            x = F.relu(conv_bn(y, f"{name}.conv2", f"{name}.bn2", cout, 1, 1) + shortcut)
-    return x
-
-
-def linear(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
-    """By the first rows of a weight [inputs, outputs]."""
-    return x @ state[f"{name}.weight"][: x.shape[1]] + state[f"{name}.bias"]
-
-
-def pooled(x: torch.Tensor) -> torch.Tensor:
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
-
-
-def classify(state: State, prefix: str, arch: Architecture, x: torch.Tensor) -> torch.Tensor:
-    return linear(state, f"{prefix}blocks.24.fc", pooled(features(state, prefix, arch, x)))
 
 
 class Stage1:
@@ -72,7 +43,7 @@ class Stage1:
         self._pointer = 0
 
     def _embed(self, state: State, arch: Architecture, x: torch.Tensor) -> torch.Tensor:
-        y = pooled(features(state, "backbone.", arch, x))
+        y = pooled(features(RESNET48_MINI, state, "backbone.", arch, x))
         y = linear(state, "neck.project", F.relu(linear(state, "neck.hidden", y)))
         return F.normalize(y, dim=1)
 
@@ -110,11 +81,11 @@ class Stage2:
         """One of each sub-network."""
         x, truth = inputs(images(BATCH, SIZE, 2 * step)), on_device(labels(BATCH, step))
         with torch.no_grad(), autocast():
-            teacher = classify(self._state, "teacher.", RESNET48_MINI.largest(), x)
+            teacher = classify(RESNET48_MINI, self._state, "teacher.", RESNET48_MINI.largest(), x)
             targets = F.softmax(teacher, 1)
         for arch in archs:
             with autocast():
-                logits = classify(self._state, "", arch, x)
+                logits = classify(RESNET48_MINI, self._state, "", arch, x)
                 yield F.cross_entropy(logits, truth) + F.cross_entropy(logits, targets)
 
 
