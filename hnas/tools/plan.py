@@ -261,10 +261,11 @@ def assumptions(options, variant: Variant, rates: Rates) -> list[str]:
         peak = gpu.rate(precision)
         training = f"{rates.training / 1e9:.0f} GMAC/s"
         speed = [
-            f"{options.gpu}, {precision.value}: {peak} TFLOP/s (data sheet); {gpu.known}: training "
-            f"reaches {2e-12 * rates.training / peak:.2g} of them ({training} a device), a "
-            f"convolution of stage 3 {2e-12 * rates.scoring / peak:.2g}, and memory "
-            f"{SHARE_OF_BANDWIDTH} of {gpu.gb_per_s} GB/s",
+            f"{options.gpu}, {precision.value}: {peak} TFLOP/s (data sheet); "
+            f"{'as given' if options.efficiency else gpu.known}: training reaches "
+            f"{2e-12 * rates.training / peak:.2g} of them ({training} a device); {gpu.known}: a "
+            f"convolution of stage 3 reaches {2e-12 * rates.scoring / peak:.2g}; assumed: memory "
+            f"reaches {SHARE_OF_BANDWIDTH} of {gpu.gb_per_s} GB/s",
         ]
     passes = FUSED_PASSES if variant.fused else PASSES
     return [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from hnas.search_space import Architecture, SearchSpace
+from hnas.search_space import MAX_DEPTHS, Architecture, SearchSpace
 from hnas.tools.check_device.subjects import CLASSES, drawn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,6 +18,7 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TF32 = "TF32"
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 State = dict[str, torch.Tensor]
+HEAD = f"blocks.{1 + sum(MAX_DEPTHS)}.fc"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,15 @@ def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
 
 
+def named_blocks(space: SearchSpace, arch: Architecture) -> Iterator[tuple[str, tuple]]:
+    """The supernet's name of each block of a sub-network, and what ``ChannelPlan.blocks`` gives."""
+    within = dict.fromkeys(range(len(MAX_DEPTHS)), 0)
+    for block in space.shared_plan(arch).blocks():
+        stage = block[0]
+        yield f"blocks.{1 + sum(MAX_DEPTHS[:stage]) + within[stage]}", block
+        within[stage] += 1
+
+
 class SubNetwork:
     """A sub-network's forward as stage three computes it, on slices of a supernet's weights.
 
@@ -85,21 +96,16 @@ class SubNetwork:
         self._state = state
         self._slices: dict[str, tuple[torch.Tensor, ...]] = {}
         plan = space.shared_plan(arch)
-        deepest = np.cumsum((1, *(len(s) for s in space.plan(space.largest()).stages)))
         self._prepare("blocks.0.conv", "blocks.0.bn", 3, plan.stem)
-        self._blocks, before = [], None
-        for stage, cin, mid, cout, stride in plan.blocks():
-            index = index + 1 if stage == before else int(deepest[stage])  # noqa: F821
-            before = stage
-            name = f"blocks.{index}"
+        self._blocks = []
+        for name, (stage, cin, mid, cout, stride) in named_blocks(space, arch):
             self._prepare(f"{name}.conv1", f"{name}.bn1", cin, mid)
             self._prepare(f"{name}.conv2", f"{name}.bn2", mid, cout)
             if cin != cout:
                 self._prepare(f"{name}.downsample.0", f"{name}.downsample.1", cin, cout)
             self._blocks.append((stage, name, stride, cin != cout))
-        head = f"blocks.{deepest[-1]}.fc"
         wide = torch.float64 if way.precision == "float64" else torch.float32
-        self._head = [on_device(state[f"{head}.{part}"]).to(wide) for part in ("weight", "bias")]
+        self._head = [on_device(state[f"{HEAD}.{part}"]).to(wide) for part in ("weight", "bias")]
         self._head[0] = self._head[0][: plan.out_channels]
 
     def _prepare(self, conv: str, norm: str, cin: int, cout: int) -> None:
@@ -216,19 +222,16 @@ def features(
         parts = [state[f"{prefix}{norm}.{part}"][:cout] for part in names]
         return F.batch_norm(F.conv2d(x, filters, None, stride, padding), *parts, eps=EPSILON)
 
-    plan, deepest = space.shared_plan(arch), [len(s) for s in space.plan(space.largest()).stages]
-    x = F.relu(conv_bn(x, "blocks.0.conv", "blocks.0.bn", plan.stem, 2, 3))
+    stem = space.shared_plan(arch).stem
+    x = F.relu(conv_bn(x, "blocks.0.conv", "blocks.0.bn", stem, 2, 3))
     x = F.max_pool2d(x, 3, 2, 1)
-    for stage, blocks in enumerate(plan.stages):
-        for index, (mid, cout) in enumerate(blocks):
-            name = f"blocks.{1 + sum(deepest[:stage]) + index}"
-            stride = 2 if stage and not index else 1
-            shortcut = x
-            if x.shape[1] != cout:
-                norm = f"{name}.downsample.1"
-                shortcut = conv_bn(x, f"{name}.downsample.0", norm, cout, stride, 0)
-            y = F.relu(conv_bn(x, f"{name}.conv1", f"{name}.bn1", mid, stride, 1))
-            x = F.relu(conv_bn(y, f"{name}.conv2", f"{name}.bn2", cout, 1, 1) + shortcut)
+    for name, (_, cin, mid, cout, stride) in named_blocks(space, arch):
+        shortcut = x
+        if cin != cout:
+            norm = f"{name}.downsample.1"
+            shortcut = conv_bn(x, f"{name}.downsample.0", norm, cout, stride, 0)
+        y = F.relu(conv_bn(x, f"{name}.conv1", f"{name}.bn1", mid, stride, 1))
+        x = F.relu(conv_bn(y, f"{name}.conv2", f"{name}.bn2", cout, 1, 1) + shortcut)
     return x
 
 
@@ -245,4 +248,4 @@ def classify(
     space: SearchSpace, state: State, prefix: str, arch: Architecture, x: torch.Tensor
 ) -> torch.Tensor:
     """Logits [N, classes]."""
-    return linear(state, f"{prefix}blocks.24.fc", pooled(features(space, state, prefix, arch, x)))
+    return linear(state, f"{prefix}{HEAD}", pooled(features(space, state, prefix, arch, x)))

@@ -22,7 +22,7 @@ from hnas.bench.cudnn.network import (
     on_device,
     supernet_state,
 )
-from hnas.search_space import SearchSpace, feature_sizes, find_backbone
+from hnas.search_space import Architecture, SearchSpace, feature_sizes, find_backbone
 from hnas.tools.check_device.subjects import CLASSES, images, labels
 
 SIZE = 224
@@ -110,10 +110,15 @@ def convolution(way: Way, channels: int, size: int) -> dict:
     return row(f"convolution {channels}x{size}x{size} in {way}", "gmacs_per_s", macs, timed(ten))
 
 
+def drawn_architectures(space: SearchSpace) -> list[Architecture]:
+    """Whose sub-networks are timed."""
+    rng = np.random.default_rng(2)
+    return [space.sample(rng) for _ in range(ARCHITECTURES)]
+
+
 def walk(space: SearchSpace, state: dict[str, np.ndarray], way: Way, batch: int) -> dict:
     """GMAC/s of whole sub-networks, one after the other, as stage three computes them."""
-    rng = np.random.default_rng(2)
-    chosen = [space.sample(rng) for _ in range(ARCHITECTURES)]
+    chosen = drawn_architectures(space)
     networks = [SubNetwork(state, space, arch, 0, way) for arch in chosen]
     x = normalised(images(batch, SIZE))
     macs = batch * sum(space.macs(arch, SIZE, CLASSES) for arch in chosen)
@@ -126,8 +131,7 @@ def stages(space: SearchSpace, state: dict[str, np.ndarray]) -> Iterator[dict]:
 
     Stage three's walk shares the early stages, so that the last ones are most of its work.
     """
-    rng = np.random.default_rng(2)
-    chosen = [space.sample(rng) for _ in range(ARCHITECTURES)]
+    chosen = drawn_architectures(space)
     _, sizes = feature_sizes(SIZE)
     for precision, fused, stage in product(PRECISIONS, (False, True), range(4)):
         way = Way(precision, fused=fused)
