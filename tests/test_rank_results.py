@@ -131,6 +131,61 @@ def test_former_taus_are_scipys(part, splits, names, scores, runs):
         assert found == pytest.approx(taus), name
 
 
+CHANGES = {
+    "as it ran": ("hits", "first_place@0.02"),
+    "re-calibrated": ("calibrated_hits", "first_place@0.02"),
+    "batch statistics in stage 2": ("hits", "first_place_batch@0.02"),
+    "batch statistics, re-calibrated": ("calibrated_hits", "first_place_batch@0.02"),
+    "tilt 2": ("hits", "first_place_tilted@0.02"),
+    "uniform": ("hits", "first_place_uniform@0.02"),
+    "no stage 1": ("hits", "first_place_no_stage1@0.02"),
+    "two kinds of views": ("hits", "first_place_two_kinds@0.02"),
+    "stage 2 / 4": ("hits", "first_place_quarter@0.02"),
+    "stage 2 / 2": ("hits", "first_place_half@0.02"),
+    "stage 2 x 2": ("hits", "first_place_double@0.02"),
+    "stage 2 x 4": ("hits", "first_place_quadruple@0.02"),
+    "learning rate / 3": ("hits", "first_place@0.0067"),
+    "learning rate x 3": ("hits", "first_place@0.06"),
+    "temperature 4": ("hits", "first_place_temperature_4@0.02"),
+}
+"""Of each change the scores, and the jobs that it is measured by."""
+
+
+def final_parts():
+    """Of each compared method the same."""
+    frozen = ("first_place", "first_place_no_stage1", "first_place_uniform", "organisers")
+    return {
+        name: ("hits" if name in frozen else "calibrated_hits", f"{name}@{own['chosen']:g}")
+        for name, own in committed("learning_rates.json")["methods"].items()
+    }
+
+
+@pytest.mark.parametrize(("part", "split"), [("final", "final"), ("changes", "selection")])
+def test_taus_of_the_comparison_and_of_changes_are_scipys(part, split, runs):
+    summary = committed("summary.json")[part]
+    if "unfinished" in summary:
+        assert summary["unfinished"] > 0
+        return
+    truth = committed("ground_truth.json")
+    archs = [name for name, entry in truth.items() if entry["split"] == split]
+    acc = [truth[name]["acc"] for name in archs]
+    expected = final_parts() if part == "final" else CHANGES
+    assert set(summary["methods"]) == {*expected, "macs", "params"}
+    for name, (column, job) in expected.items():
+        found = summary["methods"][name]
+        seeds = range(found["seeds"]) if part == "final" else (8, 9)
+        own = [runs[f"{split}-{job}-{seed}"]["archs"] for seed in seeds]
+        assert found["seeds"] == len(own) == (Scale().seeds(name) if part == "final" else 2)
+        assert found.get("diverged", 0) == sum(not scored for scored in own), name
+        if "diverged" not in found:
+            taus = [
+                stats.kendalltau([scored[arch][column] for arch in archs], acc).statistic
+                for scored in own
+            ]
+            assert found["kendall_tau_b"]["seed_values"] == pytest.approx(taus), name
+            assert found["kendall_tau_b"]["value"] == pytest.approx(np.mean(taus)), name
+
+
 # --- docs/ranking-bench.md
 
 
