@@ -253,6 +253,52 @@ def test_what_the_page_says_of_former_results_is_so(runs):
     assert f"uniform {theirs}, yesterday's default {ours}, fair {fair}" in text
 
 
+def test_what_the_page_says_of_the_comparison_is_so(runs):
+    final, text = committed("summary.json")["final"], re.sub(r"\s+", " ", page())
+    methods = final["methods"]
+    leads = {
+        name: own["reference_leads_by"]["kendall_tau_b"]
+        for name, own in methods.items()
+        if own["seeds"] and "reference_leads_by" in own
+    }
+    primary = leads["organisers"]
+    shown = "{value:.3f} [{low:.3f}, {high:.3f}], p {p:.3f}.".format(**primary)
+    assert f"`first_place` less `organisers` is {shown}" in text
+    # What would let anybody say "leads" of one of them; the page says it of none.
+    assert all(lead["p_holm"] > 0.78 and lead["low"] < 0 < lead["high"] for lead in leads.values())
+    assert len(leads) == 7 and methods["first_place_uniform"]["diverged"] == 2
+    halves = [(lead["high"] - lead["low"]) / 2 for lead in leads.values()]
+    assert f"half an interval is {min(halves):.2f} to {max(halves):.2f}" in text
+    taus = [methods[name]["kendall_tau_b"]["value"] for name in leads]
+    assert f"a tau-b of {min(taus):.2f} to {max(taus):.2f}, with" in text
+    ours = methods["first_place"]["kendall_tau_b"]["seed_values"]
+    assert f"tau-b from {min(ours):.3f} to {max(ours):.3f}" in text
+    assert f"reliability of their means is {final['truth']['reliability']:.2f}" in text
+
+
+def mean_top1(run, column="hits"):
+    return float(np.mean([100 * own[column] / run["images"] for own in run["archs"].values()]))
+
+
+def test_what_the_page_says_of_training_that_broke_is_so(runs):
+    text = re.sub(r"\s+", " ", page())
+    top1 = [mean_top1(runs[f"final-first_place@0.02-{seed}"]) for seed in range(8)]
+    *most, last = [f"{value:.0f}" for value in top1]
+    assert f"by seed: {', '.join(most)} and {last} %" in text
+    uniform = [runs[f"final-first_place_uniform@0.02-{seed}"] for seed in range(8)]
+    left = sorted(mean_top1(run) for run in uniform if run["archs"])
+    assert len(left) == 6 and left[0] < 1.5
+    assert f"the other five score {left[1]:.0f} to {left[-1]:.0f} %" in text
+    slow = [f"first_place_no_stage1@0.0067-{seed}" for seed in range(8)]
+    slow += [f"organisers@0.0067-{seed}" for seed in range(8)]
+    low, *high = sorted(mean_top1(runs[f"final-{name}"]) for name in slow)
+    assert (
+        f"one scores {low:.0f} % where the others score {high[0]:.0f} to {high[-1]:.0f} %" in text
+    )
+    tuned = [mean_top1(runs[f"selection-first_place@{rate}-8"]) for rate in ("0.0067", "0.02")]
+    assert f"mean top-1 fell from {tuned[0]:.1f} to {tuned[1]:.1f} %" in text
+
+
 def test_the_page_announces_what_is_compared():
     assert shown_on_the_page("methods") == tables.methods_table()
     scale = Scale()
