@@ -31,7 +31,7 @@ from hnas.evaluation.engine import (
 )
 from hnas.evaluation.images import list_hash
 from hnas.evaluation.ledger import Targets
-from hnas.evaluation.results import write_results
+from hnas.evaluation.results import warn_if_guessing, write_results
 from hnas.evaluation.shard_files import ScoredShard, write_shard
 from hnas.evaluation.shards import Shard
 from hnas.evaluation.state import architectures_hash
@@ -99,6 +99,8 @@ def main() -> None:
     elif is_main_process():
         path = write_shard(save_dir, ScoredShard(shard, len(every), whole, archs, own, counts))
         logger.info("scored shard %s; python -m hnas.tools.merge_scores joins all: %s", shard, path)
+    if is_main_process():
+        warn_if_guessing(counts, len(images.classes), "the best sub-network")
     leave()
 
 

@@ -21,14 +21,15 @@ from hnas.base.errors import UserError
 from hnas.evaluation.reference import evaluate_reference
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
+from hnas.tools import pretrain, search, train_standalone
 from hnas.utils import resuming, training, validation
 from hnas.utils.callbacks import TrainLogger, VisualDLWriter
 from hnas.utils.checkpoint import generators_state
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.validation import Ranking, read_ranked
-from hnas.utils.weights import load_weights, read_weights
+from hnas.utils.validation import Ranking, extremes_accuracy, read_ranked
+from hnas.utils.weights import load_weights, read_weights, write_state
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"
@@ -167,6 +168,68 @@ def test_flags_reach_the_model(tmp_path, monkeypatch):
     assert taught.label_smoothing == alone.label_smoothing == 0.2
     assert taught.teacher is not None and not taught.in_place
     assert alone.teacher is None and alone.in_place
+
+
+# --- scores that mean nothing
+
+
+def blank_network():
+    """Weights of zero, so every image is said to be of the first class."""
+    network = build_network("resnet48_mini", len(CLASSES))
+    for parameter in network.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    return network
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_largest_network_that_guesses_is_told(caplog):
+    network = blank_network()
+    images = paddle.zeros([40, 3, 32, 32], "uint8")
+    for labels, top1 in ((np.arange(40) % 10, 0.1), (np.zeros(40, np.int64), 1.0)):
+        caplog.clear()
+        loader = [(images, paddle.to_tensor(labels, "int64"))]
+        found = extremes_accuracy(network, loader, None)
+        assert found == {"largest_top1": top1, "smallest_top1": top1}
+        told = warnings_of(caplog)
+        assert len(told) == (top1 < 0.5)
+        start = "the largest sub-network is right about 4 of 40 images, no more than guessing"
+        assert all(line.startswith(f"{start} among 10 classes") for line in told)
+
+
+@pytest.mark.parametrize("more", [{}, {"eval_engine": "reference"}, {"arch_shard": "1/2"}])
+def test_stage_three_tells_where_all_guess(more, tmp_path, monkeypatch, caplog):
+    weights = tmp_path / "blank.pdparams"
+    write_state(weights, blank_network().state_dict(), {"freeze_bn": True})
+    flags = {"backbone": "resnet48_mini", "eval_sample_num": 3, "ckpt_dir": weights, **more}
+    images = noise_images(tmp_path / "images", number=3)
+    run(train_supernet, monkeypatch, images, tmp_path / "out", **flags)
+    (told,) = warnings_of(caplog)
+    start = "the best sub-network is right about 3 of 30 images, no more than guessing"
+    assert told.startswith(f"{start} among 10 classes: training broke")
+
+
+@pytest.mark.parametrize(
+    ("script", "who", "flags"),
+    [
+        (pretrain, "the network", {"pretrained": "largest.pdparams"}),
+        (train_standalone, "the network", {"arch": RESNET48_MINI.smallest().code}),
+        (search, "the best network", {"ckpt_dir": "blank.pdparams", "generations": 0}),
+    ],
+)
+def test_other_programs_tell_it_too(script, who, flags, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    write_state(Path("blank.pdparams"), blank_network().state_dict(), {"freeze_bn": True})
+    if script is not search:
+        flags = {**flags, "max_epoch": 1, "warmup": 0, "lr": 0.0}
+    else:
+        flags = {**flags, "max_macs": "8e6", "population": 3, "children": 1, "tournament": 2}
+    images = noise_images(tmp_path / "images", number=3)
+    run(script, monkeypatch, images, "out", backbone="resnet48_mini", **flags)
+    (told,) = warnings_of(caplog)
+    assert told.startswith(f"{who} is right about ") and "no more than guessing among 10" in told
 
 
 # --- stage two, whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,34 @@ from hnas.search_space import Architecture
 logger = logging.getLogger(__name__)
 
 ESTIMATES_FILE = "estimates.json"
+
+
+def warn_if_guessing(counts: Counts, classes: int, what: str) -> None:
+    """Warn where not even the best of some networks is better than guessing.
+
+    Such scores look like any other: training broke without a loss that is not finite, or weights
+    and images do not belong together. Few images that tell nothing are passed over.
+
+    Args:
+        counts: hits of the networks.
+        classes: how many there are.
+        what: the networks, for the message, such as "the largest sub-network".
+    """
+    if not len(counts.top1):
+        return
+    guessed = counts.images / classes
+    # What guessing passes about once in a thousand times: three standard deviations.
+    limit = guessed + 3 * math.sqrt(guessed * (1 - 1 / classes))
+    best = int(counts.top1.max())
+    if best <= limit < counts.images:
+        logger.warning(
+            "%s is right about %d of %d images, no more than guessing among %d classes: training "
+            "broke (lower --lr), or weights, class names and images do not belong together",
+            what,
+            best,
+            counts.images,
+            classes,
+        )
 
 
 def estimates(

@@ -19,6 +19,7 @@ from hnas.base.errors import run_main
 from hnas.base.files import check_output
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
+from hnas.evaluation.results import warn_if_guessing
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import is_main_process
 from hnas.utils.flags import Stage
@@ -66,6 +67,7 @@ def main() -> None:
     write_state(options.pretrained, largest.state_dict(), about_weights(options, loader))
     network.activate(space.largest())
     counts = evaluate_network(network, validation_loader(options, val))
+    warn_if_guessing(counts, len(images.classes), "the network")
     logger.info("validation top-1 %.4f, weights in %s", *counts.accuracy(), options.pretrained)
 
 

@@ -29,7 +29,12 @@ from hnas.base.files import file_digest, remove_leftovers, replacing, write_json
 from hnas.evaluation.engine import ScoringSettings
 from hnas.evaluation.evolution import UNITS, Budget, Evolution
 from hnas.evaluation.generations import Scored, search
-from hnas.evaluation.results import ESTIMATES_FILE, complete_estimates, write_results
+from hnas.evaluation.results import (
+    ESTIMATES_FILE,
+    complete_estimates,
+    warn_if_guessing,
+    write_results,
+)
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import barrier, is_main_process, leave
 from hnas.ranking.figures import choice_panel
@@ -141,6 +146,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     chosen = choose(scores, costs, np.full(len(archs), True), cost)
 
     write_results(folder, archs, counts)
+    warn_if_guessing(counts, budget.num_classes, "the best network")
     write_json(folder / ESTIMATES_FILE, complete_estimates(archs, counts))
     write_table(folder / "search.csv", chosen, dict(zip(archs, scored.generation, strict=True)))
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))

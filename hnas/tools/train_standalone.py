@@ -32,6 +32,7 @@ from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
+from hnas.evaluation.results import warn_if_guessing
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture
@@ -261,6 +262,7 @@ def train_one(
         prepare(model, own, len(loader))
         fit(model, own, loader)
     counts = evaluate_network(network, val)
+    warn_if_guessing(counts, classes, "the network")
     return {
         "acc": int(counts.top1[0]) / counts.images,
         "arch": arch.code,

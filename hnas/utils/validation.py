@@ -18,6 +18,7 @@ from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import Batches, evaluate_reference
+from hnas.evaluation.results import warn_if_guessing
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import (
@@ -50,10 +51,14 @@ def extremes_accuracy(
     if not is_main_process():
         return {}
     space = network.space
-    ends = {"largest_top1": space.largest(), "smallest_top1": space.smallest()}
+    largest, smallest = (
+        evaluate_reference(network, [arch], loader, calibration)
+        for arch in (space.largest(), space.smallest())
+    )
+    warn_if_guessing(largest, network.num_classes, "the largest sub-network")
     return {
-        name: float(evaluate_reference(network, [arch], loader, calibration).accuracy()[0])
-        for name, arch in ends.items()
+        "largest_top1": float(largest.accuracy()[0]),
+        "smallest_top1": float(smallest.accuracy()[0]),
     }
 
 
