@@ -1,5 +1,6 @@
 """The ranking bench's figures, from made-up runs: what is compared, and what is not told early."""
 
+import argparse
 import json
 
 import numpy as np
@@ -8,8 +9,9 @@ from scipy import stats
 
 from hnas.base.errors import UserError
 from hnas.base.files import write_json
+from hnas.bench.rank import __main__ as bench_rank
+from hnas.bench.rank import changes, tables, truth, tuning
 from hnas.bench.rank import summary as rank_summary
-from hnas.bench.rank import tables, truth, tuning
 from hnas.bench.rank.jobs import Bench, Job, Scale
 from hnas.bench.rank.methods import LEARNING_RATES
 from hnas.ranking.plots import Bar, estimates_plot
@@ -19,11 +21,13 @@ RATES = {"first_place": 0.02, "organisers": 0.0067, "fairnas": 0.06}
 NOISE = {"first_place": 3, "organisers": 60, "fairnas": 4}
 
 
-def put_supernet(bench, job, hits):
+def put_supernet(bench, job, hits, calibrated=None):
+    """A run of these hits; those re-calibrated are upside down unless they are given."""
     archs = bench.of_splits((job.kind,))
+    calibrated = [4000 - own for own in hits] if calibrated is None else calibrated
     content = {
-        name: {"arch": arch.code, "hits": int(own), "calibrated_hits": 4000 - int(own)}
-        for (name, arch), own in zip(archs.items(), hits, strict=False)
+        name: {"arch": arch.code, "hits": int(own), "calibrated_hits": int(other)}
+        for (name, arch), own, other in zip(archs.items(), hits, calibrated, strict=False)
     }
     result = {"steps": 9, "forwards": 48, "images": 4000, "archs": content}
     bench.runs.put(job.name, {"settings": bench.settings(job), **result})
@@ -144,6 +148,142 @@ def test_a_figure_takes_what_is_not_defined():
     bars = [Bar("one", 0.5, 0.4, 0.6, (0.45, None), True), Bar("two", None, None, None, (), False)]
     assert estimates_plot(bars, None, "tau").startswith(b"\x89PNG")
     assert estimates_plot(bars, 0.8, "tau") != estimates_plot(bars, None, "tau")
+
+
+# --- the improved recipe
+
+
+@pytest.fixture
+def changed(bench):
+    """Runs of all changes that rank upside down, but for first place's, and what ranks best."""
+    acc = truth.Truth.of_bench(bench, ("selection",)).mean
+    best = 3000 + np.argsort(np.argsort(acc))
+    good = best.copy()
+    good[[0, 3]] = good[[3, 0]]
+    for entry in changes.change_entries(0.02).values():
+        for job in entry.jobs:
+            put_supernet(bench, job, 6000 - best, 6000 - best)
+    for job in changes.change_entries(0.02)["as it ran"].jobs:
+        put_supernet(bench, job, good, 6000 - best)
+    return bench, best
+
+
+def jobs_of(title):
+    return changes.change_entries(0.02)[title].jobs
+
+
+@pytest.mark.parametrize(
+    ("better", "chosen"),
+    [
+        ([], None),
+        (["tilt 2"], "tilt 2"),
+        (["learning rate / 3"], "learning rate / 3"),
+        # What costs more or less than first place is no recipe at its price.
+        (["stage 2 x 2", "stage 2 x 4", "stage 2 / 2"], None),
+        (["stage 2 x 4", "two kinds of views"], "two kinds of views"),
+    ],
+)
+def test_the_improved_recipe_is_the_change_that_ranks_best(changed, better, chosen):
+    bench, best = changed
+    for title in better:
+        for job in jobs_of(title):
+            put_supernet(bench, job, best)
+    found = rank_summary.summarize(bench, RATES)
+    assert found["improved"]["chosen"] == chosen
+    # Its own supernets are not there yet, or none is asked for.
+    assert found["improved"].get("unfinished") == (4 if chosen else None)
+    told = rank_summary.headline(found)["improved"]
+    assert told == {"chosen": chosen} | ({"unfinished": 4} if chosen else {})
+
+
+@pytest.mark.parametrize("scores", ["plain", "calibrated"])
+def test_a_change_is_chosen_by_its_own_scores(changed, scores):
+    bench, best = changed
+    for job in jobs_of("batch statistics, re-calibrated"):
+        ranked = [6000 - best, best]
+        put_supernet(bench, job, *(ranked[::-1] if scores == "plain" else ranked))
+    titles = {"plain": "batch statistics in stage 2"}
+    chosen = titles.get(scores, "batch statistics, re-calibrated")
+    assert rank_summary.summarize(bench, RATES)["improved"]["chosen"] == chosen
+
+
+@pytest.mark.parametrize("left", ["diverged", "broke", "just not"])
+def test_a_change_that_broke_is_not_chosen(changed, left):
+    bench, best = changed
+    one, other = jobs_of("uniform")
+    # 45 % of 4,000 images are 1,800.
+    hits = {
+        "diverged": [],
+        "broke": best - best.mean() + 1799,
+        "just not": best - best.min() + 1800,
+    }
+    put_supernet(bench, one, best)
+    put_supernet(bench, other, hits[left])
+    found = rank_summary.summarize(bench, RATES)["improved"]
+    assert found["chosen"] == ("uniform" if left == "just not" else None)
+    top1 = found["top1"]["uniform"]
+    assert top1[0] == pytest.approx(best.mean() / 4000)
+    assert (top1[1] is None) == (left == "diverged")
+
+
+def test_the_improved_recipe_is_compared_with_first_place(changed, tmp_path):
+    bench, best = changed
+    for job in jobs_of("learning rate / 3"):
+        put_supernet(bench, job, best)
+    acc = truth.Truth.of_bench(bench, ("final",)).mean
+    rng, taus = np.random.default_rng(1), []
+    for seed in range(4):
+        hits = 3000 + 5 * np.argsort(np.argsort(acc)) + rng.integers(0, 9, 12)
+        put_supernet(bench, Job.supernet("final", "first_place", 0.0067, seed), hits)
+        taus.append(stats.kendalltau(hits, acc).statistic)
+    found = rank_summary.summarize(bench, RATES)
+    own, reference = (found["improved"]["methods"][name] for name in ("improved", "first_place"))
+    assert own["title"] == "first place, learning rate / 3" and own["rate"] == 0.0067
+    assert own["kendall_tau_b"]["seed_values"] == pytest.approx(taus)
+    first = found["final"]["methods"]["first_place"]
+    lead = reference.pop("reference_leads_by")["kendall_tau_b"]
+    assert reference == first
+    assert lead["value"] == pytest.approx(np.mean(taus) - reference["kendall_tau_b"]["value"])
+    assert lead["p_holm"] >= lead["p"]
+    assert set(found["improved"]["methods"]) == {"improved", *RATES, "macs", "params"}
+    # The comparison that was announced before does not know of it.
+    assert set(found["final"]["methods"]) == {*RATES, "macs", "params"}
+    tables.write_summary(found, tmp_path)
+    assert "| first place **(the default)** |" in (tmp_path / "improved.md").read_text()
+    assert (tmp_path / "improved.png").is_file()
+
+
+@pytest.mark.parametrize("better", ["uniform", None])
+def test_the_improved_recipe_is_trained_with_the_seeds_of_first_place(
+    changed, better, monkeypatch, caplog
+):
+    bench, best = changed
+    for job in jobs_of(better) if better else ():
+        put_supernet(bench, job, best)
+    asked = []
+    monkeypatch.setattr(bench_rank, "do", lambda bench, options, jobs: asked.extend(jobs))
+    rates = bench.folder / "rates.json"
+    write_json(rates, {"methods": {"first_place": {"chosen": 0.02}}})
+    options = argparse.Namespace(out=bench.folder, learning_rates=rates)
+    with caplog.at_level("INFO"):
+        bench_rank.improved(bench, options)
+    trained = [Job.supernet("final", "first_place_uniform", 0.02, seed) for seed in range(4)]
+    assert asked == (trained if better else [])
+    told = "improved recipe: first place, uniform" if better else "no change may be tested"
+    assert told in caplog.text
+
+
+def test_the_improved_recipe_waits_for_all_changes(changed):
+    bench, _ = changed
+    rates = bench.folder / "rates.json"
+    write_json(rates, {"methods": {"first_place": {"chosen": 0.02}}})
+    missing = jobs_of("stage 2 x 4")[1].name
+    lines = bench.runs.path.read_text().splitlines(keepends=True)
+    bench.runs.path.write_text("".join(x for x in lines if f'"{missing}"' not in x))
+    assert rank_summary.summarize(bench, RATES)["improved"] == {"unfinished": "changes"}
+    options = argparse.Namespace(out=bench.folder, learning_rates=rates)
+    with pytest.raises(UserError, match="has not all runs of changes"):
+        bench_rank.improved(bench, options)
 
 
 # --- the truth

@@ -4,12 +4,15 @@
     python -m hnas.bench.rank tune --out output/rank
     python -m hnas.bench.rank final --out output/rank
     python -m hnas.bench.rank changes --out output/rank
+    python -m hnas.bench.rank improved --out output/rank
     python -m hnas.bench.rank report --out output/rank
 
 Everything is trained on distorted digits (hnas/bench/rank/distorted_digits.py). What is finished
 stands in runs.jsonl and is not done again, so any command continues after any kill. ``tune``
 chooses each method's learning rate on the selection architectures and writes learning_rates.json,
-which ``final`` and ``changes`` read; only ``final`` scores the final architectures, and only these.
+which ``final``, ``changes`` and ``improved`` read. ``changes`` trains the default recipe with one
+change at a time; which of them ``improved`` tests, if any, follows from these runs by the announced
+rule. Only ``final`` and ``improved`` score the final architectures, and only these.
 The report writes summary.json, tables and plots to --out and prints a JSON object as its last
 line. docs/ranking-bench.md announces the comparison, and tells what came of it.
 """
@@ -23,11 +26,17 @@ import sys
 from collections.abc import Sequence
 
 from hnas.base.command_line import OneLineParser, read_bool, read_path, whole_number
-from hnas.base.errors import run_main
+from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, write_json
+from hnas.bench.rank.changes import (
+    change_entries,
+    choose_change,
+    compare_changes,
+    improved_entry,
+)
 from hnas.bench.rank.jobs import DEVELOPMENT_SEEDS, SPLITS, Bench, Job, Scale
 from hnas.bench.rank.methods import COMPARED, REFERENCE, find_method
-from hnas.bench.rank.summary import change_entries, headline, summarize
+from hnas.bench.rank.summary import headline, summarize
 from hnas.bench.rank.tables import write_summary
 from hnas.bench.rank.truth import selection_truth, truth_file, truth_jobs
 from hnas.bench.rank.tuning import choose, rates_of, read_rates, tuning_jobs
@@ -35,7 +44,7 @@ from hnas.bench.rank.workers import run_all, work
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("ground_truth", "tune", "final", "changes", "report")
+COMMANDS = ("ground_truth", "tune", "final", "changes", "improved", "report")
 QUICK_METHODS = ("first_place", "organisers_calibrated")
 
 
@@ -51,6 +60,7 @@ def main(argv=None) -> None:
         "tune": tune,
         "final": final,
         "changes": changes,
+        "improved": improved,
         "report": report,
     }[options.command](bench, options)
 
@@ -174,6 +184,27 @@ def changes(bench: Bench, options: argparse.Namespace) -> None:
     entries = change_entries(rate).values()
     jobs = dict.fromkeys(job for entry in entries for job in entry.jobs)
     do(bench, options, sorted(jobs, key=lambda job: job.seed))
+
+
+def improved(bench: Bench, options: argparse.Namespace) -> None:
+    """Train the change that the announced rule names, if any, and score it on the final ones.
+
+    Raises:
+        UserError: the changes are not all trained.
+    """
+    rate = rates_of(options.learning_rates, [REFERENCE])[REFERENCE]
+    compared = compare_changes(bench, rate)
+    if "unfinished" in compared:
+        raise UserError(
+            f"{options.out} has not all runs of changes, by which the improved recipe is chosen; "
+            "run changes with the same --out first"
+        )
+    title = choose_change(bench, rate, compared)["chosen"]
+    if title is None:
+        logger.info("no change may be tested: none ranks the selection better and did not break")
+        return
+    logger.info("improved recipe: first place, %s", title)
+    do(bench, options, improved_entry(bench, rate, title).jobs)
 
 
 def report(bench: Bench, options: argparse.Namespace) -> None:

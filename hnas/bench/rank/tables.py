@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hnas.base.files import replacing, write_json
+from hnas.bench.rank.comparison import TAU
 from hnas.bench.rank.estimates import STATISTICS
 from hnas.bench.rank.methods import CHANGES, COMPARED, LEARNING_RATES, REFERENCE
-from hnas.bench.rank.summary import TAU
 from hnas.ranking.plots import Bar, estimates_plot
 
 HEADS = ("tau-b", "corrected", "Pearson", "Spearman")
@@ -19,6 +19,7 @@ def comparisons(summary: Mapping) -> Iterator[tuple[str, Mapping, str]]:
     where = {
         "final": (summary["final"], "final"),
         "changes": (summary["changes"], "selection"),
+        "improved": (summary["improved"], "final"),
         "former": (summary["former"].get("held_out", {}), "seen and sealed"),
         "former_seen": (summary["former"].get("seen", {}), "seen"),
         "former_selection": (summary["former"].get("selection", {}), "selection"),
@@ -35,14 +36,14 @@ def table(own: Mapping) -> str:
     heads += ["sd of scores, %", "seeds agree", "learning rate", "seeds", "seconds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, method in own["methods"].items():
-        title = f"{method['title']} **(the default)**" if default(own, name) else method["title"]
+        title = f"{method['title']} **(the default)**" if is_default(name) else method["title"]
         lines.append(f"| {' | '.join([title, *cells(method)])} |")
     return "\n".join(lines) + "\n"
 
 
-def default(own: Mapping, name: str) -> bool:
+def is_default(name: str) -> bool:
     """Whether an entry is what the launchers do."""
-    return own["reference"] == name and name in (REFERENCE, CHANGES[0].title)
+    return name in (REFERENCE, CHANGES[0].title)
 
 
 def cells(method: Mapping) -> list[str]:
@@ -112,12 +113,12 @@ def plot(own: Mapping, where: str) -> bytes:
     """PNG of a comparison: tau-b of each with its interval, and every seed's."""
     bars = [
         Bar(
-            f"{method['title']} (the default)" if default(own, name) else method["title"],
+            f"{method['title']} (the default)" if is_default(name) else method["title"],
             method[TAU]["value"],
             method[TAU]["low"],
             method[TAU]["high"],
             method[TAU]["seed_values"] or (),
-            default(own, name),
+            is_default(name),
         )
         for name, method in own["methods"].items()
         if TAU in method

@@ -1,0 +1,119 @@
+"""Changes of first place, and the one improved recipe: which of them it is, and its test on final.
+
+The rule that chooses it on the selection architectures is the one that docs/ranking-bench.md
+announced before its taus were computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hnas.bench.rank.comparison import TAU, Entry, compare
+from hnas.bench.rank.jobs import DEVELOPMENT_SEEDS, Bench, Job
+from hnas.bench.rank.methods import CHANGES, COLUMNS, REFERENCE, find_method
+from hnas.bench.rank.tuning import related
+
+LEAST_TOP1 = 0.45
+"""Mean top-1 below which training counts as broken: half of what networks trained alone reach."""
+
+NAME = "improved"
+
+
+def change_entries(rate: float) -> dict[str, Entry]:
+    """First place with one change at a time; ``rate`` is first place's own."""
+    return {
+        change.title: Entry(
+            change.title,
+            "",
+            [
+                Job.supernet("selection", change.method, related(rate, change.rate), seed)
+                for seed in DEVELOPMENT_SEEDS
+            ],
+            change.scores,
+        )
+        for change in CHANGES
+    }
+
+
+def compare_changes(bench: Bench, rate: float) -> dict:
+    """What each change does on the selection architectures (``compare``)."""
+    entries = change_entries(rate)
+    return compare(bench, ("selection",), entries, next(iter(entries)))
+
+
+def mean_top1(bench: Bench, job: Job, scores: str) -> float | None:
+    """Of a supernet over the architectures that it scored, from 0 to 1; None if it diverged."""
+    run = bench.result(job)
+    hits = [entry[COLUMNS[scores]] for entry in run["archs"].values()]
+    return float(np.mean(hits)) / run["images"] if hits else None
+
+
+def choose_change(bench: Bench, rate: float, changes: Mapping) -> dict:
+    """By the announced rule, the change that may be tested on final.
+
+    Those are left out whose stage 2 is not of the usual length, and those of which a supernet
+    diverged or is of less than ``LEAST_TOP1`` on average. Of the others the one of the highest
+    mean tau-b is taken, if that is higher than first place's.
+
+    Args:
+        bench: where the runs are.
+        rate: first place's learning rate.
+        changes: the finished comparison of them (``compare``).
+
+    Returns:
+        ``chosen``, a title of ``CHANGES`` or None, and of every change its supernets' ``top1``.
+    """
+    entries, methods = change_entries(rate), changes["methods"]
+    top1 = {
+        title: [mean_top1(bench, job, entry.scores) for job in entry.jobs]
+        for title, entry in entries.items()
+    }
+    asked = methods[CHANGES[0].title].get(TAU, {}).get("value")
+    taus = {
+        change.title: methods[change.title][TAU]["value"]
+        for change in CHANGES[1:]
+        if find_method(change.method).stage2 == 1.0
+        and all(own is not None and own >= LEAST_TOP1 for own in top1[change.title])
+    }
+    better = {
+        title: tau
+        for title, tau in taus.items()
+        if tau is not None and asked is not None and tau > asked
+    }
+    return {"chosen": max(better, key=better.get) if better else None, "top1": top1}
+
+
+def improved_entry(bench: Bench, rate: float, title: str) -> Entry:
+    """A change on the final architectures, with the seeds of first place.
+
+    Args:
+        bench: how many seeds first place has.
+        rate: first place's learning rate.
+        title: of ``CHANGES``.
+    """
+    change = next(change for change in CHANGES if change.title == title)
+    rate, seeds = related(rate, change.rate), range(bench.scale.seeds(REFERENCE))
+    jobs = [Job.supernet("final", change.method, rate, seed) for seed in seeds]
+    return Entry(f"{find_method(REFERENCE).title}, {title}", "", jobs, change.scores)
+
+
+def improved_part(
+    bench: Bench, rate: float, changes: Mapping, announced: Mapping[str, Entry]
+) -> dict:
+    """What the summary says of it: the choice and, once it is trained, its comparison.
+
+    Args:
+        bench: where the runs are.
+        rate: first place's learning rate.
+        changes: the comparison of them.
+        announced: what it is compared with, first place included.
+    """
+    if "unfinished" in changes:
+        return {"unfinished": "changes"}
+    choice = choose_change(bench, rate, changes)
+    if choice["chosen"] is None:
+        return choice
+    entries = {NAME: improved_entry(bench, rate, choice["chosen"]), **announced}
+    return choice | compare(bench, ("final",), entries, NAME)
