@@ -310,6 +310,7 @@ def test_results_of_other_settings_are_refused_in_one_line(finished, monkeypatch
         ("tune", [], "has not all of the selection's ground truth"),
         ("final", [], "has no learning rate of first_place; run tune"),
         ("changes", ["--learning_rates", "none.json"], "none.json has no learning rate"),
+        ("changes", ["--rate", "0.5"], "invalid choice: 0.5"),
         ("improved", [], "has no learning rate of first_place; run tune"),
         ("report", [], "has no ground truth yet"),
         ("ground_truth", ["--seeds", "0"], "out of bounds"),

@@ -160,22 +160,43 @@ def final_parts():
     }
 
 
-@pytest.mark.parametrize(("part", "split"), [("final", "final"), ("changes", "selection")])
-def test_taus_of_the_comparison_and_of_changes_are_scipys(part, split, runs):
-    summary = committed("summary.json")[part]
-    if "unfinished" in summary:
-        assert summary["unfinished"] > 0
-        return
+def changes_at(rate, third, thrice):
+    """:data:`CHANGES` from another rate of first place than 0.02."""
+    rates = {"0.0067": third, "0.02": rate, "0.06": thrice}
+    return {
+        title: (column, f"{name}@{rates[old]}")
+        for title, (column, job) in CHANGES.items()
+        for name, _, old in [job.partition("@")]
+    }
+
+
+def parts():
+    """Every comparison of methods of today that is finished, and what it is made of."""
+    summary, announced = committed("summary.json"), final_parts()
+    yield summary["final"], "final", announced
+    yield summary["changes"], "selection", CHANGES
+    for rate, own in summary["changes_at"].items():
+        others = {"0.0067": ("0.0022", "0.02")}[rate]
+        yield own, "selection", changes_at(rate, *others)
+    if "methods" in summary["improved"]:
+        improved = {"improved": ("hits", "first_place@0.0067")}
+        yield summary["improved"], "final", improved | announced
+
+
+@pytest.mark.parametrize(("summary", "split", "expected"), parts())
+def test_taus_are_scipys(summary, split, expected, runs):
     truth = committed("ground_truth.json")
     archs = [name for name, entry in truth.items() if entry["split"] == split]
     acc = [truth[name]["acc"] for name in archs]
-    expected = final_parts() if part == "final" else CHANGES
     assert set(summary["methods"]) == {*expected, "macs", "params"}
     for name, (column, job) in expected.items():
         found = summary["methods"][name]
-        seeds = range(found["seeds"]) if part == "final" else (8, 9)
+        if split == "selection":
+            seeds = (8, 9)
+        else:
+            seeds = range(8 if name == "improved" else Scale().seeds(name))
         own = [runs[f"{split}-{job}-{seed}"]["archs"] for seed in seeds]
-        assert found["seeds"] == len(own) == (Scale().seeds(name) if part == "final" else 2)
+        assert found["seeds"] == len(own)
         assert found.get("diverged", 0) == sum(not scored for scored in own), name
         if "diverged" not in found:
             taus = [
@@ -199,6 +220,7 @@ def test_the_page_shows_the_tables_and_the_plots():
     for name, own, _ in tables.comparisons(summary):
         assert shown_on_the_page(f"{name}.md") == tables.table(own)
         assert f"](results/rank/{name}.png)" in page()
+    assert "](results/rank/length.png)" in page()
     if summary["tuning"]:
         assert shown_on_the_page("tuning.md") == tables.tuning_table(summary["tuning"])
 

@@ -13,8 +13,8 @@ from hnas.bench.rank import __main__ as bench_rank
 from hnas.bench.rank import changes, tables, truth, tuning
 from hnas.bench.rank import summary as rank_summary
 from hnas.bench.rank.jobs import Bench, Job, Scale
-from hnas.bench.rank.methods import LEARNING_RATES
-from hnas.ranking.plots import Bar, estimates_plot
+from hnas.bench.rank.methods import LEARNING_RATES, LENGTHS
+from hnas.ranking.plots import Bar, curves_plot, estimates_plot
 
 SCALE = Scale(architectures=22, selection=10, sealed=0, final=12, most_truth_seeds=3, most_seeds=4)
 RATES = {"first_place": 0.02, "organisers": 0.0067, "fairnas": 0.06}
@@ -284,6 +284,37 @@ def test_the_improved_recipe_waits_for_all_changes(changed):
     options = argparse.Namespace(out=bench.folder, learning_rates=rates)
     with pytest.raises(UserError, match="has not all runs of changes"):
         bench_rank.improved(bench, options)
+
+
+def test_changes_from_another_rate_are_shown_beside_and_choose_nothing(changed, tmp_path):
+    bench, best = changed
+    for entry in changes.change_entries(0.0067).values():
+        for job in entry.jobs:
+            put_supernet(bench, job, best)
+    for job in jobs_of("as it ran"):
+        put_supernet(bench, job, best)
+    found = rank_summary.summarize(bench, RATES)
+    (rate,) = found["changes_at"]
+    methods = found["changes_at"][rate]["methods"]
+    assert rate == "0.0067" and methods["learning rate x 3"]["rate"] == 0.02
+    assert methods["learning rate / 3"]["rate"] == 0.0022
+    assert methods["stage 2 / 4"]["kendall_tau_b"]["seed_values"] == pytest.approx([1, 1])
+    # As good as first place is not better.
+    assert found["improved"]["chosen"] is None
+    tables.write_summary(found, tmp_path)
+    rows = (tmp_path / "changes_at_0.0067.md").read_text().splitlines()
+    assert rows[2].startswith("| as it ran **(the default)** |") and len(rows) == 19
+    assert (tmp_path / "length.png").read_bytes() == tables.length_plot(found)
+    put_supernet(bench, changes.change_entries(0.0067)["stage 2 x 4"].jobs[0], [])
+    without = rank_summary.summarize(bench, RATES)
+    assert tables.length_plot(without) != tables.length_plot(found)
+
+
+def test_the_lengths_are_all_that_differ_in_nothing_else():
+    titles = [change.title for change in LENGTHS]
+    assert titles == ["as it ran", "stage 2 / 4", "stage 2 / 2", "stage 2 x 2", "stage 2 x 4"]
+    curves = {"one": {1.0: [0.5, 0.6], 2.0: [0.7]}, "other": {}}
+    assert curves_plot(curves, None, "length", "tau") != curves_plot(curves, 0.8, "length", "tau")
 
 
 # --- the truth

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 DPI = 120
@@ -64,6 +65,41 @@ def estimates_plot(bars: Sequence[Bar], best: float | None, label: str) -> bytes
     axes.set_yticks(range(len(bars)), [bar.title for bar in bars])
     axes.invert_yaxis()
     axes.set_xlabel(f"{label}\nestimate, 95 % interval; grey: single supernets", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    return _png(figure)
+
+
+def curves_plot(
+    curves: Mapping[str, Mapping[float, Sequence[float]]],
+    best: float | None,
+    across: str,
+    label: str,
+) -> bytes:
+    """The values of single runs over what was varied, with lines through their means, as PNG.
+
+    Args:
+        curves: by title, by the place on a logarithmic axis, the values.
+        best: what the truth itself would be expected to reach, drawn as a line.
+        across: label of the horizontal axis.
+        label: of the vertical axis.
+    """
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for color, (title, curve) in zip((ORANGE, BLUE, GREY), curves.items(), strict=False):
+        places = sorted(curve)
+        means = [float(np.mean(curve[place])) for place in places]
+        axes.plot(places, means, "-", color=color, lw=1.5, label=title)
+        for place in places:
+            axes.plot([place] * len(curve[place]), curve[place], "o", color=color, ms=4)
+    if best is not None:
+        axes.axhline(best, color=DARK, ls=":", lw=1, label="the true order itself")
+    axes.set_xscale("log", base=2)
+    shown = sorted({place for curve in curves.values() for place in curve})
+    axes.set_xticks(shown, [f"{place:g}" for place in shown])
+    axes.set_xlabel(across, fontsize=8)
+    axes.set_ylabel(label, fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     return _png(figure)

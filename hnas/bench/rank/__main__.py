@@ -35,7 +35,7 @@ from hnas.bench.rank.changes import (
     improved_entry,
 )
 from hnas.bench.rank.jobs import DEVELOPMENT_SEEDS, SPLITS, Bench, Job, Scale
-from hnas.bench.rank.methods import COMPARED, REFERENCE, find_method
+from hnas.bench.rank.methods import COMPARED, LEARNING_RATES, REFERENCE, find_method
 from hnas.bench.rank.summary import headline, summarize
 from hnas.bench.rank.tables import write_summary
 from hnas.bench.rank.truth import selection_truth, truth_file, truth_jobs
@@ -114,6 +114,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=read_path,
         help="file of what tune has chosen [default OUT/learning_rates.json]",
     )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        choices=LEARNING_RATES,
+        help="learning rate of first place that changes starts from [default what tune has chosen]",
+    )
     parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     default = QUICK_METHODS if options.quick else COMPARED
@@ -180,7 +186,7 @@ def final(bench: Bench, options: argparse.Namespace) -> None:
 
 def changes(bench: Bench, options: argparse.Namespace) -> None:
     """Train first place with one change at a time, and score that on the selection."""
-    rate = rates_of(options.learning_rates, [REFERENCE])[REFERENCE]
+    rate = options.rate or rates_of(options.learning_rates, [REFERENCE])[REFERENCE]
     entries = change_entries(rate).values()
     jobs = dict.fromkeys(job for entry in entries for job in entry.jobs)
     do(bench, options, sorted(jobs, key=lambda job: job.seed))

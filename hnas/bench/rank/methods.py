@@ -193,6 +193,15 @@ CHANGES = (
 METHODS = {**COMPARED, **VARIANTS}
 
 
+LENGTHS = tuple(
+    change
+    for change in CHANGES
+    if (change.scores, change.rate) == ("plain", 1.0)
+    and replace(METHODS[change.method], stage2=1.0) == FIRST_PLACE
+)
+"""Those that change nothing but how long stage 2 is."""
+
+
 def find_method(name: str) -> Method:
     """The method of that name.
 

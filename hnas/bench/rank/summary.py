@@ -14,6 +14,7 @@ from hnas.bench.rank.methods import (
     FORMER_FINALISTS,
     FORMER_REFERENCE,
     FORMER_TRIAL,
+    LEARNING_RATES,
     METHODS,
     REFERENCE,
 )
@@ -88,6 +89,7 @@ def summarize(bench: Bench, rates: Mapping[str, float]) -> dict:
         "tuning": choose(bench, METHODS) if truth else {},
         "final": {"unfinished": "learning rates"},
         "changes": {"unfinished": "learning rates"},
+        "changes_at": {},
         "improved": {"unfinished": "learning rates"},
         "former": former_comparisons(bench) if bench.of_splits(("seen", "sealed")) else {},
     }
@@ -97,6 +99,10 @@ def summarize(bench: Bench, rates: Mapping[str, float]) -> dict:
     if REFERENCE in rates:
         rate = rates[REFERENCE]
         summary["changes"] = compare_changes(bench, rate)
+        others = {f"{own:g}": compare_changes(bench, own) for own in LEARNING_RATES if own != rate}
+        summary["changes_at"] = {
+            own: compared for own, compared in others.items() if "unfinished" not in compared
+        }
         summary["improved"] = improved_part(bench, rate, summary["changes"], announced)
     if not summary["ground_truth"]:
         raise UserError(f"{bench.folder} has no ground truth yet; run ground_truth first")

@@ -8,8 +8,15 @@ from pathlib import Path
 from hnas.base.files import replacing, write_json
 from hnas.bench.rank.comparison import TAU
 from hnas.bench.rank.estimates import STATISTICS
-from hnas.bench.rank.methods import CHANGES, COMPARED, LEARNING_RATES, REFERENCE
-from hnas.ranking.plots import Bar, estimates_plot
+from hnas.bench.rank.methods import (
+    CHANGES,
+    COMPARED,
+    LEARNING_RATES,
+    LENGTHS,
+    REFERENCE,
+    find_method,
+)
+from hnas.ranking.plots import Bar, curves_plot, estimates_plot
 
 HEADS = ("tau-b", "corrected", "Pearson", "Spearman")
 
@@ -19,6 +26,7 @@ def comparisons(summary: Mapping) -> Iterator[tuple[str, Mapping, str]]:
     where = {
         "final": (summary["final"], "final"),
         "changes": (summary["changes"], "selection"),
+        **{f"changes_at_{rate}": (own, "selection") for rate, own in summary["changes_at"].items()},
         "improved": (summary["improved"], "final"),
         "former": (summary["former"].get("held_out", {}), "seen and sealed"),
         "former_seen": (summary["former"].get("seen", {}), "seen"),
@@ -127,6 +135,27 @@ def plot(own: Mapping, where: str) -> bytes:
     return estimates_plot(bars, own["truth"]["best_tau"], label)
 
 
+def length_plot(summary: Mapping) -> bytes:
+    """PNG of what a longer stage 2 gives, at every learning rate at which the changes are done.
+
+    Lengths are left out at which a supernet diverged.
+    """
+    parts = {"changes": summary["changes"], **summary["changes_at"]}
+    curves, best = {}, None
+    for own in parts.values():
+        if "unfinished" in own:
+            continue
+        best, found = own["truth"]["best_tau"], {}
+        for change in LENGTHS:
+            method = own["methods"][change.title]
+            if TAU in method and None not in method[TAU]["seed_values"]:
+                found[find_method(change.method).stage2] = method[TAU]["seed_values"]
+        rate = own["methods"][CHANGES[0].title]["rate"]
+        curves[f"learning rate {rate:g}"] = found
+    across = "length of stage 2, relative to the usual one; points: single supernets"
+    return curves_plot(curves, best, across, "tau-b, selection architectures")
+
+
 def write_summary(summary: Mapping, folder: Path) -> None:
     """``summary.json``, and a table and a plot of each comparison that is finished.
 
@@ -135,10 +164,15 @@ def write_summary(summary: Mapping, folder: Path) -> None:
     """
     write_json(folder / "summary.json", summary)
     tables = {"tuning": tuning_table(summary["tuning"])} if summary["tuning"] else {}
+    plots = {}
     for name, own, where in comparisons(summary):
         tables[name] = table(own)
+        plots[name] = plot(own, where)
+    if summary["changes_at"] or "methods" in summary["changes"]:
+        plots["length"] = length_plot(summary)
+    for name, image in plots.items():
         with replacing(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(plot(own, where))
+            temporary.write_bytes(image)
     for name, text in tables.items():
         with replacing(folder / f"{name}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
