@@ -41,7 +41,7 @@ from hnas.utils.training import (
     start_from_checkpoint,
     start_from_pretrained,
 )
-from hnas.utils.validation import Figures, Ranking, extremes_accuracy, figures_text
+from hnas.utils.validation import Extremes, Figures, Ranking, figures_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,13 @@ def main() -> None:
         val_images = validation_images(options, images)
         val = validation_loader(options, val_images)
         calibration = calibration_images(options, frozen, images)
+        extremes = Extremes(network, val, calibration, teacher)
         ranking = None
         if options.rank_gt:
             ranking = Ranking.of_run(options, network, val_images, val, calibration)
 
         def measure() -> Figures:
-            found = extremes_accuracy(network, val, calibration)
+            found = extremes.measure()
             return found if ranking is None else {**found, **ranking.measure()}
 
     if options.train_flag:

@@ -100,7 +100,7 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
     write_state(tmp_path / "start.pdparams", plain, about)
     seen = []
     monkeypatch.setattr(
-        stage2, "extremes_accuracy", lambda network, *_: seen.append(network) or {"top1": 0.5}
+        stage2.Extremes, "measure", lambda self: seen.append(self.network) or {"top1": 0.5}
     )
     monkeypatch.setattr(stage2, "fit", lambda model, *_: seen.append(model.network))
     weights = tmp_path / "start.pdparams"

@@ -321,6 +321,47 @@ def test_what_the_page_says_of_training_that_broke_is_so(runs):
     assert f"mean top-1 fell from {tuned[0]:.1f} to {tuned[1]:.1f} %" in text
 
 
+def broken(run):
+    """How a supernet of changes ended, if not well."""
+    if not run["archs"]:
+        return "not finite"
+    return "at chance" if mean_top1(run) < 2 else ""
+
+
+def test_what_the_page_says_of_changes_is_so(runs):
+    summary, text = committed("summary.json"), re.sub(r"\s+", " ", page())
+    ended = {
+        job: [broken(runs[f"selection-{job}-{seed}"]) for seed in (8, 9)]
+        for job in dict.fromkeys(job for _, job in CHANGES.values())
+    }
+    assert ended.pop("first_place@0.02") == ["", "at chance"]
+    lost = [job for job, own in ended.items() if "not finite" in own]
+    rest = [job for job, own in ended.items() if own in (["", "at chance"], ["at chance", ""])]
+    assert (len(ended), len(lost), rest) == (12, 6, ["first_place_double@0.02"])
+    assert "Of the 12 changes that were trained anew, six lost one seed" in text
+    well = {job.partition("@")[0] for job, own in ended.items() if own == ["", ""]}
+    assert well == {
+        *(f"first_place{what}" for what in ("", "_batch", "_tilted", "_uniform", "_quadruple"))
+    }
+    assert all(ended[f"first_place_{what}@0.02"].count("") == 0 for what in ("quarter", "half"))
+    first = [mean_top1(runs[f"selection-first_place@0.02-{seed}"]) for seed in (9, 8)]
+    assert "top-1 {:.1f} %, {:.1f} % with seed 8".format(*first) in text
+    # The rule's choice, by hand: of the usual length, not broken, the highest tau-b.
+    taus = {
+        title: own["kendall_tau_b"]["value"]
+        for title, own in summary["changes"]["methods"].items()
+        if "kendall_tau_b" in own and own["seeds"]
+    }
+    assert taus["as it ran"] < 0.5
+    ranked = sorted(taus, key=taus.get, reverse=True)
+    assert ranked[:3] == ["stage 2 x 4", "learning rate / 3", "batch statistics, re-calibrated"]
+    assert summary["improved"]["chosen"] == ranked[1]
+    assert f"tau-b on the selection is {taus[ranked[1]]:.3f}" in text
+    assert f"come next with {taus[ranked[2]]:.3f}" in text
+    slow = [mean_top1(runs[f"selection-first_place@0.0067-{seed}"]) for seed in (8, 9)]
+    assert "mean top-1 {:.1f} and {:.1f} %".format(*slow) in text
+
+
 def test_the_page_announces_what_is_compared():
     assert shown_on_the_page("methods") == tables.methods_table()
     scale = Scale()

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from scipy import stats
 import train_supernet
 import train_supernet_pinas_stage2_simple as stage2
 from hnas.base.errors import UserError
+from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_reference
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
@@ -28,7 +30,7 @@ from hnas.utils.checkpoint import generators_state
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.validation import Ranking, extremes_accuracy, read_ranked
+from hnas.utils.validation import Extremes, Ranking, read_ranked, warn_if_broken
 from hnas.utils.weights import load_weights, read_weights, write_state
 
 ROOT = Path(__file__).parents[1]
@@ -191,12 +193,59 @@ def test_a_largest_network_that_guesses_is_told(caplog):
     for labels, top1 in ((np.arange(40) % 10, 0.1), (np.zeros(40, np.int64), 1.0)):
         caplog.clear()
         loader = [(images, paddle.to_tensor(labels, "int64"))]
-        found = extremes_accuracy(network, loader, None)
+        found = Extremes(network, loader, None, network).measure()
         assert found == {"largest_top1": top1, "smallest_top1": top1}
         told = warnings_of(caplog)
         assert len(told) == (top1 < 0.5)
         start = "the largest sub-network is right about 4 of 40 images, no more than guessing"
         assert all(line.startswith(f"{start} among 10 classes") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("hits", "before", "images", "warned"),
+    [
+        (26, 81, 100, False),  # half of 81 and three standard deviations of 4.9 are 25.8
+        (25, 81, 100, True),
+        (2600, 8100, 10000, True),
+        (3902, 8100, 10000, True),  # 4050 less three standard deviations of 49.1 are 3902.7
+        (3903, 8100, 10000, False),
+        (5, 20, 20, False),  # nothing to tell by
+        (0, 20, 20, True),
+        (0, 0, 20, False),
+        (0, 10, 4000, False),
+        (4000, 4000, 4000, False),
+    ],
+)
+def test_a_supernet_that_broke_is_told(hits, before, images, warned, caplog):
+    zeros = Counts.zeros(1)
+    warn_if_broken(
+        *(replace(zeros, top1=np.array([top1]), images=images) for top1 in (hits, before))
+    )
+    told = warnings_of(caplog)
+    assert len(told) == warned
+    start = f"the largest sub-network is right about {hits} of {images} images, the pretrained"
+    assert all(line.startswith(f"{start} network about {before}: ") for line in told)
+
+
+@pytest.mark.parametrize(("first", "warned"), [(40, "no more than guessing"), (60, "is worth")])
+def test_stage_two_measures_the_network_that_it_started_from(first, warned, caplog):
+    """All images are of two classes; the supernet says the first, the pretrained one the second."""
+    plain = build_network("resnet48_mini", len(CLASSES), elastic=False)
+    for parameter in plain.parameters():
+        parameter.set_value(paddle.zeros_like(parameter))
+    plain.head.fc.bias.set_value(paddle.to_tensor([0.0, 1.0] + [0.0] * 8))
+    network, labels = blank_network(), np.ones(400, np.int64)
+    labels[:first] = 0
+    images = paddle.zeros([400, 3, 32, 32], "uint8")
+    extremes = Extremes(network, [(images, paddle.to_tensor(labels))], None, plain)
+    assert extremes.measure() == {"largest_top1": first / 400, "smallest_top1": first / 400}
+    assert extremes.at_first.top1 == 400 - first
+    (told,) = warnings_of(caplog)
+    assert warned in told
+    caplog.clear()
+    half = [(images, paddle.to_tensor(np.arange(400) % 2, "int64"))]
+    Extremes(network, half, None, plain).measure()
+    assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize("more", [{}, {"eval_engine": "reference"}, {"arch_shard": "1/2"}])

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 ESTIMATES_FILE = "estimates.json"
 
 
-def warn_if_guessing(counts: Counts, classes: int, what: str) -> None:
+def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
     """Warn where not even the best of some networks is better than guessing.
 
     Such scores look like any other: training broke without a loss that is not finite, or weights
@@ -29,14 +29,18 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> None:
         counts: hits of the networks.
         classes: how many there are.
         what: the networks, for the message, such as "the largest sub-network".
+
+    Returns:
+        Whether it warned.
     """
     if not len(counts.top1):
-        return
+        return False
     guessed = counts.images / classes
     # What guessing passes about once in a thousand times: three standard deviations.
     limit = guessed + 3 * math.sqrt(guessed * (1 - 1 / classes))
     best = int(counts.top1.max())
-    if best <= limit < counts.images:
+    told = best <= limit < counts.images
+    if told:
         logger.warning(
             "%s is right about %d of %d images, no more than guessing among %d classes: training "
             "broke (lower --lr), or weights, class names and images do not belong together",
@@ -45,6 +49,7 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> None:
             counts.images,
             classes,
         )
+    return told
 
 
 def estimates(

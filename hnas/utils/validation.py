@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle import nn
 from paddle.callbacks import Callback
 
 from hnas.architecture_file import read_truth
@@ -17,7 +20,7 @@ from hnas.base.files import write_json
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.reference import Batches, evaluate_reference
+from hnas.evaluation.reference import Batches, evaluate_network, evaluate_reference
 from hnas.evaluation.results import warn_if_guessing
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet
@@ -44,22 +47,62 @@ Figures = dict[str, float | None]
 """By name; None for one that is not defined."""
 
 
-def extremes_accuracy(
-    network: ElasticResNet, loader: EvalLoader, calibration: paddle.Tensor | None
-) -> Figures:
-    """Top-1 accuracy of the largest and the smallest sub-network; in the main process only."""
-    if not is_main_process():
-        return {}
-    space = network.space
-    largest, smallest = (
-        evaluate_reference(network, [arch], loader, calibration)
-        for arch in (space.largest(), space.smallest())
-    )
-    warn_if_guessing(largest, network.num_classes, "the largest sub-network")
-    return {
-        "largest_top1": float(largest.accuracy()[0]),
-        "smallest_top1": float(smallest.accuracy()[0]),
-    }
+@dataclass(frozen=True)
+class Extremes:
+    """Top-1 accuracy of the largest and the smallest sub-network.
+
+    Attributes:
+        network: the supernet.
+        loader: of all validation images.
+        calibration: as in :class:`Ranking`.
+        pretrained: the plain largest network, which the supernet started from.
+    """
+
+    network: ElasticResNet
+    loader: Batches
+    calibration: paddle.Tensor | None
+    pretrained: nn.Layer
+
+    def measure(self) -> Figures:
+        """Both figures, in the main process only; a warning where training broke."""
+        if not is_main_process():
+            return {}
+        space = self.network.space
+        largest, smallest = (
+            evaluate_reference(self.network, [arch], self.loader, self.calibration)
+            for arch in (space.largest(), space.smallest())
+        )
+        who = "the largest sub-network"
+        if not warn_if_guessing(largest, self.network.num_classes, who):
+            warn_if_broken(largest, self.at_first)
+        return {
+            "largest_top1": float(largest.accuracy()[0]),
+            "smallest_top1": float(smallest.accuracy()[0]),
+        }
+
+    @cached_property
+    def at_first(self) -> Counts:
+        """Hits of the pretrained network, counted once."""
+        return evaluate_network(self.pretrained, self.loader)
+
+
+def warn_if_broken(largest: Counts, at_first: Counts) -> None:
+    """Warn where the largest sub-network is right less than half as often as the pretrained one.
+
+    Training at frozen statistics can break without a loss that is not finite, and scores of such a
+    supernet look like any other. What few images may do by chance is passed over.
+    """
+    hits, before, images = largest.top1[0], at_first.top1[0], largest.images
+    half = before / 2
+    if hits < half - 3 * math.sqrt(half * (1 - half / images)):
+        logger.warning(
+            "the largest sub-network is right about %d of %d images, the pretrained network about "
+            "%d: a ranking by such a supernet is worth little; if the next epoch is no better, "
+            "start again with a lower --lr",
+            hits,
+            images,
+            before,
+        )
 
 
 @dataclass(frozen=True)
