@@ -362,6 +362,29 @@ def test_what_the_page_says_of_changes_is_so(runs):
     assert "mean top-1 {:.1f} and {:.1f} %".format(*slow) in text
 
 
+def test_what_the_page_says_of_the_improved_recipe_is_so(runs):
+    methods, text = committed("summary.json")["improved"]["methods"], re.sub(r"\s+", " ", page())
+    leads = {
+        name: own["reference_leads_by"]["kendall_tau_b"]
+        for name, own in methods.items()
+        if own["seeds"] and "reference_leads_by" in own
+    }
+    shown = "{value:.3f} [{low:.3f}, {high:.3f}], p {p:.3f}.".format(**leads["first_place"])
+    assert f"The improved recipe less `first_place` is {shown}" in text
+    assert len(leads) == 8 and all(lead["p_holm"] == 1 for lead in leads.values())
+    assert all(lead["low"] < 0 < lead["high"] for lead in leads.values())
+    top1 = [mean_top1(runs[f"final-first_place@0.0067-{seed}"]) for seed in range(8)]
+    low, *high = sorted(top1)
+    assert low == top1[2]
+    assert f"top-1 {low:.1f} %, the others {high[0]:.0f} to {high[-1]:.0f} %" in text
+    fast = [mean_top1(runs[f"final-first_place@0.02-{seed}"]) for seed in range(8)]
+    assert sum(own < 2 for own in fast) == 2 and fast[2] < 2 and sum(own < 45 for own in fast) == 4
+    names = ("first_place_no_stage1", "organisers")
+    others = [mean_top1(runs[f"final-{name}@0.0067-2"]) for name in names]
+    assert f"of the {others[0]:.0f} % of `first_place_no_stage1`" in text
+    assert f"score {others[1]:.0f} %" in text
+
+
 def test_the_page_announces_what_is_compared():
     assert shown_on_the_page("methods") == tables.methods_table()
     scale = Scale()
