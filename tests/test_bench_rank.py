@@ -133,6 +133,22 @@ def test_a_learning_rate_that_diverges_is_a_result(finished):
 # --- jobs and workers
 
 
+@pytest.mark.parametrize(("method", "limit"), [("first_place", 0), ("first_place_clipped", 10)])
+def test_gradients_of_stage_two_are_clipped_where_the_method_says_so(
+    method, limit, finished, monkeypatch
+):
+    asked, build = [], runs.momentum_optimizer
+
+    def recorded(network, schedule, momentum, weight_decay, clip_norm):
+        asked.append(clip_norm)
+        return build(network, schedule, momentum, weight_decay, clip_norm)
+
+    monkeypatch.setattr(runs, "momentum_optimizer", recorded)
+    job = Job.supernet("selection", method, 0.02, 8)
+    assert runs.run_supernet(Bench(finished, Scale.quick()), job)["images"] == 100
+    assert asked == [limit]
+
+
 def test_a_job_comes_after_what_it_needs_and_before_the_next_seed(tmp_path):
     bench = Bench(tmp_path, Scale.quick())
     jobs = [
@@ -312,6 +328,7 @@ def test_results_of_other_settings_are_refused_in_one_line(finished, monkeypatch
         ("changes", ["--learning_rates", "none.json"], "none.json has no learning rate"),
         ("changes", ["--rate", "0.5"], "invalid choice: 0.5"),
         ("improved", [], "has no learning rate of first_place; run tune"),
+        ("breaking", [], "has no learning rate of first_place; run tune"),
         ("report", [], "has no ground truth yet"),
         ("ground_truth", ["--seeds", "0"], "out of bounds"),
         ("tune", ["--workers", "none"], "not a whole number"),

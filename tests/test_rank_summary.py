@@ -13,7 +13,7 @@ from hnas.bench.rank import __main__ as bench_rank
 from hnas.bench.rank import changes, tables, truth, tuning
 from hnas.bench.rank import summary as rank_summary
 from hnas.bench.rank.jobs import Bench, Job, Scale
-from hnas.bench.rank.methods import LEARNING_RATES, LENGTHS
+from hnas.bench.rank.methods import LEARNING_RATES, LENGTHS, METHODS
 from hnas.ranking.plots import Bar, curves_plot, estimates_plot
 
 SCALE = Scale(architectures=22, selection=10, sealed=0, final=12, most_truth_seeds=3, most_seeds=4)
@@ -315,6 +315,42 @@ def test_the_lengths_are_all_that_differ_in_nothing_else():
     assert titles == ["as it ran", "stage 2 / 4", "stage 2 / 2", "stage 2 x 2", "stage 2 x 4"]
     curves = {"one": {1.0: [0.5, 0.6], 2.0: [0.7]}, "other": {}}
     assert curves_plot(curves, None, "length", "tau") != curves_plot(curves, 0.8, "length", "tau")
+
+
+# --- what breaks
+
+
+def test_supernets_that_broke_are_counted_with_and_without_clipping(changed, tmp_path):
+    bench, best = changed
+    entries = changes.breaking_entries(bench, 0.02)
+    clipped = entries["gradients clipped"].jobs
+    assert [job.seed for job in clipped] == [0, 1, 2, 3, 8, 9]
+    assert METHODS["first_place_clipped"].clip_norm == 10
+    for entry in entries.values():
+        for job in entry.jobs:
+            put_supernet(bench, job, best)
+    put_supernet(bench, clipped[0], best - best.mean() + 1799)
+    for job in entries["as it ran"].jobs[:3]:
+        put_supernet(bench, job, 2 * (best - best.min()))
+    found = rank_summary.summarize(bench, RATES)["breaking"]["methods"]
+    assert {title: found[title]["broke"] for title in entries} == {
+        "as it ran": 3,
+        "gradients clipped": 1,
+    }
+    assert found["gradients clipped"]["kendall_tau_b"]["value"] == pytest.approx(1)
+    assert "reference_leads_by" in found["gradients clipped"]
+    # One that diverged broke, too, and has no tau.
+    put_supernet(bench, clipped[4], [])
+    summary = rank_summary.summarize(bench, RATES)
+    found = summary["breaking"]["methods"]["gradients clipped"]
+    assert found["broke"] == 2 and found["top1"][4] is None and found["diverged"] == 1
+    tables.write_summary(summary, tmp_path)
+    assert "| gradients clipped | 1 of 6 diverged |" in (tmp_path / "breaking.md").read_text()
+
+
+def test_clipping_is_named_by_the_runs_that_have_it():
+    assert "clip_norm" not in METHODS["first_place"].settings()
+    assert METHODS["first_place_clipped"].settings()["clip_norm"] == 10
 
 
 # --- the truth

@@ -5,6 +5,7 @@
     python -m hnas.bench.rank final --out output/rank
     python -m hnas.bench.rank changes --out output/rank
     python -m hnas.bench.rank improved --out output/rank
+    python -m hnas.bench.rank breaking --out output/rank
     python -m hnas.bench.rank report --out output/rank
 
 Everything is trained on distorted digits (hnas/bench/rank/distorted_digits.py). What is finished
@@ -12,7 +13,8 @@ stands in runs.jsonl and is not done again, so any command continues after any k
 chooses each method's learning rate on the selection architectures and writes learning_rates.json,
 which ``final``, ``changes`` and ``improved`` read. ``changes`` trains the default recipe with one
 change at a time; which of them ``improved`` tests, if any, follows from these runs by the announced
-rule. Only ``final`` and ``improved`` score the final architectures, and only these.
+rule. Only ``final`` and ``improved`` score the final architectures, and only these. ``breaking``
+asks whether clipped gradients keep the default recipe from breaking.
 The report writes summary.json, tables and plots to --out and prints a JSON object as its last
 line. docs/ranking-bench.md announces the comparison, and tells what came of it.
 """
@@ -29,6 +31,7 @@ from hnas.base.command_line import OneLineParser, read_bool, read_path, whole_nu
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, write_json
 from hnas.bench.rank.changes import (
+    breaking_entries,
     change_entries,
     choose_change,
     compare_changes,
@@ -44,7 +47,7 @@ from hnas.bench.rank.workers import run_all, work
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("ground_truth", "tune", "final", "changes", "improved", "report")
+COMMANDS = ("ground_truth", "tune", "final", "changes", "improved", "breaking", "report")
 QUICK_METHODS = ("first_place", "organisers_calibrated")
 
 
@@ -61,6 +64,7 @@ def main(argv=None) -> None:
         "final": final,
         "changes": changes,
         "improved": improved,
+        "breaking": breaking,
         "report": report,
     }[options.command](bench, options)
 
@@ -211,6 +215,17 @@ def improved(bench: Bench, options: argparse.Namespace) -> None:
         return
     logger.info("improved recipe: first place, %s", title)
     do(bench, options, improved_entry(bench, rate, title).jobs)
+
+
+def breaking(bench: Bench, options: argparse.Namespace) -> None:
+    """Train first place with and without clipped gradients, and score both on the selection."""
+    rate = rates_of(options.learning_rates, [REFERENCE])[REFERENCE]
+    entries = breaking_entries(bench, rate).values()
+    do(
+        bench,
+        options,
+        sorted((job for entry in entries for job in entry.jobs), key=lambda j: j.seed),
+    )
 
 
 def report(bench: Bench, options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Changes of first place, and the one improved recipe: which of them it is, and its test on final.
+"""Changes of first place, the one improved recipe that is chosen from them, and what breaks.
 
 The rule that chooses it on the selection architectures is the one that docs/ranking-bench.md
 announced before its taus were computed.
@@ -12,7 +12,7 @@ import numpy as np
 
 from hnas.bench.rank.comparison import TAU, Entry, compare
 from hnas.bench.rank.jobs import DEVELOPMENT_SEEDS, Bench, Job
-from hnas.bench.rank.methods import CHANGES, COLUMNS, REFERENCE, find_method
+from hnas.bench.rank.methods import CHANGES, CLIPPED, COLUMNS, REFERENCE, find_method
 from hnas.bench.rank.tuning import related
 
 LEAST_TOP1 = 0.45
@@ -117,3 +117,26 @@ def improved_part(
         return choice
     entries = {NAME: improved_entry(bench, rate, choice["chosen"]), **announced}
     return choice | compare(bench, ("final",), entries, NAME)
+
+
+def breaking_entries(bench: Bench, rate: float) -> dict[str, Entry]:
+    """First place with and without clipped gradients, on the selection, with all seeds."""
+    seeds = [*range(bench.scale.most_seeds), *DEVELOPMENT_SEEDS]
+    titles = {CHANGES[0].title: REFERENCE, "gradients clipped": CLIPPED}
+    return {
+        title: Entry(
+            title, "", [Job.supernet("selection", method, rate, seed) for seed in seeds], "plain"
+        )
+        for title, method in titles.items()
+    }
+
+
+def breaking_part(bench: Bench, rate: float) -> dict:
+    """What the summary says of it: how many broke, beside their comparison (``compare``)."""
+    entries = breaking_entries(bench, rate)
+    compared = compare(bench, ("selection",), entries, CHANGES[0].title)
+    for title, entry in entries.items() if "methods" in compared else ():
+        top1 = [mean_top1(bench, job, entry.scores) for job in entry.jobs]
+        broke = sum(own is None or own < LEAST_TOP1 for own in top1)
+        compared["methods"][title] |= {"top1": top1, "broke": broke}
+    return compared

@@ -37,6 +37,7 @@ class Method:
         temperature: of the soft targets.
         freeze_bn: stage 2 trains at the running statistics that it starts from.
         stage2: its length, relative to what the bench's budget leaves to it.
+        clip_norm: largest norm of all gradients of a step of stage 2 together; 0: any.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Method:
     temperature: float = 1.0
     freeze_bn: bool = False
     stage2: float = 1.0
+    clip_norm: float = 0.0
 
     @property
     def forwards(self) -> float:
@@ -69,6 +71,9 @@ class Method:
         """What a supernet depends on."""
         settings = asdict(self)
         del settings["title"], settings["about"]
+        if not self.clip_norm:
+            # Runs of before it could be set do not name it.
+            del settings["clip_norm"]
         return settings
 
 
@@ -150,8 +155,9 @@ VARIANTS = {
     "first_place_double": replace(FIRST_PLACE, stage2=2.0),
     "first_place_quadruple": replace(FIRST_PLACE, stage2=4.0),
     "first_place_temperature_4": replace(FIRST_PLACE, temperature=4.0),
+    "first_place_clipped": replace(FIRST_PLACE, clip_norm=10.0),
 }
-"""Of first place, for :data:`CHANGES`."""
+"""Of first place, for :data:`CHANGES` and :data:`CLIPPED`."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,9 @@ CHANGES = (
     Change("temperature 4", "first_place_temperature_4"),
 )
 """What may move tau, one change at a time; the first is what the others are compared with."""
+
+CLIPPED = "first_place_clipped"
+"""Compared with first place by how many of their supernets break."""
 
 METHODS = {**COMPARED, **VARIANTS}
 

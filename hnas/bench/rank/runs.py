@@ -84,6 +84,7 @@ def train(
     steps: int,
     lr: float,
     more: Sequence[Distortion] = (),
+    clip_norm: float = 0.0,
 ) -> None:
     """Train a model on the task's images, and on ``more`` kinds of views of them.
 
@@ -94,7 +95,7 @@ def train(
     # The schedule's batch of 256 stands for the bench's own, whatever its size.
     schedule = learning_rate(lr, 256, max(1, steps // 10), steps)
     optimizer = momentum_optimizer(
-        model.network, schedule, scale.momentum, scale.weight_decay, clip_norm=0.0
+        model.network, schedule, scale.momentum, scale.weight_decay, clip_norm
     )
     teacher = getattr(model, "teacher", None)
     use_onednn(model.network, *([teacher] if teacher is not None else []))
@@ -195,7 +196,7 @@ def run_supernet(bench: Bench, job: Job) -> dict:
     model = stage2_model(bench, method, network, teacher, job.seed)
     try:
         # The gradients of a step's sub-networks add up.
-        train(bench, job, model, steps, job.rate)
+        train(bench, job, model, steps, job.rate, clip_norm=method.clip_norm)
     except NotFiniteError:
         return {**result, "archs": {}}
     seed = (CALIBRATION_SEED + job.seed, 0, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hnas.base.errors import UserError
-from hnas.bench.rank.changes import compare_changes, improved_part
+from hnas.bench.rank.changes import breaking_part, compare_changes, improved_part
 from hnas.bench.rank.comparison import TAU, Entry, compare
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import (
@@ -91,6 +91,7 @@ def summarize(bench: Bench, rates: Mapping[str, float]) -> dict:
         "changes": {"unfinished": "learning rates"},
         "changes_at": {},
         "improved": {"unfinished": "learning rates"},
+        "breaking": {"unfinished": "learning rates"},
         "former": former_comparisons(bench) if bench.of_splits(("seen", "sealed")) else {},
     }
     announced = final_entries(bench, rates)
@@ -103,6 +104,7 @@ def summarize(bench: Bench, rates: Mapping[str, float]) -> dict:
         summary["changes_at"] = {
             own: compared for own, compared in others.items() if "unfinished" not in compared
         }
+        summary["breaking"] = breaking_part(bench, rate)
         summary["improved"] = improved_part(bench, rate, summary["changes"], announced)
     if not summary["ground_truth"]:
         raise UserError(f"{bench.folder} has no ground truth yet; run ground_truth first")
@@ -112,7 +114,7 @@ def summarize(bench: Bench, rates: Mapping[str, float]) -> dict:
 def headline(summary: Mapping) -> dict:
     """What the program prints: taus, best first, and the reference's lead over each."""
     found = {}
-    for part in ("final", "changes", "improved", *summary["former"]):
+    for part in ("final", "changes", "improved", "breaking", *summary["former"]):
         own = summary["former"].get(part) or summary[part]
         if "methods" not in own:
             found[part] = {key: own[key] for key in ("chosen", "unfinished") if key in own}

@@ -28,6 +28,7 @@ def comparisons(summary: Mapping) -> Iterator[tuple[str, Mapping, str]]:
         "changes": (summary["changes"], "selection"),
         **{f"changes_at_{rate}": (own, "selection") for rate, own in summary["changes_at"].items()},
         "improved": (summary["improved"], "final"),
+        "breaking": (summary["breaking"], "selection"),
         "former": (summary["former"].get("held_out", {}), "seen and sealed"),
         "former_seen": (summary["former"].get("seen", {}), "seen"),
         "former_selection": (summary["former"].get("selection", {}), "selection"),
