@@ -135,6 +135,19 @@ def test_a_difference_is_over_the_seeds_in_common():
     assert turned["p"] == pytest.approx(found["p"]) and turned["low"] == -found["high"]
 
 
+def test_an_interval_of_a_difference_ends_where_correlations_do():
+    """One of two supernets ranks upside down, so the spread says nothing."""
+    truth = np.random.default_rng(8).standard_normal((6, 12)) * 0.01 + np.arange(12)
+    statistic = STATISTICS["kendall_tau_b"]
+    own, other = (
+        estimates.within(statistic, np.stack([np.arange(12), sign * np.arange(12)]), truth.mean(0))
+        for sign in (1, -1)
+    )
+    found = estimates.difference(statistic, own, other, 12)
+    assert found["value"] == pytest.approx(1) and (found["low"], found["high"]) == (-2, 2)
+    assert 0.3 < found["p"] < 0.7
+
+
 def test_holm_is_as_in_the_paper():
     p = {"a": 0.01, "b": None, "c": 0.04, "d": 0.03, "e": 0.005}
     expected = {"a": 0.03, "b": None, "c": 0.06, "d": 0.06, "e": 0.02}

@@ -362,6 +362,35 @@ def test_what_the_page_says_of_changes_is_so(runs):
     assert "mean top-1 {:.1f} and {:.1f} %".format(*slow) in text
 
 
+def test_what_the_page_says_of_changes_from_the_lower_rate_is_so(runs):
+    methods = committed("summary.json")["changes_at"]["0.0067"]["methods"]
+    text = re.sub(r"\s+", " ", page())
+    taus = {
+        title: own["kendall_tau_b"]["value"]
+        for title, own in methods.items()
+        if "kendall_tau_b" in own and own["seeds"] and title != "learning rate x 3"
+    }
+    assert f"the values lie between {min(taus.values()):.3f} and {max(taus.values()):.3f}" in text
+    leads = [methods[t]["reference_leads_by"]["kendall_tau_b"] for t in taus if t != "as it ran"]
+    assert len(leads) == 12 and all(lead["p_holm"] == 1 for lead in leads)
+    lengths = {"stage 2 / 2": "_half", "as it ran": "", "stage 2 x 2": "_double"}
+    lengths["stage 2 x 4"] = "_quadruple"
+    top1 = [
+        np.mean([mean_top1(runs[f"selection-first_place{own}@0.0067-{seed}"]) for seed in (8, 9)])
+        for own in lengths.values()
+    ]
+    half, *more, most = [f"{own:.0f}" for own in top1]
+    assert f"rises from {half} % at half" in text
+    assert f"to {', '.join(more)} and {most} % at" in text
+    half, *more, most = [f"{taus[title]:.3f}" for title in lengths]
+    assert f"Tau-b goes from {half} to {', '.join(more)} and {most}, which" in text
+    assert methods["stage 2 / 4"]["diverged"] == 1
+    assert f"train here ({taus['temperature 4']:.3f})" in text
+    apart = [np.ptp(methods[title]["kendall_tau_b"]["seed_values"]) for title in taus]
+    assert f"of a change are up to {max(apart):.2f} apart" in text
+    assert f"ranks no worse ({taus['learning rate / 3']:.3f})" in text
+
+
 def test_what_the_page_says_of_the_improved_recipe_is_so(runs):
     methods, text = committed("summary.json")["improved"]["methods"], re.sub(r"\s+", " ", page())
     leads = {

@@ -304,7 +304,8 @@ def difference(
     half = _half_width(error)
     ratio = abs(value) / error.deviation if error.deviation else math.inf if value else 0.0
     p = 2 * float(stdtr(error.freedom, -ratio))
-    return found | {"low": value - half, "high": value + half, "p": p}
+    # Two correlations cannot be further apart than 2.
+    return found | {"low": max(value - half, -2.0), "high": min(value + half, 2.0), "p": p}
 
 
 def holm(p: Mapping[str, float | None]) -> dict[str, float | None]:
