@@ -391,6 +391,34 @@ def test_what_the_page_says_of_changes_from_the_lower_rate_is_so(runs):
     assert f"ranks no worse ({taus['learning rate / 3']:.3f})" in text
 
 
+def test_what_the_page_says_of_what_breaks_is_so(runs):
+    methods, text = committed("summary.json")["breaking"]["methods"], re.sub(r"\s+", " ", page())
+    truth = committed("ground_truth.json")
+    archs = [name for name, entry in truth.items() if entry["split"] == "selection"]
+    acc = [truth[name]["acc"] for name in archs]
+    top1, taus = {}, {}
+    for name, title in (("", "as it ran"), ("_clipped", "gradients clipped")):
+        own = [runs[f"selection-first_place{name}@0.02-{seed}"] for seed in range(10)]
+        top1[title] = [mean_top1(run) for run in own]
+        taus[title] = [
+            stats.kendalltau([run["archs"][arch]["hits"] for arch in archs], acc).statistic
+            for run in own
+        ]
+        assert methods[title]["kendall_tau_b"]["seed_values"] == pytest.approx(taus[title])
+        assert methods[title]["broke"] == sum(value < 45 for value in top1[title])
+    plain, clipped = top1.values()
+    assert [methods[title]["broke"] for title in top1] == [5, 0]
+    assert f"gives p {stats.binomtest(5, 5).pvalue:.4f}"[:-1] in text
+    assert all(one < other for one, other in zip(plain, clipped, strict=True))
+    assert f"p {stats.binomtest(10, 10).pvalue:.3f}." in text
+    ends = (min(clipped), max(clipped), min(plain), max(plain))
+    assert "({:.0f} to {:.0f} %; without it {:.0f} to {:.0f} %)".format(*ends) in text
+    assert f"Tau-b is {np.mean(taus['gradients clipped']):.3f} with clipping" in text
+    hits = [own["hits"] for own in runs["selection-first_place@0.02-2"]["archs"].values()]
+    assert methods["as it ran"]["kendall_tau_b"]["low"] is None
+    assert sorted(np.unique(hits, return_counts=True)[1]) == [1, 15]
+
+
 def test_what_the_page_says_of_the_improved_recipe_is_so(runs):
     methods, text = committed("summary.json")["improved"]["methods"], re.sub(r"\s+", " ", page())
     leads = {

@@ -98,7 +98,7 @@ def warn_if_broken(largest: Counts, at_first: Counts) -> None:
         logger.warning(
             "the largest sub-network is right about %d of %d images, the pretrained network about "
             "%d: a ranking by such a supernet is worth little; if the next epoch is no better, "
-            "start again with a lower --lr",
+            "start again with a lower --lr, or with --clip_norm",
             hits,
             images,
             before,
