@@ -46,7 +46,11 @@ def test_methods_train_as_they_are_called(
     monkeypatch.setattr(runs, "read_weights", lambda path: seen.update(stage1=path.stem))
     monkeypatch.setattr(runs, "load_weights", lambda *arguments: None)
     monkeypatch.setattr(
-        runs, "train", lambda bench, job, model, steps, lr: seen.update(model=model, lr=lr)
+        runs,
+        "train",
+        lambda bench, job, model, steps, lr, clip_norm: seen.update(
+            model=model, lr=lr, clip_norm=clip_norm
+        ),
     )
     monkeypatch.setattr(
         runs, "score_supernet", lambda bench, network, archs, images: np.zeros(len(archs))
@@ -57,6 +61,7 @@ def test_methods_train_as_they_are_called(
     assert model.network.frozen == frozen and (model.teacher is not None) == teaches
     assert seen.get("stage1") == (f"stage1-{stage1}-5" if stage1 else None)
     # The same rates for all: not scaled by how many gradients a step adds up.
+    assert seen["clip_norm"] == 0
     assert seen["lr"] == 0.0067 and len(result["archs"]) == 32
     assert METHODS[name].scores == scores and set(COMPARED) >= {name}
 
