@@ -117,7 +117,7 @@ def reliability(masks: np.ndarray, acc: np.ndarray) -> np.ndarray:
         acc: accuracies [seeds, n].
 
     Returns:
-        [m]; NaN for one seed.
+        [m]; NaN for one seed or one architecture.
     """
     seeds, number = len(acc), masks.sum(axis=1)
     means = acc.mean(axis=0)
@@ -125,7 +125,8 @@ def reliability(masks: np.ndarray, acc: np.ndarray) -> np.ndarray:
     # Of a subset, what a seed's accuracies have in common is taken off.
     common = (masks @ centred.T) / number[:, None]
     left = masks @ (centred**2).T - number[:, None] * common**2  # [m, seeds]
-    between = _mean(masks, (means - _mean(masks, means)[:, None]) ** 2) * number / (number - 1)
+    others = np.where(number > 1, number - 1, np.nan)
+    between = _mean(masks, (means - _mean(masks, means)[:, None]) ** 2) * number / others
     with np.errstate(invalid="ignore", divide="ignore"):
         return 1 - left.sum(axis=1) / ((number - 1) * (seeds - 1) * seeds) / between
 
