@@ -18,6 +18,7 @@ from hnas.bench.rank import runs, workers
 from hnas.bench.rank.jobs import DEVELOPMENT_SEEDS, Bench, Job, Scale
 from hnas.bench.rank.methods import COMPARED, METHODS, STAGE1_FORWARDS
 from hnas.bench.rank.runs import run_job, train_alone
+from hnas.bench.rank.summary import final_entries
 from hnas.bench.rank.truth import truth_jobs
 from hnas.bench.rank.tuning import tuning_jobs
 from hnas.search_space import RESNET48_MINI
@@ -97,7 +98,7 @@ def test_splits_are_disjoint_and_smaller_benches_begin_alike():
 def test_only_the_final_command_scores_final_architectures():
     bench = Bench(Path(), Scale())
     rates = dict.fromkeys(COMPARED, 0.02)
-    final, tuning = bench_rank.final_jobs(bench, rates), tuning_jobs(COMPARED)
+    final, tuning = bench_rank.jobs_of(final_entries(bench, rates)), tuning_jobs(COMPARED)
     assert {job.kind for job in final} == {"final"} and {job.kind for job in tuning} == {
         "selection"
     }

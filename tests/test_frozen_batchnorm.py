@@ -11,6 +11,7 @@ import train_supernet_pinas_stage1 as stage1
 import train_supernet_pinas_stage2_simple as stage2
 from hnas.dataset.image_folder import DataError
 from hnas.models.registry import build_network
+from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.flags import AUTO
 from hnas.utils.options import Options
@@ -98,10 +99,14 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
     train, freeze_bn, about, told, plain, images, tmp_path, monkeypatch, caplog
 ):
     write_state(tmp_path / "start.pdparams", plain, about)
-    seen = []
-    monkeypatch.setattr(
-        stage2.Extremes, "measure", lambda self: seen.append(self.network) or {"top1": 0.5}
-    )
+    seen, first = [], []
+
+    def measure(extremes):
+        seen.append(extremes.network)
+        first.append(extremes.pretrained)
+        return {"top1": 0.5}
+
+    monkeypatch.setattr(stage2.Extremes, "measure", measure)
     monkeypatch.setattr(stage2, "fit", lambda model, *_: seen.append(model.network))
     weights = tmp_path / "start.pdparams"
     flags = {"pretrained": weights, "ckpt_dir": weights, "use_ckpt": True, "backbone": MINI}
@@ -111,6 +116,8 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
     assert len(warnings) == bool(told) and all(told in warning for warning in warnings)
     frozen = freeze_bn if train else bool((about or {}).get("freeze_bn"))
     assert seen and all(network.stem.bn.frozen is frozen for network in seen)
+    # It is measured against the plain network that --pretrained names.
+    assert len(first) == (not train) and all(type(network) is ResNet for network in first)
 
 
 @pytest.mark.parametrize("freeze_bn", [True, False])

@@ -11,10 +11,10 @@
 Everything is trained on distorted digits (hnas/bench/rank/distorted_digits.py). What is finished
 stands in runs.jsonl and is not done again, so any command continues after any kill. ``tune``
 chooses each method's learning rate on the selection architectures and writes learning_rates.json,
-which ``final``, ``changes`` and ``improved`` read. ``changes`` trains the default recipe with one
-change at a time; which of them ``improved`` tests, if any, follows from these runs by the announced
-rule. Only ``final`` and ``improved`` score the final architectures, and only these. ``breaking``
-asks whether clipped gradients keep the default recipe from breaking.
+which the commands after it read. ``changes`` trains the default recipe with one change at a time;
+which of them ``improved`` tests, if any, follows from these runs by the announced rule. Only
+``final`` and ``improved`` score the final architectures, and only these. ``breaking`` asks whether
+clipped gradients keep the default recipe from breaking.
 The report writes summary.json, tables and plots to --out and prints a JSON object as its last
 line. docs/ranking-bench.md announces the comparison, and tells what came of it.
 """
@@ -25,7 +25,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hnas.base.command_line import OneLineParser, read_bool, read_path, whole_number
 from hnas.base.errors import UserError, run_main
@@ -37,9 +37,10 @@ from hnas.bench.rank.changes import (
     compare_changes,
     improved_entry,
 )
+from hnas.bench.rank.comparison import Entry
 from hnas.bench.rank.jobs import DEVELOPMENT_SEEDS, SPLITS, Bench, Job, Scale
 from hnas.bench.rank.methods import COMPARED, LEARNING_RATES, REFERENCE, find_method
-from hnas.bench.rank.summary import headline, summarize
+from hnas.bench.rank.summary import final_entries, headline, summarize
 from hnas.bench.rank.tables import write_summary
 from hnas.bench.rank.truth import selection_truth, truth_file, truth_jobs
 from hnas.bench.rank.tuning import choose, rates_of, read_rates, tuning_jobs
@@ -173,27 +174,30 @@ def tune(bench: Bench, options: argparse.Namespace) -> None:
     logger.info("learning rates: %s", options.learning_rates)
 
 
-def final_jobs(bench: Bench, rates: dict[str, float]) -> list[Job]:
-    """The supernets of the comparison, whole seeds one after the other."""
-    return [
-        Job.supernet("final", name, rate, seed)
-        for seed in range(bench.scale.most_seeds)
-        for name, rate in rates.items()
-        if seed < bench.scale.seeds(name)
-    ]
+def jobs_of(entries: Mapping[str, Entry]) -> list[Job]:
+    """The supernets of what is compared, each once, whole seeds one after the other."""
+    jobs = dict.fromkeys(job for entry in entries.values() for job in entry.jobs)
+    return sorted(jobs, key=lambda job: job.seed)
+
+
+def reference_rate(options: argparse.Namespace) -> float:
+    """The learning rate that was chosen for first place.
+
+    Raises:
+        UserError: none was.
+    """
+    return rates_of(options.learning_rates, [REFERENCE])[REFERENCE]
 
 
 def final(bench: Bench, options: argparse.Namespace) -> None:
     """Train the supernets that are compared, and score them on the final architectures."""
-    do(bench, options, final_jobs(bench, rates_of(options.learning_rates, options.methods)))
+    rates = rates_of(options.learning_rates, options.methods)
+    do(bench, options, jobs_of(final_entries(bench, rates)))
 
 
 def changes(bench: Bench, options: argparse.Namespace) -> None:
     """Train first place with one change at a time, and score that on the selection."""
-    rate = options.rate or rates_of(options.learning_rates, [REFERENCE])[REFERENCE]
-    entries = change_entries(rate).values()
-    jobs = dict.fromkeys(job for entry in entries for job in entry.jobs)
-    do(bench, options, sorted(jobs, key=lambda job: job.seed))
+    do(bench, options, jobs_of(change_entries(options.rate or reference_rate(options))))
 
 
 def improved(bench: Bench, options: argparse.Namespace) -> None:
@@ -202,7 +206,7 @@ def improved(bench: Bench, options: argparse.Namespace) -> None:
     Raises:
         UserError: the changes are not all trained.
     """
-    rate = rates_of(options.learning_rates, [REFERENCE])[REFERENCE]
+    rate = reference_rate(options)
     compared = compare_changes(bench, rate)
     if "unfinished" in compared:
         raise UserError(
@@ -219,13 +223,7 @@ def improved(bench: Bench, options: argparse.Namespace) -> None:
 
 def breaking(bench: Bench, options: argparse.Namespace) -> None:
     """Train first place with and without clipped gradients, and score both on the selection."""
-    rate = rates_of(options.learning_rates, [REFERENCE])[REFERENCE]
-    entries = breaking_entries(bench, rate).values()
-    do(
-        bench,
-        options,
-        sorted((job for entry in entries for job in entry.jobs), key=lambda j: j.seed),
-    )
+    do(bench, options, jobs_of(breaking_entries(bench, reference_rate(options))))
 
 
 def report(bench: Bench, options: argparse.Namespace) -> None:

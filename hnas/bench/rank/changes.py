@@ -43,18 +43,26 @@ def compare_changes(bench: Bench, rate: float) -> dict:
     return compare(bench, ("selection",), entries, next(iter(entries)))
 
 
-def mean_top1(bench: Bench, job: Job, scores: str) -> float | None:
-    """Of a supernet over the architectures that it scored, from 0 to 1; None if it diverged."""
-    run = bench.result(job)
-    hits = [entry[COLUMNS[scores]] for entry in run["archs"].values()]
-    return float(np.mean(hits)) / run["images"] if hits else None
+def mean_top1(bench: Bench, entry: Entry) -> list[float | None]:
+    """Of each of its supernets over what it scored, from 0 to 1; None if it diverged."""
+    found = []
+    for job in entry.jobs:
+        run = bench.result(job)
+        hits = [own[COLUMNS[entry.scores]] for own in run["archs"].values()]
+        found.append(float(np.mean(hits)) / run["images"] if hits else None)
+    return found
+
+
+def broke(top1: float | None) -> bool:
+    """Whether a supernet of that mean top-1 diverged or is of less than ``LEAST_TOP1``."""
+    return top1 is None or top1 < LEAST_TOP1
 
 
 def choose_change(bench: Bench, rate: float, changes: Mapping) -> dict:
     """By the announced rule, the change that may be tested on final.
 
     Those are left out whose stage 2 is not of the usual length, and those of which a supernet
-    diverged or is of less than ``LEAST_TOP1`` on average. Of the others the one of the highest
+    :func:`broke`. Of the others the one of the highest
     mean tau-b is taken, if that is higher than first place's.
 
     Args:
@@ -65,17 +73,13 @@ def choose_change(bench: Bench, rate: float, changes: Mapping) -> dict:
     Returns:
         ``chosen``, a title of ``CHANGES`` or None, and of every change its supernets' ``top1``.
     """
-    entries, methods = change_entries(rate), changes["methods"]
-    top1 = {
-        title: [mean_top1(bench, job, entry.scores) for job in entry.jobs]
-        for title, entry in entries.items()
-    }
+    methods = changes["methods"]
+    top1 = {title: mean_top1(bench, entry) for title, entry in change_entries(rate).items()}
     asked = methods[CHANGES[0].title].get(TAU, {}).get("value")
     taus = {
         change.title: methods[change.title][TAU]["value"]
         for change in CHANGES[1:]
-        if find_method(change.method).stage2 == 1.0
-        and all(own is not None and own >= LEAST_TOP1 for own in top1[change.title])
+        if find_method(change.method).stage2 == 1.0 and not any(map(broke, top1[change.title]))
     }
     better = {
         title: tau
@@ -136,7 +140,6 @@ def breaking_part(bench: Bench, rate: float) -> dict:
     entries = breaking_entries(bench, rate)
     compared = compare(bench, ("selection",), entries, CHANGES[0].title)
     for title, entry in entries.items() if "methods" in compared else ():
-        top1 = [mean_top1(bench, job, entry.scores) for job in entry.jobs]
-        broke = sum(own is None or own < LEAST_TOP1 for own in top1)
-        compared["methods"][title] |= {"top1": top1, "broke": broke}
+        top1 = mean_top1(bench, entry)
+        compared["methods"][title] |= {"top1": top1, "broke": sum(map(broke, top1))}
     return compared
