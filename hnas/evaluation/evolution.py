@@ -11,17 +11,15 @@ many for less. And half of them have two parents, as in the searches over a supe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hnas.base.errors import UserError
-from hnas.ranking.latency import LatencyTable
+from hnas.ranking.costs import UNITS, LatencyTable, costs_of
 from hnas.search_space import MIN_DEPTH, Architecture, SearchSpace
 
-UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
-"""What may be limited, and how one says it."""
 TWO_PARENTS = 0.5
 """Share of the children."""
 PATIENCE = 100
@@ -48,20 +46,14 @@ class Budget:
     limits: Mapping[str, float]
     latency: LatencyTable | None = None
 
-    def costs(self, arch: Architecture) -> dict[str, float]:
-        """MACs an image, parameters and, if it was measured, milliseconds a batch."""
-        found = {
-            "macs": self.space.macs(arch, self.image_size, self.num_classes),
-            "params": self.space.params(arch, self.num_classes),
-        }
-        if self.latency is not None:
-            found["latency"] = self.latency.of(arch)
-        return found
+    def costs(self, archs: Iterable[Architecture]) -> dict[str, np.ndarray]:
+        """As :func:`costs_of` has them."""
+        return costs_of(archs, self.space, self.image_size, self.num_classes, self.latency)
 
     def allows(self, arch: Architecture) -> bool:
         """Whether ``arch`` costs at most the limits."""
-        costs = self.costs(arch)
-        return all(costs[kind] <= most for kind, most in self.limits.items())
+        costs = self.costs([arch])
+        return all(costs[kind][0] <= most for kind, most in self.limits.items())
 
     def __str__(self) -> str:
         asked = (f"{most:,.10g} {UNITS[kind]}" for kind, most in self.limits.items())
@@ -125,32 +117,23 @@ class Evolution:
 
         make, number = (child, self.children) if generation else (first, self.population)
         made: list[Architecture] = []
-        boldness = 0
-        while len(made) < number:
-            found, boldness = self._next(make, known, boldness)
-            if found is None:
-                break
-            made.append(found)
+        for boldness in range(BOLDEST + 1):
+            attempts = PATIENCE
+            while attempts and len(made) < number:
+                arch, attempts = make(boldness), attempts - 1
+                plan = space.plan(arch)
+                if plan not in known and self.budget.allows(arch):
+                    known.add(plan)
+                    made.append(arch)
+                    attempts = PATIENCE
         if not generation and not made:
-            smallest = self.budget.costs(space.smallest())
-            least = (f"{cost:,.10g} {UNITS[kind]}" for kind, cost in smallest.items())
+            smallest = self.budget.costs([space.smallest()])
+            least = (f"{cost:,.10g} {UNITS[kind]}" for kind, (cost,) in smallest.items())
             raise UserError(
                 f"no architecture is within {self.budget}; the smallest of the space takes "
                 f"{', '.join(least)}"
             )
         return made
-
-    def _next(self, make, known: set, boldness: int) -> tuple[Architecture | None, int]:
-        """An architecture within the budget that is not ``known`` yet, and how bold it took."""
-        while boldness <= BOLDEST:
-            for _ in range(PATIENCE):
-                arch = make(boldness)
-                plan = self.budget.space.plan(arch)
-                if plan not in known and self.budget.allows(arch):
-                    known.add(plan)
-                    return arch, boldness
-            boldness += 1
-        return None, boldness
 
 
 def mutated(space: SearchSpace, arch: Architecture, rng: np.random.Generator) -> Architecture:

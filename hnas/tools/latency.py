@@ -17,12 +17,17 @@ import json
 import logging
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle import inference, nn
 from paddle.base.core import set_num_threads
+from paddle.static import InputSpec
 from tqdm import tqdm
 
 from hnas.base.command_line import (
@@ -35,16 +40,34 @@ from hnas.base.command_line import (
 from hnas.base.device import cpu_threads, device_name, on_gpu, set_tf32
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output, read_json, write_json
-from hnas.evaluation.stopwatch import Stopwatch
+from hnas.base.memory import keep_freed_memory
+from hnas.base.settings import check_same_settings
+from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.parallel.distributed import finished_before_stopping
-from hnas.ranking.latency import FORMAT, LatencyTable, all_parts
-from hnas.search_space import SAMPLE_SPACES, Architecture, find_backbone, search_space
+from hnas.ranking.costs import FORMAT, LatencyTable, Part, all_parts
+from hnas.search_space import (
+    SAMPLE_SPACES,
+    Architecture,
+    ChannelPlan,
+    feature_sizes,
+    find_backbone,
+    search_space,
+)
 from hnas.tools.check_device.facts import processor
 
 logger = logging.getLogger(__name__)
 
 GOOD_ERROR = 0.1
 """Mean difference of sums and whole networks up to which the sums are good, as a share."""
+FEWEST_RUNS, WARM_UP = 10, 2
+QUANTILE = 0.1
+"""Of the runs' times. Other programs can only slow a run down, so the fast ones say what the device
+takes; the very fastest of many may be a misreading."""
+MEMORY_MIB = 256
+"""That a predictor takes of a GPU at first."""
+FEEDING = 8
+"""Channels that the convolution before a timed block reads."""
+REMEDY = "remove it, or choose another --output"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,10 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; latency takes resnet48")
     check_output(options.output, "--output")
-    choose_device(options)
+    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if options.device == "gpu" and not has_gpu:
+        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
+    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
+    set_num_threads(options.threads)
     settings = settings_of(options)
     if options.output.is_file():
-        check_same(options.output, read_json(options.output), settings)
+        check_same_settings(options.output, read_json(options.output), settings, REMEDY)
         logger.info("%s is finished; remove it to measure again", options.output)
         return
     space = search_space(options.backbone, options.sample_space)
@@ -82,23 +109,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number in range(options.rounds):
             times.take(parts, watch.part, number, progress.update)
             times.take(networks, watch.network, number, progress.update)
-    result = {"format": FORMAT, **settings, "milliseconds": times.least(parts)}
-    table = LatencyTable(options.output, space, settings, result["milliseconds"])
-    result["check"] = compare(table, drawn.values(), times.least(networks))
-    write_json(options.output, result)
+    milliseconds = times.least(parts)
+    table = LatencyTable(options.output, space, settings, milliseconds)
+    check = compare(table, drawn.values(), times.least(networks))
+    content = {"format": FORMAT, **settings, "milliseconds": milliseconds, "check": check}
+    write_json(options.output, content)
     times.path.unlink()
-    report(result["check"], options.output)
+    report(check, options.output)
 
 
 def parser() -> OneLineParser:
     made = OneLineParser(description=__doc__.splitlines()[0])
+    number = whole_number(1, 100_000)
     made.add_argument("--output", type=read_path, required=True, help="JSON file to write")
     made.add_argument("--backbone", default="resnet48", help="whose blocks [resnet48]")
     made.add_argument(
         "--sample_space", choices=SAMPLE_SPACES, default="released", help="[released]"
     )
     made.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px")
-    made.add_argument("--batch_size", type=whole_number(1, 100_000), default=1, help="images [1]")
+    made.add_argument("--batch_size", type=number, default=1, help="images [1]")
     made.add_argument("--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[1000]")
     made.add_argument(
         "--threads",
@@ -113,29 +142,17 @@ def parser() -> OneLineParser:
         help="to repeat each program for, in each round [0.2]",
     )
     made.add_argument("--rounds", type=whole_number(1, 1000), default=3, help="[3]")
-    made.add_argument(
-        "--networks", type=whole_number(1, 100_000), default=20, help="to check sums with [20]"
-    )
+    made.add_argument("--networks", type=number, default=20, help="to check sums with [20]")
     made.add_argument("--seed", type=whole_number(0), default=0, help="of those networks [0]")
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="[auto]")
     return made
 
 
-def choose_device(options) -> None:
-    """Set Paddle's device and threads.
-
-    Raises:
-        UserError: a GPU is asked for and Paddle has none.
-    """
-    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    if options.device == "gpu" and not has_gpu:
-        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
-    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
-    set_num_threads(options.threads)
-
-
 def settings_of(options) -> dict:
     """What the times belong to, as the file says it."""
+    engine = "oneDNN, float32"
+    if on_gpu():
+        engine = "TF32" if set_tf32("auto") else "float32"
     return {
         "backbone": options.backbone,
         "sample_space": options.sample_space,
@@ -145,7 +162,7 @@ def settings_of(options) -> dict:
         "device": "gpu" if on_gpu() else "cpu",
         "processor": device_name() if on_gpu() else f"{processor()}, {os.cpu_count()} cores",
         "threads": options.threads,
-        "engine": f"Paddle Inference, {arithmetic()}",
+        "engine": f"Paddle Inference, {engine}",
         "paddle": paddle.__version__,
         "seconds": options.seconds,
         "rounds": options.rounds,
@@ -154,19 +171,122 @@ def settings_of(options) -> dict:
     }
 
 
-def arithmetic() -> str:
-    """What a network's convolutions are computed by, or in."""
-    if not on_gpu():
-        return "oneDNN, float32"
-    return "TF32" if set_tf32("auto") else "float32"
+class Stopwatch:
+    """Milliseconds of networks on this device, as Paddle Inference runs them in float32.
+
+    A part is timed where it will be: a block or head between a 1x1 convolution, which hands it
+    activations as they lie in memory within a network, and global pooling. The same program without
+    the part is timed, too, and subtracted.
+
+    Args:
+        image_size: height and width of the images, px.
+        batch_size: images a run.
+        num_classes: outputs of the classifier.
+        threads: of CPUs; without effect on GPUs.
+        seconds: to repeat a program for; ten times at least.
+    """
+
+    def __init__(
+        self, image_size: int, batch_size: int, num_classes: int, threads: int, seconds: float
+    ):
+        self._size = image_size
+        self._batch = batch_size
+        self._classes = num_classes
+        self._threads = threads
+        self._seconds = seconds
+        self._frame = cache(lambda cin, size: self._time(_Framed(None, cin), FEEDING, size))
+        keep_freed_memory()
+
+    def network(self, plan: ChannelPlan) -> float:
+        """Milliseconds of a batch through a whole network."""
+        return self._time(ResNet(plan, self._classes), 3, self._size)
+
+    def part(self, part: Part) -> float:
+        """Milliseconds that a part adds to a network; a stem's hold what a run costs in itself."""
+        _, sizes = feature_sizes(self._size)
+        if part.kind == "stem":
+            return self._time(_Framed(Stem(*part.channels)), 3, self._size)
+        cin, size = part.channels[0], sizes[-1]
+        if part.kind == "head":
+            framed = _Framed(Head(cin, self._classes), cin, pools=False)
+        else:
+            size = sizes[part.stage - 1] if part.stride == 2 else sizes[part.stage]
+            framed = _Framed(BasicBlock(*part.channels, part.stride), cin)
+        return max(0.0, self._time(framed, FEEDING, size) - self._frame(cin, size))
+
+    def _time(self, network: nn.Layer, channels: int, size: int) -> float:
+        """Milliseconds of a batch [N, ``channels``, ``size``, ``size``] through ``network``."""
+        network.eval()
+        pixels = np.random.default_rng(0).normal(size=(self._batch, channels, size, size))
+        with tempfile.TemporaryDirectory(prefix="pinas-") as folder:
+            spec = InputSpec([self._batch, channels, size, size], "float32", "x")
+            traced = paddle.jit.to_static(network, input_spec=[spec], full_graph=True)
+            paddle.jit.save(traced, f"{folder}/net")
+            predictor = make_predictor(f"{folder}/net", self._threads)
+        name = predictor.get_input_names()[0]
+        predictor.get_input_handle(name).copy_from_cpu(pixels.astype("float32"))
+        try:
+            return self._repeat(predictor)
+        finally:
+            # A predictor leaves the process with one thread for matrix products.
+            set_num_threads(self._threads)
+
+    def _repeat(self, predictor) -> float:
+        waits = on_gpu()
+        # On an idle core the same; on a busy one it leaves out the time that others run.
+        alone = not waits and self._threads == 1
+        clock = time.process_time if alone else time.perf_counter
+        times: list[float] = []
+        ends = clock() + self._seconds
+        while len(times) < WARM_UP + FEWEST_RUNS or clock() < ends:
+            began = clock()
+            predictor.run()
+            if waits:
+                paddle.device.synchronize()
+            times.append(clock() - began)
+        return 1000 * float(np.quantile(times[WARM_UP:], QUANTILE))
+
+
+class _Framed(nn.Layer):
+    """A part between a 1x1 convolution from ``FEEDING`` channels and global average pooling.
+
+    Args:
+        part: None: only the frame.
+        channels: that the part reads; 0: it reads the input itself.
+        pools: whether the frame does the pooling; a head does its own.
+    """
+
+    def __init__(self, part: nn.Layer | None, channels: int = 0, pools: bool = True):
+        super().__init__()
+        self.feed = nn.Conv2D(FEEDING, channels, 1) if channels else None
+        self.part = part
+        self.pool = nn.AdaptiveAvgPool2D(1) if pools else None
+
+    def forward(self, x):
+        for layer in (self.feed, self.part, self.pool):
+            if layer is not None:
+                x = layer(x)
+        return x
+
+
+def make_predictor(path: str, threads: int):
+    """A predictor on this device: on CPUs with oneDNN and so many threads.
+
+    ``path`` is the program's that ``paddle.jit.save`` wrote.
+    """
+    config = inference.Config(f"{path}.json", f"{path}.pdiparams")
+    if on_gpu():
+        config.enable_use_gpu(MEMORY_MIB, paddle.device.current_device())
+    else:
+        config.disable_gpu()
+        config.enable_mkldnn()
+        config.set_cpu_math_library_num_threads(threads)
+    config.disable_glog_info()
+    return inference.create_predictor(config)
 
 
 class Times:
     """What is measured so far: milliseconds of each round by name, kept in a file.
-
-    Args:
-        path: of the file.
-        settings: what the times belong to.
 
     Raises:
         UserError: the file is of other settings.
@@ -178,7 +298,7 @@ class Times:
         self._times: dict[str, list[float]] = {}
         if path.is_file():
             content = read_json(path)
-            check_same(path, content, settings)
+            check_same_settings(path, content, settings, REMEDY)
             self._times = content.get("times", {})
             logger.info("continuing with the %d programs of %s", len(self._times), path)
 
@@ -204,20 +324,6 @@ class Times:
         return {name: round(min(self._times[name]), 6) for name in names}
 
 
-def check_same(path: Path, content: Mapping, settings: Mapping) -> None:
-    """Refuse a file of other settings.
-
-    Raises:
-        UserError: names the first that differs.
-    """
-    for name, value in settings.items():
-        if content.get(name) != value:
-            raise UserError(
-                f"{path} was measured with {name} {content.get(name)}, not {value}; remove it, or "
-                "choose another --output"
-            )
-
-
 def compare(
     table: LatencyTable, archs: Sequence[Architecture], measured: Mapping[str, float]
 ) -> dict:
@@ -225,9 +331,8 @@ def compare(
     rows = []
     for arch in archs:
         added, whole = table.of(arch), measured[arch.code]
-        error = added / whole - 1
-        rows.append({"arch": arch.code, "added": round(added, 4), "measured": whole})
-        rows[-1]["error"] = round(error, 4)
+        row = {"arch": arch.code, "added": round(added, 4), "measured": whole}
+        rows.append({**row, "error": round(added / whole - 1, 4)})
     errors = np.array([row["error"] for row in rows])
     return {
         "mean_error": round(float(errors.mean()), 4),

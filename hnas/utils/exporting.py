@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ import paddle
 from paddle.static import InputSpec
 
 from hnas.base.errors import UserError
-from hnas.evaluation.comparison import Logits
 from hnas.models.resnet import ResNet
 from hnas.utils.weights import check_values, load_weights, read_weights, write_state
 
@@ -77,8 +76,8 @@ def write_network(
         _write_onnx(folder, precision)
 
 
-def read_network(folder: Path, form: str, blank: ResNet) -> Logits:
-    """What was written, as a function.
+def read_network(folder: Path, form: str, blank: ResNet) -> Callable:
+    """What was written, as a function from normalised images [N, 3, S, S] to logits [N, classes].
 
     Args:
         blank: a network of the same architecture in eval mode, to be filled with weights.

@@ -12,7 +12,7 @@ import paddle
 from hnas.base.errors import UserError
 from hnas.base.memory import available_bytes, gib, refuse_too_much, shared_bytes
 from hnas.parallel.distributed import local_ranks
-from hnas.search_space import SearchSpace, feature_sizes, find_backbone
+from hnas.search_space import ChannelPlan, SearchSpace, feature_sizes, find_backbone
 from hnas.utils.options import Options
 
 FLOAT = 4  # bytes
@@ -49,7 +49,7 @@ def check_batch(options: Options, space: SearchSpace) -> None:
         UserError: it cannot.
     """
     images = math.ceil(options.batch_size / options.accumulate)
-    kept = images * kept_floats(space, options.image_size)
+    kept = images * convolution_outputs(space.plan(space.smallest()), options.image_size)
     batch = batch_bytes(options)
     need = batch + FLOAT * (batch // options.accumulate + kept)
     what = f"--batch_size {options.batch_size} at --image_size {options.image_size}"
@@ -62,12 +62,12 @@ def batch_bytes(options: Options) -> int:
     return views * 3 * options.image_size**2 * options.batch_size
 
 
-def kept_floats(space: SearchSpace, image_size: int) -> int:
-    """Outputs of the convolutions of the smallest sub-network, per image."""
+def convolution_outputs(plan: ChannelPlan, image_size: int) -> int:
+    """Numbers that all convolutions of a network put out, per image."""
     stem, sizes = feature_sizes(image_size)
-    plan = space.plan(space.smallest())
     return stem**2 * plan.stem + sum(
-        sizes[stage] ** 2 * (mid + cout) for stage, _, mid, cout, _ in plan.blocks()
+        sizes[stage] ** 2 * (mid + cout + (cout if cin != cout else 0))
+        for stage, cin, mid, cout, _ in plan.blocks()
     )
 
 
