@@ -30,21 +30,13 @@ BOLDEST = 12
 
 @dataclass(frozen=True)
 class Budget:
-    """What an architecture may cost.
-
-    Attributes:
-        space: of the architectures.
-        image_size: px.
-        num_classes: outputs of the classifier.
-        limits: the most of each kind of ``UNITS``; kinds that are not there have no limit.
-        latency: needed to limit it.
-    """
+    """What an architecture may cost."""
 
     space: SearchSpace
-    image_size: int
+    image_size: int  # px
     num_classes: int
-    limits: Mapping[str, float]
-    latency: LatencyTable | None = None
+    limits: Mapping[str, float]  # the most of each kind of ``UNITS``, or of some
+    latency: LatencyTable | None = None  # needed to limit it
 
     def costs(self, archs: Iterable[Architecture]) -> dict[str, np.ndarray]:
         """As :func:`costs_of` has them."""
@@ -62,21 +54,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Evolution:
-    """What to score next, as a function of the seed and of what was scored.
-
-    Attributes:
-        budget: that everything proposed keeps to.
-        seed: of all draws.
-        population: drawn uniformly at first, and alive at a time.
-        children: of a generation.
-        tournament: living ones, drawn without replacement, of which the best is a parent.
-    """
+    """What to score next, as a function of the seed and of what was scored."""
 
     budget: Budget
     seed: int
-    population: int
-    children: int
-    tournament: int
+    population: int  # drawn uniformly at first, and alive at a time
+    children: int  # of a generation
+    tournament: int  # living ones, drawn without replacement, of which the best is a parent
 
     def propose(
         self, scored: Sequence[Architecture], accuracy: np.ndarray, generation: int
@@ -86,10 +70,7 @@ class Evolution:
         Args:
             scored: in the order of their generations.
             accuracy: of these [n].
-            generation: from 0.
-
-        Returns:
-            Fewer than there should be, or none, where no others are found.
+            generation: from 0. Where no others are found, it has fewer than it should, or none.
 
         Raises:
             UserError: no architecture keeps to the budget.

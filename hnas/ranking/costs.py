@@ -33,19 +33,12 @@ NUMBERS = ("image_size", "num_classes", "batch_size", "threads")
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a network that is timed on its own.
+    """A piece of a network that is timed on its own."""
 
-    Attributes:
-        kind: ``stem``, ``block`` or ``head``.
-        stage: of a block, from 0.
-        channels: (out) of a stem; (in, mid, out) of a block; (in) of a head.
-        stride: of a block; with 2 or another number of outputs it has a projection shortcut.
-    """
-
-    kind: str
-    channels: tuple[int, ...]
-    stage: int = 0
-    stride: int = 1
+    kind: str  # ``stem``, ``block`` or ``head``
+    channels: tuple[int, ...]  # (out) of a stem; (in, mid, out) of a block; (in) of a head
+    stage: int = 0  # of a block, from 0
+    stride: int = 1  # of a block
 
     @property
     def name(self) -> str:
@@ -82,19 +75,12 @@ def all_parts(space: SearchSpace) -> list[Part]:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured milliseconds of all parts of a space on one device.
+    """Measured milliseconds of all parts of a space on one device."""
 
-    Attributes:
-        path: of the file.
-        space: whose parts they are.
-        about: the file's other values: ``TEXTS`` and ``NUMBERS``.
-        milliseconds: of a batch, by the parts' names.
-    """
-
-    path: Path
+    path: Path  # of the file
     space: SearchSpace
-    about: Mapping[str, str | int]
-    milliseconds: Mapping[str, float]
+    about: Mapping[str, str | int]  # the file's other values: ``TEXTS`` and ``NUMBERS``
+    milliseconds: Mapping[str, float]  # of a batch, by the parts' names
 
     def of(self, arch: Architecture) -> float:
         """Milliseconds that ``arch`` takes for a batch.

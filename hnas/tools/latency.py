@@ -19,8 +19,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -86,35 +87,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("%s is finished; remove it to measure again", options.output)
         return
     space = search_space(options.backbone, options.sample_space)
-    parts = {part.name: part for part in all_parts(space)}
-    drawn = space.sample_distinct(np.random.default_rng(options.seed), options.networks)
-    watch = Stopwatch(
-        options.image_size,
-        options.batch_size,
-        options.num_classes,
-        options.threads,
-        options.seconds,
-    )
-    networks = {arch.code: space.plan(arch) for arch in drawn.values()}
-    times = Times(Path(f"{options.output}.partial"), settings)
-    logger.info(
-        "%d blocks and %d whole networks, %d times each, on %s",
-        len(parts),
-        len(networks),
-        options.rounds,
-        settings["processor"],
-    )
-    # Round after round, so that what slows the machine for a while slows no block in all of them.
-    with tqdm(total=options.rounds * (len(parts) + len(networks)), unit="program") as progress:
-        for number in range(options.rounds):
-            times.take(parts, watch.part, number, progress.update)
-            times.take(networks, watch.network, number, progress.update)
-    milliseconds = times.least(parts)
-    table = LatencyTable(options.output, space, settings, milliseconds)
-    check = compare(table, drawn.values(), times.least(networks))
+    drawn = space.sample_distinct(np.random.default_rng(0), options.networks).values()
+    watch = Stopwatch(options)
+    parts = {part.name: partial(watch.part, part) for part in all_parts(space)}
+    networks = {arch.code: partial(watch.network, space.plan(arch)) for arch in drawn}
+    unfinished = Path(f"{options.output}.partial")
+    times = measure(parts | networks, options.rounds, unfinished, settings)
+    milliseconds = {name: times[name] for name in parts}
+    check = compare(LatencyTable(options.output, space, settings, milliseconds), drawn, times)
     content = {"format": FORMAT, **settings, "milliseconds": milliseconds, "check": check}
     write_json(options.output, content)
-    times.path.unlink()
+    unfinished.unlink()
     report(check, options.output)
 
 
@@ -143,7 +126,6 @@ def parser() -> OneLineParser:
     )
     made.add_argument("--rounds", type=whole_number(1, 1000), default=3, help="[3]")
     made.add_argument("--networks", type=number, default=20, help="to check sums with [20]")
-    made.add_argument("--seed", type=whole_number(0), default=0, help="of those networks [0]")
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="[auto]")
     return made
 
@@ -153,21 +135,12 @@ def settings_of(options) -> dict:
     engine = "oneDNN, float32"
     if on_gpu():
         engine = "TF32" if set_tf32("auto") else "float32"
-    return {
-        "backbone": options.backbone,
-        "sample_space": options.sample_space,
-        "image_size": options.image_size,
-        "num_classes": options.num_classes,
-        "batch_size": options.batch_size,
+    given = {name: value for name, value in vars(options).items() if name != "output"}
+    return given | {
         "device": "gpu" if on_gpu() else "cpu",
         "processor": device_name() if on_gpu() else f"{processor()}, {os.cpu_count()} cores",
-        "threads": options.threads,
         "engine": f"Paddle Inference, {engine}",
         "paddle": paddle.__version__,
-        "seconds": options.seconds,
-        "rounds": options.rounds,
-        "networks": options.networks,
-        "seed": options.seed,
     }
 
 
@@ -177,38 +150,25 @@ class Stopwatch:
     A part is timed where it will be: a block or head between a 1x1 convolution, which hands it
     activations as they lie in memory within a network, and global pooling. The same program without
     the part is timed, too, and subtracted.
-
-    Args:
-        image_size: height and width of the images, px.
-        batch_size: images a run.
-        num_classes: outputs of the classifier.
-        threads: of CPUs; without effect on GPUs.
-        seconds: to repeat a program for; ten times at least.
     """
 
-    def __init__(
-        self, image_size: int, batch_size: int, num_classes: int, threads: int, seconds: float
-    ):
-        self._size = image_size
-        self._batch = batch_size
-        self._classes = num_classes
-        self._threads = threads
-        self._seconds = seconds
+    def __init__(self, options):
+        self._options = options
         self._frame = cache(lambda cin, size: self._time(_Framed(None, cin), FEEDING, size))
         keep_freed_memory()
 
     def network(self, plan: ChannelPlan) -> float:
         """Milliseconds of a batch through a whole network."""
-        return self._time(ResNet(plan, self._classes), 3, self._size)
+        return self._time(ResNet(plan, self._options.num_classes), 3, self._options.image_size)
 
     def part(self, part: Part) -> float:
         """Milliseconds that a part adds to a network; a stem's hold what a run costs in itself."""
-        _, sizes = feature_sizes(self._size)
+        _, sizes = feature_sizes(self._options.image_size)
         if part.kind == "stem":
-            return self._time(_Framed(Stem(*part.channels)), 3, self._size)
+            return self._time(_Framed(Stem(*part.channels)), 3, self._options.image_size)
         cin, size = part.channels[0], sizes[-1]
         if part.kind == "head":
-            framed = _Framed(Head(cin, self._classes), cin, pools=False)
+            framed = _Framed(Head(cin, self._options.num_classes), cin, pools=False)
         else:
             size = sizes[part.stage - 1] if part.stride == 2 else sizes[part.stage]
             framed = _Framed(BasicBlock(*part.channels, part.stride), cin)
@@ -217,27 +177,28 @@ class Stopwatch:
     def _time(self, network: nn.Layer, channels: int, size: int) -> float:
         """Milliseconds of a batch [N, ``channels``, ``size``, ``size``] through ``network``."""
         network.eval()
-        pixels = np.random.default_rng(0).normal(size=(self._batch, channels, size, size))
+        shape = [self._options.batch_size, channels, size, size]
+        pixels = np.random.default_rng(0).normal(size=shape)
         with tempfile.TemporaryDirectory(prefix="pinas-") as folder:
-            spec = InputSpec([self._batch, channels, size, size], "float32", "x")
+            spec = InputSpec(shape, "float32", "x")
             traced = paddle.jit.to_static(network, input_spec=[spec], full_graph=True)
             paddle.jit.save(traced, f"{folder}/net")
-            predictor = make_predictor(f"{folder}/net", self._threads)
+            predictor = make_predictor(f"{folder}/net", self._options.threads)
         name = predictor.get_input_names()[0]
         predictor.get_input_handle(name).copy_from_cpu(pixels.astype("float32"))
         try:
             return self._repeat(predictor)
         finally:
             # A predictor leaves the process with one thread for matrix products.
-            set_num_threads(self._threads)
+            set_num_threads(self._options.threads)
 
     def _repeat(self, predictor) -> float:
         waits = on_gpu()
         # On an idle core the same; on a busy one it leaves out the time that others run.
-        alone = not waits and self._threads == 1
+        alone = not waits and self._options.threads == 1
         clock = time.process_time if alone else time.perf_counter
         times: list[float] = []
-        ends = clock() + self._seconds
+        ends = clock() + self._options.seconds
         while len(times) < WARM_UP + FEWEST_RUNS or clock() < ends:
             began = clock()
             predictor.run()
@@ -285,47 +246,36 @@ def make_predictor(path: str, threads: int):
     return inference.create_predictor(config)
 
 
-class Times:
-    """What is measured so far: milliseconds of each round by name, kept in a file.
+def measure(
+    programs: Mapping[str, Callable[[], float]], rounds: int, path: Path, settings: Mapping
+) -> dict[str, float]:
+    """Milliseconds of each program in the fastest round; what ``path`` has is not measured again.
 
     Raises:
-        UserError: the file is of other settings.
+        UserError: ``path`` is of other settings.
     """
-
-    def __init__(self, path: Path, settings: Mapping):
-        self.path = path
-        self._settings = settings
-        self._times: dict[str, list[float]] = {}
-        if path.is_file():
-            content = read_json(path)
-            check_same_settings(path, content, settings, REMEDY)
-            self._times = content.get("times", {})
-            logger.info("continuing with the %d programs of %s", len(self._times), path)
-
-    def take(
-        self,
-        what: Mapping[str, object],
-        measure: Callable[[object], float],
-        number: int,
-        progress: Callable[[int], object],
-    ) -> None:
-        """Measure in round ``number``, from 0, what an earlier run has not."""
-        for name, thing in what.items():
-            own = self._times.setdefault(name, [])
+    times: dict[str, list[float]] = {}
+    if path.is_file():
+        content = read_json(path)
+        check_same_settings(path, content, settings, REMEDY)
+        times = content.get("times", {})
+        logger.info("continuing with the %d programs of %s", len(times), path)
+    logger.info("%d programs, %d times each, on %s", len(programs), rounds, settings["processor"])
+    # Round after round, so that what slows the machine for a while slows no block in all of them.
+    with tqdm(total=rounds * len(programs), unit="program") as progress:
+        for number, (name, program) in product(range(rounds), programs.items()):
+            own = times.setdefault(name, [])
             if len(own) <= number:
                 # Not while Paddle traces: it wraps exceptions, the end of the program, too.
                 with finished_before_stopping():
-                    own.append(measure(thing))
-                    write_json(self.path, {**self._settings, "times": self._times})
-            progress(1)
-
-    def least(self, names: Mapping) -> dict[str, float]:
-        """The fastest round of each."""
-        return {name: round(min(self._times[name]), 6) for name in names}
+                    own.append(program())
+                    write_json(path, {**settings, "times": times})
+            progress.update()
+    return {name: round(min(times[name]), 6) for name in programs}
 
 
 def compare(
-    table: LatencyTable, archs: Sequence[Architecture], measured: Mapping[str, float]
+    table: LatencyTable, archs: Iterable[Architecture], measured: Mapping[str, float]
 ) -> dict:
     """How far the sums are from whole networks: errors as shares of what was measured."""
     rows = []

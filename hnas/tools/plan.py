@@ -43,8 +43,8 @@ EPOCHS, QUEUE, CLASSES, SUBNETWORKS = (10, 5), 40960, 1000, 4
 SAMPLED = 300
 """Steps to average stage two's cost over; a third of them train one sub-network more."""
 SHARE_OF_BANDWIDTH = 0.8
-PASSES, FUSED_PASSES = 7.5, 2.5
-"""Times that memory sees an activation of stage 3, counted in a convolution's outputs: the
+PASSES = {False: 7.5, True: 2.5}
+"""Times that memory sees an activation of stage 3, fused or not, in a convolution's outputs: the
 convolution reads and writes one each, and so do bias and ReLU; the shortcut's sum, behind every
 second convolution, reads two and writes one. Fused only the shortcut is read in addition."""
 
@@ -53,18 +53,14 @@ second convolution, reads two and writes one. Fused only the shortcut is read in
 class Gpu:
     """A card.
 
-    Attributes:
-        gb_per_s: of its memory, by the data sheet.
-        memory_gib: how much.
-        reached: by precision: TFLOP/s of dense products by the data sheet, and the shares of them
-            that training and a convolution of stage 3 reach.
-        known: how the shares are known.
+    ``reached`` has for each precision TFLOP/s of dense products by the data sheet, and the shares
+    of them that training and a convolution of stage 3 reach.
     """
 
-    gb_per_s: int
+    gb_per_s: int  # of its memory
     memory_gib: int
     reached: dict[Precision, tuple[float, float, float]]
-    known: str = "assumed, not measured by this project"
+    known: str = "assumed, not measured by this project"  # the shares
 
 
 FLOAT32, TF32, HALF = Precision.FLOAT32, Precision.TF32, Precision.FLOAT16
@@ -84,27 +80,16 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a device is.
+    """How much a device does in a second."""
 
-    Attributes:
-        training: multiply-accumulates a second of stages 1 and 2.
-        scoring: of stage 3's convolutions.
-        bytes: a second through memory beside stage 3's; infinite: in ``scoring`` already.
-    """
-
-    training: float
-    scoring: float
-    bytes: float = math.inf
+    training: float  # multiply-accumulates of stages 1 and 2
+    scoring: float  # of stage 3's convolutions
+    bytes: float = math.inf  # through memory, beside stage 3's; infinite: in ``scoring`` already
 
     def scoring_seconds(self, macs: float, outputs: float, variant: Variant) -> float:
         """Of convolutions that do ``macs`` and write ``outputs`` numbers."""
-        moved = passes(variant) * outputs * variant.precision.bytes
+        moved = PASSES[variant.fused] * outputs * variant.precision.bytes
         return macs / self.scoring + moved / self.bytes
-
-
-def passes(variant: Variant) -> float:
-    """Times that memory sees an activation of stage 3."""
-    return FUSED_PASSES if variant.fused else PASSES
 
 
 def rates_of(gpu: Gpu, precision: Precision) -> Rates:
@@ -152,13 +137,7 @@ def scored_chunk(space: SearchSpace, options, variant: Variant) -> int:
 def estimate(
     space: SearchSpace, archs: Sequence[Architecture], options, variant: Variant, rates: Rates
 ) -> dict:
-    """Hours, GMAC per image and GiB per device of each stage and of the naive loop.
-
-    Args:
-        archs: to be scored.
-        options: the flags.
-        rates: of one device.
-    """
+    """Hours, GMAC per image and GiB per device of each stage and of the naive loop."""
     size, number = options.image_size, variant.precision.bytes
     chunk = scored_chunk(space, options, variant)
     together = chunk + options.bn_calibration_images  # every walk carries them along
@@ -201,7 +180,7 @@ def assumptions(options, variant: Variant, rates: Rates) -> list[str]:
     )
     return [
         f"{options.gmacs_per_s} GMAC/s a device, as given" if options.gmacs_per_s else speed,
-        f"stage 3 walks in {variant}: memory sees each of its activations {passes(variant)} times",
+        f"stage 3 walks in {variant}: memory sees an activation {PASSES[variant.fused]} times",
         f"the recipe's {EPOCHS[0]} and {EPOCHS[1]} epochs; a backward pass costs two forward",
         "exchange is hidden or free; loading images, evaluations and checkpoints cost nothing",
         "the naive loop runs at the same rate and decodes nothing anew, which flatters it",
