@@ -66,13 +66,7 @@ from hnas.utils.runtime import (
     validation_loader,
 )
 from hnas.utils.training import start_from_checkpoint
-from hnas.utils.weights import (
-    Checkpoint,
-    check_classes,
-    find_checkpoint,
-    load_weights,
-    read_checkpoint,
-)
+from hnas.utils.weights import Checkpoint, find_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +97,7 @@ def main(argv=None) -> None:
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
     }
     if (folder / CARD).is_file():
-        earlier = read_json(folder / CARD).get("identity")
-        earlier = earlier if isinstance(earlier, dict) else {}
+        earlier = read_json(folder / CARD).get("identity") or {}
         remedy = "choose another --save_dir, or remove it"
         check_same_settings(folder / CARD, earlier, identity, remedy)
     images = validation_images(options)
@@ -196,31 +189,30 @@ def open_source(
     Raises:
         UserError: it holds none, or images to re-calibrate with are asked for in vain.
     """
-    space = space_of(options)
-    if "arch" in checkpoint.about:
-        if options.bn_calibration_images not in (AUTO, 0):
-            raise UserError(
-                f"--bn_calibration_images {options.bn_calibration_images}, but "
-                f"{options.ckpt_dir} is no supernet: its statistics are its own; leave the flag out"
-            )
-        network = ResNet(space.plan(arch), len(classes))
-        check_classes(checkpoint, classes, options.ckpt_dir)
-        load_weights(network, checkpoint.weights, options.ckpt_dir)
-        network.eval()
-        return Source(network, network, None, "its own")
-    supernet = build_network(options.backbone, len(classes), space)
-    start_from_checkpoint(supernet, options.ckpt_dir, classes)
-    supernet.eval()
+    space, is_alone = space_of(options), "arch" in checkpoint.about
+    if is_alone and options.bn_calibration_images not in (AUTO, 0):
+        raise UserError(
+            f"--bn_calibration_images {options.bn_calibration_images}, but {options.ckpt_dir} is "
+            "no supernet: its statistics are its own; leave the flag out"
+        )
+    if is_alone:
+        shared = ResNet(space.plan(arch), len(classes))
+    else:
+        shared = build_network(options.backbone, len(classes), space)
+    start_from_checkpoint(shared, options.ckpt_dir, classes)
+    shared.eval()
+    if is_alone:
+        return Source(shared, shared, None, "its own")
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=classes)
     if calibration is None:
-        supernet.mixed = False  # whether that is right was just said
+        shared.mixed = False  # whether that is right was just said
         statistics = "frozen" if checkpoint.freeze_bn else "running"
     else:
         statistics = f"of {len(calibration)} training images, seed {options.seed}"
-    network = supernet.extract(arch, calibration)
-    supernet.activate(arch)
+    network = shared.extract(arch, calibration)
+    shared.activate(arch)
     calibration = None if calibration is None else normalize(calibration)
-    return Source(network, supernet, calibration, statistics)
+    return Source(network, shared, calibration, statistics)
 
 
 class Found(NamedTuple):
