@@ -137,35 +137,6 @@ def test_parents_are_the_best_of_the_living_only():
         assert sum(before[n] != after[n] for n in before if n in after) == 1
 
 
-def test_evolution_beats_random_search():
-    """Where widths and depths add up, within a budget; the same first draws, the same number."""
-    budget = Budget(SPACE, 32, 10, {"macs": 4.9e6})
-    differences = []
-    for seed in range(5):
-        best = []
-        for population, generations in ((20, 14), (160, 0)):
-            scored, accuracy = [], np.zeros(0)
-            for generation in range(generations + 1):
-                own = evolution(budget, seed, population)
-                scored += own.propose(scored, accuracy, generation)
-                accuracy = np.array([score(arch) for arch in scored])
-            assert len(scored) == 160
-            best.append(accuracy.max())
-        differences.append(best[0] - best[1])
-    differences = np.array(differences)
-    assert differences.mean() > 2 * differences.std(ddof=1) / len(differences) ** 0.5
-
-
-def score(arch):
-    """Depth helps as its root, width of the early stages more than that of the late ones."""
-    inner = sum(
-        np.mean([1 - c1 / 10 for c1, _ in blocks]) / (stage + 1)
-        for stage, blocks in enumerate(arch.widths)
-    )
-    outer = sum(1 - blocks[0][1] / 10 for blocks in arch.widths[:2])
-    return inner + outer + np.sqrt(arch.depths).sum() / 2
-
-
 def test_a_budget_that_leaves_few_or_none():
     smallest = SPACE.smallest()
     macs = SPACE.macs(smallest, 32, 10)
@@ -188,14 +159,13 @@ def digits(tmp_path_factory):
 
 def flags(digits, folder, line=""):
     """A small search, and what else is given, which wins."""
-    return [
-        *("--backbone", "resnet48_mini", "--ckpt_dir", str(CHECKPOINT), "--image_size", "32"),
-        *("--image_dir", str(digits), "--num_workers", "0", "--bn_calibration_images", "8"),
-        *("--eval_images", str(IMAGES), "--chunk_size", "25", "--save_dir", str(folder)),
-        *("--population", "6", "--children", "3", "--generations", "3", "--tournament", "3"),
-        *("--max_macs", str(MAX_MACS), "--device", "cpu"),
-        *line.split(),
-    ]
+    small = (
+        f"--backbone resnet48_mini --ckpt_dir {CHECKPOINT} --image_size 32 --image_dir {digits} "
+        f"--num_workers 0 --bn_calibration_images 8 --eval_images {IMAGES} --chunk_size 25 "
+        f"--population 6 --children 3 --generations 3 --tournament 3 --max_macs {MAX_MACS} "
+        f"--device cpu --save_dir {folder} "
+    )
+    return (small + line).split()
 
 
 @pytest.fixture(scope="module")
@@ -265,38 +235,27 @@ def test_what_is_written(whole, tmp_path):
 
 
 def test_a_killed_search_ends_in_the_same_files(whole, digits, tmp_path, monkeypatch):
-    scored = []
-    evaluate = SharedEvaluator.evaluate
+    search.main(flags(digits, tmp_path, "--generations 1"))
+    assert len(rows_of(tmp_path)) == 9
+    walks, evaluate = [], SharedEvaluator.evaluate
 
-    def counting(self, images, *arguments, **named):
-        if len(scored) == 5:
+    def watched(self, images, *arguments, **named):
+        walks.append([arch.code for arch in self.archs])
+        if len(walks) == 2:
             raise KeyboardInterrupt
-        watched = evaluate(self, images, *arguments, **named)
-        scored.append([arch.code for arch in self.archs])
-        return watched
+        return evaluate(self, images, *arguments, **named)
 
-    monkeypatch.setattr(SharedEvaluator, "evaluate", counting)
+    monkeypatch.setattr(SharedEvaluator, "evaluate", watched)
     with pytest.raises(KeyboardInterrupt):
         search.main(flags(digits, tmp_path))  # in the second chunk of the third generation
-    assert not (tmp_path / "submission.json").exists()
-    scored.append("killed")
     # Another size of chunks is asked for: the first run's stays.
     search.main(flags(digits, tmp_path, "--chunk_size 40"))
     assert same_results(whole, tmp_path) == []
-    # 4 generations of 2 chunks; nothing was scored twice.
-    walks = [codes for codes in scored if codes != "killed"]
-    assert len(walks) == 8
-    assert len({code for codes in walks for code in codes}) == 15
+    # Of 2 more generations of 2 chunks nothing was scored twice but what was interrupted.
+    assert len(walks) == 1 + 4 and len({code for codes in walks for code in codes}) == 6
     # Done already: nothing is scored, and the result is the same.
     search.main(flags(digits, tmp_path))
-    assert len(scored) == 9 and same_results(whole, tmp_path) == []
-
-
-def test_more_generations_go_on(whole, digits, tmp_path):
-    search.main(flags(digits, tmp_path, "--generations 1"))
-    assert len(rows_of(tmp_path)) == 9
-    search.main(flags(digits, tmp_path))
-    assert same_results(whole, tmp_path) == []
+    assert len(walks) == 5 and same_results(whole, tmp_path) == []
 
 
 @pytest.mark.parametrize(
