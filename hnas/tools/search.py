@@ -22,8 +22,9 @@ import csv
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -107,21 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     leave()
 
 
-@dataclass
-class Scored:
-    """What a search has scored so far, in order: by name, counts, and whose generation it is."""
+class Scored(NamedTuple):
+    """What a search has scored, in order."""
 
-    archs: dict[str, Architecture] = field(default_factory=dict)
-    counts: Counts = field(default_factory=lambda: Counts.zeros(0))
-    generation: list[int] = field(default_factory=list)
-
-    def add(self, archs: Mapping[str, Architecture], counts: Counts, generation: int) -> None:
-        """Add those of a generation."""
-        self.archs |= archs
-        self.generation += [generation] * len(archs)
-        columns = zip(self.counts.columns(), counts.columns(), strict=True)
-        folds = np.concatenate([self.counts.folds, counts.folds])
-        self.counts = Counts(*map(np.concatenate, columns), counts.images, folds)
+    archs: dict[str, Architecture]
+    counts: Counts
+    generation: list[int]  # of each
 
 
 def search(
@@ -142,45 +134,44 @@ def search(
         EngineError: the reference engine counts other hits.
         UserError: nothing keeps to the budget.
     """
-    evaluator = None
-    scored = Scored()
+    evaluator, archs, counts, born = None, {}, Counts.zeros(0), []
     for generation in range(generations + 1):
-        proposed = evolution.propose(
-            list(scored.archs.values()), scored.counts.accuracy(), generation
-        )
+        proposed = evolution.propose([*archs.values()], counts.accuracy(), generation)
         if not proposed:
             logger.warning("nothing is left to score in the space within the budget")
             break
-        archs = {f"arch{n}": arch for n, arch in enumerate(proposed, len(scored.archs) + 1)}
+        new = {f"arch{number}": arch for number, arch in enumerate(proposed, len(archs) + 1)}
         own = folder / f"generation_{generation:04d}"
-        whose = {**identity, "architecture_list": architectures_hash(archs)}
+        whose = {**identity, "architecture_list": architectures_hash(new)}
         if evaluator is None:
             evaluator = SharedEvaluator(network, proposed, settings.calibration, settings.variant)
-        counts = evaluate_shared(network, archs, images, own, whose, settings, evaluator)
-        scored.add(archs, _everywhere(counts), generation)
+        found = evaluate_shared(network, new, images, own, whose, settings, evaluator)
         if is_main_process():
             # The first generation's chunks are the others' too, in a resumed run as well.
             settings = replace(settings, chunk=load_state(own / STATE_FILE, whose).chunk)
-        accuracy = scored.counts.accuracy()
-        best = list(scored.archs)[int(np.argmax(accuracy))]
+        archs |= new
+        counts = _joined(counts, found)
+        born += [generation] * len(new)
+        best = int(np.argmax(counts.accuracy()))
         logger.info(
             "generation %d/%d: %d scored, best %s %s with top-1 %.4f",
             generation,
             generations,
-            len(accuracy),
-            best,
-            scored.archs[best].code,
-            accuracy.max(),
+            len(archs),
+            list(archs)[best],
+            list(archs.values())[best].code,
+            counts.accuracy()[best],
         )
-    return scored
+    return Scored(archs, counts, born)
 
 
-def _everywhere(counts: Counts) -> Counts:
-    """The main process's counts, which alone are complete."""
-    table = np.vstack([counts.columns(), counts.folds.T])
-    images, *numbers = from_main_process([counts.images, *table.ravel().tolist()])
-    columns, folds = np.split(np.array(numbers, dtype=np.int64).reshape(table.shape), [4])
-    return Counts(*columns, images, folds.T)
+def _joined(counts: Counts, found: Counts) -> Counts:
+    """Counts, and then the main process's of a generation, which alone are complete."""
+    table = np.vstack([found.columns(), found.folds.T])
+    images, *numbers = from_main_process([found.images, *table.ravel().tolist()])
+    found = np.array(numbers, dtype=np.int64).reshape(table.shape)
+    table = np.hstack([np.vstack([counts.columns(), counts.folds.T]), found])
+    return Counts(*table[:4], images, table[4:].T)
 
 
 def search_identity(options: Options, budget: Budget) -> dict[str, str]:

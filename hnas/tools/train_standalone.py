@@ -62,8 +62,6 @@ from hnas.utils.weights import (
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results.json"
-
 
 def main(argv=None) -> None:
     options = parse_options(Stage.STANDALONE, argv, about=__doc__.splitlines()[0])
@@ -87,9 +85,7 @@ def main(argv=None) -> None:
         "initial_weights": digest,
     }
     folder = Path(options.save_dir)
-    remove_leftovers(folder)
-    check_run(folder, settings)
-    results = Results(folder / RESULTS, archs)
+    results = Results(folder, archs, settings)
     val_loader = validation_loader(options, val)
     for number, (name, arch) in enumerate(archs.items(), 1):
         own = folder / replace(arch, image_digit=True).code
@@ -142,49 +138,39 @@ def initial_weights(options: Options) -> tuple[Checkpoint | None, str | None]:
     return checkpoint, file_digest(find_checkpoint(path))
 
 
-def check_run(folder: Path, settings: Mapping) -> None:
-    """Note what the results of a folder are made with, or compare with what was noted.
-
-    Raises:
-        UserError: they are of other settings or images, or of unknown ones.
-    """
-    path = folder / "run.json"
-    if path.is_file():
-        # Flags that did not exist then were off, as they are by default.
-        defaults = {option.name: default_of(option, Stage.STANDALONE) for option in fields(Options)}
-        earlier = {**defaults, **read_json(path)}
-        remedy = "give the same as before, or choose another --save_dir"
-        check_same_settings(folder / RESULTS, earlier, settings, remedy)
-        return
-    if (folder / RESULTS).is_file():
-        raise UserError(
-            f"{folder / RESULTS} is there without {path.name}; choose another --save_dir"
-        )
-    write_json(path, settings)
-
-
 class Results:
     """``SAVE_DIR/results.json``: of the architectures asked for, then of earlier ones.
 
+    ``run.json`` beside it notes what they are made with.
+
     Raises:
-        UserError: a name means two architectures.
+        UserError: they are of other settings or images, or a name means two architectures.
     """
 
-    def __init__(self, path: Path, archs: Mapping[str, Architecture]):
-        self.path = path
+    def __init__(self, folder: Path, archs: Mapping[str, Architecture], settings: Mapping):
+        remove_leftovers(folder)
+        self.path, run = folder / "results.json", folder / "run.json"
         self.names = {arch: name for name, arch in archs.items()}
         self.entries: dict[Architecture, dict] = {}
-        if not path.is_file():
-            return
-        content = read_json(path)
-        for name, arch in read_accuracies(path)[0].items():
-            if archs.get(name, arch) != arch:
-                raise UserError(
-                    f"{path} has another architecture of the name {name!r}; choose another "
-                    "--save_dir"
-                )
-            self.names.setdefault(arch, name)
-            self.entries[arch] = content[name]
+        if run.is_file():
+            # Flags that did not exist then were off, as they are by default.
+            defaults = {flag.name: default_of(flag, Stage.STANDALONE) for flag in fields(Options)}
+            remedy = "give the same as before, or choose another --save_dir"
+            check_same_settings(self.path, {**defaults, **read_json(run)}, settings, remedy)
+        elif self.path.is_file():
+            raise UserError(f"{self.path} is there without run.json; choose another --save_dir")
+        else:
+            write_json(run, settings)
+        if self.path.is_file():
+            content = read_json(self.path)
+            for name, arch in read_accuracies(self.path)[0].items():
+                if archs.get(name, arch) != arch:
+                    raise UserError(
+                        f"{self.path} has another architecture of the name {name!r}; choose "
+                        "another --save_dir"
+                    )
+                self.names.setdefault(arch, name)
+                self.entries[arch] = content[name]
 
     def write(self) -> None:
         """Write what is finished, in one step."""
