@@ -92,17 +92,9 @@ def scored(digits, tmp_path_factory):
 
 
 def export(images, path, save_dir, **flags):
-    flags = {
-        "backbone": "resnet48_mini",
-        "image_size": SIZE,
-        "image_dir": images,
-        "ckpt_dir": path,
-        "save_dir": save_dir,
-        "num_workers": 0,
-        "device": "cpu",
-        **flags,
-    }
-    main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    line = f"--backbone resnet48_mini --image_size {SIZE} --num_workers 0 --device cpu"
+    flags = {"image_dir": images, "ckpt_dir": path, "save_dir": save_dir, **flags}
+    main([*line.split(), *(f"--{name}={value}" for name, value in flags.items())])
     return json.loads((Path(save_dir) / "card.json").read_text())
 
 
@@ -336,13 +328,8 @@ def test_without_onnx_it_says_what_to_install(small, monkeypatch):
 
 
 def test_scores_of_other_weights_are_noticed(small, tmp_path, caplog):
-    export(
-        small / "images",
-        small / "supernet.pdparams",
-        tmp_path,
-        arch=SMALLEST[1:],  # found by its code
-        modelarch_file=small / "names.json",
-    )
+    flags = {"arch": SMALLEST[1:], "modelarch_file": small / "names.json"}  # found by its code
+    export(small / "images", small / "supernet.pdparams", tmp_path, **flags)
     assert "the scores say 0.9000 for other, here it has" in caplog.text
 
 

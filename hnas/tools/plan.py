@@ -149,14 +149,14 @@ def estimate(
     scoring = FLOAT * weights + number * (weights + together * path_numbers(space, size))
     total = options.batch_size * options.gpus
     trained = options.train_images // total * total
+    stage1, stage2 = training_macs(space, size)
+    memory1, memory2 = training_bytes(space, options)
     rows = {
-        f"stage{stage}": (macs, epochs * trained, macs / rates.training, memory)
-        for stage, macs, epochs, memory in zip(
-            (1, 2), training_macs(space, size), EPOCHS, training_bytes(space, options), strict=True
-        )
+        "stage1": (stage1, EPOCHS[0] * trained, stage1 / rates.training, memory1),
+        "stage2": (stage2, EPOCHS[1] * trained, stage2 / rates.training, memory2),
+        "stage3": (walk, options.images, seconds, scoring),
+        "stage3_naive": (naive, options.images, seconds * naive / walk, scoring),
     }
-    rows["stage3"] = (walk, options.images, seconds, scoring)
-    rows["stage3_naive"] = (naive, options.images, seconds * naive / walk, scoring)
     return {
         name: {
             "gmacs_per_image": round(macs / 1e9, 1),
