@@ -276,7 +276,7 @@ def small(tmp_path_factory):
     entries = {"big": {"acc": 0.0, "arch": largest}, "other": {"acc": 0.9, "arch": arch.code}}
     (root / "names.json").write_text(json.dumps(entries))
     (root / "taken").mkdir()
-    (root / "taken/card.json").write_text('{"identity": {}}')
+    (root / "taken/card.json").write_text('{"identity": [3]}')
     return root
 
 

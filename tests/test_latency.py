@@ -229,10 +229,8 @@ def test_a_signal_ends_after_the_program_under_way(fake_watch, tmp_path, monkeyp
     ("line", "words"),
     [
         ("--output OUT --backbone resnet48pinasv2", "stage 1's"),
-        ("--output OUT --backbone resnet5", "unknown backbone"),
         ("--output OUT --device gpu", "sees no GPU"),
         ("--output . ", "is a folder"),
-        ("--output OUT --rounds 0", "--rounds"),
         ("--output OUT --seconds nan", "--seconds"),
     ],
 )

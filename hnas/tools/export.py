@@ -97,7 +97,8 @@ def main(argv=None) -> None:
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
     }
     if (folder / CARD).is_file():
-        earlier = read_json(folder / CARD).get("identity") or {}
+        earlier = read_json(folder / CARD).get("identity")
+        earlier = earlier if isinstance(earlier, dict) else {}
         remedy = "choose another --save_dir, or remove it"
         check_same_settings(folder / CARD, earlier, identity, remedy)
     images = validation_images(options)
