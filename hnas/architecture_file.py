@@ -50,12 +50,12 @@ def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarr
     path = Path(path)
     entries = _read_entries(path)
     archs = _parse_entries(path, entries)
-    values = [_accuracy(_where(path, i, entry), entry) for i, entry in enumerate(entries, 1)]
+    values = [_accuracy(entry.where(path), entry) for entry in entries]
     return archs, np.array(values)
 
 
-def read_percent(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
-    """As :func:`read_accuracies`, in percent; where all are at most 1, they are shares of 1.
+def read_scores(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
+    """As :func:`read_accuracies`, of accuracies in percent or, where all are at most 1, shares.
 
     Raises:
         UserError: a wrong file, or an accuracy outside of 0 to 100.
@@ -67,13 +67,13 @@ def read_percent(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]
                 f"{path}: entry {name!r}: accuracy {value:g}; accuracies are 0 to 1, or 0 to 100 "
                 "in percent"
             )
-    return archs, in_percent(accuracies)
+    return archs, accuracies
 
 
 def read_truth(path: str | Path) -> dict[Architecture, float]:
-    """Accuracies in percent by architecture; see :func:`read_percent`."""
-    archs, accuracies = read_percent(path)
-    return dict(zip(archs.values(), accuracies.tolist(), strict=True))
+    """Accuracies in percent by architecture; see :func:`read_scores`."""
+    archs, accuracies = read_scores(path)
+    return dict(zip(archs.values(), in_percent(accuracies).tolist(), strict=True))
 
 
 def in_percent(accuracies: np.ndarray) -> np.ndarray:
@@ -81,20 +81,27 @@ def in_percent(accuracies: np.ndarray) -> np.ndarray:
     return accuracies * 100 if accuracies.max() <= 1 else accuracies
 
 
+def in_shares(accuracies: np.ndarray) -> np.ndarray:
+    """Accuracies as shares of 1, of accuracies in percent or as shares of 1."""
+    return accuracies if accuracies.max() <= 1 else accuracies / 100
+
+
 class _Entry(NamedTuple):
     """One architecture of a file, as it stands there.
 
     Attributes:
+        position: from 1.
         accuracies: every ``acc``, normally one.
     """
 
+    position: int
     name: str
     code: object
     accuracies: Sequence[object] = ()
 
-
-def _where(path: Path, position: int, entry: _Entry) -> str:
-    return f"{path}: entry {position} ({entry.name!r})"
+    def where(self, path: Path) -> str:
+        """For messages."""
+        return f"{path}: entry {self.position} ({self.name!r})"
 
 
 def _accuracy(where: str, entry: _Entry) -> float:
@@ -119,8 +126,8 @@ def _read_entries(path: Path) -> list[_Entry]:
         entries = _json_entries(path, text)
     else:
         words = islice(re.finditer(r"[^\s,]+", text), MAX_ENTRIES + 1)
-        _check_number(path, sum(1 for _ in words))
-        entries = _named(code for code in re.split(r"[\s,]+", text) if code)
+        entries = _named(word[0] for word in words)
+        _check_number(path, len(entries))
     if not entries:
         raise ArchitectureFileError(f"{path} holds no architectures")
     return entries
@@ -132,7 +139,7 @@ def _check_number(path: Path, entries: int) -> None:
 
 
 def _named(codes: Iterable[object]) -> list[_Entry]:
-    return [_Entry(f"arch{i}", code) for i, code in enumerate(codes, 1)]
+    return [_Entry(i, f"arch{i}", code) for i, code in enumerate(codes, 1)]
 
 
 def _read_text(path: Path) -> str:
@@ -168,7 +175,7 @@ def _json_entries(path: Path, text: str) -> list[_Entry]:
                 f"{path}: entry {position} ({name!r}) is not of the form "
                 '{"acc": 0.0, "arch": "1252..."}'
             )
-        entries.append(_Entry(name, codes[0], accuracies))
+        entries.append(_Entry(position, name, codes[0], accuracies))
     return entries
 
 
@@ -179,8 +186,8 @@ class _Pairs(list):
 def _parse_entries(path: Path, entries: Sequence[_Entry]) -> dict[str, Architecture]:
     archs: dict[str, Architecture] = {}
     names: dict[Architecture, str] = {}
-    for position, entry in enumerate(entries, 1):
-        where, name = _where(path, position, entry), entry.name
+    for entry in entries:
+        where, name = entry.where(path), entry.name
         try:
             arch = Architecture.from_code(entry.code)
         except ArchitectureError as error:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
+
+from hnas.ranking.agreement import FEWEST_IMAGES, FOLDS, fold_sizes
 
 CONFIDENCE = 0.95
 NODES = 4001
@@ -34,11 +37,6 @@ def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
     return order[rises]
 
 
-def binomial_error(accuracy: np.ndarray, images: np.ndarray | int) -> np.ndarray:
-    """Standard errors of accuracies (shares of 1) that were counted on so many images."""
-    return error_of_hits(np.asarray(accuracy) * images, images)
-
-
 def error_of_hits(hits: np.ndarray, images: np.ndarray | int) -> np.ndarray:
     """Standard errors of accuracies as estimates for more such images; as accuracies.
 
@@ -48,6 +46,43 @@ def error_of_hits(hits: np.ndarray, images: np.ndarray | int) -> np.ndarray:
     """
     rate = (hits + 1) / (np.asarray(images) + 2)
     return np.sqrt(rate * (1 - rate) / np.maximum(1, images))
+
+
+def independent_difference(accuracy: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Standard errors of the distances to the best, as of independent accuracies [n].
+
+    Networks that are scored on the same images err on the same ones, so that their distance
+    varies less than this: a group that is chosen by it is rather too large than too small.
+    """
+    return np.hypot(error, np.asarray(error)[int(np.argmax(accuracy))])
+
+
+def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
+    """Standard errors of accuracies less that of one architecture; float64 [architectures].
+
+    All architectures see the same images, so the difference of two accuracies is far more certain
+    than either of them. As estimates for more such images, like the ``se`` of ``estimates.json``.
+    The images of the folds are a random sample each, so the variance of the difference in hits is
+    16 / 15 times the sum of squares of the folds' deviations. One hit is added to it, so that few
+    images on which two architectures never differ do not make their difference certain.
+
+    Args:
+        folds: hits by fold, int64 [architectures, FOLDS].
+        images: how many were scored.
+        index: the one; its own error is 0.
+
+    Returns:
+        Infinite with fewer than ``FEWEST_IMAGES`` images.
+    """
+    if images < FEWEST_IMAGES:
+        errors = np.full(len(folds), math.inf)
+    else:
+        more = folds - folds[index]
+        deviations = more - np.outer(more.sum(axis=1) / images, fold_sizes(images))
+        variance = FOLDS / (FOLDS - 1) * (deviations**2).sum(axis=1)
+        errors = np.sqrt(variance + 1) / images
+    errors[index] = 0.0
+    return errors
 
 
 def not_worse(
@@ -66,7 +101,7 @@ def not_worse(
     Args:
         accuracy: of all that compete [n].
         difference_error: standard error of each one's distance to the best [n]; see
-            :func:`independent_difference` and :func:`hnas.ranking.paired.difference_errors`.
+            :func:`independent_difference` and :func:`difference_errors`.
         freedom: degrees of freedom that these errors are estimated with; None: very many.
 
     Returns:
@@ -76,35 +111,10 @@ def not_worse(
     below = accuracy.max() - accuracy
     errors = critical_value(len(accuracy), confidence)
     if freedom is not None:
-        errors = student(errors, freedom)
+        # What Student's t exceeds as rarely as a normal variable exceeds d.
+        errors = -stdtrit(freedom, ndtr(-errors))
     # The best's own error is 0 and others' may be infinite: nothing is known of them.
     return (below <= 0) | (below <= errors * np.asarray(difference_error))
-
-
-def student(z: float, freedom: int) -> float:
-    """The value that Student's t exceeds as rarely as a standard normal variable exceeds ``z``.
-
-    By the first terms of its expansion (Abramowitz & Stegun, 26.7.5); within 1 % for z up to 5 and
-    15 degrees of freedom.
-    """
-    terms = (
-        z**3 + z,
-        5 * z**5 + 16 * z**3 + 3 * z,
-        3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z,
-        79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z,
-    )
-    scales = (4, 96, 384, 92160)
-    parts = zip(terms, scales, strict=True)
-    return z + sum(term / (scale * freedom**power) for power, (term, scale) in enumerate(parts, 1))
-
-
-def independent_difference(accuracy: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Standard errors of the distances to the best, as of independent accuracies [n].
-
-    Networks that are scored on the same images err on the same ones, so that their distance
-    varies less than this: a group that is chosen by it is rather too large than too small.
-    """
-    return np.hypot(error, np.asarray(error)[int(np.argmax(accuracy))])
 
 
 def critical_value(networks: int, confidence: float = CONFIDENCE) -> float:
@@ -121,14 +131,7 @@ def critical_value(networks: int, confidence: float = CONFIDENCE) -> float:
     low, high = 0.0, MOST_ERRORS
     while high - low > 1e-9:
         middle = (low + high) / 2
-        if _kept(z, weight, middle, networks) < confidence:
-            low = middle
-        else:
-            high = middle
+        # That the best of equally good networks stays.
+        kept = weight @ ndtr(z + middle * math.sqrt(2)) ** (networks - 1)
+        low, high = (middle, high) if kept < confidence else (low, middle)
     return high
-
-
-def _kept(z: np.ndarray, weight: np.ndarray, d: float, networks: int) -> float:
-    """Probability that the best of equally good networks stays, at distance ``d``."""
-    tail = np.array([math.erfc(-(value + d * math.sqrt(2)) / math.sqrt(2)) for value in z]) / 2
-    return float(weight @ tail ** (networks - 1))
