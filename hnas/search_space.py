@@ -67,21 +67,35 @@ class Architecture:
                 f"architecture code {_shorten(code)} has {len(code)} digits; "
                 f"{CODE_LENGTH} or, without the image size, {CODE_LENGTH - 1} are allowed"
             )
+        places = iter(range(len(code)))
+
+        def read(what: str, low: int, high: int, allowed: str = "") -> int:
+            place = next(places)
+            digit = int(code[place])
+            if not low <= digit <= high:
+                raise ArchitectureError(
+                    f"architecture code {_shorten(code)}: digit {place + 1} ({what}) is {digit}; "
+                    f"allowed: {allowed or f'{low} to {high}'}"
+                )
+            return digit
+
         image_digit = len(code) == CODE_LENGTH
-        if image_digit and code[0] != IMAGE_DIGIT:
-            raise _digit_error(code, 0, "image size", "1 (224 px)")
-        start = 1 if image_digit else 0
+        if image_digit:
+            read("image size", 1, 1, "1 (224 px)")
         depths = tuple(
-            _read_digit(code, start + stage, f"depth of stage {stage + 1}", MIN_DEPTH, deepest)
-            for stage, deepest in enumerate(MAX_DEPTHS)
+            read(f"depth of stage {stage}", MIN_DEPTH, deepest)
+            for stage, deepest in enumerate(MAX_DEPTHS, 1)
         )
-        start += len(MAX_DEPTHS)
-        stem = _read_digit(code, start, "stem width", 1, len(RATIOS))
-        start += 1
+        stem = read("stem width", 1, len(RATIOS))
         widths = []
-        for stage, (depth, deepest) in enumerate(zip(depths, MAX_DEPTHS, strict=True)):
-            widths.append(_read_stage(code, start, stage, depth, deepest))
-            start += 2 * deepest
+        for stage, (depth, deepest) in enumerate(zip(depths, MAX_DEPTHS, strict=True), 1):
+            own = [(1, len(RATIOS))] * depth
+            none = [(0, 0, f"0, since stage {stage} has {depth} blocks")] * (deepest - depth)
+            pairs = [
+                tuple(read(f"stage {stage}, block {block}, conv{c}", *allowed) for c in (1, 2))
+                for block, allowed in enumerate(own + none, 1)
+            ]
+            widths.append(tuple(pairs[:depth]))
         return cls(depths, stem, tuple(widths), image_digit)
 
     @property
@@ -105,40 +119,6 @@ def _kind(value) -> str:
 
 def _shorten(code: str) -> str:
     return repr(code if len(code) <= 60 else code[:57] + "...")
-
-
-def _digit_error(code: str, position: int, what: str, allowed: str) -> ArchitectureError:
-    return ArchitectureError(
-        f"architecture code {_shorten(code)}: digit {position + 1} ({what}) is "
-        f"{code[position]}; allowed: {allowed}"
-    )
-
-
-def _read_digit(code: str, position: int, what: str, low: int, high: int) -> int:
-    digit = int(code[position])
-    if not low <= digit <= high:
-        raise _digit_error(code, position, what, f"{low} to {high}")
-    return digit
-
-
-def _read_stage(code: str, start: int, stage: int, depth: int, deepest: int):
-    blocks = []
-    for block in range(deepest):
-        names = [f"stage {stage + 1}, block {block + 1}, conv{conv}" for conv in (1, 2)]
-        positions = (start + 2 * block, start + 2 * block + 1)
-        if block < depth:
-            conv1, conv2 = (
-                _read_digit(code, position, name, 1, len(RATIOS))
-                for position, name in zip(positions, names, strict=True)
-            )
-            blocks.append((conv1, conv2))
-            continue
-        for position, name in zip(positions, names, strict=True):
-            if code[position] != "0":
-                raise _digit_error(
-                    code, position, name, f"0, since stage {stage + 1} has {depth} blocks"
-                )
-    return tuple(blocks)
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:

@@ -26,12 +26,8 @@ ranking. Each of them is corrected for length:
 5. Of the pairs that differ in some fold a share is equal over the first n images, which tau-b
    leaves out: tau-b = tau / sqrt(1 - share).
 
-Near 1 neither normal scores nor equal errors are needed: disagreements are in proportion to the
-errors' size and to how many architectures are nearly equal, and the second is the same on both
-sides. The tau of step 1 is tau-a over the pairs that differ in some fold: a pair that is equal in a
-half agrees and disagrees to equal parts. Half of the images have more such pairs than the whole,
-which tau-b would leave out of both numbers. Where equal pairs are many, the estimate is a little
-small.
+The tau of step 1 is tau-a over the pairs that differ in some fold: a pair that is equal in a half
+agrees and disagrees to equal parts. Where equal pairs are many, the estimate is a little small.
 
 The estimate is the mean over the 15 ways. The interval is for a further draw, which is what the
 images to come are: mean +- t sqrt(s^2 (2 + 1 / 15) + (2 / pairs)^2) with the ways' variance s^2 and
@@ -44,10 +40,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.linalg import hadamard
 
 from hnas.base.errors import UserError
 from hnas.base.files import read_json
@@ -84,13 +81,8 @@ def fold_sizes(images: int) -> np.ndarray:
 
 
 def halvings() -> np.ndarray:
-    """Which folds are in the first half, for each way of halving them; bool [FOLDS - 1, FOLDS].
-
-    A Hadamard matrix (Sylvester 1867) without its constant row: fold f is in the first half of
-    way w if the numbers w and f have an odd number of bits in common.
-    """
-    common = np.arange(1, FOLDS)[:, None] & np.arange(FOLDS)
-    return np.array([[number.bit_count() % 2 == 1 for number in row] for row in common.tolist()])
+    """Which folds are in the first half, for each way of halving them; bool [FOLDS - 1, FOLDS]."""
+    return hadamard(FOLDS)[1:] < 0
 
 
 def expected_agreement(folds: np.ndarray, images: int, of_images: int) -> Agreement | None:
@@ -261,8 +253,8 @@ def _agreement(record: Mapping) -> Agreement | None:
 
 def estimates_beside(
     path: str | Path, archs: Sequence[Architecture], accuracy: np.ndarray
-) -> Estimates:
-    """What the ``estimates.json`` beside a file of scores knows of them, in their order.
+) -> tuple[Estimates, list[int]]:
+    """The ``estimates.json`` beside a file of scores, and where they are in it.
 
     Args:
         path: of the scores.
@@ -280,11 +272,4 @@ def estimates_beside(
     # Of accuracies that were in percent the last digits may differ.
     if min(rows) < 0 or not np.allclose(found.accuracy[rows], accuracy, rtol=1e-12, atol=0):
         raise UserError(f"{beside} is of other scores")
-    return replace(
-        found,
-        names=tuple(found.names[row] for row in rows),
-        codes=tuple(found.codes[row] for row in rows),
-        accuracy=found.accuracy[rows],
-        error=found.error[rows],
-        folds=found.folds[rows],
-    )
+    return found, rows

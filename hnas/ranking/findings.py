@@ -328,6 +328,7 @@ def analyse_scores(
     accuracy: np.ndarray,
     costs: Mapping[str, np.ndarray],
     known: Estimates | None,
+    rows: Sequence[int],
 ) -> dict:
     """All figures of a report on scores alone, as plain values; None where not defined.
 
@@ -335,9 +336,14 @@ def analyse_scores(
         archs: n by name.
         accuracy: their scores in percent [n].
         costs: ``macs`` and ``params`` [n].
-        known: what ``estimates.json`` says of them, in their order.
+        known, rows: what ``estimates.json`` says, and where they are in it.
     """
-    names, macs, error = list(archs), costs["macs"], None if known is None else 100 * known.error
+    names, macs = list(archs), costs["macs"]
+    images = error = agreement = None
+    if known is not None:
+        images, error = known.images, 100 * known.error[rows]
+        if known.agreement is not None:
+            agreement = {"images": known.of_images, **asdict(known.agreement)}
 
     def row(index: int) -> dict:
         return {
@@ -351,12 +357,9 @@ def analyse_scores(
 
     chosen = choices(list(archs.values()))
     front = pareto_front(accuracy, macs)
-    agreement = None
-    if known is not None and known.agreement is not None:
-        agreement = {"images": known.of_images, **asdict(known.agreement)}
     report = {
         "architectures": len(accuracy),
-        "images": None if known is None else known.images,
+        "images": images,
         "accuracy": {
             "lowest": float(accuracy.min()),
             "median": float(np.median(accuracy)),

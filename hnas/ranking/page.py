@@ -68,8 +68,6 @@ def ranking_page(report: Mapping, figures: Mapping[str, Sequence[Panel]]) -> str
             _figure(figures["breakdown"], f"Mean rank error by option, in percent; {BARS}"),
             _effects(report["attribution"], "rank error", 1),
             _note("Positive: overrated."),
-            "<h2>Matching</h2>",
-            _matching(report),
         ],
     )
 
@@ -207,18 +205,6 @@ def _top_k(report: Mapping) -> str:
     return _table(("k", "regret", "precision"), rows) + _note(
         "Regret: the best true accuracy less the best among the k predicted best, in percentage "
         "points. Precision: share of these k that are truly among the best k."
-    )
-
-
-def _matching(report: Mapping) -> str:
-    rows = [
-        (f"only in {source}", f"{found['count']:,}", code)
-        for source, found in report["unmatched"].items()
-        for code in (found["codes"] or ["–"])
-    ]
-    return _table(("", "number", "first codes"), rows, code_column=2) + _note(
-        f"{report['architectures']:,} architectures are in both files; codes of 51 and 52 digits "
-        "are the same where they differ in the image size digit only."
     )
 
 

@@ -84,12 +84,12 @@ def scores_of(path: str, images: int = 0) -> Scores:
         number = np.array(own)
     else:
         try:
-            found = estimates_beside(path, list(archs.values()), accuracy)
+            found, rows = estimates_beside(path, list(archs.values()), accuracy)
         except UserError as error:
             raise UserError(
                 f"on how many images {path} was scored is not known: {error}; or give --images N"
             ) from None
-        number, folds = np.full(len(archs), found.images), found.folds
+        number, folds = np.full(len(archs), found.images), found.folds[rows]
     return Scores(archs, accuracy, error_of_hits(accuracy * number, number), number, folds)
 
 

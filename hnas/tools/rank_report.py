@@ -91,13 +91,13 @@ def report_scores(options) -> dict:
         raise UserError(
             f"{options.pred} has {len(archs)} architectures; a report needs at least {FEWEST}"
         )
-    known, unknown = None, []
+    known, rows, unknown = None, [], []
     try:
-        known = estimates_beside(options.pred, list(archs.values()), in_shares(accuracy))
+        known, rows = estimates_beside(options.pred, list(archs.values()), in_shares(accuracy))
     except UserError as reason:
         unknown = [f"Standard errors are not known: {reason}."]
     accuracy, costs = in_percent(accuracy), costs_of(archs.values(), options)
-    found = analyse_scores(archs, accuracy, costs, known)
+    found = analyse_scores(archs, accuracy, costs, known, rows)
     report = {
         "pred": options.pred,
         "backbone": options.backbone,
