@@ -3,7 +3,6 @@
 import html
 import html.parser
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools.rank_report import main
 
 NUMBER, IMAGES = 60, 355
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MINI = ("--backbone", "resnet48_mini", "--image_size", 32, "--num_classes", 10)
 
 
