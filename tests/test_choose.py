@@ -13,8 +13,8 @@ from scipy import stats
 
 from hnas.base.errors import UserError
 from hnas.evaluation.results import estimates
+from hnas.ranking.costs import all_parts
 from hnas.ranking.front import critical_value, independent_difference, not_worse, pareto_front
-from hnas.ranking.latency import all_parts
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.choose import main
 
@@ -212,7 +212,7 @@ def test_a_latency_budget(scored, measured, capsys):
     front = [row["latency"] for row in choice["networks"] if row["front"]]
     assert len(front) > 1 and np.all(np.diff(front) < 0)
     assert f"{expected[choice['networks'][0]['name']]:.3f} ms" in text
-    with pytest.raises(UserError, match="measured with --image_size 32, not 64"):
+    with pytest.raises(UserError, match="image size 32 instead of 64; measure again"):
         run(folder, "--latency", path, "--image_size", 64)
     run(folder, "--latency", path, "--cost", "macs", "--out", folder / "macs", capsys=capsys)
     assert json.loads((folder / "macs/choice.json").read_text())["cost"] == "macs"

@@ -13,13 +13,13 @@ import numpy as np
 import paddle
 import pytest
 from entry_scripts import noise_images, run
+from hnas.evaluation.comparison import Comparison
 
 import train_supernet
 from hnas.base.errors import UserError
 from hnas.base.files import digest_path, file_digest
 from hnas.dataset.image_folder import decode_image
 from hnas.dataset.transforms import EvalTransform
-from hnas.evaluation.comparison import Comparison
 from hnas.evaluation.counts import Counts
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.search_space import RESNET48_MINI, Architecture

@@ -22,6 +22,7 @@ from hnas.base.command_line import OneLineParser, path_text, read_path, real_num
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.agreement import FOLDS, estimates_beside
+from hnas.ranking.costs import UNITS, LatencyTable, costs_of, open_latency
 from hnas.ranking.front import (
     CONFIDENCE,
     critical_value,
@@ -31,11 +32,9 @@ from hnas.ranking.front import (
     not_worse,
     pareto_front,
 )
-from hnas.ranking.latency import LatencyTable, read_latency
-from hnas.search_space import Architecture
-from hnas.tools.flops import add_network_flags, costs_of
+from hnas.search_space import Architecture, search_space
+from hnas.tools.flops import add_network_flags
 
-UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
 NAMES = {**UNITS, "latency": "latency"}
 MOST = 1e15
 
@@ -227,12 +226,15 @@ def main(argv=None) -> None:
     if options.out:
         check_writable(options.out, "--out")
 
-    latency = open_latency(options)
+    asked_by = "--cost latency" if options.cost == "latency" else ""
+    if options.max_latency_ms is not None:
+        asked_by = "--max_latency_ms"
+    size, classes = options.image_size, options.num_classes
+    latency = open_latency(options.latency, options.backbone, size, asked_by=asked_by)
     cost = options.cost or ("macs" if latency is None else "latency")
     scores = scores_of(options.submission, options.images)
-    costs = costs_of(scores.archs.values(), options)
-    if latency is not None:
-        costs["latency"] = np.array([latency.of(arch) for arch in scores.archs.values()])
+    space = search_space(options.backbone)
+    costs = costs_of(scores.archs.values(), space, size, classes, latency)
     limits = {
         "macs": options.max_macs,
         "params": options.max_params,
@@ -253,24 +255,6 @@ def main(argv=None) -> None:
         write_choice(options, len(scores.archs), cost, budget, chosen)
     shown = table(chosen, options.top, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
-
-
-def open_latency(options) -> LatencyTable | None:
-    """What ``--latency`` names, if it is given.
-
-    Raises:
-        UserError: it is of something else, or it is missing and asked for by another flag.
-    """
-    if not options.latency:
-        if options.max_latency_ms is not None or options.cost == "latency":
-            flag = "--max_latency_ms" if options.max_latency_ms is not None else "--cost latency"
-            raise UserError(
-                f"{flag} takes --latency FILE, which python -m hnas.tools.latency measures"
-            )
-        return None
-    table = read_latency(options.latency)
-    table.check_fits(options.backbone, options.image_size)
-    return table
 
 
 def latency_label(table: LatencyTable) -> str:

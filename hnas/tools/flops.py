@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-
-import numpy as np
 
 from hnas.architecture_file import read_architectures
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, whole_number
 from hnas.base.errors import run_main
 from hnas.base.files import check_output, write_json
-from hnas.search_space import Architecture, find_backbone, search_space
+from hnas.ranking.costs import costs_of
+from hnas.search_space import find_backbone, search_space
 
 
 def add_network_flags(parser: OneLineParser) -> None:
-    """The flags of the network whose costs :func:`costs_of` tells."""
+    """The flags of the network whose costs are told."""
     parser.add_argument(
         "--backbone", type=_known, default="resnet48", help="whose widths [default resnet48]"
     )
@@ -38,16 +36,6 @@ def _known(backbone: str) -> str:
     return backbone
 
 
-def costs_of(archs: Iterable[Architecture], options) -> dict[str, np.ndarray]:
-    """``macs`` per image and ``params`` of architectures, int64 [n] each."""
-    space, archs = search_space(options.backbone), list(archs)
-    size, classes = options.image_size, options.num_classes
-    return {
-        "macs": np.array([space.macs(arch, size, classes) for arch in archs]),
-        "params": np.array([space.params(arch, classes) for arch in archs]),
-    }
-
-
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -60,7 +48,8 @@ def main(argv=None) -> None:
         check_output(options.output, "--output")
 
     archs = read_architectures(options.modelarch_file)
-    costs = costs_of(archs.values(), options)
+    space = search_space(options.backbone)
+    costs = costs_of(archs.values(), space, options.image_size, options.num_classes)
     rows = zip(archs.items(), costs["macs"].tolist(), costs["params"].tolist(), strict=True)
     counts = {
         name: {"arch": arch.code, "macs": macs, "params": params}

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from hnas.architecture_file import in_percent, in_shares, read_accuracies, read_scores, read_truth
 from hnas.base.command_line import OneLineParser, path_text, read_path, whole_number
@@ -22,20 +24,27 @@ from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES
+from hnas.ranking.costs import costs_of
 from hnas.ranking.figures import option_panels, scatter_panel, score_panel
 from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
-from hnas.tools.flops import add_network_flags, costs_of
+from hnas.search_space import Architecture, search_space
+from hnas.tools.flops import add_network_flags
 
 COUNTED = {"macs": "MACs", "params": "parameters"}
+
+
+def _costs(archs: Iterable[Architecture], options) -> dict[str, np.ndarray]:
+    space = search_space(options.backbone)
+    return costs_of(archs, space, options.image_size, options.num_classes)
 
 
 def report_ranking(options) -> dict:
     """Write the report on predictions and a truth; gives the line that is printed."""
     gt = read_truth(options.gt)
     if options.pred in COUNTED:
-        archs, predicted = list(gt), costs_of(gt, options)[options.pred]
+        archs, predicted = list(gt), _costs(gt, options)[options.pred]
     else:
         named, predicted = read_accuracies(options.pred)
         archs = list(named.values())
@@ -96,7 +105,7 @@ def report_scores(options) -> dict:
         known, rows = estimates_beside(options.pred, list(archs.values()), in_shares(accuracy))
     except UserError as reason:
         unknown = [f"Standard errors are not known: {reason}."]
-    accuracy, costs = in_percent(accuracy), costs_of(archs.values(), options)
+    accuracy, costs = in_percent(accuracy), _costs(archs.values(), options)
     found = analyse_scores(archs, accuracy, costs, known, rows)
     report = {
         "pred": options.pred,

@@ -5,8 +5,10 @@
 
 Regularized evolution; each generation is scored together, as stage 3 scores. S gets front.svg,
 search.json (the best, the Pareto front, how it went), search.csv (all that was scored) and the
-same as stage 3's submission.json, which choose, export and rank_report read. The same command goes
-on where a killed one stopped.
+same as stage 3's submission.json, which choose, export and rank_report read.
+
+A search is a function of its settings and of the counts of its generations. Each of these has a
+folder with stage three's own files, so the same command goes on where a killed one stopped.
 """
 
 from __future__ import annotations
@@ -20,26 +22,31 @@ import csv
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, remove_leftovers, replacing, write_json
-from hnas.evaluation.engine import ScoringSettings
-from hnas.evaluation.evolution import UNITS, Budget, Evolution
-from hnas.evaluation.generations import Scored, search
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.engine import ScoringSettings, evaluate_shared
+from hnas.evaluation.evolution import Budget, Evolution
+from hnas.evaluation.images import DecodedImages, ImagesOnDemand
 from hnas.evaluation.results import (
     ESTIMATES_FILE,
     complete_estimates,
     warn_if_guessing,
     write_results,
 )
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.state import STATE_FILE, architectures_hash, load_state
+from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
-from hnas.parallel.distributed import barrier, is_main_process, leave
+from hnas.parallel.distributed import barrier, from_main_process, is_main_process, leave
+from hnas.ranking.costs import UNITS, open_latency
 from hnas.ranking.figures import choice_panel
-from hnas.ranking.latency import LatencyTable, read_latency
-from hnas.search_space import find_backbone
+from hnas.search_space import Architecture, find_backbone
 from hnas.tools.choose import Scores, choose, conclusions, latency_label, table
 from hnas.utils.flags import Stage
 from hnas.utils.memory_needs import check_chunk
@@ -58,7 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Stage.SEARCH, argv, about=__doc__.splitlines()[0])
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; search takes resnet48")
-    latency = latency_table(options)
+    latency = open_latency(
+        options.latency,
+        options.backbone,
+        options.image_size,
+        options.sample_space,
+        asked_by="--max_latency_ms" if options.max_latency_ms else "",
+    )
     arithmetic = start(options, scores=True)
     require(options, "ckpt_dir")
     check_chunk(options)
@@ -67,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = scored_order(options, images)
     network = build_network(options.backbone, len(images.classes), space)
     checkpoint = start_from_checkpoint(network, options.ckpt_dir, images.classes)
-    budget = Budget(space, options.image_size, len(images.classes), limits(options), latency)
+    given = (options.max_macs, options.max_params, options.max_latency_ms)
+    limits = {kind: most for kind, most in zip(UNITS, given, strict=True) if most}
+    budget = Budget(space, options.image_size, len(images.classes), limits, latency)
     save_dir = Path(options.save_dir)
     if is_main_process():
         for folder in (save_dir, *save_dir.glob("generation_*")):
@@ -92,32 +107,80 @@ def main(argv: Sequence[str] | None = None) -> None:
     leave()
 
 
-def latency_table(options: Options) -> LatencyTable | None:
-    """The table that ``--latency`` names.
+@dataclass
+class Scored:
+    """What a search has scored so far, in order: by name, counts, and whose generation it is."""
+
+    archs: dict[str, Architecture] = field(default_factory=dict)
+    counts: Counts = field(default_factory=lambda: Counts.zeros(0))
+    generation: list[int] = field(default_factory=list)
+
+    def add(self, archs: Mapping[str, Architecture], counts: Counts, generation: int) -> None:
+        """Add those of a generation."""
+        self.archs |= archs
+        self.generation += [generation] * len(archs)
+        columns = zip(self.counts.columns(), counts.columns(), strict=True)
+        folds = np.concatenate([self.counts.folds, counts.folds])
+        self.counts = Counts(*map(np.concatenate, columns), counts.images, folds)
+
+
+def search(
+    network: ElasticResNet,
+    evolution: Evolution,
+    generations: int,
+    images: DecodedImages | ImagesOnDemand,
+    folder: Path,
+    identity: Mapping[str, str],
+    settings: ScoringSettings,
+) -> Scored:
+    """Score a first population and ``generations`` generations of children in ``folder``.
+
+    Several processes may call this together; all of them get the whole result.
 
     Raises:
-        UserError: it is missing, wrong, or of another network.
+        StateError: a generation in ``folder`` is not of ``identity``.
+        EngineError: the reference engine counts other hits.
+        UserError: nothing keeps to the budget.
     """
-    if not options.latency:
-        if options.max_latency_ms:
-            raise UserError(
-                "--max_latency_ms needs --latency FILE, of python -m hnas.tools.latency"
-            )
-        return None
-    found = read_latency(options.latency)
-    found.check_fits(options.backbone, options.image_size)
-    if options.sample_space == "full" and found.about["sample_space"] != "full":
-        raise UserError(
-            f"{options.latency} was measured for the released space; measure with "
-            "--sample_space full"
+    evaluator = None
+    scored = Scored()
+    for generation in range(generations + 1):
+        proposed = evolution.propose(
+            list(scored.archs.values()), scored.counts.accuracy(), generation
         )
-    return found
+        if not proposed:
+            logger.warning("nothing is left to score in the space within the budget")
+            break
+        archs = {f"arch{n}": arch for n, arch in enumerate(proposed, len(scored.archs) + 1)}
+        own = folder / f"generation_{generation:04d}"
+        whose = {**identity, "architecture_list": architectures_hash(archs)}
+        if evaluator is None:
+            evaluator = SharedEvaluator(network, proposed, settings.calibration, settings.variant)
+        counts = evaluate_shared(network, archs, images, own, whose, settings, evaluator)
+        scored.add(archs, _everywhere(counts), generation)
+        if is_main_process():
+            # The first generation's chunks are the others' too, in a resumed run as well.
+            settings = replace(settings, chunk=load_state(own / STATE_FILE, whose).chunk)
+        accuracy = scored.counts.accuracy()
+        best = list(scored.archs)[int(np.argmax(accuracy))]
+        logger.info(
+            "generation %d/%d: %d scored, best %s %s with top-1 %.4f",
+            generation,
+            generations,
+            len(accuracy),
+            best,
+            scored.archs[best].code,
+            accuracy.max(),
+        )
+    return scored
 
 
-def limits(options: Options) -> dict[str, float]:
-    """The limits that are given, by kind of cost."""
-    given = (options.max_macs, options.max_params, options.max_latency_ms)
-    return {kind: most for kind, most in zip(UNITS, given, strict=True) if most}
+def _everywhere(counts: Counts) -> Counts:
+    """The main process's counts, which alone are complete."""
+    table = np.vstack([counts.columns(), counts.folds.T])
+    images, *numbers = from_main_process([counts.images, *table.ravel().tolist()])
+    columns, folds = np.split(np.array(numbers, dtype=np.int64).reshape(table.shape), [4])
+    return Counts(*columns, images, folds.T)
 
 
 def search_identity(options: Options, budget: Budget) -> dict[str, str]:
@@ -137,8 +200,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
         UserError: a file cannot be written.
     """
     counts, archs = scored.counts, scored.archs
-    each = [budget.costs(arch) for arch in archs.values()]
-    costs = {kind: np.array([own[kind] for own in each]) for kind in each[0]}
+    costs = budget.costs(archs.values())
     # What is limited is what matters; the last of several kinds is the least usual.
     cost = next(reversed(budget.limits), "macs")
     images = np.full(len(archs), counts.images)
