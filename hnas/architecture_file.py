@@ -87,17 +87,12 @@ def in_shares(accuracies: np.ndarray) -> np.ndarray:
 
 
 class _Entry(NamedTuple):
-    """One architecture of a file, as it stands there.
+    """One architecture of a file, as it stands there."""
 
-    Attributes:
-        position: from 1.
-        accuracies: every ``acc``, normally one.
-    """
-
-    position: int
+    position: int  # from 1
     name: str
     code: object
-    accuracies: Sequence[object] = ()
+    accuracies: Sequence[object] = ()  # every ``acc``, normally one
 
     def where(self, path: Path) -> str:
         """For messages."""

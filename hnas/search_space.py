@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,18 +37,13 @@ class ArchitectureError(UserError):
 class Architecture:
     """One sub-network, as digits.
 
-    Attributes:
-        depths: blocks of each of the four stages.
-        stem: width digit of the stem, 1 (full width) to 7 (0.7 of it).
-        widths: for each stage and block the width digits of its two convolutions.
-        image_digit: whether the code is written with the leading ``1`` (52 digits) or without
-            it (51 digits). Two codes that differ only here are the same architecture.
+    Codes with and without the leading ``1``, of 52 and 51 digits, are the same architecture.
     """
 
-    depths: tuple[int, ...]
-    stem: int
-    widths: tuple[tuple[tuple[int, int], ...], ...]
-    image_digit: bool = field(default=True, compare=False)
+    depths: tuple[int, ...]  # blocks of each of the four stages
+    stem: int  # width digit, 1 (full width) to 7 (0.7 of it)
+    widths: tuple[tuple[tuple[int, int], ...], ...]  # of each block's two convolutions, by stage
+    image_digit: bool = field(default=True, compare=False)  # whether the code has the leading 1
 
     @classmethod
     def from_code(cls, code: str) -> Architecture:
@@ -131,15 +127,10 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """Channel counts of one network, all that is needed to build it.
-
-    Attributes:
-        stem: output channels of the stem.
-        stages: for each stage and block the output channels of its two convolutions.
-    """
+    """Output channels of one network's convolutions, all that is needed to build it."""
 
     stem: int
-    stages: tuple[tuple[tuple[int, int], ...], ...]
+    stages: tuple[tuple[tuple[int, int], ...], ...]  # of each block's two convolutions, by stage
 
     def blocks(self):
         """Yield ``(stage, cin, mid, cout, stride)`` of every block from stem to head.
@@ -160,17 +151,11 @@ class ChannelPlan:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Many drawn architectures as arrays.
+    """Many drawn architectures as arrays."""
 
-    Attributes:
-        depths: blocks of each stage, [n, 4].
-        outer: each stage's width digit of conv2, the first also of the stem, [n, 4].
-        inner: width digits of every possible block's conv1, [n, 23].
-    """
-
-    depths: np.ndarray
-    outer: np.ndarray
-    inner: np.ndarray
+    depths: np.ndarray  # blocks of each stage [n, 4]
+    outer: np.ndarray  # each stage's width digit of conv2, the first also of the stem [n, 4]
+    inner: np.ndarray  # width digits of every possible block's conv1 [n, 23]
 
     @property
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
@@ -191,17 +176,11 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Widths of a backbone and the architectures that are drawn from it.
+    """Widths of a backbone and the architectures that are drawn from it."""
 
-    Attributes:
-        base_channels: full channel counts of the four stages; the stem has the first's.
-        divisor: channel counts are rounded to multiples of it.
-        max_digits: largest width digit that sampling uses in each stage.
-    """
-
-    base_channels: tuple[int, ...] = (64, 128, 256, 512)
-    divisor: int = 8
-    max_digits: tuple[int, ...] = RELEASED_DIGITS
+    base_channels: tuple[int, ...] = (64, 128, 256, 512)  # full ones; the stem has the first's
+    divisor: int = 8  # channel counts are rounded to multiples of it
+    max_digits: tuple[int, ...] = RELEASED_DIGITS  # largest that sampling uses in each stage
 
     def channels(self, stage: int, digit: int) -> int:
         """Channel count of width digit 1..7 in ``stage`` (0..3)."""
@@ -339,17 +318,10 @@ class SearchSpace:
         return {f"arch{i}": arch for i, arch in enumerate(drawn, 1)}
 
 
-def _halve(size: int) -> int:
-    """Output size of the stride-2 layers here, all padded to ``ceil(size / 2)``."""
-    return (size + 1) // 2
-
-
 def feature_sizes(image_size: int) -> tuple[int, list[int]]:
     """Height of the stem's convolution and of the four stages' feature maps."""
-    stem = _halve(image_size)
-    sizes = [_halve(stem)]
-    for _ in STAGE_STRIDES[1:]:
-        sizes.append(_halve(sizes[-1]))
+    # All layers of stride 2 are padded to ceil(size / 2).
+    stem, *sizes = (math.ceil(image_size / 2**halved) for halved in range(1, 6))
     return stem, sizes
 
 
@@ -365,19 +337,17 @@ def _draw(rng: np.random.Generator, options: int, tilt: float) -> int:
 
 
 RESNET48 = SearchSpace()
-
 # A quarter of ResNet48's widths for CPUs, with a divisor of 1, since multiples of 8 would merge
 # the ratios. The first stage has 20 channels instead of 16: between 70 and 100 % of 16 lie only
 # six integers for seven ratios.
 RESNET48_MINI = SearchSpace(base_channels=(20, 32, 64, 128), divisor=1)
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A named network: its search space, and whether it is stage one's contrastive model."""
+class Backbone(NamedTuple):
+    """A named network."""
 
     space: SearchSpace
-    contrastive: bool
+    contrastive: bool  # whether it is stage one's model
 
 
 BACKBONES = {

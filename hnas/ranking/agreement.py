@@ -63,12 +63,7 @@ KEYS = frozenset({"acc", "se", "arch", "folds"})
 
 @dataclass(frozen=True)
 class Agreement:
-    """Expected tau-b with the ranking by all images, and the ends of its 95 % interval.
-
-    Attributes:
-        tau: -1 to 1, as are the others.
-        low, high: the interval.
-    """
+    """Expected tau-b with the ranking by all images, and the ends of its 95 % interval."""
 
     tau: float
     low: float
@@ -156,25 +151,16 @@ def agreement_record(agreement: Agreement | None, of_images: int) -> dict:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What an evaluation knows after its first images.
-
-    Attributes:
-        names, codes: of the architectures, in the file's order.
-        accuracy, error: top-1 and its standard error, 0 to 1; float64 [architectures].
-        images: how many were scored.
-        folds: top-1 hits by fold; int64 [architectures, FOLDS].
-        agreement: with the ranking by all images; None where it is not defined.
-        of_images: how many these are.
-    """
+    """What an evaluation knows after its first images, in the file's order."""
 
     names: tuple[str, ...]
     codes: tuple[str, ...]
-    accuracy: np.ndarray
-    error: np.ndarray
-    images: int
-    folds: np.ndarray
-    agreement: Agreement | None
-    of_images: int
+    accuracy: np.ndarray  # top-1, 0 to 1; float64 [architectures]
+    error: np.ndarray  # standard errors of these
+    images: int  # how many were scored
+    folds: np.ndarray  # top-1 hits by fold; int64 [architectures, FOLDS]
+    agreement: Agreement | None  # with the ranking by all images; None where it is not defined
+    of_images: int  # how many these are
 
 
 def fold_text(folds: Sequence[int]) -> str:

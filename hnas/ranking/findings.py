@@ -149,11 +149,7 @@ def attribute(chosen: Mapping[str, np.ndarray], values: np.ndarray) -> dict:
 
 
 def clear_effects(attribution: Mapping) -> list[tuple[str, float]]:
-    """Choices whose effect is not 0, at ``LEVEL``, and their effects, the largest first.
-
-    Args:
-        attribution: of :func:`attribute`.
-    """
+    """Choices whose effect is not 0, at ``LEVEL``, and their effects, the largest first."""
     found = [
         (name, row["effect"])
         for name, row in attribution["choices"].items()
@@ -176,18 +172,12 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Matched:
-    """Architectures that have both a predicted and a true accuracy.
-
-    Attributes:
-        archs: the architectures.
-        pred, gt: what is predicted, in the file's unit, and the true accuracies in percent [n].
-        only_in_pred, only_in_gt: codes of the others.
-    """
+    """Architectures that have both a predicted and a true accuracy."""
 
     archs: list[Architecture]
-    pred: np.ndarray
-    gt: np.ndarray
-    only_in_pred: list[str]
+    pred: np.ndarray  # in the file's unit [n]
+    gt: np.ndarray  # in percent [n]
+    only_in_pred: list[str]  # codes of the others
     only_in_gt: list[str]
 
 
@@ -232,11 +222,8 @@ def analyse_ranking(matched: Matched, seed: int = 0, resamples: int = RESAMPLES)
             for source, codes in (("pred", matched.only_in_pred), ("gt", matched.only_in_gt))
         },
     }
-    return {
-        **report,
-        "interpretation": interpret_ranking(report),
-        "notes": notes_on_ranking(matched),
-    }
+    told = {"interpretation": interpret_ranking(report), "notes": notes_on_ranking(matched)}
+    return {**report, **told}
 
 
 def notes_on_ranking(matched: Matched) -> list[str]:
@@ -381,11 +368,8 @@ def analyse_scores(
         "by_option": {name: by_option(chosen[name], accuracy) for name in DISCRETE},
         "attribution": attribute(chosen, accuracy),
     }
-    return {
-        **report,
-        "interpretation": interpret_scores(report),
-        "notes": notes_on_scores(accuracy),
-    }
+    told = {"interpretation": interpret_scores(report), "notes": notes_on_scores(accuracy)}
+    return {**report, **told}
 
 
 def interpret_scores(report: Mapping) -> list[str]:

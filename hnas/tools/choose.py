@@ -41,21 +41,13 @@ MOST = 1e15
 
 @dataclass(frozen=True)
 class Scores:
-    """Networks with their accuracies.
+    """Networks with their accuracies."""
 
-    Attributes:
-        archs: by name.
-        accuracy: shares of 1 [n].
-        error: standard errors of them as estimates for more such images [n].
-        images: how many each was scored on [n].
-        folds: hits by fold of the images, which are the same for all, or None [n, FOLDS].
-    """
-
-    archs: Mapping[str, Architecture]
-    accuracy: np.ndarray
-    error: np.ndarray
-    images: np.ndarray
-    folds: np.ndarray | None = None
+    archs: Mapping[str, Architecture]  # by name
+    accuracy: np.ndarray  # shares of 1 [n]
+    error: np.ndarray  # standard errors of them as estimates for more such images [n]
+    images: np.ndarray  # how many each was scored on [n]
+    folds: np.ndarray | None = None  # hits by fold, where all saw the same images [n, FOLDS]
 
 
 def scores_of(path: str, images: int = 0) -> Scores:
@@ -130,8 +122,7 @@ def choose(
         than their noise.
     """
     accuracy, error = scores.accuracy[fits], scores.error[fits]
-    front = np.zeros(len(accuracy), bool)
-    front[pareto_front(accuracy, costs[cost][fits])] = True
+    front = set(pareto_front(accuracy, costs[cost][fits]).tolist())
     if scores.folds is None:
         group = not_worse(accuracy, independent_difference(accuracy, error))
     else:
@@ -149,7 +140,7 @@ def choose(
             "se": round(float(error[i]), 6),
             "images": number[i],
             **{kind: values[i] for kind, values in own.items()},
-            "front": bool(front[i]),
+            "front": int(i) in front,
             "group": bool(group[i]),
         }
         for i in np.lexsort((costs[cost][fits], -accuracy))
@@ -160,13 +151,9 @@ def table(chosen: Sequence[Mapping], top: int, costs: Sequence[str]) -> str:
     """The first ``top`` of what :func:`choose` gives, as text."""
     rows = [["network", "top-1", "+-", *(UNITS[kind] for kind in costs), "front", "group"]]
     for row in chosen[:top]:
-        figures = [
-            f"{row['acc']:.2%}",
-            f"{row['se']:.2%}",
-            *(figure(kind, row[kind]) for kind in costs),
-        ]
+        spent = [figure(kind, row[kind]) for kind in costs]
         marks = ["*" if row["front"] else "", "=" if row["group"] else ""]
-        rows.append([row["name"], *figures, *marks])
+        rows.append([row["name"], f"{row['acc']:.2%}", f"{row['se']:.2%}", *spent, *marks])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
