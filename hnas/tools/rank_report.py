@@ -67,23 +67,6 @@ def report_ranking(options) -> dict:
     return summary(report)
 
 
-def summary(report: Mapping) -> dict:
-    """The line that is printed of a ranking."""
-    return {
-        "pred": report["pred"],
-        "gt": report["gt"],
-        "architectures": report["architectures"],
-        "only_in_pred": report["unmatched"]["pred"]["count"],
-        "only_in_gt": report["unmatched"]["gt"]["count"],
-        **report["correlations"],
-        "resamples": report["resamples"],
-        "top_k": report["top_k"],
-        "mean_absolute_rank_error": report["mean_absolute_rank_error"],
-        "explained": report["attribution"]["explained"],
-        "notes": report["notes"],
-    }
-
-
 def report_scores(options) -> dict:
     """Write the report on scores alone; gives the line that is printed.
 
@@ -164,6 +147,23 @@ def main(argv=None) -> None:
     printed = report_ranking(options) if options.gt else report_scores(options)
     printed["report"] = str(options.out / "report.html")
     sys.stdout.write(json.dumps(printed) + "\n")
+
+
+def summary(report: Mapping) -> dict:
+    """The line that is printed of a ranking."""
+    return {
+        "pred": report["pred"],
+        "gt": report["gt"],
+        "architectures": report["architectures"],
+        "only_in_pred": report["unmatched"]["pred"]["count"],
+        "only_in_gt": report["unmatched"]["gt"]["count"],
+        **report["correlations"],
+        "resamples": report["resamples"],
+        "top_k": report["top_k"],
+        "mean_absolute_rank_error": report["mean_absolute_rank_error"],
+        "explained": report["attribution"]["explained"],
+        "notes": report["notes"],
+    }
 
 
 if __name__ == "__main__":
