@@ -265,7 +265,13 @@ class SearchSpace:
         probability proportional to ``exp(tilt * k / (n - 1))``: 0 is uniform, as the released
         45,000 are; a positive tilt favours depth and width.
         """
-        return self.compose(lambda options, *choice: _draw(rng, options, tilt))
+
+        def draw(options: int, *_) -> int:
+            exponents = tilt * np.linspace(0.0, 1.0, options)
+            weights = np.exp(exponents - exponents.max())
+            return int(rng.choice(options, p=weights / weights.sum()))
+
+        return self.compose(draw)
 
     def compose(self, choose: Callable[..., int]) -> Architecture:
         """An architecture from one call of ``choose`` for each of its choices, in a fixed order.
@@ -323,17 +329,6 @@ def feature_sizes(image_size: int) -> tuple[int, list[int]]:
     # All layers of stride 2 are padded to ceil(size / 2).
     stem, *sizes = (math.ceil(image_size / 2**halved) for halved in range(1, 6))
     return stem, sizes
-
-
-def choice_probabilities(options: int, tilt: float) -> np.ndarray:
-    """Probabilities of ``options`` choices from small to large under ``tilt``; see ``sample``."""
-    exponents = tilt * np.linspace(0.0, 1.0, options)
-    weights = np.exp(exponents - exponents.max())
-    return weights / weights.sum()
-
-
-def _draw(rng: np.random.Generator, options: int, tilt: float) -> int:
-    return int(rng.choice(options, p=choice_probabilities(options, tilt)))
 
 
 RESNET48 = SearchSpace()

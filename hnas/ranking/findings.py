@@ -29,8 +29,6 @@ from hnas.ranking.front import pareto_front
 from hnas.search_space import RATIOS, Architecture
 
 STAGES = range(4)
-PERCENT_OF_DIGIT = tuple(round(100 * ratio) for ratio in RATIOS)
-"""Width digits 1 to 7 in percent of the full width."""
 DISCRETE = tuple(f"{kind} {stage + 1}" for kind in ("depth", "output width") for stage in STAGES)
 """Choices of few options, each of which many architectures share."""
 LEVEL = 0.05
@@ -65,15 +63,11 @@ def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
 
 
 def _percent(digit: int) -> int:
-    return PERCENT_OF_DIGIT[digit - 1]
+    return round(100 * RATIOS[digit - 1])
 
 
 def by_option(chosen: np.ndarray, values: np.ndarray) -> list[dict]:
-    """Mean of the architectures that share an option, smallest option first.
-
-    Args:
-        chosen: the choice of each architecture [n].
-        values: what is looked at [n], e.g. rank errors in percent.
+    """Mean of the ``values`` [n] of architectures that have chosen the same, smallest option first.
 
     Returns:
         For each option ``{"option", "architectures", "mean", "standard_error",

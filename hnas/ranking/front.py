@@ -17,16 +17,10 @@ MOST_ERRORS = 40.0
 
 
 def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the networks of which none is both cheaper and as good, or as cheap and better.
+    """Indices of the networks [n] of which none is cheaper and as good, or as cheap and better.
 
-    Of networks that are equal in both the first stands for all.
-
-    Args:
-        accuracy: the more the better [n].
-        cost: the less the better [n].
-
-    Returns:
-        int64, by rising cost, so by rising accuracy too.
+    By rising cost, so by rising accuracy too; of networks that are equal in both the first stands
+    for all.
     """
     accuracy, cost = np.asarray(accuracy), np.asarray(cost)
     order = np.lexsort((-accuracy, cost))
@@ -88,14 +82,13 @@ def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
 def not_worse(
     accuracy: np.ndarray,
     difference_error: np.ndarray,
-    confidence: float = CONFIDENCE,
     freedom: int | None = None,
 ) -> np.ndarray:
     """Which networks cannot be told from the best by the images that they were scored on.
 
     Gupta's subset selection (Technometrics 7, 1965, pp. 225-245): a network stays if it is below
     the best by at most d standard errors of their difference, where d is such that the truly best
-    of all n stays with probability ``confidence``, however close the others are. So d grows with
+    of all n stays with probability ``CONFIDENCE``, however close the others are. So d grows with
     n: the best of many is always partly lucky.
 
     Args:
@@ -109,7 +102,7 @@ def not_worse(
     """
     accuracy = np.asarray(accuracy)
     below = accuracy.max() - accuracy
-    errors = critical_value(len(accuracy), confidence)
+    errors = critical_value(len(accuracy))
     if freedom is not None:
         # What Student's t exceeds as rarely as a normal variable exceeds d.
         errors = -stdtrit(freedom, ndtr(-errors))
@@ -117,11 +110,10 @@ def not_worse(
     return (below <= 0) | (below <= errors * np.asarray(difference_error))
 
 
-def critical_value(networks: int, confidence: float = CONFIDENCE) -> float:
+def critical_value(networks: int) -> float:
     """The d of :func:`not_worse`: Gupta's constant over the square root of 2.
 
-    Solves P(max of n - 1 standard normal variables - another one <= d sqrt 2) = confidence, for
-    a confidence above a half.
+    Solves P(max of n - 1 standard normal variables - another one <= d sqrt 2) = CONFIDENCE.
     """
     if networks < 2:
         return 0.0
@@ -133,5 +125,5 @@ def critical_value(networks: int, confidence: float = CONFIDENCE) -> float:
         middle = (low + high) / 2
         # That the best of equally good networks stays.
         kept = weight @ ndtr(z + middle * math.sqrt(2)) ** (networks - 1)
-        low, high = (middle, high) if kept < confidence else (low, middle)
+        low, high = (middle, high) if kept < CONFIDENCE else (low, middle)
     return high

@@ -223,12 +223,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], code_column: int 
 
 
 def _note(text: str) -> str:
-    """A paragraph in small print."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def _figure(panels: Sequence[Panel], caption: str) -> str:
-    """Panels beside each other as far as there is room, with a caption."""
     drawn = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
     kind = f'<div class="many">{drawn}</div>' if len(panels) > 1 else drawn
     return f"<figure>{kind}<figcaption>{escape(caption)}</figcaption></figure>"

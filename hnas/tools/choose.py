@@ -35,7 +35,6 @@ from hnas.ranking.front import (
 from hnas.search_space import Architecture, search_space
 from hnas.tools.flops import add_network_flags
 
-NAMES = {**UNITS, "latency": "latency"}
 MOST = 1e15
 
 
@@ -173,7 +172,7 @@ def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
     return "\n".join(
         [
             f"{len(chosen):,} of {scored:,} networks within the budget; +- is the standard error",
-            f"* {front:,} are on the Pareto front of accuracy and {NAMES[cost]}",
+            f"* {front:,} are on the Pareto front of accuracy and {'latency' if cost == 'latency' else UNITS[cost]}",
             f"= {len(group):,} are not worse than the best by more than their noise: with "
             f"{CONFIDENCE:.0%} the truly best is among them",
             line("best", chosen[0]),
