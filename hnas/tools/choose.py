@@ -164,6 +164,7 @@ def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
     group = [row for row in chosen if row["group"]]
     front = sum(row["front"] for row in chosen)
     cheapest = min(group, key=lambda row: row[cost])
+    against = "latency" if cost == "latency" else UNITS[cost]
 
     def line(what: str, row: Mapping) -> str:
         spent = f"{figure(cost, row[cost])} {UNITS[cost]}"
@@ -172,7 +173,7 @@ def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
     return "\n".join(
         [
             f"{len(chosen):,} of {scored:,} networks within the budget; +- is the standard error",
-            f"* {front:,} are on the Pareto front of accuracy and {'latency' if cost == 'latency' else UNITS[cost]}",
+            f"* {front:,} are on the Pareto front of accuracy and {against}",
             f"= {len(group):,} are not worse than the best by more than their noise: with "
             f"{CONFIDENCE:.0%} the truly best is among them",
             line("best", chosen[0]),
