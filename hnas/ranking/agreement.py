@@ -1,12 +1,11 @@
 """How well a ranking by the first images agrees with the ranking by all images of the list.
 
 All architectures see the same images, so an image that is hard for all of them moves all
-accuracies and no ranks. What ranks depend on shows when the images are halved: both halves rank
-the same architectures, and where they disagree images decide.
+accuracies and no ranks. What ranks depend on shows when the images are halved: where both halves
+disagree images decide.
 
 **What is estimated.** tau-b between the accuracies over the first n images and those over all N
-images of the list, of these architectures. It is a property of this list, not of all images that
-there might be, so it is exactly 1 when n = N.
+images of the list, of these architectures; so it is exactly 1 when n = N.
 
 **How.** Hits are counted in 16 folds, by an image's position in the list modulo 16. The list's
 order is drawn, so the folds are random samples, and so is what will follow. There are 15 ways of

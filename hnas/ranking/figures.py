@@ -142,13 +142,6 @@ class Panel:
         return f"<svg {spaces}{label} {size}>{own}{body}"
 
 
-def scatter_panel(pred: np.ndarray, gt: np.ndarray, pred_label: str, gt_label: str) -> Panel:
-    """Predicted against true accuracy [n]."""
-    panel = Panel(gt_label, pred_label)
-    panel.points(gt, pred)
-    return panel
-
-
 def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Panel]:
     """The mean of something for every option of each choice; see ``by_option``.
 

@@ -25,7 +25,7 @@ from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES
 from hnas.ranking.costs import costs_of
-from hnas.ranking.figures import option_panels, scatter_panel, score_panel
+from hnas.ranking.figures import Panel, option_panels, score_panel
 from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
@@ -59,10 +59,10 @@ def report_ranking(options) -> dict:
         values, label = matched.pred / 1e6, f"{COUNTED[options.pred]}, million"
     elif values.min() >= 0 and values.max() <= 100:
         values, label = in_percent(values), "predicted accuracy, %"
-    figures = {
-        "scatter": [scatter_panel(values, matched.gt, label, "true accuracy, %")],
-        "breakdown": option_panels(report["by_option"], "rank error, %"),
-    }
+    scatter = Panel("true accuracy, %", label)
+    scatter.points(matched.gt, values)
+    breakdown = option_panels(report["by_option"], "rank error, %")
+    figures = {"scatter": [scatter], "breakdown": breakdown}
     write_report(options.out, report, ranking_page(report, figures))
     return summary(report)
 
