@@ -24,8 +24,8 @@ from hnas.dataset.image_folder import MAX_ASPECT, DataError, decode_image, scan_
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.images import DecodedImages
+from hnas.ranking.findings import Matched, notes_on_ranking
 from hnas.search_space import RESNET48_MINI
-from hnas.tools import rank_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RAMP = np.linspace(0, 65535, 120).astype(np.uint16).reshape(10, 12)
@@ -298,7 +298,7 @@ def test_a_full_disk_is_noticed_before_decoding(tmp_path):
 def test_many_equal_accuracies_are_mentioned(equal, said):
     values = np.linspace(0.1, 0.9, 40)
     values[:equal] = 0.0
-    matched = rank_report.Matched([], values, np.linspace(50, 70, 40), [], [])
-    found = [note for note in rank_report.notes(matched) if "placeholders" in note]
+    matched = Matched([], values, np.linspace(50, 70, 40), [], [])
+    found = [note for note in notes_on_ranking(matched) if "placeholders" in note]
     assert found == [f"{equal} of 40 predictions are 0: placeholders? Among them nothing is ranked."
                      for _ in range(said)]  # fmt: skip

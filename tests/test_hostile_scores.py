@@ -26,7 +26,6 @@ from hnas.base.files import (
     remove_leftovers,
     replacing,
 )
-from hnas.dataset import image_folder
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.image_index import cache_folder
 from hnas.dataset.pixel_cache import PixelCache
@@ -49,7 +48,6 @@ from hnas.utils.training import pretrained_network
 from hnas.utils.weights import (
     CheckpointError,
     NotFiniteError,
-    load_weights,
     read_checkpoint,
     read_weights,
     write_state,
@@ -182,11 +180,6 @@ def test_the_teacher_is_checked_too(tmp_path):
     options = Options(backbone="resnet48_mini", pretrained=str(tmp_path / "t"))
     with pytest.raises(NotFiniteError, match=r"t\.pdparams: .* blocks\.0\.conv\.weight"):
         pretrained_network(options, [str(i) for i in range(10)], RESNET48_MINI)
-
-
-def test_good_weights_load(network, tmp_path):
-    write_state(tmp_path / "n.pdparams", network.state_dict())
-    load_weights(network, read_weights(tmp_path / "n"), "n")
 
 
 # --- B. checks that one program had and another lacked
@@ -483,12 +476,6 @@ def test_a_broken_index_costs_time_only(case, root, monkeypatch):
     (path,) = cache_folder().glob("*-names.json")
     INDICES[case](path)
     assert [str(path) for path in scan_images(root, "train").paths] == expected
-
-
-def test_an_index_that_is_right_is_used(root, monkeypatch):
-    scan_images(root, "train")
-    monkeypatch.setattr(image_folder.os, "listdir", lambda _: pytest.fail("listed again"))
-    assert len(scan_images(root, "train")) == 6
 
 
 def changed_table(change):

@@ -59,7 +59,7 @@ def test_imports_go_one_way():
         ("tools/plan.py", "from hnas.bench import straightforward", "Imports go one way"),
         ("dataset/loader.py", "import hnas.parallel.rollcall", "Imports go one way"),
         ("tools/plan.py", "import train_supernet", "Nothing imports an entry script"),
-        ("ranking/svg.py", "import paddle", "What works on codes alone starts without Paddle"),
+        ("ranking/figures.py", "import paddle", "What works on codes alone starts without Paddle"),
     ],
 )
 def test_a_planted_import_is_found(house, module, line, contract):

@@ -10,8 +10,7 @@ from pathlib import Path
 from hnas.architecture_file import submission
 from hnas.base.files import replacing, write_json
 from hnas.evaluation.counts import Counts
-from hnas.ranking.agreement import Agreement, agreement_record, expected_agreement
-from hnas.ranking.paired import fold_text
+from hnas.ranking.agreement import Agreement, agreement_record, expected_agreement, fold_text
 from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
 def estimates(
     archs: Mapping[str, Architecture], counts: Counts, agreement: Agreement | None, of_images: int
 ) -> dict:
-    """What ``estimates.json`` holds, which :func:`hnas.ranking.paired.read_estimates` reads.
+    """What ``estimates.json`` holds, which :func:`hnas.ranking.agreement.read_estimates` reads.
 
     Args:
         archs: by name.

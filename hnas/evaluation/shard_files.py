@@ -17,8 +17,7 @@ from hnas.base.files import check_regular, read_json, write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.shards import Shard
 from hnas.evaluation.state import FIELDS, architectures_hash, start_of
-from hnas.ranking.agreement import fold_sizes
-from hnas.ranking.paired import fold_text, read_folds
+from hnas.ranking.agreement import fold_sizes, fold_text, read_folds
 from hnas.search_space import Architecture, ArchitectureError
 
 MOST_BYTES = 2**29
