@@ -29,7 +29,7 @@ from hnas.evaluation.engine import (
     evaluate_one_by_one,
     evaluate_shared,
 )
-from hnas.evaluation.images import list_hash
+from hnas.evaluation.images import Batches, list_hash
 from hnas.evaluation.ledger import Targets
 from hnas.evaluation.results import warn_if_guessing, write_results
 from hnas.evaluation.shard_files import ScoredShard, write_shard
@@ -54,7 +54,6 @@ from hnas.utils.runtime import (
     space_of,
     start,
     validation_images,
-    validation_loader,
 )
 from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash, variant
 from hnas.utils.training import start_from_checkpoint
@@ -110,20 +109,20 @@ def wanted_shard(options: Options) -> Shard | None:
     Raises:
         UserError: it is no shard, or other flags contradict it or each other.
     """
-    names = ("target_se", "target_tau", "arch_shard")
+    names = ("target_se", "target_tau", "images_part")
     given = [name for name in names if getattr(options, name)]
     if given and options.eval_engine == "reference":
         raise UserError(f"--{given[0]} is for --eval_engine shared, not for reference")
-    if not options.arch_shard:
+    if not options.images_part:
         return None
     if len(given) > 1:
         raise UserError(
-            f"--{given[0]} would stop every shard elsewhere; with --arch_shard give --eval_images"
+            f"--{given[0]} would stop every shard elsewhere; with --images_part give --eval_images"
         )
     try:
-        return Shard.read(options.arch_shard)
+        return Shard.read(options.images_part)
     except ValueError as error:
-        raise UserError(f"--arch_shard {error}") from None
+        raise UserError(f"--images_part {error}") from None
 
 
 def score(
@@ -136,10 +135,10 @@ def score(
     arithmetic: Arithmetic,
 ) -> Counts:
     """Hits of all architectures on the images of ``order``; complete in the main process."""
-    if options.eval_engine == "reference":
-        loader = validation_loader(options, images, order)
-        return evaluate_one_by_one(network, archs, loader, calibration)
     decoded = decoded_images(options, images, order)
+    if options.eval_engine == "reference":
+        batches = Batches(decoded, options.batch_size)
+        return evaluate_one_by_one(network, archs, batches, calibration)
     names = shared_hash(decoded.hash, images.select(order))
     return evaluate_shared(
         network,

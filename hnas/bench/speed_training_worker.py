@@ -29,9 +29,9 @@ from hnas.bench.straightforward import (
     with_paddleslim_norms,
 )
 from hnas.dataset.image_folder import scan_images
+from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, ImageDataset, load_batches
-from hnas.dataset.pixel_cache import PixelCache
-from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews, normalize
+from hnas.dataset.transforms import Shrink, StrongTransform, TrainTransform, TwoViews, normalize
 from hnas.models.calibration import measure
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import freeze_statistics
@@ -139,7 +139,7 @@ class Loop:
         pixels = None
         if kind != STRAIGHTFORWARD:
             folder = Path(settings.image_dir) / "cache"
-            pixels = PixelCache(self.images, settings.storage_size, folder)
+            pixels = ImageStore(self.images, Shrink(settings.storage_size), folder)
         dataset = ImageDataset(self.images, self.transform, settings.seed, pixels=pixels)
         self.loader = EpochLoader(dataset, settings.batch_size, settings.num_workers)
         self.model = self.build()

@@ -1,9 +1,9 @@
-"""Write docs/launchers-and-flags.md: all flags and the launchers' variables, with their defaults.
+"""Write the tables of docs/launchers-and-flags.md: all flags, and the launchers' variables.
 
     python -m hnas.tools.flag_tables [--check]
 
-The tables come from Options (hnas/utils/options.py) and from the launchers themselves. With
---check nothing is written, and the exit code is 1 if the page is not what would be written.
+They come from Options (hnas/utils/options.py) and from the launchers themselves. With --check
+nothing is written, and the exit code is 1 if the page is not what would be written.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from hnas.base.command_line import OneLineParser, read_bool
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import replacing
-from hnas.utils.flags import ALL, EXPORT, TRAINING, Stage, default_of
+from hnas.utils.flags import ALL, EXPORT, TRAINING, Stage, default_of, default_text
 from hnas.utils.options import Options
+from hnas.utils.parsing import parse_options
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path("docs/launchers-and-flags.md")
@@ -29,65 +30,7 @@ LAUNCHERS = {
     Stage.SCORE: "local_eval.sh",
 }
 SHARED = "hnas/tools/launch.sh"
-NONE, ABSENT = "none", "–"
-
-INTRODUCTION = """\
-# Launchers and flags
-
-Three launchers run the three stages with the recipe's settings:
-
-| stage | launcher | program |
-|---|---|---|
-| 1 | `local_train_pinas1_wholenet.sh` | `train_supernet_pinas_stage1.py` |
-| 2 | `local_train_pinas2_simple_wholenet_nof.sh` | `train_supernet_pinas_stage2_simple.py` |
-| 3 | `local_eval.sh` | `train_supernet.py` |
-
-A launcher's settings are variables, which are taken from the environment where it has them:
-
-```sh
-image_dir=/data/ILSVRC2012 batch_size=128 sh local_train_pinas1_wholenet.sh
-```
-
-What follows the launcher's name goes to its program as it is, and wins over the variables. A
-program has more flags than its launcher has variables, and `--help` prints them all:
-
-```sh
-image_dir=/data/ILSVRC2012 sh local_train_pinas2_simple_wholenet_nof.sh --verify_images True
-sh local_eval.sh --help
-```
-
-- **Yes or no** is written `True` or `False` (in any case; or `1`, `0`), never as a flag alone.
-- **No path** is written `None`, or left empty.
-- **A misspelt flag** ends the program before it does anything, with the nearest that there is:
-  `error: unknown flag --imgae_dir; did you mean --image_dir?` A misspelt *variable* is not noticed:
-  the launcher never looks at it.
-- **Any program takes any flag** of the second table, so that command lines can be shared. One that
-  has no effect in a stage is named in the log.
-- Wrong input of any kind ends with one line and exit code 2.
-
-`python -m hnas.tools.flag_tables` wrote this page from the programs; do not edit it.
-"""
-
-VARIABLES = """\
-## Variables of the launchers
-
-Their defaults; – where a launcher has no such variable. Each is handed on as the flag of its name,
-of which the last table tells the unit.
-"""
-
-PROCESSES = """\
-## Variables of all launchers: processes
-
-Not flags: they decide which processes a launcher starts, and where.
-"""
-
-FLAGS = """\
-## Flags of the programs
-
-`pretrain`, `train_standalone`, `export` and `search` are `python -m hnas.tools.pretrain` and so
-on, and *training* is all but stage 3, export and search. Other tools have flags of their own, and
-`--help`.
-"""
+SETS = {ALL: "all", ALL - EXPORT: "all but export", TRAINING: "training"}
 
 
 class Variable(NamedTuple):
@@ -103,78 +46,77 @@ def launcher_variables(text: str) -> dict[str, Variable]:
     return {name: Variable(default, comment) for name, default, comment in lines}
 
 
-def page() -> str:
-    """The whole page.
+def page(text: str) -> str:
+    """The page's text with new tables: what follows their comments up to the first other line.
 
     Raises:
         UserError: the launchers are not there, since this is not the project's checkout.
     """
     try:
-        own = {
-            stage: launcher_variables((ROOT / name).read_text(encoding="utf-8"))
-            for stage, name in LAUNCHERS.items()
-        }
-        shared = launcher_variables((ROOT / SHARED).read_text(encoding="utf-8"))
+        launchers = {stage: (ROOT / name).read_text() for stage, name in LAUNCHERS.items()}
+        shared = launcher_variables((ROOT / SHARED).read_text())
     except OSError as error:
         raise UserError(f"{error.filename} is missing; run this in the checkout") from error
-    tables = (_variables(own), _processes(shared), _flags())
-    parts = [INTRODUCTION]
-    for head, table in zip((VARIABLES, PROCESSES, FLAGS), tables, strict=True):
-        parts += [head, table]
-    return "\n".join(parts)
+    processes = [[f"`{name}`", _value(default), text] for name, (default, text) in shared.items()]
+    tables = {
+        "flags": _flags({s: launcher_variables(text) for s, text in launchers.items()}),
+        "processes": _table(["variable", "default", "meaning"], processes),
+    }
+    for name, table in tables.items():
+        marker = f"<!-- {name} -->\n"
+        head, _, rest = text.partition(marker)
+        text = head + marker + table + re.sub(r"\A(\|.*\n)*", "", rest)
+    return text
 
 
-def _variables(own: dict[Stage, dict[str, Variable]]) -> str:
-    options = {option.name: option for option in dataclasses.fields(Options)}
-    rows = []
-    for name in dict.fromkeys(name for variables in own.values() for name in variables):
-        found = [variables.get(name) for variables in own.values()]
-        cells = [ABSENT if variable is None else _value(variable.default) for variable in found]
-        rows.append([f"`{name}`", *cells, options[name].metadata["help"]])
-    return _table(["variable", *map(str, own), "meaning"], rows)
+def _flags(launchers: Mapping[Stage, Mapping[str, Variable]]) -> str:
+    """Every flag, group by group."""
+    given = {
+        stage: parse_options(stage, [f"--{name}={own.default}" for name, own in variables.items()])
+        for stage, variables in launchers.items()
+    }
+    rows, group = [], ""
+    for option in dataclasses.fields(Options):
+        name, about = option.name, option.metadata
+        if about["group"] != group:
+            group = about["group"]
+            rows.append([f"**{group}**", "", "", "", "", ""])
+        own = {stage: default_of(option, stage) for stage in Stage if stage in about["stages"]}
+        told = {
+            str(stage): "" if value == own.get(stage) else default_text(option, value)
+            for stage, value in (
+                (s, getattr(given[s], name)) for s in given if name in launchers[s]
+            )
+        }
+        used = SETS.get(about["stages"]) or ", ".join(map(str, own))
+        default = _defaults(option, own)
+        rows.append([f"`--{name}`", about["help"], about["unit"], default, used, _by_stage(told)])
+    return _table(["flag", "meaning", "unit", "default", "used by", "variable of"], rows)
 
 
-def _processes(shared: dict[str, Variable]) -> str:
-    rows = [[f"`{name}`", _value(default), comment] for name, (default, comment) in shared.items()]
-    return _table(["variable", "default", "meaning"], rows)
-
-
-def _flags() -> str:
-    rows = [
-        [
-            f"`--{option.name}`",
-            option.metadata["help"],
-            option.metadata["unit"],
-            _defaults(option),
-            _stages(option.metadata["stages"]),
-        ]
-        for option in dataclasses.fields(Options)
-    ]
-    return _table(["flag", "meaning", "unit", "default", "used by"], rows)
-
-
-def _defaults(option: dataclasses.Field) -> str:
+def _defaults(option: dataclasses.Field, own: Mapping[Stage, object]) -> str:
     """The default of most stages, then those that single stages have instead."""
-    stages: dict[object, list[str]] = {}
-    for stage in Stage:
-        if stage in option.metadata["stages"]:
-            stages.setdefault(default_of(option, stage), []).append(str(stage))
-    if len(stages) < 2:
-        return _value(next(iter(stages), option.default))
-    usual = [_value(option.default)] if stages.pop(option.default, None) else []
-    others = [f"{', '.join(names)}: {_value(value)}" for value, names in stages.items()]
-    return "; ".join([*usual, *others])
+    if len(set(own.values())) == 1:
+        return _value(default_text(option, next(iter(own.values()))))
+    others = {
+        str(s): default_text(option, value) for s, value in own.items() if value != option.default
+    }
+    usual = [] if len(others) == len(own) else [_value(default_text(option, option.default))]
+    return "; ".join([*usual, _by_stage(others)])
 
 
-def _stages(stages: frozenset[Stage]) -> str:
-    groups = {ALL: "all", ALL - EXPORT: "all but export", TRAINING: "training"}
-    if stages in groups:
-        return groups[stages]
-    return ", ".join(str(stage) for stage in Stage if stage in stages) or NONE
+def _by_stage(texts: Mapping[str, str]) -> str:
+    """As ``stage 1, stage 2: `value```, or without one."""
+    stages: dict[str, list[str]] = {}
+    for stage, text in texts.items():
+        stages.setdefault(text, []).append(stage)
+    return "; ".join(
+        ", ".join(names) + (f": {_value(text)}" if text else "") for text, names in stages.items()
+    )
 
 
-def _value(value: object) -> str:
-    return NONE if str(value) in ("", "None") else f"`{value}`"
+def _value(text: str) -> str:
+    return "none" if text in ("", "none") else f"`{text}`"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -186,14 +128,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", type=read_bool, default=False, nargs="?", const=True)
-    options = parser.parse_args(argv)
-    path, wanted = ROOT / PAGE, page()
-    if not options.check:
-        with replacing(path) as temporary:
-            temporary.write_text(wanted, encoding="utf-8")
-    elif not path.is_file() or path.read_text(encoding="utf-8") != wanted:
+    check, path = parser.parse_args(argv).check, ROOT / PAGE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; run this in the checkout"
+        ) from error
+    if check and text != page(text):
         sys.stderr.write(f"{PAGE} is not current; run python -m hnas.tools.flag_tables\n")
         sys.exit(1)
+    if not check:
+        with replacing(path) as temporary:
+            temporary.write_text(page(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

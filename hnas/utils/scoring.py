@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,10 @@ from hnas.base.errors import UserError
 from hnas.base.files import file_digest
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.gpu_kernels import choose_variant
-from hnas.evaluation.images import DECODE_BATCH, DecodedImages, ImagesOnDemand, balanced_order
+from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.parallel.distributed import agree, from_main_process, world_size
-from hnas.utils.memory_needs import check_cache, check_shared_memory
+from hnas.utils.memory_needs import check_cache
 from hnas.utils.options import Options
 from hnas.utils.weights import find_checkpoint
 
@@ -43,19 +42,11 @@ def decoded_images(
     options: Options, images: ImageList, order: np.ndarray
 ) -> DecodedImages | ImagesOnDemand:
     """The images in that order; one of several processes decodes those of its chunks only."""
-    pixels = DECODE_BATCH * 3 * options.image_size**2
-    check_shared_memory(pixels, math.ceil(len(order) / DECODE_BATCH), options.num_workers)
     if world_size() > 1:
-        return ImagesOnDemand(images, order, options.image_size, options.num_workers)
+        return ImagesOnDemand(images, order, options.image_size)
     check_cache(options, len(order))
-    return DecodedImages(
-        images,
-        order,
-        options.image_size,
-        options.cache_gb,
-        Path(options.save_dir),
-        options.num_workers,
-    )
+    folder = Path(options.save_dir)
+    return DecodedImages(images, order, options.image_size, options.cache_gb, folder)
 
 
 def shared_hash(own: str, images: ImageList) -> str:

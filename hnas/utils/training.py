@@ -176,8 +176,6 @@ def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> No
         options.momentum,
         options.weight_decay,
         options.clip_norm,
-        options.nesterov,
-        options.no_norm_decay,
     )
     if options.onednn:
         teacher = getattr(model, "teacher", None)
