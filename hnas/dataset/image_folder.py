@@ -99,7 +99,7 @@ def scan_images(
     if not folder.is_dir():
         raise DataError(f"image_dir {root} has no folder {split}/ (expected {split}/CLASS/*.jpg)")
     try:
-        images = _image_list(folder, _list_classes(folder))
+        images = _list_images(folder)
         if verify or bad_images == "skip":
             images = _leave_out_bad(images, _bad_images(images), bad_images)
     except OSError as error:
@@ -109,9 +109,8 @@ def scan_images(
     return images
 
 
-def _list_classes(folder: Path) -> dict[str, list[str]]:
-    """Image names by class, both sorted."""
-    classes = {}
+def _list_images(folder: Path) -> ImageList:
+    classes, paths, labels = [], [], []
     for name in sorted(os.listdir(folder)):
         path = folder / name
         if name.startswith("."):
@@ -119,24 +118,19 @@ def _list_classes(folder: Path) -> dict[str, list[str]]:
         if path.is_symlink() and not os.path.exists(path):
             logger.warning("left out %s: a symbolic link in a loop or to nothing", path)
         elif path.is_dir():
-            classes[name] = sorted(filter(_is_image_name, os.listdir(path)))
-    return classes
+            images = sorted(filter(_is_image_name, os.listdir(path)))
+            if not images:
+                raise DataError(f"class folder {path} has no images; fill or remove it")
+            paths += [path / image for image in images]
+            labels += [len(classes)] * len(images)
+            classes.append(name)
+    if not classes:
+        raise DataError(f"{folder} has no class folders (expected {folder.name}/CLASS/*.jpg)")
+    return ImageList(folder, tuple(classes), tuple(paths), np.asarray(labels, dtype=np.int64))
 
 
 def _is_image_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _image_list(folder: Path, classes: dict[str, list[str]]) -> ImageList:
-    if not classes:
-        raise DataError(f"{folder} has no class folders (expected {folder.name}/CLASS/*.jpg)")
-    paths, labels = [], []
-    for label, (name, images) in enumerate(classes.items()):
-        if not images:
-            raise DataError(f"class folder {folder / name} has no images; fill or remove it")
-        paths += [folder / name / image for image in images]
-        labels += [label] * len(images)
-    return ImageList(folder, tuple(classes), tuple(paths), np.asarray(labels, dtype=np.int64))
 
 
 def _bad_images(images: ImageList) -> dict[Path, str]:
@@ -155,11 +149,14 @@ def _bad_images(images: ImageList) -> dict[Path, str]:
         name = images.name(path)
         try:
             stamp = stamp_of(path)
+            before, reason = earlier.get(name, (None, ""))
+            if before != stamp:
+                reason = ""
+                decode_image(path)
+        except DataError as error:
+            reason = str(error).removeprefix(f"cannot decode image {path}: ")
         except OSError as error:
             return error.strerror or str(error)
-        before, reason = earlier.get(name, (None, ""))
-        if before != stamp:
-            reason = decoding_error(path)
         if before == stamp or time.time_ns() - stamp[0] > SETTLED_NS:
             found[name] = [stamp, reason]
         return reason
@@ -197,10 +194,15 @@ def on_all_cores(
     step = AHEAD_PER_CORE * cores
     bar = tqdm(desc=title, total=len(paths), unit="image", disable=not title)
     with ThreadPoolExecutor(cores) as pool, bar:
-        for first in range(0, len(paths), step):
-            for result in pool.map(work, paths[first : first + step]):
-                bar.update()
-                yield result
+        try:
+            for first in range(0, len(paths), step):
+                for result in pool.map(work, paths[first : first + step]):
+                    bar.update()
+                    yield result
+        except BaseException:
+            # A signal: leaving the pool would wait for what is queued.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _leave_out_bad(images: ImageList, bad: dict[Path, str], bad_images: str) -> ImageList:
@@ -307,12 +309,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if tags.get(PHOTOMETRIC) == 0:
         values = 255 - values  # 0 is white
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-
-
-def decoding_error(path: Path) -> str:
-    """Why :func:`decode_image` refuses an image; empty if it does not."""
-    try:
-        decode_image(path)
-    except DataError as error:
-        return str(error).removeprefix(f"cannot decode image {path}: ")
-    return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import NamedTuple
 
 from hnas.base.command_line import LARGEST
 
@@ -41,48 +40,35 @@ PATHS = frozenset({"file", "folder"})
 """Units of flags that are paths."""
 
 
-class Group(NamedTuple):
-    """Flags that stand together in ``--help``, and the programs that most of them concern."""
+def flag(
+    default,
+    help_text: str,
+    unit: str = "",
+    *,
+    group: str,
+    stages: frozenset[Stage],
+    low: float = 0,
+    high: float = LARGEST,
+    choices: tuple[str, ...] = (),
+    auto: bool = False,
+    **own: object,
+):
+    """A field of :class:`hnas.utils.options.Options`.
 
-    title: str
-    stages: frozenset[Stage]
-
-    def flag(
-        self,
-        default,
-        help_text: str,
-        unit: str = "",
-        *,
-        low: float = 0,
-        high: float = LARGEST,
-        choices: tuple[str, ...] = (),
-        auto: bool = False,
-        stages: frozenset[Stage] | None = None,
-        **own: object,
-    ):
-        """A field of :class:`hnas.utils.options.Options`.
-
-        Args:
-            default: of every program that has none of its own.
-            help_text, unit: for ``--help``.
-            low, high: the least and the largest number that is allowed.
-            choices: texts that are allowed; none: any.
-            auto: whether ``auto`` is a value, too; it becomes ``AUTO``.
-            stages: where the flag has an effect; None: where the group's flags have.
-            own: defaults of single programs, by their name in :class:`Stage`.
-        """
-        metadata = {
-            "group": self.title,
-            "help": help_text,
-            "unit": unit,
-            "low": low,
-            "high": high,
-            "choices": choices,
-            "auto": auto,
-            "stages": self.stages if stages is None else stages,
-            "own": {Stage[name.upper()]: value for name, value in own.items()},
-        }
-        return dataclasses.field(default=default, metadata=metadata)
+    Args:
+        default: of every program that has none of its own.
+        help_text, unit: for ``--help``.
+        group: the heading that it stands under.
+        stages: where it has an effect.
+        low, high: the least and the largest number that is allowed.
+        choices: texts that are allowed; none: any.
+        auto: whether ``auto`` is a value, too; it becomes ``AUTO``.
+        own: defaults of single programs, by their name in :class:`Stage`.
+    """
+    metadata = {"help": help_text, "unit": unit, "group": group, "stages": stages}
+    metadata |= {"low": low, "high": high, "choices": choices, "auto": auto}
+    metadata["own"] = {Stage[name.upper()]: value for name, value in own.items()}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def default_of(option: dataclasses.Field, stage: Stage) -> object:

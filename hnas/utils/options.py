@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from hnas.base.command_line import LARGEST_SIDE
 from hnas.base.errors import UserError
@@ -18,7 +19,7 @@ from hnas.utils.flags import (
     STANDALONE,
     SUPERNET,
     TRAINING,
-    Group,
+    flag,
 )
 
 MOST_EPOCHS = 100_000
@@ -28,16 +29,16 @@ MOST_COST = 1e15
 """Of an architecture, in any unit."""
 MANY = 1_000_000
 
-files = Group("Files and folders", ALL).flag
-network = Group("The network", ALL).flag
-images = Group("Images", ALL).flag
-training = Group("Training", TRAINING).flag
-contrast = Group("Stage 1", CONTRAST).flag
-distill = Group("Stage 2", DISTILL).flag
-scoring = Group("Scoring", SCORE).flag
-search = Group("Search", SEARCH).flag
-single = Group("One architecture", STANDALONE | EXPORT).flag
-machine = Group("The machine", ALL).flag
+files = partial(flag, group="Files and folders", stages=ALL)
+network = partial(flag, group="The network", stages=ALL)
+images = partial(flag, group="Images", stages=ALL)
+training = partial(flag, group="Training", stages=TRAINING)
+contrast = partial(flag, group="Stage 1", stages=CONTRAST)
+distill = partial(flag, group="Stage 2", stages=DISTILL)
+scoring = partial(flag, group="Scoring", stages=SCORE)
+search = partial(flag, group="Search", stages=SEARCH)
+single = partial(flag, group="One architecture", stages=STANDALONE | EXPORT)
+machine = partial(flag, group="The machine", stages=ALL)
 
 
 @dataclass

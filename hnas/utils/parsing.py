@@ -94,8 +94,6 @@ def _reader(option: dataclasses.Field) -> Callable[[str], object]:
             return AUTO
         if option.metadata["auto"] and reader(text) == AUTO:
             raise ArgumentTypeError(f"{text} is too small; the least is {option.metadata['low']}")
-        if option.name == "image_size" and "," in text:
-            raise ArgumentTypeError(f"{text}: networks are trained and scored at one size here")
         return reader(text)
 
     return read
@@ -106,26 +104,12 @@ def _read_text(text: str) -> str:
     return "" if text in ("None", "False") else text
 
 
-SCRIPTS = (
-    "every stage is a script of its own: train_supernet_pinas_stage1.py, "
-    "train_supernet_pinas_stage2_simple.py, train_supernet.py"
-)
-INSTEAD = {
-    "json_path": "the architectures to score are given by --modelarch_file",
-    "phase": SCRIPTS,
-    "mode": SCRIPTS,
-}
-"""Flags of public code that others stand for here."""
-
-
 def _explain_unknown(argument: str, names: Sequence[str]) -> str:
     if not argument.startswith("--"):
         return f"unexpected argument {shown(argument)}; flags are written --name value"
     name = argument[2:].split("=", 1)[0]
     if len(name) > SHOWN:
         return f"unknown flag {shown(argument)}; see --help"
-    if name in INSTEAD:
-        return f"unknown flag --{name}; {INSTEAD[name]}"
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean --{nearest[0]}?" if nearest else "see --help"
     return f"unknown flag --{name}; {hint}"
