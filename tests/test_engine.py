@@ -99,7 +99,7 @@ def test_images_are_the_transforms_in_memory_and_in_a_file(folder, tmp_path):
         np.testing.assert_array_equal(memory.pixels[position], expected)
         np.testing.assert_array_equal(file.pixels[position], expected)
         assert memory.labels[position] == images.labels[index]
-    (path,) = tmp_path.glob("images-*.u8")
+    (path,) = tmp_path.glob("*.pixels")
     stamp = path.stat().st_mtime_ns
     decoded(folder, tmp_path, limit_gb=0.0, order=order)
     assert path.stat().st_mtime_ns == stamp  # used again

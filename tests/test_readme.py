@@ -272,33 +272,26 @@ def test_readme_is_short():
     assert len(text_of("README.md").splitlines()) <= 220
 
 
-def test_twins_link_to_each_other_and_to_the_same_pages():
+def test_twins_are_alike():
+    """The same links, sections, commands and figures."""
     english, chinese = map(text_of, TWINS)
     assert "](README_ch.md)" in english[:200] and "](README.md)" in chinese[:200]
-    linked = [
-        [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "README" not in link]
-        for text in (english, chinese)
+    parts = [
+        {
+            "links": [
+                link
+                for link in re.findall(r"\]\(([^)#\s]+)", text_of(page))
+                if "README" not in link
+            ],
+            "sections": re.findall(r"^(#+) ", prose_of(page), re.M),
+            "kinds": [kind for kind, _ in FENCE.findall(text_of(page))],
+            "commands": list(map(commands, blocks(page, "sh"))),
+            "python": [ast.dump(ast.parse(block)) for block in blocks(page, "python")],
+            "figures": sorted(re.findall(r"\d[\d,]*\.?\d+", prose_of(page))),
+        }
+        for page in TWINS
     ]
-    assert linked[0] == linked[1]
-
-
-def test_twins_have_the_same_sections():
-    levels = [re.findall(r"^(#+) ", prose_of(page), re.M) for page in TWINS]
-    assert levels[0] == levels[1]
-
-
-def test_twins_have_the_same_code():
-    kinds = [[kind for kind, _ in FENCE.findall(text_of(page))] for page in TWINS]
-    assert kinds[0] == kinds[1] and set(kinds[0]) == {"sh", "python"}
-    english, chinese = (list(map(commands, blocks(page, "sh"))) for page in TWINS)
-    assert english == chinese
-    english, chinese = ([ast.dump(ast.parse(b)) for b in blocks(page, "python")] for page in TWINS)
-    assert english == chinese
-
-
-def test_twins_give_the_same_figures():
-    figures = [sorted(re.findall(r"\d[\d,]*\.?\d+", prose_of(page))) for page in TWINS]
-    assert figures[0] == figures[1]
+    assert parts[0] == parts[1] and set(parts[0]["kinds"]) == {"sh", "python"}
 
 
 # --- figures and tables
@@ -517,28 +510,3 @@ def test_costs_of_the_demo_are_those_of_its_architectures():
     for page in TWINS:
         rows = re.findall(r"^\| [^|]+\| ([\d,]+) \| [\d.]+ % \|$", text_of(page), re.M)
         assert rows == [f"{value:,}" for value in (macs[-1], macs[100], macs[0])]
-
-
-# --- packages, licence
-
-
-def test_requirements_differ_in_paddle_only():
-    def packages(name):
-        lines = (line.split("#")[0].strip() for line in text_of(name).splitlines())
-        return [line for line in lines if line]
-
-    gpu, cpu = packages("requirements.txt"), packages("requirements-cpu.txt")
-    index = [line for line in gpu if line.startswith("-")]
-    paddle_gpu = [line for line in gpu if line.startswith("paddlepaddle")]
-    assert len(index) == 1 and "https://www.paddlepaddle.org.cn/packages/stable/" in index[0]
-    assert len(paddle_gpu) == 1 and paddle_gpu[0].startswith("paddlepaddle-gpu")
-    assert [line for line in cpu if line.startswith("paddlepaddle")] == ["paddlepaddle==3.3.1"]
-    assert [line for line in gpu if line not in index + paddle_gpu] == cpu[1:]
-
-
-def test_licence_is_complete():
-    text = text_of("LICENSE")
-    assert "Apache License\n" in text and "Version 2.0, January 2004" in text
-    for number in range(1, 10):
-        assert re.search(rf"^   {number}\. ", text, re.M)
-    assert "END OF TERMS AND CONDITIONS" in text and "APPENDIX: How to apply" in text
