@@ -15,7 +15,7 @@ import paddle
 
 from hnas.base.device import on_gpu
 from hnas.base.errors import UserError
-from hnas.evaluation.hits import LogitsError, count_hits
+from hnas.evaluation.counts import LogitsError, count_hits
 from hnas.evaluation.reference import network_logits
 from hnas.evaluation.variants import Precision
 from hnas.models.elastic import ElasticResNet

@@ -364,9 +364,10 @@ class Options:
         low=0,
         high=1,
     )
-    arch_shard: str = flag(
+    images_part: str = flag(
         "",
-        "score one of several parts of the list, as 2/8; merge_scores joins them; none: all",
+        "score one of several parts of the images, as 2/8, whose chunks are gathered later; "
+        "none: all",
         "part",
         stages=SCORE,
     )

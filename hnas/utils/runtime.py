@@ -37,6 +37,7 @@ from hnas.dataset.image_folder import (
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.pixel_cache import PixelCache, has_pixels
 from hnas.dataset.transforms import EvalTransform
+from hnas.evaluation.images import DECODE_BATCH, DecodedImages, ImagesOnDemand, balanced_order
 from hnas.parallel.distributed import (
     barrier,
     is_main_process,
@@ -47,7 +48,7 @@ from hnas.parallel.distributed import (
 )
 from hnas.search_space import SearchSpace, search_space
 from hnas.utils.flags import AUTO
-from hnas.utils.memory_needs import batch_bytes, check_batch, check_shared_memory
+from hnas.utils.memory_needs import batch_bytes, check_batch, check_cache, check_shared_memory
 from hnas.utils.options import Options
 
 logger = logging.getLogger(__name__)
@@ -265,3 +266,30 @@ def validation_loader(
     transform = EvalTransform(options.image_size)
     dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
     return EvalLoader(dataset, options.batch_size, options.num_workers)
+
+
+def scored_order(options: Options, images: ImageList) -> np.ndarray:
+    """Which images to score on, in the order in which that is done.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    if options.eval_images > len(images):
+        raise UserError(
+            f"--eval_images {options.eval_images}, but {images.folder} has {len(images)}; lower "
+            "it, or give 0 for all"
+        )
+    return balanced_order(images.labels, options.seed)[: options.eval_images or None]
+
+
+def decoded_images(
+    options: Options, images: ImageList, order: np.ndarray
+) -> DecodedImages | ImagesOnDemand:
+    """The images in that order; who scores a part of them decodes those of its chunks only."""
+    size, workers = options.image_size, options.num_workers
+    check_shared_memory(DECODE_BATCH * 3 * size**2, math.ceil(len(order) / DECODE_BATCH), workers)
+    if world_size() > 1 or options.images_part:
+        return ImagesOnDemand(images, order, size, workers)
+    check_cache(options, len(order))
+    save_dir = Path(options.save_dir)
+    return DecodedImages(images, order, size, options.cache_gb, save_dir, workers)
