@@ -24,7 +24,6 @@ from hnas.evaluation.tree import naive_macs
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
-from hnas.ranking.agreement import Agreement
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
 
 logger = logging.getLogger(__name__)
@@ -91,16 +90,8 @@ def evaluate_shared(
         evaluator = SharedEvaluator(network, list(archs.values()), calibration, settings.variant)
     else:
         evaluator.take(list(archs.values()))
-    ledger = Ledger(
-        save_dir,
-        identity,
-        archs,
-        len(images),
-        settings.targets,
-        is_main_process(),
-        settings.part,
-        settings.copies,
-    )
+    how = settings.targets, is_main_process(), settings.part, settings.copies
+    ledger = Ledger(save_dir, identity, archs, len(images), *how)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
     for chunk in ledger.chunks():
@@ -198,16 +189,16 @@ def describe(
     ledger: Ledger,
 ) -> None:
     """Log what is going to be done, and what makes it slow."""
+    chunks, carried = len(ledger.starts()), evaluator.calibration_images
     if ledger.counts.images:
         logger.info("continuing after %d of %d images", ledger.counts.images, len(images))
-    if ledger.chunk < min(evaluator.calibration_images, len(images)):
+    if ledger.chunk < min(carried, len(images)):
         logger.warning(
             "every walk carries %d calibration images for %d scored ones: raise chunk_size, or "
             "lower bn_calibration_images",
-            evaluator.calibration_images,
+            carried,
             ledger.chunk,
         )
-    chunks = len(ledger.starts())
     if chunks < world_size():
         logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
     if ledger.targets != Targets() and chunks == 1:
@@ -228,33 +219,17 @@ def describe(
 def macs_text(macs: int) -> str:
     """At least three significant digits, e.g. ``93.4 MMAC`` or ``68,179 GMAC``."""
     value, unit = (macs / 1e9, "GMAC") if macs >= 1e9 else (macs / 1e6, "MMAC")
-    decimals = max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:,.{decimals}f} {unit}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
 
 
 def report(title: str, ledger: Ledger, counts: Counts, seconds: float) -> None:
     """Log how far the evaluation is, after a chunk of the main process."""
-    prefix = (
-        "kept for the whole"
-        if ledger.part
-        else (
-            f"{ledger.counts.images} images, largest standard error {ledger.largest_error:.4f}, "
-            f"{agreement_text(ledger.agreement)}"
-        )
-    )
     logger.info(
         "%s: %s, %.1f s, %.0f images x architectures/s, eta %.0f s, peak memory %s",
         title,
-        prefix,
+        ledger,
         seconds,
         world_size() * counts.images * len(counts.top1) / seconds,
         ledger.left() / counts.images * seconds,
         peak_memory(),
     )
-
-
-def agreement_text(agreement: Agreement | None) -> str:
-    """How well the ranking agrees with that by all images, for the log."""
-    if agreement is None:
-        return "ranking's agreement not known yet"
-    return f"ranking's agreement {agreement.tau:.3f} ({agreement.low:.3f} to {agreement.high:.3f})"

@@ -251,6 +251,18 @@ class Ledger:
 
     # --- what is done
 
+    def __str__(self) -> str:
+        """How far the prefix is, for the log."""
+        if self.part:
+            return f"part {self.part}"
+        text, found = "not known yet", self.agreement
+        if found is not None:
+            text = f"{found.tau:.3f} ({found.low:.3f} to {found.high:.3f})"
+        return (
+            f"{self.counts.images} images, largest standard error {self.largest_error:.4f}, "
+            f"ranking's agreement {text}"
+        )
+
     def starts(self) -> list[int]:
         """The position of each chunk's first image."""
         return list(range(0, self._images, self.chunk))
