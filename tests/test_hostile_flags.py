@@ -32,8 +32,8 @@ from hnas.utils.memory_needs import (
 )
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
+from hnas.utils.runtime import scored_order
 from hnas.utils.SampleMethod import SamplerSettings, build_sampler
-from hnas.utils.scoring import scored_order
 
 ROOT = Path(__file__).parents[1]
 LONG = "9" * 30

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -232,13 +233,17 @@ class Kernels:
             activation, bias = "relu" if relu else "identity", conv.rest[0].flatten()
             given = x, conv.filters, bias, shortcut, stride, padding, self.layout, activation
             return self._fused(*given)
-        y = F.conv2d(x, conv.filters, stride=stride, padding=padding, data_format=self.layout)
-        y = self._normalised(y, conv) if self.calibration else self._biased(y, conv.rest[0])
+        y = self.convolve(x, conv.filters, stride, padding)
+        y = self._normalised(y, conv) if self.calibration else self._add_bias(y, conv.rest[0])
         if shortcut is not None:
             y = y + shortcut
         return F.relu(y) if relu else y
 
-    def _biased(self, y, bias):
+    def convolve(self, x, filters, stride: int, padding: int):
+        """A convolution without bias."""
+        return F.conv2d(x, filters, stride=stride, padding=padding, data_format=self.layout)
+
+    def _add_bias(self, y, bias):
         if self.layout == "NCHW":
             return y + bias
         # As a matrix: Paddle adds a row several times as fast as it broadcasts over four axes.
@@ -332,30 +337,40 @@ def fault_of(make: Callable[[], Kernels], trials: Iterable[Trial]) -> str:
 def largest_difference(kernels: Kernels, trial: Trial) -> float:
     """From Paddle's operators one by one in float32, over the largest value; NaN is infinite."""
     plain = Kernels(calibration=kernels.calibration)
+    expected, found = (_trial_results(own, trial) for own in (plain, kernels))
+    worst = 0.0
+    for right, own in zip(expected, found, strict=True):
+        own = plain.accept(own, kernels.layout).astype("float32")
+        if own.shape != right.shape:
+            return math.inf
+        difference = float((right - own).abs().max() / right.abs().max())
+        worst = max(worst, difference if difference == difference else math.inf)
+    return worst
+
+
+def _trial_results(kernels: Kernels, trial: Trial) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """A stem's output, and that of a stage's first two blocks, narrowed."""
     images, size, width, step = trial
-    pixels = ramp([kernels.calibration + images, 3, 4 * size, 4 * size])
-    shapes = (
-        (width + 2 * step, 3, 7),
-        (width + step, width + 2 * step, 3),
-        (width + 2 * step, width + 2 * step, 1),
-        (width, width + step, 3),
-        (width, width, 3),
-        (width, width, 3),
-    )
-    results = []
-    for own in (plain, kernels):
-        stem, conv1, project, conv2, *second = (
-            _trial_convolution(own, number, *shape) for number, shape in enumerate(shapes)
+    images += kernels.calibration
+    wide, widest = width + step, width + 2 * step
+    stem, conv1, project, conv2, conv3, conv4 = (
+        _trial_convolution(kernels, number, *shape)
+        for number, shape in enumerate(
+            (
+                (wide, 3, 7),
+                (wide, widest, 3),
+                (widest, widest, 1),
+                (width, wide, 3),
+                (width, width, 3),
+                (width, width, 3),
+            )
         )
-        x = own.stem(own.accept(pixels), stem)
-        y = own.last(own.first(x, conv1, 2), own.project(x, project), conv2)
-        y = own.narrow(own.last(own.first(y, second[0], 1), y, second[1]), width - step)
-        results.append(plain.accept(y, own.layout).astype("float32"))
-    expected, found = results
-    if found.shape != expected.shape:
-        return float("inf")
-    difference = float((expected - found).abs().max() / expected.abs().max())
-    return difference if difference == difference else float("inf")
+    )
+    x = kernels.accept(ramp([images, widest, size, size]))
+    y = kernels.last(kernels.first(x, conv1, 2), kernels.project(x, project), conv2)
+    y = kernels.last(kernels.first(y, conv3, 1), y, conv4)
+    pixels = kernels.accept(ramp([images, 3, 2 * size, 2 * size]))
+    return kernels.stem(pixels, stem), kernels.narrow(y, width - step)
 
 
 def _trial_convolution(
