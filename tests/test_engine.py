@@ -22,14 +22,14 @@ from hnas.evaluation import engine, ledger
 from hnas.evaluation.engine import (
     ScoringSettings,
     choose_chunk,
-    cost_of_an_image,
     evaluate_shared,
+    macs_text,
 )
 from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.ledger import Targets
 from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.results import STATE_FILE, load_state
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import STATE_FILE, load_state
 from hnas.models.registry import build_network
 from hnas.ranking.agreement import Agreement
 from hnas.ranking.paired import read_estimates
@@ -213,17 +213,18 @@ def test_interrupted_evaluation_continues_to_the_same_file(
 
 
 @pytest.mark.parametrize(
-    ("shared", "naive", "text"),
+    ("macs", "text"),
     [
-        (96_312_345, 118_049_999, "96.3 MMAC an image instead of 118 MMAC"),
-        (68_179e9, 133_710e9, "68,179 GMAC an image instead of 133,710 GMAC"),
-        (999_000_000, 1_500_000_000, "999 MMAC an image instead of 1.50 GMAC"),
-        (4_321_000_000, 4_321_000_000, "4.32 GMAC an image"),
-        (12_345, 12_345, "0.0123 MMAC an image"),
+        (96_312_345, "96.3 MMAC"),
+        (118_049_999, "118 MMAC"),
+        (68_179e9, "68,179 GMAC"),
+        (1_500_000_000, "1.50 GMAC"),
+        (4_321_000_000, "4.32 GMAC"),
+        (12_345, "0.0123 MMAC"),
     ],
 )
-def test_cost_is_told_in_digits_that_differ(shared, naive, text):
-    assert cost_of_an_image(shared, naive) == text
+def test_cost_is_told_in_three_digits(macs, text):
+    assert macs_text(macs) == text
 
 
 def test_one_architecture_is_not_compared_with_itself(network, archs, folder, tmp_path, caplog):
@@ -295,4 +296,4 @@ def test_killed_evaluations_end_in_the_same_file(network, folder, tmp_path):
     code, errors = run("parts")
     assert code == 2
     assert errors.strip().splitlines()[-1].startswith("error: ")
-    assert "another checkpoint" in errors and "Traceback" not in errors
+    assert "of other settings: checkpoint" in errors and "Traceback" not in errors

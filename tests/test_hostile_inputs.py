@@ -35,8 +35,8 @@ from hnas.utils.memory_needs import (
     check_shared_memory,
 )
 from hnas.utils.options import Options
+from hnas.utils.runtime import scored_order
 from hnas.utils.SampleMethod import SamplerSettings, build_sampler
-from hnas.utils.scoring import scored_order
 
 ROOT = Path(__file__).parents[1]
 LONG, NAME = "9" * 30, "n" * 300

@@ -23,12 +23,11 @@ from hnas.base.files import (
     replacing,
 )
 from hnas.dataset.image_folder import list_hash, scan_images
-from hnas.evaluation.counts import Counts
-from hnas.evaluation.hits import LogitsError, count_hits
+from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.ledger import Ledger
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
+from hnas.evaluation.results import STATE_FILE, StateError
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import STATE_FILE, StateError
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import draw_architectures, flops, rank_report, train_standalone
@@ -365,7 +364,7 @@ STATES = {  # name of the file, content, words of the error
     "a missing array": (STATE_FILE, arrays(near1=None), "'near1' is missing"),
     "a missing identity": (STATE_FILE, arrays(identity_checkpoint=None), "is missing"),
     "another checkpoint": (
-        STATE_FILE, arrays(identity_checkpoint=np.array("d" * 64)), "of another checkpoint"),
+        STATE_FILE, arrays(identity_checkpoint=np.array("d" * 64)), "settings: checkpoint dddd"),
     "one array more": (STATE_FILE, arrays(more=np.zeros(2)), "unknown arrays"),
     "an array twice": (STATE_FILE, two_start, "an array twice"),
     "a copy of a chunk": ("eval_chunk_backup.npz", CHUNK, "none of this program's names"),

@@ -7,12 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from counted import counts_of
 
-from hnas.evaluation.shard_files import ScoredShard, write_shard
-from hnas.evaluation.shards import Shard
-from hnas.evaluation.state import architectures_hash
-from hnas.search_space import RESNET48, Architecture
+from hnas.search_space import RESNET48
 
 ROOT = Path(__file__).parents[1]
 MOST_MIB = 150
@@ -30,16 +26,11 @@ sys.stderr.write(json.dumps({"loaded": loaded, "mib": 1024 * peak_gib()}))
 
 @pytest.fixture
 def files(tmp_path):
-    """A file of architectures with accuracies, and a folder with a shard of them to write to."""
+    """A file of architectures with accuracies, and a folder to write to."""
     archs = RESNET48.sample_distinct(np.random.default_rng(0), 50).values()
     entries = {f"a{i}": {"acc": i / 50, "arch": arch.code} for i, arch in enumerate(archs)}
     path = tmp_path / "archs.json"
     path.write_text(json.dumps(entries))
-    named = {name: Architecture.from_code(entry["arch"]) for name, entry in entries.items()}
-    counts = counts_of(np.random.default_rng(1).random((50, 100)) < 0.5)
-    whose = {"architecture_list": architectures_hash(named)}
-    shard = Shard(1, 1)
-    write_shard(tmp_path, ScoredShard(shard, 50, whose, named, list(range(50)), counts))
     return path, tmp_path
 
 
@@ -48,7 +39,6 @@ def files(tmp_path):
     [
         ("flops", ["--modelarch_file", "FILE"]),
         ("draw_architectures", ["--number", "50", "--output", "FOLDER/drawn.json"]),
-        ("merge_scores", ["--out", "FOLDER/out", "FOLDER/shard_1_of_1.json"]),
         ("choose", ["--submission", "FILE", "--images", "99", "--out", "FOLDER/out"]),
         ("rank_report", ["--pred", "macs", "--gt", "FILE", "--out", "FOLDER/out"]),
         ("rank_report", ["--pred", "FILE", "--out", "FOLDER/out"]),

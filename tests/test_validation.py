@@ -248,7 +248,7 @@ def test_stage_two_measures_the_network_that_it_started_from(first, warned, capl
     assert warnings_of(caplog) == []
 
 
-@pytest.mark.parametrize("more", [{}, {"eval_engine": "reference"}, {"arch_shard": "1/2"}])
+@pytest.mark.parametrize("more", [{}, {"eval_engine": "reference"}])
 def test_stage_three_tells_where_all_guess(more, tmp_path, monkeypatch, caplog):
     weights = tmp_path / "blank.pdparams"
     write_state(weights, blank_network().state_dict(), {"freeze_bn": True})

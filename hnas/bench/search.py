@@ -39,8 +39,8 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.results import architectures_hash
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import architectures_hash
 from hnas.models.registry import build_network
 from hnas.search_space import Architecture, search_space
 from hnas.tools import search

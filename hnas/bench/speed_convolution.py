@@ -22,8 +22,8 @@ from hnas.base.command_line import OneLineParser, whole_number
 from hnas.base.device import cpu_threads, processor
 from hnas.base.errors import run_main
 from hnas.evaluation.cpu_kernels import CpuKernels
+from hnas.evaluation.kernels import Convolution, new_identity
 from hnas.evaluation.variants import cpu_variant
-from hnas.evaluation.weights import Convolution, new_identity
 from hnas.evaluation.winograd import filters_to_points, winograd, worth_it
 from hnas.models.convolution import ramp
 

@@ -47,7 +47,6 @@ from hnas.dataset.transforms import EvalTransform, normalize
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.images import DecodedImages
 from hnas.evaluation.reference import evaluate_reference
-from hnas.evaluation.shards import MOST_SHARDS, Shard
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.stopwatch import onednn_predictor
 from hnas.evaluation.tree import PrefixTree, naive_macs
@@ -92,9 +91,6 @@ def main(argv=None) -> None:
     parser.add_argument("--amp", choices=("O0", "O1"), default="O0", help="O1: bfloat16, too")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
     parser.add_argument("--count_only", type=read_bool, default=False, help="MACs, no run")
-    parser.add_argument(
-        "--shards", type=whole_number(1, MOST_SHARDS), default=1, help="count those of shards, too"
-    )
     options = parser.parse_args(argv)
 
     space = search_space(options.backbone)
@@ -113,26 +109,11 @@ def main(argv=None) -> None:
         "macs_naive": naive_macs(space, archs, options.image_size),
         "macs_shared": PrefixTree(space, archs).macs(options.image_size),
     }
-    if options.shards > 1:
-        result["macs_shards"] = shard_macs(space, archs, options.image_size, options.shards)
-        dealt = (archs[number :: options.shards] for number in range(options.shards))
-        result["macs_dealt"] = [PrefixTree(space, own).macs(options.image_size) for own in dealt]
     if not options.count_only:
         paddle.seed(options.seed)
         with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
             result |= measure(options, space, archs, Path(folder), rng)
     sys.stdout.write(json.dumps(result) + "\n")
-
-
-def shard_macs(space, archs, image_size: int, shards: int) -> list[int]:
-    """Multiply-accumulates an image that a walk over each shard executes."""
-    named = {str(index): arch for index, arch in enumerate(archs)}
-    found = []
-    for number in range(1, shards + 1):
-        positions = Shard(number, shards).positions(space, named, image_size)
-        tree = PrefixTree(space, [archs[position] for position in positions])
-        found.append(tree.macs(image_size))
-    return found
 
 
 def measure(options, space, archs, folder: Path, rng) -> dict:
@@ -177,7 +158,6 @@ def compared(options, reference: Reference, shared: Shared, limit: Limit) -> dic
         "shared_s": round(shared_s, 3),
         "ratio": round(reference_s / shared_s, 3),
         "first_s": round(shared.first_seconds, 3),
-        "macs_executed": round(shared.macs / options.n_images),
         "reference_images_x_archs_per_s": round(products / reference_s, 1),
         "shared_images_x_archs_per_s": round(products / shared_s, 1),
         "reference_peak_gib": round(reference.peak, 2),
@@ -189,7 +169,6 @@ def compared(options, reference: Reference, shared: Shared, limit: Limit) -> dic
         "onednn_limit_s": round(limit_s, 3),
         "onednn_limit_gmacs_per_s": round(limit.macs_per_second() / 1e9, 1),
         "walk_over_limit": round(shared.walk_s / limit_s, 3),
-        "python_share": round(shared.python_share, 4),
     }
 
 
@@ -312,14 +291,13 @@ class Shared:
                 self._network, archs, self._calibration, self._variant
             )
         evaluator, self.counts = self._evaluator, Counts.zeros(len(archs))
-        evaluator.macs = 0
         walk = time.perf_counter()
         logits = evaluator.evaluate(*decoded.batch(0, number), self.counts, watch=0)
         ended = time.perf_counter()
         self.watched = logits.numpy()
         self.seconds.append(ended - began)
         self.walk_seconds.append(ended - walk)
-        self.macs, self.python_share = evaluator.macs, evaluator.python_share
+        self.macs = evaluator.tree.macs(size) * number
 
 
 class Limit:

@@ -9,8 +9,7 @@ import paddle
 from tqdm import tqdm
 
 from hnas.dataset.transforms import normalize
-from hnas.evaluation.counts import Counts
-from hnas.evaluation.hits import LogitsError, count_hits
+from hnas.evaluation.counts import Counts, LogitsError, count_hits
 
 Logits = Callable[[paddle.Tensor], paddle.Tensor]
 """From normalised images [N, 3, S, S] to logits [N, classes], both float32."""

@@ -18,8 +18,8 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.evolution import Evolution
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
+from hnas.evaluation.results import STATE_FILE, architectures_hash, load_state
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import STATE_FILE, architectures_hash, load_state
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import from_main_process, is_main_process
 from hnas.search_space import Architecture

@@ -69,21 +69,17 @@ class Group:
     def widest_out(self) -> int:
         return max(child.cout for child in self.children)
 
-    def macs(self, size: int) -> int:
-        """Multiply-accumulates an image of all children, ``size`` being the blocks' output size."""
-        weights = 9 * self.cin * self.widest_mid
+    def cost(self) -> tuple[int, int]:
+        """A position's multiply-accumulates and numbers that all children's convolutions write."""
+        weights, outputs = 9 * self.cin * self.widest_mid, self.widest_mid
         if self.projects:
             weights += self.cin * self.widest_out
+            outputs += self.widest_out
         for mid, children in self.by_mid.items():
-            weights += 9 * mid * max(child.cout for child in children)
-        return size * size * weights
-
-    def outputs(self, size: int) -> int:
-        """Numbers an image that the convolutions of all children write."""
-        channels = self.widest_mid + (self.widest_out if self.projects else 0)
-        for children in self.by_mid.values():
-            channels += max(child.cout for child in children)
-        return size * size * channels
+            widest = max(child.cout for child in children)
+            weights += 9 * mid * widest
+            outputs += widest
+        return weights, outputs
 
 
 @dataclass(frozen=True)
@@ -160,14 +156,13 @@ class PrefixTree:
 
     def nodes(self) -> Iterator[Node]:
         """Every node, depth first."""
-        pending = [(self.node(low, high, 0, channels), 0) for channels, low, high in self.roots()]
+        pending = [(low, high, 0, channels) for channels, low, high in self.roots()]
         while pending:
-            node, level = pending.pop()
+            *place, level, channels = pending.pop()
+            node = self.node(*place, level, channels)
             yield node
             for group in node.groups:
-                for child in group.children:
-                    below = self.node(child.low, child.high, level + 1, child.cout)
-                    pending.append((below, level + 1))
+                pending += [(c.low, c.high, level + 1, c.cout) for c in group.children]
 
     def macs(self, image_size: int) -> int:
         """Multiply-accumulates an image that one walk over the tree executes.
@@ -183,8 +178,9 @@ class PrefixTree:
         outputs = stem * stem * self.stem_channels
         for node in self.nodes():
             for group in node.groups:
-                macs += group.macs(sizes[group.stage])
-                outputs += group.outputs(sizes[group.stage])
+                own, written = group.cost()
+                macs += sizes[group.stage] ** 2 * own
+                outputs += sizes[group.stage] ** 2 * written
         return macs, outputs
 
 

@@ -26,12 +26,14 @@ import numpy as np
 
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, remove_leftovers, replacing, write_json
-from hnas.evaluation.engine import ScoringSettings
+from hnas.evaluation.engine import ScoringSettings, wanted_variant
 from hnas.evaluation.evolution import UNITS, Budget, Evolution
 from hnas.evaluation.generations import Scored, search
 from hnas.evaluation.results import (
     ESTIMATES_FILE,
     complete_estimates,
+    evaluation_identity,
+    shared_hash,
     warn_if_guessing,
     write_results,
 )
@@ -45,9 +47,17 @@ from hnas.utils.flags import Stage
 from hnas.utils.memory_needs import check_chunk
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import calibration_images, require, space_of, start, validation_images
-from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash, variant
+from hnas.utils.runtime import (
+    calibration_images,
+    decoded_images,
+    require,
+    scored_order,
+    space_of,
+    start,
+    validation_images,
+)
 from hnas.utils.training import start_from_checkpoint
+from hnas.utils.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     decoded = decoded_images(options, images, order)
     names = shared_hash(decoded.hash, images.select(order))
-    whose = identity(options, names, calibration, arithmetic)
+    checkpoint_file = find_checkpoint(options.ckpt_dir)
+    whose = evaluation_identity(checkpoint_file, names, options.backbone, arithmetic, calibration)
     logger.info("at most %s", budget)
     scored = search(
         network,
@@ -85,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoded,
         save_dir,
         {**whose, **search_identity(options, budget)},
-        ScoringSettings(calibration, options.chunk_size, variant=variant(arithmetic, calibration)),
+        ScoringSettings(
+            calibration, options.chunk_size, variant=wanted_variant(arithmetic, calibration)
+        ),
     )
     if is_main_process():
         write(save_dir, options, budget, scored)

@@ -176,8 +176,8 @@ class Options:
         "validation images to score or check on, the classes in equal shares; 0: all", "images",
         stages=SCORE | EXPORT | SEARCH)
     images_part: str = scoring("",
-        "score one of several parts of the images, as 2/8; the chunk files of all, copied into one "
-        "folder, make the whole; none: all", "part")
+        "score one of several parts of the images, as 2/8, whose chunks are gathered later; none: "
+        "all", "part")
     chunk_size: int = scoring(0, "images a walk over all architectures; 0: by the free memory",
         "images", high=MANY, stages=SCORE | SEARCH)
     cache_gb: float = scoring(8.0, "most memory for decoded images; more go to a file in save_dir",

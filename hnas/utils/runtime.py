@@ -35,6 +35,7 @@ from hnas.dataset.image_folder import (
 from hnas.dataset.image_store import STORED, ImageStore
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, Shrink, shorter_side
+from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
 from hnas.parallel.distributed import (
     barrier,
     is_main_process,
@@ -45,7 +46,7 @@ from hnas.parallel.distributed import (
 )
 from hnas.search_space import SearchSpace, search_space
 from hnas.utils.flags import AUTO
-from hnas.utils.memory_needs import batch_bytes, check_batch, check_shared_memory
+from hnas.utils.memory_needs import batch_bytes, check_batch, check_cache, check_shared_memory
 from hnas.utils.options import Options
 
 logger = logging.getLogger(__name__)
@@ -260,3 +261,26 @@ def validation_loader(
         images = images.select(order)
     dataset = ImageDataset(images, EvalTransform(options.image_size), options.seed)
     return EvalLoader(dataset, options.batch_size, options.num_workers)
+
+
+def scored_order(options: Options, images: ImageList) -> np.ndarray:
+    """Which images to score on, in the order in which that is done.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    if options.eval_images > len(images):
+        raise UserError(
+            f"--eval_images {options.eval_images}, but {images.folder} has {len(images)}; lower "
+            "it, or give 0 for all"
+        )
+    return balanced_order(images.labels, options.seed)[: options.eval_images or None]
+
+
+def decoded_images(options: Options, images: ImageList, order: np.ndarray) -> ImagesOnDemand:
+    """The images in that order; who scores a part of them decodes those of its chunks only."""
+    if world_size() > 1 or options.images_part:
+        return ImagesOnDemand(images, order, options.image_size)
+    check_cache(options, len(order))
+    save_dir = Path(options.save_dir)
+    return DecodedImages(images, order, options.image_size, options.cache_gb, save_dir)
