@@ -57,7 +57,7 @@ from hnas.utils.runtime import (
     validation_loader,
 )
 from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash, variant
-from hnas.utils.training import start_from_checkpoint
+from hnas.utils.starting import start_from_checkpoint
 
 logger = logging.getLogger(__name__)
 

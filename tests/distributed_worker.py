@@ -19,8 +19,7 @@ from hnas.models.registry import build_network
 from hnas.parallel.distributed import GradientExchange, join_processes, leave, rank, world_size
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.gradient_step import GradientStep, momentum_optimizer
-from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.hapi_wrapper import DistillationModel, GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import RandomSampler
 
@@ -102,7 +101,7 @@ def gradients_of_one_step(model, step: int) -> dict[str, np.ndarray]:
             if parameter.grad is not None:
                 seen[name] = parameter.grad.numpy()
 
-    model._optimizer.step = look
+    model.optimizer.step = look
     model.epoch, model.step = 1, step
     parts = batch(step)
     model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])

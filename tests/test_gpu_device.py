@@ -16,11 +16,11 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.state import StateError, load_state, save_state
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.utils import runtime
-from hnas.utils.callbacks import TrainLogger
 from hnas.utils.flags import Stage
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.scoring import identity, variant
+from hnas.utils.training import TrainLogger
 
 V100 = {"name": "Tesla V100-SXM2-32GB", "major": 7, "gib": 32}
 CONVOLUTIONS, PRODUCTS = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"

@@ -8,8 +8,7 @@ from paddle import nn
 from hnas.base.errors import UserError
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.gradient_step import GradientStep, momentum_optimizer
-from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.hapi_wrapper import DistillationModel, GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.options import Options
 from hnas.utils.runtime import start

@@ -14,8 +14,7 @@ from paddle import nn
 from hnas.parallel import distributed
 from hnas.parallel.distributed import GradientExchange
 from hnas.parallel.stopping import StopSignals
-from hnas.utils.gradient_step import GradientStep, momentum_optimizer
-from hnas.utils.hapi_wrapper import StandaloneModel
+from hnas.utils.hapi_wrapper import GradientStep, StandaloneModel, momentum_optimizer
 
 READS = ("numpy", "tolist", "item", "__float__", "__int__", "__bool__", "__array__")
 

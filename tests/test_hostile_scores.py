@@ -45,7 +45,7 @@ from hnas.utils import checkpoint, runtime
 from hnas.utils.checkpoint import newest_set, save_training
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options
-from hnas.utils.training import pretrained_network
+from hnas.utils.starting import pretrained_network
 from hnas.utils.weights import (
     CheckpointError,
     NotFiniteError,

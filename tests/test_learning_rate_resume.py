@@ -18,11 +18,16 @@ from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.base.safe_pickle import load_pickle
 from hnas.utils import training
-from hnas.utils.callbacks import TrainLogger
 from hnas.utils.checkpoint import OPTIMIZER, RUN_NOTE, STATES, noted_run
-from hnas.utils.gradient_step import GradientStep, learning_rate, momentum_optimizer, swinging_rate
-from hnas.utils.hapi_wrapper import ResumableModel
+from hnas.utils.hapi_wrapper import (
+    GradientStep,
+    ResumableModel,
+    learning_rate,
+    momentum_optimizer,
+    swinging_rate,
+)
 from hnas.utils.options import Options
+from hnas.utils.training import TrainLogger
 from hnas.utils.weights import file_digest, write_state
 
 IMAGES, EPOCHS, WARMUP, LR = 64, 4, 1, 0.5
@@ -68,12 +73,12 @@ class Recorder(ResumableModel):
         moved = before - self.network.bias.numpy()
         # Momentum without weight decay: v = m v + g, w = w - lr v.
         self.rates[self.epoch, self.step] = float((moved / (0.9 * velocity + gradient))[0])
-        self.claimed = self._optimizer.get_lr()
+        self.claimed = self.optimizer.get_lr()
         logs = {"loss": loss.detach(), "top1": loss.detach(), "arch": "code"}
         return {**logs, "parts": [("code", logs["loss"])]}
 
     def velocity(self):
-        state = self._optimizer.state_dict()
+        state = self.optimizer.state_dict()
         return state.get(f"{self.network.bias.name}_velocity_0", paddle.zeros([2])).numpy()
 
 
@@ -202,7 +207,7 @@ def test_a_rate_by_position_is_the_counters_to_the_bit(make):
     model.prepare(momentum_optimizer(model.network, placed, 0.9, 0.0), None)
     for position in range(30):
         model.set_rate(position)
-        assert model._optimizer.get_lr() == counted()
+        assert model.optimizer.get_lr() == counted()
         counted.step()
 
 

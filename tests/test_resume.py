@@ -21,8 +21,7 @@ from hnas.bench import chaos
 from hnas.models.registry import build_network
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import find_backbone
-from hnas.utils.gradient_step import momentum_optimizer
-from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.weights import read_weights
 
 CLASSES, IMAGES, BATCH = 10, 2, 4

@@ -19,8 +19,7 @@ from hnas.bench.straightforward import (
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.gradient_step import momentum_optimizer
-from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
 

@@ -22,8 +22,7 @@ from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
 from hnas.tools import export, rank_report, train_standalone
 from hnas.tools.train_standalone import main
-from hnas.utils.gradient_step import momentum_optimizer
-from hnas.utils.hapi_wrapper import StandaloneModel
+from hnas.utils.hapi_wrapper import StandaloneModel, momentum_optimizer
 from hnas.utils.weights import ABOUT, read_weights, write_state
 
 CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3

@@ -15,12 +15,14 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.gradient_step import learning_rate, momentum_optimizer, swinging_rate
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     StandaloneModel,
     distillation_loss,
+    learning_rate,
+    momentum_optimizer,
     relative_sizes,
+    swinging_rate,
 )
 from hnas.utils.options import Options
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler, SandwichSampler

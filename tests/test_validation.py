@@ -25,11 +25,11 @@ from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import pretrain, search, train_standalone
 from hnas.utils import resuming, training, validation
-from hnas.utils.callbacks import TrainLogger, VisualDLWriter
 from hnas.utils.checkpoint import generators_state
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
+from hnas.utils.training import TrainLogger, VisualDLWriter
 from hnas.utils.validation import Extremes, Ranking, read_ranked, warn_if_broken
 from hnas.utils.weights import load_weights, read_weights, write_state
 

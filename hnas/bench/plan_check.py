@@ -33,8 +33,7 @@ from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network
 from hnas.search_space import SearchSpace, search_space
 from hnas.tools.plan import FORWARD, TRAINING, Recipe, stage1_macs, stage2_macs
-from hnas.utils.gradient_step import momentum_optimizer
-from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
 

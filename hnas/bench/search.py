@@ -47,7 +47,7 @@ from hnas.tools import search
 from hnas.tools.digits_folder import VAL_EVERY
 from hnas.utils.options import Options
 from hnas.utils.runtime import calibration_images, seed_generators
-from hnas.utils.training import load_backbone
+from hnas.utils.starting import start_from_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Bench:
         seed_generators(0)
         self._network = build_network(BACKBONE, CLASSES, self._space)
         classes = tuple(map(str, range(CLASSES)))
-        checkpoint = load_backbone(self._network, CHECKPOINT, classes)
+        checkpoint = start_from_checkpoint(self._network, CHECKPOINT, classes)
         self._settings, self._images = {}, {}
         for split in VIEWS:
             options = Options(image_dir=str(work / split), image_size=IMAGE_SIZE)

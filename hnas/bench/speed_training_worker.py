@@ -37,8 +37,7 @@ from hnas.models.convolution import use_onednn
 from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.search_space import search_space
-from hnas.utils.gradient_step import GradientStep, momentum_optimizer
-from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.hapi_wrapper import DistillationModel, GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
 
@@ -88,7 +87,7 @@ class PlainSteps:
                     layer._use_global_stats = settings.freeze_bn or None
         use_onednn(*self._networks)
         parameters = [p for network in self._networks for p in network.parameters()]
-        self._optimizer = momentum_optimizer(
+        self.optimizer = momentum_optimizer(
             SimpleNamespace(parameters=lambda: parameters), settings.lr, 0.9, 1e-4
         )
 
@@ -101,8 +100,8 @@ class PlainSteps:
             network.train()
             loss = F.cross_entropy(network(images), labels)
             loss.backward()
-        self._optimizer.step()
-        self._optimizer.clear_grad(set_to_zero=False)
+        self.optimizer.step()
+        self.optimizer.clear_grad(set_to_zero=False)
         return {"loss": loss}
 
 

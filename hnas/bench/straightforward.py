@@ -58,8 +58,8 @@ class StraightforwardDistillation(DistillationModel):
             loss.backward()
             losses.append(loss.item())
         accuracy = (logits.argmax(axis=1) == labels).astype("float32").mean().item()
-        self._optimizer.step()
-        self._optimizer.clear_grad(set_to_zero=False)
+        self.optimizer.step()
+        self.optimizer.clear_grad(set_to_zero=False)
         return {"loss": sum(losses) / len(losses), "top1": accuracy}
 
 
@@ -68,23 +68,24 @@ class StraightforwardContrast(ContrastiveModel):
 
     def train_batch(self, inputs) -> dict:
         network = self.network
-        views = [normalize(view) for view in inputs[:2]]
+        query_view, key_view = (normalize(view) for view in inputs[:2])
+        paths = self.sampler.sample(self.epoch, self.step)
         network.train()
         losses, hits, keys = [], [], []
-        for one in self.passes():
+        for query_path, key_path in zip(paths, reversed(paths), strict=True):
             with paddle.no_grad():
                 momentum = network.key_momentum
                 pairs = zip(network.key_parameters(), network.query_parameters(), strict=True)
                 for key, query in pairs:
                     key.set_value(key * momentum + query * (1 - momentum))
-            own = network.embed_keys(views[one.key_view], one.key_path)
-            queries = network.embed_queries(views[one.query_view], one.query_path)
+            own = network.embed_keys(key_view, key_path)
+            queries = network.embed_queries(query_view, query_path)
             loss, found = network.contrast(queries, own)
             loss.backward()
             losses.append(loss.item())
             hits.append(found.item())
             keys.append(own)
-        self._optimizer.step()
-        self._optimizer.clear_grad(set_to_zero=False)
+        self.optimizer.step()
+        self.optimizer.clear_grad(set_to_zero=False)
         network.enqueue((keys[0] + keys[1]) / 2)
         return {"loss": sum(losses) / 2, "top1": sum(hits) / 2}

@@ -47,7 +47,7 @@ from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import calibration_images, require, space_of, start, validation_images
 from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash, variant
-from hnas.utils.training import start_from_checkpoint
+from hnas.utils.starting import start_from_checkpoint
 
 logger = logging.getLogger(__name__)
 

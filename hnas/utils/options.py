@@ -65,17 +65,6 @@ class Options:
         1e-4, "L2 penalty", stages=TRAINING, low=0, high=1000, own={Stage.DISTILL: 3e-5}
     )
     momentum: float = flag(0.9, "of the optimizer", stages=TRAINING, low=0, high=1)
-    nesterov: bool = flag(False, "Nesterov's momentum", stages=TRAINING)
-    no_norm_decay: bool = flag(
-        False, "no L2 penalty on BatchNorm's scales and shifts and on biases", stages=TRAINING
-    )
-    label_smoothing: float = flag(
-        0.0,
-        "share of a label that is spread evenly over all classes",
-        stages=TRAINING - CONTRAST,
-        low=0,
-        high=1,
-    )
     batch_size: int = flag(256, "images a step and device", "images", low=1, high=1_000_000)
     dyna_batch_size: int = flag(
         4,
@@ -95,7 +84,7 @@ class Options:
         high=MOST_EPOCHS,
         own={Stage.CONTRAST: 1},
     )
-    sample_method: str = flag("random", "random, tilted, sandwich or fair", "name", stages=DISTILL)
+    sample_method: str = flag("random", "random, sandwich or fair", "name", stages=DISTILL)
     bias_sample_flag: bool = flag(
         False,
         "with sample_method random: train the largest of stage1_sample_num candidates, the first "
@@ -120,14 +109,6 @@ class Options:
         low=0,
         high=LARGEST,
     )
-    bias_strength: float = flag(
-        2.0,
-        "tilt b of sample_method tilted: the largest option is exp(b) times as likely as the "
-        "smallest",
-        stages=DISTILL,
-        low=-100,
-        high=100,
-    )
     sample_space: str = flag(
         "released",
         "width digits to sample: released (those of the 45,000) or full (1 to 7)",
@@ -143,9 +124,6 @@ class Options:
         "one_kind: both are crop and flip",
         "name",
         stages=CONTRAST,
-    )
-    exchange_views: bool = flag(
-        False, "exchange the views in the second pass, as the paths are", stages=CONTRAST
     )
     freeze_bn: bool = flag(
         False,
@@ -164,9 +142,6 @@ class Options:
         False,
         "weight each sub-network's loss by its size over the largest network's",
         stages=DISTILL,
-    )
-    distill_temperature: float = flag(
-        1.0, "of the teacher's soft targets", stages=DISTILL, low=0.001, high=1000
     )
     in_place_distillation: bool = flag(
         False,
@@ -240,8 +215,8 @@ class Options:
     )
     rank_gt: str = flag(
         "",
-        "architectures with stand-alone accuracies, to score whenever eval_freq says: for the log, "
-        "history.json and the curves only",
+        "architectures with stand-alone accuracies, to score whenever eval_freq says: for the log "
+        "and history.json only",
         "file",
         stages=DISTILL,
     )
@@ -423,7 +398,6 @@ class Options:
         "folder",
         stages=TRAINING,
     )
-    visualdl_dir: str = flag("", "write curves for VisualDL to it", "folder", stages=TRAINING)
     eval_sample_num: int = flag(
         0,
         "score the first N architectures of the file, or draw N without one; 0: the whole file",

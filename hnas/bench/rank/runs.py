@@ -28,16 +28,18 @@ from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture
-from hnas.utils.gradient_step import learning_rate, momentum_optimizer
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     ResumableModel,
     StandaloneModel,
+    learning_rate,
+    momentum_optimizer,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.options import Options
 from hnas.utils.runtime import seed_generators
-from hnas.utils.SampleMethod import LargestSampler, Sampler, SamplerSettings, build_sampler
-from hnas.utils.training import start_from_pretrained
+from hnas.utils.SampleMethod import LargestSampler, Sampler, build_sampler
+from hnas.utils.starting import start_from_pretrained
 from hnas.utils.weights import (
     NotFiniteError,
     check_finite,
@@ -101,7 +103,8 @@ def train(
     use_onednn(model.network, *([teacher] if teacher is not None else []))
     model.prepare(optimizer)
     seed = DATA_SEEDS[job.kind] + job.seed
-    model.fit(DigitsLoader(bench.task, scale.batch_size, steps, seed, more), 1)
+    for _ in model.train_epoch(DigitsLoader(bench.task, scale.batch_size, steps, seed, more), 0):
+        pass
     check_finite(model.network)
 
 
@@ -165,7 +168,7 @@ def run_stage1(bench: Bench, job: Job) -> dict:
     network.reset_key_encoder()
     if frozen:
         freeze_statistics(network)
-    model = ContrastiveModel(network, LargestSampler(bench.space, 2), exchange_views=not frozen)
+    model = ContrastiveModel(network, LargestSampler(bench.space, 2))
     more = [STRONG if job.what == "frozen_two_kinds" else bench.task.distortion]
     # Of the mean of both passes, whose gradients add up.
     train(bench, job, model, scale.stage1_steps, scale.stage1_lr / 2, more)
@@ -222,21 +225,18 @@ def stage2_model(
     sampler = method_sampler(bench, method, seed)
     in_place = method.teacher == "in place"
     teacher = teacher if method.teacher == "pretrained" else None
-    return DistillationModel(
-        network, teacher, sampler, temperature=method.temperature, in_place=in_place
-    )
+    return DistillationModel(network, teacher, sampler, in_place=in_place)
 
 
 def method_sampler(bench: Bench, method: Method, seed: int) -> Sampler:
     """What draws a method's sub-networks."""
     first_place = method.sampler == "first_place"
-    settings = SamplerSettings(
-        "random" if first_place else method.sampler,
+    options = Options(
+        sample_method="random" if first_place else method.sampler,
         bias_sample_flag=first_place,
         dyna_batch_size=method.subnetworks,
-        bias_strength=method.tilt,
     )
-    return build_sampler(settings, bench.space, seed)
+    return build_sampler(options, bench.space, seed)
 
 
 def score_supernet(
