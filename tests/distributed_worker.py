@@ -66,9 +66,7 @@ def distilled() -> DistillationModel:
     paddle.seed(2)
     network = build_network("resnet48_mini", CLASSES)
     teacher = build_network("resnet48_mini", CLASSES, elastic=False)
-    return trained(
-        DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 3, tilt=1.0))
-    )
+    return trained(DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 3)))
 
 
 def trained(model, accumulate: int = 1):

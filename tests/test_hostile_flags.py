@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
-import logging
 import os
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from hnas.utils.memory_needs import (
 )
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.SampleMethod import SamplerSettings, build_sampler
+from hnas.utils.SampleMethod import build_sampler
 from hnas.utils.scoring import scored_order
 
 ROOT = Path(__file__).parents[1]
@@ -175,19 +174,10 @@ def test_more_architectures_than_exist_are_refused():
 
 @pytest.mark.parametrize("number", [1, 0])
 def test_a_sandwich_of_fewer_than_two_is_refused(number):
-    settings = SamplerSettings("sandwich", dyna_batch_size=number)
+    options = Options(sample_method="sandwich", dyna_batch_size=number)
     with pytest.raises(UserError, match="the largest and the smallest network are two") as error:
-        build_sampler(settings, RESNET48, 0)
+        build_sampler(options, RESNET48, 0)
     one_line(str(error.value))
-
-
-def test_a_sandwich_of_two_is_told(caplog):
-    with caplog.at_level(logging.INFO):
-        build_sampler(SamplerSettings("sandwich", dyna_batch_size=3), RESNET48, 0)
-        assert caplog.messages == []
-        sampler = build_sampler(SamplerSettings("sandwich", dyna_batch_size=2), RESNET48, 0)
-    assert caplog.messages == ["sandwich of 2: the largest and the smallest network only"]
-    assert sampler.sample(0, 0) == [RESNET48.largest(), RESNET48.smallest()]
 
 
 def test_more_images_than_the_set_has_are_refused():

@@ -129,7 +129,7 @@ def test_defaults_of_single_stages():
     assert (stage1.weight_decay, stage2.weight_decay) == (1e-4, 3e-5)
     assert (stage1.freeze_bn, stage2.freeze_bn) == (True, True)
     assert (stage1.stage1_views, stage1.lr_schedule) == ("two_kinds", "cosine")
-    assert stage1.exchange_views is False and stage1.crop_scale_min == 0.08
+    assert stage1.crop_scale_min == 0.08
     assert (stage2.sample_method, stage2.bias_sample_flag) == ("random", True)
     assert (stage2.stage1_sample_num, stage2.extra_random_every) == (400, 3)
     assert stage2.bn_calibration_images == stage3.bn_calibration_images == AUTO
@@ -194,7 +194,7 @@ def test_a_flag_without_effect_is_named_in_the_log(caplog):
 
 def test_what_every_training_uses_is_not_said_to_have_no_effect(caplog):
     used = ["--accumulate=2", "--clip_norm=1", "--onednn=False", "--storage_size=40"]
-    used += ["--cache_dir=x", "--visualdl_dir=x", "--amp=O1"]
+    used += ["--cache_dir=x", "--amp=O1"]
     with caplog.at_level(logging.INFO):
         for stage in set(Stage) - {SCORE, Stage.EXPORT, Stage.SEARCH}:
             parse(stage, *used)
@@ -285,7 +285,7 @@ def test_bounds(flag, text):
 
 
 @pytest.mark.parametrize("text", ["nan", "NaN", "-nan", "inf", "-inf", "1e999"])
-@pytest.mark.parametrize("flag", ["lr", "momentum", "temperature", "bias_strength", "flip_prob"])
+@pytest.mark.parametrize("flag", ["lr", "momentum", "temperature", "flip_prob"])
 def test_numbers_are_finite(flag, text):
     # With "=", since argparse takes "-inf" alone for a flag.
     assert refusal(f"--{flag}={text}") == f"argument --{flag}: {text!r} is not a finite number"
@@ -440,7 +440,7 @@ def test_help_tells_which_flags_have_no_effect(capsys, monkeypatch):
         for stage in SCRIPTS
     }
     assert "queue_size" not in idle[CONTRAST] and "modelarch_file" in idle[CONTRAST]
-    assert "bias_strength" not in idle[DISTILL] and "queue_size" in idle[DISTILL]
+    assert "stage1_sample_num" not in idle[DISTILL] and "queue_size" in idle[DISTILL]
     assert "modelarch_file" not in idle[SCORE] and {"lr", "max_epoch", "pretrained"} <= idle[SCORE]
     for flags in idle.values():
         assert not flags & {"image_dir", "save_dir", "batch_size", "seed", "device"}

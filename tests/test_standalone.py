@@ -20,7 +20,7 @@ from hnas.bench import chaos
 from hnas.models.elastic import ElasticResNet
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
-from hnas.tools import export, rank_report, train_standalone
+from hnas.tools import export, rank_report
 from hnas.tools.train_standalone import main
 from hnas.utils.hapi_wrapper import StandaloneModel, momentum_optimizer
 from hnas.utils.weights import ABOUT, read_weights, write_state
@@ -142,19 +142,6 @@ def test_a_step_is_momentum_on_the_cross_entropy():
         if weight.stop_gradient:
             continue
         np.testing.assert_allclose(weight.numpy(), expected[name].numpy(), rtol=1e-3, atol=1e-4)
-
-
-def test_label_smoothing_reaches_the_model(work, tmp_path, monkeypatch):
-    seen = []
-
-    def fit(model, *_):
-        seen.append(model.label_smoothing)
-        raise InterruptedError
-
-    monkeypatch.setattr(train_standalone, "fit", fit)
-    with pytest.raises(InterruptedError):
-        main(flags(work, save_dir=tmp_path, label_smoothing=0.2))
-    assert seen == [0.2]
 
 
 def test_the_supernet_would_refuse_one_of_them():
@@ -319,10 +306,10 @@ def test_a_flag_that_is_new_was_off_before(work, tmp_path):
     folder = tmp_path / "before"
     shutil.copytree(work / "undisturbed", folder)
     settings = json.loads((folder / "run.json").read_text())
-    assert settings.pop("nesterov") is False
+    assert settings.pop("deterministic") is False
     (folder / "run.json").write_text(json.dumps(settings))
     main(flags(work, save_dir=folder))
-    assert "other settings (nesterov)" in refusal(work, save_dir=folder, nesterov=True)
+    assert "other settings (deterministic)" in refusal(work, save_dir=folder, deterministic=True)
 
 
 def test_results_of_other_images_are_not_mixed(work, tmp_path):
