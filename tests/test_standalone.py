@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import ROOT, write_inputs
 from PIL import Image
 
 from hnas.base.errors import UserError
-from hnas.bench import chaos
 from hnas.models.elastic import ElasticResNet
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
@@ -60,7 +60,7 @@ def command(work, **changes):
     program = [sys.executable, "-W", "ignore", "-um", "hnas.tools.train_standalone"]
     return {
         "args": [*program, *flags(work, **changes)],
-        "env": {**os.environ, "PYTHONPATH": str(chaos.ROOT)},
+        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
         "text": True,
     }
 
@@ -69,7 +69,7 @@ def command(work, **changes):
 def work(tmp_path_factory):
     """Two images a class, three codes, and ``undisturbed/``, an uninterrupted run of them."""
     folder = tmp_path_factory.mktemp("standalone")
-    chaos.write_inputs(folder, images_per_class=2)
+    write_inputs(folder, images_per_class=2)
     entries = {name: {"acc": 0.0, "arch": code} for name, code in CODES.items()}
     (folder / "codes.json").write_text(json.dumps(entries))
     subprocess.run(**command(folder), timeout=120, check=True)
