@@ -26,7 +26,7 @@ from hnas.utils.hapi_wrapper import (
     swinging_rate,
 )
 from hnas.utils.options import Options
-from hnas.utils.weights import file_digest, write_state
+from hnas.utils.weights import file_digest, read_weights, write_state
 
 IMAGES, EPOCHS, WARMUP, LR = 64, 4, 1, 0.5
 
@@ -98,6 +98,11 @@ def train_to(folder, batch, processes=1, kill_at=None, measure=None, **flags):
         except Killed:
             assert kill_at or measure
     return model
+
+
+def same_weights(model, other):
+    mine, others = model.network.state_dict(), other.network.state_dict()
+    return all(mine[name].numpy().tobytes() == others[name].numpy().tobytes() for name in mine)
 
 
 @pytest.fixture
@@ -181,10 +186,18 @@ def test_a_run_that_was_killed_is_the_same_to_the_bit(train, tmp_path):
     train(8, kill_at=(0, 5), save_steps=3)
     train(8, kill_at=(2, 1), save_steps=3, resume="auto")
     resumed = train(8, save_steps=3, resume="auto")
-    for name, tensor in whole.network.state_dict().items():
-        assert resumed.network.state_dict()[name].numpy().tobytes() == tensor.numpy().tobytes()
+    assert same_weights(resumed, whole)
     for place, rate in resumed.rates.items():
         assert rate == whole.rates[place]
+
+
+def test_an_epoch_that_is_not_due_is_saved_after_its_last_step(train, tmp_path):
+    """save_freq 3 leaves out epoch 1; within epochs a set is due at each end."""
+    whole = train(8, save_dir=str(tmp_path / "whole"))
+    flags = {"save_freq": 3, "save_steps": 8}
+    train(8, kill_at=(2, 1), **flags)
+    resumed = train(8, resume="auto", **flags)
+    assert min(resumed.rates) == (2, 0) and same_weights(resumed, whole)
 
 
 @pytest.mark.parametrize("make", [learning_rate, swinging_rate], ids=["cosine", "swing"])
@@ -230,11 +243,52 @@ def test_a_folders_name_asks_for_the_older_runs_set(train, tmp_path, caplog):
     assert train(8, resume="auto").rates == {}
 
 
-def test_a_finished_run_says_so(train, caplog):
-    train(8)
+def test_a_finished_run_resumes_to_nothing_and_says_so(train, tmp_path, caplog):
+    whole = train(8)
+    # As if the kill had come right after the last epoch's checkpoint.
+    final, history = tmp_path / "run/final.pdparams", tmp_path / "run/history.json"
+    losses = read_json(history)["epoch_losses"]
+    write_json(history, {"epoch_losses": losses[:1]})
+    digest = file_digest(final)
+    final.unlink()
     with caplog.at_level(logging.INFO):
-        train(8, resume="auto")
+        assert same_weights(train(8, resume="auto"), whole)
     assert f"all {EPOCHS} epochs are done already: nothing is left to train" in caplog.messages
+    assert file_digest(final) == digest and read_json(history)["epoch_losses"] == losses
+
+
+def test_other_batches_within_an_epoch_are_refused_and_another_rate_is_told(train, caplog):
+    train(8, kill_at=(1, 5), save_steps=5)
+    message = "middle of an epoch, and batch_size, total_batch differ now; resume with the same"
+    with pytest.raises(UserError, match=message):
+        train(16, resume="auto")
+    train(8, resume="auto", lr=LR / 2)
+    assert "resumed with other values than before: lr" in caplog.messages
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(train, tmp_path):
+    train(8, kill_at=(2, 0))
+    good = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for every in (0, 1):
+        with pytest.raises(
+            UserError, match=r" at epoch 3 step \d, learning rate .*, sub-network co"
+        ):
+            train(8, resume="auto", lr=1e30, save_steps=every)
+    left = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert {name: left[name] for name in good} == good
+    for path in (tmp_path / "run").glob("*.pdparams"):
+        assert all(np.isfinite(value).all() for value in read_weights(path).values())
+
+
+def test_keep_leaves_the_first_and_the_newest_epochs(train, tmp_path):
+    def names():
+        return {path.stem for path in (tmp_path / "run").glob("*.pdparams")}
+
+    train(8, keep=1, save_steps=2)
+    assert names() == {"0", "3", "final"}
+    # A new run in the same folder: epoch 3 is not its own.
+    train(8, keep=1, max_epoch=3)
+    assert names() == {"0", "2", "3", "final"}
 
 
 def test_a_run_keeps_its_id_when_it_goes_on_elsewhere(train, tmp_path):
@@ -246,7 +300,7 @@ def test_a_run_keeps_its_id_when_it_goes_on_elsewhere(train, tmp_path):
 
 def test_sets_of_versions_without_ids_are_taken(train, tmp_path):
     train(8, kill_at=(2, 0))
-    forge(tmp_path / "run", drop("run_id"))
+    forge(tmp_path / "run", ("run_id", MISSING))
     (tmp_path / "run" / RUN_NOTE).unlink()
     train(8, kill_at=(2, 1), resume="auto")
     assert min(train(8, resume="auto").rates) == (2, 0)
@@ -323,109 +377,88 @@ def test_a_measurement_leaves_the_generators_alone(train):
 # --- forged states: every digest matches
 
 
-def forge(folder, change, suffix=STATES, stem="1"):
-    """Change what a file of the set holds, and the digests that vouch for it."""
-    state = load_pickle(folder / f"{stem}{STATES}")
-    content = state if suffix == STATES else load_pickle(folder / f"{stem}{suffix}")
-    replaced = change(content)
-    content = content if replaced is None else replaced
-    if suffix == STATES:
-        state = content
-    else:
-        write_state(folder / f"{stem}{suffix}", content)
-        state["digests"][suffix] = file_digest(folder / f"{stem}{suffix}")
-    write_state(folder / f"{stem}{STATES}", state)
-
-
-MISSING = object()
-
-
-def put(*path, value):
-    """A change: the value at a path of keys; a function finds the key in the content."""
-
-    def change(content):
-        *parents, last = path
-        for key in parents:
-            content = content[key]
-        last = last(content) if callable(last) else last
-        if value is MISSING:
-            del content[last]
-        else:
-            content[last] = copy.deepcopy(value)
-
-    return change
-
-
-def drop(*path):
-    """A change: nothing at a path of keys."""
-    return put(*path, value=MISSING)
-
-
-HUGE = 10**40
+MISSING, HUGE = object(), 10**40
 FORGED_STATES = {
-    "epoch: text": put("epoch", value="2"),
-    "epoch: float": put("epoch", value=2.0),
-    "epoch: none": put("epoch", value=None),
-    "epoch: negative": put("epoch", value=-1),
-    "epoch: huge": put("epoch", value=HUGE),
-    "epoch: another": put("epoch", value=3),
-    "epoch: missing": drop("epoch"),
-    "step: negative": put("step", value=-1),
-    "step: beyond the epoch": put("step", value=1000),
-    "step: huge": put("step", value=HUGE),
-    "step: missing": drop("step"),
-    "losses: missing": drop("losses"),
-    "losses: list": put("losses", value=[1.0]),
-    "losses: too many": put("losses", "epoch_losses", value=np.ones(7)),
-    "losses: none": put("losses", "epoch_losses", value=np.ones(0)),
-    "losses: matrix": put("losses", "epoch_losses", value=np.ones((2, 2))),
-    "losses: NaN": put("losses", "epoch_losses", value=np.array([np.nan, 1.0])),
-    "losses: text": put("losses", "epoch_losses", value="many"),
-    "losses: of steps": put("losses", "step_losses", value=np.ones(3)),
-    "seconds: text": put("losses", "seconds", value="long"),
-    "seconds: NaN": put("losses", "seconds", value=math.nan),
-    "seconds: missing": drop("losses", "seconds"),
-    "validation: none": put("losses", "validation", value=None),
-    **{
-        f"validation: {row}": put("losses", "validation", value=[row])
-        for row in (
-            1,
-            {"tau": 0.5},
-            {"epoch": 2, "tau": 0.5},
-            {"epoch": -1, "tau": 0.5},
-            {"epoch": True, "tau": 0.5},
-            {"epoch": 0, "tau": math.nan},
-            {"epoch": 0, "tau": "high"},
-        )
-    },
-    "run: list": put("run", value=["lr"]),
-    "run: missing": drop("run"),
-    "run: of arrays": put("run", "lr", value=np.ones(3)),
-    "run_id: number": put("run_id", value=3),
-    "digests: missing": drop("digests"),
-    "digests: list": put("digests", value=["a"]),
-    "saved: text": put("saved", value="now"),
-    "generators: missing": drop("generators"),
-    "generators: text": put("generators", value="seed"),
-    "python: words": put("generators", "python", "words", value=np.zeros(3, np.uint32)),
-    "python: floats": put("generators", "python", "words", value=np.full(625, np.nan)),
-    "python: version": put("generators", "python", "version", value=HUGE),
-    "numpy: kind": put("generators", "numpy", "kind", value="PCG64"),
-    "numpy: keys": put("generators", "numpy", "keys", value=np.zeros(5, np.uint32)),
-    "numpy: position": put("generators", "numpy", "position", value=10**6),
-    "numpy: negative": put("generators", "numpy", "position", value=-1),
-    "paddle: none": put("generators", "paddle", value=None),
-    "paddle: numbers": put("generators", "paddle", value=[1]),
-    "paddle: engine": put("generators", "paddle", 0, "engine", value=np.zeros(4, np.uint8)),
-    "paddle: seed": put("generators", "paddle", 0, "seed", value=HUGE),
-    "all: list": lambda state: [1, 2],
-    "all: empty": lambda state: {},
+    "": [[1, 2], {}],
+    "epoch": ["2", 2.0, None, -1, HUGE, 3, MISSING],
+    "step": [-1, 1000, HUGE, MISSING],
+    "losses": [[1.0], MISSING],
+    "losses/epoch_losses": [np.ones(7), np.ones(0), np.ones((2, 2)), np.array([np.nan, 1]), "many"],
+    "losses/step_losses": [np.ones(3)],
+    "losses/seconds": ["long", math.nan, MISSING],
+    "losses/validation": [
+        None,
+        [1],
+        [{"tau": 0.5}],
+        *([{"epoch": epoch, "tau": 0.5}] for epoch in (2, -1, True)),
+        *([{"epoch": 0, "tau": tau}] for tau in (math.nan, "high")),
+    ],
+    "run": [["lr"], MISSING],
+    "run/lr": [np.ones(3)],
+    "run_id": [3],
+    "digests": [["a"], MISSING],
+    "saved": ["now"],
+    "generators": ["seed", MISSING],
+    "generators/python/words": [np.zeros(3, np.uint32), np.full(625, np.nan)],
+    "generators/python/version": [HUGE],
+    "generators/numpy/kind": ["PCG64"],
+    "generators/numpy/keys": [np.zeros(5, np.uint32)],
+    "generators/numpy/position": [10**6, -1],
+    "generators/paddle": [None, [1]],
+    "generators/paddle/0/engine": [np.zeros(4, np.uint8)],
+    "generators/paddle/0/seed": [HUGE],
+}
+VELOCITY, LIKE_IT = "weight@_velocity_0", np.zeros((3, 2), np.float32)
+FORGED_OPTIMIZERS = {
+    "": [[1.0], "velocity", {}],
+    VELOCITY: [
+        *(np.full((3, 2), value, np.float32) for value in (np.nan, np.inf)),
+        *(LIKE_IT.T, LIKE_IT.astype(np.int64), LIKE_IT.astype(np.float64)),
+        *(np.float32(1), "fast", None, HUGE, MISSING),
+    ],
+    "other@_velocity_0": [np.zeros(1, np.float32)],
+    # another suffix, none, two of a parameter
+    **{key: [LIKE_IT] for key in ("weight@_moment1_0", "weight", "weight@_velocity_7", 7)},
 }
 
 
-def refusal(train, caplog, **flags):
+def cases(forged):
+    return [
+        pytest.param(path, value, id=f"{path}: {number}")
+        for path, values in forged.items()
+        for number, value in enumerate(values)
+    ]
+
+
+def put(content, path, value):
+    """The content with another value, or none, at a path of keys; all of it for an empty path."""
+    if path == "":
+        return value
+    found = content
+    *parents, last = path.split("/") if isinstance(path, str) else [path]
+    for key in parents:
+        found = found[int(key) if isinstance(found, list) else key]
+    if value is MISSING:
+        del found[last]
+    else:
+        found[last] = copy.deepcopy(value)
+    return content
+
+
+def forge(folder, *changes, suffix=STATES):
+    """Change what a file of the set holds, and the digests that vouch for it."""
+    state = load_pickle(folder / f"1{STATES}")
+    content = state if suffix == STATES else load_pickle(folder / f"1{suffix}")
+    for path, value in changes:
+        content = put(content, path, value)
+    write_state(folder / f"1{suffix}", content)
+    if suffix != STATES:
+        state["digests"][suffix] = file_digest(folder / f"1{suffix}")
+        write_state(folder / f"1{STATES}", state)
+
+
+def refusal(train, **flags):
     """What resuming from the set is told: one line."""
-    caplog.clear()
     with pytest.raises(UserError) as error:
         train(8, **flags)
     message = str(error.value)
@@ -433,66 +466,32 @@ def refusal(train, caplog, **flags):
     return message
 
 
-@pytest.mark.parametrize("change", FORGED_STATES.values(), ids=FORGED_STATES)
-def test_a_forged_state_is_one_line(train, killed, tmp_path, caplog, change):
+@pytest.mark.parametrize(("path", "value"), cases(FORGED_STATES))
+def test_a_forged_state_is_one_line_and_nothing_of_it_is_kept(
+    train, killed, tmp_path, caplog, path, value
+):
     folder = shutil.copytree(killed, tmp_path / "run")
-    forge(folder, change)
-    message = refusal(train, caplog, resume=str(folder))
+    forge(folder, (path, value))
+    before = np.random.get_state()[1].tobytes()
+    message = refusal(train, resume=str(folder))
     # Either the set was passed over as none of this program, and no other is there, or refused.
     assert "1.pdstates is not what" in message or "no whole set" in message
     passed = [line for line in caplog.messages if line.startswith("passed over")]
     assert bool(passed) == ("no whole set" in message)
+    if path in ("epoch", "step", "losses"):
+        assert np.random.get_state()[1].tobytes() == before
 
 
-def velocity(state):
-    return next(key for key in state if key.startswith("weight@"))
-
-
-FORGED_OPTIMIZERS = {
-    "all: list": lambda state: [1.0],
-    "all: text": lambda state: "velocity",
-    "all: empty": lambda state: {},
-    "velocity: missing": drop(velocity),
-    "velocity: NaN": put(velocity, value=np.full((3, 2), np.nan, np.float32)),
-    "velocity: infinite": put(velocity, value=np.full((3, 2), np.inf, np.float32)),
-    "velocity: shape": put(velocity, value=np.zeros((2, 3), np.float32)),
-    "velocity: scalar": put(velocity, value=np.float32(1)),
-    "velocity: whole numbers": put(velocity, value=np.zeros((3, 2), np.int64)),
-    "velocity: float64": put(velocity, value=np.zeros((3, 2))),
-    "velocity: text": put(velocity, value="fast"),
-    "velocity: none": put(velocity, value=None),
-    "velocity: number": put(velocity, value=HUGE),
-    "another parameter": put("other@_velocity_0", value=np.zeros(1, np.float32)),
-    "another suffix": put("weight@_moment1_0", value=np.zeros((3, 2), np.float32)),
-    "a key without @": put("weight", value=np.zeros((3, 2), np.float32)),
-    "a key that is a number": put(7, value=np.zeros((3, 2), np.float32)),
-    "two of a parameter": put("weight@_velocity_7", value=np.zeros((3, 2), np.float32)),
-}
-
-
-@pytest.mark.parametrize("change", FORGED_OPTIMIZERS.values(), ids=FORGED_OPTIMIZERS)
-def test_a_forged_optimizer_is_one_line(train, killed, tmp_path, caplog, change):
+@pytest.mark.parametrize(("path", "value"), cases(FORGED_OPTIMIZERS))
+def test_a_forged_optimizer_is_one_line(train, killed, tmp_path, path, value):
     shutil.copytree(killed, tmp_path / "run")
-    forge(tmp_path / "run", change, OPTIMIZER)
-    assert f"1{OPTIMIZER}" in refusal(train, caplog, resume="auto")
+    forge(tmp_path / "run", (path, value), suffix=OPTIMIZER)
+    assert f"1{OPTIMIZER}" in refusal(train, resume="auto")
 
 
-def test_an_optimizer_of_earlier_versions_is_taken(train, tmp_path):
+def test_an_optimizer_of_earlier_versions_is_taken(train, killed, tmp_path):
     """They saved the learning rate's counter, and no velocity of what no step had trained."""
-    train(8, kill_at=(2, 0))
-
-    def as_before(state):
-        state["LR_Scheduler"] = {"last_epoch": 10**6, "last_lr": "fast"}
-        del state[velocity(state)]
-
-    forge(tmp_path / "run", as_before, OPTIMIZER)
+    shutil.copytree(killed, tmp_path / "run")
+    counter = {"last_epoch": 10**6, "last_lr": "fast"}
+    forge(tmp_path / "run", ("LR_Scheduler", counter), (VELOCITY, MISSING), suffix=OPTIMIZER)
     assert_rates(train(8, resume="auto"), 8, 2)
-
-
-def test_nothing_of_a_refused_set_is_kept(tmp_path, train):
-    train(8, kill_at=(2, 0))
-    forge(tmp_path / "run", put("epoch", value=-1))
-    before = np.random.get_state()[1].tobytes()
-    with pytest.raises(UserError):
-        train(8, resume="auto")
-    assert np.random.get_state()[1].tobytes() == before
