@@ -39,7 +39,7 @@ from hnas.tools.check_device.plan import Plan
 from hnas.tools.check_device.rank_program import values
 from hnas.tools.check_device.results import FAILED, NOT_HERE, PASSED
 from hnas.utils import checkpoint
-from hnas.utils.gradient_step import GradientStep
+from hnas.utils.hapi_wrapper import GradientStep
 
 QUICK = Plan(quick=True)
 CARD = Plan((0,), quick=True)

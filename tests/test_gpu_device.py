@@ -17,10 +17,10 @@ from hnas.evaluation.engine import wanted_variant
 from hnas.evaluation.results import StateError, evaluation_identity, load_state, save_state
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.utils import runtime
-from hnas.utils.callbacks import TrainLogger
 from hnas.utils.flags import Stage
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
+from hnas.utils.training import TrainLogger
 
 V100 = {"name": "Tesla V100-SXM2-32GB", "major": 7, "gib": 32}
 CONVOLUTIONS, PRODUCTS = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
@@ -213,9 +213,10 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
     assert "GPU" not in peak_memory()
     gpu_fakes.fake_card(monkeypatch)
     assert peak_memory().startswith("3.00 GiB on the GPU, ")
-    log = TrainLogger(1)
+    log = TrainLogger(1, epochs=1, steps=1, batch=1)
     log._losses = [1.0]
-    log.on_epoch_end(0)
+    log.begin_epoch(0)
+    log.end_epoch()
     assert "epoch 1: peak memory 3.00 GiB on the GPU, " in caplog.text
 
 

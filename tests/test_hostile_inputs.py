@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import itertools
 import json
-import logging
 import os
 import socket
 import subprocess
@@ -36,7 +35,7 @@ from hnas.utils.memory_needs import (
 )
 from hnas.utils.options import Options
 from hnas.utils.runtime import scored_order
-from hnas.utils.SampleMethod import SamplerSettings, build_sampler
+from hnas.utils.SampleMethod import build_sampler
 
 ROOT = Path(__file__).parents[1]
 LONG, NAME = "9" * 30, "n" * 300
@@ -115,17 +114,12 @@ def test_more_architectures_than_exist_are_refused():
 # --- settings that do not fit what they are for
 
 
-def test_a_sandwich_of_two_is_told_and_of_fewer_refused(caplog):
-    for number in (1, 0):
-        settings = SamplerSettings("sandwich", dyna_batch_size=number)
-        with pytest.raises(UserError, match="the largest and the smallest network are two"):
-            build_sampler(settings, RESNET48, 0)
-    with caplog.at_level(logging.INFO):
-        build_sampler(SamplerSettings("sandwich", dyna_batch_size=3), RESNET48, 0)
-        assert caplog.messages == []
-        sampler = build_sampler(SamplerSettings("sandwich", dyna_batch_size=2), RESNET48, 0)
-    assert caplog.messages == ["sandwich of 2: the largest and the smallest network only"]
-    assert sampler.sample(0, 0) == [RESNET48.largest(), RESNET48.smallest()]
+@pytest.mark.parametrize("number", [1, 0])
+def test_a_sandwich_of_fewer_than_two_is_refused(number):
+    options = Options(sample_method="sandwich", dyna_batch_size=number)
+    with pytest.raises(UserError, match="the largest and the smallest network are two") as error:
+        build_sampler(options, RESNET48, 0)
+    one_line(str(error.value))
 
 
 def test_more_images_than_the_set_has_are_refused():

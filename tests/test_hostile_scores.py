@@ -36,7 +36,7 @@ from hnas.utils import checkpoint, runtime
 from hnas.utils.checkpoint import newest_set, save_training
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options
-from hnas.utils.training import pretrained_network
+from hnas.utils.starting import pretrained_network
 from hnas.utils.weights import (
     CheckpointError,
     NotFiniteError,
@@ -219,7 +219,7 @@ def test_train_standalone_refuses_several_processes(monkeypatch):
 
 def test_a_stand_alone_step_exchanges_gradients_before_it_is_taken(monkeypatch):
     events = []
-    model = StandaloneModel(paddle.nn.Flatten(), "code")
+    model = StandaloneModel(paddle.nn.Flatten(), CODE)
     model.network = paddle.nn.Sequential(paddle.nn.Flatten(), paddle.nn.Linear(48, 3))
     optimizer = paddle.optimizer.SGD(0.1, parameters=model.network.parameters())
     model.prepare(optimizer)
@@ -234,9 +234,6 @@ def test_a_stand_alone_step_exchanges_gradients_before_it_is_taken(monkeypatch):
 CODE = RESNET48_MINI.largest().code
 PROGRAMS = {  # what writes, and how: a folder or a file below something that is no folder
     "stages": lambda path: runtime.start(Options(save_dir=str(path / "out"), device="cpu")),
-    "curves": lambda path: runtime.start(
-        Options(save_dir=str(path.parent / "fine"), visualdl_dir=str(path / "c"), device="cpu")
-    ),
     "digits_folder": lambda path: digits_folder(["--output", str(path / "digits")]),
     "draw_architectures": lambda path: draw_architectures.main(["--output", str(path / "a.json")]),
     "flops": lambda path: flops.main(["--modelarch_file", "none", "--output", str(path / "f")]),

@@ -95,7 +95,7 @@ RECIPE = {
     CONTRAST: "backbone=resnet48pinasv2 max_epoch=10 batch_size=256 lr=0.0008 warmup=1 "
     "dyna_batch_size=0 momentum=0.9 image_size=224 weight_decay=0.0001 freeze_bn=True "
     "largest_net_in_stage1=True queue_size=40960 key_momentum=0.999 temperature=0.1 "
-    "stage1_views=two_kinds lr_schedule=cosine exchange_views=False crop_scale_min=0.08 "
+    "stage1_views=two_kinds lr_schedule=cosine crop_scale_min=0.08 "
     "save_dir=checkpoint_files/stage1",
     DISTILL: "backbone=resnet48 max_epoch=5 batch_size=256 lr=0.0005 warmup=5 dyna_batch_size=4 "
     "momentum=0.9 image_size=224 weight_decay=3e-05 freeze_bn=True sample_method=random "
@@ -158,7 +158,7 @@ def test_flags_without_effect_are_named_in_the_log(caplog):
         parse(SCORE, "--lr", "1", "--momentum=0.5", "--batch_size", "8")
         used = ["--accumulate=2", "--clip_norm=1", "--onednn=False", "--storage_size=40"]
         for stage in set(Stage) - {SCORE, Stage.EXPORT, Stage.SEARCH}:
-            parse(stage, *used, "--cache_dir=x", "--visualdl_dir=x", "--amp=O1")
+            parse(stage, *used, "--cache_dir=x", "--amp=O1")
         for stage in Stage:
             parse(stage, "--stage1_sample_num", "1")
     idle = [f"--{flag} has no effect in stage 3" for flag in ("lr", "momentum")]

@@ -13,17 +13,16 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import ROOT, write_inputs
 from PIL import Image
 
 from hnas.base.errors import UserError
-from hnas.bench import chaos
 from hnas.models.elastic import ElasticResNet
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
-from hnas.tools import export, rank_report, train_standalone
+from hnas.tools import export, rank_report
 from hnas.tools.train_standalone import main
-from hnas.utils.gradient_step import momentum_optimizer
-from hnas.utils.hapi_wrapper import StandaloneModel
+from hnas.utils.hapi_wrapper import StandaloneModel, momentum_optimizer
 from hnas.utils.weights import ABOUT, read_weights, write_state
 
 CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3
@@ -61,7 +60,7 @@ def command(work, **changes):
     program = [sys.executable, "-W", "ignore", "-um", "hnas.tools.train_standalone"]
     return {
         "args": [*program, *flags(work, **changes)],
-        "env": {**os.environ, "PYTHONPATH": str(chaos.ROOT)},
+        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
         "text": True,
     }
 
@@ -70,7 +69,7 @@ def command(work, **changes):
 def work(tmp_path_factory):
     """Two images a class, three codes, and ``undisturbed/``, an uninterrupted run of them."""
     folder = tmp_path_factory.mktemp("standalone")
-    chaos.write_inputs(folder, images_per_class=2)
+    write_inputs(folder, images_per_class=2)
     entries = {name: {"acc": 0.0, "arch": code} for name, code in CODES.items()}
     (folder / "codes.json").write_text(json.dumps(entries))
     subprocess.run(**command(folder), timeout=120, check=True)
@@ -143,19 +142,6 @@ def test_a_step_is_momentum_on_the_cross_entropy():
         if weight.stop_gradient:
             continue
         np.testing.assert_allclose(weight.numpy(), expected[name].numpy(), rtol=1e-3, atol=1e-4)
-
-
-def test_label_smoothing_reaches_the_model(work, tmp_path, monkeypatch):
-    seen = []
-
-    def fit(model, *_):
-        seen.append(model.label_smoothing)
-        raise InterruptedError
-
-    monkeypatch.setattr(train_standalone, "fit", fit)
-    with pytest.raises(InterruptedError):
-        main(flags(work, save_dir=tmp_path, label_smoothing=0.2))
-    assert seen == [0.2]
 
 
 def test_the_supernet_would_refuse_one_of_them():
@@ -320,10 +306,10 @@ def test_a_flag_that_is_new_was_off_before(work, tmp_path):
     folder = tmp_path / "before"
     shutil.copytree(work / "undisturbed", folder)
     settings = json.loads((folder / "run.json").read_text())
-    assert settings.pop("nesterov") is False
+    assert settings.pop("deterministic") is False
     (folder / "run.json").write_text(json.dumps(settings))
     main(flags(work, save_dir=folder))
-    assert "other settings (nesterov)" in refusal(work, save_dir=folder, nesterov=True)
+    assert "other settings (deterministic)" in refusal(work, save_dir=folder, deterministic=True)
 
 
 def test_results_of_other_images_are_not_mixed(work, tmp_path):

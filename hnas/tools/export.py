@@ -69,7 +69,7 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
-from hnas.utils.training import start_from_checkpoint
+from hnas.utils.starting import start_from_checkpoint
 from hnas.utils.weights import (
     Checkpoint,
     check_classes,

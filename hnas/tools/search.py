@@ -56,7 +56,7 @@ from hnas.utils.runtime import (
     start,
     validation_images,
 )
-from hnas.utils.training import start_from_checkpoint
+from hnas.utils.starting import start_from_checkpoint
 from hnas.utils.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -42,7 +42,6 @@ from hnas.utils.flags import Stage, default_of
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.resuming import describe_run
 from hnas.utils.runtime import (
     seed_generators,
     space_of,
@@ -52,6 +51,7 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
+from hnas.utils.starting import describe_run
 from hnas.utils.training import fit, prepare
 from hnas.utils.weights import (
     Checkpoint,
@@ -258,7 +258,7 @@ def train_one(
         network = ResNet(space.plan(arch), classes)
         if weights is not None:
             load_weights(network, weights, options.init)
-        model = StandaloneModel(network, code, options.label_smoothing)
+        model = StandaloneModel(network, code)
         prepare(model, own, len(loader))
         fit(model, own, loader)
     counts = evaluate_network(network, val)

@@ -69,7 +69,6 @@ class Options:
         "text", "file", stages=SCORE | STANDALONE | EXPORT)
     resume: str = files("", "continue from a folder's newest checkpoint; auto: from save_dir's",
         "folder", stages=TRAINING - STANDALONE)
-    visualdl_dir: str = files("", "write curves for VisualDL to it", "folder", stages=TRAINING)
 
     backbone: str = network("resnet48",
         "resnet48, resnet48_mini; in stage 1 resnet48pinasv2, resnet48pinasv2_mini", "name",
@@ -111,8 +110,6 @@ class Options:
         contrast=1)
     weight_decay: float = training(1e-4, "L2 penalty", high=1000, distill=3e-5)
     momentum: float = training(0.9, "of the optimizer", high=1)
-    label_smoothing: float = training(0.0, "share of a label spread evenly over all classes",
-        high=1, stages=TRAINING - CONTRAST)
     clip_norm: float = training(0.0, "largest norm of all gradients; 0: any", high=LARGEST_RATE)
     accumulate: int = training(1,
         "parts that a batch is split into, one after the other, to save memory", low=1, high=MANY)
@@ -131,8 +128,6 @@ class Options:
     stage1_views: str = contrast("two_kinds",
         "two_kinds: the query's view has colour jitter, grey and blur besides crop and flip; "
         "one_kind: both are crop and flip", "name", choices=("two_kinds", "one_kind"))
-    exchange_views: bool = contrast(False,
-        "exchange the views in the second pass, as the paths are")
     queue_size: int = contrast(40960, "negatives; a multiple of the batch", "keys", low=1,
         high=2**24)
     key_momentum: float = contrast(0.999, "of the key encoder", high=1)
@@ -141,7 +136,7 @@ class Options:
     train_flag: bool = distill(True, "False: evaluate what was loaded and stop")
     dyna_batch_size: int = distill(4, "sub-networks a step; 0: the largest network only",
         "sub-networks", high=1000, contrast=0)
-    sample_method: str = distill("random", "random, tilted, sandwich or fair", "name")
+    sample_method: str = distill("random", "random, sandwich or fair", "name")
     bias_sample_flag: bool = distill(False,
         "with sample_method random: train the largest of stage1_sample_num candidates, the first "
         "place's law", distill=True)
@@ -151,12 +146,8 @@ class Options:
     extra_random_every: int = distill(3,
         "with bias_sample_flag: steps from one that trains a further, uniform sub-network to the "
         "next; 0: never", "steps")
-    bias_strength: float = distill(2.0,
-        "tilt b of sample_method tilted: the largest option is exp(b) times as likely as the "
-        "smallest", low=-100, high=100)
     use_loss_expand: bool = distill(False,
         "weight each sub-network's loss by its size over the largest network's")
-    distill_temperature: float = distill(1.0, "of the teacher's soft targets", low=0.001, high=1000)
     in_place_distillation: bool = distill(False,
         "with sample_method sandwich: a step's largest network learns from labels, and the others "
         "from it alone; none from the pretrained one")
@@ -164,8 +155,8 @@ class Options:
         "epochs between evaluations of the largest and smallest, and of rank_gt's; 0: never",
         "epochs", high=MOST_EPOCHS)
     rank_gt: str = distill("",
-        "architectures with stand-alone accuracies, to score whenever eval_freq says: for the log, "
-        "history.json and the curves only", "file")
+        "architectures with stand-alone accuracies, to score whenever eval_freq says: for the log "
+        "and history.json only", "file")
 
     eval_engine: str = scoring("shared", "shared, or reference: one by one", "name",
         choices=("shared", "reference"))
