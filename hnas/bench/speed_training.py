@@ -35,9 +35,9 @@ from hnas.base.device import cpu_threads, processor
 from hnas.base.errors import run_main
 from hnas.bench.speed_scoring import smooth_noise
 from hnas.dataset.image_folder import scan_images
+from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, ImageDataset
-from hnas.dataset.pixel_cache import PixelCache
-from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews, normalize
+from hnas.dataset.transforms import Shrink, StrongTransform, TrainTransform, TwoViews, normalize
 from hnas.models.calibration import measure
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
@@ -223,7 +223,8 @@ class Loop:
         crop = TrainTransform(size)
         transform = crop if stage == 2 else TwoViews(StrongTransform(size), crop)
         stored = round(size * 8 / 7)
-        pixels = None if straightforward else PixelCache(images, stored, Path(folder) / "cache")
+        cache = Path(folder) / "cache"
+        pixels = None if straightforward else ImageStore(images, Shrink(stored), cache)
         dataset = ImageDataset(images, transform, seed=0, pixels=pixels)
         self.loader = EpochLoader(dataset, options.batch_size, options.num_workers)
         self._epoch, self._left = -1, 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
@@ -19,8 +20,7 @@ from PIL import Image
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
 
 WORKER_GRACE_SECONDS = 20
-PR_SET_PDEATHSIG = 1
-"""Of Linux: the signal that this process gets when its parent dies."""
+PARENT_CHECK_SECONDS = 2
 
 
 class ImageDataset:
@@ -221,4 +221,10 @@ def _obey_main_only(leaving, worker: int) -> None:
     signal.signal(signal.SIGTERM, end)
     # Paddle's workers look for their parent only between batches, which never come when it is
     # killed.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)
