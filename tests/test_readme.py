@@ -166,29 +166,22 @@ def test_commands_fit_the_programs_they_call(page):
 
 
 @each_page
-def test_modules_of_the_prose_exist(page):
-    for module in re.findall(r"\bhnas\.(?:tools|bench)\.[\w.]*\w", text_of(page)):
+def test_what_the_prose_names_exists(page):
+    """Modules, flags and launchers' variables."""
+    text = text_of(page)
+    for module in re.findall(r"\bhnas\.(?:tools|bench)\.[\w.]*\w", text):
         program(module)
-
-
-@each_page
-def test_every_flag_exists(page):
     programs = [*(ROOT / "hnas/tools").rglob("*.py"), *(ROOT / "hnas/bench").rglob("*.py")]
-    known = option_names().union(*(flags_of(path.read_text()) for path in programs))
-    text = re.sub(r"unknown flag --\w+", "", text_of(page))  # quoted messages
-    mentioned = set(re.findall(r"(?<![-\w])--([A-Za-z][\w-]*)", text))
-    assert mentioned <= known | FOREIGN_FLAGS
-
-
-@each_page
-def test_variables_in_the_prose_exist(page):
-    known = option_names().union(*map(launcher_variables, LAUNCHERS))
+    flags = option_names().union(*(flags_of(path.read_text()) for path in programs))
+    text = re.sub(r"unknown flag --\w+", "", text)  # quoted messages
+    assert set(re.findall(r"(?<![-\w])--([A-Za-z][\w-]*)", text)) <= flags | FOREIGN_FLAGS
+    settings = option_names().union(*map(launcher_variables, LAUNCHERS))
     for code in re.findall(r"`([^`\n]+)`", prose_of(page)):
         if launcher := re.search(r" sh (local_\w+\.sh)", code):
             names = set(re.findall(r"(\w+)=", code.split(" sh ")[0]))
             assert names <= launcher_variables(launcher[1]), code
         elif setting := re.fullmatch(r"([a-z]\w*)=\S+", code):
-            assert setting[1] in known, code
+            assert setting[1] in settings, code
 
 
 # --- Python
