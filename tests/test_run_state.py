@@ -21,9 +21,6 @@ from hnas.utils import training
 from hnas.utils.checkpoint import OPTIMIZER, RUN_NOTE, STATES, generators_state, noted_run
 from hnas.utils.hapi_wrapper import (
     ResumableModel,
-    learning_rate,
-    momentum_optimizer,
-    swinging_rate,
 )
 from hnas.utils.options import Options
 from hnas.utils.weights import file_digest, read_weights, write_state
@@ -198,19 +195,6 @@ def test_an_epoch_that_is_not_due_is_saved_after_its_last_step(train, tmp_path):
     train(8, kill_at=(2, 1), **flags)
     resumed = train(8, resume="auto", **flags)
     assert min(resumed.rates) == (2, 0) and same_weights(resumed, whole)
-
-
-@pytest.mark.parametrize("make", [learning_rate, swinging_rate], ids=["cosine", "swing"])
-def test_a_rate_by_position_is_the_counters_to_the_bit(make):
-    """What every run before had, which counted its steps."""
-    arguments = (0.0008, 512, 7, 30) if make is learning_rate else (0.0008, 512, 7)
-    counted, placed = make(*arguments), make(*arguments)
-    model = Recorder()
-    model.prepare(momentum_optimizer(model.network, placed, 0.9, 0.0), None)
-    for position in range(30):
-        model.set_rate(position)
-        assert model.optimizer.get_lr() == counted()
-        counted.step()
 
 
 # --- whose run a set is

@@ -1,10 +1,7 @@
 """Samplers: what they depend on, and how strongly they favour large sub-networks."""
 
+import hashlib
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from independent import first_place_size
 from scipy.stats import chisquare
 
 from hnas.base.errors import UserError
-from hnas.search_space import RELEASED_DIGITS, Architecture, Candidates, SearchSpace
+from hnas.search_space import RELEASED_DIGITS, Architecture, SearchSpace
 from hnas.utils.options import Options
 from hnas.utils.SampleMethod import (
     FirstPlaceSampler,
@@ -24,7 +21,6 @@ from hnas.utils.SampleMethod import (
     weighted_channels,
 )
 
-ROOT = Path(__file__).parents[1]
 SPACE = SearchSpace()
 NUMBER = 2000
 
@@ -41,18 +37,20 @@ def assert_uniform(archs):
 
 
 METHODS = {
-    "random": {},
-    "random with bias": {"bias_sample_flag": True, "extra_random_every": 0},
-    "sandwich": {},
-    "fair": {},
+    # the start of a digest of what is drawn: a run that is resumed by a later version goes on alike
+    "random": ({}, "501c1de59fd25194"),
+    "random with bias": ({"bias_sample_flag": True}, "222128d7cf84a8f5"),
+    "sandwich": ({}, "07de4e1c0d6a55fe"),
+    "fair": ({}, "7b705da5dbbff916"),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_choice_depends_on_its_seed_and_place_only(name):
-    method, settings = name.partition(" ")[0], METHODS[name]
+    method, (flags, _) = name.partition(" ")[0], METHODS[name]
+    flags = {**flags, "extra_random_every": 0}
     places = list(itertools.product(range(3), range(3), range(3)))
-    sampler = {seed: sampler_of(method, seed, 5, **settings) for seed in range(3)}
+    sampler = {seed: sampler_of(method, seed, 5, **flags) for seed in range(3)}
     archs = {place: sampler[place[0]].sample(*place[1:]) for place in places}
     # Changing any of seed, epoch and step, or swapping two, changes the architectures, and those
     # of a step differ.
@@ -63,30 +61,17 @@ def test_a_choice_depends_on_its_seed_and_place_only(name):
     # Neither the order of calls, nor the global generator, nor the sampler's past matters.
     np.random.seed(0)
     for seed, epoch, step in reversed(places):
-        again = sampler_of(method, seed, 5, **settings).sample(epoch, step)
+        again = sampler_of(method, seed, 5, **flags).sample(epoch, step)
         assert again == archs[seed, epoch, step]
 
 
-def test_a_fresh_process_draws_the_same():
+@pytest.mark.parametrize("name", METHODS)
+def test_draws_stay_as_they_were(name):
+    method, (flags, digest) = name.partition(" ")[0], METHODS[name]
+    sampler = sampler_of(method, 7, 4, **flags)
     places = [(0, 0), (4, 1000), (1, 1)]
-    program = (
-        "from hnas.search_space import SearchSpace\n"
-        "from hnas.utils.options import Options\n"
-        "from hnas.utils.SampleMethod import build_sampler\n"
-        "options = Options(bias_sample_flag=True)\n"
-        "sampler = build_sampler(options, SearchSpace(), 7)\n"
-        f"print(*[arch for place in {places} for arch in sampler.sample(*place)])\n"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    sampler = sampler_of("random", 7, 4, bias_sample_flag=True)
-    assert output.split() == [arch.code for place in places for arch in sampler.sample(*place)]
+    codes = " ".join(arch.code for place in places for arch in sampler.sample(*place))
+    assert hashlib.sha256(codes.encode()).hexdigest().startswith(digest)
 
 
 # --- the first place's law
@@ -151,20 +136,16 @@ def test_means_of_the_law_are_those_that_were_read_from_the_public_code():
     assert np.mean(kept) == pytest.approx(3982, rel=0.005)
 
 
-@pytest.mark.parametrize("every", [0, 1, 3, 5])
-def test_some_steps_train_one_more(every):
-    sampler = FirstPlaceSampler(SPACE, 0, extra_every=every)
-    for epoch, step in itertools.product(range(2), range(8)):
-        extra = every > 0 and step % every == 0
-        assert len(sampler.sample(epoch, step)) == 4 + extra
+def test_some_steps_train_one_more_which_is_uniform_and_does_not_move_the_others():
+    def steps(every):
+        sampler = FirstPlaceSampler(SPACE, 5, extra_every=every, candidates=20)
+        return [sampler.sample(0, step) for step in range(1500)]
 
-
-def test_the_extra_network_is_uniform_and_does_not_move_the_others():
-    with_extra = FirstPlaceSampler(SPACE, 5, extra_every=1, candidates=20)
-    without = FirstPlaceSampler(SPACE, 5, extra_every=0, candidates=20)
-    steps = [with_extra.sample(0, step) for step in range(1500)]
-    assert [own[:4] for own in steps] == [without.sample(0, step) for step in range(1500)]
-    assert_uniform(own[4] for own in steps)
+    without, some, all_have = map(steps, (0, 3, 1))
+    assert [len(own) for own in without] == [4] * 1500
+    assert [len(own) - 4 for own in some] == [step % 3 == 0 for step in range(1500)]
+    assert [own[:4] for own in all_have] == [own[:4] for own in some] == without
+    assert_uniform(own[4] for own in all_have)
 
 
 @pytest.mark.parametrize(
@@ -179,15 +160,6 @@ def test_the_extra_network_is_uniform_and_does_not_move_the_others():
 )
 def test_ties(sizes, number, expected):
     assert largest_distinct(np.array(sizes), number) == expected
-
-
-def test_of_equal_candidates_one_is_trained():
-    depths, outer = np.full((5, 4), 2), np.ones((5, 4), int)
-    inner = np.ones((5, 23), int)
-    inner[4] = 3  # narrower
-    same = Candidates(depths, outer, inner)
-    chosen = largest_distinct(candidate_sizes(same), 2)
-    assert chosen == [3, 4]
 
 
 # --- other methods

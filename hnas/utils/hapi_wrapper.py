@@ -90,10 +90,8 @@ class GradientStep:
 def momentum_optimizer(
     network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
 ):
-    """Momentum SGD on the parameters that train; ``weight_decay`` is the L2 penalty.
-
-    ``clip_norm`` is the largest norm of all gradients together, before the penalty; 0: any.
-    """
+    """Momentum SGD on what trains, with an L2 penalty; ``clip_norm`` bounds the norm of all
+    gradients together, before the penalty; 0: no bound."""
     return paddle.optimizer.Momentum(
         schedule,
         momentum,
@@ -191,11 +189,8 @@ class DistillationModel(ResumableModel):
     """Stage two: several sub-networks a step, taught by labels and a frozen teacher.
 
     Args:
-        network: the student, a supernet.
-        teacher: called with float images [N, 3, H, W], gives logits [N, classes]; run in eval
-            mode and without gradient. None: labels only.
-        sampler: chooses the sub-networks of a step.
-        loss_weights: weights of the losses of a step's sub-networks; None: 1.
+        teacher: float images [N, 3, H, W] to logits [N, classes]. None: labels only.
+        loss_weights: of a step's sub-networks; None: 1.
         in_place: a step's first sub-network alone learns from labels, and teaches the others (Yu
             et al., BigNAS, ECCV 2020), where there is no ``teacher``. The sampler should give the
             largest first, as :class:`hnas.utils.SampleMethod.SandwichSampler` does.
@@ -251,7 +246,7 @@ class DistillationModel(ResumableModel):
         return self.sampler.sample(self.epoch, self.step)
 
     def activate(self, arch: Architecture) -> None:
-        """Let the network run as this sub-network."""
+        """Let the network run as a sub-network."""
         self.network.activate(arch)
 
     @paddle.no_grad()

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from paddle import nn
@@ -137,11 +136,8 @@ DATA_ORDER = frozenset({"images", "total_batch", "seed"})
 
 
 def describe_run(options: Options, loader: EpochLoader) -> dict:
-    """What a run's result depends on: its settings and its images.
-
-    The samplers and augmentations have no state of their own: what they draw depends on these
-    settings, the epoch and the step.
-    """
+    """What a run's result depends on: settings and images, with which, the epoch and the step
+    samplers and augmentations draw."""
     settings = {
         option.name: getattr(options, option.name)
         for option in dataclasses.fields(options)
@@ -151,24 +147,15 @@ def describe_run(options: Options, loader: EpochLoader) -> dict:
     return {**settings, "total_batch": loader.total_batch, "images": images}
 
 
-class Start(NamedTuple):
-    """Where training goes on: the next step's epoch and number, from 0, of the run ``run_id``.
-
-    ``losses`` are what its log has so far; None: nothing.
-    """
-
-    epoch: int
-    step: int
-    run_id: str
-    losses: dict | None = None
-
-
-def resume(model: ResumableModel, options: Options, run: Mapping, steps: int) -> Start:
+def resume(
+    model: ResumableModel, options: Options, run: Mapping, steps: int
+) -> tuple[int, int, str, Mapping | None]:
     """Restore the newest checkpoint of the folder that ``--resume`` names.
 
-    Args:
-        run: :func:`describe_run`'s, compared with the checkpoint's.
-        steps: of an epoch.
+    ``run``, :func:`describe_run`'s, is compared with the checkpoint's; an epoch has ``steps``.
+
+    Returns:
+        The next step's epoch and number, from 0, the run's id, and the state of its log, if any.
 
     Raises:
         CheckpointError: a folder was named and holds nothing to resume from, or the checkpoint
@@ -176,7 +163,7 @@ def resume(model: ResumableModel, options: Options, run: Mapping, steps: int) ->
     """
     stem = find_set(options)
     if stem is None:
-        return Start(0, 0, new_run_id())
+        return 0, 0, new_run_id(), None
     progress = read_progress(stem)
     try:
         check_progress(progress)
@@ -204,7 +191,7 @@ def resume(model: ResumableModel, options: Options, run: Mapping, steps: int) ->
     if changed:
         logger.warning("resumed with other values than before: %s", ", ".join(changed))
     logger.info("resumed from %s", stem)
-    return Start(epoch, step, run_of(progress), progress["losses"])
+    return epoch, step, run_of(progress), progress["losses"]
 
 
 # What Python, NumPy and Paddle raise when they are given values of other kinds than they gave.
@@ -212,13 +199,11 @@ NONSENSE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 
 
 def find_set(options: Options) -> Path | None:
-    """The newest set of the folder that ``--resume`` names, of the run that began last there.
+    """The newest set, without suffix, of the run that began last in the folder that ``--resume``
+    names; None: start anew.
 
     If that run was killed before its first save, the sets in the folder are an earlier run's:
     ``auto`` leaves them alone, and a folder's name asks for them.
-
-    Returns:
-        A path without suffix, or None: start anew.
 
     Raises:
         CheckpointError: a folder was named and holds nothing to resume from.
@@ -249,7 +234,7 @@ def find_set(options: Options) -> Path | None:
 
 
 def check_progress(progress: Mapping) -> None:
-    """Check position, losses and settings of a ``.pdstates``.
+    """Check position, losses, figures and settings of a ``.pdstates``.
 
     Raises:
         KeyError, TypeError, ValueError: it is not what this program saves.
@@ -266,27 +251,18 @@ def check_progress(progress: Mapping) -> None:
     seconds = losses["seconds"]
     if type(seconds) is not float or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r:.40}")
-    check_validation(losses.get("validation", []), progress["epoch"])
+    if not isinstance(rows := losses.get("validation", []), list):
+        raise TypeError(f"validation is a {type(rows).__name__}")
+    for figures in map(dict, rows):
+        number = figures.pop("epoch")
+        if type(number) is not int or not 0 <= number < progress["epoch"]:
+            raise ValueError(f"validation is after epoch {number!r:.40}")
+        values = [value for value in figures.values() if value is not None]
+        if not all(type(value) is float and math.isfinite(value) for value in values):
+            raise ValueError(f"validation after epoch {number} is not finite")
     for name in ("run", "generators"):
         if not isinstance(progress[name], dict):
             raise TypeError(f"{name} is a {type(progress[name]).__name__}")
     for name, value in progress["run"].items():
         if not isinstance(value, bool | int | float | str):
             raise TypeError(f"{name} of run is a {type(value).__name__}")
-
-
-def check_validation(rows, epochs: int) -> None:
-    """Check what was measured after the first ``epochs`` epochs.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is not what this program saves.
-    """
-    if not isinstance(rows, list):
-        raise TypeError(f"validation is a {type(rows).__name__}")
-    for figures in map(dict, rows):
-        number = figures.pop("epoch")
-        if type(number) is not int or not 0 <= number < epochs:
-            raise ValueError(f"validation after epoch {number!r:.40}, of {epochs}")
-        values = [value for value in figures.values() if value is not None]
-        if not all(type(value) is float and math.isfinite(value) for value in values):
-            raise ValueError(f"validation after epoch {number} is not finite")

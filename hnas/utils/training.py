@@ -100,10 +100,7 @@ def fit(
     """Train from the start or from where ``--resume`` says, save, and record the losses.
 
     ``SAVE_DIR/final.pdparams`` holds the last weights, ``SAVE_DIR/history.json`` the mean loss of
-    each epoch and what was measured after it.
-
-    Args:
-        measure: called every ``eval_freq`` epochs by all processes.
+    each epoch and what ``measure`` found after it, which all processes call.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C, after saving.
@@ -112,7 +109,7 @@ def fit(
     run = Run(model, options, loader, measure)
     with StopSignals(patient=world_size() > 1) as run.stop:
         if world_size() > 1:
-            agree(run.start[:2], "the epoch and step to start from")
+            agree((run.begun, run.first), "the epoch and step to start from")
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             run.stop = model.exchange = GradientExchange(trained, run.stop)
@@ -141,19 +138,20 @@ class Run:
         self.about = about_weights(options, loader)
         self.settings = describe_run(options, loader)
         self.log = TrainLogger(options.log_freq, options.max_epoch, len(loader), loader.total_batch)
-        self.start = resume(model, options, self.settings, len(loader))
-        if self.start.losses is not None:
-            self.log.restore(self.start.losses)
+        found = resume(model, options, self.settings, len(loader))
+        self.begun, self.first, self.run_id, losses = found
+        if losses is not None:
+            self.log.restore(losses)
 
     def train(self) -> None:
         """Make all steps that are left."""
-        begun, first, epochs = self.start.epoch, self.start.step, self.options.max_epoch
+        begun, first, epochs = self.begun, self.first, self.options.max_epoch
         logger.info("training from epoch %d step %d", begun + 1, first + 1)
         if begun >= epochs:
             logger.info("all %d epochs are done already: nothing is left to train", epochs)
         if is_main_process():
             remove_leftovers(self.folder)
-            note_run(self.folder, self.start.run_id)
+            note_run(self.folder, self.run_id)
         if begun and not first and begun - 1 not in self.log.validation:
             # A kill came between the epoch's checkpoint and the end of its measurement.
             self.validate(begun - 1)
@@ -190,11 +188,7 @@ class Run:
             raise Stopped(stopped_by)
 
     def save(self, name: str, epoch: int, step: int, logs: Mapping) -> None:
-        """Write the set ``name``, where the next step is ``step`` of ``epoch``.
-
-        Raises:
-            UserError: losses or weights are not finite; nothing is written.
-        """
+        """Write the set ``name``; nothing, where losses or weights are not finite."""
         losses = self.log.state()
         if not is_main_process():
             return
@@ -206,7 +200,7 @@ class Run:
             "generators": generators_state(),
             "scaler": model.gradients.state(),
             "run": self.settings,
-            "run_id": self.start.run_id,
+            "run_id": self.run_id,
         }
         try:
             save_training(stem, model.network, model.optimizer, progress, self.about)
@@ -216,10 +210,7 @@ class Run:
         self._remove_older(name)
 
     def validate(self, epoch: int) -> None:
-        """Measure after ``epoch``, from 0, if it is due, for the log, history and next checkpoint.
-
-        What is drawn from the global generators is taken back.
-        """
+        """Measure after ``epoch``, from 0, if it is due; what is drawn meanwhile is taken back."""
         every = self.options.eval_freq
         if self.measure is None or not every or (epoch + 1) % every:
             return
@@ -257,8 +248,7 @@ class TrainLogger:
 
     Losses are read from the device when a line is due or a checkpoint is about to be written,
     and checked then, so a step never waits for its loss and no checkpoint follows a bad one.
-
-    ``epochs`` and ``steps`` are those of the run and of an epoch, ``batch`` the images of a step.
+    A run has ``epochs`` of ``steps`` on ``batch`` images.
     """
 
     def __init__(self, log_freq: int, epochs: int, steps: int, batch: int):
@@ -277,7 +267,6 @@ class TrainLogger:
         return {
             "epoch_losses": np.array(self.epoch_losses, np.float64),
             "step_losses": np.array(self._losses, np.float64),
-            "best_epoch": self.history()["best_epoch"],
             "seconds": self._seconds(),
             "validation": self._validation_rows(),
         }
@@ -332,11 +321,7 @@ class TrainLogger:
             logger.info("epoch %d: peak memory %s", self.epoch + 1, peak_memory())
 
     def read_losses(self) -> None:
-        """Fetch the losses since the last call, means over all ranks, which call this together.
-
-        Raises:
-            UserError: one is not finite; names its step, sub-network and learning rate.
-        """
+        """Fetch and check the losses since the last call, means over ranks, which all call this."""
         self._average()
         for step, logs in self._unread:
             loss = float(logs["loss"])

@@ -40,10 +40,8 @@ def measurement(
 ) -> Callable[[], Figures]:
     """What stage 2 measures: the extremes' accuracies and, with ``--rank_gt``, how well it ranks.
 
-    Args:
-        pretrained: the plain largest network, which the supernet started from.
-        frozen: whether BatchNorm is; see :func:`hnas.utils.runtime.calibration_images`.
-        train: the training images.
+    ``pretrained`` is the plain largest network, which the supernet started from; ``frozen`` says
+    whether its BatchNorm is, and ``train`` are the training images, for re-calibration.
 
     Raises:
         UserError: validation images or ``--rank_gt`` cannot be used.
