@@ -31,7 +31,7 @@ from hnas.evaluation.evolution import UNITS, Budget, Evolution
 from hnas.evaluation.generations import Scored, search
 from hnas.evaluation.results import (
     ESTIMATES_FILE,
-    complete_estimates,
+    estimates,
     evaluation_identity,
     shared_hash,
     warn_if_guessing,
@@ -39,6 +39,7 @@ from hnas.evaluation.results import (
 )
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import barrier, is_main_process, leave
+from hnas.ranking.agreement import expected_agreement
 from hnas.ranking.figures import choice_panel
 from hnas.ranking.latency import LatencyTable, read_latency
 from hnas.search_space import find_backbone
@@ -160,7 +161,8 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
 
     write_results(folder, archs, counts)
     warn_if_guessing(counts, budget.num_classes, "the best network")
-    write_json(folder / ESTIMATES_FILE, complete_estimates(archs, counts))
+    agreement = expected_agreement(counts.folds, counts.images, counts.images)
+    write_json(folder / ESTIMATES_FILE, estimates(archs, counts, agreement, counts.images))
     write_table(folder / "search.csv", chosen, dict(zip(archs, scored.generation, strict=True)))
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
     plot = choice_panel(
