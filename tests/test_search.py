@@ -159,14 +159,14 @@ def test_more_generations_go_on(whole, digits, tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--population 7", "another population (6 instead of 7)"),
-        ("--children 2", "another children (3 instead of 2)"),
-        ("--tournament 2", "another tournament (3 instead of 2)"),
-        ("--seed 1", "another image list"),
-        ("--max_macs 5e6", "another budget"),
-        ("--max_params 1e9", "another budget"),
-        ("--bn_calibration_images 9", "another calibration"),
-        ("--ckpt_dir checkpoint_files/demo_stage1.pdparams", "another checkpoint"),
+        ("--population 7", "population 6 instead of 7"),
+        ("--children 2", "children 3 instead of 2"),
+        ("--tournament 2", "tournament 3 instead of 2"),
+        ("--seed 1", "image list"),
+        ("--max_macs 5e6", "budget"),
+        ("--max_params 1e9", "budget"),
+        ("--bn_calibration_images 9", "calibration"),
+        ("--ckpt_dir checkpoint_files/demo_stage1.pdparams", "checkpoint"),
     ],
 )
 def test_other_settings_are_refused(whole, digits, line, words, monkeypatch):
