@@ -48,13 +48,13 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.images import DecodedImages
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.stopwatch import onednn_predictor
 from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.evaluation.variants import Precision, cpu_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan
 from hnas.search_space import search_space
+from hnas.tools.latency import make_predictor
 
 logger = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ class Limit:
         path = str(folder / "largest")
         paddle.jit.save(paddle.jit.to_static(plain, input_spec=spec), path)
         self._threads = cpu_threads()
-        self._predictor = onednn_predictor(f"{path}.json", f"{path}.pdiparams", self._threads)
+        self._predictor = make_predictor(path, self._threads)
         self._images = paddle.randn([n_images, 3, image_size, image_size])
         self._macs = space.macs(space.largest(), image_size, num_classes=0) * n_images
         self._seconds: list[float] = []

@@ -51,12 +51,8 @@ def main() -> None:
     space = space_of(options)
     network = build_network(options.backbone, len(images.classes), space)
     network.start_as_shortcuts()
-    model = DistillationModel(
-        network,
-        teacher=None,
-        sampler=LargestSampler(space),
-        label_smoothing=options.label_smoothing,
-    )
+    smoothing = options.label_smoothing
+    model = DistillationModel(network, None, LargestSampler(space), label_smoothing=smoothing)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)
     prepare(model, options, len(loader))

@@ -326,12 +326,6 @@ class Options:
         "name",
         stages=EXPORT,
     )
-    precision: str = flag(
-        "float32",
-        "of the exported weights: float32, or float16 (not for inference)",
-        "name",
-        stages=EXPORT,
-    )
     eval_engine: str = flag("shared", "shared, or reference: one by one", "name", stages=SCORE)
     eval_images: int = flag(
         0,

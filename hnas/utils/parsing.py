@@ -147,7 +147,6 @@ def _check_bounds(options: Options) -> None:
         "stage1_views": ("two_kinds", "one_kind"),
         "lr_schedule": ("cosine", "swing"),
         "format": ("pdparams", "inference", "onnx"),
-        "precision": ("float32", "float16"),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
