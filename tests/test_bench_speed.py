@@ -95,7 +95,9 @@ def test_the_straightforward_loop_is_the_same_computation(stage, ours, straightf
 
 
 def test_training_is_timed_a_line_a_stage(capsys):
-    speed_training.main("--batch_size 4 --rounds 2 --steps 1 --num_workers 0".split())
+    speed_training.main(
+        ["--batch_size", "4", "--rounds", "2", "--steps", "1", "--num_workers", "0"]
+    )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["stage"] for line in lines] == [1, 2]
     for line in lines:
@@ -110,7 +112,7 @@ def test_scoring_is_timed_and_both_engines_agree(tmp_path, capsys):
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(3), 6)
     write_json(path, {name: {"acc": 0, "arch": arch.code} for name, arch in archs.items()})
     flags = ["--modelarch_file", str(path), "--backbone", "resnet48_mini", "--image_size", "32"]
-    speed_scoring.main([*flags, *"--n_images 8 --num_classes 10 --n_arch 4".split()])
+    speed_scoring.main([*flags, *["--n_images", "8", "--num_classes", "10", "--n_arch", "4"]])
     found = json.loads(capsys.readouterr().out)
     assert found["n_arch"] == 4 and found["largest_difference_top1"] <= found["near_ties"]
     assert found["ratio"] == pytest.approx(found["reference_s"] / found["shared_s"], rel=0.05)
