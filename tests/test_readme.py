@@ -252,18 +252,6 @@ def test_the_page_on_scoring_finds_what_is_close_to_the_best(tmp_path, monkeypat
     assert names["close"] == list(archs)[:2]
 
 
-def test_costs_of_shards_are_those_of_the_result_file():
-    run = json.loads((RESULTS / "shards_resnet48_224px_8.json").read_text())
-    shards, page = np.array(run["macs_shards"]), text_of("docs/speed.md")
-    assert len(shards) == 8 and run["n_arch"] == 45_000
-    more, off = shards.sum() / run["macs_shared"] - 1, np.abs(shards / shards.mean() - 1).max()
-    assert f"take {100 * more:.3f} % more multiply-accumulates" in page
-    assert f"none is more than {100 * off:.2f} % off" in page
-    assert f"[to {100 * off:.2f} %](speed.md" in text_of("docs/scoring.md")
-    dealt = sum(run["macs_dealt"]) / run["macs_shared"] - 1
-    assert f"every eighth code of the file would take {100 * dealt:.1f} % more" in page
-
-
 # --- the two languages
 
 
