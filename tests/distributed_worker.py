@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from hnas.bench.speed_training_worker import calm
+from hnas.bench.speed_training import calm
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network

@@ -126,11 +126,6 @@ HOSTILE_TOOLS = [
     ("tools.digits_folder", "--output=", "--output: the path is empty"),
     ("tools.digits_folder", f"--output {NAME}", "--output: .* 300 bytes"),
     ("tools.demo_summary", "--demo_dir=", "--demo_dir: the path is empty"),
-    ("bench.chaos", "--kills -1", "--kills: -1 is out of bounds"),
-    ("bench.chaos", "--kills 0", "--kills: 0 is out of bounds"),
-    ("bench.chaos", f"--kills {LONG}", "--kills"),
-    ("bench.chaos", "--stages 3", "--stages"),
-    ("bench.plan_check", f"--image_size {LONG}", "--image_size"),
     ("bench.speed_scoring", f"--modelarch_file x --n_images {LONG}", "--n_images"),
     ("bench.speed_training", f"--num_workers {LONG}", "--num_workers"),
 ]

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import measure_statistics
 from PIL import Image
 
-from hnas.bench import chaos
-from hnas.bench.speed_training_worker import calm
+from hnas.bench.speed_training import calm
 from hnas.dataset.image_folder import scan_images
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
@@ -59,7 +59,7 @@ def run(tmp_path_factory):
     paddle.seed(0)
     network = build_network("resnet48_mini", 10, elastic=False)
     calm(network)
-    chaos.measure_statistics(network, root / "data", image_size=32)
+    measure_statistics(network, root / "data", image_size=32)
     paddle.save(network.state_dict(), str(root / "pretrained.pdparams"))
     rng = np.random.default_rng(0)
     archs = [RESNET48_MINI.largest(), *(RESNET48_MINI.sample(rng) for _ in range(4))]

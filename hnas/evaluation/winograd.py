@@ -34,7 +34,7 @@ FEWEST_ROWS = 64
 
 
 def worth_it(images: int, size: int, inputs: int, outputs: int) -> bool:
-    """Whether it is faster than a direct convolution (``hnas.bench.speed_convolution``).
+    """Whether it is faster than a direct convolution (docs/speed.md).
 
     Smaller maps are mostly padding; the values of larger ones do not stay in the cache. Few rows
     make the products wait for filters, which take four times the memory.
