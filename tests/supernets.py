@@ -1,10 +1,24 @@
 """Supernets, sub-networks and images for tests of scoring."""
 
+import json
+
 import numpy as np
 import paddle
 
 from hnas.models.registry import build_network
+from hnas.ranking.costs import all_parts
 from hnas.search_space import RESNET48_MINI, Architecture
+
+
+def latency_file(folder, **changes):
+    """A file of invented times, as hnas.tools.latency writes it but for the changes."""
+    times = {part.name: round(0.1 + i / 1000, 6) for i, part in enumerate(all_parts(RESNET48_MINI))}
+    content = {"format": 1, "backbone": "resnet48_mini", "sample_space": "released"}
+    content |= {"image_size": 32, "num_classes": 10, "batch_size": 1, "threads": 1}
+    content |= dict.fromkeys(("device", "processor", "engine", "paddle"), "some")
+    path = folder / "latency.json"
+    path.write_text(json.dumps(content | {"milliseconds": times} | changes))
+    return path
 
 
 def family(space, seed):

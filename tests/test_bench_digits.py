@@ -80,9 +80,6 @@ def test_views_show_the_same_scans_distorted_independently():
     assert one.shape == two.shape == (64, 3, 48, 48) and labels.shape == (64,)
     assert one.dtype == np.uint8 and labels.dtype == np.int64
     assert not any((a == b).all() for a, b in zip(one, two, strict=True))
-    # How much a view shrinks does not tell how much the other does, but for the scan's own ink.
-    ink = np.array([view[:, 0].sum(axis=(1, 2)) for view in (one, two)], float)
-    assert abs(np.corrcoef(ink)[0, 1]) < 0.5
 
 
 def test_training_and_validation_show_different_scans():

@@ -1,8 +1,6 @@
 """The ranking bench: its budget, methods, jobs and files, what it compares, and a run of it."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,10 +15,14 @@ from scipy.stats import kendalltau
 from hnas.base.errors import UserError
 from hnas.bench.rank import __main__ as bench_rank
 from hnas.bench.rank import runs, verdict, workers
-from hnas.bench.rank.jobs import TUNING_SEED, Bench, Job, Scale
+from hnas.bench.rank.jobs import SPLITS, TUNING_SEED, Bench, Job, Scale
 from hnas.bench.rank.methods import METHODS
-from hnas.search_space import RESNET48_MINI
-from hnas.utils.SampleMethod import weighted_channels
+from hnas.utils.SampleMethod import (
+    FairSampler,
+    FirstPlaceSampler,
+    RandomSampler,
+    SandwichSampler,
+)
 
 ROOT = Path(__file__).parents[1]
 METHOD = "first_place"
@@ -43,20 +45,20 @@ def test_all_methods_cost_the_same():
 
 
 @pytest.mark.parametrize(
-    ("name", "subnetworks", "frozen", "stage1", "teaches", "clip_norm"),
+    ("name", "law", "subnetworks", "frozen", "stage1", "teaches", "clip_norm"),
     [
-        ("first_place", (5, 4, 4), True, True, True, 0),
-        ("first_place_no_stage1", (5, 4, 4), True, False, True, 0),
-        ("first_place_uniform", (4, 4, 4), True, True, True, 0),
-        ("first_place_clipped", (5, 4, 4), True, True, True, 10),
-        ("organisers", (4, 4, 4), True, False, True, 0),
-        ("bignas", (4, 4, 4), False, False, False, 0),
-        ("fairnas", (7, 7, 7), False, False, False, 0),
-        ("single_path", (1, 1, 1), False, False, False, 0),
+        ("first_place", FirstPlaceSampler, (5, 4, 4), True, True, True, 0),
+        ("first_place_no_stage1", FirstPlaceSampler, (5, 4, 4), True, False, True, 0),
+        ("first_place_uniform", RandomSampler, (4, 4, 4), True, True, True, 0),
+        ("first_place_clipped", FirstPlaceSampler, (5, 4, 4), True, True, True, 10),
+        ("organisers", RandomSampler, (4, 4, 4), True, False, True, 0),
+        ("bignas", SandwichSampler, (4, 4, 4), False, False, False, 0),
+        ("fairnas", FairSampler, (7, 7, 7), False, False, False, 0),
+        ("single_path", RandomSampler, (1, 1, 1), False, False, False, 0),
     ],
 )
 def test_methods_train_as_they_are_called(
-    name, subnetworks, frozen, stage1, teaches, clip_norm, monkeypatch
+    name, law, subnetworks, frozen, stage1, teaches, clip_norm, monkeypatch
 ):
     """What ``run_supernet`` trains with, but for the training."""
     seen = {}
@@ -71,17 +73,12 @@ def test_methods_train_as_they_are_called(
     monkeypatch.setattr(runs, "score_supernet", lambda bench, job, network: [1, 2])
     result = runs.run_supernet(Bench(Path(), Scale()), Job("final", 5, name, 0.0067))
     model = seen["model"]
-    steps = [model.sampler.sample(0, step) for step in range(3)]
-    assert tuple(map(len, steps)) == subnetworks
+    assert type(model.sampler) is law
+    assert tuple(len(model.sampler.sample(0, step)) for step in range(3)) == subnetworks
     assert model.network.frozen == frozen and (model.teacher is not None) == teaches
     assert seen.get("stage1") == ("stage1-5" if stage1 else None)
     # The same rates for all: not scaled by how many gradients a step adds up.
     assert (seen["lr"], seen["clip_norm"], result["hits"]) == (0.0067, clip_norm, [1, 2])
-    sizes = [weighted_channels(arch) for arch in steps[0][:4]]
-    if METHODS[name].sampler == "first_place":  # the largest of 400
-        assert min(sizes) > np.mean([weighted_channels(a) for a in steps[0][4:]])
-    if name == "bignas":
-        assert steps[0][:2] == [RESNET48_MINI.largest(), RESNET48_MINI.smallest()]
 
 
 def test_only_final_jobs_score_final_architectures():
@@ -178,7 +175,7 @@ def bench(tmp_path):
     """A finished comparison of three methods, of which one of two supernets broke twice."""
     bench, rng = Bench(tmp_path, replace(Scale.quick(), final=12)), np.random.default_rng(0)
     quality = {name: int(own) for name, own in zip(bench.archs, rng.permutation(90), strict=False)}
-    for job in verdict.truth_jobs(bench, ("selection", "final")):
+    for job in verdict.truth_jobs(bench, SPLITS):
         bench.put(job, {"hits": quality[job.what] + int(rng.integers(5)), "images": 100})
     for seed in (0, 1, TUNING_SEED):
         bench.put(Job("pretrain", seed), {"hits": 60, "images": 100})
@@ -226,7 +223,6 @@ def test_taus_and_leads_are_scipys(bench):
 @pytest.mark.parametrize("hits", [[], [29] * 12])
 def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
     """It diverged, or scores below half of the network that it began with."""
-    whole = verdict.compare(bench, RATES)["methods"]
     lost = Job("final", 1, "organisers", 0.02)
     put_supernet(bench, lost, hits)
     found = verdict.compare(bench, RATES)["methods"]
@@ -236,8 +232,9 @@ def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
     assert none is None
     assert found["organisers"]["tau"]["value"] == pytest.approx(kendalltau(scores, truth).statistic)
     # Compared over the seeds that both have.
-    assert found["organisers"]["reference_leads_by"] != whole["organisers"]["reference_leads_by"]
-    assert found["bignas"] == whole["bignas"]
+    other = kendalltau(bench.entries()["final-first_place@0.02-0"]["hits"], truth).statistic
+    lead = found["organisers"]["reference_leads_by"]["value"]
+    assert lead == pytest.approx(other - found["organisers"]["tau"]["value"])
     put_supernet(bench, Job("final", 0, "organisers", 0.02), [])
     found = verdict.compare(bench, RATES)["methods"]["organisers"]
     assert found["tau"] is None and "reference_leads_by" not in found
@@ -264,9 +261,9 @@ def test_the_rate_that_ranks_best_is_chosen(bench):
         put_supernet(bench, job, [int(own) for own in hits[job.what][rate]])
     chosen = verdict.choose_rates(bench, [*hits, "single_path"])
     assert chosen == {METHOD: 0.02, "organisers": 0.0067, "bignas": 0.02}
+    flags = ["--quick", "True", "--parts", "final", "--methods", "fairnas"]
     with pytest.raises(UserError, match="fairnas has no learning rate"):
-        bench_rank.main(["--out", str(bench.folder / "other"), "--parts", "final"] + ["--methods"]
-                        + ["fairnas"])  # fmt: skip
+        bench_rank.main(["--out", str(bench.folder), *flags])
 
 
 # --- end to end
@@ -274,57 +271,45 @@ def test_the_rate_that_ranks_best_is_chosen(bench):
 
 def command(out, *arguments):
     program = [sys.executable, "-m", "hnas.bench.rank", "--out", str(out), "--quick", "True"]
-    return {
-        "args": [*program, *arguments],
-        "cwd": ROOT,
-        "env": {**os.environ, "OMP_NUM_THREADS": ""},
-    }
+    return {"args": [*program, *arguments], "cwd": ROOT}
 
 
 @pytest.mark.slow
-def test_a_killed_bench_goes_on_to_the_same_results(tmp_path, capsys):
-    """Killed in the middle of its truth, it ends with its workers, and loses what was running."""
-    flags = ["--methods", METHOD, "--workers", "2"]
+def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
+    """Killed within its truth it loses no more than what was running."""
+    path, flags = tmp_path / "runs.jsonl", ["--methods", METHOD]
     process = subprocess.Popen(**command(tmp_path, *flags), stderr=subprocess.DEVNULL)
-    path = tmp_path / "runs.jsonl"
-    deadline = time.monotonic() + 120
-    while not (path.exists() and len(path.read_text().splitlines()) >= 3):
-        assert time.monotonic() < deadline and process.poll() is None
+    while not path.exists() or len(path.read_text().splitlines()) < 3:
+        assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     kept = path.read_bytes()
-    done = subprocess.run(**command(tmp_path, *flags), capture_output=True, text=True, check=True)
+    done = subprocess.run(**command(tmp_path, *flags), capture_output=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == json.loads((tmp_path / "summary.json").read_text())
     assert set(found["final"]["methods"]) == {METHOD, "macs", "params"}
-    bench, rates = Bench(tmp_path, Scale.quick()), found["rates"]
-    jobs = [*verdict.truth_jobs(bench, ("selection", "final")), *verdict.tuning_jobs([METHOD])]
-    jobs += verdict.final_jobs(bench, rates)
+    bench, entries = Bench(tmp_path, Scale.quick()), Bench(tmp_path, Scale.quick()).entries()
+    final = verdict.final_jobs(bench, found["rates"])
+    jobs = [*verdict.truth_jobs(bench, SPLITS), *verdict.tuning_jobs([METHOD]), *final]
     needed = [Job(kind, seed) for kind in ("pretrain", "stage1") for seed in (0, 1, TUNING_SEED)]
-    entries = bench.entries()
     assert path.read_bytes().startswith(kept)
     assert set(entries) == {job.name for job in (*jobs, *needed)}
-    assert {
-        path.stem for path in (tmp_path / "weights").iterdir() if path.suffix == ".pdparams"
-    } == {job.name for job in needed}
-    for job in verdict.final_jobs(bench, rates):
+    assert {own.name for own in (tmp_path / "weights").glob("*.pdparams")} == {
+        bench.weights(job).name for job in needed
+    }
+    for job in final:
         assert len(entries[job.name]["hits"]) == 8 and entries[job.name]["steps"] == 4
         assert entries[job.name]["seconds"] > 0 and entries[job.name]["processor"]
     # What is lost is done again to the same result, with what it starts from.
-    last = verdict.final_jobs(bench, rates)[-1]
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if f'"{last.name}"' not in line))
-    (tmp_path / "weights" / "stage1-1.pdparams").unlink()
+    path.write_text("".join(line for line in lines if f'"{final[-1].name}"' not in line))
+    bench.weights(Job("stage1", 1)).unlink()
     subprocess.run(**command(tmp_path, *flags), capture_output=True, check=True)
     again = bench.entries()
     assert again.keys() == entries.keys()
     for name, entry in again.items():
-        cost = {"seconds": 0}
-        assert entry | cost == entries[name] | cost, name
-    # Another scale's results are refused, and nothing is trained.
-    with pytest.raises(UserError, match="is of other settings: "):
-        bench_rank.main(["--out", str(tmp_path), "--parts"])
+        assert entry | {"seconds": 0} == entries[name] | {"seconds": 0}, name
 
 
 def test_a_learning_rate_that_diverges_is_a_result(tmp_path):
@@ -336,10 +321,7 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path):
 
 def test_a_job_that_fails_ends_the_bench_with_one_line(tmp_path):
     (tmp_path / "weights").write_text("")  # where a folder should be
-    done = subprocess.run(
-        **command(tmp_path, "--parts", "tune", "--methods", "single_path"),
-        capture_output=True,
-        text=True,
-    )
+    asked = command(tmp_path, "--parts", "tune", "--methods", "single_path")
+    done = subprocess.run(**asked, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot write ")

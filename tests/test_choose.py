@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hnas.base.errors import UserError
 from hnas.evaluation.results import estimates
+from hnas.ranking.costs import all_parts
 from hnas.ranking.front import (
     binomial_error,
     critical_value,
@@ -20,7 +21,6 @@ from hnas.ranking.front import (
     pareto_front,
     student,
 )
-from hnas.ranking.latency import all_parts
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.choose import main
 
@@ -228,7 +228,7 @@ def test_a_latency_budget(scored, measured, capsys):
 
 def test_a_latency_of_another_network(scored, measured):
     folder, _, _ = scored
-    with pytest.raises(UserError, match="measured with --image_size 32, not 64"):
+    with pytest.raises(UserError, match="image size 32 instead of 64; measure again"):
         main(
             ["--submission", str(folder / "submission.json"), "--latency", str(measured[0])]
             + ["--backbone", "resnet48_mini", "--image_size", "64"]

@@ -127,19 +127,12 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, fold
     assert np.all(np.abs(read.folds - expected.folds).sum(axis=1) <= counts.near1)
 
 
-def test_engine_stops_at_the_target(network, archs, folder, tmp_path):
+def test_engine_stops_at_the_target_and_goes_on_without(network, archs, folder, tmp_path):
     images = decoded(folder, tmp_path)
-    counts = evaluate_shared(
-        network,
-        archs,
-        images,
-        tmp_path,
-        IDENTITY,
-        ScoringSettings(None, 6, targets=Targets(se=0.13)),
-    )
+    settings = ScoringSettings(chunk=6, targets=Targets(se=0.13))
+    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, settings)
     assert counts.images in (12, 18)
     assert counts.standard_error().max() < 0.13
-    # Asked again without a target, it goes on from there.
     whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings())
     assert whole.images == 24
 
@@ -172,12 +165,17 @@ def test_engine_stops_when_the_ranking_stands(
         assert words in caplog.text
 
 
-def test_targets_that_have_nowhere_to_stop_are_told(network, archs, folder, tmp_path, caplog):
+def test_what_is_slow_or_in_vain_is_told(network, archs, folder, tmp_path, caplog):
+    """A target with nowhere to stop; one architecture is not compared with itself."""
     images, archs = decoded(folder, tmp_path), {"n0": archs["n0"]}
+    caplog.set_level("INFO")
+    macs = RESNET48_MINI.macs(archs["n0"], 32, num_classes=0)
     for name, targets in (("with", Targets(se=0.01)), ("without", Targets())):
         settings = ScoringSettings(chunk=24, targets=targets)
         evaluate_shared(network, archs, images, tmp_path / name, IDENTITY, settings)
         assert ("nowhere to stop: lower chunk_size" in caplog.text) == (name == "with")
+        (line,) = [text for text in caplog.messages if "1 architectures, 24 images" in text]
+        assert line.endswith(f"in chunks of 24: {macs / 1e6:.2f} MMAC an image") and macs < 1e7
         caplog.clear()
 
 
@@ -225,17 +223,6 @@ def test_interrupted_evaluation_continues_to_the_same_file(
 )
 def test_cost_is_told_in_three_digits(macs, text):
     assert macs_text(macs) == text
-
-
-def test_one_architecture_is_not_compared_with_itself(network, archs, folder, tmp_path, caplog):
-    images = decoded(folder, tmp_path)
-    caplog.set_level("INFO")
-    evaluate_shared(
-        network, {"n0": archs["n0"]}, images, tmp_path, IDENTITY, ScoringSettings(chunk=24)
-    )
-    (line,) = [text for text in caplog.messages if "1 architectures, 24 images" in text]
-    macs = RESNET48_MINI.macs(archs["n0"], 32, num_classes=0)
-    assert line.endswith(f"in chunks of 24: {macs / 1e6:.2f} MMAC an image") and macs < 1e7
 
 
 def test_chunk_follows_the_memory():

@@ -115,8 +115,8 @@ def test_every_import_of_the_package_is_declared():
     optional = project()["project"]["optional-dependencies"]["onnx"]
     lines = [*requirements("requirements-cpu.txt"), *optional]
     declared = {re.match(r"[\w-]+", line)[0] for line in lines}
-    # ONNX comes with paddle2onnx; hnas.bench.cudnn runs on PyTorch where there is no Paddle.
-    undeclared = {"onnx", "torch"}
+    # ONNX comes with paddle2onnx.
+    undeclared = {"onnx"}
     assert {PACKAGES.get(name, name) for name in foreign} - undeclared <= declared
 
 

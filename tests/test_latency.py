@@ -4,49 +4,25 @@ import json
 import logging
 import os
 import signal
+from pathlib import Path
+from unittest.mock import Mock
 
+import independent
 import numpy as np
 import paddle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from supernets import latency_file
+from test_readme import table_after
 
 from hnas.base.errors import UserError
-from hnas.evaluation import stopwatch
-from hnas.evaluation.stopwatch import Stopwatch
-from hnas.ranking.latency import all_parts, parts_of, read_latency
-from hnas.search_space import RESNET48, Architecture, search_space
+from hnas.ranking.costs import all_parts, open_latency, parts_of, read_latency
+from hnas.search_space import RESNET48, search_space
 from hnas.tools import latency
 
-ABOUT = {
-    "format": 1,
-    "backbone": "resnet48_mini",
-    "sample_space": "released",
-    "image_size": 32,
-    "num_classes": 10,
-    "batch_size": 1,
-    "device": "cpu",
-    "processor": "a CPU, 2 cores",
-    "threads": 1,
-    "engine": "none",
-    "paddle": "3.3.1",
-}
 MINI = search_space("resnet48_mini")
-
-
-def made_up(space):
-    """A time for every part."""
-    return {part.name: round(0.1 + i / 1000, 6) for i, part in enumerate(all_parts(space))}
-
-
-@pytest.fixture
-def table_file(tmp_path):
-    path = tmp_path / "latency.json"
-    path.write_text(json.dumps({**ABOUT, "milliseconds": made_up(MINI)}))
-    return path
-
-
-# --- parts
+RESULT = Path(__file__).parents[1] / "docs/results/latency_resnet48_224px.json"
 
 
 @pytest.mark.parametrize(
@@ -80,56 +56,36 @@ def test_every_drawn_network_is_made_of_them(seed, backbone, sample_space):
     assert [part.stride for part in parts[1:-1]].count(2) == 3
 
 
-def test_names_say_what_a_part_is():
-    code = "1222211111000000111100000011110000000000001111000000"
-    names = [part.name for part in parts_of(RESNET48.plan(Architecture.from_code(code)))]
-    assert names[:4] == [
-        "stem 64",
-        "block 1 64-64-64 /1",
-        "block 1 64-64-64 /1",
-        "block 2 64-128-128 /2",
-    ]
-    assert names[-1] == "head 512"
-
-
-# --- sums
-
-
-def test_latency_is_the_sum_of_the_parts(table_file):
-    table = read_latency(table_file)
-    times = json.loads(table_file.read_text())["milliseconds"]
+def test_latency_is_the_sum_of_the_parts(tmp_path):
+    path = latency_file(tmp_path)
+    table = open_latency(path, "resnet48_mini", 32)
+    times = json.loads(path.read_text())["milliseconds"]
     rng = np.random.default_rng(0)
     for _ in range(20):
         arch = MINI.sample(rng)
-        # From the digits of the code alone.
-        digits, widths = [int(digit) for digit in arch.code], MINI.base_channels
-        ratios = (0, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-
-        def channels(stage, digit, widths=widths, ratios=ratios):
-            return int(round(widths[stage] * ratios[digit], 6) + 0.5)
-
-        cin = channels(0, digits[5])
-        total, first = times[f"stem {cin}"], 6
-        for stage, deepest in enumerate((5, 5, 8, 5)):
-            for block in range(digits[1 + stage]):
-                mid, out = (channels(stage, digits[first + 2 * block + conv]) for conv in (0, 1))
-                stride = 2 if stage and not block else 1
-                total += times[f"block {stage + 1} {cin}-{mid}-{out} /{stride}"]
-                cin = out
-            first += 2 * deepest
+        stem, blocks = independent.layers(arch.code, (20, 32, 64, 128), 1)
+        total, cin = times[f"stem {stem}"], stem
+        for stage, _, mid, out, stride in blocks:
+            total += times[f"block {stage + 1} {cin}-{mid}-{out} /{stride}"]
+            cin = out
         assert table.of(arch) == pytest.approx(total + times[f"head {cin}"], rel=1e-12)
 
 
-def test_what_was_not_measured_is_named(table_file):
-    table = read_latency(table_file)
+def test_what_was_not_measured_is_named(tmp_path):
+    path = latency_file(tmp_path)
     narrow = search_space("resnet48_mini", "full").smallest()
     with pytest.raises(UserError, match=f"lacks 'stem 14' of architecture {narrow.code}.*full"):
-        table.of(narrow)
-    table.check_fits("resnet48_mini", 32)
-    with pytest.raises(UserError, match="--backbone resnet48_mini, not resnet48;"):
-        table.check_fits("resnet48", 32)
-    with pytest.raises(UserError, match="--image_size 32, not 224;"):
-        table.check_fits("resnet48_mini", 224)
+        read_latency(path).of(narrow)
+    for wanted, words in (
+        (("resnet48", 32), "backbone resnet48_mini instead of resnet48;"),
+        (("resnet48_mini", 224), "image size 32 instead of 224;"),
+        (("resnet48_mini", 32, "full"), "sample space released instead of full;"),
+    ):
+        with pytest.raises(UserError, match=words):
+            open_latency(path, *wanted)
+    assert open_latency(None, "resnet48_mini", 32) is None
+    with pytest.raises(UserError, match="--limit takes --latency FILE, which python -m"):
+        open_latency(None, "resnet48_mini", 32, asked_by="--limit")
 
 
 HOSTILE = [
@@ -141,27 +97,30 @@ HOSTILE = [
     ({"threads": True}, "'threads'"),
     ({"milliseconds": [1]}, "'milliseconds'"),
     ({"milliseconds": {"stem 20": 1.0}}, "'milliseconds'"),
-    ({"milliseconds": {**made_up(MINI), "stem 20": -1.0}}, "'milliseconds'"),
-    ({"milliseconds": {**made_up(MINI), "stem 20": float("nan")}}, "'milliseconds'"),
-    ({"milliseconds": {**made_up(MINI), "stem 20": "1"}}, "'milliseconds'"),
+    *(
+        ({"milliseconds": {part.name: wrong for part in all_parts(MINI)}}, "'milliseconds'")
+        for wrong in (-1.0, float("nan"), "1")
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "words"), HOSTILE)
 def test_a_wrong_file_is_one_line(tmp_path, change, words):
-    path = tmp_path / "latency.json"
-    path.write_text(json.dumps({**ABOUT, "milliseconds": made_up(MINI), **change}))
     with pytest.raises(UserError, match=words) as error:
-        read_latency(path)
+        read_latency(latency_file(tmp_path, **change))
     assert "\n" not in str(error.value)
 
 
 # --- measuring
 
 
+def stopwatch(line):
+    return latency.Stopwatch(latency.parser().parse_args(f"--output x --threads 1 {line}".split()))
+
+
 def test_a_stopwatch_times_what_it_is_given():
     """The sum of the parts is near the whole, as far as a busy machine lets one see."""
-    watch = Stopwatch(64, 1, 1000, threads=1, seconds=0.05)
+    watch = stopwatch("--image_size 64 --seconds 0.05")
     plan = RESNET48.plan(RESNET48.smallest())
     parts = list(parts_of(plan))
     times = {part: watch.part(part) for part in dict.fromkeys(parts)}
@@ -182,8 +141,8 @@ def fake_watch(monkeypatch):
     class Watch:
         fails_at = None
 
-        def __init__(self, *settings):
-            self.settings = settings
+        def __init__(self, options):
+            pass
 
         def _time(self, name, value):
             if len(calls) == Watch.fails_at:
@@ -216,7 +175,7 @@ def test_a_killed_measurement_goes_on_where_it_was(fake_watch, tmp_path, capsys,
         latency.main(arguments)
     assert not path.exists()
     watch.fails_at = None
-    with pytest.raises(UserError, match="latency.json.partial was measured with batch_size 1, not"):
+    with pytest.raises(UserError, match="partial is of other settings: batch size 1 instead"):
         latency.main([*arguments, "--batch_size", "2"])
     with caplog.at_level(logging.INFO):
         latency.main(arguments)
@@ -236,15 +195,16 @@ def test_a_killed_measurement_goes_on_where_it_was(fake_watch, tmp_path, capsys,
     # Asked again, it is finished; asked for another, the file is not overwritten.
     before = path.read_bytes()
     latency.main(arguments)
-    with pytest.raises(UserError, match="was measured with threads 1, not 2"):
+    with pytest.raises(UserError, match="json is of other settings: threads 1 instead of 2"):
         latency.main([*arguments, "--threads", "2"])
     assert path.read_bytes() == before and len(calls) == 2 * 454
 
 
-@pytest.mark.parametrize(("error", "warns"), [(0.09, False), (0.11, True)])
-def test_sums_that_are_wrong_are_a_warning(error, warns, tmp_path, caplog):
-    latency.report({"mean_absolute_error": error, "networks": []}, tmp_path / "latency.json")
-    assert ("the sums are off by 11 %" in caplog.text) == warns
+def test_sums_that_are_wrong_are_a_warning(tmp_path, caplog):
+    for error in (0.09, 0.11):
+        assert not caplog.text
+        latency.report({"mean_absolute_error": error, "networks": []}, tmp_path / "latency.json")
+    assert "the sums are off by 11 %" in caplog.text
 
 
 def test_a_signal_ends_after_the_program_under_way(fake_watch, tmp_path, monkeypatch):
@@ -300,31 +260,37 @@ def test_every_run_on_a_gpu_is_waited_for_by_the_walls_clock(monkeypatch):
         calls.append("wait")
         now[0] += 0.009
 
-    monkeypatch.setattr(stopwatch, "on_gpu", lambda: True)
+    monkeypatch.setattr(latency, "on_gpu", lambda: True)
     monkeypatch.setattr(paddle.device, "synchronize", wait)
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
-    watch = Stopwatch(32, 1, 10, threads=1, seconds=0.3)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    watch = stopwatch("--image_size 32 --seconds 0.3")
     assert watch._repeat(Predictor()) == pytest.approx(10.0)
     assert calls == ["run", "wait"] * 30
 
 
-def test_a_predictor_for_gpus_is_asked_for(monkeypatch, tmp_path):
-    asked = []
-
-    class Config:
-        def __init__(self, program, weights):
-            asked.append((program, weights))
-
-        def enable_use_gpu(self, memory, index):
-            asked.append(("gpu", index))
-
-        def disable_glog_info(self):
-            pass
-
-    monkeypatch.setattr(stopwatch, "on_gpu", lambda: True)
+def test_a_predictor_for_gpus_is_asked_for(monkeypatch):
+    config, create = Mock(), Mock()
+    monkeypatch.setattr(latency, "on_gpu", lambda: True)
     monkeypatch.setattr(paddle.device, "current_device", lambda: 3)
-    monkeypatch.setattr(stopwatch.inference, "Config", Config)
-    monkeypatch.setattr(stopwatch.inference, "create_predictor", lambda config: config)
-    made = Stopwatch(32, 1, 10, threads=1, seconds=0)._predictor(tmp_path / "net")
-    assert isinstance(made, Config)
-    assert asked == [(f"{tmp_path}/net.json", f"{tmp_path}/net.pdiparams"), ("gpu", 3)]
+    monkeypatch.setattr(latency.inference, "Config", config)
+    monkeypatch.setattr(latency.inference, "create_predictor", create)
+    assert latency.make_predictor("net", 1) is create()
+    config.assert_called_once_with("net.json", "net.pdiparams")
+    config().enable_use_gpu.assert_called_once_with(latency.MEMORY_MIB, 3)
+    assert not config().enable_mkldnn.called
+
+
+# --- the page
+
+
+def test_the_pages_latencies_are_the_result_files():
+    content = json.loads(RESULT.read_text())
+    read_latency(RESULT)
+    check = content["check"]
+    kinds = ("mean", "mean_absolute", "largest_absolute")
+    shown = [f"{100 * check[f'{kind}_error']:.1f} %" for kind in kinds]
+    measured = [row["measured"] for row in check["networks"]]
+    assert table_after("docs/search.md", "latency table") == [
+        [f"{min(measured):.1f} to {max(measured):.1f} ms", *shown]
+    ]
+    assert content["rounds"] == 2 and content["processor"].startswith("AMD EPYC")

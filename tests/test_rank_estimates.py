@@ -65,9 +65,7 @@ def test_variances_of_two_crossed_factors_are_told_apart():
     rows, columns = table.mean(axis=1), table.mean(axis=0)
     left = table - rows[:, None] - columns + table.mean()
     both = (left**2).sum() / (seeds - 1) / (number - 1) / (seeds * number)
-    # With n - 1 and n - 2 in it, the jackknife of a mean over pairs is a little above a mean's.
-    more = (number - 1) ** 2 / number**2 * number**2 / (number - 1) ** 2
-    architectures, own = more * columns.var(ddof=1) / number, rows.var(ddof=1) / seeds - both
+    architectures, own = columns.var(ddof=1) / number, rows.var(ddof=1) / seeds - both
     deviation, freedom = estimates.standard_error(kernels, corrected=False)
     assert deviation**2 == pytest.approx(architectures + own, rel=1e-6)
     parts = architectures**2 / (number - 1) + (rows.var(ddof=1) / seeds) ** 2 / (seeds - 1)

@@ -1,7 +1,6 @@
-"""The search tool: generations by the shared walk, resumed exactly, refused, written."""
+"""The search tool: what evolution proposes, generations by the shared walk, resumed exactly."""
 
 import csv
-import itertools
 import json
 import os
 import subprocess
@@ -10,17 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import option_ranks
+from hypothesis import given
+from hypothesis import strategies as st
+from supernets import latency_file
 
 from hnas.architecture_file import read_accuracies
 from hnas.base.errors import UserError
-from hnas.bench import search as bench
 from hnas.dataset.image_folder import scan_images
+from hnas.evaluation.evolution import Budget, Evolution, crossed, mutated
 from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.registry import build_network
-from hnas.ranking.latency import all_parts, parts_of, read_latency
-from hnas.search_space import search_space
+from hnas.ranking.costs import all_parts, parts_of
+from hnas.search_space import FULL_DIGITS, RELEASED_DIGITS, RESNET48, search_space
 from hnas.tools import choose, search
 from hnas.tools.digits_folder import write_digits
 from hnas.utils.starting import start_from_checkpoint
@@ -29,8 +32,122 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoint_files/demo_stage2.pdparams"
 SPACE = search_space("resnet48_mini")
 MAX_MACS = 4_900_000
-KINDS = ("mean", "mean_absolute", "largest_absolute")
+ANY = Budget(SPACE, 32, 10, {})
 IMAGES = 40
+
+
+# --- what evolution proposes
+
+
+def evolution(budget=ANY, seed=0, population=20, children=10, tournament=5):
+    return Evolution(budget, seed, population, children, tournament)
+
+
+def choices_of(arch, digits):
+    """Every choice of a code by its name, read by position."""
+    ranks = option_ranks([arch.code], digits)
+    return {name: int(chosen[0]) for name, (_, chosen) in ranks.items() if len(chosen)}
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    full=st.booleans(),
+    backbone=st.sampled_from(["resnet48", "resnet48_mini"]),
+)
+def test_a_mutation_changes_one_choice(seed, full, backbone):
+    space = search_space(backbone, "full" if full else "released")
+    digits = FULL_DIGITS if full else RELEASED_DIGITS
+    rng = np.random.default_rng(seed)
+    parent = space.sample(rng)
+    child = mutated(space, parent, rng)
+    space.shared_plan(child)
+    before, after = choices_of(parent, digits), choices_of(child, digits)
+    changed = [name for name in before if name in after and before[name] != after[name]]
+    assert len(changed) == 1
+    for name, (options, chosen) in option_ranks([child.code], digits).items():
+        assert ((chosen >= 0) & (chosen < options)).all(), name
+    # Blocks come and go with the depth only.
+    if set(before) != set(after):
+        assert changed[0].startswith("depth")
+
+
+def test_every_choice_and_option_is_reached():
+    rng = np.random.default_rng(0)
+    parent = SPACE.largest()
+    found = [mutated(SPACE, parent, rng).code for _ in range(4000)]
+    ranks = option_ranks(found, RELEASED_DIGITS)
+    for name, (options, chosen) in ranks.items():
+        assert set(chosen.tolist()) == set(range(options)), name
+    # 4 depths, 4 outputs and 23 inner widths, all as likely.
+    depths = sum(
+        int((chosen != options - 1).sum())
+        for name, (options, chosen) in ranks.items()
+        if name.startswith("depth")
+    )
+    assert depths / 4000 == pytest.approx(4 / 31, abs=4 * (4 / 31 / 4000) ** 0.5)
+
+
+def test_proposals_are_new_within_the_budget_and_the_seeds():
+    macs = [SPACE.macs(SPACE.sample(np.random.default_rng(i)), 32, 10) for i in range(50)]
+    budget = Budget(SPACE, 32, 10, {"macs": np.quantile(macs, 0.2), "params": 1.2e6})
+    runs = []
+    for seed in (0, 0, 1):
+        scored = []
+        for generation in range(4):
+            accuracy = np.array([SPACE.params(arch, 10) for arch in scored], float)
+            scored += evolution(budget, seed).propose(scored, accuracy, generation)
+        runs.append(scored)
+    assert runs[0] == runs[1] != runs[2]
+    for scored in runs:
+        assert len(scored) == 20 + 3 * 10
+        assert len({SPACE.plan(arch) for arch in scored}) == len(scored)
+        for arch in scored:
+            assert SPACE.macs(arch, 32, 10) <= np.quantile(macs, 0.2)
+            assert SPACE.params(arch, 10) <= 1.2e6
+
+
+def test_networks_of_equal_channels_are_scored_once():
+    """Of 64 channels, 1.0 and 0.95 are both 64 in multiples of 8."""
+    archs = evolution(Budget(RESNET48, 224, 1000, {}), population=200).propose([], np.zeros(0), 0)
+    assert len({RESNET48.plan(arch) for arch in archs}) == 200
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_child_of_two_has_every_choice_from_one_of_them(seed):
+    rng = np.random.default_rng(seed)
+    one, other = SPACE.sample(rng), SPACE.sample(rng)
+    child = crossed(SPACE, one, other, rng)
+    SPACE.shared_plan(child)
+    parents = [choices_of(arch, RELEASED_DIGITS) for arch in (one, other)]
+    for name, option in choices_of(child, RELEASED_DIGITS).items():
+        assert option in [own[name] for own in parents if name in own], name
+    assert crossed(SPACE, one, one, rng) == one
+
+
+def test_parents_are_the_best_of_the_living_only():
+    rng = np.random.default_rng(3)
+    old = [SPACE.sample(rng) for _ in range(30)]
+    scored = [*old, *(SPACE.sample(rng) for _ in range(20))]
+    # Of 50, the last 20 live; all are drawn for the tournament; number 41 is the best of them.
+    accuracy = np.concatenate([np.full(30, 0.9), np.full(20, 0.1)])
+    accuracy[41] = 0.5
+    for child in evolution(tournament=20).propose(scored, accuracy, 1):
+        before = choices_of(scored[41], RELEASED_DIGITS)
+        after = choices_of(child, RELEASED_DIGITS)
+        assert sum(before[n] != after[n] for n in before if n in after) == 1
+
+
+def test_a_budget_that_leaves_few_or_none():
+    smallest = SPACE.smallest()
+    macs = SPACE.macs(smallest, 32, 10)
+    tight = evolution(Budget(SPACE, 32, 10, {"macs": macs}), population=5)
+    assert tight.propose([], np.zeros(0), 0) == [smallest]
+    assert tight.propose([smallest], np.ones(1), 1) == []
+    with pytest.raises(UserError, match="no architecture is within 1,000 MACs, 50 parameters"):
+        evolution(Budget(SPACE, 32, 10, {"macs": 1e3, "params": 50})).propose([], np.zeros(0), 0)
+
+
+# --- the tool
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +159,13 @@ def digits(tmp_path_factory):
 
 def flags(digits, folder, line=""):
     """A small search, and what else is given, which wins."""
-    return [
-        *("--backbone", "resnet48_mini", "--ckpt_dir", str(CHECKPOINT), "--image_size", "32"),
-        *("--image_dir", str(digits), "--num_workers", "0", "--bn_calibration_images", "8"),
-        *("--eval_images", str(IMAGES), "--chunk_size", "25", "--save_dir", str(folder)),
-        *("--population", "6", "--children", "3", "--generations", "3", "--tournament", "3"),
-        *("--max_macs", str(MAX_MACS), "--device", "cpu"),
-        *line.split(),
-    ]
+    small = (
+        f"--backbone resnet48_mini --ckpt_dir {CHECKPOINT} --image_size 32 --image_dir {digits} "
+        f"--num_workers 0 --bn_calibration_images 8 --eval_images {IMAGES} --chunk_size 25 "
+        f"--population 6 --children 3 --generations 3 --tournament 3 --max_macs {MAX_MACS} "
+        f"--device cpu --save_dir {folder} "
+    )
+    return (small + line).split()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +204,7 @@ def test_accuracies_are_the_reference_engines(whole, digits):
         assert abs(counts.accuracy()[0] - accuracy) <= counts.near1[0] / IMAGES, name
 
 
-def test_what_is_written(whole):
+def test_what_is_written(whole, tmp_path):
     rows = rows_of(whole)
     archs, accuracies = read_accuracies(whole / "submission.json")
     assert {row["name"] for row in rows} == set(archs)
@@ -110,66 +226,63 @@ def test_what_is_written(whole):
     assert content["best"]["acc"] == max(accuracies) == content["course"][-1]["best"]
     assert [row["scored"] for row in content["course"]] == [6, 9, 12, 15]
     assert (whole / "front.svg").read_text().startswith("<svg")
-
-
-def test_choose_reads_it(whole, tmp_path, capsys):
     choose.main(
         f"--submission {whole / 'submission.json'} --backbone resnet48_mini --image_size 32 "
         f"--num_classes 10 --max_macs {MAX_MACS} --out {tmp_path}".split()
     )
-    best = json.loads((tmp_path / "choice.json").read_text())["networks"][0]
-    assert best == json.loads((whole / "search.json").read_text())["best"]
+    choice = json.loads((tmp_path / "choice.json").read_text())
+    assert choice["networks"][0] == content["best"]
 
 
 def test_a_killed_search_ends_in_the_same_files(whole, digits, tmp_path, monkeypatch):
-    scored = []
-    evaluate = SharedEvaluator.evaluate
+    search.main(flags(digits, tmp_path, "--generations 1"))
+    assert len(rows_of(tmp_path)) == 9
+    walks, evaluate = [], SharedEvaluator.evaluate
 
-    def counting(self, images, *arguments, **named):
-        if len(scored) == 5:
+    def watched(self, images, *arguments, **named):
+        walks.append([arch.code for arch in self.archs])
+        if len(walks) == 2:
             raise KeyboardInterrupt
-        watched = evaluate(self, images, *arguments, **named)
-        scored.append([arch.code for arch in self.archs])
-        return watched
+        return evaluate(self, images, *arguments, **named)
 
-    monkeypatch.setattr(SharedEvaluator, "evaluate", counting)
+    monkeypatch.setattr(SharedEvaluator, "evaluate", watched)
     with pytest.raises(KeyboardInterrupt):
         search.main(flags(digits, tmp_path))  # in the second chunk of the third generation
-    assert not (tmp_path / "submission.json").exists()
-    scored.append("killed")
     # Another size of chunks is asked for: the first run's stays.
     search.main(flags(digits, tmp_path, "--chunk_size 40"))
     assert same_results(whole, tmp_path) == []
-    # 4 generations of 2 chunks; nothing was scored twice.
-    walks = [codes for codes in scored if codes != "killed"]
-    assert len(walks) == 8
-    assert len({code for codes in walks for code in codes}) == 15
+    # Of 2 more generations of 2 chunks nothing was scored twice but what was interrupted.
+    assert len(walks) == 1 + 4 and len({code for codes in walks for code in codes}) == 6
     # Done already: nothing is scored, and the result is the same.
     search.main(flags(digits, tmp_path))
-    assert len(scored) == 9 and same_results(whole, tmp_path) == []
-
-
-def test_more_generations_go_on(whole, digits, tmp_path):
-    search.main(flags(digits, tmp_path, "--generations 1"))
-    assert len(rows_of(tmp_path)) == 9
-    search.main(flags(digits, tmp_path))
-    assert same_results(whole, tmp_path) == []
+    assert len(walks) == 5 and same_results(whole, tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--population 7", "another population (6 instead of 7)"),
-        ("--children 2", "another children (3 instead of 2)"),
-        ("--tournament 2", "another tournament (3 instead of 2)"),
-        ("--seed 1", "another image list"),
-        ("--max_macs 5e6", "another budget"),
-        ("--max_params 1e9", "another budget"),
-        ("--bn_calibration_images 9", "another calibration"),
-        ("--ckpt_dir checkpoint_files/demo_stage1.pdparams", "another checkpoint"),
+        # Other settings than those of the search in the folder.
+        ("--population 7", "population"),
+        ("--children 2", "children"),
+        ("--tournament 2", "tournament"),
+        ("--seed 1", "image list"),
+        ("--max_macs 5e6", "budget"),
+        ("--max_params 1e9", "budget"),
+        ("--bn_calibration_images 9", "calibration"),
+        ("--ckpt_dir checkpoint_files/demo_stage1.pdparams", "checkpoint"),
+        # Wrong ones.
+        ("--backbone resnet48pinasv2_mini", "stage 1's"),
+        ("--max_macs 1000", "no architecture is within 1,000 MACs"),
+        ("--max_macs nan", "not a finite number"),
+        ("--max_latency_ms 3", "--max_latency_ms takes --latency FILE"),
+        ("--latency nowhere.json", "cannot read nowhere.json"),
+        ("--ckpt_dir None", "--ckpt_dir"),
+        ("--eval_images 1000", "--eval_images 1000, but"),
+        ("--population 1", "--population 1 is too small"),
+        ("--max_mac=3", "did you mean --max_macs?"),
     ],
 )
-def test_other_settings_are_refused(whole, digits, line, words, monkeypatch):
+def test_wrong_and_other_settings_are_one_line(whole, digits, line, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     before = {name: (whole / name).read_bytes() for name in RESULTS}
     with pytest.raises(UserError) as error:
@@ -178,45 +291,10 @@ def test_other_settings_are_refused(whole, digits, line, words, monkeypatch):
     assert all((whole / name).read_bytes() == content for name, content in before.items())
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("--backbone resnet48pinasv2_mini", "stage 1's"),
-        ("--max_macs 1000", "no architecture is within 1,000 MACs"),
-        ("--max_macs nan", "not a finite number"),
-        ("--max_latency_ms 3", "--max_latency_ms needs --latency FILE"),
-        ("--latency nowhere.json", "cannot read nowhere.json"),
-        ("--ckpt_dir None", "--ckpt_dir"),
-        ("--eval_images 1000", "--eval_images 1000, but"),
-        ("--population 1", "--population 1 is too small"),
-        ("--max_mac=3", "did you mean --max_macs?"),
-    ],
-)
-def test_wrong_flags_are_one_line(digits, tmp_path, line, words):
-    with pytest.raises(UserError) as error:
-        search.main(flags(digits, tmp_path / "out", line))
-    assert words in str(error.value) and "\n" not in str(error.value)
-    assert not list(tmp_path.rglob("*.json"))
-
-
-def test_latency_limits(digits, tmp_path, capsys):
+def test_latency_limits(digits, tmp_path):
     """By a table in which only the blocks of stage 3 take time."""
     times = {part.name: float(part.stage == 2) for part in all_parts(SPACE)}
-    about = {
-        "backbone": "resnet48_mini",
-        "sample_space": "released",
-        "image_size": 32,
-        "device": "cpu",
-        "processor": "a CPU",
-        "engine": "none",
-        "paddle": "3.3.1",
-        "format": 1,
-        "num_classes": 10,
-        "batch_size": 1,
-        "threads": 1,
-    }
-    file = tmp_path / "latency.json"
-    file.write_text(json.dumps({**about, "milliseconds": times}))
+    file = latency_file(tmp_path, milliseconds=times)
     line = f"--latency {file} --max_latency_ms 3 --max_macs 0 --generations 1"
     search.main(flags(digits, tmp_path / "out", line))
     archs, _ = read_accuracies(tmp_path / "out/submission.json")
@@ -224,7 +302,7 @@ def test_latency_limits(digits, tmp_path, capsys):
     for row in rows_of(tmp_path / "out"):
         parts = parts_of(SPACE.plan(archs[row["name"]]))
         assert float(row["latency"]) == sum(times[part.name] for part in parts)
-    with pytest.raises(UserError, match="measured for the released space"):
+    with pytest.raises(UserError, match="sample space released instead of full; measure again"):
         search.main(flags(digits, tmp_path / "full", f"--latency {file} --sample_space full"))
 
 
@@ -242,90 +320,3 @@ def test_two_processes_find_the_same(whole, digits, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert same_results(whole, tmp_path / "out") == []
-
-
-# --- the bench
-
-
-def test_the_benchs_test_is_a_paired_one():
-    evolution, random = np.array([0.8, 0.81, 0.79, 0.83]), np.array([0.79, 0.78, 0.78, 0.80])
-    runs = [
-        {"evolution": {"acc": a}, "random": {"acc": b}}
-        for a, b in zip(evolution, random, strict=True)
-    ]
-    found = bench.paired_test(runs, "acc")
-    difference = evolution - random
-    error = np.sqrt(((difference - difference.mean()) ** 2).sum() / 3 / 4)
-    t = difference.mean() / error
-    # The upper tail of Student's t with 3 degrees of freedom in closed form.
-    x = t / np.sqrt(3)
-    p = 0.5 - (np.arctan(x) + x / (1 + x * x)) / np.pi
-    assert found["difference"] == pytest.approx(0.02, abs=1e-5)
-    assert found["standard_error"] == pytest.approx(error, abs=1e-5)
-    assert found["p"] == pytest.approx(p, abs=1e-6)
-
-
-def test_the_benchs_images_are_of_the_demos_scans(digits, tmp_path):
-    bench.write_task(tmp_path / "search", "search")
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    bench.write_task(tmp_path / "search", "search")
-    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    for split in ("train", "val"):
-        own = {
-            (path.parent.name, path.stem.removesuffix("_0"))
-            for path in (tmp_path / "search" / split).rglob("*.png")
-        }
-        demos = {(path.parent.name, path.stem) for path in (digits / split).rglob("*.png")}
-        assert own == demos
-
-
-# --- the page
-
-
-def results(name):
-    return json.loads((ROOT / "docs/results" / name).read_text())
-
-
-def table_after(marker):
-    text = (ROOT / "docs/search.md").read_text().split(f"<!-- {marker} -->")[1].strip()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.split("\n\n")[0].splitlines()
-    ]
-    return rows[2:]
-
-
-def test_the_pages_searches_are_the_result_files():
-    found = results("search_resnet48_mini_32px.json")
-    expected = [
-        [str(seed), *(f"{100 * run[m][k]:.2f}" for k in ("acc", "fresh") for m in bench.METHODS)]
-        for seed, run in enumerate(found["runs"])
-    ]
-    means = [f"{100 * found['test'][k][m]:.2f}" for k in ("acc", "fresh") for m in bench.METHODS]
-    assert table_after("search table") == [*expected, ["mean", *means]]
-    text = " ".join((ROOT / "docs/search.md").read_text().split())
-    for kind, runs in itertools.product(("acc", "fresh"), (found["runs"][:5], found["runs"])):
-        test = bench.paired_test(runs, kind)
-        gain, error = 100 * test["difference"], 100 * test["standard_error"]
-        assert f"{gain:.2f} +- {error:.2f} points, p = {test['p']:.2g}" in text
-    listed = found["list"]
-    assert f"{listed['drawn']:,} codes drawn from the list, {listed['within']:,} are within" in text
-    assert f"the best has {100 * listed['acc']:.2f} %" in text
-    assert ", ".join(f"{100 * value:.2f}" for value in listed["found"][:5]) in text
-    assert f"{found['time']['ratio_cpu']:.1f} times" in text
-
-
-def test_the_pages_latencies_are_the_result_files():
-    found = results("latency_resnet48_224px.json")
-    read_latency(ROOT / "docs/results/latency_resnet48_224px.json")
-    check = found["check"]
-    shown = [f"{100 * check[f'{kind}_error']:.1f} %" for kind in KINDS]
-    measured = [row["measured"] for row in check["networks"]]
-    assert table_after("latency table") == [
-        [f"{min(measured):.1f} to {max(measured):.1f} ms", *shown]
-    ]
-    assert found["rounds"] == 2 and found["processor"].startswith("AMD EPYC")
-    for backbone, *counts in table_after("latency blocks"):
-        for sample_space, count in zip(("released", "full"), counts, strict=True):
-            parts = all_parts(search_space(backbone, sample_space))
-            assert int(count) == sum(part.kind == "block" for part in parts)

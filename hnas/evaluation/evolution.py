@@ -11,17 +11,15 @@ many for less. And half of them have two parents, as in the searches over a supe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hnas.base.errors import UserError
-from hnas.ranking.latency import LatencyTable
+from hnas.ranking.costs import UNITS, LatencyTable, costs_of
 from hnas.search_space import MIN_DEPTH, Architecture, SearchSpace
 
-UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
-"""What may be limited, and how one says it."""
 TWO_PARENTS = 0.5
 """Share of the children."""
 PATIENCE = 100
@@ -32,36 +30,22 @@ BOLDEST = 12
 
 @dataclass(frozen=True)
 class Budget:
-    """What an architecture may cost.
-
-    Attributes:
-        space: of the architectures.
-        image_size: px.
-        num_classes: outputs of the classifier.
-        limits: the most of each kind of ``UNITS``; kinds that are not there have no limit.
-        latency: needed to limit it.
-    """
+    """What an architecture may cost."""
 
     space: SearchSpace
-    image_size: int
+    image_size: int  # px
     num_classes: int
-    limits: Mapping[str, float]
-    latency: LatencyTable | None = None
+    limits: Mapping[str, float]  # the most of each kind of ``UNITS``, or of some
+    latency: LatencyTable | None = None  # needed to limit it
 
-    def costs(self, arch: Architecture) -> dict[str, float]:
-        """MACs an image, parameters and, if it was measured, milliseconds a batch."""
-        found = {
-            "macs": self.space.macs(arch, self.image_size, self.num_classes),
-            "params": self.space.params(arch, self.num_classes),
-        }
-        if self.latency is not None:
-            found["latency"] = self.latency.of(arch)
-        return found
+    def costs(self, archs: Iterable[Architecture]) -> dict[str, np.ndarray]:
+        """As :func:`costs_of` has them."""
+        return costs_of(archs, self.space, self.image_size, self.num_classes, self.latency)
 
     def allows(self, arch: Architecture) -> bool:
         """Whether ``arch`` costs at most the limits."""
-        costs = self.costs(arch)
-        return all(costs[kind] <= most for kind, most in self.limits.items())
+        costs = self.costs([arch])
+        return all(costs[kind][0] <= most for kind, most in self.limits.items())
 
     def __str__(self) -> str:
         asked = (f"{most:,.10g} {UNITS[kind]}" for kind, most in self.limits.items())
@@ -70,21 +54,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Evolution:
-    """What to score next, as a function of the seed and of what was scored.
-
-    Attributes:
-        budget: that everything proposed keeps to.
-        seed: of all draws.
-        population: drawn uniformly at first, and alive at a time.
-        children: of a generation.
-        tournament: living ones, drawn without replacement, of which the best is a parent.
-    """
+    """What to score next, as a function of the seed and of what was scored."""
 
     budget: Budget
     seed: int
-    population: int
-    children: int
-    tournament: int
+    population: int  # drawn uniformly at first, and alive at a time
+    children: int  # of a generation
+    tournament: int  # living ones, drawn without replacement, of which the best is a parent
 
     def propose(
         self, scored: Sequence[Architecture], accuracy: np.ndarray, generation: int
@@ -94,10 +70,7 @@ class Evolution:
         Args:
             scored: in the order of their generations.
             accuracy: of these [n].
-            generation: from 0.
-
-        Returns:
-            Fewer than there should be, or none, where no others are found.
+            generation: from 0. Where no others are found, it has fewer than it should, or none.
 
         Raises:
             UserError: no architecture keeps to the budget.
@@ -125,32 +98,23 @@ class Evolution:
 
         make, number = (child, self.children) if generation else (first, self.population)
         made: list[Architecture] = []
-        boldness = 0
-        while len(made) < number:
-            found, boldness = self._next(make, known, boldness)
-            if found is None:
-                break
-            made.append(found)
+        for boldness in range(BOLDEST + 1):
+            attempts = PATIENCE
+            while attempts and len(made) < number:
+                arch, attempts = make(boldness), attempts - 1
+                plan = space.plan(arch)
+                if plan not in known and self.budget.allows(arch):
+                    known.add(plan)
+                    made.append(arch)
+                    attempts = PATIENCE
         if not generation and not made:
-            smallest = self.budget.costs(space.smallest())
-            least = (f"{cost:,.10g} {UNITS[kind]}" for kind, cost in smallest.items())
+            smallest = self.budget.costs([space.smallest()])
+            least = (f"{cost:,.10g} {UNITS[kind]}" for kind, (cost,) in smallest.items())
             raise UserError(
                 f"no architecture is within {self.budget}; the smallest of the space takes "
                 f"{', '.join(least)}"
             )
         return made
-
-    def _next(self, make, known: set, boldness: int) -> tuple[Architecture | None, int]:
-        """An architecture within the budget that is not ``known`` yet, and how bold it took."""
-        while boldness <= BOLDEST:
-            for _ in range(PATIENCE):
-                arch = make(boldness)
-                plan = self.budget.space.plan(arch)
-                if plan not in known and self.budget.allows(arch):
-                    known.add(plan)
-                    return arch, boldness
-            boldness += 1
-        return None, boldness
 
 
 def mutated(space: SearchSpace, arch: Architecture, rng: np.random.Generator) -> Architecture:

@@ -148,14 +148,12 @@ class Ledger:
         self._agreement: tuple[int, Agreement | None] = (0, None)
         self.chunk, self.counts = 0, Counts.zeros(len(archs))
         self._reload()
-        files = list(folder.glob(CHUNK_FILES))
-        self._had_chunks = bool(files)
-        for path in files:
+        self._found = list(folder.glob(CHUNK_FILES))
+        for path in self._found:
             chunk = self._load(path).chunk
-            if self.chunk and chunk != self.chunk:
-                raise StateError(
-                    f"{path} has chunks of {chunk} images, not {self.chunk}; remove it"
-                )
+            if self.chunk not in (0, chunk):
+                text = f"{path} has chunks of {chunk} images, not {self.chunk}; remove it"
+                raise StateError(text)
             self.chunk = chunk
 
     # --- the course of an evaluation
@@ -185,16 +183,23 @@ class Ledger:
             self._reload()
         starts = self.starts()
         if self.part:
-            starts = starts[self.part.number - 1 :: self.part.of]
-            if self.part.of > len(self.starts()):
+            if self.part.of > len(starts):
                 raise UserError(
-                    f"--images_part {self.part} of {len(self.starts())} chunks: lower --chunk_size "
+                    f"--images_part {self.part} of {len(starts)} chunks: lower --chunk_size "
                     f"{self.chunk}, or make fewer parts"
                 )
+            starts = starts[self.part.number - 1 :: self.part.of]
         done = from_main_process([self.is_done(start) for start in starts])
         undone = [start for start, is_done in zip(starts, done, strict=True) if not is_done]
-        if undone and self._had_chunks and not self.part:
-            self._warn_of_missing(undone)
+        if undone and self._found and not self.part:
+            chunks = [self._positions(start) for start in undone[:NAMED]]
+            logger.warning(
+                "of %d chunks %d are missing, and scored now: those of images %s%s",
+                len(starts),
+                len(undone),
+                ", ".join(f"{chunk[0]} to {chunk[-1]}" for chunk in chunks),
+                ", ..." if len(undone) > NAMED else "",
+            )
         # In turns, so that together they extend the prefix, whose images are a balanced sample.
         self._own = undone[rank() :: world_size()]
 
@@ -228,13 +233,8 @@ class Ledger:
         """
         if self.part:
             barrier()
-            logger.info(
-                "part %s is scored: gather the parts' %s in one folder, and give it as save_dir "
-                "without images_part: %s",
-                self.part,
-                CHUNK_FILES,
-                self._folder,
-            )
+            what = f"part {self.part} is scored: gather all parts' {CHUNK_FILES} in one folder"
+            logger.info("%s, and give it as save_dir without images_part: %s", what, self._folder)
         if self.part or not self._is_main:
             return self.counts
         if not self.enough:
@@ -258,10 +258,8 @@ class Ledger:
         text, found = "not known yet", self.agreement
         if found is not None:
             text = f"{found.tau:.3f} ({found.low:.3f} to {found.high:.3f})"
-        return (
-            f"{self.counts.images} images, largest standard error {self.largest_error:.4f}, "
-            f"ranking's agreement {text}"
-        )
+        error = f"largest standard error {self.largest_error:.4f}"
+        return f"{self.counts.images} images, {error}, ranking's agreement {text}"
 
     def starts(self) -> list[int]:
         """The position of each chunk's first image."""
@@ -320,16 +318,6 @@ class Ledger:
         content = estimates(self._archs, self.counts, self.agreement, self._images)
         write_json(self._folder / ESTIMATES_FILE, content)
 
-    def _warn_of_missing(self, undone: list[int]) -> None:
-        chunks = [self._positions(start) for start in undone[:NAMED]]
-        logger.warning(
-            "of %d chunks %d are missing, and scored now: those of images %s%s",
-            len(self.starts()),
-            len(undone),
-            ", ".join(f"{chunk[0]} to {chunk[-1]}" for chunk in chunks),
-            ", ..." if len(undone) > NAMED else "",
-        )
-
     # --- files
 
     def _reload(self) -> None:
@@ -337,10 +325,8 @@ class Ledger:
         path = self._folder / STATE_FILE
         earlier = load_state(path, self._identity, self._copies)
         if earlier is not None:
-            whole = earlier.counts.images in (
-                self._images,
-                *range(0, self._images, earlier.chunk),
-            )
+            number = earlier.counts.images
+            whole = number == self._images or number % earlier.chunk == 0 and number < self._images
             self._check(path, earlier, earlier.start == 0 and whole)
             self.chunk, self.counts = earlier.chunk, earlier.counts
 

@@ -21,13 +21,7 @@ from hnas.base.settings import check_same_settings
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
 from hnas.parallel.distributed import agree, from_main_process
-from hnas.ranking.agreement import (
-    FOLDS,
-    Agreement,
-    agreement_record,
-    expected_agreement,
-    fold_sizes,
-)
+from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes
 from hnas.ranking.paired import fold_text
 from hnas.search_space import Architecture
 
@@ -223,12 +217,6 @@ def estimates(
             for (name, arch), acc, se, folds in rows
         },
     }
-
-
-def complete_estimates(archs: Mapping[str, Architecture], counts: Counts) -> dict:
-    """What ``estimates.json`` holds after all images."""
-    agreement = expected_agreement(counts.folds, counts.images, counts.images)
-    return estimates(archs, counts, agreement, counts.images)
 
 
 def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:

@@ -156,8 +156,7 @@ class _Walk:
         if group.projects:
             conv = self._conv(group, "project", group.cin, group.widest_out)
             shortcut = kernels.project(x, conv)
-        for mid, children in group.by_mid.items():
-            widest = max(child.cout for child in children)
+        for mid, widest, children in group.by_mid:
             conv2 = self._conv(group, "conv2", mid, widest)
             z = kernels.last(kernels.narrow(y, mid), shortcut, conv2)
             for child in children:

@@ -54,12 +54,12 @@ class Group:
         return 2 if self.projects else 1
 
     @cached_property
-    def by_mid(self) -> dict[int, list[Child]]:
-        """The children by conv1's width."""
-        result: dict[int, list[Child]] = {}
+    def by_mid(self) -> list[tuple[int, int, list[Child]]]:
+        """Each of conv1's widths, conv2's largest width with it, and the children of both."""
+        own: dict[int, list[Child]] = {}
         for child in self.children:
-            result.setdefault(child.mid, []).append(child)
-        return result
+            own.setdefault(child.mid, []).append(child)
+        return [(mid, max(child.cout for child in of), of) for mid, of in own.items()]
 
     @property
     def widest_mid(self) -> int:
@@ -71,15 +71,11 @@ class Group:
 
     def cost(self) -> tuple[int, int]:
         """A position's multiply-accumulates and numbers that all children's convolutions write."""
-        weights, outputs = 9 * self.cin * self.widest_mid, self.widest_mid
+        widths = [(9 * self.cin, self.widest_mid)]
         if self.projects:
-            weights += self.cin * self.widest_out
-            outputs += self.widest_out
-        for mid, children in self.by_mid.items():
-            widest = max(child.cout for child in children)
-            weights += 9 * mid * widest
-            outputs += widest
-        return weights, outputs
+            widths.append((self.cin, self.widest_out))
+        widths += [(9 * mid, widest) for mid, widest, _ in self.by_mid]
+        return sum(a * b for a, b in widths), sum(outputs for _, outputs in widths)
 
 
 @dataclass(frozen=True)

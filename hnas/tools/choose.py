@@ -29,6 +29,7 @@ from hnas.base.command_line import (
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.agreement import FOLDS
+from hnas.ranking.costs import UNITS, LatencyTable, costs_of, open_latency
 from hnas.ranking.figures import choice_panel
 from hnas.ranking.front import (
     CONFIDENCE,
@@ -38,13 +39,11 @@ from hnas.ranking.front import (
     not_worse,
     pareto_front,
 )
-from hnas.ranking.latency import LatencyTable, read_latency
 from hnas.ranking.paired import difference_errors, read_estimates
-from hnas.search_space import Architecture, SearchSpace, search_space
+from hnas.search_space import Architecture, search_space
 
 ESTIMATES = "estimates.json"
 """What stage 3 writes beside its submission: how many images, and standard errors."""
-UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
 NAMES = {**UNITS, "latency": "latency"}
 MOST = 1e15
 
@@ -127,23 +126,6 @@ def _images(
 
 def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
-
-
-def costs_of(
-    archs: Mapping[str, Architecture],
-    space: SearchSpace,
-    size: int,
-    classes: int,
-    latency: LatencyTable | None = None,
-) -> dict[str, np.ndarray]:
-    """MACs per image, parameters and, by its table, latency of every network [n], by kind."""
-    costs = {
-        "macs": np.array([space.macs(arch, size, classes) for arch in archs.values()]),
-        "params": np.array([space.params(arch, classes) for arch in archs.values()]),
-    }
-    if latency is not None:
-        costs["latency"] = np.array([latency.of(arch) for arch in archs.values()])
-    return costs
 
 
 def figure(kind: str, value: float) -> str:
@@ -286,10 +268,13 @@ def main(argv=None) -> None:
         check_writable(options.out, "--out")
 
     space = search_space(options.backbone)
-    latency = open_latency(options)
+    asked_by = "--cost latency" if options.cost == "latency" else ""
+    if options.max_latency_ms is not None:
+        asked_by = "--max_latency_ms"
+    latency = open_latency(options.latency, options.backbone, options.image_size, asked_by=asked_by)
     cost = options.cost or ("macs" if latency is None else "latency")
     scores = read_scores(options.submission, options.images)
-    costs = costs_of(scores.archs, space, options.image_size, options.num_classes, latency)
+    costs = costs_of(scores.archs.values(), space, options.image_size, options.num_classes, latency)
     limits = {
         "macs": options.max_macs,
         "params": options.max_params,
@@ -305,24 +290,6 @@ def main(argv=None) -> None:
         write(options, scores, cost, budget, chosen, panel.svg(alone=True))
     shown = table(chosen, options.top, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
-
-
-def open_latency(options) -> LatencyTable | None:
-    """What ``--latency`` names, if it is given.
-
-    Raises:
-        UserError: it is of something else, or it is missing and asked for by another flag.
-    """
-    if not options.latency:
-        if options.max_latency_ms is not None or options.cost == "latency":
-            flag = "--max_latency_ms" if options.max_latency_ms is not None else "--cost latency"
-            raise UserError(
-                f"{flag} takes --latency FILE, which python -m hnas.tools.latency measures"
-            )
-        return None
-    table = read_latency(options.latency)
-    table.check_fits(options.backbone, options.image_size)
-    return table
 
 
 def latency_label(table: LatencyTable) -> str:

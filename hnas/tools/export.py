@@ -24,10 +24,11 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import paddle
+from tqdm import tqdm
 
 import hnas
 from hnas.architecture_file import ArchitectureFileError, read_accuracies, read_architectures
@@ -41,26 +42,20 @@ from hnas.base.files import (
     write_digest,
     write_json,
 )
+from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, shorter_side
-from hnas.evaluation.comparison import Comparison, compare
+from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.images import balanced_order
 from hnas.models.calibration import calibrated
 from hnas.models.registry import build_network
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture, find_backbone
-from hnas.utils.exporting import (
-    FILES,
-    INPUT,
-    OUTPUT,
-    check_format,
-    read_network,
-    write_network,
-)
+from hnas.utils.exporting import FILES, INPUT, OUTPUT, check_format, read_network, write_network
 from hnas.utils.flags import AUTO, Stage
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.programs import program
+from hnas.utils.predict_program import program
 from hnas.utils.runtime import (
     calibration_images,
     require,
@@ -70,19 +65,13 @@ from hnas.utils.runtime import (
     validation_loader,
 )
 from hnas.utils.starting import start_from_checkpoint
-from hnas.utils.weights import (
-    Checkpoint,
-    check_classes,
-    find_checkpoint,
-    load_weights,
-    read_checkpoint,
-)
+from hnas.utils.weights import Checkpoint, find_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 CARD, PROGRAM = "card.json", "predict.py"
-TOLERANCE = {"float32": 0.01, "float16": 0.05}
-"""Largest difference of logits by the precision, as a share of the largest logit."""
+TOLERANCE = 0.01
+"""Largest difference of logits, as a share of the largest one."""
 
 
 def main(argv=None) -> None:
@@ -92,21 +81,24 @@ def main(argv=None) -> None:
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; export takes resnet48")
     require(options, "ckpt_dir")
-    check_format(options.format, options.precision)
+    check_format(options.format)
     start(options)
     checkpoint = read_checkpoint(options.ckpt_dir)
     wanted = find_architecture(options, checkpoint)
-    folder = Path(options.save_dir)
+    folder, form, size = Path(options.save_dir), options.format, options.image_size
     identity = {
         "arch": wanted.arch.code,
-        "format": options.format,
-        "precision": options.precision,
-        "image_size": options.image_size,
+        "format": form,
+        "precision": "float32",  # earlier versions had others
+        "image_size": size,
         "bn_calibration_images": options.bn_calibration_images,
         "seed": options.seed,
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
     }
-    check_folder(folder, identity)
+    if (folder / CARD).is_file():
+        earlier = read_json(folder / CARD).get("identity") or {}
+        remedy = "choose another --save_dir, or remove it"
+        check_same_settings(folder / CARD, earlier, identity, remedy)
     images = validation_images(options)
     if options.eval_images > len(images):
         raise UserError(
@@ -116,37 +108,28 @@ def main(argv=None) -> None:
     order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
     loader = validation_loader(options, images, order)
     source = open_source(options, checkpoint, wanted.arch, images.classes)
+    about = {
+        "backbone": options.backbone,
+        "arch": wanted.arch.code,
+        "freeze_bn": checkpoint.freeze_bn,
+        "classes": list(images.classes),
+    }
     with tempfile.TemporaryDirectory(prefix="pinas-") as made:
-        about = {
-            "backbone": options.backbone,
-            "arch": wanted.arch.code,
-            "freeze_bn": checkpoint.freeze_bn,
-            "classes": list(images.classes),
-        }
-        write_network(
-            source.network, Path(made), options.format, options.precision, options.image_size, about
-        )
+        write_network(source.network, Path(made), form, size, about)
         blank = ResNet(space_of(options).plan(wanted.arch), len(images.classes))
         blank.eval()
-        exported = read_network(Path(made), options.format, blank)
+        exported = read_network(Path(made), form, blank)
         with calibrated(source.shared, source.calibration):
             found = compare(source.shared, exported, loader)
         check(found, options, wanted)
-        files = {name: Path(made) / name for name in FILES[options.format]}
-        card = describe(options, wanted, source, found, images.classes, identity, files)
-        write(folder, files, program(options.format), card)
-    logger.info("%s of %s: %s, %s", options.format, wanted.arch.code, folder / CARD, PROGRAM)
+        files = {name: Path(made) / name for name in FILES[form]}
+        card = describe(options, wanted, source, found, images.classes)
+        write(folder, files, program(form), {"identity": identity, **card})
+    logger.info("%s of %s: %s, %s", form, wanted.arch.code, folder / CARD, PROGRAM)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What to export.
-
-    Attributes:
-        arch: the architecture.
-        name: its name in ``modelarch_file``, or empty.
-        stated: its accuracy there, as a share of 1; None if the file says none.
-    """
+class Wanted(NamedTuple):
+    """What to export; ``name`` and ``stated`` accuracy, a share of 1, by ``modelarch_file``."""
 
     arch: Architecture
     name: str = ""
@@ -159,27 +142,15 @@ def find_architecture(options: Options, checkpoint: Checkpoint) -> Wanted:
     Raises:
         UserError: it is none, or another one than the checkpoint's.
     """
-    own = checkpoint.about.get("arch")
+    own, archs, stated = checkpoint.about.get("arch"), {}, {}
     if not options.arch:
         if own is None:
             require(options, "arch")
         return Wanted(Architecture.from_code(own))
-    wanted = _named(options)
-    if own is not None and Architecture.from_code(own) != wanted.arch:
-        raise UserError(
-            f"--arch {wanted.arch.code}, but {options.ckpt_dir} is the network {own}; give its "
-            "own weights, or a supernet's"
-        )
-    return wanted
-
-
-def _named(options: Options) -> Wanted:
-    """What ``--arch`` names: a code, or an architecture of ``modelarch_file``.
-
-    Raises:
-        UserError: it is neither.
-    """
-    archs = read_architectures(options.modelarch_file) if options.modelarch_file else {}
+    if options.modelarch_file:
+        archs = read_architectures(options.modelarch_file)
+        with suppress(ArchitectureFileError):  # a list of codes alone
+            stated = dict(zip(archs, read_accuracies(options.modelarch_file)[1], strict=True))
     if options.arch not in archs and not options.arch.isdigit():
         if not archs:
             raise UserError(
@@ -189,46 +160,24 @@ def _named(options: Options) -> Wanted:
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise UserError(f"--arch {options.arch} is not in {options.modelarch_file}{hint}")
     arch = archs.get(options.arch) or Architecture.from_code(options.arch)
-    name = {own: name for name, own in archs.items()}.get(arch)
-    if name is None:
-        return Wanted(arch)
-    stated = None
-    with suppress(ArchitectureFileError):  # a list of codes alone
-        accuracies = dict(zip(archs, read_accuracies(options.modelarch_file)[1], strict=True))
-        stated = float(accuracies[name])
-        # 0 stands for none in files that are still to be scored.
-        stated = (stated if stated <= 1 else stated / 100) or None
-    return Wanted(arch, name, stated)
+    if own is not None and Architecture.from_code(own) != arch:
+        raise UserError(
+            f"--arch {arch.code}, but {options.ckpt_dir} is the network {own}; give its own "
+            "weights, or a supernet's"
+        )
+    name = next((name for name, each in archs.items() if each == arch), "")
+    accuracy = float(stated.get(name, 0))
+    # 0 stands for none in files that are still to be scored.
+    return Wanted(arch, name, (accuracy if accuracy <= 1 else accuracy / 100) or None)
 
 
-def check_folder(folder: Path, identity: Mapping[str, object]) -> None:
-    """An earlier export of something else is not to be overwritten.
-
-    Raises:
-        UserError: there is one.
-    """
-    if not (folder / CARD).is_file():
-        return
-    earlier = read_json(folder / CARD).get("identity")
-    if earlier != identity:
-        raise UserError(f"{folder} holds another export; choose another --save_dir, or remove it")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the network comes from.
-
-    Attributes:
-        network: what is exported, in eval mode.
-        shared: what scoring runs: the supernet with the sub-network active, or ``network``.
-        calibration: normalised images [N, 3, S, S] that scoring re-calibrates ``shared`` with.
-        statistics: of BatchNorm, in words.
-    """
+class Source(NamedTuple):
+    """What is exported, and what scoring runs: the supernet with that sub-network active."""
 
     network: ResNet
     shared: paddle.nn.Layer
-    calibration: paddle.Tensor | None
-    statistics: str
+    calibration: paddle.Tensor | None  # normalised, which scoring re-calibrates ``shared`` with
+    statistics: str  # of BatchNorm, in words
 
 
 def open_source(
@@ -239,39 +188,67 @@ def open_source(
     Raises:
         UserError: it holds none, or images to re-calibrate with are asked for in vain.
     """
-    space = space_of(options)
-    if "arch" in checkpoint.about:
-        if options.bn_calibration_images not in (AUTO, 0):
-            raise UserError(
-                f"--bn_calibration_images {options.bn_calibration_images}, but "
-                f"{options.ckpt_dir} is no supernet: its statistics are its own; leave the flag out"
-            )
-        network = ResNet(space.plan(arch), len(classes))
-        check_classes(checkpoint, classes, options.ckpt_dir)
-        load_weights(network, checkpoint.weights, options.ckpt_dir)
-        network.eval()
-        return Source(network, network, None, "its own")
-    supernet = build_network(options.backbone, len(classes), space)
-    start_from_checkpoint(supernet, options.ckpt_dir, classes)
-    supernet.eval()
+    space, is_alone = space_of(options), "arch" in checkpoint.about
+    if is_alone and options.bn_calibration_images not in (AUTO, 0):
+        raise UserError(
+            f"--bn_calibration_images {options.bn_calibration_images}, but {options.ckpt_dir} is "
+            "no supernet: its statistics are its own; leave the flag out"
+        )
+    if is_alone:
+        shared = ResNet(space.plan(arch), len(classes))
+    else:
+        shared = build_network(options.backbone, len(classes), space)
+    start_from_checkpoint(shared, options.ckpt_dir, classes)
+    shared.eval()
+    if is_alone:
+        return Source(shared, shared, None, "its own")
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=classes)
     if calibration is None:
-        supernet.mixed = False  # whether that is right was just said
-    network = supernet.extract(arch, calibration)
-    supernet.activate(arch)
-    if calibration is None:
+        shared.mixed = False  # whether that is right was just said
         statistics = "frozen" if checkpoint.freeze_bn else "running"
-        return Source(network, supernet, None, statistics)
-    statistics = f"of {len(calibration)} training images, seed {options.seed}"
-    return Source(network, supernet, normalize(calibration), statistics)
+    else:
+        statistics = f"of {len(calibration)} training images, seed {options.seed}"
+    network = shared.extract(arch, calibration)
+    shared.activate(arch)
+    calibration = None if calibration is None else normalize(calibration)
+    return Source(network, shared, calibration, statistics)
 
 
-def check(found: Comparison, options: Options, wanted: Wanted) -> None:
+class Found(NamedTuple):
+    """The same images by the source and by what was exported."""
+
+    counts: Counts  # of both, in this order
+    difference: float  # the largest between their logits
+    largest: float  # logit of the source, without its sign
+
+
+@paddle.no_grad()
+def compare(source, exported, loader) -> Found:
+    """Run both on all images of ``loader``.
+
+    Raises:
+        LogitsError: a logit is NaN or infinite.
+    """
+    counts, difference, largest = Counts.zeros(2), 0.0, 0.0
+    for images, labels in tqdm(loader, desc="checking", unit="batch", mininterval=1):
+        x = normalize(images)
+        logits = paddle.stack([source(x), exported(x)])
+        hits = count_hits(logits, labels)
+        for who, number in zip(("the source", "the exported network"), hits.bad, strict=True):
+            if number:
+                raise LogitsError(who, number, len(labels))
+        counts.add(hits.counts(len(labels)))
+        difference = max(difference, float((logits[0] - logits[1]).abs().max()))
+        largest = max(largest, float(logits[0].abs().max()))
+    return Found(counts, difference, largest)
+
+
+def check(found: Found, options: Options, wanted: Wanted) -> None:
     """Log how both compare, and with what the file of scores says.
 
     Raises:
-        UserError: their logits are too far apart, or in float32 on CPUs they count hits that nearly
-            equal logits do not explain. (GPUs' convolutions may compute with fewer digits.)
+        UserError: their logits are too far apart, or on CPUs they count hits that nearly equal
+            logits do not explain. (GPUs' convolutions may compute with fewer digits.)
     """
     (scored, exported), images = found.counts.top1.tolist(), found.counts.images
     logger.info(
@@ -282,9 +259,8 @@ def check(found: Comparison, options: Options, wanted: Wanted) -> None:
         found.difference,
     )
     allowed = int(found.counts.near1.max())
-    exact = options.precision == "float32" and paddle.get_device() == "cpu"
-    is_far = found.difference > TOLERANCE[options.precision] * found.largest
-    if is_far or exact and abs(scored - exported) > allowed:
+    other_hits = paddle.get_device() == "cpu" and abs(scored - exported) > allowed
+    if other_hits or found.difference > TOLERANCE * found.largest:
         raise UserError(
             f"the exported network has {exported} hits and its source {scored}, with logits up to "
             f"{found.difference:.3g} apart: nothing was written; please report this with your "
@@ -307,19 +283,12 @@ def check(found: Comparison, options: Options, wanted: Wanted) -> None:
 
 
 def describe(
-    options: Options,
-    wanted: Wanted,
-    source: Source,
-    found: Comparison,
-    classes: Sequence[str],
-    identity: Mapping[str, object],
-    files: Mapping[str, Path],
+    options: Options, wanted: Wanted, source: Source, found: Found, classes: Sequence[str]
 ) -> dict:
-    """The card: what the network is, how good, and how its images are prepared."""
+    """For the card: what the network is, how good, and how its images are prepared."""
     space, size = space_of(options), options.image_size
     counts = found.counts
     return {
-        "identity": dict(identity),
         "arch": wanted.arch.code,
         "name": wanted.name,
         "backbone": options.backbone,
@@ -348,8 +317,6 @@ def describe(
         },
         "strides": [stride for *_, stride in space.plan(wanted.arch).blocks()],
         "classes": list(classes),
-        "files": {name: file_digest(path) for name, path in files.items()},
-        "versions": {"pinas": hnas.__version__, "paddle": paddle.__version__},
     }
 
 
@@ -360,14 +327,16 @@ def write(folder: Path, files: Mapping[str, Path], text: str, card: Mapping) -> 
         UserError: the folder cannot be written.
     """
     remove_leftovers(folder)
+    digests = {name: file_digest(path) for name, path in files.items()}
     for name, path in files.items():
         with replacing(folder / name) as temporary:
             shutil.copyfile(path, temporary)
             digest_path(folder / name).unlink(missing_ok=True)
-        write_digest(folder / name, card["files"][name])
+        write_digest(folder / name, digests[name])
     with replacing(folder / PROGRAM) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    write_json(folder / CARD, card)
+    versions = {"pinas": hnas.__version__, "paddle": paddle.__version__}
+    write_json(folder / CARD, {**card, "files": digests, "versions": versions})
 
 
 if __name__ == "__main__":

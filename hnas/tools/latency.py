@@ -17,12 +17,18 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle import inference, nn
 from paddle.base.core import set_num_threads
+from paddle.static import InputSpec
 from tqdm import tqdm
 
 from hnas.base.command_line import (
@@ -35,16 +41,34 @@ from hnas.base.command_line import (
 from hnas.base.device import cpu_threads, device_name, on_gpu, set_tf32
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output, read_json, write_json
-from hnas.evaluation.stopwatch import Stopwatch
+from hnas.base.memory import keep_freed_memory
+from hnas.base.settings import check_same_settings
+from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.parallel.distributed import finished_before_stopping
-from hnas.ranking.latency import FORMAT, LatencyTable, all_parts
-from hnas.search_space import SAMPLE_SPACES, Architecture, find_backbone, search_space
+from hnas.ranking.costs import FORMAT, LatencyTable, Part, all_parts
+from hnas.search_space import (
+    SAMPLE_SPACES,
+    Architecture,
+    ChannelPlan,
+    feature_sizes,
+    find_backbone,
+    search_space,
+)
 from hnas.tools.check_device.facts import processor
 
 logger = logging.getLogger(__name__)
 
 GOOD_ERROR = 0.1
 """Mean difference of sums and whole networks up to which the sums are good, as a share."""
+FEWEST_RUNS, WARM_UP = 10, 2
+QUANTILE = 0.1
+"""Of the runs' times. Other programs can only slow a run down, so the fast ones say what the device
+takes; the very fastest of many may be a misreading."""
+MEMORY_MIB = 256
+"""That a predictor takes of a GPU at first."""
+FEEDING = 8
+"""Channels that the convolution before a timed block reads."""
+REMEDY = "remove it, or choose another --output"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,53 +76,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; latency takes resnet48")
     check_output(options.output, "--output")
-    choose_device(options)
+    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    if options.device == "gpu" and not has_gpu:
+        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
+    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
+    set_num_threads(options.threads)
     settings = settings_of(options)
     if options.output.is_file():
-        check_same(options.output, read_json(options.output), settings)
+        check_same_settings(options.output, read_json(options.output), settings, REMEDY)
         logger.info("%s is finished; remove it to measure again", options.output)
         return
     space = search_space(options.backbone, options.sample_space)
-    parts = {part.name: part for part in all_parts(space)}
-    drawn = space.sample_distinct(np.random.default_rng(options.seed), options.networks)
-    watch = Stopwatch(
-        options.image_size,
-        options.batch_size,
-        options.num_classes,
-        options.threads,
-        options.seconds,
-    )
-    networks = {arch.code: space.plan(arch) for arch in drawn.values()}
-    times = Times(Path(f"{options.output}.partial"), settings)
-    logger.info(
-        "%d blocks and %d whole networks, %d times each, on %s",
-        len(parts),
-        len(networks),
-        options.rounds,
-        settings["processor"],
-    )
-    # Round after round, so that what slows the machine for a while slows no block in all of them.
-    with tqdm(total=options.rounds * (len(parts) + len(networks)), unit="program") as progress:
-        for number in range(options.rounds):
-            times.take(parts, watch.part, number, progress.update)
-            times.take(networks, watch.network, number, progress.update)
-    result = {"format": FORMAT, **settings, "milliseconds": times.least(parts)}
-    table = LatencyTable(options.output, space, settings, result["milliseconds"])
-    result["check"] = compare(table, drawn.values(), times.least(networks))
-    write_json(options.output, result)
-    times.path.unlink()
-    report(result["check"], options.output)
+    drawn = space.sample_distinct(np.random.default_rng(0), options.networks).values()
+    watch = Stopwatch(options)
+    parts = {part.name: partial(watch.part, part) for part in all_parts(space)}
+    networks = {arch.code: partial(watch.network, space.plan(arch)) for arch in drawn}
+    unfinished = Path(f"{options.output}.partial")
+    times = measure(parts | networks, options.rounds, unfinished, settings)
+    milliseconds = {name: times[name] for name in parts}
+    check = compare(LatencyTable(options.output, space, settings, milliseconds), drawn, times)
+    content = {"format": FORMAT, **settings, "milliseconds": milliseconds, "check": check}
+    write_json(options.output, content)
+    unfinished.unlink()
+    report(check, options.output)
 
 
 def parser() -> OneLineParser:
     made = OneLineParser(description=__doc__.splitlines()[0])
+    number = whole_number(1, 100_000)
     made.add_argument("--output", type=read_path, required=True, help="JSON file to write")
     made.add_argument("--backbone", default="resnet48", help="whose blocks [resnet48]")
     made.add_argument(
         "--sample_space", choices=SAMPLE_SPACES, default="released", help="[released]"
     )
     made.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px")
-    made.add_argument("--batch_size", type=whole_number(1, 100_000), default=1, help="images [1]")
+    made.add_argument("--batch_size", type=number, default=1, help="images [1]")
     made.add_argument("--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[1000]")
     made.add_argument(
         "--threads",
@@ -113,121 +125,164 @@ def parser() -> OneLineParser:
         help="to repeat each program for, in each round [0.2]",
     )
     made.add_argument("--rounds", type=whole_number(1, 1000), default=3, help="[3]")
-    made.add_argument(
-        "--networks", type=whole_number(1, 100_000), default=20, help="to check sums with [20]"
-    )
-    made.add_argument("--seed", type=whole_number(0), default=0, help="of those networks [0]")
+    made.add_argument("--networks", type=number, default=20, help="to check sums with [20]")
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="[auto]")
     return made
 
 
-def choose_device(options) -> None:
-    """Set Paddle's device and threads.
-
-    Raises:
-        UserError: a GPU is asked for and Paddle has none.
-    """
-    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    if options.device == "gpu" and not has_gpu:
-        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
-    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
-    set_num_threads(options.threads)
-
-
 def settings_of(options) -> dict:
     """What the times belong to, as the file says it."""
-    return {
-        "backbone": options.backbone,
-        "sample_space": options.sample_space,
-        "image_size": options.image_size,
-        "num_classes": options.num_classes,
-        "batch_size": options.batch_size,
+    engine = "oneDNN, float32"
+    if on_gpu():
+        engine = "TF32" if set_tf32("auto") else "float32"
+    given = {name: value for name, value in vars(options).items() if name != "output"}
+    return given | {
         "device": "gpu" if on_gpu() else "cpu",
         "processor": device_name() if on_gpu() else f"{processor()}, {os.cpu_count()} cores",
-        "threads": options.threads,
-        "engine": f"Paddle Inference, {arithmetic()}",
+        "engine": f"Paddle Inference, {engine}",
         "paddle": paddle.__version__,
-        "seconds": options.seconds,
-        "rounds": options.rounds,
-        "networks": options.networks,
-        "seed": options.seed,
     }
 
 
-def arithmetic() -> str:
-    """What a network's convolutions are computed by, or in."""
-    if not on_gpu():
-        return "oneDNN, float32"
-    return "TF32" if set_tf32("auto") else "float32"
+class Stopwatch:
+    """Milliseconds of networks on this device, as Paddle Inference runs them in float32.
 
-
-class Times:
-    """What is measured so far: milliseconds of each round by name, kept in a file.
-
-    Args:
-        path: of the file.
-        settings: what the times belong to.
-
-    Raises:
-        UserError: the file is of other settings.
+    A part is timed where it will be: a block or head between a 1x1 convolution, which hands it
+    activations as they lie in memory within a network, and global pooling. The same program without
+    the part is timed, too, and subtracted.
     """
 
-    def __init__(self, path: Path, settings: Mapping):
-        self.path = path
-        self._settings = settings
-        self._times: dict[str, list[float]] = {}
-        if path.is_file():
-            content = read_json(path)
-            check_same(path, content, settings)
-            self._times = content.get("times", {})
-            logger.info("continuing with the %d programs of %s", len(self._times), path)
+    def __init__(self, options):
+        self._options = options
+        self._frame = cache(lambda cin, size: self._time(_Framed(None, cin), FEEDING, size))
+        keep_freed_memory()
 
-    def take(
-        self,
-        what: Mapping[str, object],
-        measure: Callable[[object], float],
-        number: int,
-        progress: Callable[[int], object],
-    ) -> None:
-        """Measure in round ``number``, from 0, what an earlier run has not."""
-        for name, thing in what.items():
-            own = self._times.setdefault(name, [])
+    def network(self, plan: ChannelPlan) -> float:
+        """Milliseconds of a batch through a whole network."""
+        return self._time(ResNet(plan, self._options.num_classes), 3, self._options.image_size)
+
+    def part(self, part: Part) -> float:
+        """Milliseconds that a part adds to a network; a stem's hold what a run costs in itself."""
+        _, sizes = feature_sizes(self._options.image_size)
+        if part.kind == "stem":
+            return self._time(_Framed(Stem(*part.channels)), 3, self._options.image_size)
+        cin, size = part.channels[0], sizes[-1]
+        if part.kind == "head":
+            framed = _Framed(Head(cin, self._options.num_classes), cin, pools=False)
+        else:
+            size = sizes[part.stage - 1] if part.stride == 2 else sizes[part.stage]
+            framed = _Framed(BasicBlock(*part.channels, part.stride), cin)
+        return max(0.0, self._time(framed, FEEDING, size) - self._frame(cin, size))
+
+    def _time(self, network: nn.Layer, channels: int, size: int) -> float:
+        """Milliseconds of a batch [N, ``channels``, ``size``, ``size``] through ``network``."""
+        network.eval()
+        shape = [self._options.batch_size, channels, size, size]
+        pixels = np.random.default_rng(0).normal(size=shape)
+        with tempfile.TemporaryDirectory(prefix="pinas-") as folder:
+            spec = InputSpec(shape, "float32", "x")
+            traced = paddle.jit.to_static(network, input_spec=[spec], full_graph=True)
+            paddle.jit.save(traced, f"{folder}/net")
+            predictor = make_predictor(f"{folder}/net", self._options.threads)
+        name = predictor.get_input_names()[0]
+        predictor.get_input_handle(name).copy_from_cpu(pixels.astype("float32"))
+        try:
+            return self._repeat(predictor)
+        finally:
+            # A predictor leaves the process with one thread for matrix products.
+            set_num_threads(self._options.threads)
+
+    def _repeat(self, predictor) -> float:
+        waits = on_gpu()
+        # On an idle core the same; on a busy one it leaves out the time that others run.
+        alone = not waits and self._options.threads == 1
+        clock = time.process_time if alone else time.perf_counter
+        times: list[float] = []
+        ends = clock() + self._options.seconds
+        while len(times) < WARM_UP + FEWEST_RUNS or clock() < ends:
+            began = clock()
+            predictor.run()
+            if waits:
+                paddle.device.synchronize()
+            times.append(clock() - began)
+        return 1000 * float(np.quantile(times[WARM_UP:], QUANTILE))
+
+
+class _Framed(nn.Layer):
+    """A part between a 1x1 convolution from ``FEEDING`` channels and global average pooling.
+
+    Args:
+        part: None: only the frame.
+        channels: that the part reads; 0: it reads the input itself.
+        pools: whether the frame does the pooling; a head does its own.
+    """
+
+    def __init__(self, part: nn.Layer | None, channels: int = 0, pools: bool = True):
+        super().__init__()
+        self.feed = nn.Conv2D(FEEDING, channels, 1) if channels else None
+        self.part = part
+        self.pool = nn.AdaptiveAvgPool2D(1) if pools else None
+
+    def forward(self, x):
+        for layer in (self.feed, self.part, self.pool):
+            if layer is not None:
+                x = layer(x)
+        return x
+
+
+def make_predictor(path: str, threads: int):
+    """A predictor on this device: on CPUs with oneDNN and so many threads.
+
+    ``path`` is the program's that ``paddle.jit.save`` wrote.
+    """
+    config = inference.Config(f"{path}.json", f"{path}.pdiparams")
+    if on_gpu():
+        config.enable_use_gpu(MEMORY_MIB, paddle.device.current_device())
+    else:
+        config.disable_gpu()
+        config.enable_mkldnn()
+        config.set_cpu_math_library_num_threads(threads)
+    config.disable_glog_info()
+    return inference.create_predictor(config)
+
+
+def measure(
+    programs: Mapping[str, Callable[[], float]], rounds: int, path: Path, settings: Mapping
+) -> dict[str, float]:
+    """Milliseconds of each program in the fastest round; what ``path`` has is not measured again.
+
+    Raises:
+        UserError: ``path`` is of other settings.
+    """
+    times: dict[str, list[float]] = {}
+    if path.is_file():
+        content = read_json(path)
+        check_same_settings(path, content, settings, REMEDY)
+        times = content.get("times", {})
+        logger.info("continuing with the %d programs of %s", len(times), path)
+    logger.info("%d programs, %d times each, on %s", len(programs), rounds, settings["processor"])
+    # Round after round, so that what slows the machine for a while slows no block in all of them.
+    with tqdm(total=rounds * len(programs), unit="program") as progress:
+        for number, (name, program) in product(range(rounds), programs.items()):
+            own = times.setdefault(name, [])
             if len(own) <= number:
                 # Not while Paddle traces: it wraps exceptions, the end of the program, too.
                 with finished_before_stopping():
-                    own.append(measure(thing))
-                    write_json(self.path, {**self._settings, "times": self._times})
-            progress(1)
-
-    def least(self, names: Mapping) -> dict[str, float]:
-        """The fastest round of each."""
-        return {name: round(min(self._times[name]), 6) for name in names}
-
-
-def check_same(path: Path, content: Mapping, settings: Mapping) -> None:
-    """Refuse a file of other settings.
-
-    Raises:
-        UserError: names the first that differs.
-    """
-    for name, value in settings.items():
-        if content.get(name) != value:
-            raise UserError(
-                f"{path} was measured with {name} {content.get(name)}, not {value}; remove it, or "
-                "choose another --output"
-            )
+                    own.append(program())
+                    write_json(path, {**settings, "times": times})
+            progress.update()
+    return {name: round(min(times[name]), 6) for name in programs}
 
 
 def compare(
-    table: LatencyTable, archs: Sequence[Architecture], measured: Mapping[str, float]
+    table: LatencyTable, archs: Iterable[Architecture], measured: Mapping[str, float]
 ) -> dict:
     """How far the sums are from whole networks: errors as shares of what was measured."""
     rows = []
     for arch in archs:
         added, whole = table.of(arch), measured[arch.code]
-        error = added / whole - 1
-        rows.append({"arch": arch.code, "added": round(added, 4), "measured": whole})
-        rows[-1]["error"] = round(error, 4)
+        row = {"arch": arch.code, "added": round(added, 4), "measured": whole}
+        rows.append({**row, "error": round(added / whole - 1, 4)})
     errors = np.array([row["error"] for row in rows])
     return {
         "mean_error": round(float(errors.mean()), 4),

@@ -5,8 +5,10 @@
 
 Regularized evolution; each generation is scored together, as stage 3 scores. S gets front.svg,
 search.json (the best, the Pareto front, how it went), search.csv (all that was scored) and the
-same as stage 3's submission.json, which choose, export and rank_report read. The same command goes
-on where a killed one stopped.
+same as stage 3's submission.json, which choose, export and rank_report read.
+
+A search is a function of its settings and of the counts of its generations. Each of these has a
+folder with stage three's own files, so the same command goes on where a killed one stopped.
 """
 
 from __future__ import annotations
@@ -20,28 +22,37 @@ import csv
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, remove_leftovers, replacing, write_json
-from hnas.evaluation.engine import ScoringSettings, wanted_variant
-from hnas.evaluation.evolution import UNITS, Budget, Evolution
-from hnas.evaluation.generations import Scored, search
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
+from hnas.evaluation.evolution import Budget, Evolution
+from hnas.evaluation.images import DecodedImages, ImagesOnDemand
 from hnas.evaluation.results import (
     ESTIMATES_FILE,
-    complete_estimates,
+    STATE_FILE,
+    architectures_hash,
+    estimates,
     evaluation_identity,
+    load_state,
     shared_hash,
     warn_if_guessing,
     write_results,
 )
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
-from hnas.parallel.distributed import barrier, is_main_process, leave
+from hnas.parallel.distributed import barrier, from_main_process, is_main_process, leave
+from hnas.ranking.agreement import expected_agreement
+from hnas.ranking.costs import UNITS, open_latency
 from hnas.ranking.figures import choice_panel
-from hnas.ranking.latency import LatencyTable, read_latency
-from hnas.search_space import find_backbone
+from hnas.search_space import Architecture, find_backbone
 from hnas.tools.choose import Scores, choose, conclusions, latency_label, table
 from hnas.utils.flags import Stage
 from hnas.utils.memory_needs import check_chunk
@@ -68,7 +79,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Stage.SEARCH, argv, about=__doc__.splitlines()[0])
     if find_backbone(options.backbone).contrastive:
         raise UserError(f"--backbone {options.backbone} is stage 1's; search takes resnet48")
-    latency = latency_table(options)
+    latency = open_latency(
+        options.latency,
+        options.backbone,
+        options.image_size,
+        options.sample_space,
+        asked_by="--max_latency_ms" if options.max_latency_ms else "",
+    )
     arithmetic = start(options, scores=True)
     require(options, "ckpt_dir")
     check_chunk(options)
@@ -77,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = scored_order(options, images)
     network = build_network(options.backbone, len(images.classes), space)
     checkpoint = start_from_checkpoint(network, options.ckpt_dir, images.classes)
-    budget = Budget(space, options.image_size, len(images.classes), limits(options), latency)
+    given = (options.max_macs, options.max_params, options.max_latency_ms)
+    limits = {kind: most for kind, most in zip(UNITS, given, strict=True) if most}
+    budget = Budget(space, options.image_size, len(images.classes), limits, latency)
     save_dir = Path(options.save_dir)
     if is_main_process():
         for folder in (save_dir, *save_dir.glob("generation_*")):
@@ -105,32 +124,70 @@ def main(argv: Sequence[str] | None = None) -> None:
     leave()
 
 
-def latency_table(options: Options) -> LatencyTable | None:
-    """The table that ``--latency`` names.
+class Scored(NamedTuple):
+    """What a search has scored, in order."""
+
+    archs: dict[str, Architecture]
+    counts: Counts
+    generation: list[int]  # of each
+
+
+def search(
+    network: ElasticResNet,
+    evolution: Evolution,
+    generations: int,
+    images: DecodedImages | ImagesOnDemand,
+    folder: Path,
+    identity: Mapping[str, str],
+    settings: ScoringSettings,
+) -> Scored:
+    """Score a first population and ``generations`` generations of children in ``folder``.
+
+    Several processes may call this together; all of them get the whole result.
 
     Raises:
-        UserError: it is missing, wrong, or of another network.
+        StateError: a generation in ``folder`` is not of ``identity``.
+        EngineError: the reference engine counts other hits.
+        UserError: nothing keeps to the budget.
     """
-    if not options.latency:
-        if options.max_latency_ms:
-            raise UserError(
-                "--max_latency_ms needs --latency FILE, of python -m hnas.tools.latency"
-            )
-        return None
-    found = read_latency(options.latency)
-    found.check_fits(options.backbone, options.image_size)
-    if options.sample_space == "full" and found.about["sample_space"] != "full":
-        raise UserError(
-            f"{options.latency} was measured for the released space; measure with "
-            "--sample_space full"
+    evaluator, archs, counts, born = None, {}, Counts.zeros(0), []
+    for generation in range(generations + 1):
+        proposed = evolution.propose([*archs.values()], counts.accuracy(), generation)
+        if not proposed:
+            logger.warning("nothing is left to score in the space within the budget")
+            break
+        new = {f"arch{number}": arch for number, arch in enumerate(proposed, len(archs) + 1)}
+        own = folder / f"generation_{generation:04d}"
+        whose = {**identity, "architecture_list": architectures_hash(new)}
+        if evaluator is None:
+            evaluator = SharedEvaluator(network, proposed, settings.calibration, settings.variant)
+        found = evaluate_shared(network, new, images, own, whose, settings, evaluator)
+        if is_main_process():
+            # The first generation's chunks are the others' too, in a resumed run as well.
+            settings = replace(settings, chunk=load_state(own / STATE_FILE, whose).chunk)
+        archs |= new
+        counts = _joined(counts, found)
+        born += [generation] * len(new)
+        best = int(np.argmax(counts.accuracy()))
+        logger.info(
+            "generation %d/%d: %d scored, best %s %s with top-1 %.4f",
+            generation,
+            generations,
+            len(archs),
+            list(archs)[best],
+            list(archs.values())[best].code,
+            counts.accuracy()[best],
         )
-    return found
+    return Scored(archs, counts, born)
 
 
-def limits(options: Options) -> dict[str, float]:
-    """The limits that are given, by kind of cost."""
-    given = (options.max_macs, options.max_params, options.max_latency_ms)
-    return {kind: most for kind, most in zip(UNITS, given, strict=True) if most}
+def _joined(counts: Counts, found: Counts) -> Counts:
+    """Counts, and then the main process's of a generation, which alone are complete."""
+    table = np.vstack([found.columns(), found.folds.T])
+    images, *numbers = from_main_process([found.images, *table.ravel().tolist()])
+    found = np.array(numbers, dtype=np.int64).reshape(table.shape)
+    table = np.hstack([np.vstack([counts.columns(), counts.folds.T]), found])
+    return Counts(*table[:4], images, table[4:].T)
 
 
 def search_identity(options: Options, budget: Budget) -> dict[str, str]:
@@ -150,8 +207,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
         UserError: a file cannot be written.
     """
     counts, archs = scored.counts, scored.archs
-    each = [budget.costs(arch) for arch in archs.values()]
-    costs = {kind: np.array([own[kind] for own in each]) for kind in each[0]}
+    costs = budget.costs(archs.values())
     # What is limited is what matters; the last of several kinds is the least usual.
     cost = next(reversed(budget.limits), "macs")
     images = np.full(len(archs), counts.images)
@@ -160,7 +216,8 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
 
     write_results(folder, archs, counts)
     warn_if_guessing(counts, budget.num_classes, "the best network")
-    write_json(folder / ESTIMATES_FILE, complete_estimates(archs, counts))
+    agreement = expected_agreement(counts.folds, counts.images, counts.images)
+    write_json(folder / ESTIMATES_FILE, estimates(archs, counts, agreement, counts.images))
     write_table(folder / "search.csv", chosen, dict(zip(archs, scored.generation, strict=True)))
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
     plot = choice_panel(

@@ -19,16 +19,15 @@ if __name__ == "__main__":
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, read_json, remove_leftovers, write_json
-from hnas.dataset.image_folder import ImageList
+from hnas.base.settings import check_same_settings
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
@@ -72,7 +71,7 @@ def main(argv=None) -> None:
             "a --save_dir of its own"
         )
     archs = architectures(options)
-    initial = initial_weights(options)
+    initial, digest = initial_weights(options)
     start(options)
     train = training_images(options)
     if initial is not None:
@@ -80,9 +79,25 @@ def main(argv=None) -> None:
     val = validation_images(options, train)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, train, crop)
-    results = Results.open(Path(options.save_dir), archs, identity(options, loader, val))
-    weights = None if initial is None else initial.weights
-    train_all(options, archs, loader, validation_loader(options, val), results, weights)
+    settings = {
+        **describe_run(replace(options, arch=""), loader),
+        "val_images": val.digest(),
+        "initial_weights": digest,
+    }
+    folder = Path(options.save_dir)
+    results = Results(folder, archs, settings)
+    val_loader = validation_loader(options, val)
+    for number, (name, arch) in enumerate(archs.items(), 1):
+        own = folder / replace(arch, image_digit=True).code
+        if arch not in results.entries:
+            logger.info("architecture %d of %d: %s (%s)", number, len(archs), name, arch.code)
+            entry = train_one(options, arch, loader, val_loader, own, initial)
+            results.entries[arch] = entry
+            results.write()
+            logger.info("%s: validation top-1 %.4f", name, entry["acc"])
+        remove_sets(own)
+    # An architecture that was finished earlier may have another name or place now.
+    results.write()
     logger.info("accuracies of %d architectures: %s", len(results.entries), results.path)
 
 
@@ -99,38 +114,16 @@ def architectures(options: Options) -> dict[str, Architecture]:
     return read_architectures(options.modelarch_file)
 
 
-def identity(options: Options, loader: EpochLoader, val: ImageList) -> dict:
-    """What all accuracies of a folder depend on besides their architecture."""
-    return {
-        **describe_run(replace(options, arch=""), loader),
-        "val_images": val.digest(),
-        "initial_weights": file_digest(initial_file(options)) if options.init else None,
-    }
-
-
-def initial_weights(options: Options) -> Checkpoint | None:
-    """What ``--init`` names, if it is given.
+def initial_weights(options: Options) -> tuple[Checkpoint | None, str | None]:
+    """What ``--init`` names, and its SHA-256: a file, or the weights in the folder of an export.
 
     Raises:
-        UserError: there is no ``--arch``, or the weights say that they are of another one.
+        UserError: there is none, or no ``--arch``, or the weights say that they are of another one.
     """
     if not options.init:
-        return None
+        return None, None
     if not options.arch:
         raise UserError("--init gives one network's weights; give its code as --arch")
-    checkpoint = read_checkpoint(initial_file(options))
-    own = checkpoint.about.get("arch", options.arch)
-    if Architecture.from_code(own) != Architecture.from_code(options.arch):
-        raise UserError(f"--init {options.init} is the network {own}, not --arch {options.arch}")
-    return checkpoint
-
-
-def initial_file(options: Options) -> Path:
-    """The file that ``--init`` names: itself, or the weights in the folder of an export.
-
-    Raises:
-        UserError: there is none.
-    """
     path = Path(options.init)
     if path.is_dir():
         path = path / FILES["pdparams"][0]
@@ -138,44 +131,46 @@ def initial_file(options: Options) -> Path:
             raise UserError(
                 f"--init {options.init} holds no {path.name}; export with --format pdparams"
             )
-    return find_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    own = checkpoint.about.get("arch", options.arch)
+    if Architecture.from_code(own) != Architecture.from_code(options.arch):
+        raise UserError(f"--init {options.init} is the network {own}, not --arch {options.arch}")
+    return checkpoint, file_digest(find_checkpoint(path))
 
 
-@dataclass
 class Results:
-    """``SAVE_DIR/results.json``, and ``run.json``, which says what they were made with.
+    """``SAVE_DIR/results.json``: of the architectures asked for, then of earlier ones.
 
-    Attributes:
-        path: of the results.
-        names: of the architectures, in the file's order: those asked for, then earlier ones.
-        entries: what is finished.
+    ``run.json`` beside it notes what they are made with.
+
+    Raises:
+        UserError: they are of other settings or images, or a name means two architectures.
     """
 
-    path: Path
-    names: dict[Architecture, str]
-    entries: dict[Architecture, dict]
-
-    @classmethod
-    def open(cls, folder: Path, archs: Mapping[str, Architecture], run: Mapping) -> Results:
-        """Continue the results in ``folder``, or begin them.
-
-        Raises:
-            UserError: they are of other settings or images, or a name means two architectures.
-        """
+    def __init__(self, folder: Path, archs: Mapping[str, Architecture], settings: Mapping):
         remove_leftovers(folder)
-        results = cls(folder / "results.json", {arch: name for name, arch in archs.items()}, {})
-        _check_run(folder / "run.json", results.path, run)
-        if results.path.is_file():
-            content = read_json(results.path)
-            for name, arch in read_accuracies(results.path)[0].items():
+        self.path, run = folder / "results.json", folder / "run.json"
+        self.names = {arch: name for name, arch in archs.items()}
+        self.entries: dict[Architecture, dict] = {}
+        if run.is_file():
+            # Flags that did not exist then were off, as they are by default.
+            defaults = {flag.name: default_of(flag, Stage.STANDALONE) for flag in fields(Options)}
+            remedy = "give the same as before, or choose another --save_dir"
+            check_same_settings(self.path, {**defaults, **read_json(run)}, settings, remedy)
+        elif self.path.is_file():
+            raise UserError(f"{self.path} is there without run.json; choose another --save_dir")
+        else:
+            write_json(run, settings)
+        if self.path.is_file():
+            content = read_json(self.path)
+            for name, arch in read_accuracies(self.path)[0].items():
                 if archs.get(name, arch) != arch:
                     raise UserError(
-                        f"{results.path} has another architecture of the name {name!r}; choose "
+                        f"{self.path} has another architecture of the name {name!r}; choose "
                         "another --save_dir"
                     )
-                results.names.setdefault(arch, name)
-                results.entries[arch] = content[name]
-        return results
+                self.names.setdefault(arch, name)
+                self.entries[arch] = content[name]
 
     def write(self) -> None:
         """Write what is finished, in one step."""
@@ -187,62 +182,18 @@ class Results:
         write_json(self.path, content)
 
 
-def _check_run(path: Path, results: Path, run: Mapping) -> None:
-    """Note what the results of a folder are made with, or compare with what was noted."""
-    if not path.is_file():
-        if results.is_file():
-            raise UserError(f"{results} is there without {path.name}; choose another --save_dir")
-        write_json(path, run)
-        return
-    # Flags that did not exist then were off, as they are by default.
-    defaults = {option.name: default_of(option, Stage.STANDALONE) for option in fields(Options)}
-    earlier = {**defaults, **read_json(path)}
-    changed = [key for key in run if earlier.get(key) != run[key]]
-    if changed:
-        raise UserError(
-            f"{path.parent} holds results of other settings ({', '.join(changed)}); give the same "
-            "as before, or choose another --save_dir"
-        )
-
-
-def train_all(
-    options: Options,
-    archs: Mapping[str, Architecture],
-    loader: EpochLoader,
-    val: EvalLoader,
-    results: Results,
-    weights: Mapping[str, np.ndarray] | None = None,
-) -> None:
-    """Train what ``results`` has not, one architecture after the other.
-
-    ``weights`` are those to start from, for a single architecture.
-    """
-    for number, (name, arch) in enumerate(archs.items(), 1):
-        folder = results.path.parent / replace(arch, image_digit=True).code
-        if arch not in results.entries:
-            logger.info("architecture %d of %d: %s (%s)", number, len(archs), name, arch.code)
-            entry = train_one(options, arch, loader, val, folder, weights)
-            results.entries[arch] = entry
-            results.write()
-            logger.info("%s: validation top-1 %.4f", name, entry["acc"])
-        remove_sets(folder)
-    # An architecture that was finished earlier may have another name or place now.
-    results.write()
-
-
 def train_one(
     options: Options,
     arch: Architecture,
     loader: EpochLoader,
     val: EvalLoader,
     folder: Path,
-    weights: Mapping[str, np.ndarray] | None = None,
+    initial: Checkpoint | None,
 ) -> dict:
     """Train one architecture, from the newest checkpoint in ``folder`` if there is one.
 
-    Without one, it starts from ``weights``, or from new ones.
-
-    The result depends on the options and the images only, not on what was trained before.
+    Without one, it starts from ``initial`` weights, or from new ones. The result depends on the
+    options and the images only, not on what was trained before.
 
     Returns:
         Its entry of ``results.json``.
@@ -256,8 +207,8 @@ def train_one(
     # names; here they begin anew for every network.
     with paddle.utils.unique_name.guard():
         network = ResNet(space.plan(arch), classes)
-        if weights is not None:
-            load_weights(network, weights, options.init)
+        if initial is not None:
+            load_weights(network, initial.weights, options.init)
         model = StandaloneModel(network, code)
         prepare(model, own, len(loader))
         fit(model, own, loader)

@@ -1,6 +1,7 @@
 """What settings need, looked at before it is taken: memory and /dev/shm.
 
-Of memory these are lower bounds, so that nothing is refused that would run.
+Of memory these are lower bounds, so that nothing is refused that would run. Every check raises
+UserError where its subject does not fit, and says what to lower.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import paddle
 from hnas.base.errors import UserError
 from hnas.base.memory import available_bytes, gib, refuse_too_much, shared_bytes
 from hnas.parallel.distributed import local_ranks
-from hnas.search_space import SearchSpace, feature_sizes, find_backbone
+from hnas.search_space import ChannelPlan, SearchSpace, feature_sizes, find_backbone
 from hnas.utils.options import Options
 
 FLOAT = 4  # bytes
@@ -29,27 +30,19 @@ def device_bytes() -> int:
 
 
 def check_queue(options: Options) -> None:
-    """Refuse a queue of stage one that memory cannot hold. Its first keys are drawn, then scaled.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """A queue of stage one. Its first keys are drawn, then scaled."""
     need = 2 * FLOAT * EMBEDDING * options.queue_size
-    what = f"--queue_size {options.queue_size}"
-    refuse_too_much(need, device_bytes(), what, "lower it")
+    refuse_too_much(need, device_bytes(), f"--queue_size {options.queue_size}", "lower it")
 
 
 def check_batch(options: Options, space: SearchSpace) -> None:
-    """Refuse a batch of training that memory cannot hold.
+    """A batch of training, of which a part is computed at a time.
 
-    A part of it is computed at a time, of which the outputs of all convolutions are kept for the
-    backward pass; the batch itself is kept as uint8 and float32.
-
-    Raises:
-        UserError: it cannot.
+    The outputs of all convolutions are kept for the backward pass, of the smallest sub-network at
+    least; the batch itself is kept as uint8 and float32.
     """
     images = math.ceil(options.batch_size / options.accumulate)
-    kept = images * kept_floats(space, options.image_size)
+    kept = images * convolution_outputs(space.plan(space.smallest()), options.image_size)
     batch = batch_bytes(options)
     need = batch + FLOAT * (batch // options.accumulate + kept)
     what = f"--batch_size {options.batch_size} at --image_size {options.image_size}"
@@ -62,35 +55,24 @@ def batch_bytes(options: Options) -> int:
     return views * 3 * options.image_size**2 * options.batch_size
 
 
-def kept_floats(space: SearchSpace, image_size: int) -> int:
-    """Outputs of the convolutions of the smallest sub-network, per image."""
+def convolution_outputs(plan: ChannelPlan, image_size: int) -> int:
+    """Numbers that all convolutions of a network put out, per image."""
     stem, sizes = feature_sizes(image_size)
-    plan = space.plan(space.smallest())
     return stem**2 * plan.stem + sum(
-        sizes[stage] ** 2 * (mid + cout) for stage, _, mid, cout, _ in plan.blocks()
+        sizes[stage] ** 2 * (mid + cout + (cout if cin != cout else 0))
+        for stage, cin, mid, cout, _ in plan.blocks()
     )
 
 
 def check_chunk(options: Options) -> None:
-    """Refuse a ``chunk_size`` of stage three whose images alone memory cannot hold as float32.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """The images of a ``chunk_size`` of stage three, as float32."""
     need = FLOAT * options.chunk_size * 3 * options.image_size**2
     what = f"--chunk_size {options.chunk_size} at --image_size {options.image_size}"
     refuse_too_much(need, device_bytes(), what, "lower it, or give 0")
 
 
 def check_cache(options: Options, images: int) -> None:
-    """Refuse to keep decoded images in memory that ``cache_gb`` allows and the machine has not.
-
-    Args:
-        images: how many are decoded.
-
-    Raises:
-        UserError: they would not fit.
-    """
+    """So many decoded images, if ``cache_gb`` allows to keep them in memory."""
     need = images * 3 * options.image_size**2
     if need <= options.cache_gb * 2**30:
         what = (
@@ -101,16 +83,13 @@ def check_cache(options: Options, images: int) -> None:
 
 
 def check_shared_memory(size: int, batches: int, num_workers: int) -> None:
-    """Refuse loader processes that would die of a bus error: /dev/shm is too small.
+    """Loader processes, which die of a bus error where /dev/shm is too small.
 
     Docker gives 64 MiB. All processes of a machine share it.
 
     Args:
         size: bytes of a batch, which one of them hands over at a time.
         batches: that there are in all.
-
-    Raises:
-        UserError: what is needed, what is there, and what to do.
     """
     free = shared_bytes()
     need = min(PREFETCHED * num_workers, batches) * size * local_ranks()

@@ -199,9 +199,6 @@ class Options:
     format: str = single("pdparams",
         "pdparams: weights; inference: program and weights for Paddle Inference; onnx", "name",
         choices=("pdparams", "inference", "onnx"), stages=EXPORT)
-    precision: str = single("float32",
-        "of the exported weights: float32, or float16 (not for inference)", "name",
-        choices=("float32", "float16"), stages=EXPORT)
 
     seed: int = machine(0, "of data order, augmentations, sub-networks and new weights")
     device: str = machine("auto", "auto, cpu or gpu", "name", choices=("auto", "cpu", "gpu"))

@@ -1,4 +1,4 @@
-"""The latency of an architecture on a device, added up from measured blocks.
+"""What networks cost: MACs, parameters, and latency on a device, added up from measured blocks.
 
 ``python -m hnas.tools.latency`` measures the blocks and writes the file that is read here.
 """
@@ -10,8 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from hnas.base.errors import UserError
 from hnas.base.files import read_json
+from hnas.base.settings import check_same_settings
 from hnas.search_space import (
     SAMPLE_SPACES,
     STAGE_STRIDES,
@@ -21,6 +24,8 @@ from hnas.search_space import (
     search_space,
 )
 
+UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
+"""The kinds of cost, and how one says it."""
 FORMAT = 1
 TEXTS = ("backbone", "sample_space", "device", "processor", "engine", "paddle")
 NUMBERS = ("image_size", "num_classes", "batch_size", "threads")
@@ -28,19 +33,12 @@ NUMBERS = ("image_size", "num_classes", "batch_size", "threads")
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a network that is timed on its own.
+    """A piece of a network that is timed on its own."""
 
-    Attributes:
-        kind: ``stem``, ``block`` or ``head``.
-        stage: of a block, from 0.
-        channels: (out) of a stem; (in, mid, out) of a block; (in) of a head.
-        stride: of a block; with 2 or another number of outputs it has a projection shortcut.
-    """
-
-    kind: str
-    channels: tuple[int, ...]
-    stage: int = 0
-    stride: int = 1
+    kind: str  # ``stem``, ``block`` or ``head``
+    channels: tuple[int, ...]  # (out) of a stem; (in, mid, out) of a block; (in) of a head
+    stage: int = 0  # of a block, from 0
+    stride: int = 1  # of a block
 
     @property
     def name(self) -> str:
@@ -77,19 +75,12 @@ def all_parts(space: SearchSpace) -> list[Part]:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured milliseconds of all parts of a space on one device.
+    """Measured milliseconds of all parts of a space on one device."""
 
-    Attributes:
-        path: of the file.
-        space: whose parts they are.
-        about: the file's other values: ``TEXTS`` and ``NUMBERS``.
-        milliseconds: of a batch, by the parts' names.
-    """
-
-    path: Path
+    path: Path  # of the file
     space: SearchSpace
-    about: Mapping[str, str | int]
-    milliseconds: Mapping[str, float]
+    about: Mapping[str, str | int]  # the file's other values: ``TEXTS`` and ``NUMBERS``
+    milliseconds: Mapping[str, float]  # of a batch, by the parts' names
 
     def of(self, arch: Architecture) -> float:
         """Milliseconds that ``arch`` takes for a batch.
@@ -97,28 +88,57 @@ class LatencyTable:
         Raises:
             UserError: a part of it was not measured.
         """
-        return math.fsum(self._of(part, arch) for part in parts_of(self.space.shared_plan(arch)))
-
-    def _of(self, part: Part, arch: Architecture) -> float:
-        if part.name not in self.milliseconds:
+        names = [part.name for part in parts_of(self.space.shared_plan(arch))]
+        lacking = next((name for name in names if name not in self.milliseconds), None)
+        if lacking:
             raise UserError(
-                f"{self.path} lacks {part.name!r} of architecture {arch.code}: it was measured for "
+                f"{self.path} lacks {lacking!r} of architecture {arch.code}: it was measured for "
                 f"the {self.about['sample_space']} space; measure with --sample_space full"
             )
-        return self.milliseconds[part.name]
+        return math.fsum(self.milliseconds[name] for name in names)
 
-    def check_fits(self, backbone: str, image_size: int) -> None:
-        """Refuse a table of another network or image size.
 
-        Raises:
-            UserError: it is of another.
-        """
-        for name, wanted in (("backbone", backbone), ("image_size", image_size)):
-            if self.about[name] != wanted:
-                raise UserError(
-                    f"{self.path} was measured with --{name} {self.about[name]}, not {wanted}; "
-                    "measure again with python -m hnas.tools.latency"
-                )
+def costs_of(
+    archs: Iterable[Architecture],
+    space: SearchSpace,
+    size: int,
+    classes: int,
+    latency: LatencyTable | None = None,
+) -> dict[str, np.ndarray]:
+    """MACs an image, parameters and, by its table, milliseconds a batch [n], by kind."""
+    archs = list(archs)
+    costs = {
+        "macs": np.array([space.macs(arch, size, classes) for arch in archs]),
+        "params": np.array([space.params(arch, classes) for arch in archs]),
+    }
+    if latency is not None:
+        costs["latency"] = np.array([latency.of(arch) for arch in archs])
+    return costs
+
+
+def open_latency(
+    path: str | None, backbone: str, image_size: int, sample_space: str = "", asked_by: str = ""
+) -> LatencyTable | None:
+    """What ``--latency`` names, for these settings; None: nothing.
+
+    ``asked_by`` is a flag that cannot do without.
+
+    Raises:
+        UserError: it is missing, broken, or of something else.
+    """
+    if not path:
+        if asked_by:
+            raise UserError(
+                f"{asked_by} takes --latency FILE, which python -m hnas.tools.latency measures"
+            )
+        return None
+    table = read_latency(path)
+    wanted = {"backbone": backbone, "image_size": image_size}
+    if sample_space == "full":  # that of all architectures serves the released ones, too
+        wanted["sample_space"] = sample_space
+    measure = "measure again with python -m hnas.tools.latency"
+    check_same_settings(path, table.about, wanted, measure)
+    return table
 
 
 def read_latency(path: str | Path) -> LatencyTable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 HEAD = '''\
 """Classify images by the network beside this file: python predict.py IMAGE ...
 
-Needs {needs}; nothing else.
+Needs numpy, pillow and {package}; nothing else.
 """
 
 import json
@@ -81,18 +81,14 @@ for path in sys.argv[1:]:
     print(path, card["classes"][network(prepare(path)).argmax()])
 '''
 
-NEEDS = {
-    "onnx": ("numpy, pillow and onnxruntime", "import onnxruntime"),
-    "inference": ("numpy, pillow and paddlepaddle", "import paddle"),
-    "pdparams": (
-        "numpy, pillow and paddlepaddle",
-        "import paddle\nimport paddle.nn.functional as F",
-    ),
+IMPORTS = {
+    "onnx": "import onnxruntime",
+    "inference": "import paddle",
+    "pdparams": "import paddle\nimport paddle.nn.functional as F",
 }
-"""What each format's program needs, and how it imports that."""
 
 
 def program(form: str) -> str:
     """The text of ``predict.py`` for a format: pdparams, inference or onnx."""
-    needs, imports = NEEDS[form]
-    return HEAD.format(needs=needs, imports=imports) + LOADING[form] + TAIL
+    package = "onnxruntime" if form == "onnx" else "paddlepaddle"
+    return HEAD.format(package=package, imports=IMPORTS[form]) + LOADING[form] + TAIL
