@@ -93,11 +93,15 @@ def test_the_straightforward_loop_is_the_same_computation(stage, ours, straightf
         np.testing.assert_allclose(value, other[name], atol=1e-4, rtol=1e-3, err_msg=name)
 
 
+def printed(bench, capsys, flags):
+    """The lines of JSON that a bench prints."""
+    bench.main([str(part) for pair in flags.items() for part in pair])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
 def test_training_is_timed_a_line_a_stage(capsys):
-    speed_training.main(
-        ["--batch_size", "4", "--rounds", "2", "--steps", "1", "--num_workers", "0"]
-    )
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    flags = {"--batch_size": 4, "--rounds": 2, "--steps": 1, "--num_workers": 0}
+    lines = printed(speed_training, capsys, flags)
     assert [line["stage"] for line in lines] == [1, 2]
     for line in lines:
         speeds = [line[f"{kind}_sample_forwards_per_s"] for kind in speed_training.LOOPS]
@@ -110,16 +114,15 @@ def test_scoring_is_timed_and_both_engines_agree(tmp_path, capsys):
     path = tmp_path / "codes.json"
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(3), 6)
     write_json(path, {name: {"acc": 0, "arch": arch.code} for name, arch in archs.items()})
-    flags = ["--modelarch_file", str(path), "--backbone", "resnet48_mini", "--image_size", "32"]
-    speed_scoring.main([*flags, *["--n_images", "8", "--num_classes", "10", "--n_arch", "4"]])
-    found = json.loads(capsys.readouterr().out)
+    flags = {"--modelarch_file": path, "--backbone": "resnet48_mini", "--image_size": 32}
+    few = {"--n_images": 8, "--num_classes": 10, "--n_arch": 4}
+    (found,) = printed(speed_scoring, capsys, flags | few)
     assert found["n_arch"] == 4 and found["largest_difference_top1"] <= found["near_ties"]
     assert found["ratio"] == pytest.approx(found["reference_s"] / found["shared_s"], rel=0.05)
     # All codes, without a run; a classifier's products are not counted.
-    speed_scoring.main([*flags, "--count_only", "True"])
-    found = json.loads(capsys.readouterr().out)
+    (found,) = printed(speed_scoring, capsys, flags | {"--count_only": True})
     assert "ratio" not in found and found["n_arch"] == 6
     naive = sum(RESNET48_MINI.macs(arch, 32, num_classes=0) for arch in archs.values())
     assert found["macs_naive"] == naive > found["macs_shared"]
     with pytest.raises(UserError, match="--n_arch 7, but the file has 6 architectures"):
-        speed_scoring.main(["--modelarch_file", str(path), "--n_arch", "7"])
+        printed(speed_scoring, capsys, flags | {"--n_arch": 7})
