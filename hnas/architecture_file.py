@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +33,7 @@ def read_architectures(path: str | Path) -> dict[str, Architecture]:
     Raises:
         ArchitectureFileError: missing or broken file, wrong entry, a name or code twice.
     """
-    path = Path(path)
-    return _parse_entries(path, _read_entries(path))
+    return _read(Path(path), with_accuracies=False)[0]
 
 
 def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
@@ -47,15 +45,11 @@ def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarr
         ArchitectureFileError: as :func:`read_architectures`, or an ``acc`` that is missing or is
             not a finite number.
     """
-    path = Path(path)
-    entries = _read_entries(path)
-    archs = _parse_entries(path, entries)
-    values = [_accuracy(_where(path, i, entry), entry) for i, entry in enumerate(entries, 1)]
-    return archs, np.array(values)
+    return _read(Path(path), with_accuracies=True)
 
 
-def read_percent(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
-    """As :func:`read_accuracies`, in percent; where all are at most 1, they are shares of 1.
+def read_scores(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
+    """As :func:`read_accuracies`, of accuracies in percent or, where all are at most 1, shares.
 
     Raises:
         UserError: a wrong file, or an accuracy outside of 0 to 100.
@@ -67,13 +61,13 @@ def read_percent(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]
                 f"{path}: entry {name!r}: accuracy {value:g}; accuracies are 0 to 1, or 0 to 100 "
                 "in percent"
             )
-    return archs, in_percent(accuracies)
+    return archs, accuracies
 
 
 def read_truth(path: str | Path) -> dict[Architecture, float]:
-    """Accuracies in percent by architecture; see :func:`read_percent`."""
-    archs, accuracies = read_percent(path)
-    return dict(zip(archs.values(), accuracies.tolist(), strict=True))
+    """Accuracies in percent by architecture; see :func:`read_scores`."""
+    archs, accuracies = read_scores(path)
+    return dict(zip(archs.values(), in_percent(accuracies).tolist(), strict=True))
 
 
 def in_percent(accuracies: np.ndarray) -> np.ndarray:
@@ -81,29 +75,42 @@ def in_percent(accuracies: np.ndarray) -> np.ndarray:
     return accuracies * 100 if accuracies.max() <= 1 else accuracies
 
 
-class _Entry(NamedTuple):
-    """One architecture of a file, as it stands there.
-
-    Attributes:
-        accuracies: every ``acc``, normally one.
-    """
-
-    name: str
-    code: object
-    accuracies: Sequence[object] = ()
+def in_shares(accuracies: np.ndarray) -> np.ndarray:
+    """Accuracies as shares of 1, of accuracies in percent or as shares of 1."""
+    return accuracies if accuracies.max() <= 1 else accuracies / 100
 
 
-def _where(path: Path, position: int, entry: _Entry) -> str:
-    return f"{path}: entry {position} ({entry.name!r})"
+Entry = tuple[str, object, Sequence[object]]
+"""Name, code and every accuracy of one architecture, as they stand in a file."""
 
 
-def _accuracy(where: str, entry: _Entry) -> float:
-    if len(entry.accuracies) != 1:
+def _read(path: Path, with_accuracies: bool) -> tuple[dict[str, Architecture], np.ndarray]:
+    archs: dict[str, Architecture] = {}
+    names: dict[Architecture, str] = {}
+    values = []
+    for position, (name, code, accuracies) in enumerate(_entries(path), 1):
+        where = f"{path}: entry {position} ({name!r})"
+        try:
+            arch = Architecture.from_code(code)
+        except ArchitectureError as error:
+            raise ArchitectureFileError(f"{where}: {error}") from None
+        if name in archs:
+            raise ArchitectureFileError(f"{where}: the name stands twice")
+        if arch in names:
+            raise ArchitectureFileError(f"{where}: the same architecture as {names[arch]!r}")
+        archs[name], names[arch] = arch, name
+        if with_accuracies:
+            values.append(_accuracy(where, accuracies))
+    return archs, np.array(values)
+
+
+def _accuracy(where: str, accuracies: Sequence[object]) -> float:
+    if len(accuracies) != 1:
         raise ArchitectureFileError(
-            f"{where}: one accuracy is needed, and {len(entry.accuracies)} are there; "
+            f"{where}: one accuracy is needed, and {len(accuracies)} are there; "
             'the form is {"acc": 0.7, "arch": "1252..."}'
         )
-    value = entry.accuracies[0]
+    value = accuracies[0]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Whole numbers may be too large for a float; comparing them is exact.
     if not is_number or not abs(value) <= sys.float_info.max:
@@ -113,14 +120,14 @@ def _accuracy(where: str, entry: _Entry) -> float:
     return float(value)
 
 
-def _read_entries(path: Path) -> list[_Entry]:
+def _entries(path: Path) -> list[Entry]:
     text = _read_text(path)
     if text.lstrip()[:1] in ("{", "["):
         entries = _json_entries(path, text)
     else:
         words = islice(re.finditer(r"[^\s,]+", text), MAX_ENTRIES + 1)
-        _check_number(path, sum(1 for _ in words))
-        entries = _named(code for code in re.split(r"[\s,]+", text) if code)
+        entries = _named(word[0] for word in words)
+        _check_number(path, len(entries))
     if not entries:
         raise ArchitectureFileError(f"{path} holds no architectures")
     return entries
@@ -131,8 +138,8 @@ def _check_number(path: Path, entries: int) -> None:
         raise ArchitectureFileError(f"{path} holds more than {MAX_ENTRIES:,} entries")
 
 
-def _named(codes: Iterable[object]) -> list[_Entry]:
-    return [_Entry(f"arch{i}", code) for i, code in enumerate(codes, 1)]
+def _named(codes: Iterable[object]) -> list[Entry]:
+    return [(f"arch{i}", code, ()) for i, code in enumerate(codes, 1)]
 
 
 def _read_text(path: Path) -> str:
@@ -148,7 +155,7 @@ def _read_text(path: Path) -> str:
         raise ArchitectureFileError(f"{path} is not a text file ({error.reason})") from error
 
 
-def _json_entries(path: Path, text: str) -> list[_Entry]:
+def _json_entries(path: Path, text: str) -> list[Entry]:
     # Counted before anything is built of them. An entry has two values at most.
     _check_number(path, max(text.count("{"), text.count("["), text.count(",") // 2) - 1)
     try:
@@ -168,29 +175,12 @@ def _json_entries(path: Path, text: str) -> list[_Entry]:
                 f"{path}: entry {position} ({name!r}) is not of the form "
                 '{"acc": 0.0, "arch": "1252..."}'
             )
-        entries.append(_Entry(name, codes[0], accuracies))
+        entries.append((name, codes[0], accuracies))
     return entries
 
 
 class _Pairs(list):
     """A JSON object as (name, value) pairs; an array is a plain list."""
-
-
-def _parse_entries(path: Path, entries: Sequence[_Entry]) -> dict[str, Architecture]:
-    archs: dict[str, Architecture] = {}
-    names: dict[Architecture, str] = {}
-    for position, entry in enumerate(entries, 1):
-        where, name = _where(path, position, entry), entry.name
-        try:
-            arch = Architecture.from_code(entry.code)
-        except ArchitectureError as error:
-            raise ArchitectureFileError(f"{where}: {error}") from None
-        if name in archs:
-            raise ArchitectureFileError(f"{where}: the name stands twice")
-        if arch in names:
-            raise ArchitectureFileError(f"{where}: the same architecture as {names[arch]!r}")
-        archs[name], names[arch] = arch, name
-    return archs
 
 
 def submission(archs: Mapping[str, Architecture], accuracies: Sequence[float]) -> dict:

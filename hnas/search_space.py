@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,18 +37,13 @@ class ArchitectureError(UserError):
 class Architecture:
     """One sub-network, as digits.
 
-    Attributes:
-        depths: blocks of each of the four stages.
-        stem: width digit of the stem, 1 (full width) to 7 (0.7 of it).
-        widths: for each stage and block the width digits of its two convolutions.
-        image_digit: whether the code is written with the leading ``1`` (52 digits) or without
-            it (51 digits). Two codes that differ only here are the same architecture.
+    Codes with and without the leading ``1``, of 52 and 51 digits, are the same architecture.
     """
 
-    depths: tuple[int, ...]
-    stem: int
-    widths: tuple[tuple[tuple[int, int], ...], ...]
-    image_digit: bool = field(default=True, compare=False)
+    depths: tuple[int, ...]  # blocks of each of the four stages
+    stem: int  # width digit, 1 (full width) to 7 (0.7 of it)
+    widths: tuple[tuple[tuple[int, int], ...], ...]  # of each block's two convolutions, by stage
+    image_digit: bool = field(default=True, compare=False)  # whether the code has the leading 1
 
     @classmethod
     def from_code(cls, code: str) -> Architecture:
@@ -67,21 +63,35 @@ class Architecture:
                 f"architecture code {_shorten(code)} has {len(code)} digits; "
                 f"{CODE_LENGTH} or, without the image size, {CODE_LENGTH - 1} are allowed"
             )
+        places = iter(range(len(code)))
+
+        def read(what: str, low: int, high: int, allowed: str = "") -> int:
+            place = next(places)
+            digit = int(code[place])
+            if not low <= digit <= high:
+                raise ArchitectureError(
+                    f"architecture code {_shorten(code)}: digit {place + 1} ({what}) is {digit}; "
+                    f"allowed: {allowed or f'{low} to {high}'}"
+                )
+            return digit
+
         image_digit = len(code) == CODE_LENGTH
-        if image_digit and code[0] != IMAGE_DIGIT:
-            raise _digit_error(code, 0, "image size", "1 (224 px)")
-        start = 1 if image_digit else 0
+        if image_digit:
+            read("image size", 1, 1, "1 (224 px)")
         depths = tuple(
-            _read_digit(code, start + stage, f"depth of stage {stage + 1}", MIN_DEPTH, deepest)
-            for stage, deepest in enumerate(MAX_DEPTHS)
+            read(f"depth of stage {stage}", MIN_DEPTH, deepest)
+            for stage, deepest in enumerate(MAX_DEPTHS, 1)
         )
-        start += len(MAX_DEPTHS)
-        stem = _read_digit(code, start, "stem width", 1, len(RATIOS))
-        start += 1
+        stem = read("stem width", 1, len(RATIOS))
         widths = []
-        for stage, (depth, deepest) in enumerate(zip(depths, MAX_DEPTHS, strict=True)):
-            widths.append(_read_stage(code, start, stage, depth, deepest))
-            start += 2 * deepest
+        for stage, (depth, deepest) in enumerate(zip(depths, MAX_DEPTHS, strict=True), 1):
+            own = [(1, len(RATIOS))] * depth
+            none = [(0, 0, f"0, since stage {stage} has {depth} blocks")] * (deepest - depth)
+            pairs = [
+                tuple(read(f"stage {stage}, block {block}, conv{c}", *allowed) for c in (1, 2))
+                for block, allowed in enumerate(own + none, 1)
+            ]
+            widths.append(tuple(pairs[:depth]))
         return cls(depths, stem, tuple(widths), image_digit)
 
     @property
@@ -107,40 +117,6 @@ def _shorten(code: str) -> str:
     return repr(code if len(code) <= 60 else code[:57] + "...")
 
 
-def _digit_error(code: str, position: int, what: str, allowed: str) -> ArchitectureError:
-    return ArchitectureError(
-        f"architecture code {_shorten(code)}: digit {position + 1} ({what}) is "
-        f"{code[position]}; allowed: {allowed}"
-    )
-
-
-def _read_digit(code: str, position: int, what: str, low: int, high: int) -> int:
-    digit = int(code[position])
-    if not low <= digit <= high:
-        raise _digit_error(code, position, what, f"{low} to {high}")
-    return digit
-
-
-def _read_stage(code: str, start: int, stage: int, depth: int, deepest: int):
-    blocks = []
-    for block in range(deepest):
-        names = [f"stage {stage + 1}, block {block + 1}, conv{conv}" for conv in (1, 2)]
-        positions = (start + 2 * block, start + 2 * block + 1)
-        if block < depth:
-            conv1, conv2 = (
-                _read_digit(code, position, name, 1, len(RATIOS))
-                for position, name in zip(positions, names, strict=True)
-            )
-            blocks.append((conv1, conv2))
-            continue
-        for position, name in zip(positions, names, strict=True):
-            if code[position] != "0":
-                raise _digit_error(
-                    code, position, name, f"0, since stage {stage + 1} has {depth} blocks"
-                )
-    return tuple(blocks)
-
-
 def make_divisible(value: float, divisor: int = 8) -> int:
     """Round ``value`` to the nearest multiple of ``divisor``, never more than 10 % below it."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
@@ -151,15 +127,10 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 @dataclass(frozen=True)
 class ChannelPlan:
-    """Channel counts of one network, all that is needed to build it.
-
-    Attributes:
-        stem: output channels of the stem.
-        stages: for each stage and block the output channels of its two convolutions.
-    """
+    """Output channels of one network's convolutions, all that is needed to build it."""
 
     stem: int
-    stages: tuple[tuple[tuple[int, int], ...], ...]
+    stages: tuple[tuple[tuple[int, int], ...], ...]  # of each block's two convolutions, by stage
 
     def blocks(self):
         """Yield ``(stage, cin, mid, cout, stride)`` of every block from stem to head.
@@ -180,17 +151,11 @@ class ChannelPlan:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Many drawn architectures as arrays.
+    """Many drawn architectures as arrays."""
 
-    Attributes:
-        depths: blocks of each stage, [n, 4].
-        outer: each stage's width digit of conv2, the first also of the stem, [n, 4].
-        inner: width digits of every possible block's conv1, [n, 23].
-    """
-
-    depths: np.ndarray
-    outer: np.ndarray
-    inner: np.ndarray
+    depths: np.ndarray  # blocks of each stage [n, 4]
+    outer: np.ndarray  # each stage's width digit of conv2, the first also of the stem [n, 4]
+    inner: np.ndarray  # width digits of every possible block's conv1 [n, 23]
 
     @property
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
@@ -211,17 +176,11 @@ class Candidates:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Widths of a backbone and the architectures that are drawn from it.
+    """Widths of a backbone and the architectures that are drawn from it."""
 
-    Attributes:
-        base_channels: full channel counts of the four stages; the stem has the first's.
-        divisor: channel counts are rounded to multiples of it.
-        max_digits: largest width digit that sampling uses in each stage.
-    """
-
-    base_channels: tuple[int, ...] = (64, 128, 256, 512)
-    divisor: int = 8
-    max_digits: tuple[int, ...] = RELEASED_DIGITS
+    base_channels: tuple[int, ...] = (64, 128, 256, 512)  # full ones; the stem has the first's
+    divisor: int = 8  # channel counts are rounded to multiples of it
+    max_digits: tuple[int, ...] = RELEASED_DIGITS  # largest that sampling uses in each stage
 
     def channels(self, stage: int, digit: int) -> int:
         """Channel count of width digit 1..7 in ``stage`` (0..3)."""
@@ -306,7 +265,13 @@ class SearchSpace:
         probability proportional to ``exp(tilt * k / (n - 1))``: 0 is uniform, as the released
         45,000 are; a positive tilt favours depth and width.
         """
-        return self.compose(lambda options, *choice: _draw(rng, options, tilt))
+
+        def draw(options: int, *_) -> int:
+            exponents = tilt * np.linspace(0.0, 1.0, options)
+            weights = np.exp(exponents - exponents.max())
+            return int(rng.choice(options, p=weights / weights.sum()))
+
+        return self.compose(draw)
 
     def compose(self, choose: Callable[..., int]) -> Architecture:
         """An architecture from one call of ``choose`` for each of its choices, in a fixed order.
@@ -359,45 +324,25 @@ class SearchSpace:
         return {f"arch{i}": arch for i, arch in enumerate(drawn, 1)}
 
 
-def _halve(size: int) -> int:
-    """Output size of the stride-2 layers here, all padded to ``ceil(size / 2)``."""
-    return (size + 1) // 2
-
-
 def feature_sizes(image_size: int) -> tuple[int, list[int]]:
     """Height of the stem's convolution and of the four stages' feature maps."""
-    stem = _halve(image_size)
-    sizes = [_halve(stem)]
-    for _ in STAGE_STRIDES[1:]:
-        sizes.append(_halve(sizes[-1]))
+    # All layers of stride 2 are padded to ceil(size / 2).
+    stem, *sizes = (math.ceil(image_size / 2**halved) for halved in range(1, 6))
     return stem, sizes
 
 
-def choice_probabilities(options: int, tilt: float) -> np.ndarray:
-    """Probabilities of ``options`` choices from small to large under ``tilt``; see ``sample``."""
-    exponents = tilt * np.linspace(0.0, 1.0, options)
-    weights = np.exp(exponents - exponents.max())
-    return weights / weights.sum()
-
-
-def _draw(rng: np.random.Generator, options: int, tilt: float) -> int:
-    return int(rng.choice(options, p=choice_probabilities(options, tilt)))
-
-
 RESNET48 = SearchSpace()
-
 # A quarter of ResNet48's widths for CPUs, with a divisor of 1, since multiples of 8 would merge
 # the ratios. The first stage has 20 channels instead of 16: between 70 and 100 % of 16 lie only
 # six integers for seven ratios.
 RESNET48_MINI = SearchSpace(base_channels=(20, 32, 64, 128), divisor=1)
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A named network: its search space, and whether it is stage one's contrastive model."""
+class Backbone(NamedTuple):
+    """A named network."""
 
     space: SearchSpace
-    contrastive: bool
+    contrastive: bool  # whether it is stage one's model
 
 
 BACKBONES = {

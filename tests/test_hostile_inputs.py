@@ -23,8 +23,8 @@ from hnas.architecture_file import ArchitectureFileError, read_architectures
 from hnas.base import memory
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
+from hnas.ranking.findings import Matched, notes_on_ranking
 from hnas.search_space import RESNET48, RESNET48_MINI, SearchSpace
-from hnas.tools import rank_report
 from hnas.utils import memory_needs
 from hnas.utils.memory_needs import (
     check_batch,
@@ -321,7 +321,7 @@ def test_as_many_architectures_as_are_allowed(tmp_path, monkeypatch):
 def test_many_equal_accuracies_are_mentioned(equal, said):
     values = np.linspace(0.1, 0.9, 40)
     values[:equal] = 0.0
-    matched = rank_report.Matched([], values, np.linspace(50, 70, 40), [], [])
-    found = [note for note in rank_report.notes(matched) if "placeholders" in note]
+    matched = Matched([], values, np.linspace(50, 70, 40), [], [])
+    found = [note for note in notes_on_ranking(matched) if "placeholders" in note]
     assert found == [f"{equal} of 40 predictions are 0: placeholders? Among them nothing is ranked."
                      for _ in range(said)]  # fmt: skip

@@ -40,7 +40,6 @@ from hnas.utils.starting import pretrained_network
 from hnas.utils.weights import (
     CheckpointError,
     NotFiniteError,
-    load_weights,
     read_checkpoint,
     read_weights,
     write_state,
@@ -173,11 +172,6 @@ def test_the_teacher_is_checked_too(tmp_path):
     options = Options(backbone="resnet48_mini", pretrained=str(tmp_path / "t"))
     with pytest.raises(NotFiniteError, match=r"t\.pdparams: .* blocks\.0\.conv\.weight"):
         pretrained_network(options, [str(i) for i in range(10)], RESNET48_MINI)
-
-
-def test_good_weights_load(network, tmp_path):
-    write_state(tmp_path / "n.pdparams", network.state_dict())
-    load_weights(network, read_weights(tmp_path / "n"), "n")
 
 
 # --- B. checks that one program had and another lacked

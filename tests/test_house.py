@@ -56,7 +56,7 @@ PLANTED = {  # by contract: where, and what
         ("dataset.loader", "import hnas.parallel.rollcall", "parallel.rollcall"),
     ],
     "Nothing imports an entry script": [("tools.plan", "import train_supernet", "")],
-    "What works on codes alone starts without Paddle": [("ranking.svg", "import paddle", "")],
+    "What works on codes alone starts without Paddle": [("ranking.figures", "import paddle", "")],
 }
 
 

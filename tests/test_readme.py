@@ -106,6 +106,8 @@ def program(module):
 def flags_of(source):
     """Flags that a program's parser adds, and the entry scripts' where it takes those."""
     own = set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
+    if "add_network_flags(" in source:
+        own |= {"backbone", "image_size", "num_classes"}
     return own | option_names() if "parse_options(" in source else own
 
 

@@ -10,10 +10,8 @@ from conftest import option_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from paddle import nn
-from paddle.hapi import dynamic_flops
 from scipy.stats import chi2_contingency, chisquare
 
-from hnas.models.convolution import PlainConv2D
 from hnas.models.resnet import ResNet
 from hnas.search_space import (
     RATIOS,
@@ -75,9 +73,6 @@ def test_digits_of_a_code():
         ((4, 3), (5, 3), (2, 3), (1, 3), (5, 3)),
         ((2, 4), (1, 4), (6, 4), (2, 4)),
     )
-
-
-def test_different_architectures_are_not_equal():
     codes = {LARGEST, SMALLEST, MIXED, NOT_SHAREABLE, MIXED[:6] + "2" + MIXED[7:]}
     assert len({Architecture.from_code(code) for code in codes}) == 5
 
@@ -123,26 +118,19 @@ def test_depth_and_blocks_must_agree(position, depth, named):
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("length", [0, 1, 50, 53, 5000])
-def test_wrong_length(length):
-    code = (LARGEST * 100)[:length]
-    with pytest.raises(ArchitectureError) as error:
-        Architecture.from_code(code)
-    message = str(error.value)
-    if length:
-        assert f"has {length} digits; 52 or" in message and "51" in message
-    assert len(message) < 250
-
-
 @pytest.mark.parametrize(
     "code",
     [None, 1, 1.5, LARGEST.encode(), [LARGEST], int(LARGEST), True]
+    + [(LARGEST * 100)[:length] for length in (0, 1, 50, 53, 5000)]
     + [MIXED[:20] + wrong + MIXED[21:] for wrong in (*"x -\0\n", "\u00b2", "\u0663", "\uff11")],
 )
-def test_what_is_not_a_string_of_digits(code):
+def test_what_is_not_a_string_of_52_digits(code):
     with pytest.raises(ArchitectureError, match="digits") as error:
         Architecture.from_code(code)
-    assert "\n" not in str(error.value)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 250
+    if isinstance(code, str) and code.isascii() and code.isdigit():
+        assert f"has {len(code)} digits; 52 or" in message and "51" in message
 
 
 @given(
@@ -219,14 +207,6 @@ def test_widths_equal_integer_arithmetic(bases, divisor):
         for digit in range(1, 8):
             expected = exact_channels(base, digit, divisor)
             assert space.channels(stage, digit) == expected, (base, digit)
-
-
-def test_documented_widths():
-    def widths(stage):
-        return [RESNET48.channels(stage, digit) for digit in range(1, 8)]
-
-    assert widths(0) == [64, 64, 56, 56, 48, 48, 48]
-    assert widths(1) == [128, 120, 112, 112, 104, 96, 88]
 
 
 def test_truncating_before_rounding_changes_no_width():
@@ -313,19 +293,6 @@ def test_figures_of_the_largest_network():
     network = ResNet(RESNET48.plan(largest), 1000)
     assert count(network, 224) == (5_282_238_464, 34_043_688)
 
-    def nothing(*_):
-        pass
-
-    # paddle.flops counts a multiply-accumulate of a convolution or a linear layer as one, ReLU
-    # and max pooling as nothing. Its two for each BatchNorm output and the additions of the
-    # average pooling are no MACs, and are left out here.
-    counted = {
-        nn.BatchNorm2D: nothing,
-        nn.AdaptiveAvgPool2D: nothing,
-        PlainConv2D: dynamic_flops.count_convNd,
-    }
-    assert paddle.flops(network, [1, 3, 224, 224], custom_ops=counted) == 5_282_238_464
-
 
 @pytest.fixture(scope="module")
 def official():
@@ -345,6 +312,7 @@ def test_official_codes_parse_round_trip_and_are_shareable(official):
     # The documented mean and sum leave the classifier out (0.0004 GMAC a network).
     assert np.mean(convolutions) == pytest.approx(2.971e9, abs=0.0005e9)
     assert np.sum(convolutions) == pytest.approx(133_710e9, abs=0.5e9)
+    assert_uniform(official, (3, 3, 5, 7))
 
 
 # --- sampling
@@ -364,10 +332,6 @@ def test_sampling_is_uniform_over_the_digits_of_the_space(digits, max_digits):
     space = search_space("resnet48", digits)
     rng = np.random.default_rng(5)
     assert_uniform([space.sample(rng).code for _ in range(2000)], max_digits)
-
-
-def test_official_codes_are_uniform_too(official):
-    assert_uniform(official, (3, 3, 5, 7))
 
 
 def test_choices_are_independent():

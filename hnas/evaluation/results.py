@@ -21,8 +21,7 @@ from hnas.base.settings import check_same_settings
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
 from hnas.parallel.distributed import agree, from_main_process
-from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes
-from hnas.ranking.paired import fold_text
+from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes, fold_text
 from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
@@ -199,7 +198,7 @@ def _saved(state: Mapping[str, np.ndarray]) -> Saved:
 def estimates(
     archs: Mapping[str, Architecture], counts: Counts, agreement: Agreement | None, of_images: int
 ) -> dict:
-    """What ``estimates.json`` holds, which :func:`hnas.ranking.paired.read_estimates` reads.
+    """What ``estimates.json`` holds, which :func:`hnas.ranking.agreement.read_estimates` reads.
 
     Args:
         archs: by name.

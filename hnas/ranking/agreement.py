@@ -1,12 +1,11 @@
 """How well a ranking by the first images agrees with the ranking by all images of the list.
 
 All architectures see the same images, so an image that is hard for all of them moves all
-accuracies and no ranks. What ranks depend on shows when the images are halved: both halves rank
-the same architectures, and where they disagree images decide.
+accuracies and no ranks. What ranks depend on shows when the images are halved: where both halves
+disagree images decide.
 
 **What is estimated.** tau-b between the accuracies over the first n images and those over all N
-images of the list, of these architectures. It is a property of this list, not of all images that
-there might be, so it is exactly 1 when n = N.
+images of the list, of these architectures; so it is exactly 1 when n = N.
 
 **How.** Hits are counted in 16 folds, by an image's position in the list modulo 16. The list's
 order is drawn, so the folds are random samples, and so is what will follow. There are 15 ways of
@@ -26,12 +25,8 @@ ranking. Each of them is corrected for length:
 5. Of the pairs that differ in some fold a share is equal over the first n images, which tau-b
    leaves out: tau-b = tau / sqrt(1 - share).
 
-Near 1 neither normal scores nor equal errors are needed: disagreements are in proportion to the
-errors' size and to how many architectures are nearly equal, and the second is the same on both
-sides. The tau of step 1 is tau-a over the pairs that differ in some fold: a pair that is equal in a
-half agrees and disagrees to equal parts. Half of the images have more such pairs than the whole,
-which tau-b would leave out of both numbers. Where equal pairs are many, the estimate is a little
-small.
+The tau of step 1 is tau-a over the pairs that differ in some fold: a pair that is equal in a half
+agrees and disagrees to equal parts. Where equal pairs are many, the estimate is a little small.
 
 The estimate is the mean over the 15 ways. The interval is for a further draw, which is what the
 images to come are: mean +- t sqrt(s^2 (2 + 1 / 15) + (2 / pairs)^2) with the ways' variance s^2 and
@@ -43,11 +38,17 @@ that half as many disagreements scatter more. The last term is one pair, for few
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from scipy.linalg import hadamard
 
-from hnas.ranking.correlations import concordance, none_if_nan
+from hnas.base.errors import UserError
+from hnas.base.files import read_json
+from hnas.ranking.correlations import kendall_tau_b, none_if_nan
+from hnas.search_space import Architecture
 
 FOLDS = 16
 """Folds of the images; a power of two."""
@@ -55,16 +56,13 @@ FEWEST_IMAGES = 2 * FOLDS
 """With fewer, nothing is said."""
 STUDENT = 2.1448
 """Student's t, two-sided 95 %, 14 degrees of freedom."""
+KEYS = frozenset({"acc", "se", "arch", "folds"})
+"""Of an architecture in ``estimates.json``."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Expected tau-b with the ranking by all images, and the ends of its 95 % interval.
-
-    Attributes:
-        tau: -1 to 1, as are the others.
-        low, high: the interval.
-    """
+    """Expected tau-b with the ranking by all images, and the ends of its 95 % interval."""
 
     tau: float
     low: float
@@ -77,13 +75,8 @@ def fold_sizes(images: int) -> np.ndarray:
 
 
 def halvings() -> np.ndarray:
-    """Which folds are in the first half, for each way of halving them; bool [FOLDS - 1, FOLDS].
-
-    A Hadamard matrix (Sylvester 1867) without its constant row: fold f is in the first half of
-    way w if the numbers w and f have an odd number of bits in common.
-    """
-    common = np.arange(1, FOLDS)[:, None] & np.arange(FOLDS)
-    return np.array([[number.bit_count() % 2 == 1 for number in row] for row in common.tolist()])
+    """Which folds are in the first half, for each way of halving them; bool [FOLDS - 1, FOLDS]."""
+    return hadamard(FOLDS)[1:] < 0
 
 
 def expected_agreement(folds: np.ndarray, images: int, of_images: int) -> Agreement | None:
@@ -108,9 +101,9 @@ def expected_agreement(folds: np.ndarray, images: int, of_images: int) -> Agreem
     sizes = fold_sizes(images)
     taus = np.empty(FOLDS - 1)
     for way, first in enumerate(halvings()):
-        found = concordance(folds[:, first].sum(axis=1), folds[:, ~first].sum(axis=1))
+        excess = excess_pairs(folds[:, first].sum(axis=1), folds[:, ~first].sum(axis=1))
         halves = int(sizes[first].sum()), int(sizes[~first].sum())
-        taus[way] = corrected_for_length(found.excess / pairs, halves, images, of_images)
+        taus[way] = corrected_for_length(excess / pairs, halves, images, of_images)
     taus = np.minimum(1.0, taus * math.sqrt(pairs / unequal))
     tau, variance = taus.mean(), taus.var(ddof=1)
     width = STUDENT * math.sqrt(variance * (2 + 1 / len(taus)) + (2 / pairs) ** 2)
@@ -121,6 +114,13 @@ def different_pairs(rows: np.ndarray) -> int:
     """How many pairs of rows of an array are not the same."""
     _, same = np.unique(rows, axis=0, return_counts=True)
     return (len(rows) * (len(rows) - 1) - int((same * (same - 1)).sum())) // 2
+
+
+def excess_pairs(one: np.ndarray, other: np.ndarray) -> int:
+    """Concordant less discordant pairs of two lists [n]."""
+    # Without rounding errors: the numerator of tau-b is whole.
+    scale = math.sqrt(different_pairs(one) * different_pairs(other))
+    return round(kendall_tau_b(one, other) * scale) if scale else 0
 
 
 def corrected_for_length(tau: float, halves: tuple[int, int], images: int, of_images: int) -> float:
@@ -146,3 +146,115 @@ def agreement_record(agreement: Agreement | None, of_images: int) -> dict:
     numbers = agreement or Agreement(math.nan, math.nan, math.nan)
     ends = {"tau": numbers.tau, "low": numbers.low, "high": numbers.high}
     return {"images": of_images, **{end: none_if_nan(round(v, 6)) for end, v in ends.items()}}
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What an evaluation knows after its first images, in the file's order."""
+
+    names: tuple[str, ...]
+    codes: tuple[str, ...]
+    accuracy: np.ndarray  # top-1, 0 to 1; float64 [architectures]
+    error: np.ndarray  # standard errors of these
+    images: int  # how many were scored
+    folds: np.ndarray  # top-1 hits by fold; int64 [architectures, FOLDS]
+    agreement: Agreement | None  # with the ranking by all images; None where it is not defined
+    of_images: int  # how many these are
+
+
+def fold_text(folds: Sequence[int]) -> str:
+    """Hits by fold as ``estimates.json`` holds them: on one line, where a list would take 16."""
+    return " ".join(map(str, folds))
+
+
+def read_folds(text: object) -> list[int]:
+    """The numbers that :func:`fold_text` wrote.
+
+    Raises:
+        ValueError: it wrote no such thing.
+    """
+    words = text.split(" ") if isinstance(text, str) else []
+    # Of ASCII digits only, and few enough for an int64.
+    if len(words) != FOLDS or not all(w.isascii() and w.isdigit() and len(w) < 19 for w in words):
+        raise ValueError(f"folds are not {FOLDS} whole numbers")
+    return [int(word) for word in words]
+
+
+def read_estimates(path: str | Path) -> Estimates:
+    """What stage 3 has written to ``estimates.json``.
+
+    Raises:
+        UserError: there is no such file, it is broken, or an earlier version wrote it.
+    """
+    content = read_json(path)
+    try:
+        return _estimates(content)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path} is not an estimates.json of this version ({reason}); give one that "
+            "train_supernet.py has written"
+        ) from None
+
+
+def _estimates(content: Mapping) -> Estimates:
+    images, entries = content["images"], content["architectures"]
+    if type(images) is not int or not 0 < images < 2**53:
+        raise ValueError("images is no number of images")
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError("there are no architectures")
+    folds, errors = [], []
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or not set(entry) >= KEYS or type(entry["arch"]) is not str:
+            raise ValueError(f"architecture {name!r} is not of the form {sorted(KEYS)}")
+        if type(entry["se"]) not in (int, float) or not 0 <= entry["se"] <= 1:
+            raise ValueError(f"the standard error of {name!r} is not from 0 to 1")
+        folds.append(read_folds(entry["folds"]))
+        errors.append(float(entry["se"]))
+    hits = np.array(folds)
+    accuracy = hits.sum(axis=1) / images
+    if (hits > fold_sizes(images)).any():
+        raise ValueError("a fold has more hits than images")
+    if any(entry["acc"] != value for entry, value in zip(entries.values(), accuracy, strict=True)):
+        raise ValueError("folds do not add up to the accuracies")
+    of_images = content["agreement"]["images"]
+    if type(of_images) is not int or of_images < images:
+        raise ValueError("the ranking agrees with that by no number of images")
+    codes = tuple(entry["arch"] for entry in entries.values())
+    agreement = _agreement(content["agreement"])
+    return Estimates(
+        tuple(entries), codes, accuracy, np.array(errors), images, hits, agreement, of_images
+    )
+
+
+def _agreement(record: Mapping) -> Agreement | None:
+    ends = [record[name] for name in ("tau", "low", "high")]
+    if ends == [None] * 3:
+        return None
+    if not all(type(end) in (int, float) and -1 <= end <= 1 for end in ends):
+        raise ValueError("agreement is not from -1 to 1")
+    return Agreement(*map(float, ends))
+
+
+def estimates_beside(
+    path: str | Path, archs: Sequence[Architecture], accuracy: np.ndarray
+) -> tuple[Estimates, list[int]]:
+    """The ``estimates.json`` beside a file of scores, and where they are in it.
+
+    Args:
+        path: of the scores.
+        archs, accuracy: the scores, as shares of 1 [n].
+
+    Raises:
+        UserError: there is none, it cannot be used, or it is of other scores.
+    """
+    beside = Path(path).with_name("estimates.json")
+    if not beside.is_file():
+        raise UserError("there is no estimates.json of stage 3 beside the scores")
+    found = read_estimates(beside)
+    places = {code: place for place, code in enumerate(found.codes)}
+    rows = [places.get(arch.code, -1) for arch in archs]
+    # Of accuracies that were in percent the last digits may differ.
+    if min(rows) < 0 or not np.allclose(found.accuracy[rows], accuracy, rtol=1e-12, atol=0):
+        raise UserError(f"{beside} is of other scores")
+    return found, rows

@@ -1,49 +1,145 @@
-"""The figures of the report pages, each a few small panels."""
+"""The report's figures: small plots as SVG, in the colours of the page around them.
+
+Text stays text, of a size that is legible on a phone, and colours are CSS variables, so that a page
+has a dark mode; see ``COLOURS``.
+"""
 
 from __future__ import annotations
 
-import math
+import io
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from hnas.ranking.correlations import mean_ranks
-from hnas.ranking.svg import Axis, Panel, round_ticks
-
+MINUS = "\N{MINUS SIGN}"
 SMALL = (200, 165)
-"""Size of a panel of which a figure has many."""
-WIDE = (420, 320)
-"""Size of a panel that is a file by itself."""
+"""Size in px, at which text is 11 px high, of a panel of which a figure has many."""
+MEDIUM, WIDE = (300, 250), (420, 320)
+MANY, DENSE = 300, 3000
+"""More points than these are drawn fainter, and as an image."""
+LIGHT = {
+    "ink": "#1d2330",
+    "muted": "#555d6b",
+    "line": "#dde1e7",
+    "paper": "#ffffff",
+    "blue": "#2563a8",
+    "orange": "#c14f1d",
+    "warning": "#fff4e5",
+}
+DARK = {
+    "ink": "#e8eaef",
+    "muted": "#a4adba",
+    "line": "#333a45",
+    "paper": "#15181e",
+    "blue": "#74aef0",
+    "orange": "#f0935f",
+    "warning": "#3a2c1c",
+}
+INK, MUTED, LINE, PAPER, BLUE, ORANGE, _ = LIGHT.values()
 
 
-def scatter_panel(pred: np.ndarray, gt: np.ndarray, pred_label: str, gt_label: str) -> Panel:
-    """Predicted against true accuracy [n]."""
-    panel = Panel(Axis.around(gt, gt_label), Axis.around(pred, pred_label))
-    panel.points(gt, pred)
-    return panel
+def _variables(colours: Mapping[str, str]) -> str:
+    return f":root {{ {' '.join(f'--{name}: {value};' for name, value in colours.items())} }}"
 
 
-def rank_panel(pred: np.ndarray, gt: np.ndarray, share: float = 0.1) -> Panel:
-    """Predicted against true rank of n architectures, 1 for the best.
+COLOURS = f"""
+{_variables(LIGHT)}
+@media (prefers-color-scheme: dark) {{ {_variables(DARK)} }}
+"""
+STYLE = {
+    "svg.fonttype": "none",
+    # Equal figures are equal files.
+    "svg.hashsalt": "PiNAS",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-5, 7),
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": LINE,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "lines.linewidth": 1.5,
+    "figure.dpi": 72,
+    "savefig.dpi": 144,
+    "savefig.transparent": True,
+}
 
-    Two bands mark what is predicted to be, and what truly is, among the best ``share``.
+
+class Panel:
+    """One pair of axes, and what is drawn in it.
+
+    Args:
+        x, y: titles of the axes: what the numbers are, with their unit.
+        title: above the plot.
+        size: width and height in px.
     """
-    count = len(pred)
-    true, predicted = (count + 1 - mean_ranks(values) for values in (gt, pred))
-    places = [1.0, *(place for place, _ in round_ticks(1, count) if place > 1)]
-    ticks = [(place, f"{place:,.0f}") for place in places if place.is_integer()]
-    room = max(0.5, 0.03 * count)
-    x, y = (
-        Axis(1 - room, count + room, ticks, f"{which} rank (1 is the best)")
-        for which in ("true", "predicted")
-    )
-    panel = Panel(x, y)
-    edge = count * share + 0.5
-    panel.area(x.low, edge, y.low, y.high, "area band")
-    panel.area(x.low, x.high, y.low, edge, "area second band")
-    panel.points(true, predicted)
-    panel.line([1, count], [1, count], "guide")
-    return panel
+
+    def __init__(self, x: str, y: str, title: str = "", size: tuple[int, int] = MEDIUM):
+        with rc_context(STYLE):
+            self.figure = Figure(figsize=[side / 72 for side in size], layout="constrained")
+            self.axes: Axes = self.figure.add_subplot()
+            self.axes.set(xlabel=x, ylabel=y, title=title)
+            for axis in (self.axes.xaxis, self.axes.yaxis):
+                axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+                axis.set_major_formatter(lambda value, _: f"{value:,.6g}".replace("-", MINUS))
+        self.label = title or f"{y} against {x}"
+
+    def points(self, x: np.ndarray, y: np.ndarray, colour: str = BLUE, size: float = 5) -> None:
+        """Dots at x, y [n] of so many px."""
+        many = len(x) > MANY
+        self.axes.plot(
+            x,
+            y,
+            "o",
+            color=colour,
+            markersize=3 if many else size,
+            markeredgewidth=0,
+            alpha=0.2 if len(x) > DENSE else 0.45 if many else 0.65,
+            rasterized=len(x) > DENSE,
+        )
+
+    def front(self, x: np.ndarray, y: np.ndarray, colour: str) -> None:
+        """Points [n] by rising x, and a line that stays at each until the next, then to the end."""
+        end = max(float(line.get_xdata().max()) for line in self.axes.lines)
+        self.axes.step([*x, end], [*y, y[-1]], where="post", color=colour)
+        self.axes.plot(x, y, "o", color=colour, markersize=7, markeredgewidth=0)
+
+    def svg(self, alone: bool = False) -> str:
+        """The drawing; ``alone``: as a file, with its own colours."""
+        file = io.BytesIO()
+        with rc_context(STYLE):
+            self.figure.savefig(file, format="svg", metadata={"Date": None})
+        text = file.getvalue().decode()
+        text = re.sub("<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+        for name, colour in LIGHT.items():
+            text = text.replace(colour, f"var(--{name})")
+        text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
+        head, body = text.split(">", 1)
+        size = re.search('viewBox="[^"]*"', head)[0]
+        spaces = (
+            'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            if alone
+            else ""
+        )
+        own = f"<style>{COLOURS}svg {{ background: var(--paper); }}</style>" if alone else ""
+        label = f'class="plot" role="img" aria-label="{escape(self.label)}"'
+        return f"<svg {spaces}{label} {size}>{own}{body}"
 
 
 def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Panel]:
@@ -56,73 +152,40 @@ def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Pan
         rows: by the choice's name, see ``DISCRETE``.
         label: of the vertical axis.
     """
-    ends = []
-    for row in (row for options in rows.values() for row in options):
-        bar = 2 * (row["standard_error"] or 0)
-        ends += [row["mean"] - bar, row["mean"] + bar]
-    # Errors of rounding are none of the values'.
-    y = Axis.around(np.round(ends, 9), label, most=4)
     panels = []
     for name, options in rows.items():
         kind, stage = name.rsplit(" ", 1)
-        title = "blocks" if kind == "depth" else "% of full width"
-        x = Axis.of_options([row["option"] for row in options], title)
-        panel = Panel(x, y, f"stage {stage}: {kind}", SMALL)
-        if y.low < 0 < y.high:
-            panel.line([x.low, x.high], [0, 0], "guide")
-        panel.line([row["option"] for row in options], [row["mean"] for row in options])
-        for row in options:
-            place, mean, error = row["option"], row["mean"], row["standard_error"]
-            if error is None:
-                panel.ring(place, mean)
-            else:
-                panel.error(place, mean - 2 * error, mean + 2 * error)
-                panel.points([place], [mean])
+        x = "blocks" if kind == "depth" else "% of full width"
+        panel = Panel(x, label, f"stage {stage}: {kind}", SMALL)
+        # Errors of rounding are none of the values'.
+        mean = np.round([row["mean"] for row in options], 9)
+        bars = np.array([2 * (row["standard_error"] or 0) for row in options])
+        single = np.array([row["standard_error"] is None for row in options])
+        places = np.array([row["option"] for row in options])
+        panel.axes.errorbar(places, mean, bars, color=BLUE, capsize=3, marker="o", markersize=5)
+        panel.axes.plot(places[single], mean[single], "o", color=BLUE, markerfacecolor=PAPER)
+        panel.axes.set_xticks(places)
+        panel.axes.yaxis.get_major_locator().set_params(nbins=4)
         panels.append(panel)
+    limits = np.array([panel.axes.get_ylim() for panel in panels])
+    for panel in panels:
+        panel.axes.set_ylim(limits.min(), limits.max())
+        if limits.min() < 0 < limits.max():
+            panel.axes.axhline(0, color=INK, linestyle="--", linewidth=1)
     return panels
 
 
-def distribution_panel(values: np.ndarray, label: str) -> Panel:
-    """How many of n values lie where."""
-    counts, edges = np.histogram(values, bin_edges(values))
-    top = Axis.around(np.array([0, 1.04 * counts.max()]), "architectures", pad=0)
-    panel = Panel(Axis.around(edges, label), top)
-    panel.area(edges[:-1], edges[1:], np.zeros(len(counts)), counts)
-    return panel
-
-
-def bin_edges(values: np.ndarray) -> np.ndarray:
-    """Ends of the bins of a histogram of n values, by the rule of Freedman and Diaconis (1981).
-
-    Accuracies are whole numbers of hits: bins that hold now one, now two of them would show waves
-    that are not there. So each holds equally many.
-    """
-    width = 2 * np.ptp(np.percentile(values, [25, 75])) / len(values) ** (1 / 3)
-    width = max(width or np.ptp(values) / 10, np.ptp(values) / 60, 1e-9)
-    step = np.diff(np.unique(values)).min(initial=np.inf)
-    if step > width / 20:
-        width = math.ceil(width / step - 1e-9) * step if np.isfinite(step) else 1.0
-        first = values.min() - (step if np.isfinite(step) else 1.0) / 2
-    else:
-        first = values.min()
-    bins = max(1, math.ceil((values.max() - first) / width + 1e-9))
-    return first + width * np.arange(bins + 1)
-
-
-def front_panel(
-    cost: np.ndarray, accuracy: np.ndarray, front: np.ndarray, labels: tuple[str, str]
-) -> Panel:
-    """Accuracy against cost [n], and the best accuracy up to each cost.
+def score_panel(cost: np.ndarray, accuracy: np.ndarray, front: np.ndarray, label: str) -> Panel:
+    """Scores in percent against cost [n], and the best score up to each cost.
 
     Args:
         cost, accuracy: of all architectures.
         front: indices of those that none beats at no more cost, by rising cost.
-        labels: of the axes, horizontal and vertical.
+        label: of the cost's axis.
     """
-    panel = Panel(Axis.around(cost, labels[0]), Axis.around(accuracy, labels[1]))
+    panel = Panel(label, "score, %")
     panel.points(cost, accuracy)
-    panel.steps(cost[front], accuracy[front], "second")
-    panel.points(cost[front], accuracy[front], "marks second")
+    panel.front(cost[front], accuracy[front], ORANGE)
     return panel
 
 
@@ -144,29 +207,18 @@ def choice_panel(
         budget: drawn as a line; None: no limit.
     """
     scale, million = (1e6, "million ") if cost.max() >= 1e6 else (1, "")
-    by_cost = sorted(chosen, key=lambda row: row[kind])
 
-    def part(mark: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = [row for row in by_cost if row[mark]]
-        factors = ((kind, 1 / scale), ("acc", 100), ("se", 100))
-        return tuple(factor * np.array([row[name] for row in rows]) for name, factor in factors)
+    def part(mark: str) -> np.ndarray:
+        rows = [row for row in sorted(chosen, key=lambda row: row[kind]) if row[mark]]
+        return np.array([(row[kind] / scale, 100 * row["acc"], 100 * row["se"]) for row in rows]).T
 
-    x, y, bars = part("front")
-    heights = np.concatenate([accuracy, y - bars, y + bars])
-    ends = cost if budget is None else np.append(cost, budget)
-    panel = Panel(
-        Axis.around(ends / scale, f"{million}{label}"),
-        Axis.around(heights, "top-1 accuracy, %"),
-        "orange: not worse than the best; line: Pareto front",
-        WIDE,
-    )
+    title = "orange: not worse than the best; line: Pareto front"
+    panel = Panel(f"{million}{label}", "top-1 accuracy, %", title, WIDE)
     panel.points(cost / scale, accuracy)
-    group_x, group_y, _ = part("group")
-    panel.points(group_x, group_y, "dots second")
-    panel.steps(x, y)
-    panel.points(x, y, "marks")
-    for place, middle, bar in zip(x, y, bars, strict=True):
-        panel.error(place, middle - bar, middle + bar)
+    panel.points(*part("group")[:2], ORANGE)
+    x, y, bars = part("front")
+    panel.front(x, y, BLUE)
+    panel.axes.errorbar(x, y, bars, fmt="none", ecolor=BLUE, capsize=3)
     if budget is not None:
-        panel.line([budget / scale] * 2, [panel.y.low, panel.y.high], "guide")
+        panel.axes.axvline(budget / scale, color=INK, linestyle="--", linewidth=1)
     return panel

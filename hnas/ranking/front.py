@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
+
+from hnas.ranking.agreement import FEWEST_IMAGES, FOLDS, fold_sizes
 
 CONFIDENCE = 0.95
 NODES = 4001
@@ -14,16 +17,10 @@ MOST_ERRORS = 40.0
 
 
 def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the networks of which none is both cheaper and as good, or as cheap and better.
+    """Indices of the networks [n] of which none is cheaper and as good, or as cheap and better.
 
-    Of networks that are equal in both the first stands for all.
-
-    Args:
-        accuracy: the more the better [n].
-        cost: the less the better [n].
-
-    Returns:
-        int64, by rising cost, so by rising accuracy too.
+    By rising cost, so by rising accuracy too; of networks that are equal in both the first stands
+    for all.
     """
     accuracy, cost = np.asarray(accuracy), np.asarray(cost)
     order = np.lexsort((-accuracy, cost))
@@ -32,11 +29,6 @@ def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
     best_before = np.maximum.accumulate(accuracy[order])[:-1]
     rises = np.concatenate([[True], accuracy[order][1:] > best_before])
     return order[rises]
-
-
-def binomial_error(accuracy: np.ndarray, images: np.ndarray | int) -> np.ndarray:
-    """Standard errors of accuracies (shares of 1) that were counted on so many images."""
-    return error_of_hits(np.asarray(accuracy) * images, images)
 
 
 def error_of_hits(hits: np.ndarray, images: np.ndarray | int) -> np.ndarray:
@@ -50,54 +42,6 @@ def error_of_hits(hits: np.ndarray, images: np.ndarray | int) -> np.ndarray:
     return np.sqrt(rate * (1 - rate) / np.maximum(1, images))
 
 
-def not_worse(
-    accuracy: np.ndarray,
-    difference_error: np.ndarray,
-    confidence: float = CONFIDENCE,
-    freedom: int | None = None,
-) -> np.ndarray:
-    """Which networks cannot be told from the best by the images that they were scored on.
-
-    Gupta's subset selection (Technometrics 7, 1965, pp. 225-245): a network stays if it is below
-    the best by at most d standard errors of their difference, where d is such that the truly best
-    of all n stays with probability ``confidence``, however close the others are. So d grows with
-    n: the best of many is always partly lucky.
-
-    Args:
-        accuracy: of all that compete [n].
-        difference_error: standard error of each one's distance to the best [n]; see
-            :func:`independent_difference` and :func:`hnas.ranking.paired.difference_errors`.
-        freedom: degrees of freedom that these errors are estimated with; None: very many.
-
-    Returns:
-        bool [n]; the best is always in.
-    """
-    accuracy = np.asarray(accuracy)
-    below = accuracy.max() - accuracy
-    errors = critical_value(len(accuracy), confidence)
-    if freedom is not None:
-        errors = student(errors, freedom)
-    # The best's own error is 0 and others' may be infinite: nothing is known of them.
-    return (below <= 0) | (below <= errors * np.asarray(difference_error))
-
-
-def student(z: float, freedom: int) -> float:
-    """The value that Student's t exceeds as rarely as a standard normal variable exceeds ``z``.
-
-    By the first terms of its expansion (Abramowitz & Stegun, 26.7.5); within 1 % for z up to 5 and
-    15 degrees of freedom.
-    """
-    terms = (
-        z**3 + z,
-        5 * z**5 + 16 * z**3 + 3 * z,
-        3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z,
-        79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z,
-    )
-    scales = (4, 96, 384, 92160)
-    parts = zip(terms, scales, strict=True)
-    return z + sum(term / (scale * freedom**power) for power, (term, scale) in enumerate(parts, 1))
-
-
 def independent_difference(accuracy: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Standard errors of the distances to the best, as of independent accuracies [n].
 
@@ -107,11 +51,69 @@ def independent_difference(accuracy: np.ndarray, error: np.ndarray) -> np.ndarra
     return np.hypot(error, np.asarray(error)[int(np.argmax(accuracy))])
 
 
-def critical_value(networks: int, confidence: float = CONFIDENCE) -> float:
+def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
+    """Standard errors of accuracies less that of one architecture; float64 [architectures].
+
+    All architectures see the same images, so the difference of two accuracies is far more certain
+    than either of them. As estimates for more such images, like the ``se`` of ``estimates.json``.
+    The images of the folds are a random sample each, so the variance of the difference in hits is
+    16 / 15 times the sum of squares of the folds' deviations. One hit is added to it, so that few
+    images on which two architectures never differ do not make their difference certain.
+
+    Args:
+        folds: hits by fold, int64 [architectures, FOLDS].
+        images: how many were scored.
+        index: the one; its own error is 0.
+
+    Returns:
+        Infinite with fewer than ``FEWEST_IMAGES`` images.
+    """
+    if images < FEWEST_IMAGES:
+        errors = np.full(len(folds), math.inf)
+    else:
+        more = folds - folds[index]
+        deviations = more - np.outer(more.sum(axis=1) / images, fold_sizes(images))
+        variance = FOLDS / (FOLDS - 1) * (deviations**2).sum(axis=1)
+        errors = np.sqrt(variance + 1) / images
+    errors[index] = 0.0
+    return errors
+
+
+def not_worse(
+    accuracy: np.ndarray,
+    difference_error: np.ndarray,
+    freedom: int | None = None,
+) -> np.ndarray:
+    """Which networks cannot be told from the best by the images that they were scored on.
+
+    Gupta's subset selection (Technometrics 7, 1965, pp. 225-245): a network stays if it is below
+    the best by at most d standard errors of their difference, where d is such that the truly best
+    of all n stays with probability ``CONFIDENCE``, however close the others are. So d grows with
+    n: the best of many is always partly lucky.
+
+    Args:
+        accuracy: of all that compete [n].
+        difference_error: standard error of each one's distance to the best [n]; see
+            :func:`independent_difference` and :func:`difference_errors`.
+        freedom: degrees of freedom that these errors are estimated with; None: very many.
+
+    Returns:
+        bool [n]; the best is always in.
+    """
+    accuracy = np.asarray(accuracy)
+    below = accuracy.max() - accuracy
+    errors = critical_value(len(accuracy))
+    if freedom is not None:
+        # What Student's t exceeds as rarely as a normal variable exceeds d.
+        errors = -stdtrit(freedom, ndtr(-errors))
+    # The best's own error is 0 and others' may be infinite: nothing is known of them.
+    return (below <= 0) | (below <= errors * np.asarray(difference_error))
+
+
+def critical_value(networks: int) -> float:
     """The d of :func:`not_worse`: Gupta's constant over the square root of 2.
 
-    Solves P(max of n - 1 standard normal variables - another one <= d sqrt 2) = confidence, for
-    a confidence above a half.
+    Solves P(max of n - 1 standard normal variables - another one <= d sqrt 2) = CONFIDENCE.
     """
     if networks < 2:
         return 0.0
@@ -121,14 +123,7 @@ def critical_value(networks: int, confidence: float = CONFIDENCE) -> float:
     low, high = 0.0, MOST_ERRORS
     while high - low > 1e-9:
         middle = (low + high) / 2
-        if _kept(z, weight, middle, networks) < confidence:
-            low = middle
-        else:
-            high = middle
+        # That the best of equally good networks stays.
+        kept = weight @ ndtr(z + middle * math.sqrt(2)) ** (networks - 1)
+        low, high = (middle, high) if kept < CONFIDENCE else (low, middle)
     return high
-
-
-def _kept(z: np.ndarray, weight: np.ndarray, d: float, networks: int) -> float:
-    """Probability that the best of equally good networks stays, at distance ``d``."""
-    tail = np.array([math.erfc(-(value + d * math.sqrt(2)) / math.sqrt(2)) for value in z]) / 2
-    return float(weight @ tail ** (networks - 1))

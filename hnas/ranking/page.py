@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from hnas.ranking.breakdown import PERCENT_OF_DIGIT
-from hnas.ranking.svg import COLOURS, MINUS, PLOTS, Panel
+from hnas.ranking.figures import COLOURS, MINUS, Panel
 
 STYLE = f"""{COLOURS}
 html {{ color-scheme: light dark; }}
@@ -31,102 +30,185 @@ td.code {{ font-family: ui-monospace, monospace; font-size: .82rem; }}
        grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }}
 .many {{ display: grid; gap: .5rem; grid-template-columns: repeat(2, 1fr); }}
 @media (min-width: 45rem) {{ .many {{ grid-template-columns: repeat(4, 1fr); }} }}
-.tables {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }}
 .row > *, .many > * {{ min-width: 0; }}
 .wide {{ overflow-x: auto; }}
 figure {{ margin: .5rem 0; }}
-{PLOTS}"""
+.plot {{ display: block; width: 100%; max-width: 27rem; height: auto; }}"""
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """A whole page; ``parts`` is HTML, the title is not."""
+NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman", "abs_pearson": "|Pearson|"}
+COLUMNS = ("name", "score, %", "MACs, million", "parameters, million", "code")
+BARS = "bars are two standard errors, a hollow dot is a single architecture."
+
+
+def ranking_page(report: Mapping, figures: Mapping[str, Sequence[Panel]]) -> str:
+    """How well predictions rank, as HTML.
+
+    Args:
+        report: see ``report.json``.
+        figures: scatter and breakdown.
+    """
+    return _document(
+        f"Ranking report: {report['pred']}",
+        f"against {report['gt']}, {report['architectures']:,} architectures",
+        report,
+        [
+            "<h2>Agreement with the truth</h2>",
+            f'<div class="row"><div>{_correlations(report)}</div><div>{_top_k(report)}</div></div>',
+            _figure(
+                figures["scatter"], "Predicted against true accuracy; darker: more architectures."
+            ),
+            "<h2>Which depth or width the errors come from</h2>",
+            _note(
+                "The rank error of an architecture is its predicted less its true rank, in percent "
+                "of the number of architectures: positive where it is ranked too high. A "
+                "prediction that follows a choice too little shows a falling line, one that "
+                "follows it too much a rising one."
+            ),
+            _figure(figures["breakdown"], f"Mean rank error by option, in percent; {BARS}"),
+            _effects(report["attribution"], "rank error", 1),
+            _note("Positive: overrated."),
+        ],
+    )
+
+
+def scores_page(report: Mapping, figures: Mapping[str, Sequence[Panel]]) -> str:
+    """What scores say without a truth, as HTML.
+
+    Args:
+        report: see ``report.json``.
+        figures: front and influence.
+    """
+    budgets = [(_millions(row["macs"]), *_row(row["best"])) for row in report["budgets"]]
+    return _document(
+        f"Scores: {report['pred']}",
+        f"{report['architectures']:,} architectures; MACs and parameters of {report['backbone']} "
+        f"at {report['image_size']} px with {report['num_classes']:,} classes. How well the scores "
+        "rank needs a ground truth (--gt).",
+        report,
+        [
+            "<h2>Scores and cost</h2>",
+            '<div class="row">',
+            *(
+                _figure(
+                    [panel],
+                    "Orange: the Pareto front, the best score up to each cost; darker: more "
+                    "architectures.",
+                )
+                for panel in figures["front"]
+            ),
+            "</div>",
+            "<h2>The best within a budget</h2>",
+            _table(("MACs up to, million", *COLUMNS), budgets, code_column=5),
+            "<h2>What depths and widths do</h2>",
+            _figure(figures["influence"], f"Mean score by option, in percent; {BARS}"),
+            _effects(report["attribution"], "score", 2),
+            "<h2>The best scores</h2>",
+            _table(COLUMNS, [_row(row) for row in report["best"]], code_column=4),
+            _note("The best of many is always partly lucky: look at the standard errors."),
+        ],
+    )
+
+
+def _document(title: str, about: str, report: Mapping, parts: Iterable[str]) -> str:
+    """A whole page: ``about`` what it is, what it says, what to know first, and HTML parts."""
+    told = [
+        f"<h1>{escape(title)}</h1>",
+        _note(about),
+        *(f'<p class="lead">{escape(line)}</p>' for line in report["interpretation"]),
+        *(f'<p class="warning">{escape(line)}</p>' for line in report["notes"]),
+    ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
+        + "\n".join([*told, *parts])
         + "\n</body>\n</html>\n"
     )
 
 
-def heading(title: str, about: str, report: Mapping) -> list[str]:
-    """The title, a line of what it is about, and what a reader must know first."""
-    return [
-        f"<h1>{escape(title)}</h1>",
-        note(about),
-        *(f'<p class="lead">{escape(line)}</p>' for line in report["interpretation"]),
-        *(f'<p class="warning">{escape(line)}</p>' for line in report["notes"]),
-    ]
-
-
-def signed(value: float | None, digits: int = 1) -> str:
-    """A number with its sign; a dash for None."""
-    return number(value, digits, "+")
-
-
-def number(value: float | None, digits: int = 3, sign: str = "") -> str:
+def _number(value: float | None, digits: int = 3, sign: str = "") -> str:
     """A number; a dash for None."""
     if value is None:
         return "–"
     return f"{round(value, digits) + 0.0:{sign},.{digits}f}".replace("-", MINUS)
 
 
-def option_label(choice: str, option: float) -> str:
-    """An option as people say it: blocks of a depth, percent and digit of a width."""
-    if choice.startswith("depth"):
-        return f"{option:g} blocks"
-    return f"{option:g} % (digit {PERCENT_OF_DIGIT.index(option) + 1})"
-
-
-def choice_name(name: str) -> str:
-    """A choice as people say it, e.g. ``stage 1: depth``."""
-    kind, stage = name.rsplit(" ", 1)
-    return f"stage {stage}: {kind}"
-
-
-def effects_table(attribution: Mapping, digits: int) -> str:
-    """What each choice does, see ``Attribution.record``; effects with so many decimals."""
-    rows = [
-        (
-            choice_name(name),
-            signed(row["correlation"], 2),
-            with_error(signed(row["effect"], digits), row["standard_error"], digits),
-            "–" if row["p_value"] is None else p_text(row["p_value"]),
-        )
-        for name, row in attribution["choices"].items()
-    ]
-    return table(("choice", "correlation", "effect", "p"), rows)
-
-
-def with_error(value: str, error: float | None, digits: int) -> str:
+def _with_error(value: str, error: float | None, digits: int) -> str:
     """A number with its standard error, if that is known."""
-    return value if error is None else f"{value} ± {number(error, digits)}"
+    return value if error is None else f"{value} ± {_number(error, digits)}"
 
 
-def p_text(p_value: float) -> str:
-    """A p-value to three decimals."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+def _effects(attribution: Mapping, what: str, digits: int) -> str:
+    """What each choice does to ``what``, see ``attribute``; effects with so many decimals."""
+    rows = []
+    for name, row in attribution["choices"].items():
+        kind, stage = name.rsplit(" ", 1)
+        effect = _with_error(_number(row["effect"], digits, "+"), row["standard_error"], digits)
+        p_value = row["p_value"]
+        clear = p_value is not None and p_value < 0.001
+        rows.append(
+            (
+                f"stage {stage}: {kind}",
+                _number(row["correlation"], 2, "+"),
+                effect,
+                "< 0.001" if clear else _number(p_value),
+            )
+        )
+    share = attribution["explained"]
+    together = (
+        "There are too few architectures to say which share of the variance that is."
+        if share is None
+        else f"Together the choices explain {100 * share:.0f} % of the variance (adjusted R²)."
+    )
+    return _table(("choice", "correlation", "effect", "p"), rows) + _note(
+        f"Correlation of the {what} with each choice alone; effect, in percentage points, of going "
+        "from its smallest to its largest value, the others being equal (least squares; ± the "
+        "standard error). p: how likely such an effect would be by chance, corrected for having "
+        f"looked at all choices (Holm). {together}"
+    )
 
 
-def options_tables(by_option: Mapping, digits: int, absolute: bool) -> str:
-    """A table for each choice: how many architectures, their mean, and absolute mean if asked."""
-    tables = []
-    for name, rows in by_option.items():
-        head = [choice_name(name), "number", "mean", *(["mean absolute"] if absolute else [])]
-        cells = [
-            [
-                option_label(name, row["option"]),
-                f"{row['architectures']:,}",
-                signed(row["mean"], digits) if absolute else number(row["mean"], digits),
-                *([number(row["mean_absolute"], digits)] if absolute else []),
-            ]
-            for row in rows
-        ]
-        tables.append(f"<div>{table(head, cells)}</div>")
-    return f'<div class="row tables">{"".join(tables)}</div>'
+def _row(row: Mapping) -> tuple[str, ...]:
+    return (
+        row["name"],
+        _with_error(_number(row["accuracy"], 2), row["standard_error"], 2),
+        _millions(row["macs"]),
+        _millions(row["params"]),
+        row["arch"],
+    )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], code_column: int = -1) -> str:
+def _millions(value: float) -> str:
+    """At least three significant digits, without a unit."""
+    millions = value / 1e6
+    return _number(millions, 0 if millions >= 100 else 1 if millions >= 10 else 2)
+
+
+def _correlations(report: Mapping) -> str:
+    rows = []
+    for name, found in report["correlations"].items():
+        known = found["low"] is not None
+        interval = f"{_number(found['low'])} to {_number(found['high'])}" if known else "–"
+        rows.append((NAMES[name], _number(found["value"]), interval))
+    return _table(("correlation", "value", "95 % interval"), rows) + _note(
+        f"95 % interval: percentile bootstrap over architectures, {report['resamples']:,} "
+        f"resamples, seed {report['seed']}."
+    )
+
+
+def _top_k(report: Mapping) -> str:
+    rows = [
+        (f"{row['k']:,}", _number(row["regret"], 2), f"{100 * row['precision']:.1f} %")
+        for row in report["top_k"]
+    ]
+    return _table(("k", "regret", "precision"), rows) + _note(
+        "Regret: the best true accuracy less the best among the k predicted best, in percentage "
+        "points. Precision: share of these k that are truly among the best k."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], code_column: int = -1) -> str:
     """A table; a column of codes is in type of equal widths."""
 
     def line(tag: str, row: Sequence[str]) -> str:
@@ -140,13 +222,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], code_column: int =
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def note(text: str) -> str:
-    """A paragraph in small print."""
+def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def figure(panels: Sequence[Panel], caption: str) -> str:
-    """Panels beside each other as far as there is room, with a caption."""
+def _figure(panels: Sequence[Panel], caption: str) -> str:
     drawn = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
     kind = f'<div class="many">{drawn}</div>' if len(panels) > 1 else drawn
     return f"<figure>{kind}<figcaption>{escape(caption)}</figcaption></figure>"

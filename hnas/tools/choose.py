@@ -17,57 +17,39 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.architecture_file import read_accuracies
-from hnas.base.command_line import (
-    LARGEST_SIDE,
-    OneLineParser,
-    path_text,
-    read_path,
-    real_number,
-    whole_number,
-)
+from hnas.architecture_file import in_shares, read_scores
+from hnas.base.command_line import OneLineParser, path_text, read_path, real_number, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, replacing, write_json
-from hnas.ranking.agreement import FOLDS
+from hnas.ranking.agreement import FOLDS, estimates_beside
 from hnas.ranking.costs import UNITS, LatencyTable, costs_of, open_latency
-from hnas.ranking.figures import choice_panel
 from hnas.ranking.front import (
     CONFIDENCE,
-    binomial_error,
     critical_value,
+    difference_errors,
+    error_of_hits,
     independent_difference,
     not_worse,
     pareto_front,
 )
-from hnas.ranking.paired import difference_errors, read_estimates
 from hnas.search_space import Architecture, search_space
+from hnas.tools.flops import add_network_flags
 
-ESTIMATES = "estimates.json"
-"""What stage 3 writes beside its submission: how many images, and standard errors."""
-NAMES = {**UNITS, "latency": "latency"}
 MOST = 1e15
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Networks with their accuracies.
+    """Networks with their accuracies."""
 
-    Attributes:
-        archs: by name.
-        accuracy: shares of 1 [n].
-        error: standard errors of them as estimates for more such images [n].
-        images: how many each was scored on [n].
-        folds: hits by fold of the images, which are the same for all, or None [n, FOLDS].
-    """
-
-    archs: Mapping[str, Architecture]
-    accuracy: np.ndarray
-    error: np.ndarray
-    images: np.ndarray
-    folds: np.ndarray | None = None
+    archs: Mapping[str, Architecture]  # by name
+    accuracy: np.ndarray  # shares of 1 [n]
+    error: np.ndarray  # standard errors of them as estimates for more such images [n]
+    images: np.ndarray  # how many each was scored on [n]
+    folds: np.ndarray | None = None  # hits by fold, where all saw the same images [n, FOLDS]
 
 
-def read_scores(path: str, images: int = 0) -> Scores:
+def scores_of(path: str, images: int = 0) -> Scores:
     """The scores of a file, and their noise.
 
     Args:
@@ -77,55 +59,28 @@ def read_scores(path: str, images: int = 0) -> Scores:
     Raises:
         UserError: a wrong file, accuracies that are none, or a number of images that is not known.
     """
-    archs, accuracy = read_accuracies(path)
-    for name, value in zip(archs, accuracy, strict=True):
-        if not 0 <= value <= 100:
-            raise UserError(
-                f"{path}: entry {name!r}: accuracy {value:g}; give 0 to 1, or 0 to 100 in percent"
-            )
+    archs, accuracy = read_scores(path)
     if len(archs) > 1 and np.ptp(accuracy) == 0:
         raise UserError(
             f"all accuracies of {path} are {accuracy[0]:g}: nothing to choose by; give stage 3's "
             "submission.json"
         )
-    if accuracy.max() > 1:
-        accuracy = accuracy / 100
-    if images:
-        number, folds = np.full(len(archs), images), None
-    else:
-        number, folds = _images(Path(path), archs, accuracy)
-    return Scores(archs, accuracy, binomial_error(accuracy, number), number, folds)
-
-
-def _images(
-    path: Path, archs: Mapping[str, Architecture], accuracy: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """How many images each of a file's networks was scored on [n], and hits by fold if known.
-
-    Raises:
-        UserError: it is not known.
-    """
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    accuracy, folds = in_shares(accuracy), None
+    content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     own = [entry.get("images") for entry in content.values()]
-    if all(_is_count(number) for number in own):
-        return np.array(own), None
-    beside = path.with_name(ESTIMATES)
-    unknown = f"on how many images {path} was scored is not known"
-    if not beside.is_file():
-        raise UserError(f"{unknown}, for there is no {ESTIMATES} beside it; give --images N")
-    try:
-        found = read_estimates(beside)
-    except UserError as error:
-        raise UserError(f"{unknown}: {error}; or give --images N") from None
-    places = {code: place for place, code in enumerate(found.codes)}
-    rows = [places.get(arch.code, -1) for arch in archs.values()]
-    if min(rows) < 0 or (found.accuracy[rows] != accuracy).any():
-        raise UserError(f"{unknown}, for {beside} is of other scores; give --images N")
-    return np.full(len(archs), found.images), found.folds[rows]
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value > 0
+    if images:
+        number = np.full(len(archs), images)
+    elif all(type(count) is int and count > 0 for count in own):
+        number = np.array(own)
+    else:
+        try:
+            found, rows = estimates_beside(path, list(archs.values()), accuracy)
+        except UserError as error:
+            raise UserError(
+                f"on how many images {path} was scored is not known: {error}; or give --images N"
+            ) from None
+        number, folds = np.full(len(archs), found.images), found.folds[rows]
+    return Scores(archs, accuracy, error_of_hits(accuracy * number, number), number, folds)
 
 
 def figure(kind: str, value: float) -> str:
@@ -137,10 +92,11 @@ def within(costs: Mapping[str, np.ndarray], budget: Mapping[str, float]) -> np.n
     """Which networks cost at most what ``budget`` says of each kind; bool [n].
 
     Raises:
-        UserError: none.
+        UserError: none does.
     """
-    fits = np.all([costs[kind] <= most for kind, most in budget.items()], axis=0)
-    fits = np.broadcast_to(fits, len(costs["macs"]))
+    fits = np.full(len(costs["macs"]), True)
+    for kind, most in budget.items():
+        fits &= costs[kind] <= most
     if not fits.any():
         least = ", ".join(f"{figure(kind, costs[kind].min())} {UNITS[kind]}" for kind in budget)
         asked = ", ".join(f"{most:,.10g} {UNITS[kind]}" for kind, most in budget.items())
@@ -165,8 +121,7 @@ def choose(
         than their noise.
     """
     accuracy, error = scores.accuracy[fits], scores.error[fits]
-    front = np.zeros(len(accuracy), bool)
-    front[pareto_front(accuracy, costs[cost][fits])] = True
+    front = set(pareto_front(accuracy, costs[cost][fits]).tolist())
     if scores.folds is None:
         group = not_worse(accuracy, independent_difference(accuracy, error))
     else:
@@ -184,7 +139,7 @@ def choose(
             "se": round(float(error[i]), 6),
             "images": number[i],
             **{kind: values[i] for kind, values in own.items()},
-            "front": bool(front[i]),
+            "front": int(i) in front,
             "group": bool(group[i]),
         }
         for i in np.lexsort((costs[cost][fits], -accuracy))
@@ -195,13 +150,9 @@ def table(chosen: Sequence[Mapping], top: int, costs: Sequence[str]) -> str:
     """The first ``top`` of what :func:`choose` gives, as text."""
     rows = [["network", "top-1", "+-", *(UNITS[kind] for kind in costs), "front", "group"]]
     for row in chosen[:top]:
-        figures = [
-            f"{row['acc']:.2%}",
-            f"{row['se']:.2%}",
-            *(figure(kind, row[kind]) for kind in costs),
-        ]
+        spent = [figure(kind, row[kind]) for kind in costs]
         marks = ["*" if row["front"] else "", "=" if row["group"] else ""]
-        rows.append([row["name"], *figures, *marks])
+        rows.append([row["name"], f"{row['acc']:.2%}", f"{row['se']:.2%}", *spent, *marks])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
@@ -213,6 +164,7 @@ def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
     group = [row for row in chosen if row["group"]]
     front = sum(row["front"] for row in chosen)
     cheapest = min(group, key=lambda row: row[cost])
+    against = "latency" if cost == "latency" else UNITS[cost]
 
     def line(what: str, row: Mapping) -> str:
         spent = f"{figure(cost, row[cost])} {UNITS[cost]}"
@@ -221,7 +173,7 @@ def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
     return "\n".join(
         [
             f"{len(chosen):,} of {scored:,} networks within the budget; +- is the standard error",
-            f"* {front:,} are on the Pareto front of accuracy and {NAMES[cost]}",
+            f"* {front:,} are on the Pareto front of accuracy and {against}",
             f"= {len(group):,} are not worse than the best by more than their noise: with "
             f"{CONFIDENCE:.0%} the truly best is among them",
             line("best", chosen[0]),
@@ -256,25 +208,20 @@ def main(argv=None) -> None:
         default=0,
         help="that each network was scored on [default: as estimates.json beside the scores says]",
     )
-    parser.add_argument("--backbone", default="resnet48", help="whose widths [default resnet48]")
-    parser.add_argument(
-        "--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px [default 224]"
-    )
-    parser.add_argument(
-        "--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[default 1000]"
-    )
+    add_network_flags(parser)
     options = parser.parse_args(argv)
     if options.out:
         check_writable(options.out, "--out")
 
-    space = search_space(options.backbone)
     asked_by = "--cost latency" if options.cost == "latency" else ""
     if options.max_latency_ms is not None:
         asked_by = "--max_latency_ms"
-    latency = open_latency(options.latency, options.backbone, options.image_size, asked_by=asked_by)
+    size, classes = options.image_size, options.num_classes
+    latency = open_latency(options.latency, options.backbone, size, asked_by=asked_by)
     cost = options.cost or ("macs" if latency is None else "latency")
-    scores = read_scores(options.submission, options.images)
-    costs = costs_of(scores.archs.values(), space, options.image_size, options.num_classes, latency)
+    scores = scores_of(options.submission, options.images)
+    space = search_space(options.backbone)
+    costs = costs_of(scores.archs.values(), space, size, classes, latency)
     limits = {
         "macs": options.max_macs,
         "params": options.max_params,
@@ -283,11 +230,16 @@ def main(argv=None) -> None:
     budget = {kind: most for kind, most in limits.items() if most is not None}
     chosen = choose(scores, costs, within(costs, budget), cost)
     if options.out:
+        # Takes a second to import.
+        from hnas.ranking.figures import choice_panel
+
         label = UNITS[cost] if cost != "latency" else latency_label(latency)
         panel = choice_panel(
             costs[cost], 100 * scores.accuracy, chosen, cost, label, budget.get(cost)
         )
-        write(options, scores, cost, budget, chosen, panel.svg(alone=True))
+        with replacing(options.out / "front.svg") as temporary:
+            temporary.write_text(panel.svg(alone=True))
+        write_choice(options, len(scores.archs), cost, budget, chosen)
     shown = table(chosen, options.top, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
 
@@ -301,10 +253,10 @@ def latency_label(table: LatencyTable) -> str:
     )
 
 
-def write(
-    options, scores: Scores, cost: str, budget: Mapping, chosen: Sequence[Mapping], plot: str
+def write_choice(
+    options, scored: int, cost: str, budget: Mapping, chosen: Sequence[Mapping]
 ) -> None:
-    """Write ``choice.json`` and ``front.svg``.
+    """Write ``choice.json``.
 
     Raises:
         UserError: the folder cannot be written.
@@ -315,15 +267,13 @@ def write(
         "backbone": options.backbone,
         "image_size": options.image_size,
         "num_classes": options.num_classes,
-        "scored": len(scores.archs),
+        "scored": scored,
         "budget": budget,
         "cost": cost,
         "confidence": CONFIDENCE,
         "critical_value": round(critical_value(len(chosen)), 6),
         "networks": chosen,
     }
-    with replacing(options.out / "front.svg") as temporary:
-        temporary.write_text(plot)
     write_json(options.out / "choice.json", content)
 
 

@@ -1,4 +1,4 @@
-"""The demo's closing table, which DEMO/summary.json holds too, its files, and what to run next.
+"""The demo's closing words: a table of what it scored, its files, and what to run next.
 
 python -m hnas.tools.demo_summary --demo_dir output/demo
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from hnas.base.command_line import OneLineParser, read_path
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, write_json
 from hnas.search_space import Architecture, search_space
 
 BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
@@ -20,8 +19,8 @@ SUPERNET = "stage2/final.pdparams"
 """What the demo's stage 3 scores with."""
 
 
-def summarize(demo: Path) -> dict:
-    """Accuracy of the largest, median and smallest sub-network by MACs, losses and times.
+def table(demo: Path) -> str:
+    """Accuracy of the largest, median and smallest sub-network by MACs, times and losses.
 
     Raises:
         UserError: the demo's folder is incomplete.
@@ -29,40 +28,22 @@ def summarize(demo: Path) -> dict:
     space = search_space(BACKBONE)
     try:
         scored = json.loads((demo / "stage3/submission.json").read_text()).values()
-        losses = {
-            stage: json.loads((demo / stage / "history.json").read_text())["epoch_losses"]
-            for stage in ("pretrain", "stage1", "stage2")
-        }
-        lines = (demo / "seconds.txt").read_text().split()
+        losses = json.loads((demo / "stage1/history.json").read_text())["epoch_losses"]
+        words = (demo / "seconds.txt").read_text().split()
     except OSError as error:
         raise UserError(f"{error.filename} is missing; run sh run_demo.sh to the end") from error
     by_macs = sorted(
-        (space.macs(Architecture.from_code(entry["arch"]), IMAGE_SIZE, CLASSES), entry["arch"])
+        (space.macs(Architecture.from_code(entry["arch"]), IMAGE_SIZE, CLASSES), entry["acc"])
         for entry in scored
     )
-    accuracy = {entry["arch"]: entry["acc"] for entry in scored}
-    chosen = {"largest": -1, "median": len(by_macs) // 2, "smallest": 0}
-    return {
-        "architectures": len(by_macs),
-        "subnetworks": {
-            name: {"arch": arch, "macs": macs, "top1": accuracy[arch]}
-            for name, (macs, arch) in ((name, by_macs[index]) for name, index in chosen.items())
-        },
-        "epoch_losses": losses,
-        "seconds": {name: int(value) for name, value in zip(lines[::2], lines[1::2], strict=True)},
-    }
-
-
-def table(summary: dict) -> str:
-    """The summary as text."""
     rows = [f"{'sub-network':<12}{'MACs':>12}{'top-1':>10}"]
-    for name, values in summary["subnetworks"].items():
-        rows.append(f"{name:<12}{values['macs']:>12,}{values['top1']:>10.2%}")
+    for name, index in (("largest", -1), ("median", len(by_macs) // 2), ("smallest", 0)):
+        macs, accuracy = by_macs[index]
+        rows.append(f"{name:<12}{macs:>12,}{accuracy:>10.2%}")
     rows += ["", f"{'step':<12}{'seconds':>12}"]
-    rows += [f"{name:<12}{value:>12}" for name, value in summary["seconds"].items()]
-    stage1 = summary["epoch_losses"]["stage1"]
-    rows += ["", "stage 1 loss by epoch: " + " -> ".join(f"{loss:.3f}" for loss in stage1)]
-    rows.append(f"{summary['architectures']} architectures scored in stage 3")
+    rows += [f"{name:<12}{value:>12}" for name, value in zip(words[::2], words[1::2], strict=True)]
+    rows += ["", "stage 1 loss by epoch: " + " -> ".join(f"{loss:.3f}" for loss in losses)]
+    rows.append(f"{len(by_macs)} architectures scored in stage 3")
     return "\n".join(rows)
 
 
@@ -78,7 +59,6 @@ files
   {demo}/report/report.html       a page about these accuracies, for a browser
   {demo}/stage3/submission.json   accuracies of all architectures, as submitted
   {demo}/{SUPERNET}    the supernet that predicted them
-  {demo}/summary.json             this table
 
 next: how far would MACs alone have ranked them the same way? See {demo}/macs/report.html
   {python} -m hnas.tools.rank_report --pred macs --gt {demo}/stage3/submission.json \\
@@ -95,11 +75,8 @@ def main(argv=None) -> None:
         "--demo_dir", type=read_path, default=Path("output/demo"), help="demo's folder"
     )
     options = parser.parse_args(argv)
-    check_writable(options.demo_dir, "--demo_dir")
-    summary = summarize(options.demo_dir)
-    write_json(options.demo_dir / "summary.json", summary)
     python = os.path.relpath(sys.executable)
-    sys.stdout.write(f"{table(summary)}\n\n{next_steps(options.demo_dir, python)}\n")
+    sys.stdout.write(f"{table(options.demo_dir)}\n\n{next_steps(options.demo_dir, python)}\n")
 
 
 if __name__ == "__main__":

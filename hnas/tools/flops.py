@@ -14,7 +14,26 @@ from hnas.architecture_file import read_architectures
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, whole_number
 from hnas.base.errors import run_main
 from hnas.base.files import check_output, write_json
-from hnas.search_space import search_space
+from hnas.ranking.costs import costs_of
+from hnas.search_space import find_backbone, search_space
+
+
+def add_network_flags(parser: OneLineParser) -> None:
+    """The flags of the network whose costs are told."""
+    parser.add_argument(
+        "--backbone", type=_known, default="resnet48", help="whose widths [default resnet48]"
+    )
+    parser.add_argument(
+        "--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px [default 224]"
+    )
+    parser.add_argument(
+        "--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[default 1000]"
+    )
+
+
+def _known(backbone: str) -> str:
+    find_backbone(backbone)
+    return backbone
 
 
 def main(argv=None) -> None:
@@ -22,26 +41,19 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--modelarch_file", type=path_text, required=True, help="architectures: JSON or text"
     )
-    parser.add_argument("--backbone", default="resnet48", help="whose widths [default resnet48]")
-    parser.add_argument(
-        "--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px [default 224]"
-    )
-    parser.add_argument(
-        "--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[default 1000]"
-    )
+    add_network_flags(parser)
     parser.add_argument("--output", type=path_text, help="file to write [default: standard output]")
     options = parser.parse_args(argv)
     if options.output:
         check_output(options.output, "--output")
 
+    archs = read_architectures(options.modelarch_file)
     space = search_space(options.backbone)
+    costs = costs_of(archs.values(), space, options.image_size, options.num_classes)
+    rows = zip(archs.items(), costs["macs"].tolist(), costs["params"].tolist(), strict=True)
     counts = {
-        name: {
-            "arch": arch.code,
-            "macs": space.macs(arch, options.image_size, options.num_classes),
-            "params": space.params(arch, options.num_classes),
-        }
-        for name, arch in read_architectures(options.modelarch_file).items()
+        name: {"arch": arch.code, "macs": macs, "params": params}
+        for (name, arch), macs, params in rows
     }
     if options.output:
         write_json(options.output, counts)

@@ -1,0 +1,420 @@
+"""What a report finds: of predictions and a truth, and of scores alone.
+
+Both ask what choices of depth and width do to a value, to accuracies or to *rank errors*: predicted
+less true rank, in percent of the number of architectures. One is positive where a prediction ranks
+an architecture too high.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.special import stdtr
+
+from hnas.base.errors import UserError
+from hnas.ranking.agreement import Estimates
+from hnas.ranking.correlations import (
+    RESAMPLES,
+    correlations,
+    kendall_tau_b,
+    none_if_nan,
+    pearson,
+    rank_errors,
+    top_k,
+)
+from hnas.ranking.front import pareto_front
+from hnas.search_space import RATIOS, Architecture
+
+STAGES = range(4)
+DISCRETE = tuple(f"{kind} {stage + 1}" for kind in ("depth", "output width") for stage in STAGES)
+"""Choices of few options, each of which many architectures share."""
+LEVEL = 0.05
+"""Of the test of an effect, for all choices together."""
+FEWEST = 3
+"""Architectures that a report takes."""
+TOP_K = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
+LISTED, LISTED_CODES = 10, 5
+MANY_EQUAL = 0.25
+"""Share of accuracies with one value from which on they may not have been measured."""
+BUDGETS = 8
+"""How many budgets are told the best architecture of."""
+
+
+def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
+    """What distinguishes ``archs``, by name, each [n] and larger for a larger network.
+
+    For each stage its depth (blocks), its output width and the mean inner width of its blocks
+    (both in percent of the full width). The output width is that of the stage's last block; in
+    what a supernet can hold, all blocks and, in stage 1, the stem share it.
+    """
+    read = {
+        "depth": lambda arch, s: arch.depths[s],
+        "output width": lambda arch, s: _percent(arch.widths[s][-1][1]),
+        "inner width": lambda arch, s: np.mean([_percent(inner) for inner, _ in arch.widths[s]]),
+    }
+    return {
+        f"{kind} {s + 1}": np.array([value(arch, s) for arch in archs], np.float64)
+        for kind, value in read.items()
+        for s in STAGES
+    }
+
+
+def _percent(digit: int) -> int:
+    return round(100 * RATIOS[digit - 1])
+
+
+def by_option(chosen: np.ndarray, values: np.ndarray) -> list[dict]:
+    """Mean of the ``values`` [n] of architectures that have chosen the same, smallest option first.
+
+    Returns:
+        For each option ``{"option", "architectures", "mean", "standard_error",
+        "mean_absolute"}``; the standard error of a single architecture is None.
+    """
+    rows = []
+    for option in np.unique(chosen):
+        part = values[chosen == option]
+        deviation = part.std(ddof=1) / math.sqrt(len(part)) if len(part) > 1 else math.nan
+        rows.append(
+            {
+                "option": float(option),
+                "architectures": len(part),
+                "mean": float(part.mean()),
+                "standard_error": none_if_nan(deviation),
+                "mean_absolute": float(np.abs(part).mean()),
+            }
+        )
+    return rows
+
+
+def attribute(chosen: Mapping[str, np.ndarray], values: np.ndarray) -> dict:
+    """Least squares of ``values`` [n] on the choices (name -> [n]) that vary.
+
+    With too few architectures or choices that go together, of all best fits the one of the least
+    effects is given.
+
+    Returns:
+        ``explained``: share of the values' variance that the choices explain together, corrected
+        for their number (adjusted R^2; not below 0); and by name of the ``choices``
+
+        - ``correlation``: Pearson's, of the value with this choice alone,
+        - ``effect``: change of the value from the smallest to the largest of the choice, the
+          others being equal. Of rank errors: positive where more of it is overrated,
+        - ``standard_error``: of the effect,
+        - ``p_value``: of an effect of 0, by Student's t, with Holm's correction (Scandinavian
+          Journal of Statistics, 1979) for having looked at all the choices.
+
+        All as plain numbers; None what is not defined, as with too few architectures.
+    """
+    varying = {name: options for name, options in chosen.items() if np.ptp(options) > 0}
+    if not varying:
+        return {"explained": None, "choices": {}}
+    # From 0 for the smallest to 1 for the largest, so that a coefficient is an effect.
+    scaled = np.stack([(v - v.min()) / np.ptp(v) for v in varying.values()], axis=1)
+    centred = scaled - scaled.mean(axis=0)
+    target = values - values.mean()
+    inverse = np.linalg.pinv(centred)
+    effects = inverse @ target
+    residual = float(((target - centred @ effects) ** 2).sum())
+    freedom = len(values) - 1 - int(np.linalg.matrix_rank(centred))
+    total = float((target**2).sum())
+    explained, deviations = math.nan, np.full(len(varying), math.nan)
+    if freedom > 0:
+        deviations = np.sqrt((inverse**2).sum(axis=1) * residual / freedom)
+        if total:
+            explained = max(0.0, 1 - residual / freedom / (total / (len(values) - 1)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p_values = holm(2 * stdtr(max(freedom, 1), -np.abs(effects / deviations)))
+    rows = zip(varying.items(), effects.tolist(), deviations, p_values, strict=True)
+    return {
+        "explained": none_if_nan(explained),
+        "choices": {
+            name: {
+                "correlation": none_if_nan(pearson(options, values)),
+                "effect": effect,
+                "standard_error": none_if_nan(deviation),
+                "p_value": none_if_nan(p_value),
+            }
+            for (name, options), effect, deviation, p_value in rows
+        },
+    }
+
+
+def clear_effects(attribution: Mapping) -> list[tuple[str, float]]:
+    """Choices whose effect is not 0, at ``LEVEL``, and their effects, the largest first."""
+    found = [
+        (name, row["effect"])
+        for name, row in attribution["choices"].items()
+        if row["p_value"] is not None and row["p_value"] < LEVEL
+    ]
+    return sorted(found, key=lambda choice: -abs(choice[1]))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's correction of p-values [n]: below a level only if all smaller ones are, too."""
+    order = np.argsort(p_values)
+    remaining = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * remaining))
+    return adjusted
+
+
+# --- of predictions and a truth
+
+
+@dataclass
+class Matched:
+    """Architectures that have both a predicted and a true accuracy."""
+
+    archs: list[Architecture]
+    pred: np.ndarray  # in the file's unit [n]
+    gt: np.ndarray  # in percent [n]
+    only_in_pred: list[str]  # codes of the others
+    only_in_gt: list[str]
+
+
+def match(pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]) -> Matched:
+    """Pair what two files say about the same architectures, in the order of ``gt``.
+
+    Raises:
+        UserError: fewer than three are in both.
+    """
+    archs = [arch for arch in gt if arch in pred]
+    if len(archs) < FEWEST:
+        raise UserError(
+            f"--pred and --gt share {len(archs)} architectures ({len(pred)} and {len(gt)} are in "
+            f"them); a ranking needs at least {FEWEST}"
+        )
+    return Matched(
+        archs,
+        np.array([pred[arch] for arch in archs], np.float64),
+        np.array([gt[arch] for arch in archs], np.float64),
+        [arch.code for arch in pred if arch not in gt],
+        [arch.code for arch in gt if arch not in pred],
+    )
+
+
+def analyse_ranking(matched: Matched, seed: int = 0, resamples: int = RESAMPLES) -> dict:
+    """All figures of a report, as plain values; None where something is not defined."""
+    pred, gt = matched.pred, matched.gt
+    errors = 100 * rank_errors(pred, gt) / len(gt)
+    chosen = choices(matched.archs)
+    best = [top_k(pred, gt, k) for k in TOP_K if k == 1 or k <= len(gt) // 2]
+    report = {
+        "architectures": len(gt),
+        "resamples": resamples,
+        "seed": seed,
+        "correlations": correlations(pred, gt, seed, resamples),
+        "top_k": [{**row, "regret": round(row["regret"], 6)} for row in best],
+        "mean_absolute_rank_error": float(np.abs(errors).mean()),
+        "by_option": {name: by_option(chosen[name], errors) for name in DISCRETE},
+        "attribution": attribute(chosen, errors),
+        "unmatched": {
+            source: {"count": len(codes), "codes": codes[:LISTED_CODES]}
+            for source, codes in (("pred", matched.only_in_pred), ("gt", matched.only_in_gt))
+        },
+    }
+    told = {"interpretation": interpret_ranking(report), "notes": notes_on_ranking(matched)}
+    return {**report, **told}
+
+
+def notes_on_ranking(matched: Matched) -> list[str]:
+    """What a reader must know before trusting the figures."""
+    found = []
+    for source, values in (("predictions", matched.pred), ("true accuracies", matched.gt)):
+        if np.ptp(values) == 0:
+            found.append(
+                f"All {source} are equal: they rank nothing, and no correlation is defined."
+            )
+            continue
+        distinct, counts = np.unique(values, return_counts=True)
+        if counts.max() >= FEWEST and counts.max() > MANY_EQUAL * len(values):
+            found.append(
+                f"{counts.max():,} of {len(values):,} {source} are {distinct[counts.argmax()]:g}: "
+                "placeholders? Among them nothing is ranked."
+            )
+    missing = [
+        f"{len(codes):,} only in {source}"
+        for source, codes in (("--pred", matched.only_in_pred), ("--gt", matched.only_in_gt))
+        if codes
+    ]
+    if missing:
+        found.append(f"Architectures without a partner are left out: {', '.join(missing)}.")
+    if len(matched.gt) < 20:
+        found.append(
+            f"{len(matched.gt)} architectures are few: the intervals are wide and only rough."
+        )
+    return found
+
+
+def interpret_ranking(report: Mapping) -> list[str]:
+    """The figures in sentences."""
+    tau, attribution = report["correlations"]["kendall_tau_b"], report["attribution"]
+    if tau["value"] is None:
+        return ["Nothing can be said about the ranking."]
+    if tau["low"] is None:
+        return [
+            f"Kendall's tau-b is {tau['value']:.3f}. The architectures are too few, or too many of "
+            "them equal, to tell how far that can be trusted."
+        ]
+    if tau["low"] <= 0 <= tau["high"]:
+        meaning = "The interval holds 0: these architectures do not show that it ranks at all."
+    elif tau["value"] < 0:
+        meaning = "It ranks the wrong way round: what it prefers is worse."
+    else:
+        meaning = (
+            f"Of two architectures whose accuracies differ, it puts about "
+            f"{50 * (1 + tau['value']):.0f} in 100 pairs in the right order."
+        )
+    lines = [
+        f"Kendall's tau-b is {tau['value']:.3f} ({tau['low']:.3f} to {tau['high']:.3f}). {meaning} "
+        f"Taking the predicted best one costs {report['top_k'][0]['regret']:.2f} percentage points "
+        "of true accuracy."
+    ]
+    clear = clear_effects(attribution)
+    if clear:
+        name, change = clear[0]
+        kind, stage = name.rsplit(" ", 1)
+        lines.append(
+            f"Its largest systematic error: the {kind} of stage {stage} is "
+            f"{'overrated' if change > 0 else 'underrated'}. From the smallest to the "
+            f"largest, the predicted rank rises {abs(change):.0f} % of all "
+            f"ranks {'more' if change > 0 else 'less'} than the true one. All choices together "
+            f"explain {100 * attribution['explained']:.0f} % of the errors' variance; the rest is "
+            "other than depths and widths added up, or noise."
+        )
+    elif attribution["explained"] is not None:
+        lines.append("No choice of depth or width stands out as the cause of its errors.")
+    return lines
+
+
+# --- of scores alone
+
+
+def budgets(macs: np.ndarray, number: int = BUDGETS) -> list[float]:
+    """Round numbers of MACs from just above the cheapest architecture to the dearest.
+
+    All have two significant digits of the largest one's size.
+    """
+    low, high = float(macs.min()), float(macs.max())
+    digit = 10.0 ** (math.floor(math.log10(high)) - 1)
+    ends = np.linspace(low, high, number + 1)[1:]
+    return sorted({math.ceil(end / digit - 1e-9) * digit for end in ends})
+
+
+def analyse_scores(
+    archs: Mapping[str, Architecture],
+    accuracy: np.ndarray,
+    costs: Mapping[str, np.ndarray],
+    known: Estimates | None,
+    rows: Sequence[int],
+) -> dict:
+    """All figures of a report on scores alone, as plain values; None where not defined.
+
+    Args:
+        archs: n by name.
+        accuracy: their scores in percent [n].
+        costs: ``macs`` and ``params`` [n].
+        known, rows: what ``estimates.json`` says, and where they are in it.
+    """
+    names, macs = list(archs), costs["macs"]
+    images = error = agreement = None
+    if known is not None:
+        images, error = known.images, 100 * known.error[rows]
+        if known.agreement is not None:
+            agreement = {"images": known.of_images, **asdict(known.agreement)}
+
+    def row(index: int) -> dict:
+        return {
+            "name": names[index],
+            "arch": archs[names[index]].code,
+            "accuracy": float(accuracy[index]),
+            "standard_error": None if error is None else float(error[index]),
+            "macs": int(macs[index]),
+            "params": int(costs["params"][index]),
+        }
+
+    chosen = choices(list(archs.values()))
+    front = pareto_front(accuracy, macs)
+    report = {
+        "architectures": len(accuracy),
+        "images": images,
+        "accuracy": {
+            "lowest": float(accuracy.min()),
+            "median": float(np.median(accuracy)),
+            "highest": float(accuracy.max()),
+            "standard_deviation": float(accuracy.std(ddof=1)),
+        },
+        "standard_error": None if error is None else float(np.median(error)),
+        "agreement": agreement,
+        "tau_of_macs": none_if_nan(kendall_tau_b(macs, accuracy)),
+        "front": [row(index) for index in front],
+        "budgets": [
+            {
+                "macs": budget,
+                "best": row(front[np.searchsorted(macs[front], budget, side="right") - 1]),
+            }
+            for budget in budgets(macs)
+        ],
+        "best": [row(index) for index in np.argsort(-accuracy, kind="stable")[:LISTED]],
+        "by_option": {name: by_option(chosen[name], accuracy) for name in DISCRETE},
+        "attribution": attribute(chosen, accuracy),
+    }
+    told = {"interpretation": interpret_scores(report), "notes": notes_on_scores(accuracy)}
+    return {**report, **told}
+
+
+def interpret_scores(report: Mapping) -> list[str]:
+    """The figures in sentences."""
+    found = report["accuracy"]
+    lines = [
+        f"{report['architectures']:,} architectures score {found['lowest']:.2f} to "
+        f"{found['highest']:.2f} %, with a median of {found['median']:.2f} % and a standard "
+        f"deviation of {found['standard_deviation']:.2f} percentage points."
+    ]
+    if report["standard_error"] is not None:
+        lines.append(
+            f"On {report['images']:,} images an accuracy has a standard error of about "
+            f"{report['standard_error']:.2f} points as an estimate for other images. All "
+            "architectures saw the same images, so that their differences are known better."
+        )
+    agreement = report["agreement"]
+    if agreement is not None and agreement["images"] != report["images"]:
+        lines.append(
+            f"The ranking by these {report['images']:,} images is expected to agree with that by "
+            f"all {agreement['images']:,} at a tau-b of {agreement['tau']:.3f} "
+            f"({agreement['low']:.3f} to {agreement['high']:.3f})."
+        )
+    tau = report["tau_of_macs"]
+    if tau is not None:
+        lines.append(
+            f"MACs alone would order {50 * (1 + tau):.0f} in 100 pairs as these scores do (tau-b "
+            f"{tau:.3f}).".replace("-0.", "\N{MINUS SIGN}0.")
+        )
+    attribution = report["attribution"]
+    clear = clear_effects(attribution)
+    if clear:
+        name, change = clear[0]
+        kind, stage = name.rsplit(" ", 1)
+        lines.append(
+            f"Depths and widths, added up, explain {100 * attribution['explained']:.0f} % of the "
+            f"scores' variance. The {kind} of stage {stage} matters most: from the smallest to the "
+            f"largest, the others being equal, accuracy {'rises' if change > 0 else 'falls'} by "
+            f"{abs(change):.2f} points."
+        )
+    return lines
+
+
+def notes_on_scores(accuracy: np.ndarray) -> list[str]:
+    """What a reader must know before trusting the figures."""
+    if np.ptp(accuracy) == 0:
+        return [f"All scores are {accuracy[0]:g} %: they rank nothing."]
+    distinct = len(np.unique(accuracy))
+    if distinct < len(accuracy) / 2:
+        return [
+            f"{len(accuracy):,} architectures share {distinct:,} different scores: more validation "
+            "images would tell more of them apart."
+        ]
+    return []

@@ -1,0 +1,183 @@
+"""Small tools: counts from codes, the demo's closing words, and what starts without Paddle."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hnas.base.errors import UserError
+from hnas.search_space import RESNET48, RESNET48_MINI
+from hnas.tools import demo_summary, flops
+from hnas.tools.flag_tables import launcher_variables
+from hnas.utils.flags import Stage
+from hnas.utils.parsing import parse_options
+
+ROOT = Path(__file__).parents[1]
+LARGEST = RESNET48.largest().code
+SMALL = RESNET48.smallest().code[1:]
+NUMBER = 21
+
+# --- flops
+
+
+@pytest.fixture
+def arch_file(tmp_path):
+    path = tmp_path / "archs.json"
+    entries = {"big": {"acc": 0.0, "arch": LARGEST}, "small": {"acc": 0.5, "arch": SMALL}}
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_counts_are_printed_or_written(arch_file, tmp_path, capsys):
+    flops.main(["--modelarch_file", str(arch_file)])
+    counts = json.loads(capsys.readouterr().out)
+    assert list(counts) == ["big", "small"]
+    assert counts["big"] == {"arch": LARGEST, "macs": 5_282_238_464, "params": 34_043_688}
+    output = tmp_path / "new folder" / "counts.json"
+    flops.main(["--modelarch_file", str(arch_file), "--output", str(output)])
+    assert capsys.readouterr().out == "" and json.loads(output.read_text()) == counts
+    mini = ["--backbone", "resnet48_mini", "--image_size", "33", "--num_classes", "10"]
+    flops.main(["--modelarch_file", str(arch_file), *mini])
+    counts = json.loads(capsys.readouterr().out)
+    small = RESNET48_MINI.smallest()
+    macs, params = RESNET48_MINI.macs(small, 33, 10), RESNET48_MINI.params(small, 10)
+    assert counts["small"] == {"arch": SMALL, "macs": macs, "params": params}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--modelarch_file", "nowhere.json", "nowhere.json: No such file"),
+        ("--backbone", "resnet84", "did you mean resnet48"),
+        ("--image_size", "-224", "--image_size"),
+        ("--image_size", "0", "--image_size"),
+        ("--image_size", "small", "--image_size"),
+        ("--num_classes", "-1", "--num_classes"),
+        ("--imgae_size", "64", "--imgae_size"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(arch_file, flag, value, message):
+    with pytest.raises(UserError, match=message) as error:
+        flops.main(["--modelarch_file", str(arch_file), flag, value])
+    assert "\n" not in str(error.value)
+
+
+# --- the demo's closing words
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """What a demo leaves that its summary reads: accuracies that grow with the MACs."""
+    space = RESNET48_MINI
+    archs = space.sample_distinct(
+        np.random.default_rng(0), NUMBER, (space.largest(), space.smallest())
+    )
+    entries = {
+        name: {"arch": arch.code, "acc": space.macs(arch, 32, 10) / 1e7}
+        for name, arch in archs.items()
+    }
+    for stage in ("stage1", "stage3"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "history.json").write_text('{"epoch_losses": [2.0, 1.0]}')
+    (tmp_path / "stage3/submission.json").write_text(json.dumps(entries))
+    (tmp_path / "seconds.txt").write_text("data 3\nstage1 20\n")
+    return tmp_path
+
+
+def commands(text):
+    joined = text.replace("\\\n", " ")
+    return [shlex.split(line) for line in joined.splitlines() if line.startswith("  ")][3:]
+
+
+def test_the_table_is_right_and_the_report_works_as_printed(demo, capsys):
+    demo_summary.main(["--demo_dir", str(demo)])
+    text = capsys.readouterr().out
+    entries = json.loads((demo / "stage3/submission.json").read_text()).values()
+    every = sorted(entry["acc"] for entry in entries)
+    for name, top1 in (("largest", every[-1]), ("median", every[10]), ("smallest", every[0])):
+        assert re.search(rf"^{name} +{round(1e7 * top1):,} +{top1:.2%}$", text, re.M)
+    assert re.search("^data +3\nstage1 +20$", text, re.M) and "2.000 -> 1.000" in text
+    report, _ = commands(text)
+    assert (ROOT / report[0]).resolve() == Path(sys.executable).resolve()
+    done = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(done.stdout)
+    # The accuracies are the MACs.
+    assert found["architectures"] == NUMBER
+    assert found["kendall_tau_b"]["value"] == pytest.approx(1)
+    assert (demo / "macs/report.html").is_file()
+
+
+def test_an_unfinished_demo_is_refused(demo):
+    (demo / "stage1/history.json").unlink()
+    with pytest.raises(UserError, match=r"stage1/history.json is missing; run sh run_demo.sh"):
+        demo_summary.main(["--demo_dir", str(demo)])
+
+
+def test_the_other_command_scores_what_it_draws():
+    text = demo_summary.next_steps(Path("output/demo"), ".venv/bin/python")
+    _, other = commands(text)
+    assert other[-2:] == ["sh", "local_eval.sh"]
+    given = dict(word.split("=") for word in other[:-2])
+    assert set(given) <= set(launcher_variables((ROOT / other[-1]).read_text()))
+    options = parse_options(Stage.SCORE, [f"--{name}={value}" for name, value in given.items()])
+    assert (options.eval_sample_num, options.modelarch_file) == (500, "")
+    supernet = demo_summary.SUPERNET
+    assert options.ckpt_dir == f"output/demo/{supernet}"
+    assert f'ckpt_dir="$demo/{supernet}" modelarch_file=' in (ROOT / "run_demo.sh").read_text()
+
+
+# --- without Paddle
+
+MOST_MIB = 200
+# Runs a tool and tells what it loaded and took. The peak is the kernel's VmHWM: ru_maxrss would
+# also count the memory of the process that this one was forked from.
+RUN = """
+import importlib, json, sys
+tool, *arguments = sys.argv[1:]
+importlib.import_module(f"hnas.tools.{tool}").main(arguments)
+from hnas.base.memory import peak_gib
+loaded = sorted({name.partition(".")[0] for name in sys.modules})
+sys.stderr.write(json.dumps({"loaded": loaded, "mib": 1024 * peak_gib()}))
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A file of architectures with accuracies, and a folder to write to."""
+    archs = RESNET48.sample_distinct(np.random.default_rng(0), 50).values()
+    entries = {f"a{i}": {"acc": i / 50, "arch": arch.code} for i, arch in enumerate(archs)}
+    path = tmp_path / "archs.json"
+    path.write_text(json.dumps(entries))
+    return path, tmp_path
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "light"),
+    [
+        ("flops", "--modelarch_file FILE", {"scipy", "matplotlib"}),
+        ("draw_architectures", "--number 50 --output FOLDER/drawn.json", {"scipy", "matplotlib"}),
+        ("choose", "--submission FILE --images 99", {"matplotlib"}),
+        ("choose", "--submission FILE --images 99 --out FOLDER/out", set()),
+        ("rank_report", "--pred macs --gt FILE --out FOLDER/out", set()),
+        ("rank_report", "--pred FILE --out FOLDER/out", set()),
+    ],
+)
+def test_without_paddle_and_in_little_memory(files, tool, arguments, light):
+    path, folder = (str(file) for file in files)
+    words = arguments.replace("FILE", path).replace("FOLDER", folder).split()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, tool, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = json.loads(done.stderr)
+    assert not ({"paddle", "paddleslim", "sklearn", "cv2"} | light) & set(found["loaded"])
+    assert found["mib"] < MOST_MIB
