@@ -158,12 +158,24 @@ def refused(check, *arguments):
     return one_line(str(error.value))
 
 
-def test_a_queue_that_memory_cannot_hold_is_refused(free):
+TOO_MUCH = [  # of 1 GiB that is free: what fits, what does not, and the message
+    (check_queue, {"queue_size": 2**20}, {"queue_size": 2**20 + 1},  # a KiB a key
+     "--queue_size 1048577 needs 1.00 GiB at least, and 1.00 GiB are free"),
+    (check_chunk, {"chunk_size": 1000}, {"chunk_size": 10_000},
+     "--chunk_size 10000 at --image_size 224 needs 5.61 GiB at least"),
+    (lambda options: check_cache(options, options.eval_images),  # 147 KiB an image
+     {"eval_images": 7133}, {"eval_images": 7134},
+     "--cache_gb 8: keeping 7134 images of 224 px needs 1.00 GiB at least"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "fits", "too_much", "words"), TOO_MUCH)
+def test_what_memory_cannot_hold_is_refused(check, fits, too_much, words, free):
     free(1024)
-    # Two copies of 128 float32: a KiB a key.
-    check_queue(Options(queue_size=2**20))
-    message = refused(check_queue, Options(queue_size=2**20 + 1))
-    assert message.startswith("--queue_size 1048577 needs 1.00 GiB at least, and 1.00 GiB are free")
+    check(Options(**fits))
+    assert refused(check, Options(**too_much)).startswith(words)
+    check_cache(Options(cache_gb=1), 7134)  # they go to a file
+    check_chunk(Options(chunk_size=0))
 
 
 def test_a_batch_that_memory_cannot_hold_is_refused(free):
@@ -181,25 +193,6 @@ def test_a_batch_that_memory_cannot_hold_is_refused(free):
     check_batch(dataclasses.replace(options, batch_size=most), RESNET48)
     refused(check_batch, dataclasses.replace(options, batch_size=most + 1), RESNET48)
     check_batch(dataclasses.replace(options, batch_size=most + 1, accumulate=most + 1), RESNET48)
-
-
-def test_a_chunk_that_memory_cannot_hold_is_refused(free):
-    free(1024)
-    message = refused(check_chunk, Options(chunk_size=10_000))
-    assert message.startswith("--chunk_size 10000 at --image_size 224 needs 5.61 GiB at least")
-    check_chunk(Options(chunk_size=1000))
-    check_chunk(Options(chunk_size=0))
-
-
-def test_decoded_images_that_memory_cannot_hold_are_refused(free):
-    free(1024)
-    options = Options(cache_gb=8, image_size=224)
-    # 1 GiB are 7133 images of 147 KiB.
-    check_cache(options, 7133)
-    message = refused(check_cache, options, 7134)
-    assert message.startswith("--cache_gb 8: keeping 7134 images of 224 px needs 1.00 GiB at least")
-    # Beyond cache_gb they go to a file.
-    check_cache(dataclasses.replace(options, cache_gb=1), 7134)
 
 
 def test_docker_gives_too_little_shared_memory_for_stage_1(free):
