@@ -17,12 +17,10 @@ eval_images=${eval_images:-0}                                   # 0: all
 chunk_size=${chunk_size:-0}                                     # images a walk; 0: by memory
 target_se=${target_se:-0}                                       # stop early below it; 0: never
 target_tau=${target_tau:-0}                                     # stop early above it; 0: never
-arch_shard=${arch_shard:-None}                                  # as 2/8: a part of the list only
+images_part=${images_part:-None}                                # as 2/8: a part of the images
 cache_gb=${cache_gb:-8}                                         # GiB for decoded images
 amp=${amp:-O0}                                                  # O1: half precision, if there is
 eval_sample_num=${eval_sample_num:-0}                           # first N only; 0: all
-use_tensor_dataset=${use_tensor_dataset:-True}                  # decode once, keep in memory
-num_workers=${num_workers:-8}
 seed=${seed:-0}
 device=${device:-auto}
 . hnas/tools/launch.sh
@@ -32,8 +30,7 @@ launch train_supernet.py run \
     --ckpt_dir "$ckpt_dir" --modelarch_file "$modelarch_file" \
     --bn_calibration_images "$bn_calibration_images" \
     --eval_engine "$eval_engine" --eval_images "$eval_images" --chunk_size "$chunk_size" \
-    --target_se "$target_se" --target_tau "$target_tau" --arch_shard "$arch_shard" \
+    --target_se "$target_se" --target_tau "$target_tau" --images_part "$images_part" \
     --cache_gb "$cache_gb" --amp "$amp" \
     --eval_sample_num "$eval_sample_num" --image_dir "$image_dir" --save_dir "$save_dir" \
-    --use_tensor_dataset "$use_tensor_dataset" --num_workers "$num_workers" \
     --seed "$seed" --device "$device" "$@"

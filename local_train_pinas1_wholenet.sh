@@ -18,7 +18,6 @@ momentum=${momentum:-0.9}
 lr_schedule=${lr_schedule:-cosine}                              # or swing, as the public code
 largest_net_in_stage1=${largest_net_in_stage1:-True}            # else two uniform draws
 stage1_views=${stage1_views:-two_kinds}                         # or one_kind, as the public code
-exchange_views=${exchange_views:-False}                         # in the second pass
 freeze_bn=${freeze_bn:-True}                                    # train at the statistics given
 queue_size=${queue_size:-40960}
 key_momentum=${key_momentum:-0.999}
@@ -37,7 +36,6 @@ save_steps=${save_steps:-500}                                   # steps; 0: at e
 keep=${keep:-0}                                                 # epochs besides the first; 0: all
 bad_images=${bad_images:-fatal}                                 # or skip
 log_freq=${log_freq:-50}                                        # steps
-visualdl_dir=${visualdl_dir:-None}                              # folder of curves
 resume=${resume:-None}                                          # a folder, or auto
 seed=${seed:-0}
 device=${device:-auto}
@@ -48,13 +46,13 @@ launch train_supernet_pinas_stage1.py run \
     --batch_size "$batch_size" --lr "$lr" --warmup "$warmup" \
     --weight_decay "$weight_decay" --momentum "$momentum" \
     --lr_schedule "$lr_schedule" --largest_net_in_stage1 "$largest_net_in_stage1" \
-    --stage1_views "$stage1_views" --exchange_views "$exchange_views" --freeze_bn "$freeze_bn" \
+    --stage1_views "$stage1_views" --freeze_bn "$freeze_bn" \
     --queue_size "$queue_size" --key_momentum "$key_momentum" --temperature "$temperature" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
     --pretrained "$pretrained" --image_dir "$image_dir" --save_dir_new "$save_dir" \
     --amp "$amp" --accumulate "$accumulate" --clip_norm "$clip_norm" \
     --use_tensor_dataset "$use_tensor_dataset" --storage_size "$storage_size" \
-    --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" \
+    --cache_dir "$cache_dir" \
     --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
     --bad_images "$bad_images" --log_freq "$log_freq" --resume "$resume" --seed "$seed" \

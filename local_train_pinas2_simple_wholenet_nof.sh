@@ -18,14 +18,12 @@ lr=${lr:-0.0005}                                                # for a batch of
 warmup=${warmup:-5}                                             # epochs
 weight_decay=${weight_decay:-0.00003}
 momentum=${momentum:-0.9}
-sample_method=${sample_method:-random}                          # random, tilted, sandwich, fair
+sample_method=${sample_method:-random}                          # random, sandwich, fair
 bias_sample_flag=${bias_sample_flag:-True}                      # random: the largest of many
 stage1_sample_num=${stage1_sample_num:-400}                     # how many
 extra_random_every=${extra_random_every:-3}                     # steps; a uniform one more; 0: never
-bias_strength=${bias_strength:-2.0}                             # of tilted
 sample_space=${sample_space:-released}                          # released or full
 use_loss_expand=${use_loss_expand:-False}                       # losses weighted by size
-distill_temperature=${distill_temperature:-1.0}                 # of soft targets
 crop_scale_min=${crop_scale_min:-0.08}
 flip_prob=${flip_prob:-0.5}
 freeze_bn=${freeze_bn:-True}                                    # train at the statistics given
@@ -43,7 +41,6 @@ keep=${keep:-0}                                                 # epochs besides
 bad_images=${bad_images:-fatal}                                 # or skip
 eval_freq=${eval_freq:-1}                                       # epochs; 0: never
 log_freq=${log_freq:-50}                                        # steps
-visualdl_dir=${visualdl_dir:-None}                              # folder of curves
 resume=${resume:-None}                                          # a folder, or auto
 train_flag=${train_flag:-True}                                  # False: evaluate only
 seed=${seed:-0}
@@ -56,15 +53,14 @@ launch train_supernet_pinas_stage2_simple.py run \
     --warmup "$warmup" --weight_decay "$weight_decay" --momentum "$momentum" \
     --sample_method "$sample_method" --bias_sample_flag "$bias_sample_flag" \
     --stage1_sample_num "$stage1_sample_num" --extra_random_every "$extra_random_every" \
-    --bias_strength "$bias_strength" --sample_space "$sample_space" \
-    --use_loss_expand "$use_loss_expand" --distill_temperature "$distill_temperature" \
+    --sample_space "$sample_space" --use_loss_expand "$use_loss_expand" \
     --freeze_bn "$freeze_bn" --bn_calibration_images "$bn_calibration_images" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
     --pretrained "$pretrained" --use_ckpt "$use_ckpt" --ckpt_dir "$ckpt_dir" \
     --image_dir "$image_dir" --save_dir "$save_dir" \
     --amp "$amp" --accumulate "$accumulate" --clip_norm "$clip_norm" \
     --use_tensor_dataset "$use_tensor_dataset" --storage_size "$storage_size" \
-    --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" \
+    --cache_dir "$cache_dir" \
     --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
     --bad_images "$bad_images" --eval_freq "$eval_freq" --log_freq "$log_freq" \

@@ -24,13 +24,12 @@ from hnas.utils.memory_needs import check_queue
 from hnas.utils.parsing import parse_options
 from hnas.utils.runtime import require, space_of, start, training_images, training_loader
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
-from hnas.utils.training import (
-    fit,
-    prepare,
+from hnas.utils.starting import (
     pretrained_network,
     start_contrast_from_checkpoint,
     start_from_pretrained,
 )
+from hnas.utils.training import fit, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +71,10 @@ def main() -> None:
             "which gives away what belongs together; several processes shuffle the keys' images"
         )
 
-    largest = LargestSampler(space, number=2)
-    uniform = RandomSampler(space, options.seed, number=2)
-    model = ContrastiveModel(
-        network,
-        largest if options.largest_net_in_stage1 else uniform,
-        exchange_views=options.exchange_views,
-        shuffle=not options.freeze_bn,
-        seed=options.seed,
-    )
+    sampler = LargestSampler(space, number=2)
+    if not options.largest_net_in_stage1:
+        sampler = RandomSampler(space, options.seed, number=2)
+    model = ContrastiveModel(network, sampler, not options.freeze_bn, options.seed)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     strong = StrongTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     views = TwoViews(strong if options.stage1_views == "two_kinds" else crop, crop)

@@ -23,25 +23,11 @@ from hnas.utils.flags import Stage
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import (
-    calibration_images,
-    require,
-    space_of,
-    start,
-    training_images,
-    training_loader,
-    validation_images,
-    validation_loader,
-)
+from hnas.utils.runtime import require, space_of, start, training_images, training_loader
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
-from hnas.utils.training import (
-    fit,
-    prepare,
-    pretrained_network,
-    start_from_checkpoint,
-    start_from_pretrained,
-)
-from hnas.utils.validation import Extremes, Figures, Ranking, figures_text
+from hnas.utils.starting import pretrained_network, start_from_checkpoint, start_from_pretrained
+from hnas.utils.training import fit, prepare
+from hnas.utils.validation import figures_text, measurement
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +59,6 @@ def main() -> None:
         None if options.in_place_distillation else teacher,
         LargestSampler(space) if largest_only else build_sampler(options, space, options.seed),
         loss_weights=relative_sizes(space) if options.use_loss_expand else None,
-        temperature=options.distill_temperature,
-        label_smoothing=options.label_smoothing,
         in_place=options.in_place_distillation,
     )
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
@@ -83,18 +67,7 @@ def main() -> None:
 
     measure = None
     if options.eval_freq or not options.train_flag:
-        val_images = validation_images(options, images)
-        val = validation_loader(options, val_images)
-        calibration = calibration_images(options, frozen, images)
-        extremes = Extremes(network, val, calibration, teacher)
-        ranking = None
-        if options.rank_gt:
-            ranking = Ranking.of_run(options, network, val_images, val, calibration)
-
-        def measure() -> Figures:
-            found = extremes.measure()
-            return found if ranking is None else {**found, **ranking.measure()}
-
+        measure = measurement(options, network, teacher, frozen, images)
     if options.train_flag:
         fit(model, options, loader, measure)
     else:

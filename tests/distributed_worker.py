@@ -12,15 +12,14 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 
-from hnas.bench.speed_training_worker import calm
+from hnas.bench.speed_training import calm
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import GradientExchange, join_processes, leave, rank, world_size
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.gradient_step import GradientStep, momentum_optimizer
-from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.hapi_wrapper import DistillationModel, GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import RandomSampler
 
@@ -67,9 +66,7 @@ def distilled() -> DistillationModel:
     paddle.seed(2)
     network = build_network("resnet48_mini", CLASSES)
     teacher = build_network("resnet48_mini", CLASSES, elastic=False)
-    return trained(
-        DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 3, tilt=1.0))
-    )
+    return trained(DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 3, 3)))
 
 
 def trained(model, accumulate: int = 1):
@@ -102,7 +99,7 @@ def gradients_of_one_step(model, step: int) -> dict[str, np.ndarray]:
             if parameter.grad is not None:
                 seen[name] = parameter.grad.numpy()
 
-    model._optimizer.step = look
+    model.optimizer.step = look
     model.epoch, model.step = 1, step
     parts = batch(step)
     model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])

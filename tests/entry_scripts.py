@@ -1,11 +1,23 @@
-"""Entry scripts in the tests' own process, on images of noise."""
+"""Entry scripts in the tests' own process, on images of noise; inputs of whole runs."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
+import paddle
+from paddle import nn
 from PIL import Image
 
+from hnas.bench.speed_training import calm
+from hnas.dataset.image_folder import scan_images
+from hnas.dataset.loader import EvalLoader, ImageDataset
+from hnas.dataset.transforms import EvalTransform, normalize
+from hnas.models.calibration import measure
+from hnas.models.registry import build_network
+from hnas.tools.digits_folder import write_digits
+from hnas.utils.weights import write_state
+
+ROOT = Path(__file__).resolve().parents[1]
 CLASSES = list("0123456789")
 
 
@@ -28,3 +40,29 @@ def run(script, monkeypatch, images, save_dir, **flags) -> None:
     line = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["script", "run", *line])
     script.main()
+
+
+def write_inputs(work: Path, images_per_class: int) -> None:
+    """Digits, and a network to start from: random weights, but fit to be trained frozen."""
+    write_digits(work / "images")
+    for folder in (work / "images").glob("*/*"):
+        for path in sorted(folder.iterdir())[images_per_class:]:
+            path.unlink()
+    paddle.seed(0)
+    network = build_network("resnet48_mini", num_classes=10, elastic=False)
+    calm(network)
+    measure_statistics(network, work / "images", image_size=32)
+    write_state(work / "pretrained.pdparams", network.state_dict())
+
+
+def measure_statistics(network: nn.Layer, image_dir: Path, image_size: int) -> None:
+    """Give a new network the BatchNorm statistics of the training images.
+
+    Training at frozen statistics needs some that fit the weights, as pretrained networks have.
+    """
+    images = scan_images(image_dir, "train")
+    dataset = ImageDataset(images, EvalTransform(image_size), seed=0)
+    ((pixels, _),) = EvalLoader(dataset, len(images))
+    network.eval()
+    norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+    measure(network, norms, normalize(pixels))

@@ -32,18 +32,15 @@ from hnas.ranking.correlations import kendall_tau_b
 from hnas.ranking.front import difference_errors, not_worse
 from hnas.search_space import RESNET48_MINI
 
-RUNS = Path(__file__).parents[1] / "docs/results/rank/runs.jsonl"
+RESULTS = Path(__file__).parents[1] / "docs/results/ranking_bench.json"
 INTERACTION = 0.55
 """Standard deviation of what an image means to one architecture more than to all."""
 
 
 def bench_accuracies(job: str) -> np.ndarray:
     """Accuracies of a supernet's architectures that the ranking bench measured."""
-    for line in RUNS.read_text().splitlines():
-        run = json.loads(line)
-        if run["job"] == job:
-            return np.array([arch["hits"] for arch in run["archs"].values()]) / run["images"]
-    raise AssertionError(job)
+    content = json.loads(RESULTS.read_text())
+    return np.array(content["supernets"][job]) / content["images"]
 
 
 def simulated_hits(rng, accuracies, images: int, groups: int = 2) -> np.ndarray:

@@ -1,342 +1,317 @@
-"""The ranking bench from end to end: its budget, its jobs and files, and what it prints."""
+"""The ranking bench: its budget, methods, jobs and files, what it compares, and a run of it."""
 
-import io
 import json
-import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
+from scipy.stats import kendalltau
 
 from hnas.base.errors import UserError
 from hnas.bench.rank import __main__ as bench_rank
-from hnas.bench.rank import runs, workers
-from hnas.bench.rank.jobs import DEVELOPMENT_SEEDS, Bench, Job, Scale
-from hnas.bench.rank.methods import COMPARED, METHODS, STAGE1_FORWARDS
-from hnas.bench.rank.runs import run_job, train_alone
-from hnas.bench.rank.summary import final_entries
-from hnas.bench.rank.truth import truth_jobs
-from hnas.bench.rank.tuning import tuning_jobs
-from hnas.search_space import RESNET48_MINI
-from hnas.tools import rank_report
-from hnas.utils.weights import NotFiniteError
+from hnas.bench.rank import runs, verdict, workers
+from hnas.bench.rank.jobs import SPLITS, TUNING_SEED, Bench, Job, Scale
+from hnas.bench.rank.methods import METHODS
+from hnas.utils.SampleMethod import (
+    FairSampler,
+    FirstPlaceSampler,
+    RandomSampler,
+    SandwichSampler,
+)
 
 ROOT = Path(__file__).parents[1]
 METHOD = "first_place"
-TUNED = [f"selection-{METHOD}@{rate}-8" for rate in ("0.0067", "0.02", "0.06")]
-
-
-def run(command, out, *arguments):
-    bench_rank.main([command, "--out", str(out), "--quick", "True", *arguments])
-
-
-def records(path):
-    """A file of results, read by the tests themselves: the lines' objects by job."""
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["job"]: line for line in lines}
-
-
-def line_of(entry):
-    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
-
-
-def without(path, jobs):
-    """A file of results without some jobs, as bytes."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    return b"".join(line for line in lines if json.loads(line)["job"] not in jobs)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder after all commands for one method."""
-    out = tmp_path_factory.mktemp("rank")
-    for command in ("ground_truth", "tune", "final"):
-        run(command, out, "--methods", METHOD)
-    return out
-
-
-# --- the budget, and what is scored on what
 
 
 def test_all_methods_cost_the_same():
-    assert set(COMPARED) < set(METHODS)
     for scale in (Scale(), Scale.quick(), replace(Scale(), budget=2499, stage1_steps=7)):
         for name, method in METHODS.items():
             # Passes of a step: the sub-networks', and the teacher's if it is a network apart.
             step = method.subnetworks + {"pretrained": 1, "in place": 0, "none": 0}[method.teacher]
             # The first place's law trains one sub-network more in every third step.
             step += 1 / 3 if method.sampler == "first_place" else 0
-            before = {"none": 0}.get(method.stage1, 4 * scale.stage1_steps)
-            assert scale.stage1_forwards(method) == before
-            budget = (scale.budget - before) * method.stage2
-            spent = scale.steps(method) * step
-            assert budget - step < spent <= budget + 1e-6, name
-            assert name not in COMPARED or method.stage2 == 1
-    assert STAGE1_FORWARDS == 4
-
-
-def test_a_budget_without_a_step_is_refused():
+            left = scale.budget - (4 * scale.stage1_steps if method.stage1 else 0)
+            assert left - step < scale.steps(method) * step <= left + 1e-6, name
     with pytest.raises(UserError, match="no step of stage 2"):
         replace(Scale(), budget=482).steps(METHODS[METHOD])
 
 
-def test_splits_are_disjoint_and_smaller_benches_begin_alike():
-    bench = Bench(Path(), Scale())
-    splits = [bench.split(name) for name in bench.archs]
-    assert splits == ["selection"] * 16 + ["seen"] * 24 + ["sealed"] * 24 + ["final"] * 32
-    quick = Bench(Path(), Scale.quick()).archs
-    assert list(quick.items()) == list(bench.archs.items())[:7]
-    for arch in bench.archs.values():
-        RESNET48_MINI.shared_plan(arch)
-    assert len({RESNET48_MINI.plan(arch) for arch in bench.archs.values()}) == 96
+@pytest.mark.parametrize(
+    ("name", "law", "subnetworks", "frozen", "stage1", "teaches", "clip_norm"),
+    [
+        ("first_place", FirstPlaceSampler, (5, 4, 4), True, True, True, 0),
+        ("first_place_no_stage1", FirstPlaceSampler, (5, 4, 4), True, False, True, 0),
+        ("first_place_uniform", RandomSampler, (4, 4, 4), True, True, True, 0),
+        ("first_place_clipped", FirstPlaceSampler, (5, 4, 4), True, True, True, 10),
+        ("organisers", RandomSampler, (4, 4, 4), True, False, True, 0),
+        ("bignas", SandwichSampler, (4, 4, 4), False, False, False, 0),
+        ("fairnas", FairSampler, (7, 7, 7), False, False, False, 0),
+        ("single_path", RandomSampler, (1, 1, 1), False, False, False, 0),
+    ],
+)
+def test_methods_train_as_they_are_called(
+    name, law, subnetworks, frozen, stage1, teaches, clip_norm, monkeypatch
+):
+    """What ``run_supernet`` trains with, but for the training."""
+    seen = {}
+
+    def train(bench, job, model, steps, lr, clip_norm):
+        seen.update(model=model, lr=lr, clip_norm=clip_norm)
+
+    monkeypatch.setattr(runs, "start", lambda bench, seed, network: paddle.nn.Linear(1, 1))
+    monkeypatch.setattr(runs, "read_weights", lambda path: seen.update(stage1=path.stem))
+    monkeypatch.setattr(runs, "load_weights", lambda *arguments: None)
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "score_supernet", lambda bench, job, network: [1, 2])
+    result = runs.run_supernet(Bench(Path(), Scale()), Job("final", 5, name, 0.0067))
+    model = seen["model"]
+    assert type(model.sampler) is law
+    assert tuple(len(model.sampler.sample(0, step)) for step in range(3)) == subnetworks
+    assert model.network.frozen == frozen and (model.teacher is not None) == teaches
+    assert seen.get("stage1") == ("stage1-5" if stage1 else None)
+    # The same rates for all: not scaled by how many gradients a step adds up.
+    assert (seen["lr"], seen["clip_norm"], result["hits"]) == (0.0067, clip_norm, [1, 2])
 
 
-def test_only_the_final_command_scores_final_architectures():
+def test_only_final_jobs_score_final_architectures():
     bench = Bench(Path(), Scale())
-    rates = dict.fromkeys(COMPARED, 0.02)
-    final, tuning = bench_rank.jobs_of(final_entries(bench, rates)), tuning_jobs(COMPARED)
-    assert {job.kind for job in final} == {"final"} and {job.kind for job in tuning} == {
-        "selection"
-    }
+    final = verdict.final_jobs(bench, dict.fromkeys(METHODS, 0.02))
+    tuning = verdict.tuning_jobs(METHODS)
+    assert {job.kind for job in final} == {"final"} and len(final) == 8 * len(METHODS)
+    assert {job.kind for job in tuning} == {"selection"} and len(tuning) == 3 * len(METHODS)
     # Whole seeds one after the other, and none that learning rates were chosen by.
     seeds = [job.seed for job in final]
-    assert seeds == sorted(seeds) and not {*seeds} & {*DEVELOPMENT_SEEDS}
-    number = {name: sum(job.method == METHODS[name] for job in final) for name in COMPARED}
-    eight = ["first_place", "first_place_no_stage1", "first_place_uniform", "organisers"]
-    assert number == dict.fromkeys(COMPARED, 5) | dict.fromkeys(eight, 8)
-    assert len({job.rate for job in tuning}) == 3 and len(tuning) == 3 * len(COMPARED)
-    for job, architectures in ((final[0], 32), (tuning[0], 16)):
-        settings = bench.settings(job)
-        assert settings["architectures"] == architectures == len(bench.of_splits((job.kind,)))
-        assert settings["lr"] == job.rate and Job.from_name(job.name) == job
-    truth = truth_jobs(bench, ("selection", "final"))
-    assert len(truth) == 16 * 6 + 32 * 8 and truth[0].seed == 0 and truth[-1].seed == 7
-
-
-def test_a_run_that_diverges_is_no_truth(tmp_path):
-    bench = Bench(tmp_path, Scale.quick())
-    paddle.seed(0)
-    with pytest.raises(NotFiniteError):
-        train_alone(bench, Job("truth", "arch1", 0), RESNET48_MINI.smallest(), 4, 1e12)
-
-
-def test_a_learning_rate_that_diverges_is_a_result(finished):
-    bench = Bench(finished, Scale.quick())
-    job = Job.supernet("selection", "organisers", 1e12, 8)
-    result = runs.run_supernet(bench, job)
-    assert result["archs"] == {} and result["images"] == 100
-
-
-# --- jobs and workers
-
-
-@pytest.mark.parametrize(("method", "limit"), [("first_place", 0), ("first_place_clipped", 10)])
-def test_gradients_of_stage_two_are_clipped_where_the_method_says_so(
-    method, limit, finished, monkeypatch
-):
-    asked, build = [], runs.momentum_optimizer
-
-    def recorded(network, schedule, momentum, weight_decay, clip_norm):
-        asked.append(clip_norm)
-        return build(network, schedule, momentum, weight_decay, clip_norm)
-
-    monkeypatch.setattr(runs, "momentum_optimizer", recorded)
-    job = Job.supernet("selection", method, 0.02, 8)
-    assert runs.run_supernet(Bench(finished, Scale.quick()), job)["images"] == 100
-    assert asked == [limit]
+    assert seeds == sorted(seeds) and TUNING_SEED not in seeds
+    assert {job.seed for job in tuning} == {TUNING_SEED}
+    splits = [list(bench.of_split(split)) for split in ("selection", "final")]
+    assert splits == [[*bench.archs][:16], [*bench.archs][16:]] and len(bench.archs) == 48
+    for job, number in ((final[0], 32), (tuning[0], 16)):
+        assert bench.settings(job)["architectures"] == number
+    quick = Bench(Path(), Scale.quick()).archs
+    assert list(quick.items()) == list(bench.archs.items())[:11]
 
 
 def test_a_job_comes_after_what_it_needs_and_before_the_next_seed(tmp_path):
     bench = Bench(tmp_path, Scale.quick())
-    jobs = [
-        Job.supernet("final", name, 0.02, seed)
-        for seed in (0, 1)
-        for name in (METHOD, "organisers", "first_place_no_stage1", "tilted")
-    ]
-    names = [job.name for job in workers.with_needs(bench, jobs)]
-    assert names[:6] == [
+    names = (METHOD, "organisers", "first_place_no_stage1")
+    jobs = [Job("final", seed, name, 0.02) for seed in (0, 1) for name in names]
+    found = [job.name for job in workers.with_needs(bench, jobs)]
+    assert found[:6] == [
         "pretrain-0",
-        "stage1-frozen-0",
+        "stage1-0",
         "final-first_place@0.02-0",
         "final-organisers@0.02-0",
         "final-first_place_no_stage1@0.02-0",
-        "stage1-largest-0",
+        "pretrain-1",
     ]
-    assert names[7] == "pretrain-1" and len(names) == 14
+    assert len(found) == 10
     # What finished supernets started from is not needed again.
-    bench.runs.put(jobs[0].name, {"settings": bench.settings(jobs[0])})
+    bench.put(jobs[0], {"hits": []})
     assert [job.name for job in workers.with_needs(bench, jobs[:2])] == [
         "pretrain-0",
         "final-organisers@0.02-0",
     ]
 
 
-def test_a_worker_does_what_its_input_names_and_stops_with_it(monkeypatch):
-    done = []
-    monkeypatch.setattr(runs, "run_job", lambda bench, job: done.append(job))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("truth-arch1-0\nfinal-tilted@0.02-3\n"))
-    reading, writing = os.pipe()
-    workers.work(Bench(Path(), Scale.quick()), writing)
-    os.close(writing)
-    assert done == [Job("truth", "arch1", 0), Job.supernet("final", "tilted", 0.02, 3)]
-    assert os.read(reading, 9) == b"++"
-    os.close(reading)
-
-
-def test_a_worker_whose_main_process_is_gone_ends_after_its_job(monkeypatch):
-    done = []
-    monkeypatch.setattr(runs, "run_job", lambda bench, job: done.append(job))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("truth-arch1-0\ntruth-arch2-0\n"))
-    reading, writing = os.pipe()
-    os.close(reading)
-    workers.work(Bench(Path(), Scale.quick()), writing)
-    os.close(writing)
-    assert done == [Job("truth", "arch1", 0)]
-
-
-def test_a_failing_worker_ends_the_bench_with_one_line(tmp_path):
-    # A folder where the file of seconds should be made.
-    (tmp_path / "seconds.jsonl").mkdir()
-    command = [sys.executable, "-m", "hnas.bench.rank", "ground_truth", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--quick", "True", "--workers", "1"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"error: cannot write {tmp_path}/seconds.jsonl" in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: the worker of truth-arch1-0 failed (exit code 2)")
-
-
-# --- end to end
-
-
-def test_every_job_leaves_one_line(finished):
-    results, costs = records(finished / "runs.jsonl"), records(finished / "seconds.jsonl")
-    expected = {f"truth-arch{i}-{seed}" for i in range(1, 8) for seed in (0, 1)}
-    expected |= {f"{kind}-{seed}" for kind in ("pretrain", "stage1-frozen") for seed in (0, 8)}
-    chosen = json.loads((finished / "learning_rates.json").read_text())["methods"][METHOD]
-    assert set(chosen["taus"]) == {"0.0067", "0.02", "0.06"}
-    expected |= {*TUNED, f"final-{METHOD}@{chosen['chosen']}-0"}
-    assert set(results) == set(costs) == expected
-    assert len((finished / "runs.jsonl").read_text().splitlines()) == len(expected)
-    weights = {path.stem for path in (finished / "weights").glob("*.pdparams")}
-    assert weights == {job for job in expected if job.startswith(("pretrain", "stage1"))}
-    for job in expected:
-        assert Job.from_name(job).name == job
-        cost = costs[job]
-        assert 0 < Bench(finished, Scale.quick()).seconds(Job.from_name(job)) == cost["seconds"]
-        assert cost["cpu_seconds"] > 0 < cost["threads"] and cost["processor"]
-        assert not {"processor", "threads"} & {*results[job], *results[job]["settings"]}
-    for job in expected:
-        if job.startswith(("selection", "final")):
-            result = results[job]
-            assert result["forwards"] == 4 + round(result["steps"] * 16 / 3) <= 26
-            names = {"selection": ("arch1", "arch2", "arch3")}
-            kept = names.get(job.split("-")[0], ("arch4", "arch5", "arch6", "arch7"))
-            assert tuple(result["archs"]) == kept
-            columns = ["hits", *(["calibrated_hits"] if job.startswith("selection") else [])]
-            for entry in result["archs"].values():
-                assert list(entry) == ["arch", *columns]
-                assert all(0 <= entry[column] <= 100 for column in columns)
-    assert list(finished.rglob("*.tmp")) == []
-
-
-def test_the_report_compares_what_is_there(finished, capsys):
-    run("report", finished)
-    headline = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(headline["final"]["tau"]) == {METHOD, "macs", "params"}
-    # Of 26 supernets those that learning rates were chosen by are done.
-    assert 20 < headline["changes"]["unfinished"] < 26
-    rows = (finished / "final.md").read_text().splitlines()
-    assert rows[2].startswith("| first place **(the default)** |")
-    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 5
-    assert (finished / "final.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(finished.glob("changes.*"))
-
-
-def test_rank_report_reads_the_ground_truth(finished, tmp_path, capsys):
-    truth = finished / "ground_truth.json"
-    size = ["--image_size", "48", "--num_classes", "100", "--backbone", "resnet48_mini"]
-    rank_report.main(["--pred", "params", "--gt", str(truth), "--out", str(tmp_path), *size])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["architectures"] == 7
-    for entry in json.loads(truth.read_text()).values():
-        assert entry["acc"] == pytest.approx(np.mean(entry["acc_seeds"]))
-        assert entry["split"] in ("selection", "final")
-
-
-def test_what_is_missing_is_done_again_to_the_same_bytes(finished, capsys):
-    results, seconds = records(finished / "runs.jsonl"), finished / "seconds.jsonl"
-    kept_weights = finished / "weights" / "pretrain-0.pdparams"
-    stamp = kept_weights.stat().st_mtime_ns
-    (last,) = [job for job in results if job.startswith("final")]
-    lost = {last, "stage1-frozen-0", "truth-arch2-0"}
-    kept, kept_seconds = without(finished / "runs.jsonl", lost), without(seconds, lost)
-    # A killed process left half a line.
-    (finished / "runs.jsonl").write_bytes(kept + line_of(results["truth-arch2-0"])[:70])
-    (finished / "weights" / "stage1-frozen-0.pdparams").unlink()
-    run("report", finished)
-    headline = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert headline["final"] == {"unfinished": 1}
-    for command in ("ground_truth", "final"):
-        run(command, finished, "--methods", METHOD)
-    assert records(finished / "runs.jsonl") == results
-    assert (finished / "runs.jsonl").read_bytes().startswith(kept)
-    # Those of what was done again have taken the place of the earlier ones.
-    assert without(seconds, lost) == kept_seconds and len(records(seconds)) == len(results)
-    assert kept_weights.stat().st_mtime_ns == stamp
-
-
-def test_weights_that_are_missing_are_trained_again_and_their_line_replaced(finished, tmp_path):
-    """As when committed runs are copied: another machine's last digits may differ."""
-    results = records(finished / "runs.jsonl")
-    other = line_of(results["pretrain-0"] | {"hits": -1, "settings": {"pretrain_steps": 9}})
-    (tmp_path / "runs.jsonl").write_bytes(other + without(finished / "runs.jsonl", {"pretrain-0"}))
-    bench, job = Bench(tmp_path, Scale.quick()), Job("pretrain", "", 0)
-    assert bench.result(job) is None and bench.seconds(job) is None
-    assert bench.result(Job("stage1", "frozen", 0)) is None
-    assert bench.result(Job.from_name(TUNED[0]))["images"] == 100
-    run_job(bench, job)
-    assert 0 <= bench.result(job)["hits"] <= 100 and bench.seconds(job) > 0
-    after = records(tmp_path / "runs.jsonl")
-    assert after.pop("pretrain-0") | {"hits": 0} == results.pop("pretrain-0") | {"hits": 0}
-    assert after == results
-
-
-def test_results_of_other_settings_are_refused_in_one_line(finished, monkeypatch):
-    with pytest.raises(UserError, match=r"runs.jsonl: truth-arch1-0 is of other settings \("):
-        bench_rank.main(["tune", "--out", str(finished)])
-    # What a job does not depend on may differ; what it starts from may not.
-    tuned, alone = Job.from_name(TUNED[0]), Job("truth", "arch1", 0)
-    other = Bench(finished, replace(Scale.quick(), stage1_lr=0.1))
-    assert other.result(alone) and other.result(Job("pretrain", "", 0))
-    with pytest.raises(UserError, match=r"other settings \(stage1_lr\)"):
-        other.result(tuned)
-    monkeypatch.setitem(METHODS, METHOD, replace(METHODS[METHOD], tilt=1.0))
-    with pytest.raises(UserError, match=r"other settings \(method\)"):
-        Bench(finished, Scale.quick()).result(tuned)
+def test_results_are_lines_and_replaced_by_newer_ones(tmp_path):
+    bench = Bench(tmp_path / "new", Scale.quick())
+    jobs = [Job("truth", seed, "arch1") for seed in range(3)]
+    assert bench.results(jobs) == {} and not bench.folder.exists()
+    for job in jobs:
+        bench.put(job, {"hits": job.seed})
+    bench.put(jobs[1], {"hits": 9})
+    lines = [json.loads(line) for line in bench.runs.read_text().splitlines()]
+    names = [f"truth-arch1-{seed}" for seed in range(3)]
+    assert [(line["job"], line["hits"]) for line in lines] == [*zip(names, (0, 9, 2), strict=True)]
+    assert [own["hits"] for own in bench.results(jobs).values()] == [0, 9, 2]
+    assert [path.name for path in bench.folder.iterdir()] == ["runs.jsonl"]
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "message"),
-    [
-        ("tune", ["--methods", "first_place,evolution"], "unknown method 'evolution'"),
-        ("tune", [], "has not all of the selection's ground truth"),
-        ("final", [], "has no learning rate of first_place; run tune"),
-        ("changes", ["--learning_rates", "none.json"], "none.json has no learning rate"),
-        ("changes", ["--rate", "0.5"], "invalid choice: 0.5"),
-        ("improved", [], "has no learning rate of first_place; run tune"),
-        ("breaking", [], "has no learning rate of first_place; run tune"),
-        ("report", [], "has no ground truth yet"),
-        ("ground_truth", ["--seeds", "0"], "out of bounds"),
-        ("tune", ["--workers", "none"], "not a whole number"),
-        ("ground_truth", ["--splits", "seen,held_out"], "no split is called 'held_out'"),
-    ],
+    "text", ['{"job":"truth-arch1-0","hits":4', '{"hits":4}', '{"job":[]}', "[]", "", "\xff", "1"]
 )
-def test_what_is_wrong_is_told_before_anything_is_trained(command, arguments, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        bench_rank.main([command, "--out", str(tmp_path), *arguments])
-    assert not (tmp_path / "runs.jsonl").exists()
+def test_a_damaged_line_is_told_and_left_alone(text, tmp_path):
+    bench = Bench(tmp_path, Scale.quick())
+    job = Job("truth", 0, "arch1")
+    bench.put(job, {"hits": 4})
+    bench.runs.write_bytes(bench.runs.read_bytes() + text.encode("latin-1") + b"\n")
+    before = bench.runs.read_bytes()
+    for action in (lambda: bench.results([job]), lambda: bench.put(job, {})):
+        with pytest.raises(UserError, match=r"runs.jsonl, line 2 is not a whole entry"):
+            action()
+    assert bench.runs.read_bytes() == before
+
+
+def test_results_of_other_settings_are_refused_in_one_line(tmp_path):
+    bench = Bench(tmp_path, Scale.quick())
+    alone, supernet = Job("truth", 0, "arch1"), Job("selection", TUNING_SEED, METHOD, 0.02)
+    for job in (alone, supernet):
+        bench.put(job, {"hits": 4})
+    # What a job does not depend on may differ; what it starts from may not.
+    other = Bench(tmp_path, replace(Scale.quick(), stage1_lr=0.1))
+    assert other.results([alone])
+    with pytest.raises(UserError) as error:
+        other.results([supernet])
+    assert str(error.value) == (
+        f"{bench.runs}: selection-first_place@0.02-100 is of other settings: stage1 lr 0.005 "
+        "instead of 0.1; remove its line, or choose another --out"
+    )
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A finished comparison of three methods, of which one of two supernets broke twice."""
+    bench, rng = Bench(tmp_path, replace(Scale.quick(), final=12)), np.random.default_rng(0)
+    quality = {name: int(own) for name, own in zip(bench.archs, rng.permutation(90), strict=False)}
+    for job in verdict.truth_jobs(bench, SPLITS):
+        bench.put(job, {"hits": quality[job.what] + int(rng.integers(5)), "images": 100})
+    for seed in (0, 1, TUNING_SEED):
+        bench.put(Job("pretrain", seed), {"hits": 60, "images": 100})
+    for name, rate, order in ((METHOD, 0.02, 1), ("organisers", 0.02, 1), ("bignas", 0.06, -1)):
+        for job in verdict.final_jobs(bench, {name: rate}):
+            hits = [50 + order * quality[arch] // 4 for arch in bench.of_split("final")]
+            hits = (hits + rng.integers(0, 6, len(hits))).tolist()
+            put_supernet(bench, job, hits)
+    return bench
+
+
+def put_supernet(bench, job, hits):
+    bench.put(job, {"hits": hits, "images": 100})
+
+
+RATES = {METHOD: 0.02, "organisers": 0.02, "bignas": 0.06}
+
+
+def test_taus_and_leads_are_scipys(bench):
+    found = verdict.compare(bench, RATES)
+    truth = verdict.truth_of(bench, "final").mean(axis=0)
+    taus = {
+        name: np.array(
+            [
+                kendalltau(own["hits"], truth).statistic
+                for own in bench.results(verdict.final_jobs(bench, {name: rate})).values()
+            ]
+        )
+        for name, rate in RATES.items()
+    }
+    for name, own in taus.items():
+        method = found["methods"][name]
+        assert method["tau"]["value"] == pytest.approx(own.mean())
+        assert method["tau"]["low"] < own.mean() < method["tau"]["high"]
+        assert method["broken"]["value"] == 0 and method["supernets"] == 2
+    for name in ("organisers", "bignas"):
+        lead = found["methods"][name]["reference_leads_by"]
+        assert lead["value"] == pytest.approx((taus[METHOD] - taus[name]).mean())
+    assert found["methods"]["bignas"]["reference_leads_by"]["p"] < 0.01
+    macs = [bench.space.macs(arch, 48, 100) for arch in bench.of_split("final").values()]
+    expected = kendalltau(macs, truth).statistic
+    assert found["methods"]["macs"]["tau"]["value"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("hits", [[], [29] * 12])
+def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
+    """It diverged, or scores below half of the network that it began with."""
+    lost = Job("final", 1, "organisers", 0.02)
+    put_supernet(bench, lost, hits)
+    found = verdict.compare(bench, RATES)["methods"]
+    assert found["organisers"]["broken"]["value"] == 0.5 and found["organisers"]["supernets"] == 2
+    (scores, none) = verdict.scores_of(bench, [Job("final", 0, "organisers", 0.02), lost])
+    truth = verdict.truth_of(bench, "final").mean(axis=0)
+    assert none is None
+    assert found["organisers"]["tau"]["value"] == pytest.approx(kendalltau(scores, truth).statistic)
+    # Compared over the seeds that both have.
+    other = kendalltau(bench.entries()["final-first_place@0.02-0"]["hits"], truth).statistic
+    lead = found["organisers"]["reference_leads_by"]["value"]
+    assert lead == pytest.approx(other - found["organisers"]["tau"]["value"])
+    put_supernet(bench, Job("final", 0, "organisers", 0.02), [])
+    found = verdict.compare(bench, RATES)["methods"]["organisers"]
+    assert found["tau"] is None and "reference_leads_by" not in found
+
+
+def test_a_part_of_a_comparison_is_not_told(bench):
+    lines = bench.runs.read_text().splitlines(keepends=True)
+    for missing in ("final-bignas@0.06-1", "truth-arch9-1"):
+        bench.runs.write_text("".join(line for line in lines if f'"{missing}"' not in line))
+        assert verdict.compare(bench, RATES) == {"unfinished": 1}
+    assert verdict.choose_rates(bench, METHODS) == {}
+
+
+def test_the_rate_that_ranks_best_is_chosen(bench):
+    order = np.argsort(verdict.truth_of(bench, "selection").mean(axis=0)).argsort() + 50
+    hits = {
+        METHOD: [order[::-1], order, []],  # the last diverged
+        "organisers": [order, order, order - 49],  # the last broke; of equal ones the lowest
+        "bignas": [[50, 50, 50], order[::-1], []],  # scores that are all equal are worse
+        "fairnas": [[], [], []],
+    }
+    for job in verdict.tuning_jobs(hits):
+        rate = (0.0067, 0.02, 0.06).index(job.rate)
+        put_supernet(bench, job, [int(own) for own in hits[job.what][rate]])
+    chosen = verdict.choose_rates(bench, [*hits, "single_path"])
+    assert chosen == {METHOD: 0.02, "organisers": 0.0067, "bignas": 0.02}
+    flags = ["--quick", "True", "--parts", "final", "--methods", "fairnas"]
+    with pytest.raises(UserError, match="fairnas has no learning rate"):
+        bench_rank.main(["--out", str(bench.folder), *flags])
+
+
+def command(out, *arguments):
+    program = [sys.executable, "-m", "hnas.bench.rank", "--out", str(out), "--quick", "True"]
+    return {"args": [*program, *arguments], "cwd": ROOT}
+
+
+@pytest.mark.slow
+def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
+    """Killed within its truth it loses no more than what was running."""
+    path, flags = tmp_path / "runs.jsonl", ["--methods", METHOD]
+    process = subprocess.Popen(**command(tmp_path, *flags), stderr=subprocess.DEVNULL)
+    while not path.exists() or len(path.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    kept = path.read_bytes()
+    done = subprocess.run(**command(tmp_path, *flags), capture_output=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == json.loads((tmp_path / "summary.json").read_text())
+    assert set(found["final"]["methods"]) == {METHOD, "macs", "params"}
+    bench, entries = Bench(tmp_path, Scale.quick()), Bench(tmp_path, Scale.quick()).entries()
+    final = verdict.final_jobs(bench, found["rates"])
+    jobs = [*verdict.truth_jobs(bench, SPLITS), *verdict.tuning_jobs([METHOD]), *final]
+    needed = [Job(kind, seed) for kind in ("pretrain", "stage1") for seed in (0, 1, TUNING_SEED)]
+    assert path.read_bytes().startswith(kept)
+    assert set(entries) == {job.name for job in (*jobs, *needed)}
+    assert {own.name for own in (tmp_path / "weights").glob("*.pdparams")} == {
+        bench.weights(job).name for job in needed
+    }
+    for job in final:
+        assert len(entries[job.name]["hits"]) == 8 and entries[job.name]["steps"] == 4
+        assert entries[job.name]["seconds"] > 0 and entries[job.name]["processor"]
+    # What is lost is done again to the same result, with what it starts from.
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if f'"{final[-1].name}"' not in line))
+    bench.weights(Job("stage1", 1)).unlink()
+    subprocess.run(**command(tmp_path, *flags), capture_output=True, check=True)
+    again = bench.entries()
+    assert again.keys() == entries.keys()
+    for name, entry in again.items():
+        assert entry | {"seconds": 0} == entries[name] | {"seconds": 0}, name
+
+
+def test_a_learning_rate_that_diverges_is_a_result(tmp_path):
+    bench = Bench(tmp_path, Scale.quick())
+    runs.run_alone(bench, Job("pretrain", 0))
+    result = runs.run_supernet(bench, Job("selection", 0, "organisers", 1e12))
+    assert result["hits"] == [] and result["images"] == 100
+
+
+def test_a_job_that_fails_ends_the_bench_with_one_line(tmp_path):
+    (tmp_path / "weights").write_text("")  # where a folder should be
+    asked = command(tmp_path, "--parts", "tune", "--methods", "single_path")
+    done = subprocess.run(**asked, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write ")

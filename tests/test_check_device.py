@@ -13,7 +13,7 @@ from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.onednn import has_bfloat16
 from hnas.evaluation import cpu_kernels as cpu_kernels_of_stage_3
-from hnas.evaluation import gpu_kernels, kernels
+from hnas.evaluation import kernels
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu_kernels import CpuKernels
 from hnas.evaluation.onednn_steps import ConvolutionKernel
@@ -39,7 +39,7 @@ from hnas.tools.check_device.plan import Plan
 from hnas.tools.check_device.rank_program import values
 from hnas.tools.check_device.results import FAILED, NOT_HERE, PASSED
 from hnas.utils import checkpoint
-from hnas.utils.gradient_step import GradientStep
+from hnas.utils.hapi_wrapper import GradientStep
 
 QUICK = Plan(quick=True)
 CARD = Plan((0,), quick=True)
@@ -264,16 +264,16 @@ def test_the_walk_of_an_emulated_card_passes(card, monkeypatch):
 
 FAULTY_WALKS = {
     "calibrated by the unbiased variance": (
-        lambda patch: patch.setattr(gpu_kernels, "batch_statistics", unbiased_statistics),
+        lambda patch: patch.setattr(kernels, "batch_statistics", unbiased_statistics),
         ["64"],
     ),
     "TF32 where float32 is asked for": (gpu_fakes.round_convolutions, ["0"]),
     "a bias that is lost": (
-        lambda patch: patch.setattr(kernels.DygraphKernels, "_add_bias", lambda _, y, bias: y),
+        lambda patch: patch.setattr(kernels.Kernels, "_add_bias", lambda _, y, bias: y),
         ["0"],
     ),
     "old filters": (
-        lambda patch: patch.setattr(kernels.DygraphKernels, "convolve", first_filters()),
+        lambda patch: patch.setattr(kernels.Kernels, "convolve", first_filters()),
         ["0", "64"],
     ),
 }

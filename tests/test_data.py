@@ -1,24 +1,34 @@
-"""Augmentations and loaders: determinism, and what each augmentation does."""
+"""Augmentations, loaders and decoded images: what each gives, and that it gives it again."""
 
+import multiprocessing
+import os
+import re
+import resource
 import shutil
+import time
 
 import numpy as np
 import paddle
 import pytest
-from paddle.vision.transforms import CenterCrop, Resize, functional_pil
+from paddle.vision.transforms import CenterCrop, Resize
 from PIL import Image
 
-from hnas.dataset import transforms
+from hnas.base.errors import UserError
+from hnas.base.files import digest_path
+from hnas.dataset import image_store
 from hnas.dataset.image_folder import DataError, scan_images
+from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import (
     EvalTransform,
+    Shrink,
     StrongTransform,
     TrainTransform,
     TwoViews,
     normalize,
     shift_hue,
 )
+from hnas.evaluation.images import Batches, DecodedImages, ImagesOnDemand
 from hnas.utils.options import Options
 from hnas.utils.runtime import calibration_images
 
@@ -73,35 +83,9 @@ def sizes_of_images(number):
     return [(int(width), int(height)) for width, height in drawn]
 
 
-class Recorder:
-    """An image without pixels: what a transform does to its size."""
-
-    def __init__(self, size, done=()):
-        self.size, self.done = size, done
-
-    def resize(self, size, *_, **__):
-        return Recorder(size, (*self.done, ("resize", *size)))
-
-    def crop(self, box):
-        left, top, right, bottom = box
-        return Recorder((right - left, bottom - top), (*self.done, ("crop", *box)))
-
-
-def test_evaluation_resizes_and_crops_as_paddle_does(monkeypatch):
-    """Resize(256) and CenterCrop(224) on Paddle's Pillow backend, over 300 sizes."""
-    monkeypatch.setattr(transforms, "to_array", lambda image: image.done)
-    resized = 0
-    for size in sizes_of_images(300):
-        ours = EvalTransform(224)(Recorder(size))
-        theirs = functional_pil.center_crop(functional_pil.resize(Recorder(size), 256), 224)
-        assert ours == theirs.done, size
-        resized += len(ours) == 2
-    # The others have a shorter side of 256, and are left as they are.
-    assert 240 < resized < 300
-
-
 def test_evaluation_gives_paddles_pixels():
-    for width, height in sizes_of_images(300)[::8]:
+    """Resize(256) and CenterCrop(224) on Paddle's Pillow backend."""
+    for width, height in sizes_of_images(100):
         # Smooth to read, and different everywhere: 7 x 5 random colours, enlarged.
         colours = np.random.default_rng(width).integers(0, 256, (5, 7, 3), dtype=np.uint8)
         image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
@@ -133,11 +117,8 @@ def test_weak_view_keeps_colours_and_strong_view_changes_them():
     assert unchanged == pytest.approx(0.2 * 0.8, abs=0.06)
     grey = (np.ptp(means, axis=1) < 1).mean()
     assert grey == pytest.approx(0.2, abs=0.06)
-
-
-def test_hue_turns_red_to_green():
     pixel = np.asarray(shift_hue(Image.new("RGB", (1, 1), (255, 0, 0)), 1 / 3))[0, 0]
-    assert np.abs(pixel.astype(int) - (0, 255, 0)).max() <= 6
+    assert np.abs(pixel.astype(int) - (0, 255, 0)).max() <= 6  # red to green
 
 
 def test_two_views_differ_but_repeat():
@@ -149,53 +130,203 @@ def test_two_views_differ_but_repeat():
     np.testing.assert_array_equal(second, again[1])
 
 
-def loader(folder, workers=0, in_memory=False, seed=3):
+# --- loaders
+
+
+def loaders(folder, workers=0, seed=3, pixels=None):
     images = scan_images(folder, "train")
-    dataset = ImageDataset(images, TrainTransform(32), seed, in_memory)
-    return EpochLoader(dataset, batch_size=4, num_workers=workers)
+    train = ImageDataset(images, TrainTransform(32), seed, pixels)
+    val = ImageDataset(images, EvalTransform(32), seed)
+    return EpochLoader(train, 4, workers), EvalLoader(val, 5, workers)
 
 
 def collect(batches):
     return [[part.numpy() for part in batch] for batch in batches]
 
 
-@pytest.mark.parametrize("options", [{"workers": 2}, {"in_memory": True}])
-def test_batches_depend_on_seed_and_epoch_only(folder, options):
-    reference = collect(loader(folder).epoch(1))
-    assert len(reference) == 3
-    for left, right in zip(reference, collect(loader(folder, **options).epoch(1)), strict=True):
-        for a, b in zip(left, right, strict=True):
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a, b)
-    for other in (loader(folder).epoch(2), loader(folder, seed=4).epoch(1)):
+            assert a.dtype == b.dtype
+
+
+def test_batches_depend_on_seed_and_epoch_only(folder):
+    train, val = loaders(folder)
+    reference = collect(train.epoch(1))
+    assert len(reference) == len(train) == 3
+    assert sorted(np.concatenate(train.batches(1)).tolist()) == list(range(12))
+    there, val_there = loaders(folder, workers=2)
+    assert_same(collect(there.epoch(1)), reference)
+    assert_same(collect(val_there), collect(val))
+    for other in (train.epoch(2), loaders(folder, seed=4)[0].epoch(1)):
         assert not np.array_equal(reference[0][0], next(iter(other))[0].numpy())
 
 
-def test_an_epoch_can_start_in_the_middle(folder):
-    whole = collect(loader(folder).epoch(0))
-    rest = collect(loader(folder).epoch(0, start_step=2))
-    assert len(rest) == 1
-    np.testing.assert_array_equal(whole[2][0], rest[0][0])
-
-
-def test_an_epoch_shows_every_image_once(folder):
-    batches = loader(folder).batches(0)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(12))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_start_at_any_step(workers, folder):
+    train, _ = loaders(folder, workers)
+    whole = collect(train.epoch(2))
+    for start in (0, 1, 3) if not workers else (1,):
+        assert_same(collect(train.epoch(2, start)), whole[start:])
 
 
 def test_eval_loader_keeps_order_and_labels(folder):
-    images = scan_images(folder, "val")
-    batches = collect(EvalLoader(ImageDataset(images, EvalTransform(32), 0), 4))
-    np.testing.assert_array_equal(np.concatenate([b[1] for b in batches]), [0, 0, 0, 1, 1, 1])
-    second = np.asarray(Image.open(folder / "val/a/1.png").convert("RGB"))
+    _, val = loaders(folder)
+    batches = collect(val)
+    assert [len(labels) for _, labels in batches] == [5, 5, 2]
+    assert np.concatenate([b[1] for b in batches]).tolist() == [0] * 6 + [1] * 6
+    second = np.asarray(Image.open(folder / "train/a/1.png").convert("RGB"))
     resized = np.asarray(Image.fromarray(second).resize((41, 37), Image.Resampling.BILINEAR))
     expected = resized[2:34, 4:36].transpose(2, 0, 1)
     np.testing.assert_array_equal(batches[0][0][1], expected)
-
-
-def test_too_few_images_for_a_batch(folder):
-    dataset = ImageDataset(scan_images(folder, "train"), TrainTransform(32), 0)
     with pytest.raises(DataError, match="fewer than one batch"):
-        EpochLoader(dataset, batch_size=13)
+        EpochLoader(val.dataset, batch_size=13)
+
+
+@pytest.fixture
+def bad(folder, tmp_path):
+    """A copy of the images, one of which is broken and has a name that is not UTF-8."""
+    root = tmp_path / "bad"
+    shutil.copytree(folder, root)
+    path = root / "train/a" / os.fsdecode(b"\xff.png")
+    path.write_bytes(b"\x89PNG")
+    return root, path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_ends_loading_with_its_path(workers, bad):
+    root, path = bad
+    train, val = loaders(root, workers)
+    for batches in (train.epoch(0), val):
+        with pytest.raises(DataError) as caught:
+            list(batches)
+        assert str(caught.value).startswith(f"cannot decode image {path}: ")
+
+
+def test_closing_early_ends_the_workers(folder):
+    train, _ = loaders(folder, 2)
+    batches = train.epoch(0)
+    next(batches)
+    began = time.perf_counter()
+    batches.close()
+    assert time.perf_counter() - began < 10
+    assert multiprocessing.active_children() == []
+
+
+# --- decoded images
+
+
+def sizes_and_pixels(folder):
+    """Images of many sizes, smooth and not; one is smaller than what is stored."""
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        path = folder / "train" / f"class{index % 3}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = (20, 30) if index == 5 else (60 + index, 50 + 3 * index)
+        pixels = rng.integers(0, 256, (5, 5, 3) if index % 2 else (height, width, 3), np.uint8)
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return scan_images(folder, "train")
+
+
+def test_stored_images_are_the_decoded_ones_made_smaller(tmp_path):
+    images = sizes_and_pixels(tmp_path)
+    store = ImageStore(images, Shrink(40), tmp_path / "cache")
+    assert len(store) == len(images) == 12
+    for index, path in enumerate(images.paths):
+        image = Image.open(path).convert("RGB")
+        scale = 40 / min(image.size)
+        if scale < 1:
+            size = [round(side * scale) for side in image.size]
+            assert min(size) == 40
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(store[index], np.asarray(image))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_small_images_do_not_depend_on_the_store(workers, folder, tmp_path):
+    """Nothing is made smaller here, so the pixels are the same."""
+    store = ImageStore(scan_images(folder, "train"), Shrink(1000), tmp_path / "cache")
+    plain, stored = loaders(folder)[0], loaders(folder, workers, pixels=store)[0]
+    for epoch in (0, 1):
+        assert_same(collect(plain.epoch(epoch)), collect(stored.epoch(epoch)))
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a flipped bit": flipped,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "gone": lambda path: path.unlink(),
+    "no digest": lambda path: digest_path(path).unlink(),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_file_is_made_anew(case, folder, tmp_path, caplog):
+    images, cache = scan_images(folder, "train"), tmp_path / "cache"
+    store = ImageStore(images, Shrink(32), cache)
+    expected, content = store.pixels.copy(), store.path.read_bytes()
+    DAMAGES[case](store.path)
+    left = cache / f".{'0' * 32}.pixels.99-{'a' * 16}.tmp"  # of a build that was killed
+    left.touch()
+    again = ImageStore(images, Shrink(32), cache)
+    assert not left.exists() and again.path.read_bytes() == content
+    np.testing.assert_array_equal(again.pixels, expected)
+    assert ("damaged" in caplog.text) == (case != "gone")
+
+
+def test_the_file_is_used_again_until_something_changes(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "images")
+    images, cache = scan_images(tmp_path / "images", "train"), tmp_path / "cache"
+    first = ImageStore(images, Shrink(32), cache)
+    assert ImageStore(images, Shrink(33), cache).path != first.path
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(images.paths[0])
+    changed = ImageStore(images, Shrink(32), cache)
+    assert changed.path != first.path and not changed[0].any()
+    monkeypatch.setattr(image_store, "decode_image", None)
+    np.testing.assert_array_equal(ImageStore(images, Shrink(32), cache).pixels, changed.pixels)
+
+
+def test_what_cannot_be_decoded_or_written_leaves_no_file(bad, folder, tmp_path):
+    root, path = bad
+    with pytest.raises(DataError, match=re.escape(str(path))):
+        ImageStore(scan_images(root, "train"), Shrink(32), tmp_path / "cache")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # a full disk
+    try:
+        with pytest.raises(UserError, match="cannot write .*pixels: File too large"):
+            ImageStore(scan_images(folder, "train"), Shrink(32), tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_images_to_score_on_are_the_same_in_memory_in_a_file_and_on_demand(folder, tmp_path):
+    images, order = scan_images(folder, "train"), np.array([7, 0, 11, 3, 4])
+    ways = [
+        DecodedImages(images, order, 32, 1.0, tmp_path / "memory"),
+        DecodedImages(images, order, 32, 0.0, tmp_path / "file"),
+        ImagesOnDemand(images, order, 32),
+    ]
+    expected = np.stack([EvalTransform(32)(Image.open(images.paths[i])) for i in order])
+    for way in ways:
+        assert len(way) == 5 and way.hash == ways[0].hash
+        batches = collect(Batches(way, 2))
+        assert [len(labels) for _, labels in batches] == [2, 2, 1]
+        np.testing.assert_array_equal(np.concatenate([pixels for pixels, _ in batches]), expected)
+        labels = np.concatenate([labels for _, labels in batches])
+        np.testing.assert_array_equal(labels, images.labels[order])
+    assert not (tmp_path / "memory").exists() and len([*(tmp_path / "file").glob("*.pixels")]) == 1
+    assert DecodedImages(images, order[::-1], 32, 1.0, tmp_path).hash != ways[0].hash
+
+
+# --- calibration
 
 
 def calibration(root, number, **flags):

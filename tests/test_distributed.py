@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import write_inputs
 
 from hnas.base.files import write_json
-from hnas.bench import chaos
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.parallel.rollcall import LostRankError, RollCall
@@ -145,7 +145,7 @@ def test_a_step_reduces_gradients_once(found, ranks):
 def work(tmp_path_factory):
     """Images and a network to start from."""
     folder = tmp_path_factory.mktemp("inputs")
-    chaos.write_inputs(folder, 4)
+    write_inputs(folder, 4)
     return folder
 
 

@@ -22,14 +22,14 @@ from hnas.evaluation import engine, ledger
 from hnas.evaluation.engine import (
     ScoringSettings,
     choose_chunk,
-    cost_of_an_image,
     evaluate_shared,
+    macs_text,
 )
 from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.ledger import Targets
 from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.results import STATE_FILE, load_state
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import STATE_FILE, load_state
 from hnas.models.registry import build_network
 from hnas.ranking.agreement import Agreement, read_estimates
 from hnas.search_space import RESNET48, RESNET48_MINI
@@ -98,7 +98,7 @@ def test_images_are_the_transforms_in_memory_and_in_a_file(folder, tmp_path):
         np.testing.assert_array_equal(memory.pixels[position], expected)
         np.testing.assert_array_equal(file.pixels[position], expected)
         assert memory.labels[position] == images.labels[index]
-    (path,) = tmp_path.glob("images-*.u8")
+    (path,) = tmp_path.glob("*.pixels")
     stamp = path.stat().st_mtime_ns
     decoded(folder, tmp_path, limit_gb=0.0, order=order)
     assert path.stat().st_mtime_ns == stamp  # used again
@@ -126,19 +126,12 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, fold
     assert np.all(np.abs(read.folds - expected.folds).sum(axis=1) <= counts.near1)
 
 
-def test_engine_stops_at_the_target(network, archs, folder, tmp_path):
+def test_engine_stops_at_the_target_and_goes_on_without(network, archs, folder, tmp_path):
     images = decoded(folder, tmp_path)
-    counts = evaluate_shared(
-        network,
-        archs,
-        images,
-        tmp_path,
-        IDENTITY,
-        ScoringSettings(None, 6, targets=Targets(se=0.13)),
-    )
+    settings = ScoringSettings(chunk=6, targets=Targets(se=0.13))
+    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, settings)
     assert counts.images in (12, 18)
     assert counts.standard_error().max() < 0.13
-    # Asked again without a target, it goes on from there.
     whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings())
     assert whole.images == 24
 
@@ -171,12 +164,17 @@ def test_engine_stops_when_the_ranking_stands(
         assert words in caplog.text
 
 
-def test_targets_that_have_nowhere_to_stop_are_told(network, archs, folder, tmp_path, caplog):
+def test_what_is_slow_or_in_vain_is_told(network, archs, folder, tmp_path, caplog):
+    """A target with nowhere to stop; one architecture is not compared with itself."""
     images, archs = decoded(folder, tmp_path), {"n0": archs["n0"]}
+    caplog.set_level("INFO")
+    macs = RESNET48_MINI.macs(archs["n0"], 32, num_classes=0)
     for name, targets in (("with", Targets(se=0.01)), ("without", Targets())):
         settings = ScoringSettings(chunk=24, targets=targets)
         evaluate_shared(network, archs, images, tmp_path / name, IDENTITY, settings)
         assert ("nowhere to stop: lower chunk_size" in caplog.text) == (name == "with")
+        (line,) = [text for text in caplog.messages if "1 architectures, 24 images" in text]
+        assert line.endswith(f"in chunks of 24: {macs / 1e6:.2f} MMAC an image") and macs < 1e7
         caplog.clear()
 
 
@@ -212,28 +210,18 @@ def test_interrupted_evaluation_continues_to_the_same_file(
 
 
 @pytest.mark.parametrize(
-    ("shared", "naive", "text"),
+    ("macs", "text"),
     [
-        (96_312_345, 118_049_999, "96.3 MMAC an image instead of 118 MMAC"),
-        (68_179e9, 133_710e9, "68,179 GMAC an image instead of 133,710 GMAC"),
-        (999_000_000, 1_500_000_000, "999 MMAC an image instead of 1.50 GMAC"),
-        (4_321_000_000, 4_321_000_000, "4.32 GMAC an image"),
-        (12_345, 12_345, "0.0123 MMAC an image"),
+        (96_312_345, "96.3 MMAC"),
+        (118_049_999, "118 MMAC"),
+        (68_179e9, "68,179 GMAC"),
+        (1_500_000_000, "1.50 GMAC"),
+        (4_321_000_000, "4.32 GMAC"),
+        (12_345, "0.0123 MMAC"),
     ],
 )
-def test_cost_is_told_in_digits_that_differ(shared, naive, text):
-    assert cost_of_an_image(shared, naive) == text
-
-
-def test_one_architecture_is_not_compared_with_itself(network, archs, folder, tmp_path, caplog):
-    images = decoded(folder, tmp_path)
-    caplog.set_level("INFO")
-    evaluate_shared(
-        network, {"n0": archs["n0"]}, images, tmp_path, IDENTITY, ScoringSettings(chunk=24)
-    )
-    (line,) = [text for text in caplog.messages if "1 architectures, 24 images" in text]
-    macs = RESNET48_MINI.macs(archs["n0"], 32, num_classes=0)
-    assert line.endswith(f"in chunks of 24: {macs / 1e6:.2f} MMAC an image") and macs < 1e7
+def test_cost_is_told_in_three_digits(macs, text):
+    assert macs_text(macs) == text
 
 
 def test_chunk_follows_the_memory():
@@ -294,4 +282,4 @@ def test_killed_evaluations_end_in_the_same_file(network, folder, tmp_path):
     code, errors = run("parts")
     assert code == 2
     assert errors.strip().splitlines()[-1].startswith("error: ")
-    assert "another checkpoint" in errors and "Traceback" not in errors
+    assert "of other settings: checkpoint" in errors and "Traceback" not in errors

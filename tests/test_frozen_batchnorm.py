@@ -17,12 +17,12 @@ from hnas.utils.flags import AUTO
 from hnas.utils.options import Options
 from hnas.utils.public_files import CheckpointError
 from hnas.utils.runtime import calibration_images, calibration_number
-from hnas.utils.training import (
-    about_weights,
+from hnas.utils.starting import (
     pretrained_network,
     start_contrast_from_checkpoint,
     start_from_checkpoint,
 )
+from hnas.utils.training import about_weights
 from hnas.utils.weights import check_classes, read_checkpoint, write_state
 
 MINI = "resnet48_mini"

@@ -11,16 +11,16 @@ import train_supernet
 from hnas.base import device, onednn
 from hnas.base.device import Arithmetic, peak_memory, set_tf32
 from hnas.base.errors import UserError
-from hnas.evaluation import fused
+from hnas.evaluation import gpu_kernels
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.state import StateError, load_state, save_state
+from hnas.evaluation.engine import wanted_variant
+from hnas.evaluation.results import StateError, evaluation_identity, load_state, save_state
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.utils import runtime
-from hnas.utils.callbacks import TrainLogger
 from hnas.utils.flags import Stage
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.scoring import identity, variant
+from hnas.utils.training import TrainLogger
 
 V100 = {"name": "Tesla V100-SXM2-32GB", "major": 7, "gib": 32}
 CONVOLUTIONS, PRODUCTS = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
@@ -159,9 +159,8 @@ def test_a_state_of_another_arithmetic_is_refused(tmp_path):
     """Each of device, TF32, AMP, cuDNN's algorithms and Paddle's version."""
     checkpoint = tmp_path / "net.pdparams"
     checkpoint.write_bytes(b"weights")
-    options = Options(ckpt_dir=str(checkpoint), backbone="resnet48_mini")
     ran = Arithmetic("NVIDIA H100", True, "O0", False, "3.3.1")
-    own = identity(options, "i" * 64, None, ran)
+    own = evaluation_identity(checkpoint, "i" * 64, "resnet48_mini", ran, None)
     assert own["setting"] == "resnet48_mini, NVIDIA H100, TF32, amp O0, Paddle 3.3.1"
     counts = Counts.zeros(2)
     counts.images = 1
@@ -176,27 +175,27 @@ def test_a_state_of_another_arithmetic_is_refused(tmp_path):
         Arithmetic("NVIDIA H100", True, "O0", False, "3.4.0"),
     ]
     for other in others:
-        setting = identity(options, "i" * 64, None, other)
-        with pytest.raises(StateError, match="of another setting") as error:
+        setting = evaluation_identity(checkpoint, "i" * 64, "resnet48_mini", other, None)
+        with pytest.raises(StateError, match="of other settings: setting") as error:
             load_state(path, setting)
         assert str(other) in str(error.value) and str(ran) in str(error.value)
 
 
 def test_stage_3_computes_as_the_flags_say(monkeypatch):
-    monkeypatch.setattr(fused, "ROUTES", (gpu_fakes.fused_operator,))
-    fused.find_fused.cache_clear()
+    monkeypatch.setattr(gpu_kernels, "ROUTES", (gpu_fakes.fused_operator,))
+    gpu_kernels.find_fused.cache_clear()
     plain, tf32 = (Arithmetic("card", on) for on in (False, True))
     half = Arithmetic("card", True, "O1")
-    assert variant(plain, None) is None  # a CPU
+    assert wanted_variant(plain, None) is None  # a CPU
     gpu_fakes.fake_card(monkeypatch)
     seen = paddle.zeros([4, 3, 8, 8], "uint8")
-    assert variant(plain, None) == Variant(Precision.FLOAT32, "NCHW", True)
-    assert variant(tf32, None) == Variant(Precision.TF32, "NCHW", True)
-    assert variant(tf32, seen) == Variant(Precision.TF32, "NCHW", False)
-    monkeypatch.setattr(fused, "ROUTES", ())
-    fused.find_fused.cache_clear()
-    assert variant(half, None) == Variant(Precision.FLOAT16, "NHWC", False)
-    fused.find_fused.cache_clear()
+    assert wanted_variant(plain, None) == Variant(Precision.FLOAT32, "NCHW", True)
+    assert wanted_variant(tf32, None) == Variant(Precision.TF32, "NCHW", True)
+    assert wanted_variant(tf32, seen) == Variant(Precision.TF32, "NCHW", False)
+    monkeypatch.setattr(gpu_kernels, "ROUTES", ())
+    gpu_kernels.find_fused.cache_clear()
+    assert wanted_variant(half, None) == Variant(Precision.FLOAT16, "NHWC", False)
+    gpu_kernels.find_fused.cache_clear()
 
 
 def test_the_reference_engine_does_not_pass_for_half_precision(monkeypatch):
@@ -214,9 +213,10 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
     assert "GPU" not in peak_memory()
     gpu_fakes.fake_card(monkeypatch)
     assert peak_memory().startswith("3.00 GiB on the GPU, ")
-    log = TrainLogger(1)
+    log = TrainLogger(1, epochs=1, steps=1, batch=1)
     log._losses = [1.0]
-    log.on_epoch_end(0)
+    log.begin_epoch(0)
+    log.end_epoch()
     assert "epoch 1: peak memory 3.00 GiB on the GPU, " in caplog.text
 
 
@@ -242,7 +242,7 @@ def test_cpus_score_in_bfloat16_if_they_have_it_and_train_in_float32(monkeypatch
     monkeypatch.setattr(onednn, "has_bfloat16", lambda: True)
     arithmetic = runtime.start(options, scores=True)
     assert str(arithmetic).startswith("CPU, float32, amp O1")
-    assert variant(arithmetic, None) == cpu_variant(Precision.BFLOAT16)
+    assert wanted_variant(arithmetic, None) == cpu_variant(Precision.BFLOAT16)
     with pytest.raises(UserError, match="re-calibration magnifies; give --amp O0"):
-        variant(arithmetic, paddle.zeros([4, 3, 8, 8], "uint8"))
-    assert variant(Arithmetic("CPU", False), None) is None
+        wanted_variant(arithmetic, paddle.zeros([4, 3, 8, 8], "uint8"))
+    assert wanted_variant(Arithmetic("CPU", False), None) is None

@@ -1,11 +1,8 @@
 """Scores, states and caches that somebody broke, swapped or forged: each case is one line."""
 
-import hashlib
 import io
-import json
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -22,20 +19,15 @@ from hnas.base.errors import UserError
 from hnas.base.files import (
     check_output,
     check_writable,
-    digest_path,
     remove_leftovers,
     replacing,
 )
-from hnas.dataset.image_folder import scan_images
-from hnas.dataset.image_index import cache_folder
-from hnas.dataset.pixel_cache import PixelCache
-from hnas.evaluation.counts import Counts
-from hnas.evaluation.hits import LogitsError, count_hits
-from hnas.evaluation.images import DecodedImages, list_hash
+from hnas.dataset.image_folder import list_hash, scan_images
+from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.ledger import Ledger
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
+from hnas.evaluation.results import STATE_FILE, StateError
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import STATE_FILE, StateError
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import draw_architectures, flops, rank_report, train_standalone
@@ -44,7 +36,7 @@ from hnas.utils import checkpoint, runtime
 from hnas.utils.checkpoint import newest_set, save_training
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options
-from hnas.utils.training import pretrained_network
+from hnas.utils.starting import pretrained_network
 from hnas.utils.weights import (
     CheckpointError,
     NotFiniteError,
@@ -221,7 +213,7 @@ def test_train_standalone_refuses_several_processes(monkeypatch):
 
 def test_a_stand_alone_step_exchanges_gradients_before_it_is_taken(monkeypatch):
     events = []
-    model = StandaloneModel(paddle.nn.Flatten(), "code")
+    model = StandaloneModel(paddle.nn.Flatten(), CODE)
     model.network = paddle.nn.Sequential(paddle.nn.Flatten(), paddle.nn.Linear(48, 3))
     optimizer = paddle.optimizer.SGD(0.1, parameters=model.network.parameters())
     model.prepare(optimizer)
@@ -236,9 +228,6 @@ def test_a_stand_alone_step_exchanges_gradients_before_it_is_taken(monkeypatch):
 CODE = RESNET48_MINI.largest().code
 PROGRAMS = {  # what writes, and how: a folder or a file below something that is no folder
     "stages": lambda path: runtime.start(Options(save_dir=str(path / "out"), device="cpu")),
-    "curves": lambda path: runtime.start(
-        Options(save_dir=str(path.parent / "fine"), visualdl_dir=str(path / "c"), device="cpu")
-    ),
     "digits_folder": lambda path: digits_folder(["--output", str(path / "digits")]),
     "draw_architectures": lambda path: draw_architectures.main(["--output", str(path / "a.json")]),
     "flops": lambda path: flops.main(["--modelarch_file", "none", "--output", str(path / "f")]),
@@ -366,7 +355,7 @@ STATES = {  # name of the file, content, words of the error
     "a missing array": (STATE_FILE, arrays(near1=None), "'near1' is missing"),
     "a missing identity": (STATE_FILE, arrays(identity_checkpoint=None), "is missing"),
     "another checkpoint": (
-        STATE_FILE, arrays(identity_checkpoint=np.array("d" * 64)), "of another checkpoint"),
+        STATE_FILE, arrays(identity_checkpoint=np.array("d" * 64)), "settings: checkpoint dddd"),
     "one array more": (STATE_FILE, arrays(more=np.zeros(2)), "unknown arrays"),
     "an array twice": (STATE_FILE, two_start, "an array twice"),
     "a copy of a chunk": ("eval_chunk_backup.npz", CHUNK, "none of this program's names"),
@@ -431,118 +420,6 @@ def test_an_image_that_was_replaced_is_another(change, is_another, root):
     assert (list_hash(found, np.arange(6), 32) != before) == is_another
 
 
-# --- C. caches
-
-
-def changed_entry(change):
-    """Change the entry of class cat, and let the digest be of the changed file, too."""
-
-    def damage(path: Path):
-        content = json.loads(path.read_text())
-        stamp, names = content["cat"]
-        content["cat"] = [stamp, change(names)]
-        path.write_text(json.dumps(content))
-        digest_path(path).write_text(hashlib.sha256(path.read_bytes()).hexdigest())
-
-    return damage
-
-
-def dropped_name(path: Path):
-    content = json.loads(path.read_text())
-    content["cat"][1].pop()
-    path.write_text(json.dumps(content))
-
-
-INDICES = {
-    "a name above": changed_entry(lambda names: ["../dog/1.png", *names]),
-    "an absolute name": changed_entry(lambda names: ["/etc/passwd.png", *names]),
-    "a name below": changed_entry(lambda names: [*names, "x/y.png"]),
-    "no image": changed_entry(lambda names: [*names, "z.txt"]),
-    "a name twice": changed_entry(lambda names: [names[0], *names]),
-    "another order": changed_entry(lambda names: names[::-1]),
-    "a number": changed_entry(lambda names: [*names, 5]),
-    "a text": changed_entry(lambda names: "0.png"),
-    "a dropped name": dropped_name,
-    "no digest": lambda path: digest_path(path).unlink(),
-    "no text": lambda path: path.write_bytes(b"\xff\xfe"),
-    "deep": lambda path: path.write_text("[" * 100_000),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-}
-
-
-@pytest.mark.parametrize("case", INDICES)
-def test_a_broken_index_costs_time_only(case, root, monkeypatch):
-    expected = [str(path) for path in scan_images(root, "train").paths]
-    (path,) = cache_folder().glob("*-names.json")
-    INDICES[case](path)
-    assert [str(path) for path in scan_images(root, "train").paths] == expected
-
-
-def changed_table(change):
-    def damage(table, digest):
-        return {"table": change(table.copy()), "sha256": digest}
-
-    return damage
-
-
-def swapped(table):
-    table[[0, 1]] = table[[1, 0]]
-    return table
-
-
-TABLES = {
-    "reversed": changed_table(lambda table: table[::-1]),
-    "two swapped": changed_table(swapped),
-    "turned": changed_table(lambda table: table[:, [0, 2, 1]]),
-    "beyond the file": changed_table(lambda table: table + [[100, 0, 0]]),
-    "negative": changed_table(lambda table: -table),
-    "floats": changed_table(lambda table: table.astype(np.float64)),
-    "one row less": changed_table(lambda table: table[:-1]),
-    "flat": changed_table(lambda table: table.ravel()),
-    "no digest": lambda table, digest: {"table": table},
-    "another digest": lambda table, digest: {"table": table, "sha256": np.array("0" * 64)},
-}
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("case", TABLES)
-def test_a_broken_pixel_table_costs_time_only(case, save, root):
-    found = scan_images(root, "train")
-    cache = PixelCache(found, 1000)
-    expected = [cache[index].copy() for index in range(6)]
-    path = cache.path.with_suffix(".npz")
-    with np.load(path) as content:
-        table, digest = content["table"], content["sha256"]
-    path.write_bytes(as_npz(TABLES[case](table, digest), save))
-    again = PixelCache(found, 1000)
-    for index, pixels in enumerate(expected):
-        np.testing.assert_array_equal(again[index], pixels)
-
-
-def flipped(path: Path):
-    content = bytearray(path.read_bytes())
-    content[1000] ^= 1
-    path.write_bytes(content)
-
-
-SPILLED = {
-    "a flipped bit": flipped,
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "gone": lambda path: path.unlink(),
-    "no digest": lambda path: digest_path(path).unlink(),
-}
-
-
-@pytest.mark.parametrize("case", SPILLED)
-def test_broken_decoded_images_cost_time_only(case, root):
-    found = scan_images(root, "val")
-    expected = DecodedImages(found, np.arange(6), 32, 0.0, root / "out").pixels.copy()
-    (path,) = (root / "out").glob("images-*.u8")
-    SPILLED[case](path)
-    again = DecodedImages(found, np.arange(6), 32, 0.0, root / "out")
-    np.testing.assert_array_equal(again.pixels, expected)
-
-
 # --- C. sets by their numbers; temporary files
 
 
@@ -591,12 +468,3 @@ def test_temporary_names_are_unique_whatever_the_process_number(tmp_path, monkey
         other.write_text("2")
     assert (tmp_path / "a").read_text() == "1"
     assert os.listdir(tmp_path) == ["a"]
-
-
-def test_what_a_killed_build_left_goes_with_the_next(root):
-    found = scan_images(root, "train")
-    cache = PixelCache(found, 1000)
-    left = cache.path.with_name(f".{'0' * 32}.pixels.99-{'a' * 16}.tmp")
-    shutil.copy(cache.path, left)
-    PixelCache(found, 1000)
-    assert not left.exists()

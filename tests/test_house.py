@@ -1,6 +1,7 @@
 """The rooms of the package: imports go one way, and the package is what pyproject.toml says."""
 
 import ast
+import itertools
 import re
 import shutil
 import subprocess
@@ -46,29 +47,28 @@ def test_imports_go_one_way():
     assert "3 kept, 0 broken" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("module", "line", "contract"),
-    [
-        ("base/files.py", "from hnas.search_space import RATIOS", "Imports go one way"),
-        ("models/resnet.py", "import hnas.evaluation.hits", "Imports go one way"),
-        (
-            "utils/SampleMethod.py",
-            "def f():\n    from hnas.tools import plan",
-            "Imports go one way",
-        ),
-        ("tools/plan.py", "from hnas.bench import straightforward", "Imports go one way"),
-        ("dataset/loader.py", "import hnas.parallel.rollcall", "Imports go one way"),
-        ("tools/plan.py", "import train_supernet", "Nothing imports an entry script"),
-        ("ranking/figures.py", "import paddle", "What works on codes alone starts without Paddle"),
+PLANTED = {  # by contract: where, and what
+    "Imports go one way": [
+        ("base.files", "from hnas.search_space import RATIOS", "search_space"),
+        ("models.resnet", "import hnas.evaluation.engine", "evaluation.engine"),
+        ("utils.SampleMethod", "def f():\n    from hnas.tools import plan", "tools.plan"),
+        ("tools.plan", "from hnas.bench import speed_scoring", "bench.speed_scoring"),
+        ("dataset.loader", "import hnas.parallel.rollcall", "parallel.rollcall"),
     ],
-)
-def test_a_planted_import_is_found(house, module, line, contract):
-    with open(house / "hnas" / module, "a") as file:
-        file.write(f"\n{line}\n")
+    "Nothing imports an entry script": [("tools.plan", "import train_supernet", "")],
+    "What works on codes alone starts without Paddle": [("ranking.figures", "import paddle", "")],
+}
+
+
+def test_planted_imports_are_found(house):
+    for module, line, _ in itertools.chain(*PLANTED.values()):
+        with open(house / "hnas" / f"{module.replace('.', '/')}.py", "a") as file:
+            file.write(f"\n{line}\n")
     done = lint(house)
     assert done.returncode == 1
-    broken = re.findall(r"^(.+) BROKEN$", done.stdout, re.M)
-    assert broken == [contract], done.stdout
+    assert re.findall(r"^(.+) BROKEN$", done.stdout, re.M) == list(PLANTED), done.stdout
+    for module, _, imported in PLANTED["Imports go one way"]:
+        assert f"hnas.{module} -> hnas.{imported} " in done.stdout
 
 
 def test_a_new_room_must_be_given_its_place(house):
@@ -97,6 +97,8 @@ def test_the_package_needs_what_is_installed_for_the_checkout():
         ("requirements.txt", "paddlepaddle-gpu==3.3.1"),
     ):
         assert requirements(name) == [paddle, *settings["dependencies"]]
+    [index] = [line for line in (ROOT / name).read_text().splitlines() if line.startswith("-")]
+    assert "https://www.paddlepaddle.org.cn/packages/stable/" in index
     assert settings["optional-dependencies"]["cpu"] == ["paddlepaddle==3.3.1"]
 
 
@@ -113,9 +115,8 @@ def test_every_import_of_the_package_is_declared():
     optional = project()["project"]["optional-dependencies"]["onnx"]
     lines = [*requirements("requirements-cpu.txt"), *optional]
     declared = {re.match(r"[\w-]+", line)[0] for line in lines}
-    # VisualDL is asked for only with --visualdl_dir, which says so where it is missing; ONNX comes
-    # with paddle2onnx. PyTorch is what hnas.bench.cudnn runs on where there is no Paddle.
-    undeclared = {"visualdl", "onnx", "torch"}
+    # ONNX comes with paddle2onnx.
+    undeclared = {"onnx"}
     assert {PACKAGES.get(name, name) for name in foreign} - undeclared <= declared
 
 

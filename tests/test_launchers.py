@@ -1,4 +1,4 @@
-"""The three launchers, what they set, and the page that lists their variables and all flags."""
+"""The three launchers: what they set, hand on and refuse; the page of their variables and flags."""
 
 import dataclasses
 import os
@@ -10,41 +10,23 @@ from pathlib import Path
 import pytest
 
 from hnas.tools import flag_tables
-from hnas.tools.flag_tables import LAUNCHERS, PAGE, SHARED, launcher_variables, main, page
+from hnas.tools.flag_tables import LAUNCHERS, PAGE, launcher_variables, main, page
 from hnas.utils.flags import Stage
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 
 ROOT = Path(__file__).parents[1]
-OWN_WORDS = {
-    "pretrain",
-    "stage 1",
-    "stage 2",
-    "stage 3",
-    "train_standalone",
-    "export",
-    "search",
-}
+SHARED = "hnas/tools/launch.sh"
 # What the launchers give that a program alone does not: the paths of the recipe.
 PATHS = {"image_dir", "pretrained", "ckpt_dir", "modelarch_file"}
 
 
-def environment(**changes):
-    """This one without the variables that the launchers set themselves."""
+def run(*command, **changes):
+    """Run in this environment without the variables that the launchers set themselves."""
     own = ("PINAS_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONWARNINGS")
     kept = {name: value for name, value in os.environ.items() if name not in own}
-    return {**kept, "python": sys.executable, **changes}
-
-
-def run(*command, **changes):
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    env = {**kept, "python": sys.executable, **changes}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
 def text_of(path):
@@ -59,26 +41,15 @@ def test_launchers_have_the_programs_defaults(stage):
     text = text_of(LAUNCHERS[stage])
     variables = launcher_variables(text)
     assert len(variables) == len(re.findall(r"^\w+=\$\{", text, re.M)) > 10
-    line = []
-    for name, (default, _) in variables.items():
-        assert f'"${name}"' in text
-        line += [f"--{name}", default]
-    given, alone = parse_options(stage, line), parse_options(stage, [])
-    different = {
-        option.name
-        for option in dataclasses.fields(Options)
-        if getattr(given, option.name) != getattr(alone, option.name)
-    }
+    passed = re.findall(r'--(\w+) "\$(\w+)"', text)
+    assert {name for _, name in passed} == set(variables)
+    line = [f"--{name}={default}" for name, default in variables.items()]
+    given, alone = (dataclasses.asdict(parse_options(stage, argv)) for argv in (line, []))
     # Stage 2's launcher goes on from stage 1.
-    assert different == PATHS & set(variables) | ({"use_ckpt"} & set(variables))
-
-
-@pytest.mark.parametrize("stage", LAUNCHERS, ids=str)
-def test_launchers_pass_no_flag_without_effect(stage, caplog):
-    passed = re.findall(r'--(\w+) "\$(\w+)"', text_of(LAUNCHERS[stage]))
-    assert {name for _, name in passed} == set(launcher_variables(text_of(LAUNCHERS[stage])))
-    options = {option.name: option for option in dataclasses.fields(Options)}
-    assert [flag for flag, _ in passed if stage not in options[flag].metadata["stages"]] == []
+    different = {name for name in given if given[name] != alone[name]}
+    assert different == (PATHS | {"use_ckpt"}) & set(variables)
+    with_effect = {o.name for o in dataclasses.fields(Options) if stage in o.metadata["stages"]}
+    assert {flag for flag, _ in passed} <= with_effect
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS.values())
@@ -120,71 +91,133 @@ def test_a_launcher_of_a_script_that_sourced_it_has_the_same_threads():
     assert done.stdout == "2\n2\n", done.stderr
 
 
+@pytest.mark.parametrize(("processes", "devices"), [(1, "0"), (3, "-1,-1,-1")])
+def test_processes_on_cpus_have_no_gpu_each(processes, devices, tmp_path):
+    """Paddle's launcher gives each a device of CUDA_VISIBLE_DEVICES, and ran out of them."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES"\n')
+    fake.chmod(0o755)
+    variables = {"CUDA_VISIBLE_DEVICES": "0", "processes": str(processes), "device": "cpu"}
+    variables |= {"python": str(fake), "save_dir": str(tmp_path / "out")}
+    done = run("sh", "local_eval.sh", **variables)
+    assert (done.returncode, done.stdout) == (0, f"{devices}\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_start_where_one_gpu_is_visible(tmp_path):
+    variables = {"CUDA_VISIBLE_DEVICES": "0", "processes": "2", "device": "cpu"}
+    done = run("sh", "local_eval.sh", "--imgae_dir", "x", save_dir=str(tmp_path), **variables)
+    told = done.stdout + done.stderr
+    assert done.returncode and "IndexError" not in told
+    assert "error: unknown flag --imgae_dir; did you mean --image_dir?" in told
+
+
+# --- what they refuse
+
+LONG, NAME = "9" * 30, "n" * 300
+HOSTILE_VARIABLES = [
+    ("gpus=,", "gpus=, is not a list of numbers as 0,1,2,3"),
+    ("gpus=a", "gpus=a is not a list"),
+    ("gpus=0,,1", "gpus=0,,1 is not a list"),
+    ("gpus=0%1", "gpus=0 1 is not a list"),
+    ("gpus=-1", "gpus=-1 is not a list"),
+    ("gpus=0,0", "gpus=0,0 names a GPU twice"),
+    ("processes=0", "processes=0 is too small; the least is 1"),
+    ("processes=abc", "processes=abc is not a whole number from 1 to 9999"),
+    ("processes=-1", "processes=-1 is not a whole number"),
+    ("processes=1.5", "processes=1.5 is not a whole number"),
+    ("processes=08", "processes=08 is not a whole number"),
+    (f"processes={LONG}", f"processes={LONG} is not a whole number"),
+    ("threads=abc", "threads=abc is not a whole number"),
+    ("threads=0", "threads=0 is too small"),
+    ("threads=$(touch%/tmp/x)", "threads=$(touch /tmp/x) is not a whole number"),
+    ("nnodes=abc", "nnodes=abc is not a whole number"),
+    ("nnodes=0", "nnodes=0 is too small"),
+    ("nnodes=2 master=host node_rank=0", "master=host is not HOST:PORT"),
+    ("nnodes=2 master=host:p node_rank=0", "master=host:p is not HOST:PORT"),
+    ("nnodes=2 master=host:1 node_rank=2", "node_rank=2 is not below nnodes=2"),
+    ("nnodes=2 master=host:1 node_rank=x", "node_rank=x is not a whole number"),
+    ("python=/nope", "python=/nope cannot be run"),
+    ("python=/tmp", "python=/tmp cannot be run"),
+    ("PADDLE_TRAINERS_NUM=4", "PADDLE_TRAINERS_NUM=4 is left in the environment; unset it"),
+    ("save_dir=None", "save_dir=None: results need a folder"),
+    ("save_dir=None processes=2", "save_dir=None: results need a folder"),
+    (f"save_dir={NAME} processes=2", f"cannot make the folder {NAME}/log; choose another"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), HOSTILE_VARIABLES)
+def test_a_hostile_variable_is_one_line(line, words):
+    variables = dict(setting.replace("%", " ").split("=", 1) for setting in line.split())
+    done = run("sh", "local_eval.sh", **{"python": "false", **variables})
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
+
+
 # --- the page
 
 
-def rows_after(head):
-    """The cells of the table that follows a heading of the page."""
-    part = page().split(f"## {head}\n")[1].split("\n## ")[0]
-    lines = [line for line in part.splitlines() if line.startswith("|")][2:]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+def rows_after(marker):
+    """The cells of the table that follows a marker of the page."""
+    lines = re.findall(r"^(?:\|.*\n)+", text_of(PAGE).split(f"<!-- {marker} -->")[1], re.M)[0]
+    rows = [[c.strip() for c in line[1:-1].split(" | ")] for line in lines.splitlines()[2:]]
+    return {cells[0].strip("`-"): cells[1:] for cells in rows}
 
 
-def test_the_page_is_current():
+def test_the_page_is_current(tmp_path, monkeypatch):
     """If not: python -m hnas.tools.flag_tables"""
-    assert text_of(PAGE) == page()
-    main(["--check"])
-
-
-def test_a_page_of_other_flags_is_not_current(tmp_path, monkeypatch, capsys):
-    for name in (*LAUNCHERS.values(), SHARED):
+    assert text_of(PAGE) == page(text_of(PAGE))
+    for name in (*LAUNCHERS.values(), PAGE):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text_of(name))
-    monkeypatch.setattr(flag_tables, "ROOT", tmp_path)
-    with pytest.raises(SystemExit) as end:
-        main(["--check"])
-    assert end.value.code == 1 and not (tmp_path / PAGE).exists()
-    main([])
-    main(["--check"])
     launcher = tmp_path / LAUNCHERS[Stage.SCORE]
     launcher.write_text(launcher.read_text().replace("chunk_size:-0", "chunk_size:-7"))
-    with pytest.raises(SystemExit) as end:
-        main(["--check"])
-    assert end.value.code == 1 and "python -m hnas.tools.flag_tables" in capsys.readouterr().err
+    monkeypatch.setattr(flag_tables, "ROOT", tmp_path)
+    main([])
+    changed = (tmp_path / PAGE).read_text()
+    assert changed != text_of(PAGE) and changed == page(changed)
 
 
-def test_the_page_tells_every_flag_with_its_defaults_and_stages():
-    rows = {cells[0].strip("`-"): cells[1:] for cells in rows_after("Flags of the programs")}
+def told_defaults(cell):
+    """A cell as ``5; stage 1, pretrain: 90``: by stage, and "" for the others."""
+    told = {}
+    for part in filter(None, cell.split("; ")):
+        stages, colon, value = part.rpartition(": ")
+        names = stages.split(", ") if colon else [""]
+        told |= dict.fromkeys(names, value.strip("`"))
+    return told
+
+
+def test_the_page_tells_every_flag_with_its_defaults_and_variables():
+    rows = {name: cells for name, cells in rows_after("flags").items() if "*" not in name}
     assert list(rows) == [option.name for option in dataclasses.fields(Options)]
     alone = {stage: parse_options(stage, []) for stage in Stage}
+    every = {str(stage) for stage in Stage}
+    sets = {
+        "all": every,
+        "all but export": every - {"export"},
+        "training": every - {"stage 3", "export", "search"},
+    }
+    launchers = {s: launcher_variables(text_of(name)) for s, name in LAUNCHERS.items()}
     for option in dataclasses.fields(Options):
-        meaning, unit, default, used = rows[option.name]
+        meaning, unit, default, used, variables = rows[option.name]
         assert meaning and unit == option.metadata["unit"]
-        groups = {
-            "all": OWN_WORDS,
-            "all but export": OWN_WORDS - {"export"},
-            "training": OWN_WORDS - {"stage 3", "export", "search"},
-            "none": set(),
-        }
-        names = groups.get(used, set(used.split(", ")))
+        names = sets.get(used, set(used.split(", ")))
         assert names == {str(stage) for stage in option.metadata["stages"]}
-        told = {}
-        for part in default.split("; "):
-            stages, _, value = part.rpartition(": ")
-            told |= dict.fromkeys(stages.split(", ") if stages else [""], value.strip("`"))
-        for name in names:
-            value = getattr(alone[Stage(name)], option.name)
-            assert told.get(name, told.get("")) == ("none" if value == "" else str(value))
+        told = told_defaults(default)
+        for stage in map(Stage, names):
+            value = getattr(alone[stage], option.name)
+            value = {"": "none", -1: "auto"}.get(value, value)
+            assert told.get(str(stage), told.get("")) == str(value)
+        for stage, own in launchers.items():
+            assert (str(stage) in variables) == (option.name in own)
+            if option.name in own and option.name in PATHS:
+                assert told_defaults(variables)[str(stage)] == own[option.name]
 
 
-def test_the_page_tells_every_variable_with_its_default():
-    rows = {cells[0].strip("`"): cells[1:] for cells in rows_after("Variables of the launchers")}
-    for column, launcher in enumerate(LAUNCHERS.values()):
-        variables = launcher_variables(text_of(launcher))
-        cells = {name: cells[column].strip("`") for name, cells in rows.items()}
-        told = {name: cell for name, cell in cells.items() if cell != "–"}
-        expected = {name: variable.default for name, variable in variables.items()}
-        assert told == {name: {"None": "none"}.get(d, d) for name, d in expected.items()}
-    shared = rows_after("Variables of all launchers: processes")
-    assert [row[0].strip("`") for row in shared] == list(launcher_variables(text_of(SHARED)))
-    assert all(meaning for *_, meaning in shared)
+def test_the_page_tells_every_variable_of_the_processes():
+    rows, text = rows_after("processes"), text_of(SHARED)
+    own = {name: default or "none" for name, default in launcher_variables(text).items()}
+    assert {name: default.strip("`") for name, (default, _) in rows.items()} == own
+    for name, (_, meaning) in rows.items():
+        assert re.search(rf"^{name}=.*# {re.escape(meaning)}$", text, re.M)

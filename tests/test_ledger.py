@@ -1,20 +1,26 @@
-"""The ledger of chunks: who does which, in any order, over restarts; and its files."""
+"""The ledger of chunks: who does which, in any order, over restarts, in parts; and its files."""
 
-import itertools
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from counted import counts_of
+from entry_scripts import noise_images, run
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train_supernet
+from hnas.architecture_file import submission
+from hnas.base.errors import UserError
 from hnas.evaluation import ledger as ledger_module
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.ledger import Ledger, Targets, even_chunk, share_out
-from hnas.evaluation.state import STATE_FILE, StateError, load_state, save_state
+from hnas.evaluation.ledger import Ledger, Part, Targets, even_chunk
+from hnas.evaluation.results import STATE_FILE, StateError, load_state, save_state
 from hnas.ranking.agreement import Agreement
 from hnas.search_space import RESNET48_MINI
+from hnas.utils.options import Options
 
 NO_TARGETS = Targets()
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
@@ -229,42 +235,210 @@ def test_a_chunk_that_is_in_the_prefix_already_is_not_counted_twice(tmp_path):
     assert resumed.counts.images == 5 and not list(tmp_path.glob("eval_chunk_*"))
 
 
-def test_chunk_files_of_two_sizes_are_refused(tmp_path):
-    save_state(tmp_path / "eval_chunk_00000005.npz", IDENTITY, 5, chunk_counts(5, 10), 5)
-    save_state(tmp_path / STATE_FILE, IDENTITY, 4, chunk_counts(0, 4))
-    with pytest.raises(StateError, match="chunks of 5 images, not 4"):
-        Ledger(tmp_path, IDENTITY, ARCHS, 13)
-
-
 @given(st.integers(1, 2000), st.integers(1, 60000), st.integers(1, 64))
 def test_chunks_are_even(limit, images, processes):
     chunk = even_chunk(limit, images, processes)
     assert 1 <= chunk <= limit
-    undone = np.ones(-(-images // chunk), dtype=bool)
-    shares = [share_out(undone, rank, processes) for rank in range(processes)]
-    assert sorted(itertools.chain(*shares)) == list(range(len(undone)))
+    chunks = -(-images // chunk)
     if processes > 1 and images >= processes:
         # As many rounds as the limit forces, not one more.
-        assert max(map(len, shares)) <= -(-images // (limit * processes))
+        assert -(-chunks // processes) <= -(-images // (limit * processes))
 
 
-def test_state_of_another_evaluation_is_refused(tmp_path):
-    counts = Counts.zeros(2)
-    counts.images = 3
-    path = tmp_path / "state.npz"
-    save_state(path, IDENTITY, 4, counts)
-    found = load_state(path, IDENTITY)
-    assert (found.start, found.chunk, found.counts.images) == (0, 4, 3)
-    with pytest.raises(StateError, match=r"another image list \(iiii.*save_dir"):
-        load_state(path, {**IDENTITY, "image_list": "j" * 64})
-    content = path.read_bytes()
-    for broken in (content[:100], content[:-30], b"", b"PK\x03\x04 nonsense"):
-        path.write_bytes(broken)
-        with pytest.raises(StateError, match="broken"):
-            load_state(path, IDENTITY)
-    path.write_bytes(content)
-    objects = np.array([{"a": 1}], dtype=object)
-    np.savez(tmp_path / "objects.npz", top1=objects)
-    with pytest.raises(StateError, match="broken"):
-        load_state(tmp_path / "objects.npz", IDENTITY)
-    assert load_state(tmp_path / "none.npz", IDENTITY) is None
+# --- parts of the images
+
+DEMO = Path(__file__).parents[1] / "checkpoint_files/demo_stage2.pdparams"
+FILES = ("submission.json", "submission_top5.json", "channel_sample.txt", "estimates.json")
+COPIES = "k" * 64
+PARTS_IDENTITY = {**IDENTITY, "image_list": COPIES}
+
+
+@pytest.mark.parametrize("text", ["1/1", "2/8", "8/8", "0002/0008", "9999/9999"])
+def test_parts_are_read(text):
+    part = train_supernet.wanted_part(Options(images_part=text, chunk_size=5))
+    assert f"{part.number}/{part.of}" == str(part) and 1 <= part.number <= part.of
+
+
+NO_PARTS = [
+    *("0/8", "9/8", "1/0", "0/0", "-1/8", "+2/8", "a/b", "2", "/", "2/", "/8", "2/8/1", "2/8,3/8"),
+    *(" 2/8", "2/8\n", "2:8", "1.5/8", "١/٨", "1e0/8", "2/10000", "9" * 500, "True"),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *(({"images_part": text}, "--images_part .* is not a part as 2/8") for text in NO_PARTS),
+        ({"target_tau": 0.9}, "--target_tau would stop every part elsewhere"),
+        ({"target_se": 0.1}, "--target_se would stop every part elsewhere"),
+        ({"chunk_size": 0}, "--images_part needs --chunk_size, the same for all parts"),
+        ({"eval_engine": "reference"}, "--images_part is for --eval_engine shared"),
+        (
+            {"eval_engine": "reference", "images_part": "", "target_se": 0.5},
+            "--target_se is for --eval_engine shared",
+        ),
+    ],
+)
+def test_flags_that_make_no_part_are_one_line(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_supernet.wanted_part(Options(**{"images_part": "2/8", "chunk_size": 5, **flags}))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_targets_reach_the_engine(tmp_path, monkeypatch):
+    seen = []
+
+    def evaluate(network, archs, images, save_dir, identity, settings):
+        seen.append(settings.targets)
+        return counts_of(np.ones((len(archs), len(images))))
+
+    monkeypatch.setattr(train_supernet, "evaluate_shared", evaluate)
+    flags = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "eval_sample_num": 2}
+    flags |= {"bn_calibration_images": 0, "target_se": 0.1, "target_tau": 0.8}
+    run(train_supernet, monkeypatch, noise_images(tmp_path, 1), tmp_path / "out", **flags)
+    assert seen == [Targets(se=0.1, tau=0.8)]
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.data())
+def test_parts_deal_all_chunks_once(tmp_path_factory, images, chunk, of, processes, data):
+    chunks = -(-images // min(chunk, images))
+    done = data.draw(st.sets(st.integers(0, chunks - 1)))
+    folder, dealt = tmp_path_factory.mktemp("parts"), []
+    whole = Ledger(folder, IDENTITY, ARCHS, images, copies=COPIES)
+    whole.begin(chunk)
+    for number in done:
+        start = number * whole.chunk
+        counts = chunk_counts(start, min(start + whole.chunk, images))
+        save_state(whole._path(start), PARTS_IDENTITY, whole.chunk, counts, start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger_module, "world_size", lambda: processes)
+        patch.setattr(ledger_module, "from_main_process", list)
+        for number in range(1, of + 1):
+            for process in range(processes):
+                patch.setattr(ledger_module, "rank", lambda process=process: process)
+                part = Ledger(folder, IDENTITY, ARCHS, images, part=Part(number, of), copies=COPIES)
+                if of > chunks:
+                    with pytest.raises(UserError, match=f"{number}/{of} of {chunks} chunks"):
+                        part.begin(chunk)
+                    continue
+                part.begin(chunk)
+                dealt += [positions.start // whole.chunk for positions in part.chunks()]
+    if of <= chunks:
+        assert sorted(dealt) == sorted(set(range(chunks)) - done)
+    assert not (folder / STATE_FILE).exists()
+
+
+def gathered(folder: Path, starts=(0, 5, 10, 15, 20), **changes) -> None:
+    """What the parts of 23 images leave, in one folder."""
+    for start in starts:
+        whose = {**PARTS_IDENTITY, **changes}
+        counts = chunk_counts(start, min(start + 5, 23))
+        save_state(folder / f"eval_chunk_{start:08d}.npz", whose, 5, counts, start)
+
+
+def test_gathered_chunks_are_the_whole(tmp_path, caplog):
+    gathered(tmp_path)
+    ledger = Ledger(tmp_path, IDENTITY, ARCHS, 23, copies=COPIES)
+    ledger.begin(7)
+    assert not list(ledger.chunks()) and not caplog.text
+    assert ledger.complete().top1.tolist() == [5, 23]
+    # What it has written is this machine's, and the parts' no longer.
+    assert load_state(tmp_path / STATE_FILE, IDENTITY).counts.images == 23
+
+
+def test_chunks_that_are_missing_are_named_and_scored(tmp_path, caplog):
+    gathered(tmp_path, (5, 15))
+    ledger = Ledger(tmp_path, IDENTITY, ARCHS, 23, copies=COPIES)
+    ledger.begin(5)
+    words = "of 5 chunks 3 are missing, and scored now: those of images 0 to 4, 10 to 14, 20 to 22"
+    assert words in caplog.text
+    for chunk in ledger.chunks():
+        do(ledger, chunk)
+    assert ledger.complete().top1.tolist() == [5, 23]
+
+
+def copied(folder, name):
+    gathered(folder)
+    shutil.copy(folder / "eval_chunk_00000005.npz", folder / name)
+
+
+def other_size(folder):
+    gathered(folder)
+    save_state(folder / "eval_chunk_00000004.npz", PARTS_IDENTITY, 4, chunk_counts(4, 8), 4)
+
+
+def cut(folder):
+    gathered(folder)
+    path = folder / "eval_chunk_00000010.npz"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+NOT_GATHERED = {  # what is in the folder, words of the error
+    "a double": (lambda f: copied(f, "eval_chunk_00000005_of_part_2.npz"), "none of this program"),
+    "a double in another's place": (lambda f: copied(f, "eval_chunk_00000010.npz"), "copied or"),
+    "chunks that overlap": (other_size, "has chunks of "),
+    "a broken file": (cut, "is broken"),
+    "another checkpoint": (lambda f: gathered(f, checkpoint="d" * 64), "checkpoint dddd"),
+    "other images": (lambda f: gathered(f, image_list="j" * 64), "image list jjjj"),
+    "one with other images": (
+        lambda f: [gathered(f), gathered(f, (10,), image_list="j" * 64)], "00000010.* image list"),
+    "more images": (
+        lambda f: [gathered(f), save_state(
+            f / "eval_chunk_00000020.npz", PARTS_IDENTITY, 5, chunk_counts(20, 25), 20)],
+        "cannot of 23"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_GATHERED)
+def test_what_does_not_belong_together_is_refused(case, tmp_path):
+    gather, words = NOT_GATHERED[case]
+    gather(tmp_path)
+    with pytest.raises(StateError, match=words) as error:
+        Ledger(tmp_path, IDENTITY, ARCHS, 23, copies=COPIES)
+    assert "\n" not in str(error.value) and "eval_chunk_" in str(error.value)
+
+
+def test_a_part_of_other_chunks_than_its_folder_is_refused(tmp_path):
+    gathered(tmp_path, (0,))
+    with pytest.raises(StateError, match="has chunks of 5 images: give --chunk_size 5, to all"):
+        Ledger(tmp_path, IDENTITY, ARCHS, 23, part=Part(1, 2), copies=COPIES).begin(7)
+
+
+def test_parts_of_a_run_are_the_run_byte_for_byte(tmp_path, monkeypatch, caplog):
+    """Scored with copies of the images, and once more after one chunk was lost."""
+    images = noise_images(tmp_path / "images", number=4)
+    shutil.copytree(images, tmp_path / "copy", copy_function=shutil.copyfile)
+    archs = RESNET48_MINI.sample_distinct(np.random.default_rng(11), 11)
+    (tmp_path / "archs.json").write_text(json.dumps(submission(archs, [0.0] * 11)))
+    flags = {
+        "backbone": "resnet48_mini",
+        "ckpt_dir": DEMO,
+        "modelarch_file": tmp_path / "archs.json",
+        "bn_calibration_images": 10,
+        "chunk_size": 7,
+    }
+    run(train_supernet, monkeypatch, images, tmp_path / "whole", **flags)
+    whole = {name: (tmp_path / "whole" / name).read_bytes() for name in FILES}
+    assert len({entry["acc"] for entry in json.loads(whole[FILES[0]]).values()}) > 3
+    for number, where in ((1, images), (2, tmp_path / "copy")):
+        own = tmp_path / f"part{number}"
+        run(train_supernet, monkeypatch, where, own, images_part=f"{number}/2", **flags)
+        names = [f"eval_chunk_{start:08d}.npz" for start in range(0, 40, 7)][number - 1 :: 2]
+        assert sorted(path.name for path in own.iterdir()) == names
+    for lost in (None, "eval_chunk_00000007.npz"):
+        together = tmp_path / f"without {lost}"
+        for number in (1, 2):
+            shutil.copytree(tmp_path / f"part{number}", together, dirs_exist_ok=True)
+        if lost:
+            (together / lost).unlink()
+        caplog.clear()
+        run(train_supernet, monkeypatch, images, together, **flags)
+        assert ("1 are missing, and scored now: those of images 7 to 13" in caplog.text) == bool(
+            lost
+        )
+        for name in FILES:
+            assert (together / name).read_bytes() == whole[name], name
+    # A part given another list is none of this run.
+    with pytest.raises(UserError, match="architecture list"):
+        own = tmp_path / "part2"
+        run(train_supernet, monkeypatch, images, own, images_part="2/2", eval_sample_num=5, **flags)

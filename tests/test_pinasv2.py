@@ -171,10 +171,10 @@ class Independent:
     def step(self, views, passes, momentum):
         """Losses, gradients by name, and the mean of both passes' keys."""
         queue, losses, keys = self.state["queue"], [], []
-        for query_arch, key_arch, query_view, key_view in passes:
+        for query_arch, key_arch in passes:
             self.follow(momentum)
-            key = self.embed("key_", views[key_view], key_arch).detach()
-            query = self.embed("", views[query_view], query_arch)
+            key = self.embed("key_", views[1], key_arch).detach()
+            query = self.embed("", views[0], query_arch)
             logits = paddle.concat([(query * key).sum(1, keepdim=True), query @ queue], 1)
             logits = logits / TEMPERATURE
             loss = (paddle.logsumexp(logits, 1) - logits[:, 0]).mean()
@@ -189,10 +189,9 @@ class Independent:
         return losses, gradients, (keys[0] + keys[1]) / 2
 
 
-@pytest.mark.parametrize("exchange", [False, True])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("largest", [True, False])
-def test_a_step_is_the_independent_computation(network, exchange, frozen, largest):
+def test_a_step_is_the_independent_computation(network, frozen, largest):
     rng = np.random.default_rng(6)
     for name, tensor in network.state_dict().items():
         if name.endswith("_variance"):
@@ -205,12 +204,11 @@ def test_a_step_is_the_independent_computation(network, exchange, frozen, larges
     before = state_of(network)
     sampler = LargestSampler(RESNET48_MINI, 2) if largest else RandomSampler(RESNET48_MINI, 0, 2)
     path_a, path_b = sampler.sample(0, 0)
-    second = (1, 0) if exchange else (0, 1)
     other = Independent(before, training=not frozen)
     losses, gradients, keys = other.step(
-        views_of(), [(path_a, path_b, 0, 1), (path_b, path_a, *second)], momentum=0.9
+        views_of(), [(path_a, path_b), (path_b, path_a)], momentum=0.9
     )
-    logs = step_once(network, sampler, exchange_views=exchange)
+    logs = step_once(network, sampler)
     assert float(logs["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
     after = state_of(network)
     assert len(gradients) > 50 and "neck.project.weight" in gradients
@@ -248,11 +246,8 @@ def test_shared_queries_give_the_gradients_of_two_passes(network, monkeypatch):
     together = state_of(network)
     network.set_state_dict({name: paddle.to_tensor(value) for name, value in before.items()})
 
-    def apart(self, views, passes):
-        return [
-            self.network.embed_queries(normalize(views[one.query_view]), one.query_path)
-            for one in passes
-        ]
+    def apart(self, view, paths):
+        return [self.network.embed_queries(normalize(view), path) for path in paths]
 
     monkeypatch.setattr(ContrastiveModel, "embed_queries", apart)
     step_once(network, LargestSampler(RESNET48_MINI, 2))
@@ -272,17 +267,6 @@ def test_a_step_trains_queries_only_and_enqueues(network):
     assert not any(name.startswith("key_") for name in weights)
     assert {"queue", "queue_pointer", "neck.project.weight"} <= weights
     assert "backbone.blocks.24.fc.fn.weight" not in weights
-
-
-def test_passes_depend_on_the_position_only(network):
-    model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, seed=5, number=2))
-    model.epoch, model.step = 1, 7
-    first, second = model.passes()
-    assert (first, second) == model.passes()
-    assert (first.query_path, first.key_path) == (second.key_path, second.query_path)
-    assert first.query_path != first.key_path
-    model.step = 8
-    assert first != model.passes()[0]
 
 
 def test_the_neck_starts_as_the_recipe_says():

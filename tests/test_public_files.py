@@ -21,7 +21,7 @@ from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.options import Options
 from hnas.utils.public_files import CheckpointError
-from hnas.utils.training import (
+from hnas.utils.starting import (
     pretrained_network,
     start_contrast_from_checkpoint,
     start_from_checkpoint,

@@ -1,10 +1,7 @@
 """Samplers: what they depend on, and how strongly they favour large sub-networks."""
 
+import hashlib
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,69 +10,47 @@ from independent import first_place_size
 from scipy.stats import chisquare
 
 from hnas.base.errors import UserError
-from hnas.search_space import RELEASED_DIGITS, Architecture, Candidates, SearchSpace
+from hnas.search_space import RELEASED_DIGITS, Architecture, SearchSpace
+from hnas.utils.options import Options
 from hnas.utils.SampleMethod import (
     FirstPlaceSampler,
     LargestSampler,
-    SamplerSettings,
     build_sampler,
     candidate_sizes,
     largest_distinct,
     weighted_channels,
 )
 
-ROOT = Path(__file__).parents[1]
 SPACE = SearchSpace()
-WIDTHS = [[64, 64, 56], [128, 120, 112], [256, 240, 232, 216, 208]]
-WIDTHS += [[512, 488, 464, 432, 408, 384, 360]]
 NUMBER = 2000
 
 
-def sampler_of(method, seed=3, number=1, **settings):
-    return build_sampler(SamplerSettings(method, dyna_batch_size=number, **settings), SPACE, seed)
+def sampler_of(method, seed=3, number=1, **flags):
+    options = Options(sample_method=method, dyna_batch_size=number, **flags)
+    return build_sampler(options, SPACE, seed)
 
 
-def sample(method, number=NUMBER, **settings):
-    """Sub-networks of ``number`` steps."""
-    sampler = sampler_of(method, **settings)
-    return [arch for step in range(number) for arch in sampler.sample(0, step)]
-
-
-def law(options, b):
-    """Probabilities of options k = 0 (small) .. n - 1, proportional to exp(b k / (n - 1))."""
-    weights = [np.exp(b * k / (options - 1)) for k in range(options)]
-    return np.array(weights) / sum(weights)
-
-
-def expected_macs(b):
-    """Exact mean MACs at 224 px: choices are independent, so means of products are products."""
-    # Expected channels of each stage; small first, as the law has them.
-    channel = [law(len(widths), b) @ widths[::-1] for widths in WIDTHS]
-    total = 112**2 * 3 * 49 * channel[0] + 1000 * channel[3]
-    for stage, (side, deepest) in enumerate(zip((56, 28, 14, 7), (5, 5, 8, 5), strict=True)):
-        width, previous = channel[stage], channel[max(stage - 1, 0)]
-        first = 9 * previous * width + 9 * width * width
-        if stage:
-            first += previous * width
-        blocks_after_first = law(deepest - 1, b) @ np.arange(1, deepest)
-        total += side**2 * (first + blocks_after_first * 18 * width * width)
-    return total
+def assert_uniform(archs):
+    for choice, (options, ranks) in option_ranks(map(str, archs), RELEASED_DIGITS).items():
+        counts = np.bincount(ranks, minlength=options)
+        assert chisquare(counts).pvalue > 1e-4, choice
 
 
 METHODS = {
-    "random": {},
-    "random with bias": {"bias_sample_flag": True, "extra_random_every": 0},
-    "tilted": {},
-    "sandwich": {},
-    "fair": {},
+    # the start of a digest of what is drawn: a run that is resumed by a later version goes on alike
+    "random": ({}, "501c1de59fd25194"),
+    "random with bias": ({"bias_sample_flag": True}, "222128d7cf84a8f5"),
+    "sandwich": ({}, "07de4e1c0d6a55fe"),
+    "fair": ({}, "7b705da5dbbff916"),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_choice_depends_on_its_seed_and_place_only(name):
-    method, settings = name.partition(" ")[0], METHODS[name]
+    method, (flags, _) = name.partition(" ")[0], METHODS[name]
+    flags = {**flags, "extra_random_every": 0}
     places = list(itertools.product(range(3), range(3), range(3)))
-    sampler = {seed: sampler_of(method, seed, 5, **settings) for seed in range(3)}
+    sampler = {seed: sampler_of(method, seed, 5, **flags) for seed in range(3)}
     archs = {place: sampler[place[0]].sample(*place[1:]) for place in places}
     # Changing any of seed, epoch and step, or swapping two, changes the architectures, and those
     # of a step differ.
@@ -86,29 +61,17 @@ def test_a_choice_depends_on_its_seed_and_place_only(name):
     # Neither the order of calls, nor the global generator, nor the sampler's past matters.
     np.random.seed(0)
     for seed, epoch, step in reversed(places):
-        again = sampler_of(method, seed, 5, **settings).sample(epoch, step)
+        again = sampler_of(method, seed, 5, **flags).sample(epoch, step)
         assert again == archs[seed, epoch, step]
 
 
-def test_a_fresh_process_draws_the_same():
+@pytest.mark.parametrize("name", METHODS)
+def test_draws_stay_as_they_were(name):
+    method, (flags, digest) = name.partition(" ")[0], METHODS[name]
+    sampler = sampler_of(method, 7, 4, **flags)
     places = [(0, 0), (4, 1000), (1, 1)]
-    program = (
-        "from hnas.search_space import SearchSpace\n"
-        "from hnas.utils.SampleMethod import SamplerSettings, build_sampler\n"
-        "settings = SamplerSettings('random', True, 4)\n"
-        "sampler = build_sampler(settings, SearchSpace(), 7)\n"
-        f"print(*[arch for place in {places} for arch in sampler.sample(*place)])\n"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    sampler = sampler_of("random", 7, 4, bias_sample_flag=True)
-    assert output.split() == [arch.code for place in places for arch in sampler.sample(*place)]
+    codes = " ".join(arch.code for place in places for arch in sampler.sample(*place))
+    assert hashlib.sha256(codes.encode()).hexdigest().startswith(digest)
 
 
 # --- the first place's law
@@ -140,9 +103,7 @@ def test_candidates_follow_the_uniform_law_and_are_shareable():
     archs = [drawn.architecture(index) for index in range(NUMBER)]
     for arch in archs[:50]:
         SPACE.shared_plan(arch)
-    for choice, (options, ranks) in option_ranks(map(str, archs), RELEASED_DIGITS).items():
-        counts = np.bincount(ranks, minlength=options)
-        assert chisquare(counts, law(options, 0.0) * len(ranks)).pvalue > 1e-4, choice
+    assert_uniform(archs)
 
 
 @pytest.mark.slow
@@ -175,23 +136,16 @@ def test_means_of_the_law_are_those_that_were_read_from_the_public_code():
     assert np.mean(kept) == pytest.approx(3982, rel=0.005)
 
 
-@pytest.mark.parametrize("every", [0, 1, 3, 5])
-def test_some_steps_train_one_more(every):
-    sampler = FirstPlaceSampler(SPACE, 0, extra_every=every)
-    for epoch, step in itertools.product(range(2), range(8)):
-        extra = every > 0 and step % every == 0
-        assert len(sampler.sample(epoch, step)) == 4 + extra
+def test_some_steps_train_one_more_which_is_uniform_and_does_not_move_the_others():
+    def steps(every):
+        sampler = FirstPlaceSampler(SPACE, 5, extra_every=every, candidates=20)
+        return [sampler.sample(0, step) for step in range(1500)]
 
-
-def test_the_extra_network_is_uniform_and_does_not_move_the_others():
-    with_extra = FirstPlaceSampler(SPACE, 5, extra_every=1, candidates=20)
-    without = FirstPlaceSampler(SPACE, 5, extra_every=0, candidates=20)
-    steps = [with_extra.sample(0, step) for step in range(1500)]
-    assert [own[:4] for own in steps] == [without.sample(0, step) for step in range(1500)]
-    ranks = option_ranks([str(own[4]) for own in steps], RELEASED_DIGITS)
-    for choice, (options, chosen) in ranks.items():
-        counts = np.bincount(chosen, minlength=options)
-        assert chisquare(counts, law(options, 0.0) * len(chosen)).pvalue > 1e-4, choice
+    without, some, all_have = map(steps, (0, 3, 1))
+    assert [len(own) for own in without] == [4] * 1500
+    assert [len(own) - 4 for own in some] == [step % 3 == 0 for step in range(1500)]
+    assert [own[:4] for own in all_have] == [own[:4] for own in some] == without
+    assert_uniform(own[4] for own in all_have)
 
 
 @pytest.mark.parametrize(
@@ -208,45 +162,16 @@ def test_ties(sizes, number, expected):
     assert largest_distinct(np.array(sizes), number) == expected
 
 
-def test_of_equal_candidates_one_is_trained():
-    depths, outer = np.full((5, 4), 2), np.ones((5, 4), int)
-    inner = np.ones((5, 23), int)
-    inner[4] = 3  # narrower
-    same = Candidates(depths, outer, inner)
-    chosen = largest_distinct(candidate_sizes(same), 2)
-    assert chosen == [3, 4]
-
-
 # --- other methods
 
 
-@pytest.mark.parametrize(
-    ("method", "strength", "b"),
-    [("random", 2.0, 0.0), ("tilted", 2.0, 2.0), ("tilted", -1.0, -1.0)],
-)
-def test_frequencies_follow_the_documented_law(method, strength, b):
-    archs = sample(method, bias_strength=strength)
-    for choice, (options, ranks) in option_ranks(map(str, archs), RELEASED_DIGITS).items():
-        counts = np.bincount(ranks, minlength=options)
-        assert chisquare(counts, law(options, b) * len(ranks)).pvalue > 1e-4, choice
-
-
-@pytest.mark.parametrize(("method", "b"), [("random", 0.0), ("tilted", 2.0)])
-def test_mean_macs_equal_the_exact_expectation(method, b):
-    macs = np.array([SPACE.macs(arch) for arch in sample(method)])
-    standard_error = macs.std() / np.sqrt(len(macs))
-    assert abs(macs.mean() - expected_macs(b)) < 4 * standard_error
-
-
-def test_bias_shifts_the_mean_macs_well_up():
-    # The released 45,000 were drawn uniformly: 2.971 GMAC, of which this is the expectation.
-    assert expected_macs(0.0) == pytest.approx(2.971e9, rel=0.005)
-    assert expected_macs(2.0) > 1.2 * expected_macs(0.0)
-    uniform, biased = (
-        np.mean([SPACE.macs(arch) for arch in sample(method, 500)])
-        for method in ("random", "tilted")
-    )
-    assert biased > 1.2 * uniform
+def test_random_is_uniform_as_the_released_list_is():
+    sampler = sampler_of("random")
+    archs = [arch for step in range(NUMBER) for arch in sampler.sample(0, step)]
+    assert_uniform(archs)
+    macs = np.array([SPACE.macs(arch) for arch in archs])
+    # The mean of the released 45,000.
+    assert abs(macs.mean() - 2.971e9) < 4 * macs.std() / np.sqrt(len(macs))
 
 
 def test_sandwich_is_largest_smallest_then_uniform():
@@ -255,9 +180,7 @@ def test_sandwich_is_largest_smallest_then_uniform():
     assert {tuple(own[:2]) for own in steps} == {(SPACE.largest(), SPACE.smallest())}
     rest = [arch for own in steps for arch in own[2:]]
     assert len(set(rest)) == len(rest) == 600
-    ranks = option_ranks(map(str, rest), RELEASED_DIGITS)
-    counts = np.bincount(ranks["depth 3"][1], minlength=7)
-    assert chisquare(counts, law(7, 0.0) * len(rest)).pvalue > 1e-4
+    assert_uniform(rest)
 
 
 @pytest.mark.parametrize("step", range(5))
@@ -280,11 +203,8 @@ def test_fair_trains_every_option_once_a_step(step):
 
 def test_fair_orders_are_random_and_independent_of_each_other():
     steps = [sampler_of("fair", 0, number=4).sample(0, step) for step in range(600)]
-    codes = [str(own[0]) for own in steps]
-    ranks = option_ranks(codes, RELEASED_DIGITS)
-    for choice, (options, chosen) in ranks.items():
-        counts = np.bincount(chosen, minlength=options)
-        assert chisquare(counts).pvalue > 1e-4, choice
+    assert_uniform(own[0] for own in steps)
+    ranks = option_ranks([str(own[0]) for own in steps], RELEASED_DIGITS)
     # Choices with as many options do not move together, nor do a step's turns.
     same = (ranks["output width 1"][1] == ranks["output width 2"][1]).mean()
     assert abs(same - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
@@ -300,8 +220,7 @@ def test_largest_sampler():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sample_method": "evolution"}, "'evolution'; there are random, tilted, sandwich, fair"),
-        ({"sample_method": "biased"}, "biased is now --sample_method tilted"),
+        ({"sample_method": "evolution"}, "'evolution'; there are random, sandwich, fair, and"),
         (
             {"bias_sample_flag": True, "stage1_sample_num": 3},
             "--stage1_sample_num 3 is fewer than --dyna_batch_size 4",
@@ -310,13 +229,9 @@ def test_largest_sampler():
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        build_sampler(SamplerSettings(**settings), SPACE, 0)
+        build_sampler(Options(**settings), SPACE, 0)
 
 
 def test_a_flag_without_effect_is_named(caplog):
-    build_sampler(SamplerSettings("fair", bias_sample_flag=True), SPACE, 0)
+    sampler_of("fair", bias_sample_flag=True)
     assert "--bias_sample_flag has no effect with --sample_method fair" in caplog.text
-
-
-def test_the_largest_strength_that_is_allowed_gives_the_largest():
-    assert sample("tilted", 1, bias_strength=100.0) == [SPACE.largest()]

@@ -26,7 +26,7 @@ from hnas.ranking.costs import all_parts, parts_of
 from hnas.search_space import FULL_DIGITS, RELEASED_DIGITS, RESNET48, search_space
 from hnas.tools import choose, search
 from hnas.tools.digits_folder import write_digits
-from hnas.utils.training import load_backbone
+from hnas.utils.starting import start_from_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoint_files/demo_stage2.pdparams"
@@ -192,7 +192,7 @@ def test_accuracies_are_the_reference_engines(whole, digits):
     archs, accuracies = read_accuracies(whole / "submission.json")
     assert len(archs) == 6 + 3 * 3 and list(archs)[:2] == ["arch1", "arch2"]
     network = build_network("resnet48_mini", 10, SPACE)
-    load_backbone(network, str(CHECKPOINT), [str(label) for label in range(10)])
+    start_from_checkpoint(network, str(CHECKPOINT), [str(label) for label in range(10)])
     images = scan_images(digits, "val")
     order = balanced_order(images.labels, 0)[:IMAGES]
     batch = DecodedImages(images, order, 32, 1.0, whole).batch(0, IMAGES)

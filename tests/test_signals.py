@@ -187,12 +187,11 @@ def test_verifying_images_does_not_go_on_after_a_signal(tmp_path, monkeypatch):
     def slowly(path):
         decoded.append(path)
         time.sleep(0.05)
-        return ""
 
     def stop(bar, *_):
         raise Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(image_folder, "decoding_error", slowly)
+    monkeypatch.setattr(image_folder, "decode_image", slowly)
     monkeypatch.setattr(image_folder.tqdm, "update", stop)
     with pytest.raises(Stopped):
         image_folder.scan_images(tmp_path, "train", verify=True)

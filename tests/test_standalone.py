@@ -23,8 +23,7 @@ from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
 from hnas.tools import export, rank_report
 from hnas.tools.train_standalone import main
-from hnas.utils.gradient_step import momentum_optimizer
-from hnas.utils.hapi_wrapper import StandaloneModel
+from hnas.utils.hapi_wrapper import StandaloneModel, momentum_optimizer
 from hnas.utils.weights import ABOUT, read_weights, write_state
 
 CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3
@@ -276,11 +275,11 @@ def test_a_flag_that_is_new_was_off_before(work, tmp_path):
     folder = tmp_path / "before"
     shutil.copytree(work / "undisturbed", folder)
     settings = json.loads((folder / "run.json").read_text())
-    assert settings.pop("label_smoothing") == 0
+    assert settings.pop("deterministic") is False
     (folder / "run.json").write_text(json.dumps(settings))
     main(flags(work, save_dir=folder))
-    message = refusal(work, save_dir=folder, label_smoothing=0.1)
-    assert "other settings: label smoothing 0.0 instead of 0.1" in message
+    message = refusal(work, save_dir=folder, deterministic=True)
+    assert "other settings: deterministic False instead of True" in message
 
 
 def test_results_of_other_images_are_not_mixed(work, tmp_path):

@@ -1,6 +1,5 @@
-"""Stage two's step against gradients of an independent network, and the recipe's schedules."""
+"""Steps of training: stage two's against an independent network's, the optimizer's, schedules."""
 
-import math
 from types import SimpleNamespace
 
 import independent
@@ -15,13 +14,16 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.gradient_step import learning_rate, momentum_optimizer, swinging_rate
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
-    StandaloneModel,
+    GradientStep,
     distillation_loss,
+    learning_rate,
+    momentum_optimizer,
     relative_sizes,
+    swinging_rate,
 )
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.options import Options
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler, SandwichSampler
 from hnas.utils.training import prepare
@@ -35,23 +37,37 @@ def batch(seed, size=16):
     return images, rng.integers(0, CLASSES, size)
 
 
-def test_distillation_loss_is_both_cross_entropies():
+def tensors(arrays):
+    return [paddle.to_tensor(array) for array in arrays]
+
+
+def in_float64(*networks):
+    """New networks amplify rounding; normalisation gives float32 images."""
+    for network in networks:
+        network.to(dtype="float64")
+        network.forward = lambda x, run=network.forward: run(x.astype("float64"))
+
+
+# --- stage two's step
+
+
+def test_the_loss_is_both_cross_entropies_and_its_gradient_that_by_hand():
     rng = np.random.default_rng(0)
-    logits, teacher = rng.normal(size=(2, 6, CLASSES))
+    logits, teacher = rng.normal(scale=2, size=(2, 6, CLASSES))
     labels = rng.integers(0, CLASSES, 6)
-    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    q = np.exp(teacher) / np.exp(teacher).sum(1, keepdims=True)
-    hard = -log_p[np.arange(6), labels].mean()
-    soft = -(q * log_p).sum(1).mean()
-    arguments = paddle.to_tensor(logits), paddle.to_tensor(labels)
-    assert float(distillation_loss(*arguments, None)) == pytest.approx(hard, rel=1e-6)
-    both = distillation_loss(*arguments, paddle.to_tensor(q))
-    assert float(both) == pytest.approx(hard + soft, rel=1e-6)
+    log_p, q = log_softmax(logits), np.exp(log_softmax(teacher))
+    hard, soft = -log_p[np.arange(6), labels].mean(), -(q * log_p).sum(1).mean()
+    student, answers = tensors([logits, labels])
+    student.stop_gradient = False
+    assert float(distillation_loss(student, answers, None)) == pytest.approx(hard, rel=1e-6)
+    loss = distillation_loss(student, answers, paddle.to_tensor(q))
+    assert float(loss) == pytest.approx(hard + soft, rel=1e-6)
+    loss.backward()
+    expected = np.exp(log_p) - np.eye(CLASSES)[labels] + np.exp(log_p) - q
+    np.testing.assert_allclose(student.grad.numpy(), expected / 6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("expand", "frozen"), [(False, False), (True, False), (False, True), (True, True)]
-)
+@pytest.mark.parametrize(("expand", "frozen"), [(False, False), (True, True)])
 def test_a_step_equals_independent_gradients(expand, frozen):
     paddle.seed(4)
     net = build_network("resnet48_mini", CLASSES)
@@ -66,20 +82,19 @@ def test_a_step_equals_independent_gradients(expand, frozen):
             elif name.endswith("bn2.weight"):  # else nothing keeps the blocks from growing
                 tensor.set_value(rng.uniform(0.05, 0.2, tensor.shape).astype("float32"))
         freeze_statistics(net)
-    for network in (net, teacher):
-        network.to(dtype="float64")
-    sampler = RandomSampler(RESNET48_MINI, seed=1, number=3, tilt=1.0)
+    in_float64(net, teacher)
+    sampler = RandomSampler(RESNET48_MINI, seed=1, number=3)
     weights = relative_sizes(RESNET48_MINI) if expand else None
     model = DistillationModel(net, teacher, sampler, weights)
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
     images, labels = batch(5)
     before = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-
-    # The step in float64: normalisation gives float32 images.
-    model.network.forward = lambda x, run=net.forward: run(x.astype("float64"))
-    teacher.forward = lambda x, run=teacher.forward: run(x.astype("float64"))
+    taught_by = {name: tensor.numpy().copy() for name, tensor in teacher.state_dict().items()}
     model.epoch, model.step = 2, 3
-    logs = model.train_batch([paddle.to_tensor(images), paddle.to_tensor(labels)])
+    logs = model.train_batch(tensors([images, labels]))
+    assert not teacher.training and not any("teacher" in name for name in net.state_dict())
+    for name, tensor in teacher.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), taught_by[name])
 
     x = paddle.to_tensor(normalized(images)).astype("float64")
     codes = [arch.code for arch in sampler.sample(2, 3)]
@@ -92,7 +107,7 @@ def test_a_step_equals_independent_gradients(expand, frozen):
         targets = F.softmax(teacher(x))
     sizes = np.array([first_place_size(code) for code in (*codes, RESNET48_MINI.largest().code)])
     factors = sizes[:3] / sizes[3] if expand else np.ones(3)
-    assert not expand or 0.5 < factors.min() < factors.max() < 1
+    assert not expand or 0.4 < factors.min() < factors.max() < 1
     y = paddle.to_tensor(labels)
     losses = []
     for code, factor in zip(codes, factors, strict=True):
@@ -104,16 +119,10 @@ def test_a_step_equals_independent_gradients(expand, frozen):
         losses.append(float(loss))
     np.testing.assert_allclose([float(loss) for _, loss in logs["parts"]], losses, rtol=1e-6)
     after = net.state_dict()
-    for part in ("_mean", "_variance"):
-        name = f"blocks.0.bn.{part}"
-        assert np.array_equal(after[name].numpy(), before[name].numpy()) == frozen
-    if frozen:
-        statistics = [name for name in before if name.endswith(("_mean", "_variance"))]
-        assert len(statistics) > 90
-        for name in statistics:
-            np.testing.assert_array_equal(after[name].numpy(), before[name].numpy(), err_msg=name)
-        assert not np.allclose(after["blocks.0.bn.weight"].numpy(), 1, atol=1e-6)
-        assert not np.allclose(after["blocks.0.bn.bias"].numpy(), 0, atol=1e-6)
+    statistics = [name for name in before if name.endswith(("_mean", "_variance"))]
+    assert len(statistics) > 90
+    same = [np.array_equal(after[name].numpy(), before[name].numpy()) for name in statistics]
+    assert all(same) if frozen else not any(same[:2])
     moved = 0
     for name in trained:
         old, gradient = before[name].numpy(), state[name].grad
@@ -122,183 +131,39 @@ def test_a_step_equals_independent_gradients(expand, frozen):
             expected = old - RATE * (gradient.numpy() + DECAY * old)
             moved += 1
         np.testing.assert_allclose(
-            net.state_dict()[name].numpy(), expected, atol=2e-6, rtol=1e-5, err_msg=name
+            after[name].numpy(), expected, atol=2e-6, rtol=1e-5, err_msg=name
         )
     assert moved > 100
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_temperature_softens_both_sides_and_keeps_the_gradients_size(temperature):
-    rng = np.random.default_rng(1)
-    logits, teacher = rng.normal(scale=2, size=(2, 6, CLASSES))
-    labels = rng.integers(0, CLASSES, 6)
+def test_blocks_that_a_step_does_not_run_are_left_alone():
+    """Else a step would depend on which blocks ran before, which no checkpoint tells."""
+    paddle.seed(0)
+    net = build_network("resnet48_mini", CLASSES)
+    space = RESNET48_MINI
+    draws = {0: [space.largest()], 1: [space.smallest()]}
+    sampler = SimpleNamespace(sample=lambda epoch, step: draws[step])
+    model = DistillationModel(net, None, sampler)
+    model.prepare(momentum_optimizer(net, RATE, MOMENTUM, weight_decay=0.1))
+    model.train_batch(tensors(batch(1, 4)))
+    before = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    model.step = 1
+    model.train_batch(tensors(batch(1, 4)))
+    active = {id(p) for block in net.active_blocks() for p in block.parameters()}
+    blocks = [block for stage in range(4) for block in net.stage_blocks(stage)]
+    inactive = {id(p) for block in blocks for p in block.parameters()} - active
+    assert inactive
+    for name, tensor in net.named_parameters():
+        same = np.array_equal(tensor.numpy(), before[name])
+        assert same == (id(tensor) in inactive), name
 
-    def softmax(values):
-        return np.exp(values) / np.exp(values).sum(1, keepdims=True)
 
-    q, p = softmax(teacher / temperature), softmax(logits / temperature)
-    hard = -np.log(softmax(logits)[np.arange(6), labels]).mean()
-    soft = -(temperature**2) * (q * np.log(p)).sum(1).mean()
-    student = paddle.to_tensor(logits)
-    student.stop_gradient = False
-    loss = distillation_loss(student, paddle.to_tensor(labels), paddle.to_tensor(q), temperature)
-    assert float(loss) == pytest.approx(hard + soft, rel=1e-6)
-    loss.backward()
-    # By hand: d hard = p1 - onehot, d soft = T (p - q), both over N.
-    expected = softmax(logits) - np.eye(CLASSES)[labels] + temperature * (p - q)
-    np.testing.assert_allclose(student.grad.numpy(), expected / 6, atol=1e-7)
-
-
-def test_losses_of_a_softened_step_equal_independent_ones():
-    temperature = 3.0
+def test_only_the_first_subnetwork_sees_labels_and_it_teaches_the_others():
     paddle.seed(9)
     net = build_network("resnet48_mini", CLASSES)
-    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
-    # In float64, since new networks amplify rounding; normalisation gives float32 images.
-    for network in (net, teacher):
-        network.to(dtype="float64")
-        network.forward = lambda x, run=network.forward: run(x.astype("float64"))
+    in_float64(net)
     sampler = SandwichSampler(RESNET48_MINI, seed=2, number=3)
-    model = DistillationModel(net, teacher, sampler, temperature=temperature)
-    model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
-    images, labels = batch(11)
-    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    x = paddle.to_tensor(normalized(images)).astype("float64")
-    teacher.eval()
-    with paddle.no_grad():
-        q = np.exp(log_softmax(teacher(x).numpy() / temperature))
-        expected = []
-        for arch in sampler.sample(0, 0):
-            logits = independent.forward(state, arch.code, x, (20, 32, 64, 128), 1, True).numpy()
-            hard = -log_softmax(logits)[np.arange(16), labels].mean()
-            soft = -(temperature**2) * (q * log_softmax(logits / temperature)).sum(1).mean()
-            expected.append(hard + soft)
-    logs = model.train_batch([paddle.to_tensor(images), paddle.to_tensor(labels)])
-    codes = [code for code, _ in logs["parts"]]
-    assert codes[:2] == [RESNET48_MINI.largest().code, RESNET48_MINI.smallest().code]
-    np.testing.assert_allclose([float(loss) for _, loss in logs["parts"]], expected, rtol=1e-5)
-
-
-def test_teacher_never_changes():
-    paddle.seed(6)
-    net = build_network("resnet48_mini", CLASSES)
-    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
-    before = {name: tensor.numpy().copy() for name, tensor in teacher.state_dict().items()}
-    model = DistillationModel(net, teacher, RandomSampler(RESNET48_MINI, 0, 2))
-    model.prepare(momentum_optimizer(net, RATE, MOMENTUM, DECAY))
-    for step in range(2):
-        model.step = step
-        model.train_batch([paddle.to_tensor(part) for part in batch(step)])
-    assert not teacher.training
-    for name, tensor in teacher.state_dict().items():
-        np.testing.assert_array_equal(tensor.numpy(), before[name])
-    assert not any("teacher" in name for name in net.state_dict())
-
-
-def test_evaluating_a_subnetwork_leaves_the_supernet_alone():
-    paddle.seed(7)
-    net = build_network("resnet48_mini", CLASSES)
-    images, labels = batch(8)
-    before = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
-    loader = [(paddle.to_tensor(images), paddle.to_tensor(labels))]
-    arch = RESNET48_MINI.smallest()
-    plain = evaluate_reference(net, [arch], loader).accuracy()
-    calibrated = evaluate_reference(net, [arch], loader, paddle.to_tensor(images)).accuracy()
-    alone = net.extract(arch)
-    x = paddle.to_tensor(normalized(images))
-    for training, accuracy in ((False, plain), (True, calibrated)):
-        alone.train() if training else alone.eval()  # the calibration images are the batch
-        hits = alone(x).numpy().argmax(1) == labels
-        assert accuracy == pytest.approx(hits.mean())
-    for name, tensor in net.state_dict().items():
-        np.testing.assert_array_equal(tensor.numpy(), before[name], err_msg=name)
-
-
-def test_learning_rate_warms_up_then_follows_a_cosine():
-    schedule = learning_rate(0.0008, total_batch=512, warmup_steps=10, total_steps=100)
-    rates = []
-    for _ in range(100):
-        rates.append(schedule())
-        schedule.step()
-    peak = 0.0016
-    np.testing.assert_allclose(rates[:10], [peak * (i + 1) / 10 for i in range(10)])
-    cosine = [peak * 0.5 * (1 + math.cos(math.pi * i / 90)) for i in range(90)]
-    np.testing.assert_allclose(rates[10:], cosine)
-
-
-def test_learning_rate_can_be_warm_up_only():
-    """Stage two's recipe: five epochs, five of them warm-up."""
-    schedule = learning_rate(0.0005, total_batch=256, warmup_steps=4, total_steps=4)
-    rates = []
-    for _ in range(4):
-        rates.append(schedule())
-        schedule.step()
-    np.testing.assert_allclose(rates, [0.000125, 0.00025, 0.000375, 0.0005])
-    with pytest.raises(UserError, match="no steps"):
-        learning_rate(0.1, 256, 0, 0)
-
-
-def rates_of(schedule, number):
-    rates = []
-    for _ in range(number):
-        rates.append(schedule())
-        schedule.step()
-    return rates
-
-
-def test_the_swing_is_the_cosine_of_public_code_stepped_per_batch():
-    """Paddle's cosine, made for epochs, whose half period is the number of epochs."""
-    peak = 0.0008 * 512 / 256
-    theirs = rates_of(paddle.optimizer.lr.CosineAnnealingDecay(peak, T_max=10), 65)
-    ours = rates_of(swinging_rate(0.0008, total_batch=512, half_period=10), 65)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
-    assert ours[0] == ours[20] == peak and ours[10] == pytest.approx(0, abs=1e-12)
-    assert np.mean(ours[:20]) == pytest.approx(peak / 2)
-
-
-@pytest.mark.parametrize("position", [3, 10, 27])
-def test_a_resumed_swing_goes_on(position):
-    whole = rates_of(swinging_rate(0.1, 256, 10), 50)
-    resumed = swinging_rate(0.1, 256, 10)
-    resumed.step(position)
-    np.testing.assert_array_equal(rates_of(resumed, 50 - position), whole[position:])
-    # From a state, as optimizers save it, too.
-    before = swinging_rate(0.1, 256, 10)
-    rates_of(before, position)
-    restored = swinging_rate(0.1, 256, 10)
-    restored.set_state_dict(before.state_dict())
-    np.testing.assert_array_equal(rates_of(restored, 50 - position), whole[position:])
-
-
-def test_flags_choose_the_schedule():
-    """Of the swing neither warm-up nor the number of steps matters, only epochs."""
-    model = SimpleNamespace(network=paddle.nn.Linear(1, 1))
-    model.prepare = lambda optimizer, *_: setattr(model, "optimizer", optimizer)
-    found = {}
-    for name in ("swing", "cosine"):
-        options = Options(lr=0.1, batch_size=64, warmup=2, max_epoch=4, lr_schedule=name)
-        prepare(model, options, steps_per_epoch=5)
-        found[name] = rates_of(model.optimizer._learning_rate, 20)
-    peak = 0.1 * 64 / 256
-    swing = [peak * math.cos(math.pi * step / 8) ** 2 for step in range(20)]
-    np.testing.assert_allclose(found["swing"], swing, atol=1e-12)
-    cosine = [peak * math.cos(math.pi * step / 20) ** 2 for step in range(10)]
-    np.testing.assert_allclose(found["cosine"][10:], cosine, atol=1e-12)
-    np.testing.assert_allclose(found["cosine"][:10], [peak * (i + 1) / 10 for i in range(10)])
-
-
-# --- what flags add
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_only_the_first_subnetwork_sees_labels_and_it_teaches_the_others(temperature):
-    paddle.seed(9)
-    net = build_network("resnet48_mini", CLASSES)
-    # In float64, since new networks amplify rounding; normalisation gives float32 images.
-    net.to(dtype="float64")
-    net.forward = lambda x, run=net.forward: run(x.astype("float64"))
-    sampler = SandwichSampler(RESNET48_MINI, seed=2, number=3)
-    model = DistillationModel(net, None, sampler, temperature=temperature, in_place=True)
+    model = DistillationModel(net, None, sampler, in_place=True)
     model.prepare(paddle.optimizer.SGD(0.1, parameters=net.parameters()))
     images, labels = batch(11)
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -307,14 +172,13 @@ def test_only_the_first_subnetwork_sees_labels_and_it_teaches_the_others(tempera
     with paddle.no_grad():
         for arch in sampler.sample(0, 0):
             logits = independent.forward(state, arch.code, x, (20, 32, 64, 128), 1, True).numpy()
-            softened = log_softmax(logits / temperature)
+            log_p = log_softmax(logits)
             if teacher is None:
-                loss = -log_softmax(logits)[np.arange(16), labels].mean()
-                teacher = np.exp(softened)
+                expected.append(-log_p[np.arange(16), labels].mean())
+                teacher = np.exp(log_p)
             else:
-                loss = -(temperature**2) * (teacher * softened).sum(1).mean()
-            expected.append(loss)
-    logs = model.train_batch([paddle.to_tensor(images), paddle.to_tensor(labels)])
+                expected.append(-(teacher * log_p).sum(1).mean())
+    logs = model.train_batch(tensors([images, labels]))
     codes = [code for code, _ in logs["parts"]]
     assert codes[:2] == [RESNET48_MINI.largest().code, RESNET48_MINI.smallest().code]
     np.testing.assert_allclose([float(loss) for _, loss in logs["parts"]], expected, rtol=1e-5)
@@ -330,7 +194,7 @@ def test_a_teacher_in_place_gets_no_gradient_from_its_pupils():
         model = DistillationModel(net, None, sampler, in_place=True)
         before = {name: p.numpy().copy() for name, p in net.named_parameters()}
         model.prepare(paddle.optimizer.SGD(0.1, parameters=net.parameters()))
-        model.train_batch([paddle.to_tensor(part) for part in batch(13)])
+        model.train_batch(tensors(batch(13)))
         gradients.append({name: p.numpy() - before[name] for name, p in net.named_parameters()})
     # Of a filter [out, in, 3, 3] the smallest network has the first 70 to 90 % each way.
     own, shared = 0, 0
@@ -343,51 +207,94 @@ def test_a_teacher_in_place_gets_no_gradient_from_its_pupils():
     assert own > 3 and shared > 1
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_label_smoothing_spreads_a_share_over_all_classes(smoothing):
-    rng = np.random.default_rng(3)
-    logits = rng.normal(scale=2, size=(6, CLASSES))
-    labels = rng.integers(0, CLASSES, 6)
-    target = (1 - smoothing) * np.eye(CLASSES)[labels] + smoothing / CLASSES
-    student = paddle.to_tensor(logits)
-    student.stop_gradient = False
-    loss = distillation_loss(student, paddle.to_tensor(labels), None, 1.0, smoothing)
-    assert float(loss) == pytest.approx(-(target * log_softmax(logits)).sum(1).mean(), rel=1e-6)
-    loss.backward()
-    gradient = (np.exp(log_softmax(logits)) - target) / 6
-    np.testing.assert_allclose(student.grad.numpy(), gradient, atol=1e-7)
-
-
-def test_models_smooth_labels_and_leave_the_teacher_alone():
-    """The loss that a step logs, against NumPy on the network's own logits."""
-    paddle.seed(5)
+def test_evaluating_a_subnetwork_leaves_the_supernet_alone():
+    paddle.seed(7)
     net = build_network("resnet48_mini", CLASSES)
-    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
-    plain = net.extract(RESNET48_MINI.largest())
-    images, labels = batch(4)
-    tensors = [paddle.to_tensor(images), paddle.to_tensor(labels)]
+    images, labels = batch(8)
+    before = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+    loader, arch = [tensors([images, labels])], RESNET48_MINI.smallest()
+    plain = evaluate_reference(net, [arch], loader).accuracy()
+    calibrated = evaluate_reference(net, [arch], loader, paddle.to_tensor(images)).accuracy()
+    alone = net.extract(arch)
     x = paddle.to_tensor(normalized(images))
-    target = 0.8 * np.eye(CLASSES)[labels] + 0.2 / CLASSES
-    log_p = log_softmax(plain(x).numpy().astype(float))
-    hard = -(target * log_p).sum(1).mean()
-
-    def loss_of(model):
-        model.prepare(paddle.optimizer.SGD(0.0, parameters=model.network.parameters()))
-        return float(model.train_batch(tensors)["loss"])
-
-    alone = StandaloneModel(plain, "code", label_smoothing=0.2)
-    assert loss_of(alone) == pytest.approx(hard, rel=1e-4)
-    teacher.eval()
-    soft = -(np.exp(log_softmax(teacher(x).numpy())) * log_p).sum(1).mean()
-    taught = DistillationModel(net, teacher, LargestSampler(RESNET48_MINI), label_smoothing=0.2)
-    assert loss_of(taught) == pytest.approx(hard + soft, rel=1e-4)
+    for training, accuracy in ((False, plain), (True, calibrated)):
+        alone.train() if training else alone.eval()  # the calibration images are the batch
+        hits = alone(x).numpy().argmax(1) == labels
+        assert accuracy == pytest.approx(hits.mean())
+    for name, tensor in net.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), before[name], err_msg=name)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("spared", [False, True])
+# --- both stages' steps
+
+
+def distillation(accumulate):
+    network = build_network("resnet48_mini", CLASSES)
+    teacher = build_network("resnet48_mini", CLASSES, elastic=False)
+    model = DistillationModel(network, teacher, RandomSampler(RESNET48_MINI, 1, 2))
+    return prepared(model, accumulate)
+
+
+def contrastive(accumulate):
+    network = build_network("resnet48pinasv2_mini", CLASSES, queue_size=16)
+    return prepared(ContrastiveModel(network, LargestSampler(RESNET48_MINI, 2)), accumulate)
+
+
+def prepared(model, accumulate):
+    optimizer = momentum_optimizer(model.network, 0.01, MOMENTUM, 1e-4)
+    model.prepare(optimizer, GradientStep(optimizer, accumulate))
+    return model
+
+
+@pytest.mark.parametrize("build", [distillation, contrastive])
+def test_accumulated_parts_equal_the_whole_batch(build):
+    """Without batch statistics, which differ: BatchNorm is kept at its running ones."""
+    images, _ = batch(2, 8)
+    second = np.arange(8) if build is distillation else images[::-1].copy()
+    logs, states = [], []
+    for accumulate in (1, 4):
+        paddle.seed(0)
+        model = build(accumulate)
+        model.network.train = model.network.eval
+        logs.append(model.train_batch(tensors([images, second])))
+        states.append({n: t.numpy().copy() for n, t in model.network.state_dict().items()})
+    for key in ("loss", "top1"):
+        assert float(logs[0][key]) == pytest.approx(float(logs[1][key]), rel=1e-5)
+    assert logs[0]["arch"] == logs[1]["arch"]
+    for (code, whole), (other, parts) in zip(logs[0]["parts"], logs[1]["parts"], strict=True):
+        assert code == other and float(whole) == pytest.approx(float(parts), rel=1e-5)
+    for name, value in states[0].items():
+        np.testing.assert_allclose(states[1][name], value, atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("build", [distillation, contrastive])
+def test_a_step_copies_nothing_to_the_device_but_its_batch(build, monkeypatch):
+    """On a GPU each such copy is a wait; counted here by what makes tensors of Python values."""
+    model = build(accumulate=1)
+    images = tensors(batch(seed, 8)[0] for seed in (0, 1))
+    parts = [images[0], paddle.arange(8)] if build is distillation else images
+    model.train_batch(parts)
+
+    def refuse(*_, **__):
+        raise AssertionError("a tensor was made of Python values")
+
+    monkeypatch.setattr(paddle, "to_tensor", refuse)
+    for name in ("numpy", "item", "tolist", "__float__", "__int__", "__bool__"):
+        monkeypatch.setattr(paddle.Tensor, name, refuse)
+    model.train_batch(parts)
+
+
+def test_what_cannot_be_prepared_is_refused():
+    with pytest.raises(UserError, match=r"batch of 8 .* 3"):
+        GradientStep(None, accumulate=3).parts(paddle.zeros([8, 2]))
+    for flags, message in (({"accumulate": 3}, "--accumulate 3"), ({"amp": "O2"}, "O1")):
+        with pytest.raises(UserError, match=message):
+            prepare(SimpleNamespace(), Options(batch_size=8, **flags), 10)
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.5])
-def test_steps_of_the_optimizer_are_those_of_numpy(nesterov, spared, limit):
-    """Penalties on vectors or not, Nesterov or not, with all gradients clipped together or not."""
+def test_steps_of_the_optimizer_that_flags_describe_are_those_of_numpy(limit):
+    """Penalties on everything, with all gradients clipped together or not."""
     paddle.seed(3)
     layers = paddle.nn.Sequential(paddle.nn.Conv2D(3, 4, 2), paddle.nn.BatchNorm2D(4))
     layers[1].weight.set_value(paddle.to_tensor([1.5, 0.5, 2.0, 1.0]))
@@ -395,39 +302,51 @@ def test_steps_of_the_optimizer_are_those_of_numpy(nesterov, spared, limit):
     assert sorted(p.ndim for p in trained) == [1, 1, 1, 4]
     values = [p.numpy().astype(float) for p in trained]
     velocities = [np.zeros_like(value) for value in values]
-    optimizer = momentum_optimizer(layers, RATE, MOMENTUM, 0.1, limit, nesterov, spared)
+    model = SimpleNamespace(network=layers)
+    model.prepare = lambda optimizer, gradients: setattr(model, "gradients", gradients)
+    options = Options(lr=RATE, batch_size=256, warmup=0, lr_schedule="swing", max_epoch=10**6)
+    options.momentum, options.weight_decay, options.clip_norm = MOMENTUM, 0.1, limit
+    prepare(model, options, steps_per_epoch=5)
     for step in range(3):
         x = paddle.to_tensor(np.random.default_rng(step).normal(size=(5, 3, 3, 3)), "float32")
-        (layers(x) ** 2).sum().backward()
+        model.gradients.backward((layers(x) ** 2).sum())
         gradients = [p.grad.numpy().astype(float) for p in trained]
         norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
         factor = min(1.0, limit / norm) if limit else 1.0
         assert not limit or factor < 1
         for i, gradient in enumerate(gradients):
-            decay = 0.0 if spared and values[i].ndim == 1 else 0.1
-            total = factor * gradient + decay * values[i]
-            velocities[i] = MOMENTUM * velocities[i] + total
-            values[i] -= RATE * (total + MOMENTUM * velocities[i] if nesterov else velocities[i])
-        optimizer.step()
-        optimizer.clear_grad()
+            velocities[i] = MOMENTUM * velocities[i] + factor * gradient + 0.1 * values[i]
+            values[i] -= RATE * velocities[i]
+        model.gradients.step()
         for parameter, value in zip(trained, values, strict=True):
             np.testing.assert_allclose(parameter.numpy(), value, rtol=1e-4, atol=1e-5)
+            assert parameter.grad is None
 
 
-def test_flags_reach_the_optimizer():
-    """With no gradient only the penalty moves a weight; it moves no vector if they say so."""
-    for spared in (False, True):
-        paddle.seed(1)
-        layer = paddle.nn.Linear(2, 2)
-        layer.bias.set_value(paddle.ones([2]))
-        model = SimpleNamespace(network=layer)
-        model.prepare = lambda optimizer, *_, model=model: setattr(model, "optimizer", optimizer)
-        options = Options(lr=1.0, batch_size=256, warmup=0, no_norm_decay=spared, nesterov=True)
-        options.weight_decay = 0.5
-        prepare(model, options, steps_per_epoch=5)
-        before = layer.weight.numpy()
-        (0 * layer(paddle.ones([1, 2]))).sum().backward()
-        model.optimizer.step()
-        # Nesterov's first step is (1 + momentum) times as long.
-        np.testing.assert_allclose(layer.weight.numpy(), before * (1 - 1.9 * 0.5), rtol=1e-5)
-        np.testing.assert_allclose(layer.bias.numpy(), 1.0 if spared else 0.05, rtol=1e-5)
+# --- schedules
+
+
+def rates_of(schedule, number):
+    rates = []
+    for _ in range(number):
+        rates.append(schedule())
+        schedule.step()
+    return rates
+
+
+def test_the_learning_rate_can_be_warm_up_only():
+    """Stage two's recipe: five epochs, five of them warm-up. (Cosines: see test_run_state.py.)"""
+    rates = rates_of(learning_rate(0.0005, total_batch=256, warmup_steps=4, total_steps=4), 4)
+    np.testing.assert_allclose(rates, [0.000125, 0.00025, 0.000375, 0.0005])
+    with pytest.raises(UserError, match="no steps"):
+        learning_rate(0.1, 256, 0, 0)
+
+
+def test_the_swing_is_the_cosine_of_public_code_stepped_per_batch():
+    """Paddle's cosine, made for epochs, whose half period is the number of epochs."""
+    peak = 0.0008 * 512 / 256
+    theirs = rates_of(paddle.optimizer.lr.CosineAnnealingDecay(peak, T_max=10), 65)
+    ours = rates_of(swinging_rate(0.0008, total_batch=512, half_period=10), 65)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert ours[0] == ours[20] == peak and ours[10] == pytest.approx(0, abs=1e-12)
+    assert np.mean(ours[:20]) == pytest.approx(peak / 2)

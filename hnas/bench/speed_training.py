@@ -1,14 +1,12 @@
-"""How fast stages one and two train: our steps and the straightforward loop, interleaved.
+"""How fast stages one and two train: our steps and the straightforward loop, in turns.
 
     python -m hnas.bench.speed_training --backbone resnet48_mini --image_size 32 --batch_size 64
 
-Three processes take turns of a few steps each, so that a busy machine slows all: ours, with the
-threads that the launchers set; the straightforward loop (hnas/bench/straightforward.py) as a user
-starts it, with Paddle's own threads; and plain networks of the same architectures, forward,
-backward and step, as the limit. Before that both loops train on the same batches, and their losses
-are compared; ``--control True`` also compares the straightforward loop with itself, started from
-weights that differ by about their last bit. The last lines are JSON, one a stage. Images
-are synthetic.
+The straightforward loop is as public code writes it: PaddleSlim's own layers and Paddle's own
+operators; the teacher runs again for every sub-network; the momentum encoder is updated parameter
+by parameter; every loss is fetched in its step; images are decoded from their files in every epoch.
+Both take turns of a few steps, so that a busy machine slows both. The last lines are JSON, one a
+stage. Images are synthetic.
 
 A sample-forward is one image through one sub-network in training, its backward pass included: a
 step has ``batch_size`` times ``subnetworks`` in stage two, and in stage one twice ``batch_size``,
@@ -20,23 +18,40 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
 import tempfile
-from argparse import ArgumentDefaultsHelpFormatter
+import time
+from argparse import ArgumentDefaultsHelpFormatter, Namespace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import paddle
+from paddle import nn
+from paddle.nn import functional as F  # noqa: N812
+from paddleslim.nas.ofa.layers import SuperBatchNorm2D
 
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, read_bool, whole_number
-from hnas.base.errors import UserError, run_main
+from hnas.base.device import cpu_threads, processor
+from hnas.base.errors import run_main
+from hnas.bench.speed_scoring import smooth_noise
+from hnas.dataset.image_folder import scan_images
+from hnas.dataset.image_store import ImageStore
+from hnas.dataset.loader import EpochLoader, ImageDataset
+from hnas.dataset.transforms import Shrink, StrongTransform, TrainTransform, TwoViews, normalize
+from hnas.models.calibration import measure
+from hnas.models.convolution import use_onednn
+from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
+from hnas.models.registry import build_network
+from hnas.search_space import search_space
+from hnas.utils.hapi_wrapper import DistillationModel, distillation_loss, momentum_optimizer
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
 
 logger = logging.getLogger(__name__)
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE")
-LOOPS = ("ours", "straightforward", "plain")
+LOOPS = ("ours", "straightforward")
+CALM_SCALE = 0.1
+CLASSES = 1000
 
 
 def main(argv=None) -> None:
@@ -50,220 +65,226 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--backbone", default="resnet48_mini", help="of stage 2")
     parser.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=32, help="px")
-    parser.add_argument(
-        "--source_size",
-        type=whole_number(0, LARGEST_SIDE),
-        default=0,
-        help="of the files, px; 0: twice as large",
-    )
     parser.add_argument("--batch_size", type=whole_number(2, 1_000_000), default=64, help="images")
     parser.add_argument("--subnetworks", type=whole_number(1), default=4, help="a step of stage 2")
     parser.add_argument("--rounds", type=whole_number(1), default=5, help="turns of each loop")
     parser.add_argument("--steps", type=whole_number(1), default=6, help="steps a turn")
     parser.add_argument(
-        "--curve_steps",
-        type=whole_number(0),
-        default=50,
-        help="whose losses are compared; 0: none",
-    )
-    parser.add_argument(
         "--num_workers", type=whole_number(0, 1024), default=2, help="of the loaders"
-    )
-    parser.add_argument(
-        "--num_classes", type=whole_number(2, 1_000_000), default=1000, help="of the images"
-    )
-    parser.add_argument(
-        "--threads",
-        type=whole_number(1, 1024),
-        default=len(os.sched_getaffinity(0)),
-        help="of all but the straightforward loop",
-    )
-    parser.add_argument(
-        "--control",
-        type=read_bool,
-        default=False,
-        help="compare the straightforward loop with itself",
     )
     parser.add_argument(
         "--freeze_bn", type=read_bool, default=True, help="train at frozen BatchNorm statistics"
     )
-    parser.add_argument("--loader_only", type=read_bool, default=False, help="no training")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
         make_images(options, Path(folder))
-        results = [measure(options, stage, folder) for stage in options.stages]
+        results = [compare(options, stage, folder) for stage in options.stages]
     for result in results:
         sys.stdout.write(json.dumps(result) + "\n")
 
 
 def make_images(options, folder: Path) -> None:
-    """JPEG files of smooth noise, enough for all turns in one epoch.
+    """JPEG files of smooth noise, twice the training size, enough for all turns in one epoch.
 
     Every epoch forks loader processes, and copying the pages that they share would slow the first
     steps, which in long epochs are few.
     """
-    rng = np.random.default_rng(options.seed)
-    size = options.source_size or 2 * options.image_size
-    classes = rng.integers(
-        0, options.num_classes, options.batch_size * (options.rounds * options.steps + 3)
-    )
-    classes[: options.num_classes] = np.arange(options.num_classes)[: len(classes)]
-    for index, label in enumerate(classes):
-        target = folder / "train" / f"{label:04d}"
+    rng = np.random.default_rng(0)
+    for index in range(options.batch_size * (options.rounds * options.steps + 3)):
+        target = folder / "train" / str(index % 10)
         target.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        image = coarse.resize((size, size), Image.Resampling.BICUBIC)
-        image.save(target / f"{index:05d}.jpg", quality=90)
+        smooth_noise(rng, 2 * options.image_size).save(target / f"{index:05d}.jpg", quality=90)
 
 
-class Worker:
-    """A loop in a process of its own; see hnas/bench/speed_training_worker.py."""
-
-    def __init__(self, kind: str, settings: dict, threads: int):
-        environment = dict(os.environ)
-        for name in THREAD_VARIABLES:
-            environment.pop(name, None)
-        if kind != "straightforward":
-            environment |= dict(
-                zip(THREAD_VARIABLES, (str(threads), str(threads), "5"), strict=True)
-            )
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hnas.bench.speed_training_worker", kind, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-            cwd=Path(__file__).resolve().parents[2],
-        )
-        self.kind = kind
-
-    def ask(self, command: str, steps: int) -> dict:
-        """Give a command and wait for the answer.
-
-        Raises:
-            UserError: the process failed.
-        """
-        try:
-            self._process.stdin.write(json.dumps([command, steps]) + "\n")
-            self._process.stdin.flush()
-            while line := self._process.stdout.readline():
-                if line.startswith("{"):  # libraries may print
-                    return json.loads(line)
-        except BrokenPipeError:
-            pass
-        raise UserError(f"the {self.kind} loop ended with {self._process.wait()}")
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def measure(options, stage: int, folder: str) -> dict:
-    """One stage: losses compared, then turns of all loops."""
-    contrastive = options.backbone.replace("resnet48", "resnet48pinasv2")
-    settings = {
-        "stage": stage,
-        "image_dir": folder,
-        "backbone": contrastive if stage == 1 else options.backbone,
-        "queue_size": options.batch_size * 16,
-        # The recipe's, which is what the losses are compared at.
-        "lr": (0.0008 if stage == 1 else 0.0005) * options.batch_size / 256,
-        "storage_size": round(options.image_size * 8 / 7),
-        **{
-            name: getattr(options, name)
-            for name in ("image_size", "batch_size", "subnetworks", "num_workers", "freeze_bn")
-        },
-        "num_classes": len(list((Path(folder) / "train").iterdir())),
-        "seed": options.seed,
-    }
-    workers = {kind: Worker(kind, settings, options.threads) for kind in LOOPS}
-    try:
-        return {**describe(options, stage), **compare(options, stage, workers)}
-    finally:
-        for worker in workers.values():
-            worker.close()
-
-
-def describe(options, stage: int) -> dict:
-    return {
-        "stage": stage,
-        "backbone": options.backbone,
-        "image_size": options.image_size,
-        "batch_size": options.batch_size,
-        "threads": options.threads,
-        "num_workers": options.num_workers,
-        "freeze_bn": options.freeze_bn,
-    }
-
-
-def compare(options, stage: int, workers: dict[str, Worker]) -> dict:
-    """The stage's figures."""
-    result = {} if options.loader_only else compare_curves(options, workers)
-    turns = {kind: [] for kind in LOOPS}
-    loads = {kind: [] for kind in LOOPS[:2]}
+def compare(options: Namespace, stage: int, folder: str) -> dict:
+    """One stage: turns of both loops, their speeds and ratios."""
+    loops = {kind: Loop(kind, options, stage, folder) for kind in LOOPS}
+    seconds = {kind: [] for kind in LOOPS}
+    for loop in loops.values():
+        loop.run(2)
     for number in range(options.rounds):
-        if not options.loader_only:
-            for kind, worker in workers.items():
-                if not number:
-                    worker.ask("run", 2)
-                turns[kind].append(worker.ask("run", options.steps))
-            said = ", ".join(f"{kind} {turns[kind][-1]['seconds']:.2f} s" for kind in LOOPS)
-            logger.info("stage %d round %d/%d: %s", stage, number + 1, options.rounds, said)
-    for _ in range(options.rounds):
-        for kind in loads:
-            loads[kind].append(workers[kind].ask("load", options.steps)["seconds"])
-    if not options.loader_only:
-        result |= compare_turns(options, stage, turns)
-    for kind, times in loads.items():
-        rate = options.batch_size * options.steps * options.rounds / sum(times)
-        result[f"{kind}_loader_images_per_s"] = round(rate)
-    return result
-
-
-def compare_curves(options, workers: dict[str, Worker]) -> dict:
-    """How far the losses of both loops are apart."""
-    if not options.curve_steps:
-        return {}
-    ours, other = (
-        np.array(workers[kind].ask("curve", options.curve_steps)["losses"]) for kind in LOOPS[:2]
-    )
-    result = {
-        "curve_steps": options.curve_steps,
-        "largest_relative_loss_difference": largest_difference(ours, other),
-        "first_and_last_loss": [round(ours[0], 4), round(ours[-1], 4)],
-    }
-    if options.control:
-        nudged = np.array(workers[LOOPS[1]].ask("control", options.curve_steps)["losses"])
-        result["largest_relative_loss_difference_of_control"] = largest_difference(nudged, other)
-    return result
-
-
-def largest_difference(losses: np.ndarray, others: np.ndarray) -> float:
-    """Of two curves, relative, with two digits."""
-    return float(f"{np.abs(losses / others - 1).max():.2g}")
-
-
-def compare_turns(options, stage: int, turns: dict[str, list[dict]]) -> dict:
-    """Speeds, their ratios, and where our time goes."""
+        for kind, loop in loops.items():
+            seconds[kind].append(loop.run(options.steps))
+        told = ", ".join(f"{kind} {seconds[kind][-1]:.2f} s" for kind in LOOPS)
+        logger.info("stage %d round %d/%d: %s", stage, number + 1, options.rounds, told)
     forwards = options.batch_size * (2 if stage == 1 else options.subnetworks)
-    seconds = {kind: sum(turn["seconds"] for turn in turns[kind]) for kind in LOOPS}
-    rates = {kind: forwards * options.steps * options.rounds / seconds[kind] for kind in LOOPS}
-    pairs = zip(turns["ours"], turns["straightforward"], strict=True)
-    ratios = [other["seconds"] / ours["seconds"] for ours, other in pairs]
-    shares = {
-        name: sum(turn[name] for turn in turns["ours"]) / seconds["ours"]
-        for name in ("data", "backward", "optimizer")
-    }
-    shares["forward"] = 1 - sum(shares.values())
+    forwards *= options.steps * options.rounds
+    ours, straightforward = (np.array(seconds[kind]) for kind in LOOPS)
+    shown = ("backbone", "image_size", "batch_size", "num_workers", "freeze_bn")
     return {
-        **{f"{kind}_sample_forwards_per_s": round(rate, 1) for kind, rate in rates.items()},
-        "ratio": round(seconds["straightforward"] / seconds["ours"], 2),
-        "ratio_of_rounds": [round(min(ratios), 2), round(max(ratios), 2)],
-        "share_of_limit": round(seconds["plain"] / seconds["ours"], 2),
-        "ours_shares": {name: round(share, 3) for name, share in sorted(shares.items())},
+        "stage": stage,
+        **{name: getattr(options, name) for name in shown},
+        "processor": processor(),
+        "threads": cpu_threads(),
+        "ours_sample_forwards_per_s": round(forwards / ours.sum(), 1),
+        "straightforward_sample_forwards_per_s": round(forwards / straightforward.sum(), 1),
+        "ratio": round(straightforward.sum() / ours.sum(), 2),
+        "ratio_of_rounds": [round(of(straightforward / ours), 2) for of in (np.min, np.max)],
     }
+
+
+def with_paddleslim_norms(layer: nn.Layer) -> nn.Layer:
+    """Replace this project's BatchNorm by PaddleSlim's.
+
+    Frozen ones become as PaddleSlim's are after a first forward pass in eval mode: latched to
+    their running statistics for ever, which is how public code comes to train so.
+    """
+    for name, child in list(layer.named_children()):
+        if isinstance(child, ElasticBatchNorm2D):
+            norm = SuperBatchNorm2D(
+                child.weight.shape[0], momentum=child._momentum, epsilon=child._epsilon
+            )
+            norm.set_state_dict(child.state_dict())
+            norm.frozen = child.frozen  # for the network, which asks its norms
+            norm._use_global_stats = True if child.frozen else None
+            for own, other in zip(norm.parameters(), child.parameters(), strict=True):
+                own.stop_gradient = other.stop_gradient
+            setattr(layer, name, norm)
+        else:
+            with_paddleslim_norms(child)
+    return layer
+
+
+class StraightforwardDistillation(DistillationModel):
+    """Stage two as public code writes it; gradients are cleared, as ours are, not set to zero."""
+
+    def train_batch(self, inputs) -> dict:
+        images, labels = inputs
+        images = normalize(images)
+        self.network.train()
+        losses = []
+        for arch in self.sampler.sample(self.epoch, self.step):
+            self.network.activate(arch)
+            with paddle.no_grad():
+                targets = F.softmax(self.teacher(images))
+            logits = self.network(images)
+            loss = distillation_loss(logits, labels, targets)
+            loss.backward()
+            losses.append(loss.item())
+        accuracy = (logits.argmax(axis=1) == labels).astype("float32").mean().item()
+        self.optimizer.step()
+        self.optimizer.clear_grad(set_to_zero=False)
+        return {"loss": sum(losses) / len(losses), "top1": accuracy}
+
+
+class StraightforwardContrast(ContrastiveModel):
+    """Stage one, likewise."""
+
+    def train_batch(self, inputs) -> dict:
+        network = self.network
+        query_view, key_view = (normalize(view) for view in inputs[:2])
+        paths = self.sampler.sample(self.epoch, self.step)
+        network.train()
+        losses, hits, keys = [], [], []
+        for query_path, key_path in zip(paths, reversed(paths), strict=True):
+            with paddle.no_grad():
+                momentum = network.key_momentum
+                pairs = zip(network.key_parameters(), network.query_parameters(), strict=True)
+                for key, query in pairs:
+                    key.set_value(key * momentum + query * (1 - momentum))
+            own = network.embed_keys(key_view, key_path)
+            queries = network.embed_queries(query_view, query_path)
+            loss, found = network.contrast(queries, own)
+            loss.backward()
+            losses.append(loss.item())
+            hits.append(found.item())
+            keys.append(own)
+        self.optimizer.step()
+        self.optimizer.clear_grad(set_to_zero=False)
+        network.enqueue((keys[0] + keys[1]) / 2)
+        return {"loss": sum(losses) / 2, "top1": sum(hits) / 2}
+
+
+@paddle.no_grad()
+def calm(network) -> None:
+    """Scale the last BatchNorm of every block down, as trained networks have it.
+
+    With scales of 1 untrained blocks magnify differences of rounding some ten times a step.
+    """
+    for block in network.active_blocks():
+        block.bn2.weight.scale_(CALM_SCALE)
+
+
+@paddle.no_grad()
+def settle(network, image_size: int) -> None:
+    """Give a network the running statistics of noise, as a pretrained one has its images'."""
+    paddle.seed(0)
+    norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+    network.eval()
+    measure(network, norms, paddle.randn([16, 3, image_size, image_size]))
+
+
+class Loop:
+    """One of ``LOOPS``: a stage's model and its loader."""
+
+    def __init__(self, kind: str, options: Namespace, stage: int, folder: str):
+        size, straightforward = options.image_size, kind == "straightforward"
+        images = scan_images(folder, "train")
+        crop = TrainTransform(size)
+        transform = crop if stage == 2 else TwoViews(StrongTransform(size), crop)
+        stored = round(size * 8 / 7)
+        cache = Path(folder) / "cache"
+        pixels = None if straightforward else ImageStore(images, Shrink(stored), cache)
+        dataset = ImageDataset(images, transform, seed=0, pixels=pixels)
+        self.loader = EpochLoader(dataset, options.batch_size, options.num_workers)
+        self._epoch, self._left = -1, 0
+        paddle.seed(0)
+        self.model = (contrast if stage == 1 else distillation)(options, straightforward)
+        network = self.model.network
+        if options.freeze_bn:
+            freeze_statistics(network)
+        if straightforward:
+            with_paddleslim_norms(network)
+        else:
+            use_onednn(network, *([self.model.teacher] if stage == 2 else []))
+        self.model.prepare(momentum_optimizer(network, 1e-4, 0.9, 1e-4))
+
+    def batch(self):
+        """The next batch; begins another epoch when one ends."""
+        if not self._left:
+            self._epoch += 1
+            self._batches, self._left = self.loader.epoch(self._epoch), len(self.loader)
+        self._left -= 1
+        return next(self._batches)
+
+    def run(self, steps: int) -> float:
+        """Seconds of ``steps`` steps, the data included."""
+        if self._left < steps:  # starting loader processes is not part of a step
+            self._left = 0
+            self.model.train_batch(self.batch())
+        began = time.perf_counter()
+        for step in range(steps):
+            batch = self.batch()
+            self.model.epoch, self.model.step = self._epoch, step
+            logs = self.model.train_batch(batch)
+        float(logs["loss"])  # a GPU may still be computing
+        return time.perf_counter() - began
+
+
+def contrast(options: Namespace, straightforward: bool) -> ContrastiveModel:
+    """Stage one's model, new."""
+    name = options.backbone.replace("resnet48", "resnet48pinasv2")
+    space = search_space(name)
+    network = build_network(name, CLASSES, space, queue_size=16 * options.batch_size)
+    calm(network.backbone)
+    settle(network.backbone, options.image_size)
+    network.reset_key_encoder()
+    kind = StraightforwardContrast if straightforward else ContrastiveModel
+    return kind(network, LargestSampler(space, 2))
+
+
+def distillation(options: Namespace, straightforward: bool) -> DistillationModel:
+    """Stage two's model, new."""
+    space = search_space(options.backbone)
+    network = build_network(options.backbone, CLASSES, space)
+    teacher = build_network(options.backbone, CLASSES, space, elastic=False)
+    for part in (network, teacher):
+        calm(part)
+        settle(part, options.image_size)
+    # Without the law's extra network, so that all steps train as many.
+    sampler = FirstPlaceSampler(space, 0, options.subnetworks, extra_every=0)
+    kind = StraightforwardDistillation if straightforward else DistillationModel
+    return kind(network, teacher, sampler)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from hnas.base.errors import UserError
-from hnas.base.files import check_regular
-from hnas.dataset.image_index import ScanCache, stamp_of
+from hnas.base.files import check_regular, is_whole, write_digest, write_json
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 LISTED = 10
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
@@ -29,6 +32,10 @@ MAX_ASPECT = 100
 """Longer side over shorter side. Resizing makes the shorter side some 256 px, whatever it was."""
 PHOTOMETRIC, BITS_PER_SAMPLE = 262, 258
 """Tags of TIFF."""
+SETTLED_NS = 2 * 10**9
+"""A file may change again within its clock's tick without a new modification time."""
+AHEAD_PER_CORE = 8
+"""Images that wait, decoded, for their turn."""
 
 
 class DataError(UserError):
@@ -92,8 +99,7 @@ def scan_images(
     if not folder.is_dir():
         raise DataError(f"image_dir {root} has no folder {split}/ (expected {split}/CLASS/*.jpg)")
     try:
-        names = _list_classes(folder)
-        images = _image_list(folder, names)
+        images = _list_images(folder)
         if verify or bad_images == "skip":
             images = _leave_out_bad(images, _bad_images(images), bad_images)
     except OSError as error:
@@ -103,86 +109,100 @@ def scan_images(
     return images
 
 
-def _list_classes(folder: Path) -> dict[str, list[str]]:
-    """Image names by class, both sorted."""
-    cache = ScanCache(folder, "names")
-    classes = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if _is_hidden(entry.name):
+def _list_images(folder: Path) -> ImageList:
+    classes, paths, labels = [], [], []
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if name.startswith("."):
             continue
-        if entry.is_symlink() and not os.path.exists(entry.path):
-            logger.warning("left out %s: a symbolic link in a loop or to nothing", entry.path)
-        elif entry.is_dir():
-            stamp = stamp_of(entry.path)
-            names = cache.get(entry.name, stamp)
-            if names is None or not _are_image_names(names):
-                names = sorted(n for n in os.listdir(entry.path) if _is_image_name(n))
-                cache.put(entry.name, stamp, names)
-            classes[entry.name] = [name for name in names if not _is_hidden(name)]
-    cache.save()
-    return classes
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _are_image_names(names) -> bool:
-    """Whether a cache holds what listing a folder gives: sorted names of files in it."""
-    return (
-        isinstance(names, list)
-        and all(isinstance(name, str) and "/" not in name for name in names)
-        and all(_is_image_name(name) for name in names)
-        and names == sorted(set(names))
-    )
-
-
-def _image_list(folder: Path, classes: dict[str, list[str]]) -> ImageList:
+        if path.is_symlink() and not os.path.exists(path):
+            logger.warning("left out %s: a symbolic link in a loop or to nothing", path)
+        elif path.is_dir():
+            images = sorted(filter(_is_image_name, os.listdir(path)))
+            if not images:
+                raise DataError(f"class folder {path} has no images; fill or remove it")
+            paths += [path / image for image in images]
+            labels += [len(classes)] * len(images)
+            classes.append(name)
     if not classes:
         raise DataError(f"{folder} has no class folders (expected {folder.name}/CLASS/*.jpg)")
-    paths, labels = [], []
-    for label, (name, images) in enumerate(classes.items()):
-        if not images:
-            raise DataError(f"class folder {folder / name} has no images; fill or remove it")
-        paths += [folder / name / image for image in images]
-        labels += [label] * len(images)
     return ImageList(folder, tuple(classes), tuple(paths), np.asarray(labels, dtype=np.int64))
 
 
+def _is_image_name(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 def _bad_images(images: ImageList) -> dict[Path, str]:
-    """Why an image cannot be decoded, by its path, for those that cannot."""
-    cache = ScanCache(images.folder, "decoded")
+    """Why an image cannot be decoded, by its path, for those that cannot.
+
+    What was found is kept in the user's cache folder, since decoding ImageNet takes minutes of all
+    cores: an image is decoded again when its size or modification time changed, or when the kept
+    file is not there or not whole.
+    """
+    folder = hashlib.sha256(os.fsencode(images.folder.resolve())).hexdigest()[:24]
+    kept = cache_folder() / f"{folder}-decoded.json"
+    earlier = json.loads(kept.read_text(encoding="utf-8")) if is_whole(kept) else {}
+    found = {}
 
     def check(path: Path) -> str:
+        name = images.name(path)
         try:
             stamp = stamp_of(path)
+            before, reason = earlier.get(name, (None, ""))
+            if before != stamp:
+                reason = ""
+                decode_image(path)
+        except DataError as error:
+            reason = str(error).removeprefix(f"cannot decode image {path}: ")
         except OSError as error:
             return error.strerror or str(error)
-        reason = cache.get(images.name(path), stamp)
-        if reason is None:
-            reason = decoding_error(path)
-            cache.put(images.name(path), stamp, reason)
+        if before == stamp or time.time_ns() - stamp[0] > SETTLED_NS:
+            found[name] = [stamp, reason]
         return reason
 
-    # Pillow decodes outside of Python's lock.
-    bar = tqdm(desc=f"verifying {images.folder}", total=len(images), unit="image")
-    bad = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    reasons = on_all_cores(check, images.paths, f"verifying {images.folder}")
+    bad = {path: reason for path, reason in zip(images.paths, reasons, strict=True) if reason}
+    try:
+        if found != earlier:
+            write_json(kept, found)
+            write_digest(kept)
+    except UserError as error:
+        logger.info("scan not cached: %s", error)
+    return bad
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/pinas`` or ``~/.cache/pinas``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pinas"
+
+
+def stamp_of(path: str | Path) -> list[int]:
+    """Modification time (ns) and size (bytes), which change when a file does."""
+    status = os.stat(path)
+    return [status.st_mtime_ns, status.st_size]
+
+
+def on_all_cores(
+    work: Callable[[Path], Result], paths: Sequence[Path], title: str = ""
+) -> Iterator[Result]:
+    """``work`` of each path, in order, by as many threads as there are cores; few are ahead.
+
+    Pillow decodes outside of Python's lock. ``title`` is a progress bar's; empty: none.
+    """
+    cores = os.cpu_count() or 1
+    step = AHEAD_PER_CORE * cores
+    bar = tqdm(desc=title, total=len(paths), unit="image", disable=not title)
+    with ThreadPoolExecutor(cores) as pool, bar:
         try:
-            for path, reason in zip(images.paths, pool.map(check, images.paths), strict=True):
-                bar.update()
-                if reason:
-                    bad[path] = reason
+            for first in range(0, len(paths), step):
+                for result in pool.map(work, paths[first : first + step]):
+                    bar.update()
+                    yield result
         except BaseException:
-            # A signal: leaving the pool would wait for all images.
+            # A signal: leaving the pool would wait for what is queued.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    cache.save()
-    return bad
 
 
 def _leave_out_bad(images: ImageList, bad: dict[Path, str], bad_images: str) -> ImageList:
@@ -205,24 +225,41 @@ def _leave_out_bad(images: ImageList, bad: dict[Path, str], bad_images: str) -> 
     return left
 
 
-def check_same_classes(train: ImageList, val: ImageList) -> None:
+def check_class_names(
+    train: Sequence[str], train_folder: Path, val: Sequence[str], val_folder: Path
+) -> None:
     """Labels of both splits must mean the same classes.
 
     Raises:
         DataError: naming the first class that only one of them has.
     """
-    check_class_names(train.classes, train.folder, val.classes, val.folder)
-
-
-def check_class_names(
-    train: Sequence[str], train_folder: Path, val: Sequence[str], val_folder: Path
-) -> None:
-    """As :func:`check_same_classes`, of the classes' names and the folders that they are in."""
     pairs = (train, train_folder), (val, val_folder)
     for (here, folder), (there, other) in (pairs, pairs[::-1]):
         only = sorted(set(here) - set(there))
         if only:
             raise DataError(f"class {only[0]!r} is in {folder} but not in {other}")
+
+
+def list_hash(
+    images: ImageList, order: Sequence[int] | np.ndarray, about: object, times: bool = True
+) -> str:
+    """Hash of which images are taken, in which order; ``about``, e.g. their size, is part of it.
+
+    An image is its name, its size and its modification time: one that was replaced is another.
+    Without ``times``, copies of the images on several machines are the same.
+
+    Raises:
+        DataError: an image is gone, or a link to nothing.
+    """
+    digest = hashlib.sha256(f"{about}\n".encode())
+    for index in order:
+        path = images.paths[index]
+        try:
+            stamp = stamp_of(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        digest.update(os.fsencode(f"{images.name(path)}\0{stamp if times else stamp[1]}\n"))
+    return digest.hexdigest()
 
 
 def decode_image(path: Path) -> Image.Image:
@@ -272,12 +309,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if tags.get(PHOTOMETRIC) == 0:
         values = 255 - values  # 0 is white
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
-
-
-def decoding_error(path: Path) -> str:
-    """Why :func:`decode_image` refuses an image; empty if it does not."""
-    try:
-        decode_image(path)
-    except DataError as error:
-        return str(error).removeprefix(f"cannot decode image {path}: ")
-    return ""

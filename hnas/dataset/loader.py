@@ -9,13 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
 
 import numpy as np
 import paddle
-from paddle.io import BatchSampler, DataLoader, Dataset
+from paddle.io import DataLoader
 from PIL import Image
-from tqdm import tqdm
 
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
 
@@ -23,7 +23,7 @@ WORKER_GRACE_SECONDS = 20
 PARENT_CHECK_SECONDS = 2
 
 
-class ImageDataset(Dataset):
+class ImageDataset:
     """Images of a list under a transform.
 
     An item is the transform's arrays followed by the label. The transform's generator is seeded
@@ -33,7 +33,6 @@ class ImageDataset(Dataset):
         images: what to load.
         transform: called with a PIL image and a generator; gives an array or a tuple of them.
         seed: of the augmentations.
-        in_memory: decode every image once, now, and keep the pixels (uint8, full size).
         pixels: decoded images [H, W, 3] to take instead of the files.
     """
 
@@ -42,36 +41,26 @@ class ImageDataset(Dataset):
         images: ImageList,
         transform: Callable,
         seed: int,
-        in_memory: bool = False,
         pixels: Sequence[np.ndarray] | None = None,
     ):
-        super().__init__()
         self.images = images
         self.transform = transform
         self.seed = seed
         self.epoch = 0
         self._pixels = pixels
-        if in_memory:
-            with tqdm(images.paths, desc=f"decoding {images.folder}", unit="image") as paths:
-                self._pixels = [np.asarray(decode_image(path)) for path in paths]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
-        arrays = self.transform(self.image(index), self.generator(index))
+        if self._pixels is None:
+            image = decode_image(self.images.paths[index])
+        else:
+            image = Image.fromarray(self._pixels[index])
+        rng = np.random.default_rng((self.seed, self.epoch, int(index)))
+        arrays = self.transform(image, rng)
         arrays = arrays if isinstance(arrays, tuple) else (arrays,)
         return (*arrays, self.images.labels[index])
-
-    def image(self, index: int) -> Image.Image:
-        """The image before its transform."""
-        if self._pixels is None:
-            return decode_image(self.images.paths[index])
-        return Image.fromarray(self._pixels[index])
-
-    def generator(self, index: int) -> np.random.Generator:
-        """What the image's transform draws from in this epoch."""
-        return np.random.default_rng((self.seed, self.epoch, int(index)))
 
     def load(self, indices: Sequence[int]) -> list[np.ndarray]:
         """The items at ``indices``, each of their parts stacked."""
@@ -128,20 +117,18 @@ class EpochLoader:
         return load_batches(self.dataset, self.batches(epoch)[start_step:], self.num_workers)
 
 
+@dataclass(frozen=True)
 class EvalLoader:
     """All images of a dataset in their order, as often as it is iterated."""
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, num_workers: int = 0):
-        self.dataset = dataset
-        self.num_workers = num_workers
-        starts = range(batch_size, len(dataset), batch_size)
-        self._batches = np.split(np.arange(len(dataset)), starts)
-
-    def __len__(self) -> int:
-        return len(self._batches)
+    dataset: ImageDataset
+    batch_size: int
+    num_workers: int = 0
 
     def __iter__(self) -> Iterator[list[paddle.Tensor]]:
-        return load_batches(self.dataset, self._batches, self.num_workers)
+        starts = range(self.batch_size, len(self.dataset), self.batch_size)
+        batches = np.split(np.arange(len(self.dataset)), starts)
+        return load_batches(self.dataset, batches, self.num_workers)
 
 
 def load_batches(
@@ -161,8 +148,9 @@ def load_batches(
         return
     sampler = _FixedBatches(batches)
     leaving = RawValue("b", 0)
+    # Whole batches are read where they are collated: what is collated are indices.
     loader = DataLoader(
-        _Indices(len(dataset)),
+        range(len(dataset)),
         batch_sampler=sampler,
         collate_fn=functools.partial(_load_or_message, dataset),
         num_workers=num_workers,
@@ -177,7 +165,7 @@ def load_batches(
                 yield parts
             except BaseException:
                 # Nobody wants the rest. The workers only end when theirs does.
-                sampler.stop()
+                sampler.stopped = True
                 for _ in iterator:
                     pass
                 raise
@@ -198,33 +186,15 @@ def _load_or_message(dataset: ImageDataset, indices: list[int]) -> list[np.ndarr
         return [np.frombuffer(os.fsencode(str(error)), dtype=np.uint8)]
 
 
-class _Indices(Dataset):
-    """What Paddle's loader takes for images: whole batches are read where they are collated."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self._number = number
-
-    def __len__(self):
-        return self._number
-
-    def __getitem__(self, index):
-        return index
-
-
-class _FixedBatches(BatchSampler):
-    """Batches that were drawn beforehand."""
+class _FixedBatches:
+    """Batches that were drawn beforehand, none any more when it is ``stopped``."""
 
     def __init__(self, batches: Sequence[np.ndarray]):
         self._batches = [batch.tolist() for batch in batches]
-        self._stopped = False
-
-    def stop(self) -> None:
-        """Give no more batches."""
-        self._stopped = True
+        self.stopped = False
 
     def __iter__(self):
-        return itertools.takewhile(lambda _: not self._stopped, self._batches)
+        return itertools.takewhile(lambda _: not self.stopped, self._batches)
 
     def __len__(self):
         return len(self._batches)

@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 # Least and most blur of the strong view, in px: MoCo's, for images of 224 px.
 MIN_RADIUS, MAX_RADIUS = 0.1, 2.0
+LOG_ASPECTS = math.log(3 / 4), math.log(4 / 3)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -44,13 +45,12 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
 
-def draw_crop(
-    width: int, height: int, rng, scale_min: float, ratio=(3 / 4, 4 / 3)
-) -> tuple[int, int, int, int]:
-    """A box (left, top, right, bottom) of a random share (``scale_min`` to 1) and aspect."""
+def random_resized_crop(image, rng, size: int, scale_min: float):
+    """Crop a random area (``scale_min`` to 1 of the image) and aspect, resized to ``size``."""
+    width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(scale_min, 1.0)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(*LOG_ASPECTS))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left = int(rng.integers(0, width - w + 1))
@@ -59,12 +59,7 @@ def draw_crop(
     else:
         w = h = min(width, height)
         left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def random_resized_crop(image, rng, size: int, scale_min: float):
-    """Crop a random area (``scale_min`` to 1 of the image) and aspect, resized to ``size``."""
-    box = draw_crop(*image.size, rng, scale_min)
+    box = (left, top, left + w, top + h)
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
@@ -133,7 +128,21 @@ def shorter_side(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class EvalTransform:
+class Shrink:
+    """Shorter side to ``shorter`` px where it is longer, keeping the aspect."""
+
+    shorter: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = self.shorter / min(image.size)
+        if scale >= 1:
+            return image
+        size = [max(1, round(side * scale)) for side in image.size]
+        return image.resize(size, Image.Resampling.BILINEAR)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
     """Shorter side to 8/7 of ``size``, then the centre of ``size``; nothing random.
 
     For 224 px the same pixels as Paddle's ``Resize(256)`` and ``CenterCrop(224)`` on its Pillow
@@ -142,7 +151,7 @@ class EvalTransform:
 
     size: int
 
-    def __call__(self, image, rng=None) -> np.ndarray:
+    def __call__(self, image: Image.Image) -> Image.Image:
         width, height = image.size
         shorter = shorter_side(self.size)
         if width <= height:
@@ -152,7 +161,17 @@ class EvalTransform:
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (round((side - self.size) / 2) for side in (width, height))
-        return to_array(image.crop((left, top, left + self.size, top + self.size)))
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """As :class:`CentreCrop`, but an array."""
+
+    size: int
+
+    def __call__(self, image, rng=None) -> np.ndarray:
+        return to_array(CentreCrop(self.size)(image))
 
 
 @dataclass(frozen=True)

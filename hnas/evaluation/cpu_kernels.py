@@ -17,12 +17,20 @@ from hnas.base.memory import available_bytes, keep_freed_memory
 from hnas.base.onednn import (
     MAX_POOLING,
     MEAN_POOLING,
-    OneDNNError,
     Step,
     library,
     refuse_without_bfloat16,
 )
-from hnas.evaluation.kernels import DygraphKernels
+from hnas.evaluation.kernels import (
+    CACHE_BYTES,
+    Convolution,
+    Form,
+    Kernels,
+    LatestTensors,
+    Trial,
+    fault_of,
+    new_identity,
+)
 from hnas.evaluation.onednn_steps import (
     MOST_ROWS,
     adding,
@@ -31,10 +39,8 @@ from hnas.evaluation.onednn_steps import (
     norm_of,
     pooling,
 )
-from hnas.evaluation.variants import Precision, Variant
-from hnas.evaluation.weights import CACHE_BYTES, Convolution, Form, LatestTensors, new_identity
+from hnas.evaluation.variants import Variant
 from hnas.evaluation.winograd import filters_to_points, winograd, worth_it
-from hnas.models.convolution import ramp
 from hnas.models.onednn import scratch
 from hnas.parallel.distributed import local_ranks
 
@@ -42,27 +48,24 @@ logger = logging.getLogger(__name__)
 
 PACKED_SHARE = 1 / 8
 """Of the free memory, for filters as oneDNN wants them."""
-TRIALS = ((3, 9, 14), (3, 2, 14), (64, 8, 50))
-"""Images, height of the maps before the first block, and channels after it, of a trial; the last is
-computed by Winograd's transforms."""
+TRIALS = (Trial(3, 9, 14, 4), Trial(3, 2, 14, 4), Trial(64, 8, 50, 4))
+"""The last is computed by Winograd's transforms."""
 TRIAL_CALIBRATION = 4
-TRIAL_TOLERANCE = {Precision.FLOAT32: 1e-4, Precision.BFLOAT16: 5e-2}
-"""Of a block, relative to its largest value."""
 
 
-class CpuKernels(DygraphKernels):
+class CpuKernels(Kernels):
     """oneDNN's, by its C interface, on all threads.
 
     Args:
         variant: float32 or bfloat16.
-        calibration: as in :class:`DygraphKernels`.
+        calibration: as in :class:`Kernels`.
 
     Raises:
         OneDNNError: the library is not there.
     """
 
     def __init__(self, variant: Variant, calibration: int = 0):
-        super().__init__(calibration, "NHWC")
+        super().__init__(variant, calibration)
         self._dtype = variant.precision.dtype
         self._rest: dict[int, np.ndarray] = {}
         # With the filters themselves, so that their addresses stay theirs.
@@ -72,29 +75,20 @@ class CpuKernels(DygraphKernels):
         library()
 
     def form(self) -> Form:
-        return Form(channel_axis=self.channel_axis, sliced=False)
-
-    def accept(self, x, kernels: DygraphKernels):
-        return super().accept(x, kernels).astype(self._dtype)
+        # Whole filters in float32, of which oneDNN packs the part that is used.
+        return Form(channel_axis=3, sliced=False)
 
     def conv_norm(
-        self, x, convolution: Convolution, stride: int, padding: int, relu=False, shortcut=None
+        self, x, conv: Convolution, stride: int, padding: int, relu: bool = False, shortcut=None
     ):
         if not self.calibration:
-            return self._convolve(x, convolution, stride, padding, relu, shortcut)
-        y = self._convolve(x, convolution._replace(rest=()), stride, padding)
-        self._normalise(y, convolution, relu and shortcut is None)
+            return self._convolve(x, conv, stride, padding, relu, shortcut)
+        y = self._convolve(x, conv._replace(rest=()), stride, padding)
+        self._normalise(y, conv, relu and shortcut is None)
         return y if shortcut is None else self._add(y, shortcut)
 
-    def stem(self, x, conv: Convolution):
-        y = self.conv_norm(x, conv, stride=2, padding=3, relu=True)
-        return self._run_on(y, pooling(tuple(y.shape), self._dtype, MAX_POOLING, 3, 2, 1))
-
-    def first(self, x, conv1: Convolution, stride: int):
-        return self.conv_norm(x, conv1, stride, padding=1, relu=True)
-
-    def last(self, y, shortcut, conv2: Convolution):
-        return self.conv_norm(y, conv2, stride=1, padding=1, relu=True, shortcut=shortcut)
+    def max_pool(self, x):
+        return self._run_on(x, pooling(tuple(x.shape), self._dtype, MAX_POOLING, 3, 2, 1))
 
     def narrow(self, x, channels: int):
         if x.shape[3] == channels:
@@ -103,10 +97,10 @@ class CpuKernels(DygraphKernels):
 
     def pooled(self, x):
         x = x[self.calibration :].astype("float32")
-        n, height, width, channels = x.shape
-        if height != width or height == 1:
+        n, size, _, channels = x.shape
+        if size == 1:
             return x.mean([1, 2])
-        step = pooling((n, height, width, channels), "float32", MEAN_POOLING, height, height, 0)
+        step = pooling(tuple(x.shape), "float32", MEAN_POOLING, size, size, 0)
         return self._run_on(x, step).reshape([n, channels])
 
     def classifier(self, weight, bias) -> Callable:
@@ -118,7 +112,7 @@ class CpuKernels(DygraphKernels):
             if channels not in convolutions:
                 convolutions[channels] = Convolution(whole, (bias,), len(whole), new_identity())
             x = features.reshape([rows, 1, 1, channels])
-            return self._convolve(x, convolutions[channels], 1, 0).reshape([rows, -1])
+            return self.direct(x, convolutions[channels], 1, 0).reshape([rows, -1])
 
         return logits
 
@@ -170,7 +164,7 @@ class CpuKernels(DygraphKernels):
         library().run(step, x.data_ptr(), y.data_ptr())
         return y
 
-    def _normalise(self, y, convolution: Convolution, relu: bool) -> None:
+    def _normalise(self, y, conv: Convolution, relu: bool) -> None:
         """BatchNorm by the calibration images' statistics, in place."""
         norm = norm_of(tuple(y.shape), self.calibration, self._dtype, relu)
         unused = scratch("normalised", norm.bytes)
@@ -180,21 +174,21 @@ class CpuKernels(DygraphKernels):
         library().run(norm.measure, y.data_ptr(), unused, *addresses[:2])
         if norm.rows > 1:
             vectors[:2] = over_rows(vectors[:2])
-        vectors[2:] = self._numbers(convolution)
+        vectors[2:] = self._numbers(conv)
         library().run(norm.apply, y.data_ptr(), y.data_ptr(), *addresses)
 
-    def _numbers(self, convolution: Convolution) -> np.ndarray:
+    def _numbers(self, conv: Convolution) -> np.ndarray:
         """Bias, or scale and shift, [1 or 2, 1, C]."""
-        if convolution.identity not in self._rest:
-            rows = [part.numpy().ravel() for part in convolution.rest]
-            self._rest[convolution.identity] = np.stack(rows)[:, None]
-        return self._rest[convolution.identity]
+        if conv.identity not in self._rest:
+            rows = [part.numpy().ravel() for part in conv.rest]
+            self._rest[conv.identity] = np.stack(rows)[:, None]
+        return self._rest[conv.identity]
 
-    def _at_points(self, convolution: Convolution) -> paddle.Tensor:
+    def _at_points(self, conv: Convolution) -> paddle.Tensor:
         """The whole filters, transformed once for all widths."""
-        key = convolution.filters.data_ptr()
+        key = conv.filters.data_ptr()
         if key not in self._points:
-            self._points[key] = convolution.filters, filters_to_points(convolution.filters)
+            self._points[key] = conv.filters, filters_to_points(conv.filters)
         return self._points[key][1]
 
     def _add(self, y, shortcut):
@@ -214,7 +208,7 @@ def over_rows(found: np.ndarray) -> np.ndarray:
     return both
 
 
-def cpu_kernels(variant: Variant, calibration: int) -> DygraphKernels:
+def cpu_kernels(variant: Variant, calibration: int) -> Kernels:
     """oneDNN's kernels, or Paddle's where they cannot be trusted, which is logged.
 
     Raises:
@@ -224,70 +218,11 @@ def cpu_kernels(variant: Variant, calibration: int) -> DygraphKernels:
     half = variant.precision.is_half
     if half:
         refuse_without_bfloat16("bfloat16")
-    try:
-        kernels = CpuKernels(variant, calibration)
-        difference = largest_difference(CpuKernels(variant, min(calibration, TRIAL_CALIBRATION)))
-    except OneDNNError as error:
-        reason = str(error)
-    else:
-        if difference < TRIAL_TOLERANCE[variant.precision]:
-            return kernels
-        reason = f"its results differ by {difference:g}"
+    few = min(calibration, TRIAL_CALIBRATION)
+    reason = fault_of(lambda: CpuKernels(variant, few), TRIALS)
+    if not reason:
+        return CpuKernels(variant, calibration)
     if half:
-        raise UserError(f"bfloat16 does not work on this CPU: {reason}; give --amp O0")
-    logger.warning("scoring by Paddle's operators, several times slower than oneDNN's: %s", reason)
-    return DygraphKernels(calibration)
-
-
-@paddle.no_grad()
-def largest_difference(kernels: DygraphKernels) -> float:
-    """Between kernels and Paddle's operators, over the largest value, in a stage's first blocks.
-
-    They rely on the library that Paddle ships, so they are tried before they are trusted.
-    """
-    plain = DygraphKernels(kernels.calibration)
-    parts = 2 if kernels.calibration else 1
-    worst = 0.0
-    for images, size, width in TRIALS:
-        results = []
-        for own in (plain, kernels):
-            wide, more = width + 4, width + 6
-            convolutions = [
-                _trial_convolution(own, number, *shape, parts)
-                for number, shape in enumerate(
-                    (
-                        (wide, more, 3),
-                        (width, wide, 3),
-                        (width, more, 1),
-                        (width, width, 3),
-                        (width, width, 3),
-                    )
-                )
-            ]
-            conv1, conv2, project, *second = convolutions
-            x = own.accept(ramp([kernels.calibration + images, more, size, size]), plain)
-            y = own.last(own.first(x, conv1, 2), own.project(x, project), conv2)
-            y = own.narrow(own.block(y, *second), width - 4)
-            results.append(plain.accept(y, own).astype("float32"))
-        expected, found = results
-        difference = float((expected - found).abs().max() / expected.abs().max())
-        if not difference < 1:
-            return difference
-        worst = max(worst, difference)
-    return worst
-
-
-def _trial_convolution(
-    kernels: DygraphKernels, number: int, outputs: int, inputs: int, size: int, parts: int
-) -> Convolution:
-    """The leading part of wider filters; others for every number, even of the same shape."""
-    form = kernels.form()
-    shape = [1, 1, 1, 1]
-    shape[form.channel_axis] = -1
-    shift = number * size * size
-    filters = ramp([outputs + 2, inputs + 3, size, size]).flatten().roll(shift)
-    filters = filters.reshape([outputs + 2, inputs + 3, size, size]) / (size * inputs**0.5)
-    if form.sliced:
-        filters = filters[:outputs, :inputs].contiguous()
-    rest = tuple(ramp([outputs]).reshape(shape) + 1 for _ in range(parts))
-    return Convolution(form.arrange(filters), rest, outputs, new_identity())
+        raise UserError(f"bfloat16 does not work on this CPU: oneDNN {reason}; give --amp O0")
+    logger.warning("scoring by Paddle's operators, several times slower: oneDNN %s", reason)
+    return Kernels(calibration=calibration)

@@ -12,18 +12,18 @@ from pathlib import Path
 import paddle
 from tqdm import tqdm
 
-from hnas.base.device import free_bytes, on_gpu, peak_memory
+from hnas.base.device import Arithmetic, free_bytes, on_gpu, peak_memory
+from hnas.base.errors import UserError
 from hnas.evaluation.counts import Counts
+from hnas.evaluation.gpu_kernels import choose_variant
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
-from hnas.evaluation.ledger import Ledger, Targets, even_chunk
-from hnas.evaluation.reference import evaluate_reference
+from hnas.evaluation.ledger import Ledger, Part, Targets, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
 from hnas.evaluation.tree import naive_macs
-from hnas.evaluation.variants import Variant
+from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
-from hnas.ranking.agreement import Agreement
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,16 @@ class ScoringSettings:
             many chunks. A resumed run keeps its first.
         targets: at which to stop before all images are through.
         variant: how the walk computes; None as in :class:`SharedEvaluator`.
+        part: of the chunks, to be done without results; None: all.
+        copies: see :class:`Ledger`.
     """
 
     calibration: paddle.Tensor | None = None
     chunk: int = 0
     targets: Targets = Targets()
     variant: Variant | None = None
+    part: Part | None = None
+    copies: str = ""
 
 
 def evaluate_shared(
@@ -86,7 +90,8 @@ def evaluate_shared(
         evaluator = SharedEvaluator(network, list(archs.values()), calibration, settings.variant)
     else:
         evaluator.take(list(archs.values()))
-    ledger = Ledger(save_dir, identity, archs, len(images), settings.targets, is_main_process())
+    how = settings.targets, is_main_process(), settings.part, settings.copies
+    ledger = Ledger(save_dir, identity, archs, len(images), *how)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
     for chunk in ledger.chunks():
@@ -109,9 +114,33 @@ def evaluate_shared(
         )
         ledger.add(chunk.start, counts)
         if is_main_process():
-            seconds = time.perf_counter() - began
-            report(title, ledger, counts, len(images), seconds, evaluator.python_share)
+            report(title, ledger, counts, time.perf_counter() - began)
     return ledger.complete()
+
+
+def wanted_variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) -> Variant | None:
+    """How the walk computes; None: on CPUs in float32, by what works there.
+
+    Half precision is float16 on GPUs, eight times as fine as bfloat16, which CPUs have. What
+    overflows is found.
+
+    Raises:
+        UserError: bfloat16 with re-calibration.
+    """
+    if on_gpu():
+        rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
+        precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
+        return choose_variant(precision, 0 if calibration is None else len(calibration))
+    if arithmetic.amp == "O0":
+        return None
+    if calibration is not None:
+        raise UserError(
+            "--amp O1 on a CPU is bfloat16, whose rounding re-calibration magnifies; give "
+            "--amp O0, or --bn_calibration_images 0 for weights trained with freeze_bn"
+        )
+    chosen = cpu_variant(Precision.BFLOAT16)
+    logger.info("the walk computes in %s", chosen)
+    return chosen
 
 
 def default_chunk(
@@ -160,77 +189,47 @@ def describe(
     ledger: Ledger,
 ) -> None:
     """Log what is going to be done, and what makes it slow."""
+    chunks, carried = len(ledger.starts()), evaluator.calibration_images
     if ledger.counts.images:
         logger.info("continuing after %d of %d images", ledger.counts.images, len(images))
-    if ledger.chunk < min(evaluator.calibration_images, len(images)):
+    if ledger.chunk < min(carried, len(images)):
         logger.warning(
             "every walk carries %d calibration images for %d scored ones: raise chunk_size, or "
             "lower bn_calibration_images",
-            evaluator.calibration_images,
+            carried,
             ledger.chunk,
         )
-    if len(ledger.starts()) < world_size():
-        logger.warning(
-            "%d chunks for %d processes: lower chunk_size", len(ledger.starts()), world_size()
-        )
-    if ledger.targets != Targets() and len(ledger.starts()) == 1:
+    if chunks < world_size():
+        logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
+    if ledger.targets != Targets() and chunks == 1:
         logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
-    shared = evaluator.tree.macs(images.size)
-    naive = naive_macs(space, archs.values(), images.size)
+    shared = macs_text(evaluator.tree.macs(images.size))
+    naive = macs_text(naive_macs(space, archs.values(), images.size))
     logger.info(
-        "%d architectures, %d images in chunks of %d: %s",
+        "%d architectures, %d images in chunks of %d%s: %s an image%s",
         len(archs),
         len(images),
         ledger.chunk,
-        cost_of_an_image(shared, naive),
+        f", of which part {ledger.part}" if ledger.part else "",
+        shared,
+        f" instead of {naive}" if naive != shared else "",
     )
-
-
-def cost_of_an_image(shared: int, naive: int) -> str:
-    """Multiply-accumulates of a walk, and those that it replaces if they are visibly more."""
-    done, replaced = macs_text(shared), macs_text(naive)
-    saving = f" instead of {replaced}" if replaced != done else ""
-    return f"{done} an image{saving}"
 
 
 def macs_text(macs: int) -> str:
     """At least three significant digits, e.g. ``93.4 MMAC`` or ``68,179 GMAC``."""
     value, unit = (macs / 1e9, "GMAC") if macs >= 1e9 else (macs / 1e6, "MMAC")
-    decimals = max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:,.{decimals}f} {unit}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
 
 
-def report(
-    title: str, ledger: Ledger, counts: Counts, images: int, seconds: float, outside: float
-) -> None:
-    """Log how far the evaluation of ``images`` is, after a chunk of the main process."""
+def report(title: str, ledger: Ledger, counts: Counts, seconds: float) -> None:
+    """Log how far the evaluation is, after a chunk of the main process."""
     logger.info(
-        "%s: %d images, largest standard error %.4f, %s, %.1f s, %.0f "
-        "images x architectures/s, eta %.0f s, peak memory %s, %.1f %% outside of operators",
+        "%s: %s, %.1f s, %.0f images x architectures/s, eta %.0f s, peak memory %s",
         title,
-        ledger.counts.images,
-        ledger.largest_error,
-        agreement_text(ledger.agreement),
+        ledger,
         seconds,
         world_size() * counts.images * len(counts.top1) / seconds,
-        (images - ledger.counts.images) / counts.images * seconds / world_size(),
+        ledger.left() / counts.images * seconds,
         peak_memory(),
-        100 * outside,
     )
-
-
-def agreement_text(agreement: Agreement | None) -> str:
-    """How well the ranking agrees with that by all images, for the log."""
-    if agreement is None:
-        return "ranking's agreement not known yet"
-    return f"ranking's agreement {agreement.tau:.3f} ({agreement.low:.3f} to {agreement.high:.3f})"
-
-
-def evaluate_one_by_one(
-    network: ElasticResNet, archs: Mapping[str, Architecture], loader, calibration=None
-) -> Counts:
-    """The reference engine with a progress bar."""
-    with tqdm(total=len(archs), desc="scoring", unit="arch", mininterval=1) as progress:
-        return evaluate_reference(
-            network, list(archs.values()), loader, calibration, progress.update
-        )

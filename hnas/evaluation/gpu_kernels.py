@@ -1,96 +1,91 @@
-"""The operations of a walk on GPUs: in any :class:`Variant`, fused where that works."""
+"""The kernels of a walk on GPUs: convolution, bias, shortcut and ReLU as one operator, if it works.
+
+Everything after a convolution is memory traffic: as operators of their own bias, shortcut and
+ReLU read and write every activation again. Paddle has ``fused_conv2d_add_act`` for its inference
+engine. Nothing promises that it can be called from Python, so it is tried before it is trusted.
+"""
 
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 
 import paddle
-from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import UserError
-from hnas.evaluation.fused import find_fused
-from hnas.evaluation.kernels import EPSILON, DygraphKernels
+from hnas.evaluation.kernels import Kernels, Operator, Trial, fault_of
 from hnas.evaluation.variants import Precision, Variant, usual_variant
-from hnas.evaluation.weights import Convolution, Form, channels_last, leading_channels
-from hnas.models.calibration import batch_statistics
 
 logger = logging.getLogger(__name__)
 
+WORKSPACE_MB = 512
+TRIALS = (Trial(images=4, size=7, width=16, step=8),)
+"""Of the released space's widths, which are multiples of 8."""
 
-class GpuKernels(DygraphKernels):
-    """Paddle's operators in a variant.
 
-    There is no autocast: filters and bias come in half precision, and so every operator stays in
-    it. Autocast would turn back to float32 at the first float32 bias.
+def _by_c_ops(x, filters, bias, shortcut, stride, padding, layout, activation):
+    # 3.3.1 has it for static graphs alone.
+    return paddle._C_ops.fused_conv2d_add_act(
+        *(x, filters, bias, shortcut, [stride] * 2, [padding] * 2, "EXPLICIT", [1, 1], 1),
+        *(layout, activation, [], False, WORKSPACE_MB, 0.0),
+    )[0]
+
+
+def _by_legacy_ops(x, filters, bias, shortcut, stride, padding, layout, activation):
+    attributes = {
+        "strides": (stride, stride),
+        "paddings": (padding, padding),
+        "padding_algorithm": "EXPLICIT",
+        "dilations": (1, 1),
+        "groups": 1,
+        "data_format": layout,
+        "activation": activation,
+        "workspace_size_MB": WORKSPACE_MB,
+    }
+    flat = [part for pair in attributes.items() for part in pair]
+    found = paddle._legacy_C_ops.fused_conv2d_add_act(x, filters, bias, shortcut, *flat)
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+ROUTES: tuple[Operator, ...] = (_by_c_ops, _by_legacy_ops)
+
+
+@lru_cache
+def find_fused(precision: Precision, layout: str) -> tuple[Operator | None, str]:
+    """The operator, if one of the routes to it works here, and why the last of them does not."""
+    reason = ""
+    for operator in ROUTES:
+        reason = trial(operator, precision, layout)
+        if not reason:
+            return operator, ""
+    return None, reason
+
+
+def trial(operator: Operator, precision: Precision, layout: str) -> str:
+    """What is wrong with an operator; empty: nothing."""
+    variant = Variant(precision, layout, fused=True)
+    reason = fault_of(lambda: Kernels(variant, fused=operator), TRIALS)
+    return f"fused_conv2d_add_act {reason}" if reason else ""
+
+
+def gpu_kernels(variant: Variant, calibration: int) -> Kernels:
+    """Paddle's operators in a variant; of a GPU, or one by one of a CPU.
 
     Args:
         variant: which.
-        calibration: as in :class:`DygraphKernels`.
+        calibration: as in :class:`Kernels`.
 
     Raises:
         UserError: a fused variant where the operator does not work, or with re-calibration.
     """
-
-    def __init__(self, variant: Variant, calibration: int = 0):
-        super().__init__(calibration, variant.layout)
-        self.variant = variant
-        self._dtype = getattr(paddle, variant.precision.dtype)
-        self._fused = None
-        if variant.fused:
-            if calibration:
-                raise UserError(f"{variant}: BatchNorm re-calibration cannot be fused")
-            self._fused, reason = find_fused(variant.precision, variant.layout)
-            if self._fused is None:
-                raise UserError(f"{variant}: {reason}")
-
-    def form(self) -> Form:
-        dtype = self.variant.precision.dtype
-        if self._fused is not None and self.layout == "NHWC":
-            return Form(channels_last, 3, self.channel_axis, dtype)
-        return Form(channel_axis=self.channel_axis, dtype=dtype)
-
-    def accept(self, x, kernels: DygraphKernels):
-        x = super().accept(x, kernels)
-        return x if x.dtype == self._dtype else x.astype(self._dtype)
-
-    def conv_norm(self, x, convolution: Convolution, stride: int, padding: int):
-        if not self.calibration:
-            return super().conv_norm(x, convolution, stride, padding)
-        y = self.convolve(x, convolution.filters, stride, padding)
-        seen = leading_channels(y, self.calibration, axis=0)
-        # Statistics in float32: a half-precision mean would be as coarse as the values.
-        seen = seen.astype("float32") if self.variant.precision.is_half else seen
-        statistics = batch_statistics(seen, self._mean_of_calibration)
-        # One operator, which computes in float32 and rounds its result only.
-        flat = [part.flatten() for part in (*statistics, *convolution.rest)]
-        return F.batch_norm(y, *flat, epsilon=EPSILON, data_format=self.layout)
-
-    def stem(self, x, conv: Convolution):
-        if self._fused is None:
-            return super().stem(x, conv)
-        y = self._run(x, conv, None, stride=2, padding=3)
-        return F.max_pool2d(y, 3, 2, 1, data_format=self.layout)
-
-    def first(self, x, conv1: Convolution, stride: int):
-        if self._fused is None:
-            return super().first(x, conv1, stride)
-        return self._run(x, conv1, None, stride, padding=1)
-
-    def project(self, x, conv: Convolution):
-        if self._fused is None:
-            return super().project(x, conv)
-        return self._run(x, conv, None, stride=2, padding=0, activation="identity")
-
-    def last(self, y, shortcut, conv2: Convolution):
-        if self._fused is None:
-            return super().last(y, shortcut, conv2)
-        return self._run(y, conv2, self.narrow(shortcut, conv2.outputs), stride=1, padding=1)
-
-    def _run(self, x, conv, shortcut, stride: int, padding: int, activation: str = "relu"):
-        bias = conv.rest[0].flatten()
-        return self._fused(
-            x, conv.filters, bias, shortcut, stride, padding, self.layout, activation
-        )
+    if not variant.fused:
+        return Kernels(variant, calibration)
+    if calibration:
+        raise UserError(f"{variant}: BatchNorm re-calibration cannot be fused")
+    operator, reason = find_fused(variant.precision, variant.layout)
+    if operator is None:
+        raise UserError(f"{variant}: {reason}")
+    return Kernels(variant, fused=operator)
 
 
 def choose_variant(precision: Precision, calibration: int) -> Variant:

@@ -1,111 +1,292 @@
-"""The operations that the shared evaluation is made of, in plain Paddle.
+"""The convolutions of a walk: sliced out of the supernet, and computed by Paddle's operators.
 
-Each takes activations and convolutions as tensors, so that one piece of code serves every block and
-width. ``evaluation/cpu_kernels.py`` has faster ways of running them on CPUs,
-``evaluation/gpu_kernels.py`` those of GPUs.
+``cpu_kernels.py`` has faster ways of computing them on CPUs, ``gpu_kernels.py`` one on GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
 
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.evaluation.weights import Convolution, Form, leading_channels
+from hnas.evaluation.variants import Precision, Variant
 from hnas.models.calibration import batch_statistics
+from hnas.models.convolution import ramp
+from hnas.models.elastic import ElasticResNet
 
+STEM = (-1, 0, "stem")
+CACHE_BYTES = 1 << 30
 EPSILON = 1e-5
+PLAIN = Variant()
+
+Operator = Callable[..., paddle.Tensor]
+"""``(x, filters, bias, shortcut, stride, padding, layout, activation)``: ``relu`` or ``identity``
+of the convolution plus bias [C] plus shortcut, an activation or None. Filters are [O, I, K, K] in
+NCHW, [O, K, K, I] in NHWC."""
 
 
-class DygraphKernels:
-    """Paddle's operators one by one in float32: what the kernels for CPUs must agree with.
+# --- convolutions of any width
+
+
+@dataclass(frozen=True)
+class Form:
+    """How kernels want the tensors of a convolution to lie in memory.
+
+    Attributes:
+        arrange: from filters [O, I, K, K] to this form.
+        inputs: axis of the input channels in the arranged filters; the outputs' is the first.
+        channel_axis: of the activations, and so of bias, scale and shift.
+        dtype: of filters and bias. Scale and shift are float32 always.
+        sliced: whether filters are narrowed to the channels in use. If not, they are the whole.
+    """
+
+    arrange: Callable[[paddle.Tensor], paddle.Tensor] = lambda filters: filters
+    inputs: int = 1
+    channel_axis: int = 1
+    dtype: str = "float32"
+    sliced: bool = True
+
+
+class Convolution(NamedTuple):
+    """A convolution of one width.
+
+    Attributes:
+        filters: of it, or the whole ones, whose leading part it uses.
+        rest: (bias,), or with BatchNorm re-calibration (scale, shift).
+        outputs: its output channels.
+        identity: a number that no other convolution of this process has.
+    """
+
+    filters: paddle.Tensor
+    rest: tuple[paddle.Tensor, ...]
+    outputs: int
+    identity: int
+
+
+new_identity = count().__next__
+
+
+class SlicedWeights:
+    """Convolutions of any width out of one supernet.
 
     Args:
+        network: the supernet; its weights must not change while this is in use.
+        fold: fold the running statistics of BatchNorm into filters and bias. This is done once
+            per output channel, so slices stay valid. False keeps filters, scale and shift apart
+            for statistics that are measured later.
+        form: in which they are wanted.
+    """
+
+    def __init__(self, network: ElasticResNet, fold: bool, form: Form):
+        self._fold = fold
+        self._form = form
+        self._layers = {STEM: (network.stem.conv.fn, network.stem.bn)}
+        for stage in range(len(network.depths)):
+            for index, block in enumerate(network.stage_blocks(stage)):
+                self._layers[stage, index, "conv1"] = block.conv1.fn, block.bn1
+                self._layers[stage, index, "conv2"] = block.conv2.fn, block.bn2
+                if block.downsample is not None:
+                    conv, norm = block.downsample
+                    self._layers[stage, index, "project"] = conv.fn, norm
+        self._whole: dict[tuple, tuple] = {}
+        self._rest: dict[tuple, tuple] = {}
+        self._slices = LatestTensors(CACHE_BYTES)
+
+    def get(self, key: tuple, cin: int, cout: int) -> Convolution:
+        """The convolution ``(stage, block, "conv1" | "conv2" | "project")``, or ``STEM``."""
+        if key not in self._whole:
+            self._whole[key] = self._prepare(key)
+        filters, *rest = self._whole[key]
+        if (key, cin, cout) not in self._rest:
+            narrow = tuple(leading_channels(part, cout, self._form.channel_axis) for part in rest)
+            self._rest[key, cin, cout] = narrow, cout, new_identity()
+        if self._form.sliced:
+            filters = self._narrow(key, filters, cin)[:cout]
+        return Convolution(filters, *self._rest[key, cin, cout])
+
+    def _narrow(self, key: tuple, filters: paddle.Tensor, cin: int) -> paddle.Tensor:
+        """Fewer inputs, of which a copy is kept; fewer outputs are a view then."""
+        # One axis after the other: Paddle copies a slice of two axes element by element.
+        axis = self._form.inputs
+        if filters.shape[axis] == cin:
+            return filters
+        return self._slices.get((key, cin), lambda: leading_channels(filters, cin, axis))
+
+    @paddle.no_grad()
+    def _prepare(self, key: tuple) -> tuple:
+        conv, norm = self._layers[key]
+        filters, parts = conv.weight, (norm.weight, norm.bias)
+        if self._fold:
+            # In float64, so that the factor and the bias are rounded once.
+            scale, shift, mean, variance = (
+                part.astype("float64")
+                for part in (norm.weight, norm.bias, norm._mean, norm._variance)
+            )
+            factor = scale / paddle.sqrt(variance + norm._epsilon)
+            filters = filters * factor.astype("float32").reshape([-1, 1, 1, 1])
+            parts = ((shift - mean * factor).astype("float32"),)
+        form = self._form
+        parts = [along_channels(part.detach(), form) for part in parts]
+        if form.dtype != "float32":
+            filters = filters.astype(form.dtype)
+            parts = [part.astype(form.dtype) for part in parts] if self._fold else parts
+        return form.arrange(filters.detach()), *parts
+
+
+class LatestTensors:
+    """Tensors that can be made again: the latest used ones, of at most ``capacity`` bytes."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._used = 0
+        self._held: OrderedDict[tuple, paddle.Tensor] = OrderedDict()
+
+    def get(self, key: tuple, make: Callable[[], paddle.Tensor]) -> paddle.Tensor:
+        """What ``make`` gives, or gave."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        self._held[key] = tensor = make()
+        self._used += tensor.size * tensor.element_size()
+        while self._used > self._capacity and len(self._held) > 1:
+            _, oldest = self._held.popitem(last=False)
+            self._used -= oldest.size * oldest.element_size()
+        return tensor
+
+
+def leading_channels(x: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:
+    """The first ``channels`` of ``x`` along ``axis``, contiguous; ``x`` itself if that is all."""
+    if x.shape[axis] == channels:
+        return x
+    return x[(slice(None),) * axis + (slice(0, channels),)].contiguous()
+
+
+def along_channels(vector: paddle.Tensor, form: Form) -> paddle.Tensor:
+    """[C] such that it can be added to an activation."""
+    shape = [1, 1, 1, 1]
+    shape[form.channel_axis] = -1
+    return vector.reshape(shape)
+
+
+def channels_last(filters: paddle.Tensor) -> paddle.Tensor:
+    """[O, I, K, K] -> [O, K, K, I]."""
+    return filters.transpose([0, 2, 3, 1]).contiguous()
+
+
+# --- what is computed of them
+
+
+class Kernels:
+    """The operations of a walk by Paddle's operators, in any variant.
+
+    There is no autocast: filters and bias come in half precision, and so every operator stays in
+    it. Autocast would turn back to float32 at the first float32 bias.
+
+    Args:
+        variant: how numbers are rounded and activations lie.
         calibration: BatchNorm takes the statistics of this many images at the front of every
             batch; with 0 it is folded into the convolutions.
-        layout: of activations, ``NCHW`` or ``NHWC``.
+        fused: computes whole convolutions, without re-calibration; None: one operator each.
 
     Convolutions are as :class:`SlicedWeights` gives them; activations are [N, C, H, W] below,
     whatever the layout.
     """
 
-    def __init__(self, calibration: int = 0, layout: str = "NCHW"):
+    def __init__(
+        self, variant: Variant = PLAIN, calibration: int = 0, fused: Operator | None = None
+    ):
+        self.variant = variant
         self.calibration = calibration
-        self.layout = layout
-        self.channel_axis = layout.index("C")
-        self._batch_axis = layout.index("N")
-        self._spatial = [layout.index("H"), layout.index("W")]
+        self.layout = variant.layout
+        self._spatial = [self.layout.index("H"), self.layout.index("W")]
+        self._fused = fused
 
     def form(self) -> Form:
         """How a convolution's tensors must lie."""
-        return Form(channel_axis=self.channel_axis)
+        axis, dtype = self.layout.index("C"), self.variant.precision.dtype
+        if self._fused is not None and self.layout == "NHWC":
+            return Form(channels_last, 3, axis, dtype)
+        return Form(channel_axis=axis, dtype=dtype)
+
+    def accept(self, x, layout: str = "NCHW"):
+        """An activation that lies as ``layout`` says, as these kernels want it."""
+        if layout != self.layout:
+            x = x.transpose([layout.index(axis) for axis in self.layout]).contiguous()
+        return x.astype(self.variant.precision.dtype) if self.variant.precision.is_half else x
+
+    def conv_norm(
+        self, x, conv: Convolution, stride: int, padding: int, relu: bool = False, shortcut=None
+    ):
+        """A convolution and its BatchNorm, folded or by the calibration images' statistics.
+
+        Then the leading channels of a shortcut are added, and ReLU is applied.
+        """
+        if shortcut is not None:
+            shortcut = self.narrow(shortcut, conv.outputs)
+        if self._fused is not None:
+            activation, bias = "relu" if relu else "identity", conv.rest[0].flatten()
+            given = x, conv.filters, bias, shortcut, stride, padding, self.layout, activation
+            return self._fused(*given)
+        y = self.convolve(x, conv.filters, stride, padding)
+        y = self._normalised(y, conv) if self.calibration else self._add_bias(y, conv.rest[0])
+        if shortcut is not None:
+            y = y + shortcut
+        return F.relu(y) if relu else y
 
     def convolve(self, x, filters, stride: int, padding: int):
         """A convolution without bias."""
         return F.conv2d(x, filters, stride=stride, padding=padding, data_format=self.layout)
 
-    def conv_norm(self, x, convolution: Convolution, stride: int, padding: int):
-        """A convolution and its BatchNorm, folded or by the calibration images' statistics."""
-        y = self.convolve(x, convolution.filters, stride, padding)
-        if not self.calibration:
-            return self._add_bias(y, convolution.rest[0])
-        scale, shift = convolution.rest
-        seen = leading_channels(y, self.calibration, self._batch_axis)
-        mean, variance = batch_statistics(seen, self._mean_of_calibration)
-        factor = scale * paddle.rsqrt(variance + EPSILON)
-        return y * factor + (shift - mean * factor)
-
     def _add_bias(self, y, bias):
-        if self.channel_axis < 3:
+        if self.layout == "NCHW":
             return y + bias
         # As a matrix: Paddle adds a row several times as fast as it broadcasts over four axes.
         return (y.reshape([-1, y.shape[3]]) + bias.reshape([-1])).reshape(y.shape)
 
-    def _mean_of_calibration(self, x):
-        """Mean over images and positions, [1, C, 1, 1]."""
-        return x.mean([self._batch_axis, *self._spatial], keepdim=True)
+    def _normalised(self, y, conv: Convolution):
+        """BatchNorm by the calibration images' statistics."""
+        seen = y[: self.calibration]
+        # Statistics in float32: a half-precision mean would be as coarse as the values.
+        seen = seen.astype("float32") if self.variant.precision.is_half else seen
+        axes = [0, *self._spatial]
+        statistics = batch_statistics(seen, lambda part: part.mean(axes, keepdim=True))
+        # One operator, which computes in float32 and rounds its result only.
+        flat = [part.flatten() for part in (*statistics, *conv.rest)]
+        return F.batch_norm(y, *flat, epsilon=EPSILON, data_format=self.layout)
 
     def stem(self, x, conv: Convolution):
         """7x7/2 convolution, ReLU, 3x3/2 max pooling: [N, 3, H, W] -> [N, C, H/4, W/4]."""
-        y = F.relu(self.conv_norm(x, conv, stride=2, padding=3))
-        return F.max_pool2d(y, 3, 2, 1, data_format=self.layout)
+        return self.max_pool(self.conv_norm(x, conv, stride=2, padding=3, relu=True))
+
+    def max_pool(self, x):
+        """3x3, stride 2."""
+        return F.max_pool2d(x, 3, 2, 1, data_format=self.layout)
 
     def first(self, x, conv1: Convolution, stride: int):
         """A block's conv1 and ReLU."""
-        return F.relu(self.conv_norm(x, conv1, stride=stride, padding=1))
+        return self.conv_norm(x, conv1, stride, padding=1, relu=True)
 
     def project(self, x, conv: Convolution):
         """A block's projection shortcut."""
         return self.conv_norm(x, conv, stride=2, padding=0)
 
     def last(self, y, shortcut, conv2: Convolution):
-        """A block's conv2, the shortcut, of which it may have fewer channels, and ReLU."""
-        shortcut = self.narrow(shortcut, conv2.outputs)
-        return F.relu(self.conv_norm(y, conv2, stride=1, padding=1) + shortcut)
-
-    def block(self, x, conv1: Convolution, conv2: Convolution):
-        """A whole block with identity shortcut."""
-        return self.last(self.first(x, conv1, stride=1), x, conv2)
+        """A block's conv2, the shortcut, which may have more channels, and ReLU."""
+        return self.conv_norm(y, conv2, stride=1, padding=1, relu=True, shortcut=shortcut)
 
     def narrow(self, x, channels: int):
         """The first channels of an activation."""
-        return leading_channels(x, channels, self.channel_axis)
-
-    def accept(self, x, kernels: DygraphKernels):
-        """An activation of other kernels in the layout of these."""
-        if kernels.layout == self.layout:
-            return x
-        return x.transpose([kernels.layout.index(axis) for axis in self.layout]).contiguous()
+        return leading_channels(x, channels, self.layout.index("C"))
 
     def pooled(self, x):
         """Global average of the images behind the calibration's: float32 [N, C]."""
-        scored = x[(slice(None),) * self._batch_axis + (slice(self.calibration, None),)]
-        return scored.astype("float32").mean(self._spatial)
-
-    def map_size(self, x) -> int:
-        """Positions of a feature map, H times W."""
-        return x.shape[self._spatial[0]] * x.shape[self._spatial[1]]
+        return x[self.calibration :].astype("float32").mean(self._spatial)
 
     def classifier(self, weight, bias) -> Callable[[paddle.Tensor], paddle.Tensor]:
         """From pooled features [N, C] to logits [N, classes], both float32.
@@ -115,3 +296,94 @@ class DygraphKernels:
             bias: [classes].
         """
         return lambda features: features @ weight[: features.shape[1]] + bias
+
+
+# --- kernels are tried before they are trusted
+
+TRIAL_TOLERANCE = {
+    Precision.FLOAT32: 5e-5,
+    Precision.TF32: 5e-3,
+    Precision.FLOAT16: 2e-2,
+    Precision.BFLOAT16: 5e-2,
+}
+"""Of a trial, over the largest value; float32's is below what TF32 changes."""
+
+
+class Trial(NamedTuple):
+    """A stem and two blocks to compute: images, height of the maps before the blocks, and widths.
+
+    These are ``width`` and ``step`` more and less.
+    """
+
+    images: int
+    size: int
+    width: int
+    step: int
+
+
+def fault_of(make: Callable[[], Kernels], trials: Iterable[Trial]) -> str:
+    """What is wrong with kernels that rest on what nobody promises; empty: nothing."""
+    try:
+        kernels = make()
+        worst = max(largest_difference(kernels, trial) for trial in trials)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"fails: {lines[0] if lines else type(error).__name__}"
+    allowed = TRIAL_TOLERANCE[kernels.variant.precision]
+    return "" if worst < allowed else f"differs by {worst:.2g} of the largest value"
+
+
+@paddle.no_grad()
+def largest_difference(kernels: Kernels, trial: Trial) -> float:
+    """From Paddle's operators one by one in float32, over the largest value; NaN is infinite."""
+    plain = Kernels(calibration=kernels.calibration)
+    expected, found = (_trial_results(own, trial) for own in (plain, kernels))
+    worst = 0.0
+    for right, own in zip(expected, found, strict=True):
+        own = plain.accept(own, kernels.layout).astype("float32")
+        if own.shape != right.shape:
+            return math.inf
+        difference = float((right - own).abs().max() / right.abs().max())
+        worst = max(worst, difference if difference == difference else math.inf)
+    return worst
+
+
+def _trial_results(kernels: Kernels, trial: Trial) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """A stem's output, and that of a stage's first two blocks, narrowed."""
+    images, size, width, step = trial
+    images += kernels.calibration
+    wide, widest = width + step, width + 2 * step
+    stem, conv1, project, conv2, conv3, conv4 = (
+        _trial_convolution(kernels, number, *shape)
+        for number, shape in enumerate(
+            (
+                (wide, 3, 7),
+                (wide, widest, 3),
+                (widest, widest, 1),
+                (width, wide, 3),
+                (width, width, 3),
+                (width, width, 3),
+            )
+        )
+    )
+    x = kernels.accept(ramp([images, widest, size, size]))
+    y = kernels.last(kernels.first(x, conv1, 2), kernels.project(x, project), conv2)
+    y = kernels.last(kernels.first(y, conv3, 1), y, conv4)
+    pixels = kernels.accept(ramp([images, 3, 2 * size, 2 * size]))
+    return kernels.stem(pixels, stem), kernels.narrow(y, width - step)
+
+
+def _trial_convolution(
+    kernels: Kernels, number: int, outputs: int, inputs: int, size: int
+) -> Convolution:
+    """The leading part of wider filters; others for every number, even of the same shape."""
+    form = kernels.form()
+    whole = [outputs + 2, inputs + 3, size, size]
+    filters = ramp(whole).flatten().roll(number * size * size).reshape(whole)
+    filters = (filters / (size * inputs**0.5)).astype(form.dtype)
+    if form.sliced:
+        filters = filters[:outputs, :inputs].contiguous()
+    vector = along_channels(ramp([outputs]) + 1, form)
+    # Scale and shift are float32, a bias is as the filters.
+    rest = (vector, vector) if kernels.calibration else (vector.astype(form.dtype),)
+    return Convolution(form.arrange(filters), rest, outputs, new_identity())

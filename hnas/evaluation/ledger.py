@@ -1,12 +1,13 @@
 """Which chunks of an evaluation are done, by any number of processes, now or in an earlier run.
 
 The images are cut into chunks. A chunk's counts are integers over its own images, so it does not
-matter which process finds them, or in which order. Kept in the folder of an evaluation:
+matter which process finds them, where, or in which order. Kept in the folder of an evaluation:
 
 - ``eval_state.npz``: the counts over the *prefix*, all chunks up to the first that is not done.
   Only the main process writes it.
 - ``eval_chunk_*.npz``: the counts of a chunk that was done before the prefix had reached it, named
-  by the position of its first image. The main process adds it to the prefix in its turn.
+  by the position of its first image. The main process adds it to the prefix in its turn. A *part*
+  of an evaluation leaves nothing else, wherever it is scored; a run of the whole takes them in.
 
   Both say which images they hold, and what they say is checked: a file that was copied, renamed or
   changed is refused.
@@ -23,17 +24,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
+from hnas.base.command_line import shown
+from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.results import ESTIMATES_FILE, estimates
-from hnas.evaluation.state import (
+from hnas.evaluation.results import (
     CHUNK_FILES,
+    ESTIMATES_FILE,
     STATE_FILE,
     Saved,
     StateError,
+    estimates,
     load_state,
     save_state,
 )
@@ -51,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_NAME = re.compile(r"eval_chunk_(\d{8,18})\.npz")
 POLL_SECONDS = 0.2
+NAMED = 10
+"""Missing chunks that a message names at most."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,30 @@ class Targets:
         return " and ".join(se + tau)
 
 
+class Part(NamedTuple):
+    """One of the parts that an evaluation's chunks are dealt to in turns; as text, ``2/8``."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def read(cls, text: str) -> Part:
+        """The part that ``--images_part`` names.
+
+        Raises:
+            UserError: it is not two whole numbers, of which the first is at least 1 and at most
+                the second.
+        """
+        found = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
+        part = cls(int(found[1]), int(found[2])) if found else None
+        if part is None or not 1 <= part.number <= part.of:
+            raise UserError(f"--images_part {shown(text)} is not a part as 2/8, from 1/8 to 8/8")
+        return part
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
 class Ledger:
     """What is done of the evaluation of ``archs`` on ``images`` images.
 
@@ -85,9 +114,11 @@ class Ledger:
         images: how many in all.
         targets: with which the prefix is enough.
         is_main: whether this is the main process.
+        part: to be done; None: all.
+        copies: what parts have as ``image_list`` of the identity, and copies of the images too.
 
     Attributes:
-        targets: as given.
+        targets, part: as given.
         chunk: images of a chunk (the last has fewer); 0 until it is known.
         counts: over the prefix, as far as this process knows.
 
@@ -103,23 +134,26 @@ class Ledger:
         images: int,
         targets: Targets = Targets(),
         is_main: bool = True,
+        part: Part | None = None,
+        copies: str = "",
     ):
         self._folder = folder
         self._identity = identity
         self._archs = archs
         self._images = images
-        self.targets = targets
+        self.targets, self.part = targets, part
         self._is_main = is_main
+        self._copies = copies
         self._own: list[int] = []
         self._agreement: tuple[int, Agreement | None] = (0, None)
         self.chunk, self.counts = 0, Counts.zeros(len(archs))
         self._reload()
-        for path in folder.glob(CHUNK_FILES):
+        self._found = list(folder.glob(CHUNK_FILES))
+        for path in self._found:
             chunk = self._load(path).chunk
-            if self.chunk and chunk != self.chunk:
-                raise StateError(
-                    f"{path} has chunks of {chunk} images, not {self.chunk}; remove it"
-                )
+            if self.chunk not in (0, chunk):
+                text = f"{path} has chunks of {chunk} images, not {self.chunk}; remove it"
+                raise StateError(text)
             self.chunk = chunk
 
     # --- the course of an evaluation
@@ -129,8 +163,17 @@ class Ledger:
 
         Args:
             chunk: images of a chunk, where no earlier run has settled it.
+
+        Raises:
+            UserError: of a part, an earlier run has settled it otherwise, or it leaves too few.
         """
-        self.chunk = self.chunk or min(chunk, self._images)
+        chunk = min(chunk, self._images)
+        if self.part and self.chunk not in (0, chunk):
+            raise StateError(
+                f"{self._folder} has chunks of {self.chunk} images: give --chunk_size "
+                f"{self.chunk}, to all parts, or choose another save_dir"
+            )
+        self.chunk = self.chunk or chunk
         barrier()  # Before it, other processes may still read what is deleted here.
         if self._is_main:
             self._delete_chunks(before=self.counts.images)
@@ -139,9 +182,26 @@ class Ledger:
         if not self._is_main:
             self._reload()
         starts = self.starts()
-        undone = from_main_process([not self.is_done(start) for start in starts])
-        own = share_out(np.array(undone), rank(), world_size())
-        self._own = [starts[number] for number in own]
+        if self.part:
+            if self.part.of > len(starts):
+                raise UserError(
+                    f"--images_part {self.part} of {len(starts)} chunks: lower --chunk_size "
+                    f"{self.chunk}, or make fewer parts"
+                )
+            starts = starts[self.part.number - 1 :: self.part.of]
+        done = from_main_process([self.is_done(start) for start in starts])
+        undone = [start for start, is_done in zip(starts, done, strict=True) if not is_done]
+        if undone and self._found and not self.part:
+            chunks = [self._positions(start) for start in undone[:NAMED]]
+            logger.warning(
+                "of %d chunks %d are missing, and scored now: those of images %s%s",
+                len(starts),
+                len(undone),
+                ", ".join(f"{chunk[0]} to {chunk[-1]}" for chunk in chunks),
+                ", ..." if len(undone) > NAMED else "",
+            )
+        # In turns, so that together they extend the prefix, whose images are a balanced sample.
+        self._own = undone[rank() :: world_size()]
 
     def chunks(self) -> Iterator[range]:
         """The chunks that are this process's to do, as ranges of image positions.
@@ -155,19 +215,27 @@ class Ledger:
             if self.enough:
                 return
             with finished_before_stopping():
-                yield range(start, min(start + self.chunk, self._images))
+                yield self._positions(start)
 
     def add(self, start: int, counts: Counts) -> None:
         """Keep the counts of the chunk whose first image is ``start``."""
-        if self._is_main and start == self.counts.images:
+        if self._is_main and start == self.counts.images and not self.part:
             self._extend(counts)
             self.collect()
         else:
-            save_state(self._path(start), self._identity, self.chunk, counts, start)
+            whose = {**self._identity, "image_list": self._copies} if self.part else self._identity
+            save_state(self._path(start), whose, self.chunk, counts, start)
 
     def complete(self) -> Counts:
-        """The counts over the final prefix: in the main process, which waits for the others."""
-        if not self._is_main:
+        """The counts over the final prefix: in the main process, which waits for the others.
+
+        Of a part, nothing but chunk files is left when all processes are done.
+        """
+        if self.part:
+            barrier()
+            what = f"part {self.part} is scored: gather all parts' {CHUNK_FILES} in one folder"
+            logger.info("%s, and give it as save_dir without images_part: %s", what, self._folder)
+        if self.part or not self._is_main:
             return self.counts
         if not self.enough:
             logger.info("waiting for the other processes' chunks")
@@ -183,13 +251,27 @@ class Ledger:
 
     # --- what is done
 
+    def __str__(self) -> str:
+        """How far the prefix is, for the log."""
+        if self.part:
+            return f"part {self.part}"
+        text, found = "not known yet", self.agreement
+        if found is not None:
+            text = f"{found.tau:.3f} ({found.low:.3f} to {found.high:.3f})"
+        error = f"largest standard error {self.largest_error:.4f}"
+        return f"{self.counts.images} images, {error}, ranking's agreement {text}"
+
     def starts(self) -> list[int]:
         """The position of each chunk's first image."""
-        return list(self._starts(self.chunk))
+        return list(range(0, self._images, self.chunk))
 
     def is_done(self, start: int) -> bool:
         """Whether the chunk whose first image is ``start`` is done."""
         return start < self.counts.images or self._path(start).is_file()
+
+    def left(self) -> int:
+        """Images of this process's chunks that are not done."""
+        return sum(len(self._positions(start)) for start in self._own if not self.is_done(start))
 
     @property
     def enough(self) -> bool:
@@ -223,7 +305,7 @@ class Ledger:
         Stops where the prefix is enough, so that the result does not depend on who was faster.
         """
         before = self.counts.images
-        while not self.enough and self._path(self.counts.images).is_file():
+        while not (self.part or self.enough) and self._path(self.counts.images).is_file():
             path = self._path(self.counts.images)
             self._extend(self._load(path).counts)
             path.unlink()
@@ -236,14 +318,20 @@ class Ledger:
         content = estimates(self._archs, self.counts, self.agreement, self._images)
         write_json(self._folder / ESTIMATES_FILE, content)
 
+    # --- files
+
     def _reload(self) -> None:
         """Read the prefix that the main process has written."""
         path = self._folder / STATE_FILE
-        earlier = load_state(path, self._identity)
+        earlier = load_state(path, self._identity, self._copies)
         if earlier is not None:
-            whole = earlier.counts.images in (self._images, *self._starts(earlier.chunk))
+            number = earlier.counts.images
+            whole = number == self._images or number % earlier.chunk == 0 and number < self._images
             self._check(path, earlier, earlier.start == 0 and whole)
             self.chunk, self.counts = earlier.chunk, earlier.counts
+
+    def _positions(self, start: int) -> range:
+        return range(start, min(start + self.chunk, self._images))
 
     def _path(self, start: int) -> Path:
         return self._folder / CHUNK_FILES.replace("*", f"{start:08d}")
@@ -252,17 +340,14 @@ class Ledger:
         name = CHUNK_NAME.fullmatch(path.name)
         if name is None or path != self._path(int(name[1])):
             raise StateError(f"{path} is none of this program's names; move it elsewhere")
-        found = load_state(path, self._identity)
+        found = load_state(path, self._identity, self._copies)
         if found is None:
             raise StateError(f"{path} has vanished; is another evaluation running in this folder?")
         start = int(name[1])
         images = min(found.chunk, self._images - start)
-        is_chunk = start in self._starts(found.chunk) and found.counts.images == images
+        is_chunk = start % found.chunk == 0 and found.counts.images == images
         self._check(path, found, found.start == start and is_chunk)
         return found
-
-    def _starts(self, chunk: int) -> range:
-        return range(0, self._images, chunk)
 
     def _check(self, path: Path, found: Saved, is_right: bool) -> None:
         """Refuse counts of other architectures, or of images that ``path`` does not stand for."""
@@ -290,9 +375,6 @@ class Ledger:
                     path.unlink()
 
 
-# --- sharing chunks
-
-
 def even_chunk(limit: int, images: int, processes: int) -> int:
     """The largest chunk of at most ``limit`` images that gives every process as many chunks.
 
@@ -303,19 +385,3 @@ def even_chunk(limit: int, images: int, processes: int) -> int:
         return min(limit, images)
     rounds = -(-images // (limit * processes))
     return -(-images // (rounds * processes))
-
-
-def share_out(undone: np.ndarray, process: int, processes: int) -> list[int]:
-    """The chunks that one of several processes takes.
-
-    In turns, so that together they extend the prefix, whose images are a balanced sample.
-
-    Args:
-        undone: of each chunk [chunks], bool.
-        process: its rank.
-        processes: the world size.
-
-    Returns:
-        The chunks' numbers, from 0.
-    """
-    return np.flatnonzero(undone)[process::processes].tolist()

@@ -8,35 +8,13 @@ import paddle
 from paddle import nn
 
 from hnas.dataset.transforms import normalize
-from hnas.evaluation.counts import Counts
-from hnas.evaluation.hits import LogitsError, count_hits
+from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.models.calibration import calibrated
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture
 
 Batches = Iterable[tuple[paddle.Tensor, paddle.Tensor]]
 """uint8 images [N, 3, H, W] and int64 labels [N], batch after batch; N may differ."""
-
-
-def evaluate_network(
-    network: nn.Layer, loader: Batches, calibration: paddle.Tensor | None = None
-) -> Counts:
-    """Count the hits of one network: the one way to a single network's accuracy in this project.
-
-    Args:
-        network: a plain network, or a supernet, whose active sub-network is evaluated; gives
-            float32 logits [N, classes] for normalised images. Left in eval mode.
-        loader: of the images to score, iterated once.
-        calibration: uint8 images [N, 3, H, W] to re-calibrate BatchNorm with; None scores at the
-            running statistics, which are as before in either case afterwards.
-
-    Returns:
-        Counts of length 1.
-
-    Raises:
-        LogitsError: a logit is NaN or infinite.
-    """
-    return _count_network(network, loader, calibration, "the network")
 
 
 @paddle.no_grad()
@@ -53,12 +31,32 @@ def network_logits(
 
 
 @paddle.no_grad()
-def _count_network(network: nn.Layer, loader: Batches, calibration, who: str) -> Counts:
+def evaluate_network(
+    network: nn.Layer,
+    loader: Batches,
+    calibration: paddle.Tensor | None = None,
+    who: str = "the network",
+) -> Counts:
+    """Count the hits of one network: the one way to a single network's accuracy in this project.
+
+    Args:
+        network: a plain network, or a supernet, whose active sub-network is evaluated; gives
+            float32 logits [N, classes] for normalised images. Left in eval mode.
+        loader: of the images to score, iterated once.
+        calibration: uint8 images [N, 3, H, W] to re-calibrate BatchNorm with; None scores at the
+            running statistics, which are as before in either case afterwards.
+        who: what an error calls it.
+
+    Returns:
+        Counts of length 1.
+
+    Raises:
+        LogitsError: a logit is NaN or infinite.
+    """
     counts = Counts.zeros(1)
     with calibrated(network, None if calibration is None else normalize(calibration)):
         for images, labels in loader:
-            logits = network(normalize(images))
-            hits = count_hits(logits.unsqueeze(0), labels)
+            hits = count_hits(network(normalize(images)).unsqueeze(0), labels)
             if hits.bad[0]:
                 raise LogitsError(who, hits.bad[0], len(labels))
             counts.add(hits.counts(len(labels)))
@@ -87,7 +85,7 @@ def evaluate_reference(
     counts = Counts.zeros(len(archs))
     for index, arch in enumerate(archs):
         network.activate(arch)
-        own = _count_network(network, loader, calibration, f"architecture {arch.code}")
+        own = evaluate_network(network, loader, calibration, f"architecture {arch.code}")
         for column, (value,) in zip(counts.columns(), own.columns(), strict=True):
             column[index] = value
         counts.folds[index] = own.folds[0]

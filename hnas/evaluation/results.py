@@ -1,21 +1,246 @@
-"""What an evaluation writes for its users. Without Paddle."""
+"""The files of an evaluation: what it goes on from, and what its users get."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import paddle
+
 from hnas.architecture_file import submission
-from hnas.base.files import replacing, write_json
+from hnas.base.arrays import ArraysError, read_arrays
+from hnas.base.device import Arithmetic
+from hnas.base.errors import UserError
+from hnas.base.files import file_digest, replacing, write_json
+from hnas.base.settings import check_same_settings
+from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
-from hnas.ranking.agreement import Agreement, agreement_record, expected_agreement, fold_text
+from hnas.parallel.distributed import agree, from_main_process
+from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes, fold_text
 from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
 
 ESTIMATES_FILE = "estimates.json"
+STATE_FILE = "eval_state.npz"
+CHUNK_FILES = "eval_chunk_*.npz"
+FIELDS = ("top1", "top5", "near1", "near5")
+# A state of 45,000 architectures takes 7.2 MB.
+MOST_BYTES = 2**28
+
+
+# --- what it goes on from
+
+
+class StateError(UserError):
+    """A state file that is broken or belongs to another evaluation."""
+
+
+def evaluation_identity(
+    checkpoint: Path,
+    images: str,
+    backbone: str,
+    arithmetic: Arithmetic,
+    calibration: paddle.Tensor | None,
+) -> dict[str, str]:
+    """What counts belong to: whatever they depend on besides their architectures.
+
+    All processes compute with the same ``backbone`` and ``arithmetic``.
+
+    Args:
+        checkpoint: file of the supernet's weights.
+        images: hash of the images to score on.
+        backbone, arithmetic: what computes.
+        calibration: uint8 images for BatchNorm re-calibration, or None.
+    """
+    setting = f"{backbone}, {arithmetic}"
+    agree([int(hashlib.sha256(setting.encode()).hexdigest()[:15], 16)], "device or Paddle")
+    pixels = None if calibration is None else calibration.numpy().tobytes()
+    return {
+        "checkpoint": file_digest(checkpoint),
+        "image_list": images,
+        "setting": setting,
+        "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
+    }
+
+
+def shared_hash(own: str, images: ImageList) -> str:
+    """The main process's hash of the images.
+
+    It holds modification times, which may differ where every machine has its own copy of the
+    images; names must be the same.
+    """
+    agree([int(images.digest()[:15], 16)], "the validation images")
+    return bytes(from_main_process(list(bytes.fromhex(own)))).hex()
+
+
+def architectures_hash(archs: Mapping[str, Architecture]) -> str:
+    """SHA-256 of names and codes in their order."""
+    digest = hashlib.sha256()
+    for name, arch in archs.items():
+        digest.update(f"{name} {arch.code}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file of counts holds.
+
+    Attributes:
+        chunk: images of a chunk in that evaluation, at least 1.
+        counts: over ``counts.images`` images.
+        start: the position of the first of them.
+    """
+
+    chunk: int
+    counts: Counts
+    start: int
+
+
+def save_state(
+    path: Path, identity: Mapping[str, str], chunk: int, counts: Counts, start: int = 0
+) -> None:
+    """Write counts with what they belong to, in one step.
+
+    Args:
+        path: of the file.
+        identity: what the counts belong to, e.g. hashes of the checkpoint and the lists.
+        chunk: images of a chunk in this evaluation.
+        counts: of the prefix or of one chunk.
+        start: the position of their first image.
+
+    Raises:
+        UserError: the file cannot be written; the earlier one is intact.
+    """
+    columns = dict(zip(FIELDS, counts.columns(), strict=True))
+    whose = {f"identity_{name}": np.array(value) for name, value in identity.items()}
+    position = {"start": start, "chunk": chunk, "images": counts.images}
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **position, **columns, folds=counts.folds, **whose)
+
+
+def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Saved | None:
+    """What :func:`save_state` wrote, or None if there is no file.
+
+    Args:
+        path, identity: as there.
+        copies: an ``image_list`` that is as good as that of ``identity``.
+
+    Raises:
+        StateError: it is broken, of another checkpoint, image list, architecture list, ..., or
+            holds hits that no images can have given.
+    """
+    remedy = "remove it to start anew"
+    try:
+        state = read_arrays(path, MOST_BYTES)
+        if set(FIELDS) < set(state) and "folds" not in state:
+            raise StateError(
+                f"{path} is of an earlier version, which did not count hits by fold; let that "
+                f"version finish, or {remedy}"
+            )
+        found = {name: str(state.pop(f"identity_{name}")) for name in identity}
+        if copies and found["image_list"] == copies:
+            found["image_list"] = identity["image_list"]
+        check_same_settings(
+            path, found, identity, f"{remedy}, or choose another save_dir", StateError
+        )
+        return _saved(state)
+    except FileNotFoundError:
+        return None
+    except KeyError as error:
+        raise StateError(f"{path} is broken ({error} is missing); {remedy}") from None
+    except ArraysError as error:
+        raise StateError(f"{path} is broken ({error}); {remedy}") from None
+
+
+def _saved(state: Mapping[str, np.ndarray]) -> Saved:
+    """The content of a file, if it can be what an evaluation has counted.
+
+    Raises:
+        KeyError: an array is missing.
+        ArraysError: it cannot.
+    """
+    numbers = [state[name] for name in ("start", "chunk", "images")]
+    columns = [state[name] for name in FIELDS]
+    folds = state["folds"]
+    shapes = {column.shape for column in columns}
+    if set(state) != {"start", "chunk", "images", "folds", *FIELDS}:
+        raise ArraysError("unknown arrays")
+    if any(part.dtype != np.int64 for part in (*numbers, *columns, folds)):
+        raise ArraysError("numbers that are not int64")
+    if any(number.shape for number in numbers) or len(shapes) > 1 or columns[0].ndim != 1:
+        raise ArraysError("arrays of wrong shapes")
+    if folds.shape != (*columns[0].shape, FOLDS):
+        raise ArraysError("arrays of wrong shapes")
+    start, chunk, images = map(int, numbers)
+    if start < 0 or chunk < 1 or images < 1:
+        raise ArraysError(f"start {start}, chunk {chunk}, images {images}")
+    top1, top5, near1, near5 = columns
+    if any((column < 0).any() or (column > images).any() for column in columns):
+        raise ArraysError(f"hits below 0 or above the {images} images")
+    if (top1 > top5).any():
+        raise ArraysError("more top-1 than top-5 hits")
+    if (folds < 0).any() or (folds > fold_sizes(images)).any():
+        raise ArraysError("a fold with hits below 0 or above its images")
+    if (folds.sum(axis=1) != top1).any():
+        raise ArraysError("folds that do not add up to the top-1 hits")
+    return Saved(chunk, Counts(top1, top5, near1, near5, images, folds), start)
+
+
+# --- what its users get
+
+
+def estimates(
+    archs: Mapping[str, Architecture], counts: Counts, agreement: Agreement | None, of_images: int
+) -> dict:
+    """What ``estimates.json`` holds, which :func:`hnas.ranking.agreement.read_estimates` reads.
+
+    Args:
+        archs: by name.
+        counts: of their hits so far.
+        agreement: of their ranking with that by all images.
+        of_images: how many these are.
+    """
+    accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
+    rows = zip(archs.items(), accuracy, error, counts.folds.tolist(), strict=True)
+    return {
+        "images": counts.images,
+        "agreement": agreement_record(agreement, of_images),
+        "architectures": {
+            name: {"acc": acc, "se": round(se, 6), "arch": arch.code, "folds": fold_text(folds)}
+            for (name, arch), acc, se, folds in rows
+        },
+    }
+
+
+def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:
+    """Write what was found, and log how many hits hang on nearly equal logits.
+
+    ``submission.json`` holds top-1 accuracies in the organisers' form, ``submission_top5.json``
+    top-5 ones; ``channel_sample.txt`` has a line ``CODE top1 top5`` for each architecture, which
+    the helpers of public code read.
+    """
+    top1, top5 = counts.accuracy().tolist(), counts.top5_accuracy().tolist()
+    write_json(folder / "submission_top5.json", submission(archs, top5))
+    with replacing(folder / "channel_sample.txt") as temporary:
+        rows = zip(archs.values(), top1, top5, strict=True)
+        temporary.write_text("".join(f"{arch.code} {one} {five}\n" for arch, one, five in rows))
+    write_json(folder / "submission.json", submission(archs, top1))
+    logger.info(
+        "scored %d architectures on %d images: %s; %d top-1 and %d top-5 hits of %d hang on logits "
+        "closer than 1e-4",
+        len(archs),
+        counts.images,
+        folder / "submission.json",
+        counts.near1.sum(),
+        counts.near5.sum(),
+        len(archs) * counts.images,
+    )
 
 
 def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
@@ -49,59 +274,3 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
             classes,
         )
     return told
-
-
-def estimates(
-    archs: Mapping[str, Architecture], counts: Counts, agreement: Agreement | None, of_images: int
-) -> dict:
-    """What ``estimates.json`` holds, which :func:`hnas.ranking.agreement.read_estimates` reads.
-
-    Args:
-        archs: by name.
-        counts: of their hits so far.
-        agreement: of their ranking with that by all images.
-        of_images: how many these are.
-    """
-    accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
-    rows = zip(archs.items(), accuracy, error, counts.folds.tolist(), strict=True)
-    return {
-        "images": counts.images,
-        "agreement": agreement_record(agreement, of_images),
-        "architectures": {
-            name: {"acc": acc, "se": round(se, 6), "arch": arch.code, "folds": fold_text(folds)}
-            for (name, arch), acc, se, folds in rows
-        },
-    }
-
-
-def complete_estimates(archs: Mapping[str, Architecture], counts: Counts) -> dict:
-    """What ``estimates.json`` holds after all images."""
-    agreement = expected_agreement(counts.folds, counts.images, counts.images)
-    return estimates(archs, counts, agreement, counts.images)
-
-
-def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:
-    """Write what was found, and log how many hits hang on nearly equal logits.
-
-    ``submission.json`` holds top-1 accuracies in the organisers' form, ``submission_top5.json``
-    top-5 ones; ``channel_sample.txt`` has a line ``CODE top1 top5`` for each architecture, which
-    the helpers of public code read.
-    """
-    top1, top5 = counts.accuracy().tolist(), counts.top5_accuracy().tolist()
-    write_json(folder / "submission_top5.json", submission(archs, top5))
-    with replacing(folder / "channel_sample.txt") as temporary:
-        rows = zip(archs.values(), top1, top5, strict=True)
-        temporary.write_text("".join(f"{arch.code} {one} {five}\n" for arch, one, five in rows))
-    write_json(folder / "submission.json", submission(archs, top1))
-    logger.info(
-        "%d top-1 and %d top-5 hits of %d hang on logits closer than 1e-4",
-        counts.near1.sum(),
-        counts.near5.sum(),
-        len(archs) * counts.images,
-    )
-    logger.info(
-        "scored %d architectures on %d images: %s",
-        len(archs),
-        counts.images,
-        folder / "submission.json",
-    )

@@ -15,7 +15,7 @@ import paddle
 
 from hnas.base.device import on_gpu
 from hnas.base.errors import UserError
-from hnas.evaluation.hits import LogitsError, count_hits
+from hnas.evaluation.counts import LogitsError, count_hits
 from hnas.evaluation.reference import network_logits
 from hnas.evaluation.variants import Precision
 from hnas.models.elastic import ElasticResNet
@@ -146,28 +146,23 @@ def spot_check(
     if fault:
         raise EngineError(
             f"architecture {name}, shared engine against reference engine: {fault}; "
-            f"{few_values(calibration)}please report this with your Paddle version"
-            f"{instead(precision)}; --eval_engine reference takes about "
+            f"{advice(precision, calibration)}; --eval_engine reference takes about "
             f"{passes * seconds / 3600:.2g} hours"
         )
 
 
-def few_values(calibration: paddle.Tensor | None) -> str:
-    """A cause that is no fault of the engine's: statistics of few values, before advice."""
-    if calibration is None:
-        return ""
-    return (
-        f"re-calibration by {len(calibration)} images amplifies rounding where a channel has few "
-        "values: raise --bn_calibration_images; "
-    )
-
-
-def instead(precision: Precision) -> str:
-    """What else a user can do, after ``; please report this with your Paddle version``."""
-    if not on_gpu():
-        return ""
-    report = " and what python -m hnas.tools.check_device prints"
-    if precision is Precision.FLOAT32:
-        return report
-    flag = "--tf32 off" if precision is Precision.TF32 else "--amp O0"
-    return f"{report}; {flag} rounds less"
+def advice(precision: Precision, calibration: paddle.Tensor | None) -> str:
+    """What a user can do where the engines differ."""
+    text = "please report this with your Paddle version"
+    if calibration is not None:
+        # No fault of the engine's: statistics of few values.
+        text = (
+            f"re-calibration by {len(calibration)} images amplifies rounding where a channel has "
+            f"few values: raise --bn_calibration_images; {text}"
+        )
+    if on_gpu():
+        text += " and what python -m hnas.tools.check_device prints"
+        if precision is not Precision.FLOAT32:
+            flag = "--tf32 off" if precision is Precision.TF32 else "--amp O0"
+            text += f"; {flag} rounds less"
+    return text

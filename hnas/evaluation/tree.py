@@ -54,12 +54,12 @@ class Group:
         return 2 if self.projects else 1
 
     @cached_property
-    def by_mid(self) -> dict[int, list[Child]]:
-        """The children by conv1's width."""
-        result: dict[int, list[Child]] = {}
+    def by_mid(self) -> list[tuple[int, int, list[Child]]]:
+        """Each of conv1's widths, conv2's largest width with it, and the children of both."""
+        own: dict[int, list[Child]] = {}
         for child in self.children:
-            result.setdefault(child.mid, []).append(child)
-        return result
+            own.setdefault(child.mid, []).append(child)
+        return [(mid, max(child.cout for child in of), of) for mid, of in own.items()]
 
     @property
     def widest_mid(self) -> int:
@@ -69,21 +69,13 @@ class Group:
     def widest_out(self) -> int:
         return max(child.cout for child in self.children)
 
-    def macs(self, size: int) -> int:
-        """Multiply-accumulates an image of all children, ``size`` being the blocks' output size."""
-        weights = 9 * self.cin * self.widest_mid
+    def cost(self) -> tuple[int, int]:
+        """A position's multiply-accumulates and numbers that all children's convolutions write."""
+        widths = [(9 * self.cin, self.widest_mid)]
         if self.projects:
-            weights += self.cin * self.widest_out
-        for mid, children in self.by_mid.items():
-            weights += 9 * mid * max(child.cout for child in children)
-        return size * size * weights
-
-    def outputs(self, size: int) -> int:
-        """Numbers an image that the convolutions of all children write."""
-        channels = self.widest_mid + (self.widest_out if self.projects else 0)
-        for children in self.by_mid.values():
-            channels += max(child.cout for child in children)
-        return size * size * channels
+            widths.append((self.cin, self.widest_out))
+        widths += [(9 * mid, widest) for mid, widest, _ in self.by_mid]
+        return sum(a * b for a, b in widths), sum(outputs for _, outputs in widths)
 
 
 @dataclass(frozen=True)
@@ -160,14 +152,13 @@ class PrefixTree:
 
     def nodes(self) -> Iterator[Node]:
         """Every node, depth first."""
-        pending = [(self.node(low, high, 0, channels), 0) for channels, low, high in self.roots()]
+        pending = [(low, high, 0, channels) for channels, low, high in self.roots()]
         while pending:
-            node, level = pending.pop()
+            *place, level, channels = pending.pop()
+            node = self.node(*place, level, channels)
             yield node
             for group in node.groups:
-                for child in group.children:
-                    below = self.node(child.low, child.high, level + 1, child.cout)
-                    pending.append((below, level + 1))
+                pending += [(c.low, c.high, level + 1, c.cout) for c in group.children]
 
     def macs(self, image_size: int) -> int:
         """Multiply-accumulates an image that one walk over the tree executes.
@@ -183,8 +174,9 @@ class PrefixTree:
         outputs = stem * stem * self.stem_channels
         for node in self.nodes():
             for group in node.groups:
-                macs += group.macs(sizes[group.stage])
-                outputs += group.outputs(sizes[group.stage])
+                own, written = group.cost()
+                macs += sizes[group.stage] ** 2 * own
+                outputs += sizes[group.stage] ** 2 * written
         return macs, outputs
 
 

@@ -11,7 +11,7 @@ lie as [6, 6, I, O], whose leading part is used as it is: other widths need no c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -34,7 +34,7 @@ FEWEST_ROWS = 64
 
 
 def worth_it(images: int, size: int, inputs: int, outputs: int) -> bool:
-    """Whether it is faster than a direct convolution (``hnas.bench.speed_convolution``).
+    """Whether it is faster than a direct convolution (docs/speed.md).
 
     Smaller maps are mostly padding; the values of larger ones do not stay in the cache. Few rows
     make the products wait for filters, which take four times the memory.
@@ -111,12 +111,11 @@ def winograd(x, points, outputs: int, bias: np.ndarray | None, shortcut, relu: b
     """
     images, size, _, inputs = x.shape
     wide = 0 if shortcut is None else shortcut.shape[3]
+    then = bias is not None, wide, relu
     for part in parts_of(images, size, max(inputs, outputs)):
-        steps = _steps(
-            len(part), size, inputs, outputs, tuple(points.shape), (bias is not None, wide, relu)
-        )
+        run = _program(len(part), size, inputs, outputs, tuple(points.shape[2:]), then)
         first = part.start * size * size * 4
-        steps.run(
+        run(
             x.data_ptr() + first * inputs,
             points.data_ptr(),
             bias,
@@ -134,55 +133,20 @@ def parts_of(images: int, size: int, channels: int) -> list[range]:
     return [range(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """The primitives of one shape: images, height of the map, input and output channels."""
-
-    shape: tuple[int, int, int, int]
-    enter: Step
-    to_points: tuple[Step, Step]
-    products: Step
-    to_outputs: tuple[Step, Step]
-    load: Step
-    leave: Step
-
-    def run(self, x: int, filters: int, bias: np.ndarray | None, shortcut: int, y: int) -> None:
-        """All of them, on addresses; no shortcut: 0."""
-        images, size, inputs, outputs = self.shape
-        rows = map_matrices(size)[0].shape[0]
-        run = library().run
-        into, out = (matrix.data_ptr() for matrix in map_matrices(size))
-        # Two buffers take turns: each step reads what the one before has written.
-        most = rows * rows * images * max(inputs, outputs) * 4
-        one, other = scratch("winograd 1", most), scratch("winograd 2", most)
-        result = scratch("winograd 3", size * size * images * outputs * 4)
-        run(self.enter, x, one)
-        run(self.to_points[0], into, one, other)
-        run(self.to_points[1], into, other, one)
-        run(self.products, one, filters, other)
-        run(self.to_outputs[0], out, other, one)
-        given = []
-        if shortcut:
-            run(self.load, shortcut, result)
-        if bias is not None:
-            tiled = np.tile(bias, size * images)
-            given = [tiled.ctypes.data]
-        run(self.to_outputs[1], out, one, *given, result)
-        run(self.leave, result, y)
-
-
 @lru_cache(maxsize=4096)
-def _steps(
+def _program(
     images: int,
     size: int,
     inputs: int,
     outputs: int,
-    filters: tuple[int, ...],
+    filters: tuple[int, int],
     then: tuple[bool, int, bool],
-) -> _Steps:
-    """For filters [6, 6, I, O + SPARE].
+) -> Callable[[int, int, np.ndarray | None, int, int], None]:
+    """What computes one shape, of addresses: input, filters, bias, shortcut (0: none), output.
 
     Args:
+        images, size, inputs, outputs: the shape, with the height of the map.
+        filters: last axes of what :func:`filters_to_points` gives, [I, O + SPARE].
         then: whether there is a bias, channels of what is added (0: nothing is), and whether ReLU
             comes last.
     """
@@ -190,35 +154,41 @@ def _steps(
     tiles = -(-size // TILE)
     rows = POINTS * tiles
     with_bias, added, relu = then
-    held, row = filters[2] * filters[3], filters[3]
+    held, row = filters[0] * filters[1], filters[1]
     weights = lib.description(
         (POINTS, 1, POINTS, inputs, outputs), (POINTS * held, POINTS * held, held, row, 1)
     )
-    maps = (images, size, size)
-    grid = (POINTS, tiles, POINTS, tiles * images)
-    return _Steps(
-        (images, size, inputs, outputs),
-        lib.reorder(activation((*maps, inputs)), _inside(lib, images, size, inputs)),
-        (
-            _product((rows, size), (size, size * images * inputs)),
-            _product((1, rows, size), (rows, size, images * inputs)),
-        ),
-        _product((*grid, inputs), (POINTS, 1, POINTS, inputs, outputs), weights),
-        (
-            _product((1, size, rows), (rows, rows, images * outputs)),
-            _product(
-                (size, rows),
-                (rows, size * images * outputs),
-                bias=with_bias,
-                attributes=lib.attributes(add=added > 0, relu=relu),
-            ),
-        ),
-        lib.reorder(
-            activation((*maps, outputs), channels=added or outputs),
-            _inside(lib, images, size, outputs),
-        ),
-        lib.reorder(_inside(lib, images, size, outputs), activation((*maps, outputs))),
-    )
+    grid = (POINTS, tiles, POINTS, tiles * images, inputs)
+    maps, inside = (images, size, size), _inside(lib, images, size, outputs)
+    enter = lib.reorder(activation((*maps, inputs)), _inside(lib, images, size, inputs))
+    down = _product((rows, size), (size, size * images * inputs))
+    across = _product((1, rows, size), (rows, size, images * inputs))
+    products = _product(grid, (POINTS, 1, POINTS, inputs, outputs), weights)
+    back_across = _product((1, size, rows), (rows, rows, images * outputs))
+    after = lib.attributes(add=added > 0, relu=relu)
+    back_down = _product((size, rows), (rows, size * images * outputs), None, with_bias, after)
+    load = lib.reorder(activation((*maps, outputs), channels=added or outputs), inside)
+    leave = lib.reorder(inside, activation((*maps, outputs)))
+
+    def run(x: int, points: int, bias: np.ndarray | None, shortcut: int, y: int) -> None:
+        into, out = (matrix.data_ptr() for matrix in map_matrices(size))
+        # Two buffers take turns: each step reads what the one before has written.
+        most = rows * rows * images * max(inputs, outputs) * 4
+        one, other = scratch("winograd 1", most), scratch("winograd 2", most)
+        result = scratch("winograd 3", size * size * images * outputs * 4)
+        lib.run(enter, x, one)
+        lib.run(down, into, one, other)
+        lib.run(across, into, other, one)
+        lib.run(products, one, points, other)
+        lib.run(back_across, out, other, one)
+        if shortcut:
+            lib.run(load, shortcut, result)
+        tiled = None if bias is None else np.tile(bias, size * images)
+        given = [] if tiled is None else [tiled.ctypes.data]
+        lib.run(back_down, out, one, *given, result)
+        lib.run(leave, result, y)
+
+    return run
 
 
 def _inside(lib, images: int, size: int, channels: int):

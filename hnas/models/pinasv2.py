@@ -6,8 +6,6 @@ MoCo v2 (Chen et al., https://arxiv.org/abs/2003.04297) with the cross-path pass
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import paddle
 from paddle import nn
@@ -68,31 +66,6 @@ class ShuffledView:
     def own(self, keys: paddle.Tensor) -> paddle.Tensor:
         """The keys [N, D] of this rank's images, of all."""
         return keys[self._own]
-
-
-class Pass(NamedTuple):
-    """One of a step's two passes: which sub-network queries with which view, and which answers.
-
-    Attributes:
-        query_path, key_path: sub-networks of the query and the key encoder.
-        query_view, key_view: index (0 or 1) of the view that each of them sees.
-    """
-
-    query_path: Architecture
-    key_path: Architecture
-    query_view: int
-    key_view: int
-
-
-def cross_path_passes(
-    path_a: Architecture, path_b: Architecture, exchange_views: bool
-) -> tuple[Pass, Pass]:
-    """Pi-NAS's two passes: A's queries against B's keys, then B's against A's.
-
-    In the second pass the paths are exchanged; the views are too with ``exchange_views``.
-    """
-    second = (1, 0) if exchange_views else (0, 1)
-    return Pass(path_a, path_b, 0, 1), Pass(path_b, path_a, *second)
 
 
 class PiNASv2(nn.Layer):

@@ -105,23 +105,6 @@ def finished_before_stopping() -> Iterator[None]:
 
 
 @contextmanager
-def seen_alone() -> Iterator[None]:
-    """Within the context Paddle's high-level classes take this process for the only one.
-
-    ``paddle.Model`` would wrap its network in ``DataParallel``, whose hooks reduce gradients at
-    every backward pass.
-    """
-    kept = os.environ.get("PADDLE_TRAINERS_NUM")
-    os.environ["PADDLE_TRAINERS_NUM"] = "1"
-    try:
-        yield
-    finally:
-        del os.environ["PADDLE_TRAINERS_NUM"]
-        if kept is not None:
-            os.environ["PADDLE_TRAINERS_NUM"] = kept
-
-
-@contextmanager
 def _collective() -> Iterator[None]:
     if dist.get_backend() == "GLOO":
         barrier()

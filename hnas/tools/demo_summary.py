@@ -64,7 +64,7 @@ next: how far would MACs alone have ranked them the same way? See {demo}/macs/re
   {python} -m hnas.tools.rank_report --pred macs --gt {demo}/stage3/submission.json \\
       --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/macs
 or let the supernet score 500 other architectures, drawn by the seed
-  backbone={BACKBONE} image_size={IMAGE_SIZE} image_dir={demo}/data num_workers=0 seed=1 \\
+  backbone={BACKBONE} image_size={IMAGE_SIZE} image_dir={demo}/data seed=1 \\
       ckpt_dir={demo}/{SUPERNET} modelarch_file=None eval_sample_num=500 \\
       save_dir={demo}/others sh local_eval.sh"""
 

@@ -44,8 +44,7 @@ from hnas.base.files import (
 )
 from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, shorter_side
-from hnas.evaluation.counts import Counts
-from hnas.evaluation.hits import LogitsError, count_hits
+from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.images import balanced_order
 from hnas.models.calibration import calibrated
 from hnas.models.registry import build_network
@@ -65,7 +64,7 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
-from hnas.utils.training import start_from_checkpoint
+from hnas.utils.starting import start_from_checkpoint
 from hnas.utils.weights import Checkpoint, find_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -51,8 +51,7 @@ def main() -> None:
     space = space_of(options)
     network = build_network(options.backbone, len(images.classes), space)
     network.start_as_shortcuts()
-    smoothing = options.label_smoothing
-    model = DistillationModel(network, None, LargestSampler(space), label_smoothing=smoothing)
+    model = DistillationModel(network, teacher=None, sampler=LargestSampler(space))
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)
     prepare(model, options, len(loader))

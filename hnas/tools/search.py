@@ -31,20 +31,25 @@ import numpy as np
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, remove_leftovers, replacing, write_json
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.engine import ScoringSettings, evaluate_shared
+from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
 from hnas.evaluation.evolution import Budget, Evolution
 from hnas.evaluation.images import DecodedImages, ImagesOnDemand
 from hnas.evaluation.results import (
     ESTIMATES_FILE,
-    complete_estimates,
+    STATE_FILE,
+    architectures_hash,
+    estimates,
+    evaluation_identity,
+    load_state,
+    shared_hash,
     warn_if_guessing,
     write_results,
 )
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.state import STATE_FILE, architectures_hash, load_state
 from hnas.models.elastic import ElasticResNet
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import barrier, from_main_process, is_main_process, leave
+from hnas.ranking.agreement import expected_agreement
 from hnas.ranking.costs import UNITS, open_latency
 from hnas.ranking.figures import choice_panel
 from hnas.search_space import Architecture, find_backbone
@@ -53,9 +58,17 @@ from hnas.utils.flags import Stage
 from hnas.utils.memory_needs import check_chunk
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import calibration_images, require, space_of, start, validation_images
-from hnas.utils.scoring import decoded_images, identity, scored_order, shared_hash, variant
-from hnas.utils.training import start_from_checkpoint
+from hnas.utils.runtime import (
+    calibration_images,
+    decoded_images,
+    require,
+    scored_order,
+    space_of,
+    start,
+    validation_images,
+)
+from hnas.utils.starting import start_from_checkpoint
+from hnas.utils.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     decoded = decoded_images(options, images, order)
     names = shared_hash(decoded.hash, images.select(order))
-    whose = identity(options, names, calibration, arithmetic)
+    checkpoint_file = find_checkpoint(options.ckpt_dir)
+    whose = evaluation_identity(checkpoint_file, names, options.backbone, arithmetic, calibration)
     logger.info("at most %s", budget)
     scored = search(
         network,
@@ -101,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoded,
         save_dir,
         {**whose, **search_identity(options, budget)},
-        ScoringSettings(calibration, options.chunk_size, variant=variant(arithmetic, calibration)),
+        ScoringSettings(
+            calibration, options.chunk_size, variant=wanted_variant(arithmetic, calibration)
+        ),
     )
     if is_main_process():
         write(save_dir, options, budget, scored)
@@ -200,7 +216,8 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
 
     write_results(folder, archs, counts)
     warn_if_guessing(counts, budget.num_classes, "the best network")
-    write_json(folder / ESTIMATES_FILE, complete_estimates(archs, counts))
+    agreement = expected_agreement(counts.folds, counts.images, counts.images)
+    write_json(folder / ESTIMATES_FILE, estimates(archs, counts, agreement, counts.images))
     write_table(folder / "search.csv", chosen, dict(zip(archs, scored.generation, strict=True)))
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
     plot = choice_panel(

@@ -41,7 +41,6 @@ from hnas.utils.flags import Stage, default_of
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
-from hnas.utils.resuming import describe_run
 from hnas.utils.runtime import (
     seed_generators,
     space_of,
@@ -51,6 +50,7 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
+from hnas.utils.starting import describe_run
 from hnas.utils.training import fit, prepare
 from hnas.utils.weights import (
     Checkpoint,
@@ -209,7 +209,7 @@ def train_one(
         network = ResNet(space.plan(arch), classes)
         if initial is not None:
             load_weights(network, initial.weights, options.init)
-        model = StandaloneModel(network, code, options.label_smoothing)
+        model = StandaloneModel(network, code)
         prepare(model, own, len(loader))
         fit(model, own, loader)
     counts = evaluate_network(network, val)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from hnas.base.errors import UserError
 from hnas.search_space import RATIOS, Architecture, Candidates, SearchSpace
+from hnas.utils.options import Options
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +36,50 @@ class LargestSampler:
 
 @dataclass(frozen=True)
 class RandomSampler:
-    """Depths and width digits independent; uniform, or tilted toward large.
-
-    With a ``tilt`` of b, option k of the n options of a choice, from small (k = 0) to large,
-    is drawn with a probability proportional to ``exp(b * k / (n - 1))``: the largest depth and
-    width are ``exp(b)`` times as likely as the smallest, whatever n is. Every choice (four
-    depths, one output width per stage, one inner width per block) is drawn on its own.
-    """
+    """Uniform: every choice (four depths, an output width a stage, an inner one a block) alone."""
 
     space: SearchSpace
     seed: int
     number: int = 1
-    tilt: float = 0.0
 
     def sample(self, epoch: int, step: int) -> list[Architecture]:
-        return [self.draw(epoch, step, index) for index in range(self.number)]
+        draws = ((self.seed, epoch, step, index) for index in range(self.number))
+        return [self.space.sample(np.random.default_rng(draw)) for draw in draws]
 
-    def draw(self, epoch: int, step: int, index: int) -> Architecture:
-        """The ``index``-th sub-network of a step."""
-        rng = np.random.default_rng((self.seed, epoch, step, index))
-        return self.space.sample(rng, self.tilt)
+
+@dataclass(frozen=True)
+class SandwichSampler:
+    """The largest, the smallest, then uniform ones (Yu & Huang, ICCV 2019)."""
+
+    space: SearchSpace
+    seed: int
+    number: int = 4
+
+    def sample(self, epoch: int, step: int) -> list[Architecture]:
+        uniform = RandomSampler(self.space, self.seed, self.number).sample(epoch, step)
+        return [self.space.largest(), self.space.smallest(), *uniform[2:]][: self.number]
+
+
+@dataclass(frozen=True)
+class FairSampler:
+    """Every option of every choice equally often (after Chu et al., FairNAS, ICCV 2021).
+
+    For each choice of :class:`RandomSampler` the sub-networks of a step go through the options in
+    a random order, and again in another one when all had their turn. With as many sub-networks a
+    step as a choice has options, each step trains every option exactly once.
+    """
+
+    space: SearchSpace
+    seed: int
+    number: int = 4
+
+    def sample(self, epoch: int, step: int) -> list[Architecture]:
+        def turn(index: int, options: int, *choice: int) -> int:
+            turns, place = divmod(index, options)
+            rng = np.random.default_rng((self.seed, epoch, step, *choice, turns))
+            return int(rng.permutation(options)[place])
+
+        return [self.space.compose(partial(turn, index)) for index in range(self.number)]
 
 
 @dataclass(frozen=True)
@@ -120,107 +146,34 @@ def largest_distinct(sizes: np.ndarray, number: int) -> list[int]:
     return order[:number].tolist()
 
 
-@dataclass(frozen=True)
-class SandwichSampler:
-    """The largest, the smallest, then uniform ones (Yu & Huang, ICCV 2019)."""
-
-    space: SearchSpace
-    seed: int
-    number: int = 4
-
-    def sample(self, epoch: int, step: int) -> list[Architecture]:
-        uniform = RandomSampler(self.space, self.seed)
-        rest = [uniform.draw(epoch, step, index) for index in range(2, self.number)]
-        return [self.space.largest(), self.space.smallest(), *rest][: self.number]
+METHODS = {"random": RandomSampler, "sandwich": SandwichSampler, "fair": FairSampler}
 
 
-@dataclass(frozen=True)
-class FairSampler:
-    """Every option of every choice equally often (after Chu et al., FairNAS, ICCV 2021).
-
-    For each choice (four depths, one output width per stage, one inner width per block) the
-    sub-networks of a step go through the options in a random order, and again in another one when
-    all had their turn. With as many sub-networks a step as a choice has options, each step trains
-    every option exactly once.
-    """
-
-    space: SearchSpace
-    seed: int
-    number: int = 4
-
-    def sample(self, epoch: int, step: int) -> list[Architecture]:
-        return [self.draw(epoch, step, index) for index in range(self.number)]
-
-    def draw(self, epoch: int, step: int, index: int) -> Architecture:
-        """The ``index``-th sub-network of a step."""
-
-        def turn(options: int, *choice: int) -> int:
-            turns, place = divmod(index, options)
-            rng = np.random.default_rng((self.seed, epoch, step, *choice, turns))
-            return int(rng.permutation(options)[place])
-
-        return self.space.compose(turn)
-
-
-METHODS = ("random", "tilted", "sandwich", "fair")
-
-
-@dataclass(frozen=True)
-class SamplerSettings:
-    """What the command line says of sampling; see the flags of these names.
-
-    Attributes:
-        sample_method: ``random`` (uniform, or with ``bias_sample_flag`` the first place's law),
-            ``tilted``, ``sandwich`` or ``fair``.
-        dyna_batch_size: sub-networks a step, without the law's extra one.
-    """
-
-    sample_method: str = "random"
-    bias_sample_flag: bool = False
-    dyna_batch_size: int = 4
-    stage1_sample_num: int = 400
-    extra_random_every: int = 3
-    bias_strength: float = 2.0
-
-
-def build_sampler(settings, space: SearchSpace, seed: int) -> Sampler:
-    """The sampler that flags describe.
-
-    Args:
-        settings: :class:`SamplerSettings`, or anything with its attributes.
+def build_sampler(options: Options, space: SearchSpace, seed: int) -> Sampler:
+    """The sampler that ``sample_method``, ``bias_sample_flag`` and their kin describe.
 
     Raises:
         UserError: unknown method, or fewer candidates than are chosen from them.
     """
-    method, number = settings.sample_method, settings.dyna_batch_size
-    if method == "biased":
-        raise UserError(
-            "--sample_method biased is now --sample_method tilted; the first place's bias is "
-            "--sample_method random --bias_sample_flag True"
-        )
+    method, number = options.sample_method, options.dyna_batch_size
     if method not in METHODS:
-        raise UserError(f"unknown sample_method {method!r}; there are {', '.join(METHODS)}")
-    if settings.bias_sample_flag and method != "random":
-        logger.warning("--bias_sample_flag has no effect with --sample_method %s", method)
-    if method == "tilted":
-        return RandomSampler(space, seed, number, settings.bias_strength)
-    if method == "sandwich":
-        if number < 2:
-            raise UserError(
-                f"--sample_method sandwich --dyna_batch_size {number}: the largest and the "
-                "smallest network are two already"
-            )
-        if number == 2:
-            logger.info("sandwich of 2: the largest and the smallest network only")
-        return SandwichSampler(space, seed, number)
-    if method == "fair":
-        return FairSampler(space, seed, number)
-    if not settings.bias_sample_flag:
-        return RandomSampler(space, seed, number)
-    candidates = settings.stage1_sample_num
-    if candidates < number:
         raise UserError(
-            f"--stage1_sample_num {candidates} is fewer than --dyna_batch_size {number}, which "
-            "are chosen from them"
+            f"unknown sample_method {method!r}; there are {', '.join(METHODS)}, and the first "
+            "place's bias toward large: random with --bias_sample_flag True"
         )
-    return FirstPlaceSampler(space, seed, number, candidates, settings.extra_random_every)
+    if method == "sandwich" and number < 2:
+        raise UserError(
+            f"--sample_method sandwich --dyna_batch_size {number}: the largest and the smallest "
+            "network are two already"
+        )
+    if options.bias_sample_flag and method != "random":
+        logger.warning("--bias_sample_flag has no effect with --sample_method %s", method)
+    elif options.bias_sample_flag:
+        candidates = options.stage1_sample_num
+        if candidates < number:
+            raise UserError(
+                f"--stage1_sample_num {candidates} is fewer than --dyna_batch_size {number}, "
+                "which are chosen from them"
+            )
+        return FirstPlaceSampler(space, seed, number, candidates, options.extra_random_every)
+    return METHODS[method](space, seed, number)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
-from dataclasses import field
+
+from hnas.base.command_line import LARGEST
 
 
 class Stage(enum.Enum):
@@ -36,11 +36,6 @@ TRAINING = ALL - SCORE - EXPORT - SEARCH
 
 AUTO = -1
 """``auto`` as a number: the program decides, and says so in the log."""
-MOST_EPOCHS = 100_000
-LARGEST_RATE = 1e30
-"""A float32 holds it, times any batch / 256."""
-MOST_COST = 1e15
-"""Of an architecture, in any unit."""
 PATHS = frozenset({"file", "folder"})
 """Units of flags that are paths."""
 
@@ -50,24 +45,30 @@ def flag(
     help_text: str,
     unit: str = "",
     *,
-    stages: frozenset[Stage] = ALL,
-    low: float | None = None,
-    high: float | None = None,
+    group: str,
+    stages: frozenset[Stage],
+    low: float = 0,
+    high: float = LARGEST,
+    choices: tuple[str, ...] = (),
     auto: bool = False,
-    own: Mapping[Stage, object] | None = None,
+    **own: object,
 ):
     """A field of :class:`hnas.utils.options.Options`.
 
     Args:
-        default: of every stage that has none of its own.
+        default: of every program that has none of its own.
         help_text, unit: for ``--help``.
-        stages: where the flag has an effect.
-        low, high: the least and the largest value that is allowed; None: any.
+        group: the heading that it stands under.
+        stages: where it has an effect.
+        low, high: the least and the largest number that is allowed.
+        choices: texts that are allowed; none: any.
         auto: whether ``auto`` is a value, too; it becomes ``AUTO``.
-        own: defaults of single stages.
+        own: defaults of single programs, by their name in :class:`Stage`.
     """
-    metadata = {"help": help_text, "unit": unit, "stages": stages, "own": own or {}}
-    return field(default=default, metadata={**metadata, "low": low, "high": high, "auto": auto})
+    metadata = {"help": help_text, "unit": unit, "group": group, "stages": stages}
+    metadata |= {"low": low, "high": high, "choices": choices, "auto": auto}
+    metadata["own"] = {Stage[name.upper()]: value for name, value in own.items()}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def default_of(option: dataclasses.Field, stage: Stage) -> object:
@@ -75,9 +76,8 @@ def default_of(option: dataclasses.Field, stage: Stage) -> object:
     return option.metadata["own"].get(stage, option.default)
 
 
-def default_text(option: dataclasses.Field, stage: Stage) -> str:
+def default_text(option: dataclasses.Field, default: object) -> str:
     """A default as a command line would give it."""
-    default = default_of(option, stage)
     if option.metadata["auto"] and default == AUTO:
         return "auto"
     return "none" if default == "" else str(default)

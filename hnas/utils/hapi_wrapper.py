@@ -1,29 +1,135 @@
-"""Training on ``paddle.Model``'s conventions: the loop, and the steps that labels teach.
+"""A step of training, from its batch to the optimizer; stage two's step, which labels teach.
 
 Stage one's step is in ``hapi_wrapper_pinas.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 
+import numpy as np
 import paddle
 from paddle import nn
-from paddle.hapi.callbacks import CallbackList
 from paddle.nn import functional as F  # noqa: N812
-from paddle.optimizer.lr import LRScheduler
+from paddle.optimizer.lr import LambdaDecay, LRScheduler
 
+from hnas.base.errors import UserError
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
-from hnas.parallel.distributed import GradientExchange, seen_alone
+from hnas.parallel.distributed import GradientExchange
 from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.gradient_step import GradientStep
 from hnas.utils.SampleMethod import Sampler, weighted_channels
 
 
-class ResumableModel(paddle.Model):
-    """A ``paddle.Model`` whose training can start at any step and sees (epoch, step).
+class GradientStep:
+    """How the gradients of a step are gathered and applied.
+
+    A batch is split into ``accumulate`` parts of equal size, one after the other, so that only a
+    part's activations are in memory at a time. ``amp`` is ``O0`` (float32) or ``O1``: forward
+    passes in bfloat16 where the GPU has it, else in float16 with scaled losses.
+    """
+
+    def __init__(self, optimizer, accumulate: int = 1, amp: str = "O0"):
+        self.optimizer, self.accumulate, self.amp = optimizer, accumulate, amp
+        self.scaler = None
+        if amp != "O0":
+            self._dtype = "bfloat16" if paddle.amp.is_bfloat16_supported() else "float16"
+            if self._dtype == "float16":
+                self.scaler = paddle.amp.GradScaler()
+
+    def autocast(self) -> AbstractContextManager:
+        """Around forward passes and losses."""
+        if self.amp == "O0":
+            return nullcontext()
+        return paddle.amp.auto_cast(level=self.amp, dtype=self._dtype)
+
+    def parts(self, *tensors: paddle.Tensor) -> list[Sequence[paddle.Tensor]]:
+        """Tensors [N, ...] in ``accumulate`` parts: one tuple of tensors for each.
+
+        Raises:
+            UserError: N cannot be split so.
+        """
+        number = tensors[0].shape[0]
+        if number % self.accumulate:
+            raise UserError(
+                f"a batch of {number} images is not a multiple of --accumulate {self.accumulate}"
+            )
+        if self.accumulate == 1:
+            return [tensors]
+        return list(zip(*(tensor.split(self.accumulate) for tensor in tensors), strict=True))
+
+    def backward(self, loss: paddle.Tensor) -> None:
+        """Add the gradients of a part's mean loss."""
+        if self.accumulate > 1:
+            loss = loss / self.accumulate
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(self) -> None:
+        """One step of the optimizer on the gradients gathered; they are gone afterwards."""
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        # Not to zero: a block that no sub-network of a step ran must be left alone whether or not
+        # an earlier step ran it, or a resumed run would differ.
+        self.optimizer.clear_grad(set_to_zero=False)
+
+    def state(self) -> dict:
+        """What a resumed run needs: the scale of the losses."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def restore(self, state: dict) -> None:
+        """Go on from what :meth:`state` gave."""
+        if state and self.scaler is not None:
+            self.scaler.load_state_dict(state)
+
+
+def momentum_optimizer(
+    network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
+):
+    """Momentum SGD on what trains, with an L2 penalty; ``clip_norm`` bounds the norm of all
+    gradients together, before the penalty; 0: no bound."""
+    return paddle.optimizer.Momentum(
+        schedule,
+        momentum,
+        parameters=[p for p in network.parameters() if not p.stop_gradient],
+        weight_decay=paddle.regularizer.L2Decay(weight_decay),
+        grad_clip=nn.ClipGradByGlobalNorm(clip_norm) if clip_norm else None,
+    )
+
+
+def learning_rate(
+    base: float, total_batch: int, warmup_steps: int, total_steps: int
+) -> LRScheduler:
+    """Base times batch / 256; linear warm-up from one step's share, then cosine to zero."""
+    if total_steps < 1:
+        raise UserError("training has no steps; raise max_epoch or lower batch_size")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        decay = max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + np.cos(np.pi * min(1.0, (step - warmup_steps) / decay)))
+
+    return LambdaDecay(base * total_batch / 256, factor)
+
+
+def swinging_rate(base: float, total_batch: int, half_period: int) -> LRScheduler:
+    """A cosine from base times batch / 256 to zero in ``half_period`` steps, and back, and so on.
+
+    The first place's schedule of stage 1, whose half period is the number of epochs, taken for
+    steps; its mean is half the full rate.
+    """
+    return LambdaDecay(
+        base * total_batch / 256, lambda step: 0.5 * (1 + np.cos(np.pi * step / half_period))
+    )
+
+
+class ResumableModel:
+    """A network and its optimizer; training can start at any step and sees (epoch, step).
 
     Sub-classes give ``train_batch(inputs) -> logs``, one optimizer step on a batch: the scalar
     tensors ``loss`` and ``top1``, which are read only when a line is logged, ``parts``, the code
@@ -33,78 +139,58 @@ class ResumableModel(paddle.Model):
 
     epoch = 0
     step = 0
-    gradients: GradientStep | None = None
     exchange: GradientExchange | None = None
     """With other ranks; None: there are none."""
 
-    def __init__(self, *arguments):
-        with seen_alone():
-            super().__init__(*arguments)
+    def __init__(self, network: nn.Layer):
+        self.network = network
 
-    def prepare(self, optimizer=None, gradients: GradientStep | None = None):
-        """As in ``paddle.Model``; ``gradients`` says how to step if not plainly."""
-        with seen_alone():
-            super().prepare(optimizer)
+    def prepare(self, optimizer, gradients: GradientStep | None = None) -> None:
+        """To be called before the first step; ``gradients`` says how to step if not plainly."""
+        self.optimizer = optimizer
         self.gradients = gradients or GradientStep(optimizer)
 
-    def exchange_gradients(self) -> None:
-        """Average the step's gradients over ranks; between the backward passes and the step."""
-        if self.exchange is not None:
-            self.exchange.run()
+    def train_epoch(
+        self, loader: EpochLoader, epoch: int, first: int = 0
+    ) -> Iterator[tuple[int, dict]]:
+        """Make the steps of an epoch from ``first`` on; gives each one's number and logs.
 
-    def fit(
-        self,
-        loader: EpochLoader,
-        epochs: int,
-        callbacks: Sequence = (),
-        start: tuple[int, int] = (0, 0),
-    ):
-        """Train from the (epoch, step) of ``start`` to ``epochs``."""
-        callbacks = CallbackList([*callbacks])
-        callbacks.set_model(self)
-        callbacks.set_params(
-            {"epochs": epochs, "steps": len(loader), "batch_size": loader.total_batch}
-        )
-        callbacks.on_begin("train")
-        logs = {}
-        for epoch in range(start[0], epochs):
-            first = start[1] if epoch == start[0] else 0
-            callbacks.on_epoch_begin(epoch)
-            with closing(loader.epoch(epoch, first)) as batches:
-                for step, batch in enumerate(batches, first):
-                    callbacks.on_batch_begin("train", step, logs)
-                    self.epoch, self.step = epoch, step
-                    self.set_rate(epoch * len(loader) + step)
-                    lr = self._optimizer.get_lr()
-                    if self.exchange is not None:
-                        self.exchange.read_notices()
-                    logs = {**self.train_batch(batch), "lr": lr}
-                    callbacks.on_batch_end("train", step, logs)
-            callbacks.on_epoch_end(epoch, logs)
-        callbacks.on_end("train", logs)
+        The logs also have its learning rate, ``lr``, and the seconds that it ``waited`` for data.
+        """
+        with closing(loader.epoch(epoch, first)) as batches:
+            began = time.perf_counter()
+            for step, batch in enumerate(batches, first):
+                waited = time.perf_counter() - began
+                self.epoch, self.step = epoch, step
+                lr = self.set_rate(epoch * len(loader) + step)
+                if self.exchange is not None:
+                    self.exchange.read_notices()
+                yield step, {**self.train_batch(batch), "lr": lr, "waited": waited}
+                began = time.perf_counter()
 
-    def set_rate(self, position: int) -> None:
+    def set_rate(self, position: int) -> float:
         """Set the learning rate of the step at ``position``, the steps from the run's start.
 
         From where the run is, not from a count of the steps that were made: a run that is resumed
         with other batches, and so with other steps an epoch, is at its place in the schedule.
         """
-        if isinstance(self._optimizer._learning_rate, LRScheduler):
-            self._optimizer._learning_rate.step(position)
+        if isinstance(self.optimizer._learning_rate, LRScheduler):
+            self.optimizer._learning_rate.step(position)
+        return self.optimizer.get_lr()
+
+    def update(self) -> None:
+        """Step on the gradients of the backward passes, averaged over ranks."""
+        if self.exchange is not None:
+            self.exchange.run()
+        self.gradients.step()
 
 
 class DistillationModel(ResumableModel):
     """Stage two: several sub-networks a step, taught by labels and a frozen teacher.
 
     Args:
-        network: the student, a supernet.
-        teacher: called with float images [N, 3, H, W], gives logits [N, classes]; run in eval
-            mode and without gradient. None: labels only.
-        sampler: chooses the sub-networks of a step.
-        loss_weights: weights of the losses of a step's sub-networks; None: 1.
-        temperature: T of the soft targets: both sides are softened by it, and the loss grows by
-            T squared, so that gradients keep their size (Hinton et al., 2015).
-        label_smoothing: see :func:`distillation_loss`.
+        teacher: float images [N, 3, H, W] to logits [N, classes]. None: labels only.
+        loss_weights: of a step's sub-networks; None: 1.
         in_place: a step's first sub-network alone learns from labels, and teaches the others (Yu
             et al., BigNAS, ECCV 2020), where there is no ``teacher``. The sampler should give the
             largest first, as :class:`hnas.utils.SampleMethod.SandwichSampler` does.
@@ -116,19 +202,11 @@ class DistillationModel(ResumableModel):
         teacher: nn.Layer | None,
         sampler: Sampler,
         loss_weights: Callable[[Sequence[Architecture]], Sequence[float]] | None = None,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         in_place: bool = False,
     ):
-        spec = [paddle.static.InputSpec([None, 3, None, None], "uint8", "image")]
-        label = [paddle.static.InputSpec([None], "int64", "label")]
-        super().__init__(network, spec, label)
-        self.teacher = teacher
-        self.sampler = sampler
+        super().__init__(network)
+        self.teacher, self.sampler, self.in_place = teacher, sampler, in_place
         self.loss_weights = loss_weights or (lambda archs: [1.0] * len(archs))
-        self.temperature = temperature
-        self.label_smoothing = label_smoothing
-        self.in_place = in_place
         if teacher is not None:
             teacher.eval()
 
@@ -136,28 +214,25 @@ class DistillationModel(ResumableModel):
         """One step. The gradients of the sub-networks add up, as in Once-for-all's training."""
         images, labels = inputs
         self.network.train()
-        archs = self.sampler.sample(self.epoch, self.step)
+        archs = self.draw()
         weights = self.loss_weights(archs)
         losses, hits = [0.0] * len(archs), 0.0
         for part, answers in self.gradients.parts(normalize(images), labels):
             targets = self.teach(part)
             for index, (arch, weight) in enumerate(zip(archs, weights, strict=True)):
-                self.network.activate(arch)
+                self.activate(arch)
                 with self.gradients.autocast():
                     logits = self.network(part)
                     if self.in_place and targets is not None:
-                        loss = weight * soft_loss(logits, targets, self.temperature)
+                        loss = weight * soft_loss(logits, targets)
                     else:
-                        loss = weight * distillation_loss(
-                            logits, answers, targets, self.temperature, self.label_smoothing
-                        )
+                        loss = weight * distillation_loss(logits, answers, targets)
                 if self.in_place and targets is None:
-                    targets = F.softmax(logits.detach() / self.temperature)
+                    targets = F.softmax(logits.detach())
                 self.gradients.backward(loss)
                 losses[index] += loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
-        self.exchange_gradients()
-        self.gradients.step()
+        self.update()
         codes = [arch.code for arch in archs]
         return {
             "loss": sum(losses) / len(losses),
@@ -166,32 +241,32 @@ class DistillationModel(ResumableModel):
             "parts": list(zip(codes, losses, strict=True)),
         }
 
+    def draw(self) -> Sequence[Architecture]:
+        """The step's sub-networks."""
+        return self.sampler.sample(self.epoch, self.step)
+
+    def activate(self, arch: Architecture) -> None:
+        """Let the network run as a sub-network."""
+        self.network.activate(arch)
+
     @paddle.no_grad()
     def teach(self, images) -> paddle.Tensor | None:
         """The teacher's probabilities [N, C], if there is one: once for all sub-networks."""
         if self.teacher is None:
             return None
         with self.gradients.autocast():
-            return F.softmax(self.teacher(images) / self.temperature)
+            return F.softmax(self.teacher(images))
 
 
-def distillation_loss(
-    logits, labels, targets, temperature: float = 1.0, label_smoothing: float = 0.0
-) -> paddle.Tensor:
-    """Cross-entropy with labels [N] plus, if given, with the teacher's probabilities [N, C].
-
-    ``label_smoothing`` is the share of a label that is spread evenly over the C classes, its own
-    included (Szegedy et al., CVPR 2016); the teacher's probabilities stay as they are.
-    """
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    if targets is None:
-        return loss
-    return loss + soft_loss(logits, targets, temperature)
+def distillation_loss(logits, labels, targets) -> paddle.Tensor:
+    """Cross-entropy with labels [N] plus, if given, with the teacher's probabilities [N, C]."""
+    loss = F.cross_entropy(logits, labels)
+    return loss if targets is None else loss + soft_loss(logits, targets)
 
 
-def soft_loss(logits, targets, temperature: float) -> paddle.Tensor:
-    """Cross-entropy with the teacher's probabilities [N, C], softened and scaled back."""
-    return temperature**2 * F.cross_entropy(logits / temperature, targets, soft_label=True)
+def soft_loss(logits, targets) -> paddle.Tensor:
+    """Cross-entropy with the teacher's probabilities [N, C] (Hinton et al., 2015)."""
+    return F.cross_entropy(logits, targets, soft_label=True)
 
 
 def relative_sizes(space: SearchSpace) -> Callable[[Sequence[Architecture]], list[float]]:
@@ -203,35 +278,15 @@ def relative_sizes(space: SearchSpace) -> Callable[[Sequence[Architecture]], lis
     return lambda archs: [weighted_channels(arch) / largest for arch in archs]
 
 
-class StandaloneModel(ResumableModel):
-    """One plain network, taught by labels; nothing to activate.
+class StandaloneModel(DistillationModel):
+    """One plain network of the architecture ``code``, taught by labels; nothing to activate."""
 
-    Args:
-        network: float images [N, 3, H, W] to logits [N, classes].
-        code: of its architecture, for log lines.
-        label_smoothing: see :func:`distillation_loss`.
-    """
+    def __init__(self, network: nn.Layer, code: str):
+        super().__init__(network, None, None)
+        self.arch = Architecture.from_code(code)
 
-    def __init__(self, network: nn.Layer, code: str, label_smoothing: float = 0.0):
-        super().__init__(network)
-        self.code = code
-        self.label_smoothing = label_smoothing
+    def draw(self) -> Sequence[Architecture]:
+        return [self.arch]
 
-    def train_batch(self, inputs) -> dict:
-        """One step of cross-entropy on uint8 images [N, 3, H, W] and labels [N]."""
-        images, labels = inputs
-        self.network.train()
-        loss, hits = 0.0, 0.0
-        for part, answers in self.gradients.parts(normalize(images), labels):
-            with self.gradients.autocast():
-                logits = self.network(part)
-                part_loss = distillation_loss(
-                    logits, answers, None, label_smoothing=self.label_smoothing
-                )
-            self.gradients.backward(part_loss)
-            loss += part_loss.detach() / self.gradients.accumulate
-            hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
-        self.exchange_gradients()
-        self.gradients.step()
-        top1 = hits / labels.shape[0]
-        return {"loss": loss, "top1": top1, "arch": self.code, "parts": [(self.code, loss)]}
+    def activate(self, arch: Architecture) -> None:
+        """It has one architecture."""

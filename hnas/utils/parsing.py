@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-import sys
-from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, ArgumentTypeError
+from collections.abc import Callable, Iterable, Sequence
 
 from hnas.base.command_line import (
     SHOWN,
@@ -29,36 +28,26 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
     """Read the command line of a stage.
 
     Args:
-        stage: whose defaults hold.
+        stage: whose defaults hold, and whose flags ``--help`` prints.
         argv: arguments after the script's name; ``sys.argv[1:]`` if None.
         about: first line of ``--help``.
 
     Raises:
         UserError: unknown flag, wrong type or value out of bounds.
     """
-    fields = dataclasses.fields(Options)
-    parser = OneLineParser(description=about, allow_abbrev=False)
-    parser.add_argument("command", nargs="?", choices=["run"], help="the only command")
-    for option in fields:
-        parser.add_argument(
-            f"--{option.name}",
-            type=_reader(option),
-            default=default_of(option, stage),
-            help=_help_text(option, stage),
-            metavar=option.type,
-        )
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parsed, unknown = parser.parse_known_args(arguments)
+    fields = {option.name: option for option in dataclasses.fields(Options)}
+    parsed, unknown = _parser(stage, fields.values(), about).parse_known_args(argv)
     if unknown:
-        raise UserError(_explain_unknown(unknown[0], [option.name for option in fields]))
-    values = vars(parsed)
-    values.pop("command")
-    options = Options(**values)
-    _check_bounds(options)
-    for option in fields:
-        given = any(a == f"--{option.name}" or a.startswith(f"--{option.name}=") for a in arguments)
-        if given and stage not in option.metadata["stages"]:
-            logger.info("--%s has no effect in %s", option.name, stage)
+        raise UserError(_explain_unknown(unknown[0], list(fields)))
+    given = vars(parsed)
+    given.pop("command")
+    options = Options(
+        **{name: default_of(option, stage) for name, option in fields.items()} | given
+    )
+    for name in given:
+        _check_value(fields[name], given[name])
+        if stage not in fields[name].metadata["stages"]:
+            logger.info("--%s has no effect in %s", name, stage)
     if stage is Stage.CONTRAST and options.save_dir_new:
         options.save_dir = options.save_dir_new
     if not options.save_dir:
@@ -66,14 +55,32 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
     return options
 
 
+def _parser(stage: Stage, fields: Iterable[dataclasses.Field], about: str) -> OneLineParser:
+    """Takes all flags, describes those of the stage, and gives those that are given."""
+    note = "Flags of the other programs are taken, too, and named in the log as without effect."
+    usage = "%(prog)s run [--flag value ...]"
+    parser = OneLineParser(usage=usage, description=about, epilog=note, allow_abbrev=False)
+    parser.add_argument("command", nargs="?", choices=["run"], help="the only command")
+    groups = {}
+    for option in fields:
+        title, has_effect = option.metadata["group"], stage in option.metadata["stages"]
+        if has_effect and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        target = groups[title] if has_effect else parser
+        target.add_argument(
+            f"--{option.name}",
+            type=_reader(option),
+            default=SUPPRESS,
+            help=_help_text(option, stage) if has_effect else SUPPRESS,
+            metavar=option.type,
+        )
+    return parser
+
+
 def _help_text(option: dataclasses.Field, stage: Stage) -> str:
-    unit = option.metadata["unit"]
-    notes = [unit] if unit else []
-    notes.append(f"default {default_text(option, stage)}")
-    if stage not in option.metadata["stages"]:
-        notes.append("no effect here")
-    text = f"{option.metadata['help']} [{'; '.join(notes)}]"
-    return text.replace("%", "%%")
+    default = f"default {default_text(option, default_of(option, stage))}"
+    notes = "; ".join(filter(None, [option.metadata["unit"], default]))
+    return f"{option.metadata['help']} [{notes}]".replace("%", "%%")
 
 
 def _reader(option: dataclasses.Field) -> Callable[[str], object]:
@@ -87,8 +94,6 @@ def _reader(option: dataclasses.Field) -> Callable[[str], object]:
             return AUTO
         if option.metadata["auto"] and reader(text) == AUTO:
             raise ArgumentTypeError(f"{text} is too small; the least is {option.metadata['low']}")
-        if option.name == "image_size" and "," in text:
-            raise ArgumentTypeError(f"{text}: networks are trained and scored at one size here")
         return reader(text)
 
     return read
@@ -99,56 +104,24 @@ def _read_text(text: str) -> str:
     return "" if text in ("None", "False") else text
 
 
-SCRIPTS = (
-    "every stage is a script of its own: train_supernet_pinas_stage1.py, "
-    "train_supernet_pinas_stage2_simple.py, train_supernet.py"
-)
-INSTEAD = {
-    "json_path": "the architectures to score are given by --modelarch_file",
-    "phase": SCRIPTS,
-    "mode": SCRIPTS,
-}
-"""Flags of public code that others stand for here."""
-
-
 def _explain_unknown(argument: str, names: Sequence[str]) -> str:
     if not argument.startswith("--"):
         return f"unexpected argument {shown(argument)}; flags are written --name value"
     name = argument[2:].split("=", 1)[0]
     if len(name) > SHOWN:
         return f"unknown flag {shown(argument)}; see --help"
-    if name in INSTEAD:
-        return f"unknown flag --{name}; {INSTEAD[name]}"
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean --{nearest[0]}?" if nearest else "see --help"
     return f"unknown flag --{name}; {hint}"
 
 
-def _check_bounds(options: Options) -> None:
-    for option in dataclasses.fields(options):
-        value, low, high = (
-            getattr(options, option.name),
-            option.metadata["low"],
-            option.metadata["high"],
-        )
-        if option.metadata["auto"] and value == AUTO:
-            continue
-        if low is not None and value < low:
-            raise UserError(f"--{option.name} {shown(value)} is too small; the least is {low}")
-        if high is not None and value > high:
-            raise UserError(f"--{option.name} {shown(value)} is too large; the most is {high}")
-    choices = {
-        "sample_space": ("released", "full"),
-        "device": ("auto", "cpu", "gpu"),
-        "eval_engine": ("shared", "reference"),
-        "amp": ("O0", "O1", "O2"),
-        "tf32": ("auto", "on", "off"),
-        "bad_images": ("fatal", "skip"),
-        "stage1_views": ("two_kinds", "one_kind"),
-        "lr_schedule": ("cosine", "swing"),
-        "format": ("pdparams", "inference", "onnx"),
-    }
-    for name, allowed in choices.items():
-        if getattr(options, name) not in allowed:
-            given = shown(getattr(options, name))
-            raise UserError(f"--{name} {given}; allowed: {', '.join(allowed)}")
+def _check_value(option: dataclasses.Field, value: object) -> None:
+    what, about = f"--{option.name} {shown(value)}", option.metadata
+    if about["choices"] and value not in about["choices"]:
+        raise UserError(f"{what}; allowed: {', '.join(about['choices'])}")
+    if option.type not in ("int", "float") or about["auto"] and value == AUTO:
+        return
+    if value < about["low"]:
+        raise UserError(f"{what} is too small; the least is {about['low']}")
+    if value > about["high"]:
+        raise UserError(f"{what} is too large; the most is {about['high']}")

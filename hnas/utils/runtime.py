@@ -6,14 +6,12 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle.base.core import set_num_threads
-from PIL import Image
 
 from hnas.base.device import (
     Arithmetic,
@@ -29,14 +27,15 @@ from hnas.base.onednn import refuse_without_bfloat16
 from hnas.dataset.image_folder import (
     DataError,
     ImageList,
+    cache_folder,
     check_class_names,
-    check_same_classes,
     decode_image,
     scan_images,
 )
+from hnas.dataset.image_store import STORED, ImageStore
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
-from hnas.dataset.pixel_cache import PixelCache, has_pixels
-from hnas.dataset.transforms import EvalTransform
+from hnas.dataset.transforms import EvalTransform, Shrink, shorter_side
+from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
 from hnas.parallel.distributed import (
     barrier,
     is_main_process,
@@ -47,7 +46,7 @@ from hnas.parallel.distributed import (
 )
 from hnas.search_space import SearchSpace, search_space
 from hnas.utils.flags import AUTO
-from hnas.utils.memory_needs import batch_bytes, check_batch, check_shared_memory
+from hnas.utils.memory_needs import batch_bytes, check_batch, check_cache, check_shared_memory
 from hnas.utils.options import Options
 
 logger = logging.getLogger(__name__)
@@ -60,9 +59,6 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
         options: of the run.
         writes: whether there will be results, for which ``save_dir`` is tried now.
         scores: whether it walks over sub-networks, which some CPUs do in half precision.
-
-    Returns:
-        What the run computes with.
 
     Raises:
         UserError: a GPU is asked for and Paddle has none, the device cannot round as asked for,
@@ -86,8 +82,6 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
         set_num_threads(cpu_threads())
     if writes:
         check_writable(options.save_dir, "--save_dir")
-        if options.visualdl_dir:
-            check_writable(options.visualdl_dir, "--visualdl_dir")
     join_processes(cpu=not on_gpu())
     seed_generators(options.seed)
     logger.info("device %s (%s), seed %d", paddle.get_device(), arithmetic, options.seed)
@@ -126,20 +120,26 @@ def training_images(options: Options) -> ImageList:
         UserError: they cannot be used, or ``cache_dir`` cannot be written where it will be.
     """
     require(options, "image_dir")
-    if options.use_tensor_dataset and options.cache_dir and not has_pixels(options.cache_dir):
-        check_writable(options.cache_dir, "--cache_dir")
-    images = scan_images(options.image_dir, "train", options.verify_images, options.bad_images)
-    logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
-    return images
+    if options.use_tensor_dataset and options.cache_dir:
+        # One with images may be for reading only.
+        has_images = any(Path(options.cache_dir).glob(f"*{STORED}"))
+        if not has_images:
+            check_writable(options.cache_dir, "--cache_dir")
+    return _scanned(options, "train")
 
 
 def validation_images(options: Options, train: ImageList | None = None) -> ImageList:
     """The images of ``image_dir/val``, whose classes must be those of ``train``."""
     require(options, "image_dir")
-    images = scan_images(options.image_dir, "val", options.verify_images, options.bad_images)
-    logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
+    images = _scanned(options, "val")
     if train is not None:
-        check_same_classes(train, images)
+        check_class_names(train.classes, train.folder, images.classes, images.folder)
+    return images
+
+
+def _scanned(options: Options, split: str) -> ImageList:
+    images = scan_images(options.image_dir, split, options.verify_images, options.bad_images)
+    logger.info("%s: %d images, %d classes", images.folder, len(images), len(images.classes))
     return images
 
 
@@ -152,21 +152,21 @@ def training_loader(options: Options, images: ImageList, transform: Callable) ->
     check_batch(options, space_of(options))
     steps = len(images) // (options.batch_size * world_size())
     check_shared_memory(batch_bytes(options), steps, options.num_workers)
-    pixels = _pixel_cache(options, images) if options.use_tensor_dataset else None
-    dataset = ImageDataset(images, transform, options.seed, pixels=pixels)
+    pixels = _stored(options, images) if options.use_tensor_dataset else None
+    dataset = ImageDataset(images, transform, options.seed, pixels)
     return EpochLoader(dataset, options.batch_size, options.num_workers, rank(), world_size())
 
 
-def _pixel_cache(options: Options, images: ImageList) -> PixelCache:
+def _stored(options: Options, images: ImageList) -> ImageStore:
     """Decoded images; of the processes of a machine one decodes, and the others wait for it."""
-    size = options.storage_size or round(options.image_size * 256 / 224)
+    shrink = Shrink(options.storage_size or shorter_side(options.image_size))
     decodes = rank() % local_ranks() == 0
     if not decodes:
         barrier()
-    pixels = PixelCache(images, size, Path(options.cache_dir) if options.cache_dir else None)
+    store = ImageStore(images, shrink, Path(options.cache_dir or cache_folder()))
     if decodes:
         barrier()
-    return pixels
+    return store
 
 
 CALIBRATION_IMAGES = 64
@@ -213,8 +213,7 @@ def calibration_images(
     number = calibration_number(options, freeze_bn)
     if not number:
         return None
-    wanted = f"--bn_calibration_images {number}"
-    instead = "0 for running statistics"
+    wanted, instead = f"--bn_calibration_images {number}", "0 for running statistics"
     root = Path(options.image_dir)
     if root.is_dir() and not (root / "train").is_dir():
         raise DataError(f"{wanted} takes training images, but {root} has no train/; give {instead}")
@@ -227,26 +226,22 @@ def calibration_images(
         has = f"{images.folder} has {len(images)}"
         raise DataError(f"{wanted}, but {has}; lower it, or give {instead}")
     drawn = np.random.default_rng(options.seed).permutation(len(images))
-    decoded = _decoded((images.paths[i] for i in drawn), options.bad_images == "skip")
-    transform = EvalTransform(options.image_size)
-    crops = [transform(image) for image in islice(decoded, number)]
+    crops, transform = [], EvalTransform(options.image_size)
+    for index in drawn:
+        if len(crops) == number:
+            break
+        try:
+            crops.append(transform(decode_image(images.paths[index])))
+        except DataError as error:
+            if options.bad_images != "skip":
+                raise
+            logger.warning("%s", error)
     if len(crops) < number:
         raise DataError(
             f"{wanted}, but only {len(crops)} images of {images.folder} can be decoded; lower it, "
             f"or give {instead}"
         )
     return paddle.to_tensor(np.stack(crops))
-
-
-def _decoded(paths: Iterable[Path], skip: bool) -> Iterator[Image.Image]:
-    """Images as they are asked for; ``skip`` leaves out those that cannot be decoded."""
-    for path in paths:
-        try:
-            yield decode_image(path)
-        except DataError as error:
-            if not skip:
-                raise
-            logger.warning("%s", error)
 
 
 def validation_loader(
@@ -262,6 +257,28 @@ def validation_loader(
     check_shared_memory(batch * 3 * options.image_size**2, batches, options.num_workers)
     if order is not None:
         images = images.select(order)
-    transform = EvalTransform(options.image_size)
-    dataset = ImageDataset(images, transform, options.seed, options.use_tensor_dataset)
+    dataset = ImageDataset(images, EvalTransform(options.image_size), options.seed)
     return EvalLoader(dataset, options.batch_size, options.num_workers)
+
+
+def scored_order(options: Options, images: ImageList) -> np.ndarray:
+    """Which images to score on, in the order in which that is done.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    if options.eval_images > len(images):
+        raise UserError(
+            f"--eval_images {options.eval_images}, but {images.folder} has {len(images)}; lower "
+            "it, or give 0 for all"
+        )
+    return balanced_order(images.labels, options.seed)[: options.eval_images or None]
+
+
+def decoded_images(options: Options, images: ImageList, order: np.ndarray) -> ImagesOnDemand:
+    """The images in that order; who scores a part of them decodes those of its chunks only."""
+    if world_size() > 1 or options.images_part:
+        return ImagesOnDemand(images, order, options.image_size)
+    check_cache(options, len(order))
+    save_dir = Path(options.save_dir)
+    return DecodedImages(images, order, options.image_size, options.cache_gb, save_dir)

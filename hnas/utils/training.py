@@ -1,23 +1,25 @@
-"""The pieces that both training stages share: weights to start from, resuming, fitting."""
+"""A run of training: the optimizer that flags describe, the loop, its log and checkpoints."""
 
 from __future__ import annotations
 
+import datetime
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import replace
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
-from paddle import nn
+import numpy as np
+import paddle
 
+from hnas.base.device import peak_memory
 from hnas.base.errors import UserError
-from hnas.base.files import write_json
+from hnas.base.files import remove_leftovers, write_json
+from hnas.base.signals import Stopped
 from hnas.dataset.loader import EpochLoader
 from hnas.models.convolution import use_onednn
-from hnas.models.elastic import ElasticResNet, plain_name
-from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import build_network
-from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import (
     GradientExchange,
     agree,
@@ -25,130 +27,40 @@ from hnas.parallel.distributed import (
     copy_from_main_process,
     is_main_process,
     leave,
+    mean_over_ranks,
     world_size,
 )
 from hnas.parallel.stopping import StopSignals
-from hnas.search_space import SearchSpace
-from hnas.utils.callbacks import HISTORY, Checkpoints, TrainLogger, VisualDLWriter
-from hnas.utils.gradient_step import (
+from hnas.search_space import RESNET48
+from hnas.utils.checkpoint import (
+    SET_NAME,
+    generators_state,
+    note_run,
+    remove_set,
+    restore_generators,
+    save_training,
+)
+from hnas.utils.hapi_wrapper import (
     GradientStep,
+    ResumableModel,
     learning_rate,
     momentum_optimizer,
     swinging_rate,
 )
-from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.options import Options
-from hnas.utils.resuming import describe_run, resume
-from hnas.utils.validation import Figures, Validation
-from hnas.utils.weights import (
-    PARAMS,
-    Checkpoint,
-    backbone_weights,
-    check_classes,
-    is_contrastive,
-    load_weights,
-    read_checkpoint,
-    write_state,
-)
+from hnas.utils.starting import describe_run, resume
+from hnas.utils.validation import Figures, figures_text
+from hnas.utils.weights import PARAMS, NotFiniteError, write_state
 
 logger = logging.getLogger(__name__)
 
-
-def pretrained_network(options: Options, classes: Sequence[str], space: SearchSpace) -> ResNet:
-    """The plain largest network with the weights of ``--pretrained``.
-
-    Raises:
-        CheckpointError: missing or of another network, e.g. for another number of classes.
-    """
-    network = build_network(options.backbone, len(classes), space, elastic=False)
-    load_backbone(network, options.pretrained, classes)
-    network.eval()
-    return network
-
-
-def load_backbone(network: nn.Layer, path: str, classes: Sequence[str]) -> Checkpoint:
-    """Set a plain network's or a supernet's weights from a checkpoint of any stage.
-
-    Raises:
-        CheckpointError: it is of another network or other classes.
-    """
-    checkpoint = read_checkpoint(path)
-    weights = backbone_weights(checkpoint.weights)
-    check_classes(replace(checkpoint, weights=weights), classes, path)
-    load_weights(network, weights, path)
-    if isinstance(network, ElasticResNet):
-        network.mixed = not checkpoint.freeze_bn
-    return checkpoint
-
-
-def start_from_pretrained(supernet: nn.Layer, network: ResNet) -> None:
-    """Give a supernet the reordered weights of a plain network, which is left reordered."""
-    network.reorder()
-    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    load_weights(supernet, weights, "pretrained network")
-    if isinstance(supernet, ElasticResNet):
-        supernet.mixed = False  # The statistics are of one network.
-
-
-def start_from_checkpoint(supernet: nn.Layer, path: str, classes: Sequence[str]) -> Checkpoint:
-    """Give a supernet the weights of a checkpoint of any stage; the checkpoint is handed back.
-
-    Raises:
-        CheckpointError: it is of another network or other classes.
-    """
-    checkpoint = load_backbone(supernet, path, classes)
-    logger.info("weights from %s", path)
-    return checkpoint
-
-
-CONTRAST_PARTS = ("neck.", "key_backbone.", "key_neck.", "queue")
-"""What stage one has besides the backbone, by the start of the names."""
-
-
-def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequence[str]) -> None:
-    """Give stage one's model the weights of a checkpoint.
-
-    Of stage one's own, or of public code's stage one, everything is taken: neck, key encoder and
-    queue too. A part that a file has not (weights of another stage have the backbone only; public
-    ones may lack the key encoder or its neck) starts as in a new run, the key encoder as a copy
-    of the query encoder; so does a queue of another size.
-
-    Raises:
-        CheckpointError: it is of another network or other classes.
-    """
-    checkpoint = read_checkpoint(path)
-    check_classes(checkpoint, classes, path)
-    found = dict(checkpoint.weights)
-    if not is_contrastive(found):
-        load_weights(network.backbone, found, path)
-        network.reset_key_encoder()
-        logger.info("weights from %s", path)
-        return
-    own = {plain_name(name): tensor.numpy() for name, tensor in network.state_dict().items()}
-    shape, wanted = found.get("queue", own["queue"]).shape, own["queue"].shape
-    if shape[:-1] == wanted[:-1] and shape != wanted:
-        logger.warning(
-            "%s has a queue of %d keys, not --queue_size %d: starting with a new one",
-            path,
-            shape[-1],
-            wanted[-1],
-        )
-        del found["queue"]
-        found.pop("queue_pointer", None)
-    absent = [part for part in CONTRAST_PARTS if not any(n.startswith(part) for n in found)]
-    if absent:
-        named = ", ".join(part.rstrip(".") for part in absent)
-        logger.info("%s: as in a new run start %s", path, named)
-    start = {**found}
-    for name in own:
-        if name.startswith(tuple(absent)):
-            start[name] = found.get(name.removeprefix("key_"), own[name])
-    load_weights(network, start, path)
-    logger.info("stage 1 goes on with %d tensors of %s", len(found), path)
+HISTORY = "history.json"
+LARGEST = RESNET48.largest().code
+"""Of every search space; log lines of steps that train it alone leave it out."""
 
 
 def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> None:
-    """``paddle.Model.prepare`` with the recipe's optimizer and learning rate.
+    """Give a model the optimizer and learning rate that the flags describe.
 
     Raises:
         UserError: the batch cannot be split as ``--accumulate`` says, or ``--amp O2``.
@@ -171,13 +83,7 @@ def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> No
             options.max_epoch * steps_per_epoch,
         )
     optimizer = momentum_optimizer(
-        model.network,
-        schedule,
-        options.momentum,
-        options.weight_decay,
-        options.clip_norm,
-        options.nesterov,
-        options.no_norm_decay,
+        model.network, schedule, options.momentum, options.weight_decay, options.clip_norm
     )
     if options.onednn:
         teacher = getattr(model, "teacher", None)
@@ -194,44 +100,277 @@ def fit(
     """Train from the start or from where ``--resume`` says, save, and record the losses.
 
     ``SAVE_DIR/final.pdparams`` holds the last weights, ``SAVE_DIR/history.json`` the mean loss of
-    each epoch and what was measured after it.
-
-    Args:
-        measure: see :class:`Validation`; called every ``eval_freq`` epochs.
+    each epoch and what ``measure`` found after it, which all processes call.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C, after saving.
-        DivergedError: the loss is not finite.
+        UserError: the loss is not finite any more.
     """
-    log = TrainLogger(options.log_freq)
-    about = about_weights(options, loader)
-    curves = []
-    if options.visualdl_dir and is_main_process():
-        curves.append(VisualDLWriter(options.visualdl_dir, log))
-    run = describe_run(options, loader)
-    start = resume(model, options, log, run, len(loader))
-    logger.info("training from epoch %d step %d", start.epoch + 1, start.step + 1)
-    if start.epoch >= options.max_epoch:
-        logger.info("all %d epochs are done already: nothing is left to train", options.max_epoch)
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopSignals(patient=world_size() > 1))
+    run = Run(model, options, loader, measure)
+    with StopSignals(patient=world_size() > 1) as run.stop:
         if world_size() > 1:
-            agree(start.position, "the epoch and step to start from")
+            agree((run.begun, run.first), "the epoch and step to start from")
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
-            stop = model.exchange = GradientExchange(trained, stop)
-        callbacks = [log, Checkpoints(options, log, stop, run, start.run_id, about)]
-        if measure is not None and options.eval_freq:
-            callbacks.append(Validation(measure, options.eval_freq, log, options.save_dir))
-        callbacks += [stack.enter_context(closing(writer)) for writer in curves]
-        model.fit(loader, options.max_epoch, callbacks, start.position)
+            run.stop = model.exchange = GradientExchange(trained, run.stop)
+        run.train()
     if is_main_process():
         # Also when nothing was left to train: a kill may have come just before either.
-        write_json(Path(options.save_dir) / HISTORY, log.history())
-        path = Path(options.save_dir) / f"final{PARAMS}"
-        write_state(path, model.network.state_dict(), about)
+        run.write_history()
+        write_state(run.folder / f"final{PARAMS}", model.network.state_dict(), run.about)
     barrier()
     leave()
+
+
+class Run:
+    """The loop over epochs, and the sets of files that it can be resumed from.
+
+    ``SAVE_DIR/0.pdparams``, ``1.pdparams``, ... are whole epochs'. Between them sets are named
+    ``EPOCH-STEP``, and only the newest stays. On a signal (``stop``) the step under way is finished
+    and saved, and the program ends.
+    """
+
+    stop: StopSignals | GradientExchange
+
+    def __init__(self, model, options, loader, measure):
+        self.model, self.options, self.loader, self.measure = model, options, loader, measure
+        self.folder = Path(options.save_dir)
+        self.about = about_weights(options, loader)
+        self.settings = describe_run(options, loader)
+        self.log = TrainLogger(options.log_freq, options.max_epoch, len(loader), loader.total_batch)
+        found = resume(model, options, self.settings, len(loader))
+        self.begun, self.first, self.run_id, losses = found
+        if losses is not None:
+            self.log.restore(losses)
+
+    def train(self) -> None:
+        """Make all steps that are left."""
+        begun, first, epochs = self.begun, self.first, self.options.max_epoch
+        logger.info("training from epoch %d step %d", begun + 1, first + 1)
+        if begun >= epochs:
+            logger.info("all %d epochs are done already: nothing is left to train", epochs)
+        if is_main_process():
+            remove_leftovers(self.folder)
+            note_run(self.folder, self.run_id)
+        if begun and not first and begun - 1 not in self.log.validation:
+            # A kill came between the epoch's checkpoint and the end of its measurement.
+            self.validate(begun - 1)
+        logs = {}
+        for epoch in range(begun, epochs):
+            self.log.begin_epoch(epoch)
+            with closing(self.model.train_epoch(self.loader, epoch, first)) as steps:
+                for step, logs in steps:
+                    self.log.end_step(step, logs)
+                    if step + 1 < len(self.loader):
+                        self.save_if_due(epoch, step + 1, logs)
+            self.log.end_epoch()
+            self.save_if_due(epoch + 1, 0, logs)
+            self.validate(epoch)
+            first = 0
+
+    def save_if_due(self, epoch: int, step: int, logs: Mapping) -> None:
+        """Save, where the next step is ``step`` of ``epoch``, both from 0; end if told to."""
+        options, stopped_by = self.options, self.stop.received
+        whole = not step and ((epoch - 1) % options.save_freq == 0 or epoch == options.max_epoch)
+        every = options.save_steps
+        if whole or stopped_by or (every and (epoch * len(self.loader) + step) % every == 0):
+            self.save(str(epoch - 1) if whole else f"{epoch}-{step}", epoch, step, logs)
+        if not step:
+            self.write_history()
+        if stopped_by and epoch < options.max_epoch:
+            name = signal.Signals(stopped_by).name
+            where = f"epoch {epoch + 1} step {step}" if step else f"epoch {epoch}"
+            # The launcher ends the others soon after the first: let rank 0 save before.
+            barrier()
+            if is_main_process():
+                logger.warning("stopped by %s after %s; continue with --resume auto", name, where)
+            leave()
+            raise Stopped(stopped_by)
+
+    def save(self, name: str, epoch: int, step: int, logs: Mapping) -> None:
+        """Write the set ``name``; nothing, where losses or weights are not finite."""
+        losses = self.log.state()
+        if not is_main_process():
+            return
+        stem, model = self.folder / name, self.model
+        progress = {
+            "epoch": epoch,
+            "step": step,
+            "losses": losses,
+            "generators": generators_state(),
+            "scaler": model.gradients.state(),
+            "run": self.settings,
+            "run_id": self.run_id,
+        }
+        try:
+            save_training(stem, model.network, model.optimizer, progress, self.about)
+        except NotFiniteError as error:
+            raise self.log.diverged(str(error), model.step, logs) from None
+        logger.info("saved %s.pdparams", stem)
+        self._remove_older(name)
+
+    def validate(self, epoch: int) -> None:
+        """Measure after ``epoch``, from 0, if it is due; what is drawn meanwhile is taken back."""
+        every = self.options.eval_freq
+        if self.measure is None or not every or (epoch + 1) % every:
+            return
+        generators = generators_state()
+        figures = self.log.validation[epoch] = self.measure()
+        restore_generators(generators)
+        if is_main_process():
+            logger.info("epoch %d validation: %s", epoch + 1, figures_text(figures))
+        self.write_history()
+        barrier()
+
+    def write_history(self) -> None:
+        """Write ``history.json``: losses and figures so far."""
+        if is_main_process():
+            write_json(self.folder / HISTORY, self.log.history())
+
+    def _remove_older(self, newest: str) -> None:
+        """Delete other sets within epochs and, beyond ``keep``, of whole epochs but the first.
+
+        Epochs after the newest are of an earlier run in the same folder, and are left alone.
+        """
+        names = {path.name.partition(".")[0] for path in self.folder.iterdir()}
+        sets = [match for match in map(SET_NAME.fullmatch, names) if match]
+        old = [match[0] for match in sets if match[2] and match[0] != newest]
+        if self.options.keep and newest.isdigit():
+            epochs = sorted(int(match[1]) for match in sets if not match[2])
+            whole = [epoch for epoch in epochs if 0 < epoch <= int(newest)]
+            old += map(str, whole[: -self.options.keep])
+        for name in old:
+            remove_set(self.folder / name)
+
+
+class TrainLogger:
+    """A line every ``log_freq`` steps and at an epoch's end; keeps the mean loss of each epoch.
+
+    Losses are read from the device when a line is due or a checkpoint is about to be written,
+    and checked then, so a step never waits for its loss and no checkpoint follows a bad one.
+    A run has ``epochs`` of ``steps`` on ``batch`` images.
+    """
+
+    def __init__(self, log_freq: int, epochs: int, steps: int, batch: int):
+        self.log_freq, self.epochs, self.steps, self.batch = log_freq, epochs, steps, batch
+        self.epoch_losses: list[float] = []
+        self.validation: dict[int, Figures] = {}
+        """What was measured after epochs, from 0."""
+        self._losses: list[float] = []
+        self._unread: list[tuple[int, dict]] = []
+        self._earlier_seconds = 0.0
+        self._began = time.perf_counter()
+
+    def state(self) -> dict:
+        """The losses and figures so far, for a checkpoint."""
+        self.read_losses()
+        return {
+            "epoch_losses": np.array(self.epoch_losses, np.float64),
+            "step_losses": np.array(self._losses, np.float64),
+            "seconds": self._seconds(),
+            "validation": self._validation_rows(),
+        }
+
+    def restore(self, state: Mapping) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.epoch_losses = state["epoch_losses"].tolist()
+        self._losses = state["step_losses"].tolist()
+        self._earlier_seconds = state["seconds"]
+        # Checkpoints of earlier versions have none.
+        rows = [dict(row) for row in state.get("validation", [])]
+        self.validation = {row.pop("epoch"): row for row in rows}
+
+    def history(self) -> dict:
+        """What ``history.json`` holds; epochs count from 0, as the names of checkpoints do."""
+        losses = self.epoch_losses
+        best = int(np.argmin(losses)) if losses else None
+        found = {"epoch_losses": losses, "best_epoch": best, "seconds": round(self._seconds(), 1)}
+        return {**found, "validation": self._validation_rows()} if self.validation else found
+
+    def _seconds(self) -> float:
+        """Time spent on this run, the parts before resuming included."""
+        return self._earlier_seconds + time.perf_counter() - self._began
+
+    def _validation_rows(self) -> list[dict]:
+        return [{"epoch": epoch, **row} for epoch, row in sorted(self.validation.items())]
+
+    def begin_epoch(self, epoch: int) -> None:
+        """The steps that follow are of ``epoch``, from 0."""
+        self.epoch = epoch
+        self._begin_line()
+
+    def _begin_line(self) -> None:
+        self._mark, self._since, self._waited = time.perf_counter(), 0, 0.0
+
+    def end_step(self, step: int, logs: dict) -> None:
+        """Take what step number ``step``, from 0, has logged; see :class:`ResumableModel`."""
+        self._unread.append((step, logs))
+        self._since += 1
+        self._waited += logs["waited"]
+        if (step + 1) % self.log_freq == 0 or step + 1 == self.steps:
+            self.read_losses()
+            if is_main_process():
+                self._log_line(step, logs)
+            self._begin_line()
+
+    def end_epoch(self) -> None:
+        """Keep the epoch's mean loss."""
+        self.epoch_losses.append(sum(self._losses) / len(self._losses))
+        self._losses = []
+        if is_main_process():
+            logger.info("epoch %d: peak memory %s", self.epoch + 1, peak_memory())
+
+    def read_losses(self) -> None:
+        """Fetch and check the losses since the last call, means over ranks, which all call this."""
+        self._average()
+        for step, logs in self._unread:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise self.diverged(f"loss is {loss}", step, logs)
+            self._losses.append(loss)
+        self._unread.clear()
+
+    def _average(self) -> None:
+        """Replace what the unread steps logged on this rank by its mean over ranks."""
+        if world_size() < 2 or not self._unread:
+            return
+        figures = [
+            [logs["loss"], logs["top1"], *(part for _, part in logs["parts"])]
+            for _, logs in self._unread
+        ]
+        flat = paddle.stack([tensor.astype("float32") for row in figures for tensor in row])
+        means = iter(mean_over_ranks(flat).tolist())
+        for _, logs in self._unread:
+            logs["loss"], logs["top1"] = next(means), next(means)
+            logs["parts"] = [(code, next(means)) for code, _ in logs["parts"]]
+
+    def diverged(self, what: str, step: int, logs: Mapping) -> UserError:
+        """The error that says where it happened: step, sub-network and learning rate."""
+        codes = [code for code, part in logs["parts"] if not math.isfinite(float(part))]
+        code = (codes or [logs["arch"]])[0]
+        return UserError(
+            f"{what} at epoch {self.epoch + 1} step {step + 1}, learning rate {logs['lr']:.6g}, "
+            f"sub-network {code}; earlier checkpoints are good: resume from them, lower lr"
+        )
+
+    def _log_line(self, step: int, logs: Mapping) -> None:
+        elapsed = time.perf_counter() - self._mark
+        left = (self.epochs - self.epoch) * self.steps - step - 1
+        logger.info(
+            "epoch %d/%d step %d/%d lr %.6f loss %.4f top1 %.4f ips %.1f images/s "
+            "data %.3f s/step eta %s%s",
+            self.epoch + 1,
+            self.epochs,
+            step + 1,
+            self.steps,
+            logs["lr"],
+            float(logs["loss"]),
+            float(logs["top1"]),
+            self._since * self.batch / elapsed,
+            self._waited / self._since,
+            datetime.timedelta(seconds=round(left * elapsed / self._since)),
+            "" if logs["arch"] == LARGEST else f" arch {logs['arch']}",
+        )
 
 
 def about_weights(options: Options, loader: EpochLoader) -> dict:

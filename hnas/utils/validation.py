@@ -5,18 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import paddle
 from paddle import nn
-from paddle.callbacks import Callback
 
 from hnas.architecture_file import read_truth
 from hnas.base.errors import UserError
-from hnas.base.files import write_json
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader
 from hnas.evaluation.counts import Counts
@@ -24,19 +20,11 @@ from hnas.evaluation.reference import Batches, evaluate_network, evaluate_refere
 from hnas.evaluation.results import warn_if_guessing
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet
-from hnas.parallel.distributed import (
-    barrier,
-    is_main_process,
-    rank,
-    sum_over_ranks,
-    world_size,
-)
+from hnas.parallel.distributed import is_main_process, rank, sum_over_ranks, world_size
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan, pearson
 from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.callbacks import HISTORY, TrainLogger
-from hnas.utils.checkpoint import generators_state, restore_generators
 from hnas.utils.options import Options
-from hnas.utils.runtime import validation_loader
+from hnas.utils.runtime import calibration_images, validation_images, validation_loader
 
 logger = logging.getLogger(__name__)
 
@@ -47,45 +35,56 @@ Figures = dict[str, float | None]
 """By name; None for one that is not defined."""
 
 
-@dataclass(frozen=True)
-class Extremes:
-    """Top-1 accuracy of the largest and the smallest sub-network.
+def measurement(
+    options: Options, network: ElasticResNet, pretrained: nn.Layer, frozen: bool, train: ImageList
+) -> Callable[[], Figures]:
+    """What stage 2 measures: the extremes' accuracies and, with ``--rank_gt``, how well it ranks.
 
-    Attributes:
-        network: the supernet.
-        loader: of all validation images.
-        calibration: as in :class:`Ranking`.
-        pretrained: the plain largest network, which the supernet started from.
+    ``pretrained`` is the plain largest network, which the supernet started from; ``frozen`` says
+    whether its BatchNorm is, and ``train`` are the training images, for re-calibration.
+
+    Raises:
+        UserError: validation images or ``--rank_gt`` cannot be used.
     """
+    images = validation_images(options, train)
+    loader = validation_loader(options, images)
+    calibration = calibration_images(options, frozen, train)
+    at_first = cache(lambda: evaluate_network(pretrained, loader))
+    truth = read_ranked(options.rank_gt, network.space) if options.rank_gt else {}
+    share = share_of(options, images, loader) if truth else ()
+    # What a part of a training step has, which keeps as many activations.
+    batch = max(1, options.batch_size // options.accumulate)
 
-    network: ElasticResNet
-    loader: Batches
-    calibration: paddle.Tensor | None
-    pretrained: nn.Layer
+    def measure() -> Figures:
+        found = extremes(network, loader, calibration, at_first) if is_main_process() else {}
+        return {**found, **ranking(network, truth, share, batch, calibration)} if truth else found
 
-    def measure(self) -> Figures:
-        """Both figures, in the main process only; a warning where training broke."""
-        if not is_main_process():
-            return {}
-        space = self.network.space
-        largest, smallest = (
-            evaluate_reference(self.network, [arch], self.loader, self.calibration)
-            for arch in (space.largest(), space.smallest())
-        )
-        who = "the largest sub-network"
-        guesses = warn_if_guessing(largest, self.network.num_classes, who)
-        # Where it is right about half of the images, it cannot be below half of another's.
-        if not guesses and 2 * largest.top1[0] < largest.images:
-            warn_if_broken(largest, self.at_first)
-        return {
-            "largest_top1": float(largest.accuracy()[0]),
-            "smallest_top1": float(smallest.accuracy()[0]),
-        }
+    return measure
 
-    @cached_property
-    def at_first(self) -> Counts:
-        """Hits of the pretrained network, counted once."""
-        return evaluate_network(self.pretrained, self.loader)
+
+def extremes(
+    network: ElasticResNet,
+    loader: Batches,
+    calibration: paddle.Tensor | None,
+    at_first: Callable[[], Counts],
+) -> Figures:
+    """Top-1 accuracy of the largest and the smallest sub-network; a warning where training broke.
+
+    ``calibration`` are uint8 images [N, 3, H, W] to re-calibrate BatchNorm with, None: at running
+    statistics. ``at_first`` gives the hits of the network that the supernet started from.
+    """
+    largest, smallest = (
+        evaluate_reference(network, [arch], loader, calibration)
+        for arch in (network.space.largest(), network.space.smallest())
+    )
+    guesses = warn_if_guessing(largest, network.num_classes, "the largest sub-network")
+    # Where it is right about half of the images, it cannot be below half of another's.
+    if not guesses and 2 * largest.top1[0] < largest.images:
+        warn_if_broken(largest, at_first())
+    return {
+        "largest_top1": float(largest.accuracy()[0]),
+        "smallest_top1": float(smallest.accuracy()[0]),
+    }
 
 
 def warn_if_broken(largest: Counts, at_first: Counts) -> None:
@@ -107,65 +106,40 @@ def warn_if_broken(largest: Counts, at_first: Counts) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """How well a supernet ranks architectures whose stand-alone accuracies are known.
+def share_of(options: Options, images: ImageList, loader: EvalLoader) -> Batches:
+    """Batches of this process's share of the images, all of which ``loader`` gives."""
+    if world_size() < 2:
+        return loader
+    share = np.arange(rank(), len(images), world_size())
+    return validation_loader(options, images, share) if len(share) else ()
 
-    Attributes:
-        network: the supernet.
-        truth: accuracies of the architectures.
-        loader: of this process's share of the validation images.
-        image_size: their height and width.
-        batch: the most images of a walk.
-        calibration: as stage 3 would take them: uint8 images [N, 3, H, W] to re-calibrate every
-            sub-network's BatchNorm with; None scores at the running statistics.
+
+def ranking(
+    network: ElasticResNet,
+    truth: Mapping[Architecture, float],
+    loader: Batches,
+    batch: int,
+    calibration: paddle.Tensor | None = None,
+) -> Figures:
+    """Kendall's tau-b and Pearson's correlation of a supernet's accuracies with ``truth``.
+
+    All processes call this together; ``loader`` gives each its share of the images, of which a
+    walk over all architectures takes at most ``batch``. ``calibration`` as in :func:`extremes`.
     """
-
-    network: ElasticResNet
-    truth: Mapping[Architecture, float]
-    loader: Batches
-    image_size: int
-    batch: int
-    calibration: paddle.Tensor | None = None
-
-    @classmethod
-    def of_run(
-        cls,
-        options: Options,
-        network: ElasticResNet,
-        images: ImageList,
-        loader: EvalLoader,
-        calibration: paddle.Tensor | None,
-    ) -> Ranking:
-        """What ``--rank_gt`` asks for, on the ``images`` that ``loader`` gives.
-
-        Raises:
-            UserError: see :func:`read_ranked`.
-        """
-        truth = read_ranked(options.rank_gt, network.space)
-        share = np.arange(rank(), len(images), world_size())
-        if world_size() > 1:
-            loader = validation_loader(options, images, share) if len(share) else ()
-        # What a part of a training step has, which keeps as many activations.
-        batch = max(1, options.batch_size // options.accumulate)
-        return cls(network, truth, loader, options.image_size, batch, calibration)
-
-    def measure(self) -> Figures:
-        """Kendall's tau-b and Pearson's correlation; all processes call this together."""
-        # What Paddle compiles here gets numbers of its own, as in a run that does not measure.
-        with paddle.utils.unique_name.guard():
-            evaluator = SharedEvaluator(self.network, list(self.truth), self.calibration)
-            counts = Counts.zeros(len(self.truth))
-            for images, labels in self.loader:
-                for start in range(0, len(labels), self.batch):
-                    part = slice(start, start + self.batch)
-                    evaluator.evaluate(images[part], labels[part], counts)
-        hits = sum_over_ranks(paddle.to_tensor(counts.top1)).numpy()
-        true = np.array([*self.truth.values()])
-        return {
-            "kendall_tau_b": none_if_nan(kendall_tau_b(hits, true)),
-            "pearson": none_if_nan(pearson(hits, true)),
-        }
+    # What Paddle compiles here gets numbers of its own, as in a run that does not measure.
+    with paddle.utils.unique_name.guard():
+        evaluator = SharedEvaluator(network, list(truth), calibration)
+        counts = Counts.zeros(len(truth))
+        for images, labels in loader:
+            for start in range(0, len(labels), batch):
+                part = slice(start, start + batch)
+                evaluator.evaluate(images[part], labels[part], counts)
+    hits = sum_over_ranks(paddle.to_tensor(counts.top1)).numpy()
+    true = np.array([*truth.values()])
+    return {
+        "kendall_tau_b": none_if_nan(kendall_tau_b(hits, true)),
+        "pearson": none_if_nan(pearson(hits, true)),
+    }
 
 
 def read_ranked(path: str, space: SearchSpace) -> dict[Architecture, float]:
@@ -185,51 +159,6 @@ def read_ranked(path: str, space: SearchSpace) -> dict[Architecture, float]:
         except UserError as error:
             raise UserError(f"--rank_gt {path}: {error}") from None
     return truth
-
-
-class Validation(Callback):
-    """Measures the network after epochs, and notes what it finds in the log and history.json.
-
-    What was measured is saved with the next checkpoint. A run that is killed between an epoch's
-    checkpoint and the end of its measurement makes up for it when it is resumed.
-
-    Args:
-        measure: gives the figures by name, None for one that is not defined; all processes call
-            it. What it draws from the global generators is taken back.
-        eval_freq: epochs from one to the next.
-        log: where the figures are kept.
-        folder: of ``history.json``.
-    """
-
-    def __init__(
-        self,
-        measure: Callable[[], Figures],
-        eval_freq: int,
-        log: TrainLogger,
-        folder: str,
-    ):
-        super().__init__()
-        self.measure = measure
-        self.eval_freq = eval_freq
-        self.log = log
-        self.path = Path(folder) / HISTORY
-
-    def on_train_begin(self, logs=None):
-        done = self.log.epochs_done
-        if done and done - 1 not in self.log.validation:
-            self.on_epoch_end(done - 1)
-
-    def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.eval_freq:
-            return
-        generators = generators_state()
-        figures = self.measure()
-        restore_generators(generators)
-        self.log.validation[epoch] = figures
-        if is_main_process():
-            logger.info("epoch %d validation: %s", epoch + 1, figures_text(figures))
-            write_json(self.path, self.log.history())
-        barrier()
 
 
 def figures_text(figures: Figures) -> str:

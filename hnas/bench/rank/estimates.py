@@ -1,33 +1,26 @@
 """How well methods rank, with errors that hold for other architectures and other supernets.
 
-What is estimated is the expectation of a correlation between the scores of a method's supernet of
-a fresh seed and accuracies of networks trained alone, averaged over as many seeds as the truth has,
-over as many architectures as were compared, drawn anew from the space's distribution.
+What is estimated is the expectation of Kendall's tau-b between the scores of a method's supernet of
+a fresh seed and accuracies of networks trained alone, over as many architectures as were compared,
+drawn anew. Two things are drawn, architectures, each with the noise of its own trainings, and
+supernet seeds; every supernet scores every architecture. The variance is taken apart:
 
-Two things are drawn, architectures and supernet seeds, and every supernet scores every
-architecture. The noise of an architecture's accuracy is drawn with the architecture, since it is
-trained independently of the others. So drawing truth seeds besides would count that noise twice,
-and a bootstrap, which draws architectures twice, ties them with their copies. Here the variance is
-taken apart instead:
-
-- over architectures, from the statistic without one and without two of them: the jackknife
-  (Tukey, 1958), for differences of Kendall's tau without what it counts twice (Efron & Stein,
-  Annals of Statistics, 1981), which can be told exactly of U-statistics of degree two;
-- over seeds, from the spread between supernets, less what of it is the architectures' again: the
+- over architectures it is that of a mean over pairs (a U-statistic): for a single correlation by
+  the jackknife (Tukey, 1958), for differences without what that counts twice (Efron & Stein, Annals
+  of Statistics, 1981);
+- over seeds it is the spread between supernets, less what of it is the architectures' again: the
   analysis of variance of two crossed random factors.
 
 Intervals are Student's with Satterthwaite's degrees of freedom; those of a single correlation are
-symmetric on Fisher's scale. ``hnas.bench.rank.coverage`` measures how often they hold.
+symmetric on Fisher's scale. A bootstrap would tie architectures with their copies.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.stats import binomtest, t
 
 from hnas.ranking.correlations import none_if_nan
 
@@ -36,284 +29,136 @@ FEWEST = 8
 """Architectures, of which an interval can be given."""
 
 
-def subsets(number: int) -> np.ndarray:
-    """Masks of all of ``number`` architectures, without each one, and without each two.
+def tau_kernel(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """What each pair of architectures says about the tau-b of two lists [n].
+
+    Tau-b is a ratio: the share of pairs that agree less those that do not, over the root of the
+    shares that are untied in each list. It is linearised (delta method), so that it is a mean.
 
     Returns:
-        0 and 1 [1 + n + n (n - 1) / 2, n]; pairs in the order of ``numpy.triu_indices``.
+        [n, n] with zeros on the diagonal; the mean over pairs of different architectures is tau-b.
+        All NaN where it is not defined.
     """
-    first, second = np.triu_indices(number, 1)
-    masks = np.ones((1 + number + len(first), number))
-    masks[1 + np.arange(number), np.arange(number)] = 0
-    pairs = 1 + number + np.arange(len(first))
-    masks[pairs, first] = masks[pairs, second] = 0
-    return masks
+    x, y = (np.sign(np.subtract.outer(own, own)) for own in map(np.asarray, (scores, truth)))
+    agree, in_x, in_y = _over_pairs(x * y), _over_pairs(np.abs(x)), _over_pairs(np.abs(y))
+    if not in_x * in_y:
+        return np.full(x.shape, math.nan)
+    root = math.sqrt(in_x * in_y)
+    tau = agree / root
+    kernel = x * y / root - tau / 2 * (np.abs(x) / in_x + np.abs(y) / in_y) + tau
+    np.fill_diagonal(kernel, 0)
+    return kernel
 
 
-def tau_b(masks: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Kendall's tau-b of x and y [n] within each subset [m, n]; NaN where not defined."""
-
-    def over_pairs(values: np.ndarray) -> np.ndarray:
-        return ((masks @ values) * masks).sum(axis=1)
-
-    x, y = (np.sign(values[:, None] - values[None, :]) for values in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return over_pairs(x * y) / np.sqrt(over_pairs(np.abs(x)) * over_pairs(np.abs(y)))
-
-
-def pearson(masks: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of x and y, [n] or within each subset [m, n], in each subset [m, n]."""
-    x, y = (values - _mean(masks, values)[:, None] for values in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        covariance, *variances = ((masks * a * b).sum(axis=1) for a, b in ((x, y), (x, x), (y, y)))
-        return covariance / np.sqrt(variances[0] * variances[1])
-
-
-def spearman(masks: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rho of x and y [n] within each subset [m, n], equal values sharing their rank."""
-    below = [(v[:, None] < v[None, :]) + 0.5 * (v[:, None] == v[None, :]) for v in (x, y)]
-    return pearson(masks, *(masks @ own for own in below))
-
-
-def _mean(masks: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return (masks * values).sum(axis=1) / masks.sum(axis=1)
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A correlation.
-
-    Attributes:
-        within: of two lists within subsets.
-        of_pairs: it is a mean over pairs of architectures.
-        to_pearson, from_pearson: what it would be as Pearson's for normal values, and back
-            (Kendall, Rank Correlation Methods): so it can be corrected for reliability.
-    """
-
-    within: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-    of_pairs: bool
-    to_pearson: Callable[[np.ndarray], np.ndarray]
-    from_pearson: Callable[[np.ndarray], np.ndarray]
-
-
-STATISTICS = {
-    "kendall_tau_b": Statistic(
-        tau_b, True, lambda t: np.sin(np.pi * t / 2), lambda r: 2 / np.pi * np.arcsin(r)
-    ),
-    "pearson": Statistic(pearson, False, lambda t: t, lambda r: r),
-    "spearman": Statistic(
-        spearman, False, lambda t: 2 * np.sin(np.pi * t / 6), lambda r: 6 / np.pi * np.arcsin(r / 2)
-    ),
-}
-
-
-def reliability(masks: np.ndarray, acc: np.ndarray) -> np.ndarray:
-    """Share of the variance of means over seeds, between architectures, that is not noise.
-
-    From an analysis of variance: noise is what seeds differ by beyond their own means.
-
-    Args:
-        masks: subsets [m, n].
-        acc: accuracies [seeds, n].
-
-    Returns:
-        [m]; NaN for one seed or one architecture.
-    """
-    seeds, number = len(acc), masks.sum(axis=1)
-    means = acc.mean(axis=0)
-    centred = acc - means
-    # Of a subset, what a seed's accuracies have in common is taken off.
-    common = (masks @ centred.T) / number[:, None]
-    left = masks @ (centred**2).T - number[:, None] * common**2  # [m, seeds]
-    others = np.where(number > 1, number - 1, np.nan)
-    between = _mean(masks, (means - _mean(masks, means)[:, None]) ** 2) * number / others
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return 1 - left.sum(axis=1) / ((number - 1) * (seeds - 1) * seeds) / between
-
-
-@dataclass(frozen=True)
-class Variance:
-    """Of a mean over seeds of a statistic.
-
-    Attributes:
-        architectures, seeds: its parts.
-        freedom: degrees of freedom of their sum.
-    """
-
-    architectures: float
-    seeds: float
-    freedom: float
-
-    @property
-    def deviation(self) -> float:
-        """Standard error."""
-        return math.sqrt(self.architectures + self.seeds)
-
-
-def variance(values: np.ndarray, number: int, corrected: bool) -> Variance:
-    """Of the mean over seeds of a statistic.
-
-    Args:
-        values: [seeds, subsets] in the order of :func:`subsets`.
-        number: of architectures.
-        corrected: take off what the jackknife counts twice. It matters for differences, which
-            depend on architectures through pairs of them more than through each by itself, and is
-            exact for means over pairs.
-    """
-    seeds = len(values)
-    mean = values.mean(axis=0)
-    architectures = _over_architectures(mean[None], number, corrected)[0]
-    between = values[:, 0].var(ddof=1) / seeds if seeds > 1 else 0.0
-    both = 0.0
-    if seeds > 1:
-        both = _over_architectures(values - mean, number, corrected).sum() / (seeds - 1) / seeds
-    own = max(0.0, between - both)
-    total = architectures + own
-    parts = architectures**2 / (number - 1) + (between**2 / (seeds - 1) if own else 0)
-    return Variance(architectures, own, total**2 / parts if parts else math.inf)
-
-
-def _over_architectures(values: np.ndarray, number: int, corrected: bool) -> np.ndarray:
-    """Jackknife variances [k] of k statistics within subsets [k, subsets]."""
-    without = values[:, 1 : 1 + number]
-    jackknife = (number - 1) / number * ((without - without.mean(1, keepdims=True)) ** 2).sum(1)
-    if not corrected:
-        return jackknife
-    # Degree two is counted twice, so the truth is between half and all of it.
-    return np.clip(_unbiased(_kernel(values, number)), jackknife / 2, jackknife)
-
-
-def _kernel(values: np.ndarray, number: int) -> np.ndarray:
-    """Of pairs [k, n, n], the kernel of U-statistics of degree two with these values."""
-
-    def pairs(of: int) -> float:
-        return of * (of - 1) / 2
-
-    first, second = np.triu_indices(number, 1)
-    every, one, two = values[:, :1], values[:, 1 : 1 + number], values[:, 1 + number :]
-    kernel = np.zeros((len(values), number, number))
-    kernel[:, first, second] = (
-        pairs(number) * every
-        - pairs(number - 1) * (one[:, first] + one[:, second])
-        + pairs(number - 2) * two
-    )
-    return kernel + kernel.transpose(0, 2, 1)
-
-
-def _unbiased(kernel: np.ndarray) -> np.ndarray:
-    """Unbiased variances [k] of U-statistics of degree two, whose kernels are [k, n, n].
-
-    The square of the mean less an unbiased estimate of its expectation's square, the mean product
-    of pairs that have no architecture in common.
-    """
+def _over_pairs(kernel: np.ndarray) -> np.ndarray:
+    """Means over pairs of different architectures of kernels [..., n, n]."""
     number = kernel.shape[-1]
-    rows = kernel.sum(axis=2)
-    total, by_row, squares = rows.sum(axis=1), (rows**2).sum(axis=1), (kernel**2).sum(axis=(1, 2))
-    disjoint = total**2 - 4 * by_row + 2 * squares
-    count = number * (number - 1)
-    return (total / count) ** 2 - disjoint / (count * (number - 2) * (number - 3))
+    return kernel.sum(axis=(-2, -1)) / (number * (number - 1))
 
 
-def _half_width(variance: Variance) -> float:
-    return float(stdtrit(variance.freedom, (1 + LEVEL) / 2)) * variance.deviation
-
-
-def within(statistic: Statistic, scores: Sequence, truth: np.ndarray) -> np.ndarray:
-    """A correlation of each seed's scores [seeds, n] with the truth [n], in :func:`subsets`."""
-    masks = subsets(len(truth))
-    return np.array([statistic.within(masks, np.asarray(own), truth) for own in scores])
-
-
-def interval(values: np.ndarray, number: int) -> dict[str, float | None]:
-    """A method's correlation, mean over seeds, with the ends of its interval.
+def interval(kernels: np.ndarray) -> dict[str, float | None]:
+    """A method's tau-b, mean over its supernets, with the ends of its interval.
 
     Args:
-        values: as :func:`within` gives them.
-        number: of architectures.
+        kernels: of its supernets, :func:`tau_kernel`, [seeds, n, n]. The interval of a single one
+            holds for that supernet.
 
     Returns:
-        ``value``, ``low``, ``high``, and the parts of the standard error that are of
-        ``architectures`` and of ``seeds``. Without several seeds (``seeds`` is None) it holds for
-        this one supernet. What is not defined is None.
+        ``value``, ``low``, ``high``; what is not defined is None.
     """
-    value = float(values[:, 0].mean())
+    value = float(_over_pairs(kernels).mean())
     found = {"value": none_if_nan(value), "low": None, "high": None}
-    found |= {"architectures": None, "seeds": None}
-    if number < FEWEST or not np.isfinite(values).all() or abs(value) >= 1:
+    if kernels.shape[-1] < FEWEST or not np.isfinite(value) or abs(value) >= 1:
         return found
-    error = variance(values, number, corrected=False)
-    half = _half_width(error) / (1 - value**2)
-    return found | {
-        "low": math.tanh(math.atanh(value) - half),
-        "high": math.tanh(math.atanh(value) + half),
-        "architectures": math.sqrt(error.architectures),
-        "seeds": math.sqrt(error.seeds) if len(values) > 1 else None,
-    }
+    deviation, freedom = standard_error(kernels, corrected=False)
+    half = t.ppf((1 + LEVEL) / 2, freedom) * deviation / (1 - value**2)
+    ends = (math.tanh(math.atanh(value) + sign * half) for sign in (-1, 1))
+    return found | dict(zip(("low", "high"), ends, strict=True))
 
 
-def corrected_interval(
-    statistic: Statistic, values: np.ndarray, share: np.ndarray, number: int
-) -> dict[str, float | None]:
-    """As :func:`interval`, of the correlation with a truth without noise; at most 1.
+def difference(own: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
+    """Of the first method's tau-b less the other's.
 
     Args:
-        statistic, values, number: the correlation with the truth as it is.
-        share: the truth's reliability in :func:`subsets`.
-    """
-    found = dict.fromkeys(("value", "low", "high"))
-    if not (share > 0).all() or not np.isfinite(values).all():
-        return found
-    root = math.sqrt(share[0])
-
-    def back(correlation: float) -> float:
-        return float(statistic.from_pearson(np.clip(correlation / root, -1, 1)))
-
-    mean = values.mean(axis=0)
-    # On this scale the correction of the whole set does not change it.
-    scaled = statistic.to_pearson(mean) * root / np.sqrt(share)
-    found["value"] = back(scaled[0])
-    if number < FEWEST or abs(scaled[0]) >= 1:
-        return found
-    step = 1e-6
-    slope = (statistic.to_pearson(mean[0] + step) - statistic.to_pearson(mean[0])) / step
-    error = variance(scaled + slope * (values - mean), number, corrected=False)
-    half = _half_width(error) / (1 - scaled[0] ** 2)
-    ends = (math.tanh(math.atanh(scaled[0]) + sign * half) for sign in (-1, 1))
-    return found | dict(zip(("low", "high"), map(back, ends), strict=True))
-
-
-def difference(
-    statistic: Statistic, own: np.ndarray, other: np.ndarray, number: int
-) -> dict[str, float | None]:
-    """Of the first method's correlation less the other's, over the seeds that both have.
-
-    Args:
-        statistic: which correlation.
-        own, other: as :func:`within` gives them; what has no seeds is the same in each.
-        number: of architectures.
+        own, other: kernels [seeds, n, n] of supernets of the same seeds; [1, n, n] for what has
+            no seeds.
 
     Returns:
         ``value``, ``low``, ``high``, and ``p`` of no difference (two-sided).
     """
-    seeds = min(len(own), len(other))
-    values = own[:seeds] - other[:seeds]
-    value = float(values[:, 0].mean())
+    kernels = own - other
+    value = float(_over_pairs(kernels).mean()) if len(kernels) else math.nan
     found = {"value": none_if_nan(value), "low": None, "high": None, "p": None}
-    if number < FEWEST or not np.isfinite(values).all():
+    if kernels.shape[-1] < FEWEST or not np.isfinite(value):
         return found
-    error = variance(values, number, corrected=statistic.of_pairs)
-    half = _half_width(error)
-    ratio = abs(value) / error.deviation if error.deviation else math.inf if value else 0.0
-    p = 2 * float(stdtr(error.freedom, -ratio))
+    deviation, freedom = standard_error(kernels, corrected=True)
+    if not deviation:
+        return found | {"low": value, "high": value, "p": 0.0 if value else 1.0}
+    half = t.ppf((1 + LEVEL) / 2, freedom) * deviation
+    p = 2 * float(t.sf(abs(value) / deviation, freedom))
     # Two correlations cannot be further apart than 2.
     return found | {"low": max(value - half, -2.0), "high": min(value + half, 2.0), "p": p}
 
 
-def holm(p: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Holm's adjusted p-values (Scandinavian Journal of Statistics, 1979); None stays None."""
-    known = sorted((value, name) for name, value in p.items() if value is not None)
-    adjusted, largest = dict.fromkeys(p), 0.0
-    for rank, (value, name) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * value))
-        adjusted[name] = largest
-    return adjusted
+def standard_error(kernels: np.ndarray, corrected: bool) -> tuple[float, float]:
+    """Of the mean over seeds and pairs of kernels [seeds, n, n].
+
+    Args:
+        kernels: of the supernets.
+        corrected: take off what the jackknife counts twice. It matters for differences, which
+            depend on architectures through pairs of them more than through each by itself.
+
+    Returns:
+        The standard error, and its degrees of freedom.
+    """
+    seeds, number = kernels.shape[:2]
+    mean = kernels.mean(axis=0)
+    architectures = over_architectures(mean[None], corrected)[0]
+    between = both = 0.0
+    if seeds > 1:
+        between = _over_pairs(kernels).var(ddof=1) / seeds
+        both = over_architectures(kernels - mean, corrected).sum() / (seeds - 1) / seeds
+    own = max(0.0, between - both)
+    total = architectures + own
+    parts = architectures**2 / (number - 1) + (between**2 / (seeds - 1) if own else 0)
+    return math.sqrt(total), total**2 / parts if parts else math.inf
+
+
+def over_architectures(kernels: np.ndarray, corrected: bool) -> np.ndarray:
+    """Variances [k] of means over pairs of kernels [k, n, n] that are due to architectures."""
+    number = kernels.shape[-1]
+    rows = kernels.sum(axis=2)
+    total, by_row = rows.sum(axis=1), (rows**2).sum(axis=1)
+    mean = total / (number * (number - 1))
+    spread = ((rows / (number - 1) - mean[:, None]) ** 2).sum(axis=1)
+    jackknife = 4 * (number - 1) / (number * (number - 2) ** 2) * spread
+    if not corrected:
+        return jackknife
+    # The square of the mean less an unbiased estimate of its expectation's square, the mean product
+    # of pairs that have no architecture in common.
+    disjoint = total**2 - 4 * by_row + 2 * (kernels**2).sum(axis=(1, 2))
+    pairs = number * (number - 1) * (number - 2) * (number - 3)
+    # Degree two is counted twice, so the truth is between half and all of the jackknife.
+    return np.clip(mean**2 - disjoint / pairs, jackknife / 2, jackknife)
+
+
+def share(number: int, total: int) -> dict[str, float]:
+    """``number`` of ``total`` as a share, with the ends of its exact interval (Clopper-Pearson)."""
+    ends = binomtest(number, total).proportion_ci(LEVEL, method="exact")
+    return {"value": number / total, "low": float(ends.low), "high": float(ends.high)}
+
+
+def reliability(acc: np.ndarray) -> float:
+    """Share of the variance of means over seeds, between architectures, that is not noise.
+
+    From an analysis of variance of accuracies [seeds, n]: noise is what seeds differ by beyond
+    their own means. NaN for one seed or one architecture.
+    """
+    seeds, number = acc.shape
+    if seeds < 2 or number < 2:
+        return math.nan
+    means = acc.mean(axis=0)
+    left = acc - means - acc.mean(axis=1, keepdims=True) + acc.mean()
+    noise = (left**2).sum() / ((number - 1) * (seeds - 1) * seeds)
+    between = means.var(ddof=1)
+    return float(1 - noise / between) if between else math.nan

@@ -1,13 +1,13 @@
 """What ``hnas.bench.rank`` is made of: how much is trained, the jobs, and their files.
 
-A finished job has a line in ``OUT/runs.jsonl``, its result, which depends on its settings only, and
-one in ``OUT/seconds.jsonl``. Weights that later jobs start from are ``OUT/weights/NAME.pdparams``.
+A finished job has a line in ``OUT/runs.jsonl``: its settings, on which its result depends, the
+result, and what it took. Weights that later jobs start from are ``OUT/weights/NAME.pdparams``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,24 +15,20 @@ from pathlib import Path
 import numpy as np
 
 from hnas.base.errors import UserError
+from hnas.base.files import replacing
+from hnas.base.settings import check_same_settings
 from hnas.bench.rank.distorted_digits import DigitsTask
-from hnas.bench.rank.methods import EIGHT_SEEDS, STAGE1_FORWARDS, Method, find_method
-from hnas.bench.rank.records import Records
+from hnas.bench.rank.methods import METHODS, STAGE1_FORWARDS, Method
 from hnas.search_space import Architecture, SearchSpace, search_space
 
 BACKBONE = "resnet48_mini"
 ARCHITECTURES_SEED = 2022
 
-SPLITS = ("selection", "seen", "sealed", "final")
-"""Architectures to tune on; held out for former methods, but looked at once; looked at by three
-former methods; never scored before the comparison that docs/ranking-bench.md announces."""
+SPLITS = ("selection", "final")
+"""Architectures to choose by, and those that only what is compared is scored on."""
 
-TRUTH_SEEDS = {"selection": 6, "seen": 3, "sealed": 3, "final": 8}
-"""How often each architecture is trained alone."""
-
-DEVELOPMENT_SEEDS = (8, 9)
-"""Of supernets that are scored on the selection architectures: the first to choose learning rates
-by, both for what moves tau. Final ones have the seeds before them."""
+TUNING_SEED = 100
+"""Of the supernets that learning rates are chosen by. Those that are compared begin at 0."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +38,12 @@ class Scale:
     Learning rates are peaks, reached after a tenth of the steps and followed by a cosine to zero.
 
     Attributes:
-        architectures: how many, drawn from the released distribution.
-        selection: how many of them, the first, recipes may be tuned on.
-        sealed: how many of them, before the final ones, were held out for former methods.
-        final: how many of them, the last, are for one announced comparison.
-        most_truth_seeds, most_seeds: bounds of the numbers of seeds.
+        selection, final: architectures of each split, drawn from the released distribution.
+        truth_seeds: how often each is trained alone.
+        seeds: supernets of each compared method.
         batch_size: images a step.
-        truth_steps, truth_lr: of the networks that are trained alone.
-        pretrain_steps, pretrain_lr: of the network that supernets start from and learn from.
+        alone_steps, alone_lr: of the networks that are trained alone, that which supernets start
+            from and learn from among them.
         stage1_steps, stage1_lr, queue_size: of stage 1.
         budget: forward passes over a batch that a supernet may take, stage 1's included.
         momentum, weight_decay: of all.
@@ -57,17 +51,13 @@ class Scale:
         calibration_images: to re-calibrate BatchNorm with, where it is.
     """
 
-    architectures: int = 96
     selection: int = 16
-    sealed: int = 24
     final: int = 32
-    most_truth_seeds: int = 8
-    most_seeds: int = 8
+    truth_seeds: int = 8
+    seeds: int = 8
     batch_size: int = 32
-    truth_steps: int = 3200
-    truth_lr: float = 0.05
-    pretrain_steps: int = 3200
-    pretrain_lr: float = 0.05
+    alone_steps: int = 3200
+    alone_lr: float = 0.05
     stage1_steps: int = 120
     stage1_lr: float = 0.005
     queue_size: int = 1024
@@ -81,15 +71,12 @@ class Scale:
     def quick(cls) -> Scale:
         """Just enough to run every part of the bench; its figures mean nothing."""
         return cls(
-            architectures=7,
             selection=3,
-            sealed=0,
-            final=4,
-            most_truth_seeds=2,
-            most_seeds=1,
+            final=8,
+            truth_seeds=2,
+            seeds=2,
             batch_size=16,
-            truth_steps=8,
-            pretrain_steps=12,
+            alone_steps=8,
             stage1_steps=1,
             queue_size=64,
             budget=26,
@@ -97,44 +84,22 @@ class Scale:
             calibration_images=32,
         )
 
-    def truth_seeds(self, split: str) -> int:
-        """How often each architecture of a split is trained alone."""
-        return min(TRUTH_SEEDS[split], self.most_truth_seeds)
-
-    def seeds(self, method: str) -> int:
-        """How many final supernets a method has."""
-        return min(8 if method in EIGHT_SEEDS else 5, self.most_seeds)
-
     def steps(self, method: Method) -> int:
         """Steps of stage 2 that the budget leaves to a method.
 
         Raises:
             UserError: none.
         """
-        left = (self.budget - self.stage1_forwards(method)) * method.stage2
-        if left < method.forwards:
+        stage1 = STAGE1_FORWARDS * self.stage1_steps if method.stage1 else 0
+        steps = int((self.budget - stage1) / method.forwards)
+        if steps < 1:
             raise UserError(f"a budget of {self.budget} forward passes leaves no step of stage 2")
-        return int(left / method.forwards)
-
-    def stage1_forwards(self, method: Method) -> int:
-        """Forward passes over a batch that a method's stage 1 takes."""
-        return 0 if method.stage1 == "none" else STAGE1_FORWARDS * self.stage1_steps
+        return steps
 
 
-# What a job's result depends on; later ones also on what they start from.
-COMMON = ("batch_size", "momentum", "weight_decay", "validation_images")
-PRETRAIN = (*COMMON, "pretrain_steps", "pretrain_lr")
-STAGE1 = (*PRETRAIN, "stage1_steps", "stage1_lr", "queue_size")
-SUPERNET = (*STAGE1, "budget", "calibration_images")
-DEPENDS = {
-    "truth": (*COMMON, "truth_steps", "truth_lr"),
-    "pretrain": PRETRAIN,
-    "stage1": STAGE1,
-    "selection": SUPERNET,
-    "final": SUPERNET,
-    # Former ones, which are only read; their lines say what else they were.
-    "supernet": COMMON,
-}
+# What a job's result depends on, what it starts from included.
+ALONE = ("batch_size", "momentum", "weight_decay", "validation_images", "alone_steps", "alone_lr")
+SUPERNET = (*ALONE, "stage1_steps", "stage1_lr", "queue_size", "budget", "calibration_images")
 
 
 @dataclass(frozen=True)
@@ -142,49 +107,36 @@ class Job:
     """One training.
 
     Attributes:
-        kind: ``truth``, ``pretrain``, ``stage1``, or of a supernet the split that it is scored on,
-            ``selection`` or ``final``; ``supernet`` for those of former methods.
-        what: an architecture's name, nothing, a kind of stage 1, or ``METHOD@RATE``.
+        kind: ``truth``, ``pretrain``, ``stage1``, or of a supernet the split that it is scored on.
         seed: from 0.
+        what: an architecture's name, nothing, or a method's name.
+        rate: a supernet's learning rate, for the sum of a step's gradients.
     """
 
     kind: str
-    what: str
     seed: int
+    what: str = ""
+    rate: float = 0.0
 
     @property
     def name(self) -> str:
-        return "-".join(part for part in (self.kind, self.what, str(self.seed)) if part)
-
-    @classmethod
-    def from_name(cls, name: str) -> Job:
-        kind, *what, seed = name.split("-")
-        return cls(kind, "".join(what), int(seed))
-
-    @classmethod
-    def supernet(cls, split: str, method: str, rate: float, seed: int) -> Job:
-        """A method's training at a learning rate, scored on a split."""
-        return cls(split, f"{method}@{rate:g}", seed)
+        what = f"{self.what}@{self.rate:g}" if self.rate else self.what
+        return "-".join(part for part in (self.kind, what, str(self.seed)) if part)
 
     @property
     def method(self) -> Method:
         """Of a supernet."""
-        return find_method(self.what.partition("@")[0])
-
-    @property
-    def rate(self) -> float:
-        """Learning rate of a supernet, for the sum of a step's gradients."""
-        return float(self.what.partition("@")[2])
+        return METHODS[self.what]
 
     @property
     def needs(self) -> tuple[Job, ...]:
         """The jobs whose weights it starts from."""
         if self.kind in ("truth", "pretrain"):
             return ()
-        pretrained = Job("pretrain", "", self.seed)
-        if self.kind == "stage1" or self.method.stage1 == "none":
+        pretrained = Job("pretrain", self.seed)
+        if self.kind == "stage1" or not self.method.stage1:
             return (pretrained,)
-        return pretrained, Job("stage1", self.method.stage1, self.seed)
+        return pretrained, Job("stage1", self.seed)
 
 
 @dataclass(frozen=True)
@@ -199,15 +151,10 @@ class Bench:
     folder: Path
     scale: Scale
 
-    @cached_property
-    def runs(self) -> Records:
-        """Results with their settings, by the jobs' names."""
-        return Records(self.folder / "runs.jsonl")
-
-    @cached_property
-    def times(self) -> Records:
-        """What jobs cost, apart from the results, so that a repeated job gives the same result."""
-        return Records(self.folder / "seconds.jsonl")
+    @property
+    def runs(self) -> Path:
+        """The file of results."""
+        return self.folder / "runs.jsonl"
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -221,57 +168,91 @@ class Bench:
     def archs(self) -> dict[str, Architecture]:
         """The architectures by name; those of a smaller bench are a larger one's first."""
         rng = np.random.default_rng(ARCHITECTURES_SEED)
-        return self.space.sample_distinct(rng, self.scale.architectures)
+        return self.space.sample_distinct(rng, self.scale.selection + self.scale.final)
 
-    def split(self, name: str) -> str:
-        """An architecture's, one of ``SPLITS``."""
-        scale, place = self.scale, list(self.archs).index(name)
-        final = scale.architectures - scale.final
-        ends = (scale.selection, final - scale.sealed, final, scale.architectures)
-        return next(split for split, end in zip(SPLITS, ends, strict=True) if place < end)
-
-    def of_splits(self, splits: Sequence[str]) -> dict[str, Architecture]:
-        """The architectures of some of ``SPLITS``."""
-        return {name: arch for name, arch in self.archs.items() if self.split(name) in splits}
+    def of_split(self, split: str) -> dict[str, Architecture]:
+        """The architectures of one of ``SPLITS``."""
+        every, first = list(self.archs.items()), self.scale.selection
+        return dict(every[:first] if split == "selection" else every[first:])
 
     def weights(self, job: Job) -> Path:
         return self.folder / "weights" / f"{job.name}.pdparams"
 
-    def seconds(self, job: Job) -> float | None:
-        """What a job took by the clock, if that is known."""
-        return (self.times.get(job.name) or {}).get("seconds")
-
     def settings(self, job: Job) -> dict:
         """All that a job's result depends on, as JSON gives it back."""
-        settings = {
-            "backbone": BACKBONE,
-            "task": asdict(self.task),
-            **{name: getattr(self.scale, name) for name in DEPENDS[job.kind]},
-        }
+        names = ALONE if job.kind in ("truth", "pretrain") else SUPERNET
+        settings = {name: getattr(self.scale, name) for name in names}
+        settings |= {"backbone": BACKBONE, "task": asdict(self.task)}
         if job.kind == "truth":
             settings["arch"] = self.archs[job.what].code
-        elif job.kind in ("selection", "final"):
-            settings["method"] = job.method.settings()
+        elif job.kind in SPLITS:
+            settings["method"] = asdict(job.method)
             settings["lr"] = job.rate
-            settings["architectures"] = len(self.of_splits((job.kind,)))
+            settings["architectures"] = len(self.of_split(job.kind))
         return json.loads(json.dumps(settings))
 
-    def result(self, job: Job) -> dict | None:
-        """What a job left, if it is finished; weights that others start from must be there too.
+    def entries(self) -> dict[str, dict]:
+        """All results by the jobs' names, in the order of the lines; none if there is no file.
 
         Raises:
-            UserError: it is of other settings.
+            UserError: the file cannot be read, or is not one of these.
         """
-        result, settings = self.runs.get(job.name), self.settings(job)
-        if result is None or (
-            job.kind in ("pretrain", "stage1") and not self.weights(job).is_file()
-        ):
-            return None
-        found = result.get("settings", {})
-        changed = [key for key in settings if found.get(key) != settings[key]]
-        if changed:
-            raise UserError(
-                f"{self.runs.path}: {job.name} is of other settings ({', '.join(changed)}); remove "
-                "its line, or choose another --out"
+        try:
+            lines = self.runs.read_bytes().splitlines()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise UserError(f"cannot read {self.runs}: {error.strerror or error}") from error
+        entries = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                entries[entry.pop("job")] = entry
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(
+                    f"{self.runs}, line {number} is not a whole entry of a job; remove the line, "
+                    "and the job is done again"
+                ) from None
+        return entries
+
+    def put(self, job: Job, result: dict) -> None:
+        """Add a job's result, or replace it. It is on the disk when this returns.
+
+        The file is replaced as a whole: a kill leaves all results, or all but the newest. So one
+        process writes it.
+
+        Raises:
+            UserError: the file cannot be written, or is not one of these.
+        """
+        entries = self.entries() | {job.name: {"settings": self.settings(job), **result}}
+        with replacing(self.runs) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for name, entry in entries.items():
+                file.write(json.dumps({"job": name, **entry}, separators=(",", ":")) + "\n")
+
+    def results(self, jobs: Iterable[Job]) -> dict[Job, dict]:
+        """What those of the jobs left that are finished.
+
+        Weights that others start from must be there too.
+
+        Raises:
+            UserError: a result is of other settings.
+        """
+        entries, found = self.entries(), {}
+        for job in jobs:
+            lost = job.kind in ("pretrain", "stage1") and not self.weights(job).is_file()
+            if job.name not in entries or lost:
+                continue
+            check_same_settings(
+                f"{self.runs}: {job.name}",
+                entries[job.name].get("settings", {}),
+                self.settings(job),
+                "remove its line, or choose another --out",
             )
-        return result
+            found[job] = entries[job.name]
+        return found
+
+    def unfinished(self, jobs: Iterable[Job]) -> list[Job]:
+        """Those without a result, in their order."""
+        jobs = list(dict.fromkeys(jobs))
+        found = self.results(jobs)
+        return [job for job in jobs if job not in found]

@@ -12,9 +12,8 @@ import paddle
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.evaluation.cpu_kernels import CpuKernels
-from hnas.evaluation.kernels import DygraphKernels
+from hnas.evaluation.kernels import Convolution, Kernels, new_identity
 from hnas.evaluation.variants import Precision, cpu_variant
-from hnas.evaluation.weights import Convolution, new_identity
 from hnas.models.convolution import onednn_conv2d
 from hnas.tools.check_device.arithmetic import BFLOAT16, FLOAT32, LIMITS, scoring_precisions
 from hnas.tools.check_device.machine import Machine
@@ -82,7 +81,7 @@ def check_kernels(precision: Precision, calibration: int) -> Iterator[Result]:
     how = f"{precision.value}{', re-calibrated' if calibration else ''}"
     for channels in WIDTHS:
         kernels = CpuKernels(cpu_variant(precision), calibration)
-        right = blocks(DygraphKernels(calibration), "float64", channels)
+        right = blocks(Kernels(calibration=calibration), "float64", channels)
         for name, found in blocks(kernels, "float32", channels).items():
             row = f"{name}, {channels} channels, {how}"
             error = relative_error(found, right[name])
@@ -90,9 +89,9 @@ def check_kernels(precision: Precision, calibration: int) -> Iterator[Result]:
 
 
 @paddle.no_grad()
-def blocks(kernels: DygraphKernels, dtype: str, channels: int) -> dict[str, np.ndarray]:
+def blocks(kernels: Kernels, dtype: str, channels: int) -> dict[str, np.ndarray]:
     """Outputs [N, C, H, W] of a block and of a stage's first block, of tensors in ``dtype``."""
-    plain = DygraphKernels(kernels.calibration)
+    plain = Kernels(calibration=kernels.calibration)
     form = kernels.form()
     shape = [1, 1, 1, 1]
     shape[form.channel_axis] = -1
@@ -108,7 +107,7 @@ def blocks(kernels: DygraphKernels, dtype: str, channels: int) -> dict[str, np.n
         rest = (tensor(seed + 1 + part, outputs).reshape(shape) for part in range(parts))
         return Convolution(form.arrange(filters), tuple(rest), outputs, new_identity())
 
-    x = kernels.accept(tensor(0, WIDTHS[channels], channels, MAP, MAP), plain)
+    x = kernels.accept(tensor(0, WIDTHS[channels], channels, MAP, MAP))
     middle, narrow = channels - 6, channels - 1
     conv1, conv2 = convolution(10, middle, channels, 3), convolution(20, narrow, middle, 3)
     first = kernels.last(
@@ -116,5 +115,7 @@ def blocks(kernels: DygraphKernels, dtype: str, channels: int) -> dict[str, np.n
         kernels.project(x, convolution(40, channels, channels, 1)),
         convolution(50, narrow, middle, 3),
     )
-    found = {"block": kernels.block(x, conv1, conv2), "first block": first}
-    return {name: plain.accept(y, kernels).astype(dtype).numpy() for name, y in found.items()}
+    found = {"block": kernels.last(kernels.first(x, conv1, 1), x, conv2), "first block": first}
+    return {
+        name: plain.accept(y, kernels.layout).astype(dtype).numpy() for name, y in found.items()
+    }

@@ -11,7 +11,8 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.evaluation.fused import Operator, find_fused
+from hnas.evaluation.gpu_kernels import find_fused
+from hnas.evaluation.kernels import Operator
 from hnas.evaluation.variants import Precision
 from hnas.tools.check_device.arithmetic import BFLOAT16, FLOAT16, FLOAT32, LIMITS, precisions
 from hnas.tools.check_device.machine import Machine

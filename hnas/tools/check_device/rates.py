@@ -11,11 +11,10 @@ import paddle
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.fused import find_fused
-from hnas.evaluation.gpu_kernels import GpuKernels
+from hnas.evaluation.gpu_kernels import find_fused, gpu_kernels
+from hnas.evaluation.kernels import Convolution, new_identity
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.variants import Precision, Variant
-from hnas.evaluation.weights import Convolution, new_identity
 from hnas.models.elastic import freeze_statistics
 from hnas.models.registry import build_network
 from hnas.tools.check_device.arithmetic import scoring_precisions
@@ -105,7 +104,7 @@ def block_rates(precision: Precision, layout: str) -> Iterator[Result]:
 
     def one(variant: Variant) -> Iterator[Result]:
         channels, size = SHAPES[2]
-        kernels, plain = GpuKernels(variant), GpuKernels(Variant())
+        kernels = gpu_kernels(variant, 0)
         form = kernels.form()
         shape = [1, 1, 1, 1]
         shape[form.channel_axis] = -1
@@ -118,8 +117,9 @@ def block_rates(precision: Precision, layout: str) -> Iterator[Result]:
             )
             for _ in range(2)
         ]
-        x = kernels.accept(drawn(BATCH, channels, size, size), plain)
-        seconds = seconds_of(lambda: kernels.block(x, *convolutions))
+        x = kernels.accept(drawn(BATCH, channels, size, size))
+        conv1, conv2 = convolutions
+        seconds = seconds_of(lambda: kernels.last(kernels.first(x, conv1, 1), x, conv2))
         rate = BATCH * size * size * 18 * channels * channels / seconds / 1e9
         yield fact(f"block of stage 3: {variant}", f"{rate:,.0f} GMAC/s")
 
@@ -140,10 +140,12 @@ def walk_rates(machine: Machine, precision: Precision) -> Iterator[Result]:
     for variant in variants(machine, precision, 0):
         evaluator = SharedEvaluator(network, drawn_archs, variant=variant)
         evaluator.evaluate(*batch, Counts.zeros(archs))
-        done, began = evaluator.macs, time.perf_counter()
-        while evaluator.macs == done or time.perf_counter() - began < SECONDS:
+        walks, began = 0, time.perf_counter()
+        while not walks or time.perf_counter() - began < SECONDS:
             evaluator.evaluate(*batch, Counts.zeros(archs))
-        rate = (evaluator.macs - done) / (time.perf_counter() - began) / 1e9
+            walks += 1
+        macs = walks * number * evaluator.tree.macs(size)
+        rate = macs / (time.perf_counter() - began) / 1e9
         yield fact(f"walk at {size} px: {variant}", f"plan --gmacs_per_s {rate:.0f}")
 
 

@@ -27,8 +27,12 @@ from hnas.tools.check_device.results import (
 )
 from hnas.tools.check_device.subjects import CLASSES, images, labels, seed_weights
 from hnas.utils.checkpoint import load_training, save_training
-from hnas.utils.gradient_step import GradientStep, momentum_optimizer
-from hnas.utils.hapi_wrapper import DistillationModel, ResumableModel
+from hnas.utils.hapi_wrapper import (
+    DistillationModel,
+    GradientStep,
+    ResumableModel,
+    momentum_optimizer,
+)
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import FirstPlaceSampler, RandomSampler
 
@@ -236,8 +240,8 @@ def repeated(row: str, build: Callable, precision: Precision, folder: Path) -> I
     run(whole, 0, REPEATED)
     run(begun, 0, REPEATED // 2)
     progress = {"run_id": "", "scaler": begun.gradients.state()}
-    save_training(folder / "saved", begun.network, begun._optimizer, progress)
-    progress = load_training(folder / "saved", resumed.network, resumed._optimizer)
+    save_training(folder / "saved", begun.network, begun.optimizer, progress)
+    progress = load_training(folder / "saved", resumed.network, resumed.optimizer)
     resumed.gradients.restore(progress["scaler"])
     run(resumed, REPEATED // 2, REPEATED)
     states = (each.network.state_dict().values() for each in (whole, resumed))

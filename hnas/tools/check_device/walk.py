@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.fused import find_fused
+from hnas.evaluation.gpu_kernels import find_fused
 from hnas.evaluation.reference import network_logits
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import compare

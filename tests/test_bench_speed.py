@@ -1,0 +1,128 @@
+"""The speed benches: what they compare is the same computation, and their figures add up."""
+
+import importlib
+import json
+import re
+
+import numpy as np
+import paddle
+import pytest
+
+from hnas.base.errors import UserError
+from hnas.base.files import write_json
+from hnas.bench import speed_scoring, speed_training
+from hnas.bench.speed_training import (
+    StraightforwardContrast,
+    StraightforwardDistillation,
+    calm,
+    settle,
+    with_paddleslim_norms,
+)
+from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48_MINI
+from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.SampleMethod import FirstPlaceSampler, LargestSampler
+
+BENCHES = ("speed_scoring", "speed_training", "rank.__main__")
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_help_tells_defaults_and_unknown_flags_are_one_line(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main = importlib.import_module(f"hnas.bench.{name}").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert not ended.value.code
+    usage, _, text = capsys.readouterr().out.partition("options:\n")
+    assert usage.startswith(f"usage: python -m hnas.bench.{name.removesuffix('.__main__')} [-h]")
+    options = re.split(r"^  (?=--)", text, flags=re.M)[1:]
+    for option in options:
+        assert "default" in option or f"[{option.split()[0]}" not in usage, option
+    with pytest.raises(UserError) as error:
+        main(["--evolve", "1"])
+    assert options and "\n" not in str(error.value)
+
+
+def trained(kind, stage, frozen):
+    """State after two steps on 16 images."""
+    paddle.seed(0)
+    if stage == 2:
+        network = build_network("resnet48_mini", 10)
+        teacher = build_network("resnet48_mini", 10, elastic=False)
+        calm(network)
+        settle(network, 32)
+        model = kind(network, teacher, FirstPlaceSampler(RESNET48_MINI, 1, 3, candidates=20))
+    else:
+        network = build_network("resnet48pinasv2_mini", 10, queue_size=32)
+        calm(network.backbone)
+        settle(network.backbone, 32)
+        network.reset_key_encoder()
+        model = kind(network, LargestSampler(RESNET48_MINI, 2))
+    if frozen:
+        freeze_statistics(network)
+    if kind in (StraightforwardContrast, StraightforwardDistillation):
+        with_paddleslim_norms(network)
+        assert not any(isinstance(layer, ElasticBatchNorm2D) for layer in network.sublayers())
+    model.prepare(momentum_optimizer(network, 0.01, 0.9, 1e-4))
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (2, 16, 3, 32, 32), dtype=np.uint8)
+    second = rng.integers(0, 10, 16) if stage == 2 else images[1]
+    losses = []
+    for model.step in range(2):
+        logs = model.train_batch([paddle.to_tensor(images[0]), paddle.to_tensor(second)])
+        losses.append(float(logs["loss"]))
+    return losses, {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "ours", "straightforward"),
+    [
+        (1, ContrastiveModel, StraightforwardContrast),
+        (2, DistillationModel, StraightforwardDistillation),
+    ],
+)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_straightforward_loop_is_the_same_computation(stage, ours, straightforward, frozen):
+    losses, state = trained(ours, stage, frozen)
+    other_losses, other = trained(straightforward, stage, frozen)
+    np.testing.assert_allclose(losses, other_losses, rtol=1e-5)
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        np.testing.assert_allclose(value, other[name], atol=1e-4, rtol=1e-3, err_msg=name)
+
+
+def printed(bench, capsys, flags):
+    """The lines of JSON that a bench prints."""
+    bench.main([str(part) for pair in flags.items() for part in pair])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_training_is_timed_a_line_a_stage(capsys):
+    flags = {"--batch_size": 4, "--rounds": 2, "--steps": 1, "--num_workers": 0}
+    lines = printed(speed_training, capsys, flags)
+    assert [line["stage"] for line in lines] == [1, 2]
+    for line in lines:
+        speeds = [line[f"{kind}_sample_forwards_per_s"] for kind in speed_training.LOOPS]
+        assert line["ratio"] == pytest.approx(speeds[0] / speeds[1], abs=0.05)
+        low, high = line["ratio_of_rounds"]
+        assert 0 < low <= line["ratio"] <= high
+
+
+def test_scoring_is_timed_and_both_engines_agree(tmp_path, capsys):
+    path = tmp_path / "codes.json"
+    archs = RESNET48_MINI.sample_distinct(np.random.default_rng(3), 6)
+    write_json(path, {name: {"acc": 0, "arch": arch.code} for name, arch in archs.items()})
+    flags = {"--modelarch_file": path, "--backbone": "resnet48_mini", "--image_size": 32}
+    few = {"--n_images": 8, "--num_classes": 10, "--n_arch": 4}
+    (found,) = printed(speed_scoring, capsys, flags | few)
+    assert found["n_arch"] == 4 and found["largest_difference_top1"] <= found["near_ties"]
+    assert found["ratio"] == pytest.approx(found["reference_s"] / found["shared_s"], rel=0.05)
+    # All codes, without a run; a classifier's products are not counted.
+    (found,) = printed(speed_scoring, capsys, flags | {"--count_only": True})
+    assert "ratio" not in found and found["n_arch"] == 6
+    naive = sum(RESNET48_MINI.macs(arch, 32, num_classes=0) for arch in archs.values())
+    assert found["macs_naive"] == naive > found["macs_shared"]
+    with pytest.raises(UserError, match="--n_arch 7, but the file has 6 architectures"):
+        printed(speed_scoring, capsys, flags | {"--n_arch": 7})

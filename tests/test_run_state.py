@@ -1,0 +1,481 @@
+"""A run's state: place in the schedule, whose run a set is, measurements, forged states."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+
+from hnas.base import files
+from hnas.base.errors import UserError
+from hnas.base.files import read_json, write_json
+from hnas.base.safe_pickle import load_pickle
+from hnas.utils import training
+from hnas.utils.checkpoint import OPTIMIZER, RUN_NOTE, STATES, generators_state, noted_run
+from hnas.utils.hapi_wrapper import (
+    ResumableModel,
+)
+from hnas.utils.options import Options
+from hnas.utils.weights import file_digest, read_weights, write_state
+
+IMAGES, EPOCHS, WARMUP, LR = 64, 4, 1, 0.5
+
+
+class Killed(Exception):  # noqa: N818 (as a signal is no error)
+    """The end of a run that nobody asked for."""
+
+
+class Loader:
+    """As many steps an epoch as ``IMAGES`` give; ``kill_at`` is the (epoch, step) of the end."""
+
+    def __init__(self, total_batch, kill_at=None):
+        self.total_batch = total_batch
+        self.kill_at = kill_at
+        images = SimpleNamespace(digest=lambda: "digest", classes=["a", "b"])
+        self.dataset = SimpleNamespace(images=images)
+
+    def __len__(self):
+        return IMAGES // self.total_batch
+
+    def epoch(self, epoch, first):
+        for step in range(first, len(self)):
+            if (epoch, step) == self.kill_at:
+                raise Killed
+            yield paddle.full([2, 3], 0.1 * (epoch + step + 1))
+
+
+class Recorder(ResumableModel):
+    """Trains a layer; notes the learning rate that each step's optimizer really took."""
+
+    def __init__(self):
+        paddle.seed(1)
+        super().__init__(paddle.nn.Linear(3, 2))
+        self.rates = {}
+
+    def train_batch(self, inputs):
+        loss = self.network(inputs).square().mean()
+        self.gradients.backward(loss)
+        before, velocity = self.network.bias.numpy(), self.velocity()
+        gradient = self.network.bias.grad.numpy()
+        self.gradients.step()
+        moved = before - self.network.bias.numpy()
+        # Momentum without weight decay: v = m v + g, w = w - lr v.
+        self.rates[self.epoch, self.step] = float((moved / (0.9 * velocity + gradient))[0])
+        self.claimed = self.optimizer.get_lr()
+        logs = {"loss": loss.detach(), "top1": loss.detach(), "arch": "code"}
+        return {**logs, "parts": [("code", logs["loss"])]}
+
+    def velocity(self):
+        state = self.optimizer.state_dict()
+        return state.get(f"{self.network.bias.name}_velocity_0", paddle.zeros([2])).numpy()
+
+
+def train_to(folder, batch, processes=1, kill_at=None, measure=None, **flags):
+    """Train ``EPOCHS`` epochs with a batch and processes; gives the model, killed or not."""
+    flags = {"lr": LR, "weight_decay": 0.0, "warmup": WARMUP, "max_epoch": EPOCHS} | flags
+    flags = {"save_dir": str(folder), "onednn": False, "save_steps": 0} | flags
+    options = Options(batch_size=batch, **flags)
+    with paddle.utils.unique_name.guard(), pytest.MonkeyPatch.context() as patch:
+        # These tests kill no machine.
+        patch.setattr(files, "_flush", lambda path: None)
+        model = Recorder()
+        loader = Loader(batch * processes, kill_at)
+        with patch.context() as prepared:
+            prepared.setattr(training, "world_size", lambda: processes)
+            training.prepare(model, options, len(loader))
+        try:
+            training.fit(model, options, loader, measure)
+        except Killed:
+            assert kill_at or measure
+    return model
+
+
+def same_weights(model, other):
+    mine, others = model.network.state_dict(), other.network.state_dict()
+    return all(mine[name].numpy().tobytes() == others[name].numpy().tobytes() for name in mine)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """:func:`train_to` a folder of the test's."""
+    return functools.partial(train_to, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The set of a run that was killed at epoch 3; only copies are changed."""
+    folder = tmp_path_factory.mktemp("killed")
+    train_to(folder, 8, kill_at=(2, 0), keep=1)
+    for name in ("0.pdparams", "0.pdopt", "0.pdstates"):
+        (folder / name).unlink()
+    return folder
+
+
+def expected_rate(total_batch, epoch, step, schedule="cosine", warmup=WARMUP, lr=LR):
+    """From the definition, for any (epoch, step)."""
+    steps = IMAGES // total_batch
+    position, peak = epoch * steps + step, lr * total_batch / 256
+    if schedule == "swing":
+        return peak * (1 + math.cos(math.pi * position / EPOCHS)) / 2
+    if position < warmup * steps:
+        return peak * (position + 1) / (warmup * steps)
+    done = (position - warmup * steps) / max(1, (EPOCHS - warmup) * steps)
+    return peak * (1 + math.cos(math.pi * done)) / 2
+
+
+def assert_rates(model, total_batch, first_epoch, **how):
+    steps = IMAGES // total_batch
+    wanted = {
+        (epoch, step): expected_rate(total_batch, epoch, step, **how)
+        for epoch in range(first_epoch, EPOCHS)
+        for step in range(steps)
+    }
+    assert model.rates.keys() == wanted.keys()
+    for place, rate in model.rates.items():
+        # What a float32 weight shows of it.
+        assert rate == pytest.approx(wanted[place], rel=2e-3, abs=2e-5), place
+    last = expected_rate(total_batch, EPOCHS - 1, steps - 1, **how)
+    assert model.claimed == pytest.approx(last, abs=1e-12)
+
+
+# --- the learning rate
+
+
+CHANGES = [
+    # (batch, processes) before and after, epochs before, epochs of warm-up
+    ((8, 1), (32, 1), 2, 1),
+    ((8, 1), (8, 4), 2, 1),
+    ((8, 4), (32, 1), 2, 1),
+    ((32, 1), (8, 1), 1, 3),
+    ((4, 2), (64, 1), 3, 0),
+    ((8, 1), (16, 1), 2, 4),
+]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "swing"])
+@pytest.mark.parametrize(("before", "after", "epochs", "warmup"), CHANGES)
+def test_the_rate_follows_the_position_whatever_the_batches_were(
+    train, schedule, before, after, epochs, warmup
+):
+    flags = {"lr_schedule": schedule, "warmup": warmup}
+    train(*before, kill_at=(epochs, 0), **flags)
+    model = train(*after, resume="auto", **flags)
+    assert_rates(model, after[0] * after[1], epochs, schedule=schedule, warmup=warmup)
+
+
+def test_a_new_rate_holds_from_the_first_step_after_resuming_within_an_epoch(train):
+    train(8, kill_at=(1, 5), save_steps=5)
+    model = train(8, resume="auto", lr=LR / 3)
+    assert min(model.rates) == (1, 2)
+    for place, rate in model.rates.items():
+        assert rate == pytest.approx(expected_rate(8, *place, lr=LR / 3), rel=2e-3, abs=2e-5)
+
+
+def test_a_run_that_was_killed_is_the_same_to_the_bit(train, tmp_path):
+    whole = train(8, save_dir=str(tmp_path / "whole"))
+    train(8, kill_at=(0, 5), save_steps=3)
+    train(8, kill_at=(2, 1), save_steps=3, resume="auto")
+    resumed = train(8, save_steps=3, resume="auto")
+    assert same_weights(resumed, whole)
+    for place, rate in resumed.rates.items():
+        assert rate == whole.rates[place]
+
+
+def test_an_epoch_that_is_not_due_is_saved_after_its_last_step(train, tmp_path):
+    """save_freq 3 leaves out epoch 1; within epochs a set is due at each end."""
+    whole = train(8, save_dir=str(tmp_path / "whole"))
+    flags = {"save_freq": 3, "save_steps": 8}
+    train(8, kill_at=(2, 1), **flags)
+    resumed = train(8, resume="auto", **flags)
+    assert min(resumed.rates) == (2, 0) and same_weights(resumed, whole)
+
+
+# --- whose run a set is
+
+
+def test_a_new_run_that_saved_nothing_does_not_take_an_older_runs_set(train, tmp_path, caplog):
+    folder = str(tmp_path / "run")
+    train(8)
+    older = noted_run(folder)
+    train(8, kill_at=(0, 3), lr=LR / 2)
+    assert noted_run(folder) not in (None, older)
+    with caplog.at_level(logging.INFO):
+        model = train(8, resume="auto", lr=LR / 2)
+    assert_rates(model, 8, 0, lr=LR / 2)
+    (line,) = [line for line in caplog.messages if "earlier run's" in line]
+    assert "starting anew" in line and f"--resume {folder}" in line
+    # From now on the sets of this run are taken, though older ones lie beside them.
+    caplog.clear()
+    train(8, kill_at=(1, 0), lr=LR)
+    assert min(train(8, resume="auto", lr=LR).rates) == (1, 0)
+    assert not [line for line in caplog.messages if "earlier run" in line]
+
+
+def test_a_folders_name_asks_for_the_older_runs_set(train, tmp_path, caplog):
+    train(8, kill_at=(2, 0))
+    train(8, kill_at=(0, 3))
+    caplog.clear()
+    assert min(train(8, resume=str(tmp_path / "run")).rates) == (2, 0)
+    assert [line for line in caplog.messages if "of an earlier run" in line]
+    assert train(8, resume="auto").rates == {}
+
+
+def test_a_finished_run_resumes_to_nothing_and_says_so(train, tmp_path, caplog):
+    whole = train(8)
+    # As if the kill had come right after the last epoch's checkpoint.
+    final, history = tmp_path / "run/final.pdparams", tmp_path / "run/history.json"
+    losses = read_json(history)["epoch_losses"]
+    write_json(history, {"epoch_losses": losses[:1]})
+    digest = file_digest(final)
+    final.unlink()
+    with caplog.at_level(logging.INFO):
+        assert same_weights(train(8, resume="auto"), whole)
+    assert f"all {EPOCHS} epochs are done already: nothing is left to train" in caplog.messages
+    assert file_digest(final) == digest and read_json(history)["epoch_losses"] == losses
+
+
+def test_other_batches_within_an_epoch_are_refused_and_another_rate_is_told(train, caplog):
+    train(8, kill_at=(1, 5), save_steps=5)
+    message = "middle of an epoch, and batch_size, total_batch differ now; resume with the same"
+    with pytest.raises(UserError, match=message):
+        train(16, resume="auto")
+    train(8, resume="auto", lr=LR / 2)
+    assert "resumed with other values than before: lr" in caplog.messages
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(train, tmp_path):
+    train(8, kill_at=(2, 0))
+    good = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for every in (0, 1):
+        with pytest.raises(
+            UserError, match=r" at epoch 3 step \d, learning rate .*, sub-network co"
+        ):
+            train(8, resume="auto", lr=1e30, save_steps=every)
+    left = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert {name: left[name] for name in good} == good
+    for path in (tmp_path / "run").glob("*.pdparams"):
+        assert all(np.isfinite(value).all() for value in read_weights(path).values())
+
+
+def test_keep_leaves_the_first_and_the_newest_epochs(train, tmp_path):
+    def names():
+        return {path.stem for path in (tmp_path / "run").glob("*.pdparams")}
+
+    train(8, keep=1, save_steps=2)
+    assert names() == {"0", "3", "final"}
+    # A new run in the same folder: epoch 3 is not its own.
+    train(8, keep=1, max_epoch=3)
+    assert names() == {"0", "2", "3", "final"}
+
+
+def test_a_run_keeps_its_id_when_it_goes_on_elsewhere(train, tmp_path):
+    train(8, kill_at=(2, 0))
+    run_id = noted_run(tmp_path / "run")
+    train(8, kill_at=(2, 1), resume=str(tmp_path / "run"), save_dir=str(tmp_path / "there"))
+    assert noted_run(tmp_path / "there") == run_id
+
+
+def test_sets_of_versions_without_ids_are_taken(train, tmp_path):
+    train(8, kill_at=(2, 0))
+    forge(tmp_path / "run", ("run_id", MISSING))
+    (tmp_path / "run" / RUN_NOTE).unlink()
+    train(8, kill_at=(2, 1), resume="auto")
+    assert min(train(8, resume="auto").rates) == (2, 0)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"run_id": 3}, "{"])
+def test_a_broken_note_is_one_line(train, tmp_path, content):
+    train(8, kill_at=(2, 0))
+    note = tmp_path / "run" / RUN_NOTE
+    note.write_text(content) if isinstance(content, str) else write_json(note, content)
+    with pytest.raises(UserError, match=RUN_NOTE):
+        train(8, resume="auto")
+
+
+# --- what is measured after epochs
+
+
+def measures(*values):
+    """Gives the values in turn; one that is an exception is raised."""
+    rows = iter(values)
+
+    def measure():
+        value = next(rows)
+        if isinstance(value, Exception):
+            raise value
+        return {"tau": value}
+
+    return measure
+
+
+def rows_of(folder):
+    rows = read_json(folder / "history.json").get("validation", [])
+    return [(row["epoch"], row["tau"]) for row in rows]
+
+
+def test_figures_are_in_the_log_and_in_history(train, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train(8, measure=measures(0.5, None, -0.25, 1.0))
+    assert rows_of(tmp_path / "run") == [(0, 0.5), (1, None), (2, -0.25), (3, 1.0)]
+    assert [line for line in caplog.messages if "validation" in line][:3] == [
+        "epoch 1 validation: tau 0.5000",
+        "epoch 2 validation: tau not defined",
+        "epoch 3 validation: tau -0.2500",
+    ]
+    for every, rows in ((2, [(1, 0.5), (3, 0.25)]), (0, [])):
+        train(8, measure=measures(0.5, 0.25), eval_freq=every)
+        assert rows_of(tmp_path / "run") == rows
+
+
+@pytest.mark.parametrize("killed", range(EPOCHS))
+def test_what_a_kill_in_a_measurement_loses_is_measured_again(train, tmp_path, killed):
+    values = [0.5, 0.25, 0.125, 1.0]
+    train(8, measure=measures(*values[:killed], Killed()))
+    train(8, measure=measures(*values[killed:]), resume="auto")
+    assert rows_of(tmp_path / "run") == list(enumerate(values))
+    # The last epoch's checkpoint was written before its measurement.
+    train(8, measure=measures(values[-1]), resume="auto")
+    assert rows_of(tmp_path / "run") == list(enumerate(values))
+
+
+def test_a_measurement_leaves_the_generators_alone(train):
+    states = []
+
+    def measure():
+        states.append(str(generators_state()))
+        paddle.randn([3])
+        np.random.rand()
+        return {"tau": 0.5}
+
+    train(8, measure=measure)
+    assert len(states) == EPOCHS and len({*states, str(generators_state())}) == 1
+
+
+# --- forged states: every digest matches
+
+
+MISSING, HUGE = object(), 10**40
+FORGED_STATES = {
+    "": [[1, 2], {}],
+    "epoch": ["2", 2.0, None, -1, HUGE, 3, MISSING],
+    "step": [-1, 1000, HUGE, MISSING],
+    "losses": [[1.0], MISSING],
+    "losses/epoch_losses": [np.ones(7), np.ones(0), np.ones((2, 2)), np.array([np.nan, 1]), "many"],
+    "losses/step_losses": [np.ones(3)],
+    "losses/seconds": ["long", math.nan, MISSING],
+    "losses/validation": [
+        None,
+        [1],
+        [{"tau": 0.5}],
+        *([{"epoch": epoch, "tau": 0.5}] for epoch in (2, -1, True)),
+        *([{"epoch": 0, "tau": tau}] for tau in (math.nan, "high")),
+    ],
+    "run": [["lr"], MISSING],
+    "run/lr": [np.ones(3)],
+    "run_id": [3],
+    "digests": [["a"], MISSING],
+    "saved": ["now"],
+    "generators": ["seed", MISSING],
+    "generators/python/words": [np.zeros(3, np.uint32), np.full(625, np.nan)],
+    "generators/python/version": [HUGE],
+    "generators/numpy/kind": ["PCG64"],
+    "generators/numpy/keys": [np.zeros(5, np.uint32)],
+    "generators/numpy/position": [10**6, -1],
+    "generators/paddle": [None, [1]],
+    "generators/paddle/0/engine": [np.zeros(4, np.uint8)],
+    "generators/paddle/0/seed": [HUGE],
+}
+VELOCITY, LIKE_IT = "weight@_velocity_0", np.zeros((3, 2), np.float32)
+FORGED_OPTIMIZERS = {
+    "": [[1.0], "velocity", {}],
+    VELOCITY: [
+        *(np.full((3, 2), value, np.float32) for value in (np.nan, np.inf)),
+        *(LIKE_IT.T, LIKE_IT.astype(np.int64), LIKE_IT.astype(np.float64)),
+        *(np.float32(1), "fast", None, HUGE, MISSING),
+    ],
+    "other@_velocity_0": [np.zeros(1, np.float32)],
+    # another suffix, none, two of a parameter
+    **{key: [LIKE_IT] for key in ("weight@_moment1_0", "weight", "weight@_velocity_7", 7)},
+}
+
+
+def cases(forged):
+    return [
+        pytest.param(path, value, id=f"{path}: {number}")
+        for path, values in forged.items()
+        for number, value in enumerate(values)
+    ]
+
+
+def put(content, path, value):
+    """The content with another value, or none, at a path of keys; all of it for an empty path."""
+    if path == "":
+        return value
+    found = content
+    *parents, last = path.split("/") if isinstance(path, str) else [path]
+    for key in parents:
+        found = found[int(key) if isinstance(found, list) else key]
+    if value is MISSING:
+        del found[last]
+    else:
+        found[last] = copy.deepcopy(value)
+    return content
+
+
+def forge(folder, *changes, suffix=STATES):
+    """Change what a file of the set holds, and the digests that vouch for it."""
+    state = load_pickle(folder / f"1{STATES}")
+    content = state if suffix == STATES else load_pickle(folder / f"1{suffix}")
+    for path, value in changes:
+        content = put(content, path, value)
+    write_state(folder / f"1{suffix}", content)
+    if suffix != STATES:
+        state["digests"][suffix] = file_digest(folder / f"1{suffix}")
+        write_state(folder / f"1{STATES}", state)
+
+
+def refusal(train, **flags):
+    """What resuming from the set is told: one line."""
+    with pytest.raises(UserError) as error:
+        train(8, **flags)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+@pytest.mark.parametrize(("path", "value"), cases(FORGED_STATES))
+def test_a_forged_state_is_one_line_and_nothing_of_it_is_kept(
+    train, killed, tmp_path, caplog, path, value
+):
+    folder = shutil.copytree(killed, tmp_path / "run")
+    forge(folder, (path, value))
+    before = np.random.get_state()[1].tobytes()
+    message = refusal(train, resume=str(folder))
+    # Either the set was passed over as none of this program, and no other is there, or refused.
+    assert "1.pdstates is not what" in message or "no whole set" in message
+    passed = [line for line in caplog.messages if line.startswith("passed over")]
+    assert bool(passed) == ("no whole set" in message)
+    if path in ("epoch", "step", "losses"):
+        assert np.random.get_state()[1].tobytes() == before
+
+
+@pytest.mark.parametrize(("path", "value"), cases(FORGED_OPTIMIZERS))
+def test_a_forged_optimizer_is_one_line(train, killed, tmp_path, path, value):
+    shutil.copytree(killed, tmp_path / "run")
+    forge(tmp_path / "run", (path, value), suffix=OPTIMIZER)
+    assert f"1{OPTIMIZER}" in refusal(train, resume="auto")
+
+
+def test_an_optimizer_of_earlier_versions_is_taken(train, killed, tmp_path):
+    """They saved the learning rate's counter, and no velocity of what no step had trained."""
+    shutil.copytree(killed, tmp_path / "run")
+    counter = {"last_epoch": 10**6, "last_lr": "fast"}
+    forge(tmp_path / "run", ("LR_Scheduler", counter), (VELOCITY, MISSING), suffix=OPTIMIZER)
+    assert_rates(train(8, resume="auto"), 8, 2)
