@@ -17,7 +17,7 @@ from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network
 from hnas.parallel.distributed import GradientExchange, join_processes, leave, rank, world_size
-from hnas.parallel.stopping import StopSignals
+from hnas.parallel.distributed import StopSignals
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.gradient_step import GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel

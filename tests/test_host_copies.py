@@ -13,7 +13,7 @@ from paddle import nn
 
 from hnas.parallel import distributed
 from hnas.parallel.distributed import GradientExchange
-from hnas.parallel.stopping import StopSignals
+from hnas.parallel.distributed import StopSignals
 from hnas.utils.gradient_step import GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper import StandaloneModel
 

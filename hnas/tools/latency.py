@@ -32,14 +32,13 @@ from hnas.base.command_line import (
     real_number,
     whole_number,
 )
-from hnas.base.device import cpu_threads, device_name, on_gpu, set_tf32
+from hnas.base.device import cpu_threads, device_name, on_gpu, processor, set_tf32
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output, read_json, write_json
 from hnas.evaluation.stopwatch import Stopwatch
 from hnas.parallel.distributed import finished_before_stopping
 from hnas.ranking.latency import FORMAT, LatencyTable, all_parts
 from hnas.search_space import SAMPLE_SPACES, Architecture, find_backbone, search_space
-from hnas.tools.check_device.facts import processor
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import math
 import paddle
 
 from hnas.base.errors import UserError
-from hnas.base.memory import available_bytes, gib, refuse_too_much, shared_bytes
+from hnas.base.memory import available_bytes, gib, shared_bytes
 from hnas.parallel.distributed import local_ranks
 from hnas.search_space import SearchSpace, feature_sizes, find_backbone
 from hnas.utils.options import Options
@@ -69,6 +69,21 @@ def kept_floats(space: SearchSpace, image_size: int) -> int:
     return stem**2 * plan.stem + sum(
         sizes[stage] ** 2 * (mid + cout) for stage, _, mid, cout, _ in plan.blocks()
     )
+
+
+def refuse_too_much(need: int, free: int, what: str, instead: str) -> None:
+    """Say that memory will not do before it is asked for.
+
+    Args:
+        need, free: bytes; ``need`` is the least that will do.
+        what: needs it, as the start of a sentence.
+        instead: what to do.
+
+    Raises:
+        UserError: it is more than there is.
+    """
+    if need > free:
+        raise UserError(f"{what} needs {gib(need)} at least, and {gib(free)} are free; {instead}")
 
 
 def check_chunk(options: Options) -> None:
