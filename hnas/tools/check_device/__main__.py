@@ -27,7 +27,6 @@ from hnas.base.files import check_output
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, ROW, Machine, Result
 
 DEFAULT_OUTPUT = "output/check_device.jsonl"
-WIDTH = 52
 JOBS = (
     ("off", ("facts", "tf32", "norms", "walk", "steps", "loaders")),
     ("off", ("repeat",)),
@@ -97,7 +96,7 @@ def table_line(result: Result) -> str:
     if result.note:
         parts.append(f"- {result.note}" if parts[0] else result.note)
     state = {PASSED: "ok", FAILED: "FAILED", NOT_HERE: "-"}[result.state]
-    return f"  {state:6} {result.name:{WIDTH}} {' '.join(parts)}".rstrip()
+    return f"  {state:6} {result.name:52} {' '.join(parts)}".rstrip()
 
 
 def report(results: Iterable[tuple[str, Result]], output: Path) -> bool:

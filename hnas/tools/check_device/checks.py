@@ -1,8 +1,6 @@
-"""The process that checks: it uses the device, and may be lost with it.
+"""The process that checks: it uses the device, and may be lost with it. Prints its rows.
 
-    python -m hnas.tools.check_device.checks MACHINE CHECK...
-
-Prints a line for each row of the named checks.
+python -m hnas.tools.check_device.checks MACHINE CHECK...
 """
 
 from __future__ import annotations
