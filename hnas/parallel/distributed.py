@@ -187,12 +187,18 @@ def gather(tensor: paddle.Tensor) -> paddle.Tensor:
     return paddle.concat(parts)
 
 
+def sum_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
+    """The sum of all ranks' tensors; the same bits everywhere."""
+    total = tensor.clone()
+    if world_size() > 1:
+        with _collective():
+            dist.all_reduce(total)
+    return total
+
+
 def mean_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
     """The mean of all ranks' float tensors; the same bits everywhere."""
-    mean = tensor.clone()
-    if world_size() > 1:
-        _exchange([mean], _mean)
-    return mean
+    return sum_over_ranks(tensor) / world_size()
 
 
 def agree(numbers: Sequence[int], what: str) -> None:
