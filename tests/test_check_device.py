@@ -19,7 +19,6 @@ from hnas.base.errors import UserError
 from hnas.evaluation import gpu_kernels, kernels
 from hnas.evaluation.variants import Variant
 from hnas.models import elastic
-from hnas.models.pinasv2 import PiNASv2
 from hnas.tools.check_device import __main__ as program
 from hnas.tools.check_device import checks, networks, ranks, rows
 from hnas.tools.check_device.networks import BFLOAT16, FLOAT16, FLOAT32, TF32
@@ -283,18 +282,12 @@ def losing_updates(x, mean, variance, *rest, **more):
     return PLAIN_NORM(x, mean.clone(), variance.clone(), *rest, **more)
 
 
-def doubled_variance(x, mean, variance, *rest, **more):
-    y = PLAIN_NORM(x, mean, variance, *rest, **more)
-    variance.set_value(variance * 2)
-    return y
-
-
 @pytest.mark.parametrize(
     ("fault", "row"),
     [
         (normalising_by_unbiased, "BatchNorm's output in training"),
         (losing_updates, "running mean of a slice"),
-        (doubled_variance, "running variance of a slice"),
+        (losing_updates, "running variance of a slice"),
     ],
 )
 def test_a_faulty_batch_norm_is_found(monkeypatch, here, fault, row):
@@ -352,27 +345,20 @@ def test_a_fused_operator_that_cannot_be_called_is_told(card, monkeypatch):
     assert all(row.state == PASSED and row.note for row in found)
 
 
-def test_variants_are_those_of_the_process(card, here, monkeypatch):
-    def names(machine, calibrates=False):
+def test_a_process_walks_and_trains_in_its_own_precisions(card, here, monkeypatch):
+    def walked(machine, calibrates=False):
         return [variant.precision for variant in networks.variants(machine, calibrates)]
 
     tf32 = Machine("", gpus=1, tf32="on")
-    assert names(card) == [FLOAT32, FLOAT16] and names(tf32) == [TF32]
+    assert walked(card) == [FLOAT32, FLOAT16] and walked(tf32) == [TF32]
     monkeypatch.setattr(networks, "has_bfloat16", lambda: True)
-    assert names(here) == [FLOAT32, BFLOAT16] and names(here, True) == [FLOAT32]
+    assert walked(here) == [FLOAT32, BFLOAT16] and walked(here, True) == [FLOAT32]
     monkeypatch.setattr(networks, "has_bfloat16", lambda: False)
-    assert names(here) == [FLOAT32]
-    assert [row.name for row in networks.check_walk(here) if row.state == NOT_HERE] == [
-        "the fused convolution, float16 and TF32",
-        "the walk in bfloat16",
-    ]
-    paddle.amp.is_bfloat16_supported = paddle.amp.is_bfloat16_supported
-    trained = {
-        kind: [precision for stage, precision, _ in networks.ways(machine) if stage == "stage 1"]
-        for kind, machine in (("card", card), ("tf32", tf32), ("here", here))
-    }
-    half = BFLOAT16 if paddle.amp.is_bfloat16_supported() else FLOAT16
-    assert trained == {"card": [FLOAT32, half], "tf32": [TF32], "here": [FLOAT32]}
+    assert walked(here) == [FLOAT32]
+    monkeypatch.setattr(paddle.amp, "is_bfloat16_supported", lambda: True)
+    trained = [[way[1:] for way in networks.ways(m)][:2] for m in (card, tf32, here)]
+    assert trained[0] == [(FLOAT32, "O0"), (BFLOAT16, "O1")]
+    assert trained[1:] == [[(TF32, "O0")] * 2, [(FLOAT32, "O0")] * 2]
 
 
 def unbiased_statistics(x, mean_of):
@@ -428,46 +414,15 @@ def test_a_faulty_walk_is_found(card, monkeypatch, fault):
     plant, expected = FAULTY_WALKS[fault]
     plant(monkeypatch)
     right = np.load(f"{card.folder}/walk.npz")
-    found = []
-    for scene in networks.scenes(card):
-        number = "64" if scene[-1] is not None else "0"
-        ways = [Variant()] if "fused" not in expected else [Variant(fused=True)] * (number == "0")
-        for variant in ways:
-            row = "fused" if variant.fused else number
-            found += networks.compare_walk(row, scene, variant, right[scene[0]])
-    assert set(expected) <= set(failed(found))
-
-
-class Walked:
-    """An evaluator that gives what it was told to."""
-
-    def __init__(self, logits, top1, top5):
-        self.precision, self.logits, self.hits = FLOAT32, logits, (top1, top5)
-
-    def evaluate(self, images, labels, counts, watch):
-        counts.top1[:], counts.top5[:] = self.hits
-        return paddle.to_tensor(self.logits[watch])
-
-
-def test_hits_of_another_architecture_and_nan_are_found(here, monkeypatch):
-    scene = next(networks.scenes(here))
-    right = np.load(f"{here.folder}/walk.npz")[scene[0]]
-    order = np.argsort(-right, axis=2)
-    labels = scene[3][1].numpy()[None, :, None]
-    top1, top5 = ((order[:, :, :k] == labels).sum((1, 2)) for k in (1, 5))
-
-    def judged(*found):
-        monkeypatch.setattr(networks, "SharedEvaluator", lambda *_: Walked(*found))
-        (row,) = networks.compare_walk("walk", scene, Variant(), right)
-        return row
-
-    assert judged(right, top1, top5).state == PASSED
-    assert len(set(top5)) > 1
-    wrong = judged(right, top1, np.roll(top5, 1))
-    assert wrong.state == FAILED and "top5 hits instead of" in wrong.note
-    broken = right.copy()
-    broken[0, 0, 0] = np.nan
-    assert judged(broken, top1, top5).state == FAILED
+    plain, calibrated = networks.scenes(card)
+    ways = {
+        "0": (plain, Variant()),
+        "64": (calibrated, Variant()),
+        "fused": (plain, Variant(fused=True)),
+    }
+    for row in expected:
+        scene, variant = ways[row]
+        assert failed(networks.compare_walk(row, scene, variant, right[scene[0]])) == [row]
 
 
 # --- training
@@ -486,20 +441,6 @@ def against(first_step, stage, precision=FLOAT32):
 
 def test_first_steps_on_onednn_pass(first_step):
     assert not [row for stage in networks.STAGES for row in against(first_step, stage)]
-
-
-def half_contrast(self, queries, keys):
-    """Logits as float16 has them."""
-    positive = (queries * keys).sum(axis=1, keepdim=True)
-    logits = paddle.concat([positive, queries @ self.queue], axis=1) / self.temperature
-    logits = logits.astype("float16").astype("float32")
-    target = paddle.zeros([logits.shape[0]], dtype="int64")
-    return F.cross_entropy(logits, target), paddle.zeros([])
-
-
-def test_a_contrast_in_half_precision_is_found(first_step, monkeypatch):
-    monkeypatch.setattr(PiNASv2, "contrast", half_contrast)
-    assert against(first_step, "stage 1")
 
 
 def test_gradients_of_a_scaled_loss_are_found(first_step, monkeypatch):
