@@ -98,8 +98,18 @@ for name in sys.argv[1:]:
 """
 
 
-def run_job(monkeypatch, tmp_path, end):
-    """Rows of a job whose process, without Paddle, ends in check b of a, b and c."""
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("pass", ""),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os.abort()", "SIGABRT"),
+        ("os._exit(7)", "exit code 7"),
+        ("time.sleep(60)", "SIGKILL"),
+    ],
+)
+def test_a_job_gives_its_rows_and_one_more_if_it_is_lost(monkeypatch, tmp_path, end, words):
+    """Its process, here without Paddle, ends in check b of a, b and c."""
     script = SCRIPT.replace("MARK", ROW.decode()).replace("END", end)
 
     def start(names, machine, log):
@@ -107,32 +117,14 @@ def run_job(monkeypatch, tmp_path, end):
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
 
     monkeypatch.setattr(program, "start", start)
-    return [*program.job("abc", Machine(str(tmp_path)))]
-
-
-def passed_rows(names):
-    return [(name, Result(f"row of {name}", PASSED)) for name in names]
-
-
-def test_all_checks_of_a_job_run_in_one_process(monkeypatch, tmp_path):
-    assert run_job(monkeypatch, tmp_path, "pass") == passed_rows("abc")
-
-
-@pytest.mark.parametrize(
-    ("end", "words"),
-    [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("os.abort()", "SIGABRT"),
-        ("os._exit(7)", "exit code 7"),
-        ("time.sleep(60)", "SIGKILL"),
-    ],
-)
-def test_a_lost_process_is_a_failed_row(monkeypatch, tmp_path, end, words):
     monkeypatch.setattr(program, "MOST_SECONDS", 2 if "sleep" in end else 60)
-    *before, (check, lost) = run_job(monkeypatch, tmp_path, end)
-    assert before == passed_rows("ab") and (check, lost.state) == ("a", FAILED)
-    assert lost.name == "all of a, b, c"
-    assert lost.note == f"their process ended with {words}: the last word"
+    found = [*program.job("abc", Machine(str(tmp_path)))]
+    rows_of = [(name, Result(f"row of {name}", PASSED)) for name in "abc"]
+    if not words:
+        assert found == rows_of
+        return
+    note = f"their process ended with {words}: the last word"
+    assert found == [*rows_of[:2], ("a", Result("all of a, b, c", FAILED, note=note))]
 
 
 def test_cards_have_processes_with_tf32_too(monkeypatch):
@@ -283,16 +275,22 @@ def losing_updates(x, mean, variance, *rest, **more):
 
 
 @pytest.mark.parametrize(
-    ("fault", "row"),
+    ("forward", "wrong", "kind"),
     [
-        (normalising_by_unbiased, "BatchNorm's output in training"),
-        (losing_updates, "running mean of a slice"),
-        (losing_updates, "running variance of a slice"),
+        (PLAIN_NORM, [], "biased"),
+        (gpu_batch_norm, [], "unbiased"),
+        (normalising_by_unbiased, ["BatchNorm's output in training"], "biased"),
+        (losing_updates, ["running mean of a slice", "running variance of a slice"], "unbiased"),
     ],
 )
-def test_a_faulty_batch_norm_is_found(monkeypatch, here, fault, row):
-    monkeypatch.setattr(elastic.F, "batch_norm", fault)
-    assert row in failed(checks.check_norms(here))
+def test_a_faulty_batch_norm_is_found_and_either_variance_right(
+    monkeypatch, here, forward, wrong, kind
+):
+    monkeypatch.setattr(elastic.F, "batch_norm", forward)
+    found = [*checks.check_norms(here)]
+    assert failed(found) == wrong
+    (note,) = (row.note for row in found if row.name == "running variance of a slice")
+    assert wrong[1:] or note.startswith(f"{kind},")
 
 
 def test_statistics_beyond_the_slice_are_found(monkeypatch, here):
@@ -304,15 +302,6 @@ def test_statistics_beyond_the_slice_are_found(monkeypatch, here):
 
     monkeypatch.setattr(elastic.ElasticBatchNorm2D, "forward", forward)
     assert failed(checks.check_norms(here)) == ["statistics outside the slice that changed"]
-
-
-def test_either_running_variance_is_right(monkeypatch, here):
-    found = [*checks.check_norms(here)]
-    monkeypatch.setattr(elastic.F, "batch_norm", gpu_batch_norm)
-    found += checks.check_norms(here)
-    assert not failed(found)
-    kinds = [row.note.split(",")[0] for row in found if row.name == "running variance of a slice"]
-    assert kinds == ["biased", "unbiased"]
 
 
 # --- the walk
