@@ -5,6 +5,7 @@ Here a CPU stands for the device; ``gpu_fakes.py`` says what the fakes round and
 """
 
 import json
+import logging
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -128,34 +129,37 @@ def test_a_job_gives_its_rows_and_one_more_if_it_is_lost(monkeypatch, tmp_path, 
 
 
 def test_cards_have_processes_with_tf32_too(monkeypatch):
-    started = []
-    monkeypatch.setattr(
-        program, "job", lambda names, m: started.append((m.gpus, m.tf32, *names)) or []
-    )
-    assert not [*program.all_results(Machine("", gpus=2))]
-    assert started[0] == (0, "off", "expected")
-    assert started[1:] == [(2, tf32, *names) for tf32, names in program.JOBS]
-    assert {"off", "on", "auto"} == {tf32 for tf32, _ in program.JOBS}
-    assert {name for _, *names in program.JOBS for name in names[0]} == set(checks.CHECKS) - {
-        "expected"
-    }
-    started.clear()
-    assert not [*program.all_results(Machine(""))]
-    assert {tf32 for _, tf32, *_ in started} == {"off"}
+    def jobs(gpus):
+        started = []
+        monkeypatch.setattr(
+            program, "job", lambda names, m: started.append((m.gpus, m.tf32, *names)) or []
+        )
+        assert not [*program.all_results(Machine("", gpus=gpus))]
+        return started
+
+    made = {name for _, names in program.JOBS for name in names}
+    assert made == set(checks.CHECKS) - {"expected"}
+    first, *rest = jobs(2)
+    assert first == (0, "off", "expected")
+    assert rest == [(2, tf32, *names) for tf32, names in program.JOBS]
+    assert {tf32 for _, tf32, *_ in rest} == {"off", "on", "auto"}
+    assert {tf32 for _, tf32, *_ in jobs(0)} == {"off"}
 
 
 def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, here, capfdbinary):
     gpu_fakes.fake_card(monkeypatch, name="Tesla V100", major=7)
-    monkeypatch.setattr(paddle, "set_device", lambda _: None)
+    for module, name in (
+        (paddle, "set_device"),
+        (checks, "set_num_threads"),
+        (logging.getLogger(), "setLevel"),
+    ):
+        monkeypatch.setattr(module, name, lambda _: None)
     text = json.dumps({"folder": here.folder, "gpus": 1, "tf32": "on"})
     monkeypatch.setattr(sys, "argv", ["checks", text, "walk", "steps"])
     checks.main()
     lines = [line for line in capfdbinary.readouterr().out.splitlines() if line.startswith(ROW)]
     found = [json.loads(line.removeprefix(ROW)) for line in lines]
-    assert [(check, row["state"]) for check, row in found] == [
-        ("walk", NOT_HERE),
-        ("steps", NOT_HERE),
-    ]
+    assert [(check, row["state"]) for check, row in found] == [(n, NOT_HERE) for n in sys.argv[2:]]
 
 
 def test_an_exception_is_a_failed_row_with_its_last_line():
