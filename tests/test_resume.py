@@ -18,7 +18,7 @@ import pytest
 from entry_scripts import ROOT, write_inputs
 
 from hnas.base.safe_pickle import load_pickle
-from hnas.parallel.stopping import StopSignals
+from hnas.parallel.distributed import StopSignals
 from hnas.utils.weights import read_weights
 
 CLASSES, IMAGES, BATCH = 10, 2, 4

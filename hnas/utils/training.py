@@ -22,6 +22,7 @@ from hnas.dataset.loader import EpochLoader
 from hnas.models.convolution import use_onednn
 from hnas.parallel.distributed import (
     GradientExchange,
+    StopSignals,
     agree,
     barrier,
     copy_from_main_process,
@@ -30,7 +31,6 @@ from hnas.parallel.distributed import (
     mean_over_ranks,
     world_size,
 )
-from hnas.parallel.stopping import StopSignals
 from hnas.search_space import RESNET48
 from hnas.utils.checkpoint import (
     SET_NAME,
