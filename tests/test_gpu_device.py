@@ -23,6 +23,7 @@ from hnas.evaluation.results import StateError, evaluation_identity, load_state,
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.parallel import distributed
 from hnas.parallel.distributed import GradientExchange, StopSignals
+from hnas.search_space import RESNET48_MINI
 from hnas.utils import runtime
 from hnas.utils.flags import Stage
 from hnas.utils.hapi_wrapper import GradientStep, StandaloneModel, momentum_optimizer
