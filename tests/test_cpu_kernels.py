@@ -37,7 +37,7 @@ from hnas.evaluation.weights import (
     channels_last,
     new_identity,
 )
-from hnas.models import onednn
+from hnas.base import onednn
 from hnas.search_space import RESNET48_MINI
 
 ROOT = Path(__file__).parents[1]

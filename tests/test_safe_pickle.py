@@ -195,7 +195,7 @@ HUNGRY = {
     "text of 2**31": (b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"abc.", "expected"),
     "number of 2**31 bytes": (
         b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"abc.",
-        "not enough data",
+        "expected",
     ),
     "array of 2**40": (array_claiming((2**40,), b"\0\0\0\0"), "with 4 bytes"),
     "array of a negative size": (array_claiming((-1, -1), b"\0\0\0\0"), "impossible shape"),
@@ -206,7 +206,7 @@ HUNGRY = {
         b"\x80\x02}K\x01" + b"q\x01h\x01\x86" * 100 + b"K\x01s.",
         "key that is not text",
     ),
-    "many instructions": (b"\x80\x02" + b"}" * 510_000 + b".", "500000 instructions"),
+    "many instructions": (b"\x80\x02" + b"}" * 1_010_000 + b".", "1000000 parts"),
 }
 
 
@@ -279,7 +279,8 @@ def assert_same(left, right):
         for one, other in zip(left, right, strict=True):
             assert_same(one, other)
     elif isinstance(left, np.ndarray):
-        assert left.dtype == right.dtype
+        # As NumPy does, in this machine's order of bytes.
+        assert left.dtype == right.dtype.newbyteorder("=")
         np.testing.assert_array_equal(left, right)
     else:
         assert left == right

@@ -18,8 +18,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from hnas.base.arrays import ArraysError, read_arrays
-from hnas.base.files import check_writable, file_digest, remove_leftovers, replacing
+from hnas.base.files import (
+    ArraysError,
+    check_writable,
+    file_digest,
+    read_arrays,
+    remove_leftovers,
+    replacing,
+)
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
 from hnas.dataset.image_index import cache_folder, stamp_of
 

@@ -21,6 +21,7 @@ from hnas.base.onednn import (
     Step,
     library,
     refuse_without_bfloat16,
+    scratch,
 )
 from hnas.evaluation.kernels import DygraphKernels
 from hnas.evaluation.onednn_steps import (
@@ -35,7 +36,6 @@ from hnas.evaluation.variants import Precision, Variant
 from hnas.evaluation.weights import CACHE_BYTES, Convolution, Form, LatestTensors, new_identity
 from hnas.evaluation.winograd import filters_to_points, winograd, worth_it
 from hnas.models.convolution import ramp
-from hnas.models.onednn import scratch
 from hnas.parallel.distributed import local_ranks
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.base.arrays import ArraysError, read_arrays
 from hnas.base.errors import UserError
-from hnas.base.files import replacing
+from hnas.base.files import ArraysError, read_arrays, replacing
 from hnas.evaluation.counts import Counts
 from hnas.ranking.agreement import FOLDS, fold_sizes
 from hnas.search_space import Architecture

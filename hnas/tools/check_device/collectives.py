@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import hnas
-from hnas.base.arrays import read_arrays
+from hnas.base.files import read_arrays
 from hnas.tools.check_device import rank_program
 from hnas.tools.check_device.machine import LARGEST_RESULT, Machine
 from hnas.tools.check_device.plan import Plan

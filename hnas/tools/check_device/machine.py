@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from hnas.base.arrays import read_arrays
-from hnas.base.files import replacing
+from hnas.base.files import read_arrays, replacing
 from hnas.tools.check_device.plan import TWIN_ENDED, Plan
 
 LARGEST_RESULT = 2**30
