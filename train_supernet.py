@@ -36,7 +36,7 @@ from hnas.evaluation.shard_files import ScoredShard, write_shard
 from hnas.evaluation.shards import Shard
 from hnas.evaluation.state import architectures_hash
 from hnas.models.elastic import ElasticResNet
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import (
     barrier,
     is_main_process,

@@ -14,8 +14,7 @@ import paddle.distributed as dist
 
 from hnas.bench.speed_training_worker import calm
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
-from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.parallel.distributed import GradientExchange, join_processes, leave, rank, world_size
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import RESNET48_MINI

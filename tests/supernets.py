@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
 
 

@@ -18,7 +18,7 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.cpu_kernels import CpuKernels
 from hnas.evaluation.onednn_steps import ConvolutionKernel
 from hnas.evaluation.variants import Precision, Variant
-from hnas.models import calibration, elastic
+from hnas.models import elastic
 from hnas.models.pinasv2 import PiNASv2
 from hnas.tools.check_device import (
     arithmetic,
@@ -227,7 +227,7 @@ def unbiased_statistics(x, mean_of):
 
 
 def test_calibration_by_the_unbiased_variance_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(calibration, "batch_statistics", unbiased_statistics)
+    monkeypatch.setattr(elastic, "batch_statistics", unbiased_statistics)
     found = failed(norms.check(Machine(QUICK, tmp_path)))
     assert found == ["BatchNorm re-calibrated"]
 

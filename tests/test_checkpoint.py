@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from hnas.base.errors import UserError
 from hnas.base.files import remove_leftovers, replacing
 from hnas.models.elastic import plain_name
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.utils.checkpoint import (
     generators_state,
     load_training,

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from supernets import family, images_for, supernet
 
+from hnas.base import onednn
 from hnas.base.errors import UserError
 from hnas.base.onednn import OneDNNError, has_bfloat16
 from hnas.evaluation import cpu_kernels as cpu_kernels_module
@@ -37,7 +38,6 @@ from hnas.evaluation.weights import (
     channels_last,
     new_identity,
 )
-from hnas.base import onednn
 from hnas.search_space import RESNET48_MINI
 
 ROOT = Path(__file__).parents[1]

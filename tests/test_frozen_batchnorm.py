@@ -10,7 +10,7 @@ from entry_scripts import CLASSES, noise_images, run
 import train_supernet_pinas_stage1 as stage1
 import train_supernet_pinas_stage2_simple as stage2
 from hnas.dataset.image_folder import DataError
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.flags import AUTO

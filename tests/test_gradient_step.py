@@ -6,7 +6,7 @@ import pytest
 from paddle import nn
 
 from hnas.base.errors import UserError
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.gradient_step import GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel

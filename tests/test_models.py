@@ -8,7 +8,7 @@ from paddleslim.nas.ofa.layers import SuperBatchNorm2D
 
 from hnas.base.errors import UserError
 from hnas.models.elastic import ElasticBatchNorm2D, ElasticResNet
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48, RESNET48_MINI, Architecture, ArchitectureError, search_space
 

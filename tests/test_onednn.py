@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hnas.base.onednn import OneDNNError
 from hnas.models import convolution
 from hnas.models.convolution import onednn_conv2d, use_onednn
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 
 

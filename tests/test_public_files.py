@@ -16,8 +16,7 @@ import train_supernet
 import train_supernet_pinas_stage1
 from hnas.base.errors import UserError
 from hnas.models.elastic import plain_name
-from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.options import Options
 from hnas.utils.public_files import CheckpointError

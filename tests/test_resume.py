@@ -18,7 +18,7 @@ import pytest
 
 from hnas.base.safe_pickle import load_pickle
 from hnas.bench import chaos
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.parallel.stopping import StopSignals
 from hnas.search_space import find_backbone
 from hnas.utils.gradient_step import momentum_optimizer

@@ -18,7 +18,7 @@ from hnas.dataset.image_folder import scan_images
 from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.ranking.latency import all_parts, parts_of, read_latency
 from hnas.search_space import search_space
 from hnas.tools import choose, search

@@ -15,7 +15,7 @@ from PIL import Image
 from hnas.bench import chaos
 from hnas.bench.speed_training_worker import calm
 from hnas.dataset.image_folder import scan_images
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
 from hnas.utils.weights import read_weights

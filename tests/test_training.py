@@ -13,7 +13,7 @@ from paddle.nn import functional as F  # noqa: N812
 from hnas.base.errors import UserError
 from hnas.evaluation.reference import evaluate_reference
 from hnas.models.elastic import freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.gradient_step import learning_rate, momentum_optimizer, swinging_rate
 from hnas.utils.hapi_wrapper import (

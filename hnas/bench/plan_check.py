@@ -29,8 +29,7 @@ from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.stopwatch import onednn_predictor
 from hnas.evaluation.tree import PrefixTree
 from hnas.models.elastic import freeze_statistics
-from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.search_space import SearchSpace, search_space
 from hnas.tools.plan import FORWARD, TRAINING, Recipe, stage1_macs, stage2_macs
 from hnas.utils.gradient_step import momentum_optimizer

@@ -34,7 +34,7 @@ from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
 from hnas.evaluation.tree import PrefixTree
 from hnas.models.elastic import freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.utils.weights import write_state
 
 logger = logging.getLogger(__name__)

@@ -41,7 +41,7 @@ from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.state import architectures_hash
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import Architecture, search_space
 from hnas.tools import search
 from hnas.tools.digits_folder import VAL_EVERY

@@ -53,7 +53,7 @@ from hnas.evaluation.stopwatch import onednn_predictor
 from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.evaluation.variants import Precision, cpu_variant
 from hnas.models.elastic import ElasticResNet
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan
 from hnas.search_space import search_space
 

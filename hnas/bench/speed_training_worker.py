@@ -32,10 +32,9 @@ from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset, load_batches
 from hnas.dataset.pixel_cache import PixelCache
 from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews, normalize
-from hnas.models.calibration import measure
 from hnas.models.convolution import use_onednn
-from hnas.models.elastic import freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.elastic import freeze_statistics, measure
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import search_space
 from hnas.utils.gradient_step import GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel

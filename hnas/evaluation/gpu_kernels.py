@@ -12,7 +12,7 @@ from hnas.evaluation.fused import find_fused
 from hnas.evaluation.kernels import EPSILON, DygraphKernels
 from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.evaluation.weights import Convolution, Form, channels_last, leading_channels
-from hnas.models.calibration import batch_statistics
+from hnas.models.elastic import batch_statistics
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import paddle
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.evaluation.weights import Convolution, Form, leading_channels
-from hnas.models.calibration import batch_statistics
+from hnas.models.elastic import batch_statistics
 
 EPSILON = 1e-5
 

@@ -10,8 +10,7 @@ from paddle import nn
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.hits import LogitsError, count_hits
-from hnas.models.calibration import calibrated
-from hnas.models.elastic import ElasticResNet
+from hnas.models.elastic import ElasticResNet, calibrated
 from hnas.search_space import Architecture
 
 Batches = Iterable[tuple[paddle.Tensor, paddle.Tensor]]

@@ -35,7 +35,7 @@ from hnas.evaluation.results import (
     warn_if_guessing,
     write_results,
 )
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import barrier, is_main_process, leave
 from hnas.ranking.figures import choice_panel
 from hnas.ranking.latency import LatencyTable, read_latency

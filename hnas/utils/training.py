@@ -15,8 +15,7 @@ from hnas.base.files import write_json
 from hnas.dataset.loader import EpochLoader
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet, plain_name
-from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import (
     GradientExchange,

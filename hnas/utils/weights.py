@@ -30,7 +30,7 @@ from hnas.base.files import (
 )
 from hnas.base.safe_pickle import load_pickle
 from hnas.models.elastic import ElasticResNet, plain_name
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import BACKBONES
 from hnas.utils.public_files import LISTED, CheckpointError, plain_weights, state_dict_of
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import paddle
 
-from hnas.models.calibration import calibrated
-from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
+from hnas.models.elastic import ElasticBatchNorm2D, calibrated, freeze_statistics
 from hnas.tools.check_device.machine import Machine
 from hnas.tools.check_device.results import (
     FAILED,

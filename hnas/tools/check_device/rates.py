@@ -17,7 +17,7 @@ from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.variants import Precision, Variant
 from hnas.evaluation.weights import Convolution, new_identity
 from hnas.models.elastic import freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.tools.check_device.arithmetic import scoring_precisions
 from hnas.tools.check_device.machine import Machine
 from hnas.tools.check_device.results import Result, fact, guarded, not_here

@@ -12,7 +12,7 @@ from hnas.base.device import set_deterministic
 from hnas.evaluation.variants import Precision
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.check_device.arithmetic import BFLOAT16, FLOAT16, FLOAT32, TF32, precisions
 from hnas.tools.check_device.machine import Machine

@@ -15,7 +15,7 @@ from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import compare
 from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
 from hnas.models.elastic import ElasticResNet
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import Architecture
 from hnas.tools.check_device.arithmetic import scoring_precisions
 from hnas.tools.check_device.machine import Machine
