@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from hypothesis import given, settings
-from supernets import family, images_for, supernet
+from independent import family, images_for, supernet
 
 from hnas.base import onednn
 from hnas.base.errors import UserError

@@ -7,7 +7,7 @@ import independent
 import numpy as np
 import paddle
 import pytest
-from supernets import family, images_for, supernet
+from independent import family, images_for, supernet
 
 from hnas.architecture_file import read_architectures
 from hnas.evaluation.counts import Counts

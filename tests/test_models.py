@@ -4,13 +4,21 @@ import independent
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import noise_images, run
 from paddleslim.nas.ofa.layers import SuperBatchNorm2D
 
+import train_supernet_pinas_stage1 as stage1
+import train_supernet_pinas_stage2_simple as stage2
 from hnas.base.errors import UserError
+from hnas.dataset.image_folder import DataError
 from hnas.models.elastic import ElasticBatchNorm2D, ElasticResNet
 from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48, RESNET48_MINI, Architecture, ArchitectureError, search_space
+from hnas.utils.flags import AUTO
+from hnas.utils.options import Options
+from hnas.utils.runtime import calibration_images, calibration_number
+from hnas.utils.weights import write_state
 
 CLASSES = 10
 NOT_SHAREABLE = "1222211213000000121200000012120000000000001212000000"
@@ -222,3 +230,120 @@ def test_official_parameter_names():
     # Stage 2 starts with block 6, and the head is block 24.
     assert {"blocks.6.downsample.0.weight", "blocks.24.fc.bias"} <= names
     assert not any(name.startswith("blocks.1.downsample") for name in names)
+
+
+# --- frozen statistics: re-calibration, warnings, and that both stages freeze them
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return noise_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    paddle.seed(1)
+    return build_network("resnet48_mini", CLASSES, elastic=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("asked", "frozen", "number", "told"),
+    [
+        (AUTO, True, 0, "bn_calibration_images 0: the weights were trained with freeze_bn"),
+        (AUTO, False, 64, "bn_calibration_images 64: the weights were trained without freeze_bn"),
+        (
+            8,
+            True,
+            8,
+            "--bn_calibration_images 8, but the weights were trained with freeze_bn: the ranking "
+            "suffers; give 0 or auto",
+        ),
+        (
+            0,
+            False,
+            0,
+            "--bn_calibration_images 0, but the weights were trained without freeze_bn: their "
+            "running statistics are a mixture of all sub-networks'",
+        ),
+        (0, True, 0, None),
+        (8, False, 8, None),
+    ],
+)
+def test_calibration_follows_the_checkpoint(asked, frozen, number, told, caplog):
+    with caplog.at_level("INFO"):
+        assert calibration_number(Options(bn_calibration_images=asked), frozen) == number
+    assert caplog.messages == ([] if told is None else [told])
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ([] if told is None else ["INFO" if asked == AUTO else "WARNING"])
+
+
+def test_calibration_takes_so_many_images(folder):
+    def number(asked, frozen):
+        options = Options(image_dir=str(folder), image_size=32, bn_calibration_images=asked)
+        found = calibration_images(options, frozen)
+        return None if found is None else len(found)
+
+    assert number(AUTO, True) is None and number(0, False) is None
+    assert number(5, True) == number(5, False) == 5
+    with pytest.raises(DataError, match="--bn_calibration_images 64, but .* has 20"):
+        number(AUTO, False)
+
+
+@pytest.mark.parametrize(
+    ("train", "freeze_bn", "about", "told"),
+    [
+        (False, True, None, "trained without freeze_bn: their running statistics"),
+        (False, False, {"freeze_bn": False}, "trained without freeze_bn: their running statistics"),
+        (False, False, {"freeze_bn": True}, ""),
+        (True, True, None, ""),
+        (True, False, {"freeze_bn": True}, "trained without freeze_bn: their running statistics"),
+    ],
+)
+def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
+    train, freeze_bn, about, told, plain, folder, tmp_path, monkeypatch, caplog
+):
+    write_state(tmp_path / "start.pdparams", plain, about)
+    seen, first = [], []
+
+    def measure(extremes):
+        seen.append(extremes.network)
+        first.append(extremes.pretrained)
+        return {"top1": 0.5}
+
+    monkeypatch.setattr(stage2.Extremes, "measure", measure)
+    monkeypatch.setattr(stage2, "fit", lambda model, *_: seen.append(model.network))
+    weights = tmp_path / "start.pdparams"
+    flags = {
+        "pretrained": weights,
+        "ckpt_dir": weights,
+        "use_ckpt": True,
+        "backbone": "resnet48_mini",
+    }
+    flags |= {"train_flag": train, "freeze_bn": freeze_bn, "bn_calibration_images": 0}
+    run(stage2, monkeypatch, folder, tmp_path / "out", **flags)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == bool(told) and all(told in warning for warning in warnings)
+    frozen = freeze_bn if train else bool((about or {}).get("freeze_bn"))
+    assert seen and all(network.stem.bn.frozen is frozen for network in seen)
+    # It is measured against the plain network that --pretrained names.
+    assert len(first) == (not train) and all(type(network) is ResNet for network in first)
+
+
+@pytest.mark.parametrize("freeze_bn", [True, False])
+def test_one_process_that_does_not_freeze_is_told_what_is_given_away(
+    freeze_bn, plain, folder, tmp_path, monkeypatch, caplog
+):
+    write_state(tmp_path / "start.pdparams", plain)
+    models = []
+    monkeypatch.setattr(stage1, "fit", lambda model, *_: models.append(model))
+    flags = {"pretrained": tmp_path / "start.pdparams", "backbone": "resnet48pinasv2_mini"}
+    flags |= {"queue_size": 20, "freeze_bn": freeze_bn}
+    run(stage1, monkeypatch, folder, tmp_path / "out", **flags)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == (not freeze_bn)
+    told = "--freeze_bn False in one process: keys and queries are normalised by the same batch"
+    assert all(warning.startswith(told) for warning in warnings)
+    (model,) = models
+    assert model.shuffle is not freeze_bn
+    for encoder in (model.network.backbone, model.network.key_backbone):
+        assert encoder.stem.bn.frozen is freeze_bn

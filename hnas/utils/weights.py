@@ -213,7 +213,7 @@ def is_contrastive(weights: Mapping[str, np.ndarray]) -> bool:
 
 
 def looks_like(weights: Mapping[str, np.ndarray]) -> str | None:
-    """The backbone whose widths ``weights`` have, by name; None: none of ours."""
+    """The name of the backbone whose widths ``weights`` have; None: none of ours."""
     prefix = BACKBONE_PREFIX if is_contrastive(weights) else ""
     stem = weights.get(f"{prefix}blocks.0.conv.weight")
     last = [value for name, value in weights.items() if LAST_NORM.fullmatch(name)]
@@ -234,20 +234,17 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str], source: str | 
     Raises:
         CheckpointError: it is not.
     """
-    for name, value in checkpoint.weights.items():
-        if CLASSIFIER.fullmatch(name) and value.shape != (len(classes),):
-            raise CheckpointError(
-                f"checkpoint {source} classifies {value.size} classes, but image_dir has "
-                f"{len(classes)} class folders; use the images that it was trained on"
-            )
     trained = checkpoint.about.get("classes", list(classes))
     if "classes" not in checkpoint.about:
         logger.info("%s does not name its classes: taken to be those of image_dir", source)
-    if len(trained) != len(classes):
-        raise CheckpointError(
-            f"checkpoint {source} was trained on {len(trained)} classes, but image_dir has "
-            f"{len(classes)} class folders; use the images that it was trained on"
-        )
+    weights = checkpoint.weights.items()
+    outputs = [value.size for name, value in weights if CLASSIFIER.fullmatch(name)]
+    for number in (*outputs, len(trained)):
+        if number != len(classes):
+            raise CheckpointError(
+                f"checkpoint {source} classifies {number} classes, but image_dir has "
+                f"{len(classes)} class folders; use the images that it was trained on"
+            )
     for own, other in zip(trained, classes, strict=True):
         if own != other:
             raise CheckpointError(
@@ -291,9 +288,10 @@ def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str
         if names
     ]
     if listed:
+        found = looks_like(weights)
+        hint = f" (it is a {found} file)" if found not in (None, looks_like(expected)) else ""
         raise CheckpointError(
-            f"checkpoint {source} is of another network{_hint(weights, expected)}: "
-            f"{'; '.join(listed)}"
+            f"checkpoint {source} is of another network{hint}: {'; '.join(listed)}"
         )
     for _, value, tensor in both:
         tensor.set_value(value.astype(_dtype(tensor)))
@@ -314,29 +312,12 @@ def load_supernet(path: str | Path) -> ElasticResNet:
     backbone = looks_like(weights)
     classifier = [value for name, value in weights.items() if CLASSIFIER.fullmatch(name)]
     if backbone is None or not classifier:
-        raise CheckpointError(
-            f"checkpoint {path} is of no supernet that is known here; there are "
-            f"{', '.join(name for name, known in BACKBONES.items() if not known.contrastive)}"
-        )
+        raise CheckpointError(f"checkpoint {path} is of no supernet that is known here")
     network = build_network(backbone, classifier[0].size)
     load_weights(network, weights, path)
     network.mixed = not checkpoint.freeze_bn
     network.eval()
     return network
-
-
-def _hint(weights: Mapping[str, np.ndarray], expected: Mapping[str, paddle.Tensor]) -> str:
-    """Which backbone the file is of, with what to give each stage, if it is another one."""
-    found, wanted = looks_like(weights), looks_like(expected)
-    if found is None or found == wanted:
-        return ""
-    # Names of both kinds, since every stage reads files of every other.
-    space = BACKBONES[found].space
-    plain, contrastive = (
-        next(n for n, b in BACKBONES.items() if b.space is space and b.contrastive is kind)
-        for kind in (False, True)
-    )
-    return f" (it is a {found} file: backbone={plain}, in stage 1 backbone={contrastive})"
 
 
 def _dtype(tensor: paddle.Tensor) -> str:
@@ -358,12 +339,13 @@ def write_state(path: str | Path, state, about: Mapping | None = None) -> str:
     """
     path = Path(path)
     with replacing(path) as temporary:
-        said = {} if about is None else {ABOUT: json.dumps(about)}
         if path.suffix == SAFETENSORS:
             arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
-            temporary.write_bytes(save_safetensors(arrays, said or None))
+            metadata = None if about is None else {ABOUT: json.dumps(about)}
+            temporary.write_bytes(save_safetensors(arrays, metadata))
         else:
-            paddle.save({**state, **said}, str(temporary))
+            content = state if about is None else {**state, ABOUT: json.dumps(about)}
+            paddle.save(content, str(temporary))
         digest = file_digest(temporary)
         # Between the two renames a file without a digest is right, one with an old digest wrong.
         digest_path(path).unlink(missing_ok=True)
