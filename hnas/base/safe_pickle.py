@@ -96,7 +96,8 @@ class _DType:
     """Stands for ``numpy.dtype``: plain booleans, integers and floats only."""
 
     def __init__(self, name="", *_):
-        text = name.decode("ascii") if isinstance(name, bytes) else str(name)
+        # Never str(name): of nested tuples that would take forever.
+        text = name if isinstance(name, str) else name.decode("ascii")
         if not PLAIN_DTYPE.fullmatch(text):
             raise _RefusedError(f"holds an array of type {text[:20]!r}")
         self.dtype = np.dtype(text)
