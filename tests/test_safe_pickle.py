@@ -158,9 +158,17 @@ def array_claiming(shape: tuple, data: bytes) -> bytes:
 
 
 def repeated_encoding(length: int, times: int) -> bytes:
-    once = b"h\x01h\x02" + text("latin1") + b"\x86R"
-    start = b"\x80\x02c_codecs\nencode\nq\x01" + text("a" * length) + b"q\x02(l"
-    return start.replace(b"(l", b"]") + (once + b"a") * times + b"."
+    once = b"h\x01h\x02" + text("latin1") + b"\x86Ra"
+    return b"\x80\x02c_codecs\nencode\nq\x01" + text("a" * length) + b"q\x02]" + once * times + b"."
+
+
+def arrays_of_one_content(times: int) -> bytes:
+    """In an order of bytes that has to be changed, which takes a copy."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text("b")
+    shape = b"J" + (2**16).to_bytes(4, "little") + b"\x85"
+    array += b"\x87R(K\x01" + shape + b"cnumpy\ndtype\n" + text(">f4") + b"\x85R\x89h\x01tba"
+    content = b"B" + (2**18).to_bytes(4, "little") + bytes(2**18) + b"q\x01a"
+    return b"\x80\x03]" + content + array * times + b"."
 
 
 NESTED = b"K\x01" + b"q\x01h\x01\x86" * 100
@@ -177,6 +185,7 @@ HUNGRY = {
     "array of many axes": (array_claiming((1,) * 100, b"\0\0\0\0"), "impossible shape"),
     "empty array of 2**62": (array_claiming((0, 2**62), b""), "impossible shape"),
     "one text encoded over and over": (repeated_encoding(10**5, 10**4), "many times"),
+    "one content of many arrays": (arrays_of_one_content(3000), "many times"),
     "hashing nested tuples": (b"\x80\x02}" + NESTED + b"K\x01s.", "key that is not text"),
     "nested tuples in a dict": (b"\x80\x02(" + NESTED + b"K\x01d.", "instruction b'd'"),
     "nested tuples in a set": (b"\x80\x04\x8f(" + NESTED + b"\x90.", "instruction b'\\x8f'"),

@@ -155,7 +155,7 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file):
         self._bounded = _BoundedFile(file)
         super().__init__(self._bounded)
-        self._encoded = 0
+        self._copied = 0
         self._empty: dict[int, np.ndarray] = {}  # Arrays whose state is still to come.
         self._known = {
             "numpy.ndarray": ARRAY_TYPE,
@@ -238,11 +238,14 @@ class _Unpickler(pickle._Unpickler):
         """``_codecs.encode``: how protocol 2 writes bytes."""
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
             raise _RefusedError("holds text in an unknown encoding")
-        # Encoding one remembered text again and again would grow without end.
-        self._encoded += len(text)
-        if self._encoded > self._bounded.tell():
-            raise _RefusedError("writes the same bytes many times")
+        self._count_copied(len(text))
         return text.encode("latin1")
+
+    def _count_copied(self, size: int) -> None:
+        """Copying one remembered text or array again and again would grow without end."""
+        self._copied += size
+        if self._copied > 2 * self._bounded.tell():
+            raise _RefusedError("writes the same bytes many times")
 
     def _reconstruct(self, kind, shape, code) -> np.ndarray:
         """An array whose shape and content come as its state."""
@@ -262,6 +265,7 @@ class _Unpickler(pickle._Unpickler):
             raise ValueError("array of an impossible shape")
         if math.prod(shape) * stand_in.dtype.itemsize != len(data):
             raise ValueError(f"array of shape {shape} with {len(data)} bytes")
+        self._count_copied(len(data))
         array.__setstate__((1, tuple(shape), stand_in.dtype, bool(fortran), data))
         del self._empty[id(array)]
 
