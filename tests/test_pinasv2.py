@@ -3,10 +3,9 @@
 import numpy as np
 import paddle
 import pytest
-from independent import features
+from independent import features, normalized
 
 from hnas.base.errors import UserError
-from hnas.dataset.transforms import normalize
 from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.search_space import RESNET48, RESNET48_MINI
@@ -121,9 +120,7 @@ class Independent:
             for name, tensor in self.state.items()
             if name.startswith(f"{prefix}backbone.")
         }
-        mean = paddle.to_tensor([0.485, 0.456, 0.406]).reshape([1, 3, 1, 1])
-        deviation = paddle.to_tensor([0.229, 0.224, 0.225]).reshape([1, 3, 1, 1])
-        images = (view.astype("float32") / 255 - mean) / deviation
+        images = paddle.to_tensor(normalized(view.numpy()))
         space = RESNET48_MINI
         x = features(part, arch.code, images, space.base_channels, space.divisor, self.training)
         hidden = self.state[f"{prefix}neck.hidden.weight"][: x.shape[1]]
@@ -212,31 +209,6 @@ def test_a_step_is_the_independent_computation(network, exchange, frozen, larges
                 )
     else:
         assert any(name.startswith("backbone.") for name in moved)
-
-
-def test_shared_queries_give_the_gradients_of_two_passes(network, monkeypatch):
-    """Both passes ask the same here; computing them apart must train alike."""
-    freeze_statistics(network)
-    before = state_of(network)
-    asked = []
-    embed = PiNASv2.embed_queries
-    monkeypatch.setattr(PiNASv2, "embed_queries", lambda *args: asked.append(args) or embed(*args))
-    step_once(network, LargestSampler(RESNET48_MINI, 2))
-    assert len(asked) == 1
-    together = state_of(network)
-    network.set_state_dict({name: paddle.to_tensor(value) for name, value in before.items()})
-
-    def apart(self, views, passes):
-        return [
-            self.network.embed_queries(normalize(views[one.query_view]), one.query_path)
-            for one in passes
-        ]
-
-    monkeypatch.setattr(ContrastiveModel, "embed_queries", apart)
-    step_once(network, LargestSampler(RESNET48_MINI, 2))
-    assert len(asked) == 3
-    for name, value in state_of(network).items():
-        np.testing.assert_allclose(value, together[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
 
 def test_passes_depend_on_the_position_only(network):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ import pytest
 from entry_scripts import CLASSES, noise_images, run
 from safetensors.numpy import save_file
 
-import train_supernet
 import train_supernet_pinas_stage1
 from hnas.base.errors import UserError
 from hnas.models.elastic import plain_name
@@ -218,29 +216,13 @@ def test_pretrained_and_ckpt_dir_take_files_of_both_stages(layout, nets, tmp_pat
     with caplog.at_level("INFO"):
         assert start_from_checkpoint(student, str(path), CLASSES).freeze_bn
     assert_same_bits(plain(arrays_of(student)), expected)
+    stranger = {**plain(whole), "neck_of_a_stranger": np.ones(1, np.float32)}
+    with pytest.raises(CheckpointError, match="1 unexpected: neck_of_a_stranger"):
+        load_weights(student, backbone_weights(stranger), "F")
     left = f"left {len(whole) - len(expected)} tensors of neck, key encoder and queue"
     assert (left in caplog.text) == (layout == "public, stage 1")
     options = Options(backbone=MINI, pretrained=str(path))
     assert_same_bits(arrays_of(pretrained_network(options, CLASSES, RESNET48_MINI)), expected)
-
-
-def test_scores_are_those_of_the_plain_file(nets, images, tmp_path, monkeypatch):
-    rng = np.random.default_rng(4)
-    codes = {f"n{i}": {"acc": 0, "arch": RESNET48_MINI.sample(rng).code} for i in range(2)}
-    (tmp_path / "codes.json").write_text(json.dumps(codes))
-    write_state(tmp_path / "plain.pdparams", tensors(nets.supernet), {"freeze_bn": True})
-    WRITERS["paddle 3"](LAYOUTS["public, one card"](nets)[0], tmp_path / "one.pdparams")
-    WRITERS["two nests"](LAYOUTS["public, alone"](nets)[0], tmp_path / "several.pdparams")
-    found = {}
-    for name in ("plain", "one", "several"):
-        flags = {"backbone": MINI, "ckpt_dir": tmp_path / f"{name}.pdparams"}
-        flags["modelarch_file"] = tmp_path / "codes.json"
-        run(train_supernet, monkeypatch, images, tmp_path / name, **flags)
-        files = ("submission.json", "submission_top5.json", "channel_sample.txt")
-        found[name] = [(tmp_path / name / file).read_bytes() for file in files]
-        found[name].append(json.loads((tmp_path / name / "estimates.json").read_text()))
-    assert found["one"] == found["several"] == found["plain"]
-    assert sum(json.loads(found["plain"][1])[name]["acc"] for name in codes) > 0
 
 
 # --- stage one goes on from them
@@ -369,12 +351,6 @@ def test_floats_of_other_precision_are_converted(nets):
     assert_same_bits(arrays_of(other), nets.plain)
 
 
-def test_only_stage_ones_own_tensors_are_left_behind(nets):
-    state = {**plain(nets.contrast), "neck_of_a_stranger": np.ones(1, np.float32)}
-    with pytest.raises(CheckpointError, match="1 unexpected: neck_of_a_stranger"):
-        load_weights(build_network(MINI, 10), backbone_weights(state), "F")
-
-
 # --- what files say of how they were trained
 
 
@@ -393,11 +369,10 @@ def test_files_say_how_they_were_trained(suffix, nets, tmp_path):
 
 
 def test_training_says_it():
-    folder = SimpleNamespace(classes=("cat", "dog"))
-    loader = SimpleNamespace(dataset=SimpleNamespace(images=folder))
-    options = Options(backbone=MINI, freeze_bn=True)
+    images = SimpleNamespace(classes=("cat", "dog"))
+    loader = SimpleNamespace(dataset=SimpleNamespace(images=images))
     expected = {"backbone": MINI, "freeze_bn": True, "classes": ["cat", "dog"]}
-    assert about_weights(options, loader) == expected
+    assert about_weights(Options(backbone=MINI, freeze_bn=True), loader) == expected
 
 
 TAKERS = {

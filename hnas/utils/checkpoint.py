@@ -60,7 +60,7 @@ def save_training(
         UserError: files that cannot be written.
     """
     check_finite(network)
-    others = (_order(progress)[0] for _, progress in _sets(Path(stem).parent))
+    others = [_order(other)[0] for _, other in _sets(Path(stem).parent)]
     digests = {
         PARAMS: write_state(f"{stem}{PARAMS}", network.state_dict(), about),
         OPTIMIZER: write_state(f"{stem}{OPTIMIZER}", optimizer_state(network, optimizer)),
