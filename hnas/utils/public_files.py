@@ -41,22 +41,16 @@ def state_dict_of(content, path: str | Path) -> dict:
         CheckpointError: there is none, or it is not clear which.
     """
     for _ in range(MOST_NESTS):
-        if not isinstance(content, dict):
-            break
-        nests = [key for key in NESTED if isinstance(content.get(key), dict)]
-        if not nests:
-            break
+        found = content if isinstance(content, dict) else {}
+        nests = [key for key in NESTED if isinstance(found.get(key), dict)]
         if len(nests) > 1:
             raise CheckpointError(
                 f"checkpoint {path} holds both {nests[0]!r} and {nests[1]!r}; save the one alone "
                 "that you mean"
             )
-        others = [repr(key) for key in content if key != nests[0]]
-        if others:
-            rest = ", ..." if len(others) > LISTED else ""
-            listed = ", ".join(others[:LISTED])
-            logger.info("%s: took %r, left %s%s", path, nests[0], listed, rest)
-        content = content[nests[0]]
+        for key in nests:
+            logger.info("%s: took %r, left %d others", path, key, len(found) - 1)
+            content = found[key]
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path} holds a {type(content).__name__}, not a state dict"
@@ -76,30 +70,25 @@ def plain_weights(
     Raises:
         CheckpointError: two arrays get the same name.
     """
-    own, teacher = [], []
-    for name, value in arrays.items():
-        stripped = _unwrapped(name)
-        if stripped.startswith(TEACHER):
-            teacher.append((name, _unwrapped(stripped.removeprefix(TEACHER)), value))
-        else:
-            own.append((name, stripped, value))
-    is_public = bool(teacher) or any(name.startswith("model.") for name in arrays)
-    if any(NECK.fullmatch(stripped) for _, stripped, _ in own):
-        is_public = True
-        own = [(name, _contrastive_name(stripped), value) for name, stripped, value in own]
-        own += [
-            (name, f"key_{_contrastive_name(stripped)}", value)
-            for name, stripped, value in teacher
-            if not stripped.startswith("queue")
-        ]
-    elif teacher:
+    names = {name: _unwrapped(name) for name in arrays}
+    teacher = [name for name in names if names[name].startswith(TEACHER)]
+    contrastive = any(NECK.fullmatch(stripped) for stripped in names.values())
+    if teacher and not contrastive:
         logger.info("%s: left %d tensors of the teacher beside the network", path, len(teacher))
     plain: dict[str, np.ndarray] = {}
-    for name, stripped, value in own:
+    for name, stripped in names.items():
+        part = ""
+        if stripped.startswith(TEACHER):
+            part, stripped = "key_", _unwrapped(stripped.removeprefix(TEACHER))
+            if not contrastive or stripped.startswith("queue"):
+                continue
+        if contrastive:
+            stripped = part + _contrastive_name(stripped)
         if stripped in plain:
             raise CheckpointError(f"checkpoint {path} holds {stripped} twice, once as {name}")
-        plain[stripped] = value
-    return plain, is_public
+        plain[stripped] = arrays[name]
+    wrapped = any(name.startswith("model.") for name in arrays)
+    return plain, wrapped or contrastive or bool(teacher)
 
 
 def _unwrapped(name: str) -> str:

@@ -59,11 +59,10 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(path)
-    for candidate in (path, *(Path(f"{path}{suffix}") for suffix in (PARAMS, SAFETENSORS))):
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
+    for suffix in ("", PARAMS, SAFETENSORS):
+        if Path(f"{path}{suffix}").is_file():
+            return Path(f"{path}{suffix}")
+    if Path(path).is_dir():
         raise CheckpointError(
             f"checkpoint {path} is a folder; name the file, e.g. {path}/0{PARAMS}"
         )
@@ -197,14 +196,10 @@ def backbone_weights(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     """
     if not is_contrastive(weights):
         return dict(weights)
-    taken = {
-        name.removeprefix(BACKBONE_PREFIX): value
-        for name, value in weights.items()
-        if not CONTRASTIVE.fullmatch(name)
-    }
-    left = len(weights) - len(taken)
+    own = [name for name in weights if not CONTRASTIVE.fullmatch(name)]
+    left = len(weights) - len(own)
     logger.info("stage-one checkpoint: left %d tensors of neck, key encoder and queue", left)
-    return taken
+    return {name.removeprefix(BACKBONE_PREFIX): weights[name] for name in own}
 
 
 def is_contrastive(weights: Mapping[str, np.ndarray]) -> bool:
