@@ -86,7 +86,7 @@ def remove_leftovers(folder: str | Path) -> None:
     They stay where the disk has no locks.
     """
     for path in Path(folder).glob(".*.tmp"):
-        if TEMPORARY.fullmatch(path.name):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
             with suppress(OSError), open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -100,7 +100,7 @@ def check_writable(folder: str | Path, flag: str) -> None:
     """
     try:
         made = Path(folder)
-        while not made.exists():
+        while not (made.exists() or made.is_symlink()):
             made = made.parent
         temporary = _temporary(made / "try")
         try:
