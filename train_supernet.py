@@ -36,7 +36,7 @@ from hnas.evaluation.results import (
     write_results,
 )
 from hnas.models.elastic import ElasticResNet
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import (
     barrier,
     is_main_process,

@@ -15,7 +15,7 @@ import logging
 from hnas.base.errors import UserError, run_main
 from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
 from hnas.models.elastic import freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import world_size
 from hnas.search_space import find_backbone
 from hnas.utils.flags import Stage

@@ -14,8 +14,7 @@ import paddle.distributed as dist
 
 from hnas.bench.speed_training import calm
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
-from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.parallel.distributed import (
     GradientExchange,
     StopSignals,

@@ -12,8 +12,8 @@ from hnas.bench.speed_training import calm
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
-from hnas.models.calibration import measure
-from hnas.models.registry import build_network
+from hnas.models.elastic import measure
+from hnas.models.pinasv2 import build_network
 from hnas.tools.digits_folder import write_digits
 from hnas.utils.weights import write_state
 

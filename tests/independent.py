@@ -1,12 +1,18 @@
-"""A second implementation of a sub-network for the tests, sharing no code with the project.
+"""A second implementation of a sub-network for the tests, and supernets to compare with it.
 
-It reads the digits of a code by position, slices a supernet's state dict and calls Paddle's
-functional operators.
+The former shares no code with the project: it reads the digits of a code by position, slices a
+supernet's state dict and calls Paddle's functional operators.
 """
+
+import json
 
 import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
+
+from hnas.models.pinasv2 import build_network
+from hnas.ranking.costs import all_parts
+from hnas.search_space import RESNET48_MINI, Architecture
 
 RATIO = {1: 1.0, 2: 0.95, 3: 0.9, 4: 0.85, 5: 0.8, 6: 0.75, 7: 0.7}
 DEPTHS = (5, 5, 8, 5)
@@ -99,3 +105,58 @@ def first_place_size(code):
         size += sum(convolution(stage, int(digit)) for digit in digits if digit != "0")
         position += 2 * deepest
     return size
+
+
+# --- the project's own supernets, sub-networks and images
+
+
+def family(space, seed):
+    """Architectures that share prefixes in every way the engine tells apart."""
+    rng = np.random.default_rng(seed)
+    first = space.sample(rng)
+    archs = [first, space.largest(), space.smallest()]
+    for _ in range(4):  # the same stages 1 to 3, other stages 4
+        other = space.sample(rng)
+        archs.append(
+            Architecture(
+                (*first.depths[:3], other.depths[3]),
+                first.stem,
+                (*first.widths[:3], other.widths[3]),
+            )
+        )
+    for depth in (2, 3, 4, 5):  # one is the other's prefix
+        widths = first.widths[3][:1] * depth
+        archs.append(
+            Architecture((*first.depths[:3], depth), first.stem, (*first.widths[:3], widths))
+        )
+    archs += [space.sample(rng) for _ in range(10)]
+    return list(dict.fromkeys(archs))
+
+
+def supernet(space, classes=10, size=32):
+    paddle.seed(0)
+    name = "resnet48_mini" if space is RESNET48_MINI else "resnet48"
+    net = build_network(name, classes)
+    net.train()
+    with paddle.no_grad():
+        for _ in range(10):  # running statistics that keep activations in range
+            net(paddle.randn([16, 3, size, size]))
+    net.eval()
+    return net
+
+
+def images_for(size, number, classes=10, seed=1):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (number, 3, size, size), dtype=np.uint8)
+    return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, classes, number))
+
+
+def latency_file(folder, **changes):
+    """A file of invented times, as hnas.tools.latency writes it but for the changes."""
+    times = {part.name: round(0.1 + i / 1000, 6) for i, part in enumerate(all_parts(RESNET48_MINI))}
+    content = {"format": 1, "backbone": "resnet48_mini", "sample_space": "released"}
+    content |= {"image_size": 32, "num_classes": 10, "batch_size": 1, "threads": 1}
+    content |= dict.fromkeys(("device", "processor", "engine", "paddle"), "some")
+    path = folder / "latency.json"
+    path.write_text(json.dumps(content | {"milliseconds": times} | changes))
+    return path

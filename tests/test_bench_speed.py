@@ -19,7 +19,7 @@ from hnas.bench.speed_training import (
     with_paddleslim_norms,
 )
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel

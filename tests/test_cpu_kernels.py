@@ -10,8 +10,9 @@ import numpy as np
 import paddle
 import pytest
 from hypothesis import given, settings
-from supernets import family, images_for, supernet
+from independent import family, images_for, supernet
 
+from hnas.base import onednn
 from hnas.base.errors import UserError
 from hnas.base.onednn import OneDNNError, has_bfloat16
 from hnas.evaluation import cpu_kernels as cpu_kernels_module
@@ -34,7 +35,6 @@ from hnas.evaluation.onednn_steps import ConvolutionKernel
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
-from hnas.models import onednn
 from hnas.search_space import RESNET48_MINI
 
 ROOT = Path(__file__).parents[1]

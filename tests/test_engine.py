@@ -30,7 +30,7 @@ from hnas.evaluation.ledger import Targets
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import STATE_FILE, load_state
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.ranking.agreement import Agreement, read_estimates
 from hnas.search_space import RESNET48, RESNET48_MINI
 

@@ -8,8 +8,8 @@ import numpy as np
 import paddle
 import pytest
 from counted import counts_of, first_ones
+from independent import family, images_for, supernet
 from scipy import stats
-from supernets import family, images_for, supernet
 
 from hnas.architecture_file import read_architectures
 from hnas.base.errors import UserError

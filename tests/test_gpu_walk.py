@@ -19,7 +19,7 @@ from hnas.evaluation.results import STATE_FILE
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import EngineError, compare, margins
 from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48, RESNET48_MINI
 
 CLASSES = 7

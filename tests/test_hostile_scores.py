@@ -28,7 +28,7 @@ from hnas.evaluation.ledger import Ledger
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.results import STATE_FILE, StateError
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import draw_architectures, flops, rank_report, train_standalone
 from hnas.tools.digits_folder import main as digits_folder

@@ -13,7 +13,7 @@ import paddle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from supernets import latency_file
+from independent import latency_file
 from test_readme import table_after
 
 from hnas.base.errors import UserError

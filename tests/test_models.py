@@ -4,13 +4,21 @@ import independent
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import noise_images, run
 from paddleslim.nas.ofa.layers import SuperBatchNorm2D
 
+import train_supernet_pinas_stage1 as stage1
+import train_supernet_pinas_stage2_simple as stage2
 from hnas.base.errors import UserError
+from hnas.dataset.image_folder import DataError
 from hnas.models.elastic import ElasticBatchNorm2D, ElasticResNet
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48, RESNET48_MINI, Architecture, ArchitectureError, search_space
+from hnas.utils.flags import AUTO
+from hnas.utils.options import Options
+from hnas.utils.runtime import calibration_images, calibration_number
+from hnas.utils.weights import write_state
 
 CLASSES = 10
 NOT_SHAREABLE = "1222211213000000121200000012120000000000001212000000"
@@ -70,33 +78,29 @@ def state_of(network):
 
 @pytest.mark.parametrize("code", MINI_CODES)
 @pytest.mark.parametrize("training", [False, True])
-def test_subnetwork_equals_independent_network(mini_double, images, code, training):
-    images = images.astype("float64")
-    mini_double.train() if training else mini_double.eval()
-    state = state_of(mini_double)
-    with paddle.no_grad():
-        expected = independent.forward(state, code, images, (20, 32, 64, 128), 1, training)
-        mini_double.activate(Architecture.from_code(code))
-        assert largest_difference(mini_double(images), expected) < 1e-10
-    mini_double.set_state_dict(state)
-
-
-@pytest.mark.parametrize("code", MINI_CODES)
-@pytest.mark.parametrize("training", [False, True])
-def test_extracted_network_equals_the_active_subnetwork(mini, images, code, training):
+def test_subnetworks_active_or_extracted_equal_independent_ones(
+    mini, mini_double, images, code, training
+):
     arch = Architecture.from_code(code)
-    mini.train() if training else mini.eval()
-    state = state_of(mini)
+    states = {network: state_of(network) for network in (mini, mini_double)}
+    for network in states:
+        network.train() if training else network.eval()
+        network.activate(arch)
     alone = mini.extract(arch)
-    mini.activate(arch)
     assert alone.training is training
+    double = images.astype("float64")
     with paddle.no_grad():
+        expected = independent.forward(
+            states[mini_double], code, double, (20, 32, 64, 128), 1, training
+        )
+        assert largest_difference(mini_double(double), expected) < 1e-10
         assert largest_difference(alone(images), mini(images)) < 1e-5
     # The training forward moved the statistics of both alike.
     after = mini.sliced_state(arch, alone)
     for name, tensor in alone.state_dict().items():
         np.testing.assert_allclose(tensor.numpy(), after[name].numpy(), atol=1e-6, err_msg=name)
-    mini.set_state_dict(state)
+    for network, state in states.items():
+        network.set_state_dict(state)
 
 
 @pytest.mark.slow
@@ -115,8 +119,7 @@ def test_full_size_subnetworks_equal_independent_networks():
 
 
 def test_gradients_reach_only_the_active_slice(mini, images):
-    code = "1" + "2222" + "3" + "1313000000" + "2323000000" + "5252000000000000" + "7171000000"
-    code = code.replace("7171", "7272")
+    code = "1" + "2222" + "3" + "1313000000" + "2323000000" + "5252000000000000" + "7272000000"
     mini.train()
     mini.activate(Architecture.from_code(code))
     state = state_of(mini)
@@ -143,7 +146,7 @@ def test_running_statistics_update_in_place_for_the_active_slice():
     assert norm._variance.numpy()[4:].tolist() == [1, 1]
 
 
-def test_batch_norm_trains_its_statistics_after_an_evaluation():
+def test_batch_norm_trains_its_statistics_after_an_evaluation(mini):
     x = paddle.randn([8, 3, 4, 4]) + 5
     means = {}
     for kind in (SuperBatchNorm2D, ElasticBatchNorm2D):
@@ -153,15 +156,11 @@ def test_batch_norm_trains_its_statistics_after_an_evaluation():
         norm.train()
         norm(x)
         means[kind] = norm._mean.numpy()[:3]
+    norms = [layer for layer in mini.sublayers() if isinstance(layer, paddle.nn.BatchNorm2D)]
+    assert [type(norm) for norm in norms] == [ElasticBatchNorm2D] * (1 + 2 * 23 + 3)
     # PaddleSlim's own layer keeps the statistics that it was evaluated with: the defect.
     assert np.all(means[SuperBatchNorm2D] == 0)
     np.testing.assert_allclose(means[ElasticBatchNorm2D], 0.1 * x.numpy().mean((0, 2, 3)), 1e-4)
-
-
-def test_every_batch_norm_of_the_supernet_is_the_mended_one(mini):
-    norms = [layer for layer in mini.sublayers() if isinstance(layer, paddle.nn.BatchNorm2D)]
-    assert len(norms) == 1 + 2 * 23 + 3
-    assert all(type(norm) is ElasticBatchNorm2D for norm in norms)
 
 
 def test_supernet_refuses_an_architecture_without_shared_projection(mini):
@@ -207,18 +206,118 @@ def test_networks_that_start_as_shortcuts_are_their_projections():
     np.testing.assert_allclose(network.features(images).numpy(), expected.numpy(), atol=1e-5)
 
 
-def test_registry_names_and_errors():
+def test_networks_by_name_have_the_official_parameters():
     assert isinstance(build_network("resnet48_mini", 7), ElasticResNet)
     plain = build_network("resnet48_mini", 7, elastic=False)
     assert type(plain) is ResNet and plain.head.fc.weight.shape == [128, 7]
+    names = set(plain.state_dict())
+    # Stage 2 starts with block 6, and the head is block 24.
+    assert {"blocks.0.conv.weight", "blocks.0.bn._mean", "blocks.1.conv1.weight"} <= names
+    assert {"blocks.6.downsample.0.weight", "blocks.24.fc.bias"} <= names
+    assert not any(name.startswith("blocks.1.downsample") for name in names)
     with pytest.raises(UserError, match="did you mean resnet48"):
         build_network("resnet84")
 
 
-def test_official_parameter_names():
-    names = set(build_network("resnet48_mini", 7, elastic=False).state_dict())
-    for name in ("blocks.0.conv.weight", "blocks.0.bn._mean", "blocks.1.conv1.weight"):
-        assert name in names
-    # Stage 2 starts with block 6, and the head is block 24.
-    assert {"blocks.6.downsample.0.weight", "blocks.24.fc.bias"} <= names
-    assert not any(name.startswith("blocks.1.downsample") for name in names)
+# --- frozen statistics: re-calibration, warnings, and that both stages freeze them
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return noise_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    paddle.seed(1)
+    return build_network("resnet48_mini", CLASSES, elastic=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("asked", "frozen", "number", "level", "told"),
+    [
+        (AUTO, True, 0, "INFO", "bn_calibration_images 0: the weights were trained with freeze_bn"),
+        (AUTO, False, 64, "INFO", "bn_calibration_images 64: the weights were trained without"),
+        (8, True, 8, "WARNING", "8, but the weights were trained with freeze_bn: the ranking suf"),
+        (0, False, 0, "WARNING", "0, but the weights were trained without freeze_bn: their runn"),
+        (0, True, 0, None, None),
+        (8, False, 8, None, None),
+    ],
+)
+def test_calibration_follows_the_checkpoint(asked, frozen, number, level, told, caplog):
+    with caplog.at_level("INFO"):
+        assert calibration_number(Options(bn_calibration_images=asked), frozen) == number
+    assert [record.levelname for record in caplog.records] == ([] if told is None else [level])
+    assert told is None or told in caplog.text
+
+
+def test_calibration_takes_so_many_images(folder):
+    def number(asked, frozen):
+        options = Options(image_dir=str(folder), image_size=32, bn_calibration_images=asked)
+        found = calibration_images(options, frozen)
+        return None if found is None else len(found)
+
+    assert number(AUTO, True) is None and number(0, False) is None
+    assert number(5, True) == number(5, False) == 5
+    with pytest.raises(DataError, match="--bn_calibration_images 64, but .* has 20"):
+        number(AUTO, False)
+
+
+@pytest.mark.parametrize(
+    ("train", "freeze_bn", "about", "told"),
+    [
+        (False, True, None, "trained without freeze_bn: their running statistics"),
+        (False, False, {"freeze_bn": False}, "trained without freeze_bn: their running statistics"),
+        (False, False, {"freeze_bn": True}, ""),
+        (True, True, None, ""),
+        (True, False, {"freeze_bn": True}, "trained without freeze_bn: their running statistics"),
+    ],
+)
+def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
+    train, freeze_bn, about, told, plain, folder, tmp_path, monkeypatch, caplog
+):
+    write_state(tmp_path / "start.pdparams", plain, about)
+    seen, first = [], []
+
+    def measure(extremes):
+        seen.append(extremes.network)
+        first.append(extremes.pretrained)
+        return {"top1": 0.5}
+
+    monkeypatch.setattr(stage2.Extremes, "measure", measure)
+    monkeypatch.setattr(stage2, "fit", lambda model, *_: seen.append(model.network))
+    weights = tmp_path / "start.pdparams"
+    flags = {
+        "pretrained": weights,
+        "ckpt_dir": weights,
+        "use_ckpt": True,
+        "backbone": "resnet48_mini",
+    }
+    flags |= {"train_flag": train, "freeze_bn": freeze_bn, "bn_calibration_images": 0}
+    run(stage2, monkeypatch, folder, tmp_path / "out", **flags)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == bool(told) and all(told in warning for warning in warnings)
+    frozen = freeze_bn if train else bool((about or {}).get("freeze_bn"))
+    assert seen and all(network.stem.bn.frozen is frozen for network in seen)
+    # It is measured against the plain network that --pretrained names.
+    assert len(first) == (not train) and all(type(network) is ResNet for network in first)
+
+
+@pytest.mark.parametrize("freeze_bn", [True, False])
+def test_one_process_that_does_not_freeze_is_told_what_is_given_away(
+    freeze_bn, plain, folder, tmp_path, monkeypatch, caplog
+):
+    write_state(tmp_path / "start.pdparams", plain)
+    models = []
+    monkeypatch.setattr(stage1, "fit", lambda model, *_: models.append(model))
+    flags = {"pretrained": tmp_path / "start.pdparams", "backbone": "resnet48pinasv2_mini"}
+    flags |= {"queue_size": 20, "freeze_bn": freeze_bn}
+    run(stage1, monkeypatch, folder, tmp_path / "out", **flags)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == (not freeze_bn)
+    told = "--freeze_bn False in one process: keys and queries are normalised by the same batch"
+    assert all(warning.startswith(told) for warning in warnings)
+    (model,) = models
+    assert model.shuffle is not freeze_bn
+    for encoder in (model.network.backbone, model.network.key_backbone):
+        assert encoder.stem.bn.frozen is freeze_bn

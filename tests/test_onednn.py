@@ -20,9 +20,9 @@ from hnas.evaluation.winograd import (
     winograd,
     worth_it,
 )
-from hnas.models import convolution, onednn
+from hnas.models import convolution
 from hnas.models.convolution import onednn_conv2d, use_onednn
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 
 
@@ -148,14 +148,15 @@ def test_a_library_that_differs_is_not_used(monkeypatch, caplog):
 
 def test_a_refused_call_is_an_error():
     with pytest.raises(OneDNNError, match="returned"):
-        onednn.Convolution(onednn.Shape((1, 3, 4, 4), (8, 3, 9, 9), 8, 1, 0))
+        convolution.Convolution((1, 3, 4, 4), (8, 3, 9, 9), 8, 1, 0)
 
 
 def test_convolutions_are_made_once_and_not_all_kept():
-    shapes = [onednn.Shape((1, 3, 4, 4), (c, 3, 1, 1), c, 1, 0) for c in (2, 3)]
-    first, second = (onednn.convolution_of(shape) for shape in shapes)
-    assert first is not second and onednn.convolution_of(shapes[0]) is first
-    assert onednn.convolution_of.cache_info().maxsize == onednn.KEPT_CONVOLUTIONS
+    shapes = [((1, 3, 4, 4), (c, 3, 1, 1), c, 1, 0) for c in (2, 3)]
+    first, second = (convolution.convolution_of(*shape) for shape in shapes)
+    assert first is not second and convolution.convolution_of(*shapes[0]) is first
+    cache = convolution.convolution_of.cache_info()
+    assert cache.maxsize == convolution.KEPT_CONVOLUTIONS
 
 
 # --- Winograd's minimal filtering

@@ -11,7 +11,7 @@ from paddle import nn
 
 from hnas.base.errors import UserError
 from hnas.evaluation.tree import PrefixTree
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools import plan
 from hnas.utils.memory_needs import convolution_outputs

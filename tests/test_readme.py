@@ -18,7 +18,7 @@ from scipy.stats import t as student
 from hnas.architecture_file import submission
 from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.ranking.correlations import CORRELATIONS
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.utils.options import Options

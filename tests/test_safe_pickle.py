@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
-import re
 import subprocess
 import time
 import tracemalloc
@@ -31,13 +30,6 @@ class Call:
         return self.function, self.arguments
 
 
-class CallWithState(Call):
-    """Pickles as a call whose result is given a state."""
-
-    def __reduce__(self):
-        return self.function, self.arguments, {"a": 1}
-
-
 def text(value) -> bytes:
     """The instruction that puts a string on the stack (BINUNICODE)."""
     encoded = str(value).encode()
@@ -48,42 +40,39 @@ def shell(marker: Path) -> bytes:
     return text(f"touch '{marker}'")
 
 
-# Each creates the file ``marker`` when Python's own unpickler reads it.
+# Each creates the file ``marker`` when Python's own unpickler reads it. A refusal names what comes
+# before the comma.
 LIVE = {
-    "os.system": lambda marker: pickle.dumps(Call(os.system, f"touch '{marker}'"), 4),
-    "os.system in protocol 2": lambda marker: pickle.dumps(Call(os.system, f"touch '{marker}'"), 2),
-    "builtins.eval": lambda marker: pickle.dumps(Call(eval, f"open({str(marker)!r}, 'w')"), 4),
-    "__builtin__.exec": lambda marker: pickle.dumps(Call(exec, f"open({str(marker)!r}, 'w')"), 2),
-    "subprocess among weights": lambda marker: pickle.dumps(
-        OrderedDict(weight=np.ones(3), bias=Call(subprocess.check_output, ["touch", str(marker)])),
-        4,
+    f"{os.system.__module__}.system": lambda m: pickle.dumps(Call(os.system, f"touch '{m}'"), 4),
+    f"{os.system.__module__}.system, 2": lambda m: pickle.dumps(Call(os.system, f"touch '{m}'"), 2),
+    "builtins.eval": lambda m: pickle.dumps(Call(eval, f"open({str(m)!r}, 'w')"), 4),
+    "__builtin__.exec": lambda m: pickle.dumps(Call(exec, f"open({str(m)!r}, 'w')"), 2),
+    "subprocess.run, among weights": lambda m: pickle.dumps(
+        OrderedDict(weight=np.ones(3), bias=Call(subprocess.run, ["touch", str(m)])), 4
     ),
-    "call inside a call": lambda marker: pickle.dumps(
-        Call(tuple, Call(list, Call(os.listdir, Call(os.mkdir, str(marker))))), 4
+    "builtins.list, with a call inside": lambda m: pickle.dumps(
+        Call(tuple, Call(list, Call(os.listdir, Call(os.mkdir, str(m))))), 4
     ),
-    "array of objects": lambda marker: pickle.dumps(
-        np.array([Call(os.system, f"touch '{marker}'")], dtype=object), 4
+    "an array of type 'O8', with a call": lambda m: pickle.dumps(
+        np.array([Call(os.system, f"touch '{m}'")], dtype=object), 4
     ),
-    "call of what a call gave": lambda marker: (
+    "builtins.getattr, whose result is called": lambda m: (
         b"\x80\x02cbuiltins\ngetattr\ncos\nsystem\n"
-        + text("__call__")
-        + b"\x86R"
-        + shell(marker)
-        + b"\x85R."
+        + (text("__call__") + b"\x86R" + shell(m) + b"\x85R.")
     ),
-    "INST": lambda marker: b"\x80\x02(" + shell(marker) + b"ios\nsystem\n.",
-    "OBJ": lambda marker: b"\x80\x02(cos\nsystem\n" + shell(marker) + b"o.",
-    "STACK_GLOBAL": lambda marker: (
-        b"\x80\x04" + text("os") + text("system") + b"\x93" + shell(marker) + b"\x85R."
+    "instruction b'i'": lambda m: b"\x80\x02(" + shell(m) + b"ios\nsystem\n.",
+    "os.system, by OBJ": lambda m: b"\x80\x02(cos\nsystem\n" + shell(m) + b"o.",
+    "os.system, by STACK_GLOBAL": lambda m: (
+        b"\x80\x04" + text("os") + text("system") + b"\x93" + shell(m) + b"\x85R."
     ),
-    "OrderedDict from a call": lambda marker: pickle.dumps(
-        Call(OrderedDict, Call(eval, f"open({str(marker)!r}, 'w') and []")), 4
+    "builtins.eval, in an OrderedDict": lambda m: pickle.dumps(
+        Call(OrderedDict, Call(eval, f"open({str(m)!r}, 'w') and []")), 4
     ),
-    "state of a call": lambda marker: (
-        b"\x80\x02ccollections\nOrderedDict\n)Rcos\nsystem\n" + shell(marker) + b"\x85Rb."
+    "os.system, as a state": lambda m: (
+        b"\x80\x02ccollections\nOrderedDict\n)Rcos\nsystem\n" + shell(m) + b"\x85Rb."
     ),
-    "numpy's loader": lambda marker: (
-        b"\x80\x02cnumpy\nload\ncbuiltins\nopen\n" + text(marker) + text("w") + b"\x86R\x85R."
+    "numpy.load": lambda m: (
+        b"\x80\x02cnumpy\nload\ncbuiltins\nopen\n" + text(m) + text("w") + b"\x86R\x85R."
     ),
 }
 
@@ -104,8 +93,9 @@ def load(tmp_path):
 def test_nothing_is_executed(name, tmp_path, load):
     marker = tmp_path / "executed"
     content = LIVE[name](marker)
-    with pytest.raises(UnsafePickleError, match="^refused to load"):
+    with pytest.raises(UnsafePickleError, match="^refused to load") as caught:
         load(content)
+    assert name.partition(",")[0] in str(caught.value)
     assert not marker.exists()
 
     # The payload does work where it is allowed to.
@@ -114,22 +104,6 @@ def test_nothing_is_executed(name, tmp_path, load):
     except Exception as error:
         assert not isinstance(error, FileNotFoundError)
     assert marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (LIVE["os.system"](Path("x")), f"{os.system.__module__}.system"),
-        (LIVE["builtins.eval"](Path("x")), "builtins.eval"),
-        (LIVE["__builtin__.exec"](Path("x")), "__builtin__.exec"),
-        (b"\x80\x02cnumpy.core.multiarray\nfromfile\n.", "numpy.core.multiarray.fromfile"),
-        (b"\x80\x02cpaddle\nload\n.", "paddle.load"),
-        (b"\x80\x04\x8c\x08builtins\x8c\x0ftuple.__class__\x93.", "builtins.tuple.__class__"),
-    ],
-)
-def test_refusal_names_the_global(content, named, load):
-    with pytest.raises(UnsafePickleError, match=re.escape(repr(named))):
-        load(content)
 
 
 BROKEN = {
@@ -184,29 +158,46 @@ def array_claiming(shape: tuple, data: bytes) -> bytes:
 
 
 def repeated_encoding(length: int, times: int) -> bytes:
-    once = b"h\x01h\x02" + text("latin1") + b"\x86R"
-    start = b"\x80\x02c_codecs\nencode\nq\x01" + text("a" * length) + b"q\x02(l"
-    return start.replace(b"(l", b"]") + (once + b"a") * times + b"."
+    once = b"h\x01h\x02" + text("latin1") + b"\x86Ra"
+    return b"\x80\x02c_codecs\nencode\nq\x01" + text("a" * length) + b"q\x02]" + once * times + b"."
 
 
+def arrays_of_one_content(times: int) -> bytes:
+    """In an order of bytes that has to be changed, which takes a copy."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text("b")
+    shape = b"J" + (2**16).to_bytes(4, "little") + b"\x85"
+    array += b"\x87R(K\x01" + shape + b"cnumpy\ndtype\n" + text(">f4") + b"\x85R\x89h\x01tba"
+    content = b"B" + (2**18).to_bytes(4, "little") + bytes(2**18) + b"q\x01a"
+    return b"\x80\x03]" + content + array * times + b"."
+
+
+NESTED = b"K\x01" + b"q\x01h\x01\x86" * 100
 # Small files that ask for gigabytes, or for years, and why they are refused.
 HUNGRY = {
     "bytes of 2**60": (b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"abc.", "expected"),
     "text of 2**31": (b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"abc.", "expected"),
     "number of 2**31 bytes": (
         b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"abc.",
-        "not enough data",
+        "expected",
     ),
     "array of 2**40": (array_claiming((2**40,), b"\0\0\0\0"), "with 4 bytes"),
     "array of a negative size": (array_claiming((-1, -1), b"\0\0\0\0"), "impossible shape"),
     "array of many axes": (array_claiming((1,) * 100, b"\0\0\0\0"), "impossible shape"),
     "empty array of 2**62": (array_claiming((0, 2**62), b""), "impossible shape"),
     "one text encoded over and over": (repeated_encoding(10**5, 10**4), "many times"),
-    "hashing nested tuples": (
-        b"\x80\x02}K\x01" + b"q\x01h\x01\x86" * 100 + b"K\x01s.",
-        "key that is not text",
+    "one content of many arrays": (arrays_of_one_content(3000), "many times"),
+    "hashing nested tuples": (b"\x80\x02}" + NESTED + b"K\x01s.", "key that is not text"),
+    "nested tuples in a dict": (b"\x80\x02(" + NESTED + b"K\x01d.", "instruction b'd'"),
+    "nested tuples in a set": (b"\x80\x04\x8f(" + NESTED + b"\x90.", "instruction b'\\x8f'"),
+    "a type of nested tuples": (
+        b"\x80\x02cnumpy\ndtype\n" + NESTED + b"\x85R.",
+        "no attribute 'decode'",
     ),
-    "many instructions": (b"\x80\x02" + b"}" * 510_000 + b".", "500000 instructions"),
+    "bytearray of 2**40": (
+        b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.",
+        "instruction b'\\x96'",
+    ),
+    "many instructions": (b"\x80\x02" + b"}" * 1_010_000 + b".", "1000000 parts"),
 }
 
 
@@ -216,11 +207,12 @@ def test_a_small_file_costs_little(name, load):
     tracemalloc.start()
     began = time.process_time()
     try:
-        with pytest.raises(UnsafePickleError, match=reason):
+        with pytest.raises(UnsafePickleError) as caught:
             load(content)
         seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    assert reason in str(caught.value)
     assert peak < 400 * 2**20
     assert seconds < 60
 
@@ -268,26 +260,15 @@ STATE = OrderedDict(
 )
 
 
-def assert_same(left, right):
-    assert type(left) is type(right)
-    if isinstance(left, dict):
-        assert list(left) == list(right)
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    elif isinstance(left, np.ndarray):
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
-    else:
-        assert left == right
-
-
 @pytest.mark.parametrize("layout", layouts(STATE))
-def test_honest_states_load_exactly(layout, load):
-    assert_same(load(layouts(STATE)[layout]), STATE)
+def test_honest_states_load_as_python_loads_them(layout, load):
+    found, expected = load(layouts(STATE)[layout]), pickle.loads(pickle.dumps(STATE, 4))
+    np.testing.assert_equal(found, expected)
+    # Types, orders and bits, too; without what is remembered, which the two do not share alike.
+    assert list(map(repr, found.items())) == list(map(repr, expected.items()))
+    for name, array in expected.items():
+        if isinstance(array, np.ndarray):
+            assert found[name].dtype == array.dtype and found[name].tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
@@ -311,28 +292,22 @@ def test_an_array_used_twice_is_one(load):
     np.testing.assert_array_equal(second, array)
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_damage_anywhere_is_refused_or_harmless(data, load):
-    content = bytearray(pickle.dumps(STATE, data.draw(st.sampled_from([2, 4]))))
-    for _ in range(data.draw(st.integers(1, 4))):
-        position = data.draw(st.integers(0, len(content) - 1))
-        content[position] = data.draw(st.integers(0, 255))
-    try:
-        load(bytes(content))
-    except UnsafePickleError as error:
-        assert "\n" not in str(error)
+@st.composite
+def damaged(draw) -> bytes:
+    """An honest state with other bytes in a few places, or noise."""
+    if draw(st.booleans()):
+        return b"\x80\x04" + draw(st.binary(max_size=200)) + b"."
+    content = bytearray(pickle.dumps(STATE, draw(st.sampled_from([2, 4]))))
+    for _ in range(draw(st.integers(1, 4))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    return bytes(content)
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(content=st.binary(max_size=200))
-def test_noise_is_refused_or_harmless(content, load):
+@settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=damaged())
+def test_damage_anywhere_is_refused_or_harmless(content, load):
     try:
-        load(b"\x80\x04" + content + b".")
+        load(content)
     except UnsafePickleError as error:
         assert "\n" not in str(error)
 

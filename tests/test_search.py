@@ -12,7 +12,7 @@ import pytest
 from conftest import option_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from supernets import latency_file
+from independent import latency_file
 
 from hnas.architecture_file import read_accuracies
 from hnas.base.errors import UserError
@@ -21,7 +21,7 @@ from hnas.evaluation.evolution import Budget, Evolution, crossed, mutated
 from hnas.evaluation.images import DecodedImages, balanced_order
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.ranking.costs import all_parts, parts_of
 from hnas.search_space import FULL_DIGITS, RELEASED_DIGITS, RESNET48, search_space
 from hnas.tools import choose, search

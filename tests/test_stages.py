@@ -14,7 +14,7 @@ from independent import normalized
 from PIL import Image
 
 from hnas.dataset.image_folder import scan_images
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.utils.weights import read_weights
 

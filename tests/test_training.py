@@ -12,7 +12,7 @@ from paddle.nn import functional as F  # noqa: N812
 from hnas.base.errors import UserError
 from hnas.evaluation.reference import evaluate_reference
 from hnas.models.elastic import freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.hapi_wrapper import (
     DistillationModel,

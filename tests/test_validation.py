@@ -15,7 +15,7 @@ import train_supernet_pinas_stage2_simple as stage2
 from hnas.base.errors import UserError
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import pretrain, search, train_standalone
 from hnas.utils import validation

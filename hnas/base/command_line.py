@@ -39,24 +39,20 @@ def shown(value: object) -> str:
 
 def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
     """An argparse type: an integer from ``low`` to ``high``."""
-    return _bounded(read_int, low, high)
+    return lambda text: _within(read_int(text), low, high)
 
 
 def real_number(low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a finite number from ``low`` to ``high``."""
-    return _bounded(read_float, low, high)
+    return lambda text: _within(read_float(text), low, high)
 
 
-def _bounded(read: Callable, low: float, high: float) -> Callable:
-    def read_bounded(text: str):
-        value = read(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{shown(value)} is out of bounds; allowed: {low} to {high}"
-            )
-        return value
-
-    return read_bounded
+def _within(value, low: float, high: float):
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(
+            f"{shown(value)} is out of bounds; allowed: {low} to {high}"
+        )
+    return value
 
 
 def path_text(text: str) -> str:
@@ -78,13 +74,12 @@ def check_path(text: str) -> None:
     Raises:
         ArgumentTypeError: a name in it, or the whole, is too long.
     """
-    names = [os.fsencode(name) for name in text.split("/")]
-    longest = max(names, key=len)
-    if len(longest) > LONGEST_NAME:
+    longest = max(len(os.fsencode(name)) for name in text.split("/"))
+    if longest > LONGEST_NAME:
         raise argparse.ArgumentTypeError(
-            f"{shown(text)}: a name of {len(longest)} bytes; {LONGEST_NAME} are allowed"
+            f"{shown(text)}: a name of {longest} bytes; {LONGEST_NAME} are allowed"
         )
-    if sum(len(name) + 1 for name in names) > LONGEST_PATH:
+    if len(os.fsencode(text)) >= LONGEST_PATH:
         raise argparse.ArgumentTypeError(f"{shown(text)}: a path of more than {LONGEST_PATH} bytes")
 
 

@@ -1,4 +1,4 @@
-"""Files: written so that a kill or a full disk leaves the previous content, and their digests."""
+"""Files: written so that a kill or a full disk leaves the previous content; digests; reading."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import os
 import re
 import secrets
 import stat
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from hnas.base.errors import UserError
 
 DIGEST = ".sha256"
+KINDS = "biufU"
+"""Of arrays: booleans, whole numbers, floats and text."""
 # Of temporary files: process number and, except in earlier versions, a random one.
 TEMPORARY = re.compile(r"\..+\.\d+(-[0-9a-f]{16})?\.tmp")
-ABANDONED_SECONDS = 3600
 
 
 @contextmanager
@@ -35,24 +38,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
         UserError: the file cannot be written.
     """
     path = Path(path)
-    lock = None
     temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _create_locked(temporary)
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(os.close, _create_locked(temporary))
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        except BaseException as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+            raise
 
 
 def _temporary(path: Path) -> Path:
@@ -81,50 +81,28 @@ def _flush(path: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files that killed processes left in ``folder``; not living ones'."""
+    """Delete the temporary files that killed processes left in ``folder``; not living ones'.
+
+    They stay where the disk has no locks.
+    """
     for path in Path(folder).glob(".*.tmp"):
-        if TEMPORARY.fullmatch(path.name):
-            with _is_left(path) as is_left, suppress(OSError):
-                if is_left:
-                    path.unlink()
-
-
-@contextmanager
-def _is_left(path: Path) -> Iterator[bool]:
-    """Within the context: whether nobody writes to a temporary file any more."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_left = True
-    except BlockingIOError:
-        is_left = False
-    except OSError:
-        # A disk without locks.
-        is_left = time.time() - os.fstat(descriptor).st_mtime > ABANDONED_SECONDS
-    try:
-        yield is_left
-    finally:
-        os.close(descriptor)
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            with suppress(OSError), open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def check_writable(folder: str | Path, flag: str) -> None:
-    """Try a file in a folder that results will go to, before they are computed.
-
-    Nothing is left there: a program that then refuses its input has not made the folder.
+    """Try a file where results will go, before they are computed; nothing is left there.
 
     Raises:
         UserError: it cannot be written; names the flag.
     """
-    folder = Path(folder)
-    made: list[Path] = []
     try:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(folder / "try")
+        made = Path(folder)
+        while not (made.exists() or made.is_symlink()):
+            made = made.parent
+        temporary = _temporary(made / "try")
         try:
             temporary.write_bytes(bytes(4096))
         finally:
@@ -133,10 +111,6 @@ def check_writable(folder: str | Path, flag: str) -> None:
         raise UserError(
             f"cannot write to {flag} {folder}: {error.strerror or error}; choose another folder"
         ) from error
-    finally:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
 
 
 def check_output(path: str | Path, flag: str) -> None:
@@ -175,16 +149,21 @@ def write_digest(path: str | Path, digest: str = "") -> None:
         temporary.write_text(line, encoding="utf-8")
 
 
+def recorded_digest(path: str | Path) -> str | None:
+    """The SHA-256 that stands beside a file; None: there is none."""
+    recorded = digest_path(path)
+    if not recorded.is_file():
+        return None
+    words = recorded.read_text(encoding="utf-8", errors="replace").split()
+    return words[0] if words else ""
+
+
 def is_whole(path: str | Path) -> bool:
     """Whether a file is there, and its SHA-256 is the one that stands beside it."""
-    recorded = digest_path(path)
-    try:
-        if not (Path(path).is_file() and recorded.is_file()):
-            return False
-        words = recorded.read_text(encoding="utf-8", errors="replace").split()
-        return words[:1] == [file_digest(path)]
-    except OSError:
-        return False
+    with suppress(OSError):
+        recorded = recorded_digest(path)
+        return recorded is not None and recorded == file_digest(path)
+    return False
 
 
 def write_json(path: str | Path, content) -> None:
@@ -224,3 +203,56 @@ def check_regular(path: str | Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "a pipe, socket or device, not a regular file", str(path))
+
+
+class ArraysError(Exception):
+    """A file that is not what ``numpy.savez`` writes, or is too large; the message says why."""
+
+
+def read_arrays(path: str | Path, most_bytes: int) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file, by name: whoever wrote it, no larger than their file.
+
+    Args:
+        path: of the file.
+        most_bytes: a larger file is refused before it is read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ArraysError: anything else that is wrong with it.
+    """
+    try:
+        check_regular(path)
+        size = os.path.getsize(path)
+        if size > most_bytes:
+            raise ArraysError(f"{size} bytes, more than {most_bytes}")
+        with zipfile.ZipFile(path) as archive:
+            _check_members(archive.infolist(), size)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (FileNotFoundError, ArraysError):
+        raise
+    except Exception as error:
+        # A broken file can make its reader fail in any way.
+        raise ArraysError(reason_of(error)) from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in KINDS:
+            raise ArraysError(f"{name} holds something else than numbers or text")
+    return arrays
+
+
+def _check_members(members: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """Refuse what unpacks to more than the archive's ``size``, which ``numpy.savez`` never does."""
+    names = [member.filename.removesuffix(".npy") for member in members]
+    if len(set(names)) < len(names):
+        raise ArraysError("an array twice")
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise ArraysError(f"{member.filename} is compressed or encrypted")
+    # Members may overlap, so that a small file holds much.
+    if sum(member.file_size for member in members) > size:
+        raise ArraysError("more content than bytes")
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

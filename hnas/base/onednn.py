@@ -6,15 +6,14 @@ reaches it neither in dygraph nor, at any gain, in static graphs, and scoring by
 only, which re-orders filters anew whenever they change (docs/speed.md). So both call the shipped
 library: channels last, over the whole batch at once, on all threads.
 
-Only the documented C interface of version 3 is used. Nothing here holds weights: what a call gets
-is what it uses.
+Nothing here holds weights: what a call gets is what it uses.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import Structure, byref, c_float, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,15 +36,12 @@ GIVEN_STATISTICS, WITH_SCALE, WITH_SHIFT, THEN_RELU = 1, 2, 4, 8
 AVX512_BF16 = 0xE7
 """Bits of the instruction sets that compute in bfloat16 and not by way of float32."""
 MAX_DIMENSIONS = 12
-MAJOR_VERSION = 3
+LIBRARY = "libdnnl.so.3"
+"""Named by its major version, whose documented C interface is all that is used."""
 
 
 class OneDNNError(RuntimeError):
     """A call that the library refused, or a library that is not there."""
-
-
-class _Version(Structure):
-    _fields_ = [("major", c_int), ("minor", c_int), ("patch", c_int)]
 
 
 class _Argument(Structure):
@@ -56,22 +52,18 @@ class Library:
     """The library that Paddle ships, with an engine and a stream."""
 
     def __init__(self):
-        path = Path(paddle.__file__).parent / "libs" / f"libdnnl.so.{MAJOR_VERSION}"
+        path = Path(paddle.__file__).parent / "libs" / LIBRARY
         try:
             self._functions = ctypes.CDLL(str(path))
-            version = self._functions.dnnl_version
             query = self._functions.dnnl_primitive_desc_query_md
         except (OSError, AttributeError) as error:
             raise OneDNNError(f"cannot use {path.name}: {error}") from None
-        version.restype = POINTER(_Version)
-        if version().contents.major != MAJOR_VERSION:
-            raise OneDNNError(f"{path.name} is version {version().contents.major}")
         query.restype, query.argtypes = c_void_p, (c_void_p, c_int, c_int)
         self._query = query
-        self._execute = self._functions.dnnl_primitive_execute
-        self._execute.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
-        self._set_handle = self._functions.dnnl_memory_set_data_handle
-        self._set_handle.argtypes = (c_void_p, c_void_p)
+        self._size = self._functions.dnnl_memory_desc_get_size
+        self._size.restype, self._size.argtypes = c_size_t, (c_void_p,)
+        self._functions.dnnl_primitive_execute.argtypes = (c_void_p, c_void_p, c_int, c_void_p)
+        self._functions.dnnl_memory_set_data_handle.argtypes = (c_void_p, c_void_p)
         self.engine = self.make("dnnl_engine_create", CPU, c_size_t(0))
         self.stream = self.make("dnnl_stream_create", self.engine, IN_ORDER)
 
@@ -87,9 +79,7 @@ class Library:
         Raises:
             OneDNNError: it refuses.
         """
-        self._check(function, getattr(self._functions, function)(*arguments))
-
-    def _check(self, function: str, status: int) -> None:
+        status = getattr(self._functions, function)(*arguments)
         if status:
             raise OneDNNError(f"{function} returned {status}")
 
@@ -108,10 +98,8 @@ class Library:
         """What a primitive does to its result: add what its output holds, and ReLU."""
         if not (add or relu):
             return None
-        attributes, then = (
-            self.make("dnnl_primitive_attr_create"),
-            self.make("dnnl_post_ops_create"),
-        )
+        attributes = self.make("dnnl_primitive_attr_create")
+        then = self.make("dnnl_post_ops_create")
         if add:
             self.call("dnnl_post_ops_append_sum", then, c_float(1), 0, 0)
         if relu:
@@ -125,9 +113,7 @@ class Library:
 
     def size(self, description) -> int:
         """Bytes that a memory descriptor needs."""
-        function = self._functions.dnnl_memory_desc_get_size
-        function.restype, function.argtypes = c_size_t, (c_void_p,)
-        return function(description)
+        return self._size(description)
 
     def chosen(self, primitive_description, query: int) -> c_void_p:
         """The memory descriptor that a primitive has chosen."""
@@ -136,9 +122,9 @@ class Library:
     def run(self, step: Step, *pointers: int) -> None:
         """Execute a primitive on the addresses of its arguments, in their order."""
         for memory, pointer in zip(step.memories, pointers, strict=True):
-            self._set_handle(memory, pointer)
-        status = self._execute(step.primitive, self.stream, len(step.memories), step.arguments)
-        self._check("dnnl_primitive_execute", status)
+            self.call("dnnl_memory_set_data_handle", memory, pointer)
+        memories = len(step.memories)
+        self.call("dnnl_primitive_execute", step.primitive, self.stream, memories, step.arguments)
 
     def step(self, primitive_description, *arguments: tuple[int, c_void_p]) -> Step:
         """A primitive with its arguments: pairs of which one and its memory descriptor."""
@@ -194,6 +180,17 @@ def library() -> Library:
     return Library()
 
 
+_buffers: dict[str, paddle.Tensor] = {}
+
+
+def scratch(name: str, size: int) -> int:
+    """The address of a buffer of at least ``size`` bytes that all who name it share."""
+    held = _buffers.get(name)
+    if held is None or held.shape[0] * 4 < size:
+        held = _buffers[name] = paddle.empty([-(-size // 4)], "float32")
+    return held.data_ptr()
+
+
 def has_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16 (AVX512_BF16, AMX), and oneDNN lets it."""
     try:
@@ -203,10 +200,10 @@ def has_bfloat16() -> bool:
 
 
 def refuse_without_bfloat16(what: str) -> None:
-    """Say that a processor has no bfloat16 before it is asked for it.
+    """Say that this processor has no bfloat16 before ``what`` asks for it.
 
     Raises:
-        UserError: it has not; names ``what`` asks.
+        UserError: it has not.
     """
     if not has_bfloat16():
         raise UserError(

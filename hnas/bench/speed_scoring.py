@@ -41,7 +41,7 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.models.elastic import ElasticResNet
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import Architecture, search_space
 
 logger = logging.getLogger(__name__)

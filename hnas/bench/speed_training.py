@@ -38,10 +38,9 @@ from hnas.dataset.image_folder import scan_images
 from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.dataset.transforms import Shrink, StrongTransform, TrainTransform, TwoViews, normalize
-from hnas.models.calibration import measure
 from hnas.models.convolution import use_onednn
-from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics, measure
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import search_space
 from hnas.utils.hapi_wrapper import DistillationModel, distillation_loss, momentum_optimizer
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel

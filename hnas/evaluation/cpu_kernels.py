@@ -20,6 +20,7 @@ from hnas.base.onednn import (
     Step,
     library,
     refuse_without_bfloat16,
+    scratch,
 )
 from hnas.evaluation.kernels import (
     CACHE_BYTES,
@@ -41,7 +42,6 @@ from hnas.evaluation.onednn_steps import (
 )
 from hnas.evaluation.variants import Variant
 from hnas.evaluation.winograd import filters_to_points, winograd, worth_it
-from hnas.models.onednn import scratch
 from hnas.parallel.distributed import local_ranks
 
 logger = logging.getLogger(__name__)

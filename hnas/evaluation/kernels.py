@@ -16,9 +16,8 @@ import paddle
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.evaluation.variants import Precision, Variant
-from hnas.models.calibration import batch_statistics
 from hnas.models.convolution import ramp
-from hnas.models.elastic import ElasticResNet
+from hnas.models.elastic import ElasticResNet, batch_statistics
 
 STEM = (-1, 0, "stem")
 CACHE_BYTES = 1 << 30

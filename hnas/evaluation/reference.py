@@ -9,8 +9,7 @@ from paddle import nn
 
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
-from hnas.models.calibration import calibrated
-from hnas.models.elastic import ElasticResNet
+from hnas.models.elastic import ElasticResNet, calibrated
 from hnas.search_space import Architecture
 
 Batches = Iterable[tuple[paddle.Tensor, paddle.Tensor]]

@@ -13,10 +13,9 @@ import numpy as np
 import paddle
 
 from hnas.architecture_file import submission
-from hnas.base.arrays import ArraysError, read_arrays
 from hnas.base.device import Arithmetic
 from hnas.base.errors import UserError
-from hnas.base.files import file_digest, replacing, write_json
+from hnas.base.files import ArraysError, file_digest, read_arrays, replacing, write_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts

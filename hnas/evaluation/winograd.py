@@ -17,9 +17,8 @@ from functools import lru_cache
 import numpy as np
 import paddle
 
-from hnas.base.onednn import BIAS, DST, SRC, WEIGHTS, Step, dense, library
+from hnas.base.onednn import BIAS, DST, SRC, WEIGHTS, Step, dense, library, scratch
 from hnas.evaluation.onednn_steps import activation
-from hnas.models.onednn import scratch
 
 TILE, POINTS = 4, 6
 """Outputs of a tile in one dimension, and the points where it is evaluated."""

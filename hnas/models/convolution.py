@@ -6,6 +6,7 @@ A network computes with Paddle's until :func:`use_onednn` is called on it.
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 
 import numpy as np
 import paddle
@@ -13,13 +14,31 @@ from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.base.onednn import OneDNNError
-from hnas.models.onednn import Shape, convolution_of
+from hnas.base.onednn import (
+    DIFF_DST,
+    DIFF_SRC,
+    DIFF_WEIGHTS,
+    DIRECT_CONVOLUTION,
+    DST,
+    FORWARD_TRAINING,
+    QUERY_DIFF_WEIGHTS,
+    QUERY_WEIGHTS,
+    SRC,
+    WEIGHTS,
+    OneDNNError,
+    channels_last,
+    dense,
+    dimensions,
+    library,
+    scratch,
+)
 
 logger = logging.getLogger(__name__)
 
 # Of a trial: relative to the largest value. Summing in another order differs by about 1e-6.
 TOLERANCE = 1e-4
+# Sub-networks of the released space need some 250 combinations of shapes.
+KEPT_CONVOLUTIONS = 1024
 
 
 class PlainConv2D(nn.Conv2D):
@@ -70,15 +89,12 @@ def _largest_difference() -> float:
     worst = 0.0
     for kernel, stride, size in ((3, 1, 6), (3, 2, 5), (1, 2, 6), (7, 2, 9)):
         tensors = [ramp([3, 5, size, size]), ramp([9, 6, kernel, kernel])]
-        padding = kernel // 2
+        window = {"stride": stride, "padding": kernel // 2}
         results = []
-        for function in (
-            lambda x, w, s=stride, p=padding: F.conv2d(x, w[:8, :5], stride=s, padding=p),
-            lambda x, w, s=stride, p=padding: onednn_conv2d(x, w, 8, s, p),
-        ):
+        for function in (_paddle_conv2d, onednn_conv2d):
             for tensor in tensors:
                 tensor.stop_gradient = False
-            y = function(*tensors)
+            y = function(*tensors, 8, **window)
             results.append([y, *paddle.grad(y, tensors, ramp(y.shape))])
         for expected, found in zip(*results, strict=True):
             difference = (expected - found).abs().max() / expected.abs().max()
@@ -86,46 +102,14 @@ def _largest_difference() -> float:
     return worst
 
 
+def _paddle_conv2d(x, weight, channels: int, **window) -> paddle.Tensor:
+    return F.conv2d(x, weight[:channels, : x.shape[1]], **window)
+
+
 def ramp(shape) -> paddle.Tensor:
     """Values in [-1, 1) that repeat nowhere near, without touching a random generator."""
     number = int(np.prod(shape))
     return paddle.to_tensor((np.arange(number) * 0.618034 % 2 - 1).astype("float32")).reshape(shape)
-
-
-class _OneDNNConvolution(PyLayer):
-    """What Paddle's autograd sees: one operator of the input and the whole weight."""
-
-    @staticmethod
-    def forward(ctx, x, weight, channels, stride, padding):
-        shape = Shape(tuple(x.shape), tuple(weight.shape), channels, stride, padding)
-        y, last = _run(x, weight, shape)
-        ctx.save_for_backward(last, weight)
-        ctx.shape, ctx.wants_input = shape, not x.stop_gradient
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        last, weight = ctx.saved_tensor()
-        shape = ctx.shape
-        convolution = convolution_of(shape)
-        dy_last = convolution.put_last(dy.contiguous().data_ptr())
-        whole = shape.channels == weight.shape[0] and shape.x[1] == weight.shape[1]
-        dw = paddle.empty_like(weight) if whole else paddle.zeros_like(weight)
-        convolution.backward_weight(last.data_ptr(), dy_last, dw.data_ptr())
-        dx = None
-        if ctx.wants_input:
-            dx = paddle.empty(shape.x, "float32")
-            convolution.backward_input(dy_last, weight.data_ptr(), dx.data_ptr())
-        return dx, dw
-
-
-def _run(x, weight, shape: Shape):
-    """The output, and the input with channels last."""
-    last, y = paddle.empty(shape.x, "float32"), paddle.empty(shape.y, "float32")
-    convolution_of(shape).forward(
-        x.contiguous().data_ptr(), weight.data_ptr(), last.data_ptr(), y.data_ptr()
-    )
-    return y, last
 
 
 def onednn_conv2d(x, weight, channels: int, stride: int, padding: int) -> paddle.Tensor:
@@ -140,7 +124,107 @@ def onednn_conv2d(x, weight, channels: int, stride: int, padding: int) -> paddle
     Returns:
         [N, Cout, H', W'].
     """
+    convolution = convolution_of(tuple(x.shape), tuple(weight.shape), channels, stride, padding)
     if paddle.is_grad_enabled():
-        return _OneDNNConvolution.apply(x, weight, channels, stride, padding)
-    shape = Shape(tuple(x.shape), tuple(weight.shape), channels, stride, padding)
-    return _run(x, weight, shape)[0]
+        return _OneDNNConvolution.apply(x, weight, convolution)
+    return convolution.forward(x, weight)[0]
+
+
+class _OneDNNConvolution(PyLayer):
+    """What Paddle's autograd sees: one operator of the input and the whole weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, convolution):
+        y, last = convolution.forward(x, weight)
+        ctx.save_for_backward(last, weight)
+        ctx.convolution, ctx.wants_input = convolution, not x.stop_gradient
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.convolution.backward(*ctx.saved_tensor(), dy, ctx.wants_input)
+
+
+class Convolution:
+    """A convolution of one combination of shapes, and its two gradients, by oneDNN.
+
+    Args: those of :func:`onednn_conv2d`, with shapes for tensors.
+    """
+
+    def __init__(self, x_shape, weight_shape, channels: int, stride: int, padding: int):
+        lib = self._lib = library()
+        images, inputs, *sides = x_shape
+        kernel = weight_shape[2]
+        y_shape = (
+            *(images, channels),
+            *((side + 2 * padding - kernel) // stride + 1 for side in sides),
+        )
+        self.x_shape, self.y_shape = x_shape, y_shape
+        self._uses_whole = weight_shape[:2] == (channels, inputs)
+        x, y = (lib.description(s, channels_last(s)) for s in (x_shape, y_shape))
+        x_plain, y_plain = (lib.description(s, dense(s)) for s in (x_shape, y_shape))
+        # A slice of the whole weight: its strides are the whole's.
+        part = (channels, inputs, kernel, kernel)
+        w_plain, w_any = lib.description(part, dense(weight_shape)), lib.description(part)
+        window = [dimensions([number] * 2) for number in (stride, 0, padding, padding)]
+        forward = lib.make(
+            "dnnl_convolution_forward_primitive_desc_create",
+            *(lib.engine, FORWARD_TRAINING, DIRECT_CONVOLUTION, x, w_any, None, y, *window, None),
+        )
+        to_input = lib.make(
+            "dnnl_convolution_backward_data_primitive_desc_create",
+            *(lib.engine, DIRECT_CONVOLUTION, x, w_any, y, *window, forward, None),
+        )
+        to_weight = lib.make(
+            "dnnl_convolution_backward_weights_primitive_desc_create",
+            *(lib.engine, DIRECT_CONVOLUTION, x, w_any, None, y, *window, forward, None),
+        )
+        w_forward = lib.chosen(forward, QUERY_WEIGHTS)
+        w_input = lib.chosen(to_input, QUERY_WEIGHTS)
+        w_gradient = lib.chosen(to_weight, QUERY_DIFF_WEIGHTS)
+        self._x_last, self._x_first = lib.reorder(x_plain, x), lib.reorder(x, x_plain)
+        self._y_last, self._y_first = lib.reorder(y_plain, y), lib.reorder(y, y_plain)
+        self._pack_forward = lib.reorder(w_plain, w_forward)
+        self._pack_input = lib.reorder(w_plain, w_input)
+        self._unpack = lib.reorder(w_gradient, w_plain)
+        self._forward = lib.step(forward, (SRC, x), (WEIGHTS, w_forward), (DST, y))
+        self._to_input = lib.step(to_input, (DIFF_DST, y), (WEIGHTS, w_input), (DIFF_SRC, x))
+        self._to_weight = lib.step(to_weight, (SRC, x), (DIFF_DST, y), (DIFF_WEIGHTS, w_gradient))
+        self._packed_bytes = max(lib.size(each) for each in (w_forward, w_input, w_gradient))
+        self._x_bytes, self._y_bytes = lib.size(x), lib.size(y)
+
+    def forward(self, x, weight) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The output, and what the input's values are with channels last."""
+        run, pack = self._lib.run, scratch("weight", self._packed_bytes)
+        y, last = paddle.empty(self.y_shape, "float32"), paddle.empty(self.x_shape, "float32")
+        y_last = scratch("output", self._y_bytes)
+        run(self._x_last, x.contiguous().data_ptr(), last.data_ptr())
+        run(self._pack_forward, weight.data_ptr(), pack)
+        run(self._forward, last.data_ptr(), pack, y_last)
+        run(self._y_first, y_last, y.data_ptr())
+        return y, last
+
+    def backward(self, last, weight, dy, wants_input: bool):
+        """Gradients of the input, if wanted, and of the whole weight, from the output's.
+
+        Args:
+            last: what :meth:`forward` gave with the output.
+        """
+        run, pack = self._lib.run, scratch("weight", self._packed_bytes)
+        dy_last, dx = scratch("output", self._y_bytes), None
+        dw = paddle.empty_like(weight) if self._uses_whole else paddle.zeros_like(weight)
+        run(self._y_last, dy.contiguous().data_ptr(), dy_last)
+        run(self._to_weight, last.data_ptr(), dy_last, pack)
+        run(self._unpack, pack, dw.data_ptr())
+        if wants_input:
+            dx, dx_last = paddle.empty(self.x_shape, "float32"), scratch("input", self._x_bytes)
+            run(self._pack_input, weight.data_ptr(), pack)
+            run(self._to_input, dy_last, pack, dx_last)
+            run(self._x_first, dx_last, dx.data_ptr())
+        return dx, dw
+
+
+@lru_cache(maxsize=KEPT_CONVOLUTIONS)
+def convolution_of(*shapes_and_window) -> Convolution:
+    """The convolution of these shapes, made at first use; the ones used last are kept."""
+    return Convolution(*shapes_and_window)

@@ -1,8 +1,10 @@
-"""The weight-sharing supernet: a ResNet on PaddleSlim's elastic layers, and cutting one out."""
+"""The weight-sharing supernet: a ResNet on PaddleSlim's layers, cutting out, re-calibrating."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import paddle
 from paddle import nn
@@ -12,7 +14,6 @@ from paddleslim.nas.ofa.layers import SuperBatchNorm2D, SuperConv2D
 from paddleslim.nas.ofa.layers_base import Block
 
 from hnas.dataset.transforms import normalize
-from hnas.models.calibration import recalibrate
 from hnas.models.convolution import onednn_conv2d, onednn_takes
 from hnas.models.resnet import ResNet
 from hnas.search_space import RATIOS, Architecture, SearchSpace
@@ -49,7 +50,8 @@ class ElasticBatchNorm2D(SuperBatchNorm2D):
             epsilon=self._epsilon,
             data_format=self._data_format,
         )
-        if moving and not shares_storage(mean, self._mean):
+        # By Paddle's default the slices are views, which have been updated already.
+        if moving and mean.data_ptr() != self._mean.data_ptr():
             self._mean[:channels] = mean
             self._variance[:channels] = variance
         return y
@@ -60,11 +62,6 @@ def freeze_statistics(network: nn.Layer) -> None:
     for layer in network.sublayers():
         if isinstance(layer, ElasticBatchNorm2D):
             layer.frozen = True
-
-
-def shares_storage(part: paddle.Tensor, whole: paddle.Tensor) -> bool:
-    """Whether a leading slice is a view of ``whole``, as by Paddle's default, or a copy."""
-    return part.data_ptr() == whole.data_ptr()
 
 
 class ElasticResNet(ResNet):
@@ -160,7 +157,8 @@ class ElasticResNet(ResNet):
         net = ResNet(self.space.shared_plan(arch), self.num_classes)
         net.set_state_dict(self.sliced_state(arch, net))
         if calibration is not None:
-            recalibrate(net, normalize(calibration))
+            net.eval()
+            measure(net, batch_norms(net), normalize(calibration))
         elif self.mixed:
             logger.warning(
                 "extracted at running statistics that are, as far as is known, a mixture of many "
@@ -178,7 +176,7 @@ class ElasticResNet(ResNet):
         names = {id(tensor): name for name, tensor in net.state_dict().items()}
         state = {}
         for part, shared_part in pairs:
-            shared = plain_state(shared_part)
+            shared = {plain_name(n): tensor for n, tensor in shared_part.state_dict().items()}
             for name, tensor in part.state_dict().items():
                 leading = tuple(slice(0, size) for size in tensor.shape)
                 state[names[id(tensor)]] = shared[name][leading].clone()
@@ -190,20 +188,82 @@ def plain_name(name: str) -> str:
     return name.replace(".fn.", ".")
 
 
-def plain_state(layer: nn.Layer) -> dict[str, paddle.Tensor]:
-    """State of a part of a supernet under the plain network's names."""
-    return {plain_name(name): tensor for name, tensor in layer.state_dict().items()}
-
-
-def _replace_batch_norms(layer: nn.Layer) -> None:
-    for name, child in list(layer.named_children()):
-        if isinstance(child, nn.BatchNorm2D):
-            setattr(
-                layer,
-                name,
-                ElasticBatchNorm2D(
+def _replace_batch_norms(network: nn.Layer) -> None:
+    for layer in network.sublayers():
+        for name, child in list(layer.named_children()):
+            if isinstance(child, nn.BatchNorm2D):
+                norm = ElasticBatchNorm2D(
                     child.weight.shape[0], momentum=child._momentum, epsilon=child._epsilon
-                ),
-            )
-        else:
-            _replace_batch_norms(child)
+                )
+                setattr(layer, name, norm)
+
+
+# Re-calibration: statistics of one sub-network instead of a mixture of all. Shared running
+# statistics that were updated in training average over every sub-network that was trained;
+# recomputing them for the one at hand is usual for weight-sharing supernets (e.g. Yu & Huang,
+# ICCV 2019). A supernet that was trained at frozen statistics is scored at them.
+
+
+def batch_statistics(
+    x: paddle.Tensor, mean_of: Callable[[paddle.Tensor], paddle.Tensor]
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Mean and biased variance of each channel.
+
+    Computed here for both engines: what BatchNorm itself keeps is the biased variance on CPUs and
+    the unbiased one on GPUs (cuDNN's), which differ by much in small batches of small maps.
+
+    Args:
+        x: activations.
+        mean_of: their mean over images and positions, which stay with length 1.
+    """
+    mean = mean_of(x)
+    return mean, mean_of((x - mean).square())
+
+
+@contextmanager
+def calibrated(network: nn.Layer, images: paddle.Tensor | None) -> Iterator[None]:
+    """Within the context, running statistics are the batch statistics of ``images``.
+
+    Args:
+        network: a plain network, or a supernet, whose active sub-network is calibrated.
+        images: float [N, 3, H, W], one batch; None leaves the running statistics as they are.
+
+    On leaving, the earlier statistics are back, bit for bit; the network stays in eval mode.
+    """
+    network.eval()
+    norms = [] if images is None else batch_norms(network)
+    kept = [(norm._mean.clone(), norm._variance.clone()) for norm in norms]
+    try:
+        if images is not None:
+            measure(network, norms, images)
+        yield
+    finally:
+        for norm, (mean, variance) in zip(norms, kept, strict=True):
+            norm._mean.set_value(mean)
+            norm._variance.set_value(variance)
+
+
+def batch_norms(network: nn.Layer) -> list[nn.BatchNorm2D]:
+    """All BatchNorms of a network."""
+    return [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
+
+
+@paddle.no_grad()
+def measure(network: nn.Layer, norms: Sequence[nn.BatchNorm2D], images: paddle.Tensor) -> None:
+    """Overwrite the running statistics of ``norms`` by those of their inputs, front to back.
+
+    A layer's are measured before it runs, so that the next one sees what it normalises by them.
+    """
+
+    def take(norm: nn.BatchNorm2D, inputs: tuple) -> None:
+        (x,) = inputs
+        mean, variance = batch_statistics(x, lambda part: part.mean([0, 2, 3], keepdim=True))
+        norm._mean[: x.shape[1]] = mean.flatten()
+        norm._variance[: x.shape[1]] = variance.flatten()
+
+    hooks = [norm.register_forward_pre_hook(take) for norm in norms]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()

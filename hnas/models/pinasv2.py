@@ -1,4 +1,4 @@
-"""PiNASv2: momentum-contrast training of a supernet (stage one of the recipe).
+"""PiNASv2: momentum-contrast training of a supernet (stage one of the recipe). Networks by name.
 
 MoCo v2 (Chen et al., https://arxiv.org/abs/2003.04297) with the cross-path passes of Pi-NAS
 (Peng et al., ICCV 2021, https://arxiv.org/abs/2108.02719).
@@ -14,8 +14,9 @@ from paddleslim.nas.ofa.layers import SuperLinear
 
 from hnas.base.errors import UserError
 from hnas.models.elastic import ElasticResNet
+from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import gather, rank, world_size
-from hnas.search_space import Architecture, SearchSpace
+from hnas.search_space import Architecture, SearchSpace, find_backbone
 
 
 class MLPNeck(nn.Layer):
@@ -175,3 +176,30 @@ class PiNASv2(nn.Layer):
             target = paddle.zeros([logits.shape[0]], dtype="int64")
             hits = (logits.argmax(axis=1) == 0).astype("float32").mean()
             return F.cross_entropy(logits, target), hits
+
+
+def build_network(
+    name: str,
+    num_classes: int = 1000,
+    space: SearchSpace | None = None,
+    elastic: bool = True,
+    **contrastive_options,
+) -> nn.Layer:
+    """Build a network by the name that the command line gives it.
+
+    Args:
+        name: one of ``BACKBONES``.
+        num_classes: outputs of the classifier.
+        space: replaces the backbone's own search space (see :func:`search_space`).
+        elastic: False builds the plain largest network, e.g. a teacher.
+        contrastive_options: of :class:`PiNASv2`, for the contrastive names only.
+
+    Raises:
+        UserError: unknown name.
+    """
+    backbone = find_backbone(name)
+    space = space or backbone.space
+    if not elastic:
+        return ResNet(space.plan(space.largest()), num_classes)
+    kind = PiNASv2 if backbone.contrastive else ElasticResNet
+    return kind(space, num_classes, **contrastive_options)

@@ -46,8 +46,8 @@ from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, shorter_side
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.images import balanced_order
-from hnas.models.calibration import calibrated
-from hnas.models.registry import build_network
+from hnas.models.elastic import calibrated
+from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.search_space import Architecture, find_backbone

@@ -20,7 +20,7 @@ from hnas.base.files import check_output
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.results import warn_if_guessing
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import is_main_process
 from hnas.utils.flags import Stage
 from hnas.utils.hapi_wrapper import DistillationModel

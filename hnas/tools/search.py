@@ -47,7 +47,7 @@ from hnas.evaluation.results import (
 )
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import barrier, from_main_process, is_main_process, leave
 from hnas.ranking.agreement import expected_agreement
 from hnas.ranking.costs import UNITS, open_latency

@@ -13,7 +13,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,9 @@ OPTIMIZER, STATES = ".pdopt", ".pdstates"
 RUN_NOTE = "run_id.json"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
 SET_NAME = re.compile(r"(\d+)(?:-(\d+))?")
-VELOCITY = "_velocity_0"
 # Paddle counts the optimizers that a process made.
-VELOCITIES = re.compile(r"_velocity_\d+")
+VELOCITY = re.compile(r"(.+?)@?(_velocity_\d+)")
+FIRST_VELOCITY = "_velocity_0"
 COUNTER = "LR_Scheduler"
 
 
@@ -60,12 +60,12 @@ def save_training(
         UserError: files that cannot be written.
     """
     check_finite(network)
-    number = 1 + max((order[0] for order, _ in _sets(Path(stem).parent)), default=0)
+    others = [_order(other)[0] for _, other in _sets(Path(stem).parent)]
     digests = {
         PARAMS: write_state(f"{stem}{PARAMS}", network.state_dict(), about),
         OPTIMIZER: write_state(f"{stem}{OPTIMIZER}", optimizer_state(network, optimizer)),
     }
-    made = {"digests": digests, "saved": time.time(), "number": number}
+    made = {"digests": digests, "saved": time.time(), "number": 1 + max(others, default=0)}
     write_state(f"{stem}{STATES}", {**progress, **made})
 
 
@@ -104,9 +104,13 @@ def newest_set(folder: str | Path, run_id: str | None = None) -> Path | None:
     than those that were there when it was saved; clocks may go back. One that a crash left
     unfinished, or that is damaged, is passed over with a line in the log.
     """
-    for _, stem in sorted(_sets(Path(folder), run_id, log=True), reverse=True):
+    found = []
+    for stem, progress in _sets(folder, log=True):
+        if run_id in (None, run_of(progress)):
+            found.append((_order(progress), stem, progress))
+    for _, stem, progress in sorted(found, key=lambda each: each[:2], reverse=True):
         try:
-            _check_whole(stem, read_progress(stem))
+            _check_whole(stem, progress)
             return stem
         except UserError as error:
             logger.warning("passed over %s: %s", stem, error)
@@ -118,30 +122,23 @@ def run_of(progress: Mapping) -> str:
     return progress.get("run_id", "")
 
 
-def _sets(
-    folder: Path, run_id: str | None = None, log: bool = False
-) -> list[tuple[tuple[int, ...], Path]]:
-    """The sets in a folder, and by what they are ordered: their number, then their position.
-
-    Sets of earlier versions have no number.
-    """
-    sets = []
-    for path in folder.glob(f"*{STATES}"):
+def _sets(folder: str | Path, log: bool = False) -> Iterator[tuple[Path, dict]]:
+    """The sets in a folder, without suffix, with what :func:`read_progress` gives."""
+    for path in Path(folder).glob(f"*{STATES}"):
         stem = path.with_suffix("")
-        if not SET_NAME.fullmatch(stem.name):
-            continue
-        try:
-            progress = read_progress(stem)
-            if run_id in (None, run_of(progress)):
-                sets.append((_order(progress), stem))
-        except UserError as error:
-            if log:
-                logger.warning("passed over %s: %s", stem, error)
-    return sets
+        if SET_NAME.fullmatch(stem.name):
+            try:
+                yield stem, read_progress(stem)
+            except UserError as error:
+                if log:
+                    logger.warning("passed over %s: %s", stem, error)
 
 
 def _order(progress: Mapping) -> tuple[int, ...]:
-    """A set's number and position; nonsense counts as 0, and is refused when the set is loaded."""
+    """A set's number, which earlier versions' have not, and position.
+
+    Nonsense counts as 0, and is refused when the set is loaded.
+    """
     parts = (progress.get(name) for name in ("number", "epoch", "step"))
     return tuple(part if isinstance(part, int) and 0 <= part < 2**62 else 0 for part in parts)
 
@@ -171,14 +168,14 @@ def optimizer_state(network: nn.Layer, optimizer) -> dict:
     """
     structured = {tensor.name: name for name, tensor in network.named_parameters()}
     state = {}
-    for name, value in optimizer.state_dict().items():
-        owner = _owner(name, structured)
-        if owner:
-            state[f"{structured[owner]}@{name.removeprefix(owner)}"] = value
+    for key, value in optimizer.state_dict().items():
+        match = VELOCITY.fullmatch(key)
+        if match and match[1] in structured:
+            state[f"{structured[match[1]]}@{match[2]}"] = value
     moving = {key.partition("@")[0] for key in state}
     for name, tensor in network.named_parameters():
         if not tensor.stop_gradient and name not in moving:
-            state[f"{name}@{VELOCITY}"] = paddle.zeros_like(tensor)
+            state[f"{name}@{FIRST_VELOCITY}"] = paddle.zeros_like(tensor)
     return state
 
 
@@ -195,66 +192,42 @@ def restore_optimizer(network: nn.Layer, optimizer, state: dict, source: str) ->
         raise CheckpointError(f"optimizer state {source} is not what this program saves")
     own = dict(network.named_parameters())
     trained = {name for name, tensor in own.items() if not tensor.stop_gradient}
+    another = f"optimizer state {source} is of another network"
     state = {key: value for key, value in state.items() if key != NAME_TABLE}
     earlier = state.pop(COUNTER, None) is not None
     restored = {}
     for key, value in state.items():
-        name, _, suffix = str(key).partition("@")
-        if name not in trained or not VELOCITIES.fullmatch(suffix):
-            raise CheckpointError(f"optimizer state {source} is of another network: it has {key}")
-        _check_velocity(name, own[name], value, source)
+        match = VELOCITY.fullmatch(str(key))
+        if not match or match[1] not in trained:
+            raise CheckpointError(f"{another}: it has {key}")
+        name, tensor = match[1], own[match[1]]
+        dtype = str(tensor.dtype).removeprefix("paddle.")
+        if not isinstance(value, np.ndarray):
+            raise CheckpointError(f"optimizer state {source}: {name} is no array")
+        if list(value.shape) != list(tensor.shape) or value.dtype != dtype:
+            raise CheckpointError(
+                f"{another}: {name} is {list(value.shape)} of {value.dtype}, not {tensor.shape} of "
+                f"{dtype}"
+            )
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"optimizer state {source}: {name} is not finite")
         trained.discard(name)
-        restored[own[name].name + suffix] = paddle.to_tensor(value)
+        restored[tensor.name + match[2]] = paddle.to_tensor(value)
     if trained and not earlier:
-        raise CheckpointError(
-            f"optimizer state {source} is of another network: it lacks {min(trained)}"
-        )
+        raise CheckpointError(f"{another}: it lacks {min(trained)}")
     # Paddle refuses a state without the velocity of a parameter.
     for name in trained:
-        restored[own[name].name + VELOCITY] = paddle.zeros_like(own[name])
+        restored[own[name].name + FIRST_VELOCITY] = paddle.zeros_like(own[name])
     optimizer.set_state_dict(restored)
-
-
-def _check_velocity(name: str, tensor: paddle.Tensor, value, source: str) -> None:
-    """Refuse what cannot be the velocity of a parameter."""
-    dtype = str(tensor.dtype).removeprefix("paddle.")
-    wanted = f"{tensor.shape} of {dtype}"
-    if not isinstance(value, np.ndarray):
-        raise CheckpointError(
-            f"optimizer state {source}: {name} is a {type(value).__name__}, not {wanted}"
-        )
-    if list(value.shape) != list(tensor.shape) or value.dtype != dtype:
-        raise CheckpointError(
-            f"optimizer state {source} is of another network: {name} is {list(value.shape)} of "
-            f"{value.dtype}, not {wanted}"
-        )
-    if not np.isfinite(value).all():
-        raise CheckpointError(f"optimizer state {source}: {name} is not finite")
-
-
-def _owner(state_name: str, structured: dict[str, str]) -> str | None:
-    """The parameter whose name ``state_name`` starts with."""
-    parts = state_name.split("_")
-    for end in range(len(parts), 0, -1):
-        prefix = "_".join(parts[:end])
-        if prefix in structured:
-            return prefix
-    return None
 
 
 def generators_state() -> dict:
     """The state of Python's, NumPy's and Paddle's global generators."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    names = ("kind", "keys", "position", "has_gauss", "cached")
     return {
         "python": {"version": version, "words": np.array(words, np.uint32), "gauss": gauss},
-        "numpy": {
-            "kind": kind,
-            "keys": keys,
-            "position": position,
-            "has_gauss": has_gauss,
-            "cached": cached,
-        },
+        "numpy": dict(zip(names, np.random.get_state(), strict=True)),
         "paddle": [_plain(state) for state in paddle.get_rng_state()],
     }
 
@@ -276,16 +249,19 @@ def restore_generators(state: dict) -> None:
     np.random.set_state(
         (numpy["kind"], numpy["keys"], numpy["position"], numpy["has_gauss"], numpy["cached"])
     )
-    current = paddle.get_rng_state()
-    if [_plain(s)["device"] for s in current] != [s["device"] for s in state["paddle"]]:
+    states = paddle.get_rng_state()
+    if [_plain(own)["device"] for own in states] != [saved["device"] for saved in state["paddle"]]:
         logger.warning("other devices than before: Paddle's generators start from the seed")
         return
-    for own, stored in zip(current, state["paddle"], strict=True):
-        words = bytes(stored["engine"]).split()
+    restored = []
+    for own, saved in zip(states, state["paddle"], strict=True):
+        words = bytes(saved["engine"]).split()
         if len(words) != len(bytes(_plain(own)["engine"]).split()):
             raise ValueError(f"Paddle's generator has {len(words)} words")
-    pairs = zip(current, state["paddle"], strict=True)
-    paddle.set_rng_state([_generator(type(own), plain) for own, plain in pairs])
+        parts = (saved["device"], saved["seed"], saved["offset"], saved["engine"].tolist())
+        restored.append(type(own).__new__(type(own)))
+        restored[-1].__setstate__(parts)
+    paddle.set_rng_state(restored)
 
 
 def _plain(state) -> dict:
@@ -296,12 +272,6 @@ def _plain(state) -> dict:
         "offset": offset,
         "engine": np.array(engine, np.uint8),
     }
-
-
-def _generator(kind: type, plain: dict):
-    state = kind.__new__(kind)
-    state.__setstate__((plain["device"], plain["seed"], plain["offset"], plain["engine"].tolist()))
-    return state
 
 
 def new_run_id() -> str:

@@ -3,14 +3,12 @@
 Public code saves the whole wrapped model: the network under ``model.``, after training on several
 cards under ``model._layers.``, with PaddleSlim's ``.fn`` in the names of convolutions; the teacher
 beside it under ``ofa_teacher_model.``; in stage one the neck ``model.neck.mlp.0`` and ``.2``, the
-``queue`` and ``queue_ptr``, and the teacher is the key encoder. Paddle 2 adds a table of names, and
-cuts arrays of more than a GiB into slices.
+``queue`` and ``queue_ptr``, and the teacher is the key encoder. Paddle 2 adds a table of names.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +21,12 @@ from hnas.models.elastic import plain_name
 logger = logging.getLogger(__name__)
 
 NAME_TABLE = "StructuredToParameterName@@"
-SLICES = "UnpackBigParamInfor@@"
 NESTED = ("state_dict", "model")
 WRAPPERS = ("_layers.", "module.", "model.")
 TEACHER = "ofa_teacher_model."
 NECK = re.compile(r"neck\.mlp\.([02])\.(.+)")
 NECK_LAYERS = {"0": "hidden", "2": "project"}
-MOST_NESTS, MOST_AXES = 3, 32
+MOST_NESTS = 3
 LISTED = 10
 
 
@@ -38,84 +35,27 @@ class CheckpointError(UserError):
 
 
 def state_dict_of(content, path: str | Path) -> dict:
-    """The state dict in what a file holds, out of its nests and with its large arrays whole.
+    """The state dict in what a file holds, out of its nests.
 
     Raises:
         CheckpointError: there is none, or it is not clear which.
     """
-    for _ in range(MOST_NESTS + 1):
+    for _ in range(MOST_NESTS):
         found = content if isinstance(content, dict) else {}
         nests = [key for key in NESTED if isinstance(found.get(key), dict)]
-        if not nests:
-            break
         if len(nests) > 1:
             raise CheckpointError(
                 f"checkpoint {path} holds both {nests[0]!r} and {nests[1]!r}; save the one alone "
                 "that you mean"
             )
-        others = [repr(key) for key in content if key != nests[0]]
-        if others:
-            rest = ", ..." if len(others) > LISTED else ""
-            listed = ", ".join(others[:LISTED])
-            logger.info("%s: took %r, left %s%s", path, nests[0], listed, rest)
-        content = content[nests[0]]
-    else:
-        raise CheckpointError(f"checkpoint {path} nests states in states without end")
+        for key in nests:
+            logger.info("%s: took %r, left %d others", path, key, len(found) - 1)
+            content = found[key]
     if not isinstance(content, dict):
         raise CheckpointError(
             f"checkpoint {path} holds a {type(content).__name__}, not a state dict"
         )
-    state = dict(content)
-    state.pop(NAME_TABLE, None)
-    return _join_slices(state, path)
-
-
-def _join_slices(state: dict, path: str | Path) -> dict:
-    """Put arrays together that Paddle cut into slices of less than a GiB."""
-    cuts = state.pop(SLICES, {})
-    if not isinstance(cuts, dict):
-        raise CheckpointError(f"checkpoint {path}: {SLICES!r} is not a table of slices")
-    for name, cut in cuts.items():
-        try:
-            if name in state:
-                raise ValueError("it is there whole, too")
-            state[name] = _joined(cut, state)
-        except ValueError as error:
-            raise CheckpointError(
-                f"checkpoint {path}: the slices of {name!r} do not fit together: {error}"
-            ) from None
-    return state
-
-
-def _joined(cut, state: dict) -> np.ndarray:
-    """The array that ``cut`` describes; its slices are taken out of ``state``.
-
-    Raises:
-        ValueError: ``cut`` is not what Paddle writes, or the slices are not those.
-    """
-    names, shape = (
-        cut.get(key) if isinstance(cut, dict) else None for key in ("slices", "OriginShape")
-    )
-    if not isinstance(names, (list, tuple)) or not names:
-        raise ValueError("they are not listed")
-    if (
-        not isinstance(shape, (list, tuple))
-        or len(shape) > MOST_AXES
-        or any(type(side) is not int or side < 0 for side in shape)
-    ):
-        raise ValueError("their shape is none")
-    parts = []
-    for name in names:
-        part = state.pop(name, None) if isinstance(name, str) else None
-        if not isinstance(part, np.ndarray):
-            raise ValueError(f"{name!r:.100} is missing, or no array")
-        parts.append(part.reshape(-1))
-    if len({part.dtype for part in parts}) > 1:
-        raise ValueError("they are of several types")
-    values = sum(part.size for part in parts)
-    if values != math.prod(shape):
-        raise ValueError(f"{values} values for another shape")
-    return np.concatenate(parts).reshape(shape)
+    return {name: value for name, value in content.items() if name != NAME_TABLE}
 
 
 def plain_weights(
@@ -130,30 +70,25 @@ def plain_weights(
     Raises:
         CheckpointError: two arrays get the same name.
     """
-    own, teacher = [], []
-    for name, value in arrays.items():
-        stripped = _unwrapped(name)
-        if stripped.startswith(TEACHER):
-            teacher.append((name, _unwrapped(stripped.removeprefix(TEACHER)), value))
-        else:
-            own.append((name, stripped, value))
-    is_public = bool(teacher) or any(name.startswith("model.") for name in arrays)
-    if any(NECK.fullmatch(stripped) for _, stripped, _ in own):
-        is_public = True
-        own = [(name, _contrastive_name(stripped), value) for name, stripped, value in own]
-        own += [
-            (name, f"key_{_contrastive_name(stripped)}", value)
-            for name, stripped, value in teacher
-            if not stripped.startswith("queue")
-        ]
-    elif teacher:
+    names = {name: _unwrapped(name) for name in arrays}
+    teacher = [name for name in names if names[name].startswith(TEACHER)]
+    contrastive = any(NECK.fullmatch(stripped) for stripped in names.values())
+    if teacher and not contrastive:
         logger.info("%s: left %d tensors of the teacher beside the network", path, len(teacher))
     plain: dict[str, np.ndarray] = {}
-    for name, stripped, value in own:
+    for name, stripped in names.items():
+        part = ""
+        if stripped.startswith(TEACHER):
+            part, stripped = "key_", _unwrapped(stripped.removeprefix(TEACHER))
+            if not contrastive or stripped.startswith("queue"):
+                continue
+        if contrastive:
+            stripped = part + _contrastive_name(stripped)
         if stripped in plain:
             raise CheckpointError(f"checkpoint {path} holds {stripped} twice, once as {name}")
-        plain[stripped] = value
-    return plain, is_public
+        plain[stripped] = arrays[name]
+    wrapped = any(name.startswith("model.") for name in arrays)
+    return plain, wrapped or contrastive or bool(teacher)
 
 
 def _unwrapped(name: str) -> str:

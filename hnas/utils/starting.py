@@ -14,8 +14,7 @@ from paddle import nn
 from hnas.base.settings import changed_settings
 from hnas.dataset.loader import EpochLoader
 from hnas.models.elastic import ElasticResNet, plain_name
-from hnas.models.pinasv2 import PiNASv2
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.models.resnet import ResNet
 from hnas.search_space import SearchSpace
 from hnas.utils.checkpoint import (

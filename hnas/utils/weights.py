@@ -17,11 +17,20 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle import nn
+from safetensors import safe_open
+from safetensors.numpy import save as save_safetensors
 
-from hnas.base.files import digest_path, file_digest, replacing, write_digest
+from hnas.base.files import (
+    digest_path,
+    file_digest,
+    reason_of,
+    recorded_digest,
+    replacing,
+    write_digest,
+)
 from hnas.base.safe_pickle import load_pickle
 from hnas.models.elastic import ElasticResNet, plain_name
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import BACKBONES
 from hnas.utils.public_files import LISTED, CheckpointError, plain_weights, state_dict_of
 
@@ -29,15 +38,8 @@ logger = logging.getLogger(__name__)
 
 PARAMS, SAFETENSORS = ".pdparams", ".safetensors"
 ABOUT = "about@pinas"
-ABOUT_VALUES = {
-    "backbone": lambda value: isinstance(value, str),
-    "arch": lambda value: isinstance(value, str),
-    "freeze_bn": lambda value: isinstance(value, bool),
-    "classes": lambda value: (
-        isinstance(value, list) and all(isinstance(name, str) for name in value)
-    ),
-}
-"""What is said there, and whether a value is of the right kind."""
+ABOUT_TYPES = {"backbone": str, "arch": str, "freeze_bn": bool, "classes": list}
+"""What is said there: backbone, a single network's code, frozen statistics, names of classes."""
 BACKBONE_PREFIX = "backbone."
 # Stage one's own tensors, which stage two does not take over.
 CONTRASTIVE = re.compile(r"(key_backbone|neck|key_neck)\..+|queue|queue_pointer")
@@ -57,11 +59,10 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(path)
-    for candidate in (path, *(Path(f"{path}{suffix}") for suffix in (PARAMS, SAFETENSORS))):
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
+    for suffix in ("", PARAMS, SAFETENSORS):
+        if Path(f"{path}{suffix}").is_file():
+            return Path(f"{path}{suffix}")
+    if Path(path).is_dir():
         raise CheckpointError(
             f"checkpoint {path} is a folder; name the file, e.g. {path}/0{PARAMS}"
         )
@@ -76,34 +77,24 @@ def read_state(path: str | Path):
         UnsafePickleError: broken, or holds something else than a state dict.
     """
     path = Path(path)
-    _check_digest(path)
+    recorded = recorded_digest(path)
+    if recorded is not None and recorded != file_digest(path):
+        beside = digest_path(path).name
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one in {beside}; copy it again, "
+            f"or remove {beside} if the change is yours"
+        )
     return _read_safetensors(path) if path.suffix == SAFETENSORS else load_pickle(path)
 
 
-def _check_digest(path: Path) -> None:
-    recorded = digest_path(path)
-    if not recorded.is_file():
-        return
-    words = recorded.read_text(encoding="utf-8", errors="replace").split()
-    if not words or words[0] != file_digest(path):
-        raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is not the one in {recorded.name}; copy it again, "
-            f"or remove {recorded.name} if the change is yours"
-        )
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import safe_open
-
+def _read_safetensors(path: Path) -> dict:
     try:
         with safe_open(path, framework="np") as file:
-            about = (file.metadata() or {}).get(ABOUT)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return state if about is None else {**state, ABOUT: about}
+            said = {name: text for name, text in (file.metadata() or {}).items() if name == ABOUT}
+            return {name: file.get_tensor(name) for name in file.keys()} | said  # noqa: SIM118
     except Exception as error:
         # A broken file can make its reader fail in any way.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"cannot read {path}: {reason}") from None
+        raise CheckpointError(f"cannot read {path}: {reason_of(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -142,15 +133,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         # Paddle saves a single tensor as (parameter name, array).
         if isinstance(value, tuple) and len(value) == 2:
             value = value[1]
+        told = f"checkpoint {path}: {name!r:.{LONGEST_NAME}} is"
         if not isinstance(value, np.ndarray):
-            raise CheckpointError(
-                f"checkpoint {path}: {name!r:.{LONGEST_NAME}} is a {type(value).__name__}, not an "
-                "array"
-            )
+            raise CheckpointError(f"{told} a {type(value).__name__}, not an array")
         if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST_NAME:
-            raise CheckpointError(
-                f"checkpoint {path}: {name!r:.{LONGEST_NAME}} is no name of a tensor"
-            )
+            raise CheckpointError(f"{told} no name of a tensor")
         arrays[name] = value
     weights, is_public = plain_weights(arrays, path)
     check_values(weights, path)
@@ -187,17 +174,18 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _read_about(text, path: Path) -> dict:
+    wrong = f"in {ABOUT!r} is not what this program writes"
     try:
         about = json.loads(text)
     except (TypeError, ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):
-        raise CheckpointError(f"checkpoint {path}: {ABOUT!r} is not what this program writes")
-    for key, is_right in ABOUT_VALUES.items():
-        if key in about and not is_right(about[key]):
-            raise CheckpointError(
-                f"checkpoint {path}: {key} in {ABOUT!r} is not what this program writes"
-            )
+        raise CheckpointError(f"checkpoint {path}: what is {wrong}")
+    for key, kind in ABOUT_TYPES.items():
+        if key in about and not isinstance(about[key], kind):
+            raise CheckpointError(f"checkpoint {path}: {key} {wrong}")
+    if not all(isinstance(name, str) for name in about.get("classes", [])):
+        raise CheckpointError(f"checkpoint {path}: classes {wrong}")
     return about
 
 
@@ -208,14 +196,10 @@ def backbone_weights(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     """
     if not is_contrastive(weights):
         return dict(weights)
-    taken = {
-        name.removeprefix(BACKBONE_PREFIX): value
-        for name, value in weights.items()
-        if not CONTRASTIVE.fullmatch(name)
-    }
-    left = len(weights) - len(taken)
+    own = [name for name in weights if not CONTRASTIVE.fullmatch(name)]
+    left = len(weights) - len(own)
     logger.info("stage-one checkpoint: left %d tensors of neck, key encoder and queue", left)
-    return taken
+    return {name.removeprefix(BACKBONE_PREFIX): weights[name] for name in own}
 
 
 def is_contrastive(weights: Mapping[str, np.ndarray]) -> bool:
@@ -224,17 +208,17 @@ def is_contrastive(weights: Mapping[str, np.ndarray]) -> bool:
 
 
 def looks_like(weights: Mapping[str, np.ndarray]) -> str | None:
-    """The backbone whose widths ``weights`` have, by name; None: none of ours."""
+    """The name of the backbone whose widths ``weights`` have; None: none of ours."""
     prefix = BACKBONE_PREFIX if is_contrastive(weights) else ""
     stem = weights.get(f"{prefix}blocks.0.conv.weight")
     last = [value for name, value in weights.items() if LAST_NORM.fullmatch(name)]
     if stem is None or not last:
         return None
-    # Of a vector; what has no axes is of no network.
-    found = tuple(max([0, *(v.shape[0] for v in part if v.shape)]) for part in ([stem], last))
+    # What has no axes is of no network.
+    found = [max(v.shape[0] if v.shape else 0 for v in part) for part in ([stem], last)]
     for name, backbone in BACKBONES.items():
         base = backbone.space.base_channels
-        if found == (base[0], base[-1]) and backbone.contrastive == bool(prefix):
+        if found == [base[0], base[-1]] and backbone.contrastive == bool(prefix):
             return name
     return None
 
@@ -245,26 +229,23 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str], source: str | 
     Raises:
         CheckpointError: it is not.
     """
-    for name, value in checkpoint.weights.items():
-        if CLASSIFIER.fullmatch(name) and value.shape != (len(classes),):
+    trained = checkpoint.about.get("classes", list(classes))
+    if "classes" not in checkpoint.about:
+        logger.info("%s does not name its classes: taken to be those of image_dir", source)
+    weights = checkpoint.weights.items()
+    outputs = [value.size for name, value in weights if CLASSIFIER.fullmatch(name)]
+    for number in (*outputs, len(trained)):
+        if number != len(classes):
             raise CheckpointError(
-                f"checkpoint {source} classifies {value.size} classes, but image_dir has "
+                f"checkpoint {source} classifies {number} classes, but image_dir has "
                 f"{len(classes)} class folders; use the images that it was trained on"
             )
-    trained = checkpoint.about.get("classes")
-    if trained is None:
-        logger.info("%s does not name its classes: taken to be those of image_dir", source)
-    elif len(trained) != len(classes):
-        raise CheckpointError(
-            f"checkpoint {source} was trained on {len(trained)} classes, but image_dir has "
-            f"{len(classes)} class folders; use the images that it was trained on"
-        )
-    elif trained != list(classes):
-        own, other = next(pair for pair in zip(trained, classes, strict=True) if pair[0] != pair[1])
-        raise CheckpointError(
-            f"checkpoint {source} was trained on other classes: {own!r} where image_dir has "
-            f"{other!r}; use folders of the same names"
-        )
+    for own, other in zip(trained, classes, strict=True):
+        if own != other:
+            raise CheckpointError(
+                f"checkpoint {source} was trained on other classes: {own!r} where image_dir has "
+                f"{other!r}; use folders of the same names"
+            )
 
 
 def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str | Path) -> None:
@@ -302,9 +283,10 @@ def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str
         if names
     ]
     if listed:
+        found = looks_like(weights)
+        hint = f" (it is a {found} file)" if found not in (None, looks_like(expected)) else ""
         raise CheckpointError(
-            f"checkpoint {source} is of another network{_hint(weights, expected)}: "
-            f"{'; '.join(listed)}"
+            f"checkpoint {source} is of another network{hint}: {'; '.join(listed)}"
         )
     for _, value, tensor in both:
         tensor.set_value(value.astype(_dtype(tensor)))
@@ -325,29 +307,12 @@ def load_supernet(path: str | Path) -> ElasticResNet:
     backbone = looks_like(weights)
     classifier = [value for name, value in weights.items() if CLASSIFIER.fullmatch(name)]
     if backbone is None or not classifier:
-        raise CheckpointError(
-            f"checkpoint {path} is of no supernet that is known here; there are "
-            f"{', '.join(name for name, known in BACKBONES.items() if not known.contrastive)}"
-        )
+        raise CheckpointError(f"checkpoint {path} is of no supernet that is known here")
     network = build_network(backbone, classifier[0].size)
     load_weights(network, weights, path)
     network.mixed = not checkpoint.freeze_bn
     network.eval()
     return network
-
-
-def _hint(weights: Mapping[str, np.ndarray], expected: Mapping[str, paddle.Tensor]) -> str:
-    """Which backbone the file is of, with what to give each stage, if it is another one."""
-    found, wanted = looks_like(weights), looks_like(expected)
-    if found is None or found == wanted:
-        return ""
-    # Names of both kinds, since every stage reads files of every other.
-    space = BACKBONES[found].space
-    plain, contrastive = (
-        next(n for n, b in BACKBONES.items() if b.space is space and b.contrastive is kind)
-        for kind in (False, True)
-    )
-    return f" (it is a {found} file: backbone={plain}, in stage 1 backbone={contrastive})"
 
 
 def _dtype(tensor: paddle.Tensor) -> str:
@@ -370,7 +335,9 @@ def write_state(path: str | Path, state, about: Mapping | None = None) -> str:
     path = Path(path)
     with replacing(path) as temporary:
         if path.suffix == SAFETENSORS:
-            _write_safetensors(temporary, state, about)
+            arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
+            metadata = None if about is None else {ABOUT: json.dumps(about)}
+            temporary.write_bytes(save_safetensors(arrays, metadata))
         else:
             content = state if about is None else {**state, ABOUT: json.dumps(about)}
             paddle.save(content, str(temporary))
@@ -379,13 +346,6 @@ def write_state(path: str | Path, state, about: Mapping | None = None) -> str:
         digest_path(path).unlink(missing_ok=True)
     write_digest(path, digest)
     return digest
-
-
-def _write_safetensors(path: Path, state: Mapping[str, paddle.Tensor], about) -> None:
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
-    path.write_bytes(save(arrays, None if about is None else {ABOUT: json.dumps(about)}))
 
 
 def check_finite(network: nn.Layer) -> None:

@@ -22,7 +22,7 @@ from hnas.evaluation.spot_check import compare
 from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet, freeze_statistics
-from hnas.models.registry import build_network
+from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.check_device import rows
 from hnas.utils.checkpoint import load_training, save_training
