@@ -92,20 +92,17 @@ def check_kernels(precision: Precision, calibration: int) -> Iterator[Result]:
 def blocks(kernels: Kernels, dtype: str, channels: int) -> dict[str, np.ndarray]:
     """Outputs [N, C, H, W] of a block and of a stage's first block, of tensors in ``dtype``."""
     plain = Kernels(calibration=kernels.calibration)
-    form = kernels.form()
-    shape = [1, 1, 1, 1]
-    shape[form.channel_axis] = -1
 
     def tensor(seed: int, *dimensions: int) -> paddle.Tensor:
         return paddle.to_tensor(draw(seed, *dimensions).astype(np.float32)).astype(dtype)
 
     def convolution(seed: int, outputs: int, inputs: int, kernel: int) -> Convolution:
         filters = tensor(seed, channels + 4, channels + 3, kernel, kernel)
-        if form.sliced:
+        if kernels.sliced:
             filters = filters[:outputs, :inputs].contiguous()
         parts = 2 if kernels.calibration else 1
-        rest = (tensor(seed + 1 + part, outputs).reshape(shape) for part in range(parts))
-        return Convolution(form.arrange(filters), tuple(rest), outputs, new_identity())
+        rest = (kernels.vector(tensor(seed + 1 + n, outputs), parts == 1) for n in range(parts))
+        return Convolution(kernels.arranged(filters), tuple(rest), outputs, new_identity())
 
     x = kernels.accept(tensor(0, WIDTHS[channels], channels, MAP, MAP))
     middle, narrow = channels - 6, channels - 1

@@ -105,13 +105,10 @@ def block_rates(precision: Precision, layout: str) -> Iterator[Result]:
     def one(variant: Variant) -> Iterator[Result]:
         channels, size = SHAPES[2]
         kernels = gpu_kernels(variant, 0)
-        form = kernels.form()
-        shape = [1, 1, 1, 1]
-        shape[form.channel_axis] = -1
         convolutions = [
             Convolution(
-                form.arrange(drawn(channels, channels, 3, 3).astype(form.dtype)),
-                (drawn(channels).reshape(shape).astype(form.dtype),),
+                kernels.arranged(drawn(channels, channels, 3, 3)),
+                (kernels.vector(drawn(channels), is_bias=True),),
                 channels,
                 new_identity(),
             )
