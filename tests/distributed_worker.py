@@ -16,8 +16,14 @@ from hnas.bench.speed_training import calm
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.registry import build_network
-from hnas.parallel.distributed import GradientExchange, join_processes, leave, rank, world_size
-from hnas.parallel.stopping import StopSignals
+from hnas.parallel.distributed import (
+    GradientExchange,
+    StopSignals,
+    join_processes,
+    leave,
+    rank,
+    world_size,
+)
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.gradient_step import GradientStep, momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel
@@ -38,29 +44,16 @@ def batch(step: int) -> list[paddle.Tensor]:
     return [paddle.to_tensor(part[share]) for part in (*images, labels)]
 
 
-def contrastive(accumulate: int = 1) -> ContrastiveModel:
+def contrastive(accumulate: int = 1, frozen: bool = False) -> ContrastiveModel:
+    """Stage one's; ``frozen`` as it is run by default: statistics never move, nor do keys."""
     paddle.seed(1)
     network = PiNASv2(RESNET48_MINI, CLASSES, **CONTRAST)
     for encoder in (network.backbone, network.key_backbone):
         calm(encoder)
-    model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2), shuffle=True, seed=5)
-    return trained(model, accumulate)
-
-
-def frozen() -> ContrastiveModel:
-    """Stage one's as it is run by default: statistics never move, keys are not shuffled."""
-    paddle.seed(1)
-    network = PiNASv2(RESNET48_MINI, CLASSES, **CONTRAST)
-    for encoder in (network.backbone, network.key_backbone):
-        calm(encoder)
-    freeze_statistics(network)
-    model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2), shuffle=False, seed=5)
-    return trained(model)
-
-
-def accumulated() -> ContrastiveModel:
-    """Stage one's, a rank's images in two parts."""
-    return contrastive(2)
+    if frozen:
+        freeze_statistics(network)
+    sampler = RandomSampler(RESNET48_MINI, 1, 2)
+    return trained(ContrastiveModel(network, sampler, shuffle=not frozen, seed=5), accumulate)
 
 
 def distilled() -> DistillationModel:
@@ -81,20 +74,23 @@ def trained(model, accumulate: int = 1):
     return model
 
 
-def use_running_statistics(model) -> None:
-    """Normalise by statistics that do not depend on the batch, so that shares add up exactly."""
-    for layer in model.network.sublayers():
-        if isinstance(layer, ElasticBatchNorm2D):
-            layer.train = layer.eval
-            layer.eval()
-    model.network.train = lambda: None
+def train(model, step: int) -> None:
+    model.epoch, model.step = 0, step
+    parts = batch(step)
+    model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])
 
 
 def gradients_of_one_step(model, step: int) -> dict[str, np.ndarray]:
-    """Gradients as the optimizer sees them, and which parameters have none."""
+    """Gradients as the optimizer sees them, and which parameters have none.
+
+    At statistics that do not depend on the batch, so that shares add up exactly.
+    """
     norms = [layer for layer in model.network.sublayers() if isinstance(layer, ElasticBatchNorm2D)]
     if not all(norm.frozen for norm in norms):
-        use_running_statistics(model)
+        for norm in norms:
+            norm.train = norm.eval
+            norm.eval()
+        model.network.train = lambda: None
     seen = {}
 
     def look():
@@ -103,9 +99,7 @@ def gradients_of_one_step(model, step: int) -> dict[str, np.ndarray]:
                 seen[name] = parameter.grad.numpy()
 
     model._optimizer.step = look
-    model.epoch, model.step = 1, step
-    parts = batch(step)
-    model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])
+    train(model, step)
     return seen
 
 
@@ -121,9 +115,7 @@ def counted(model, steps: int) -> list[int]:
     dist.all_reduce = count
     for step in range(steps):
         calls.append(0)
-        model.epoch, model.step = 0, step
-        parts = batch(step)
-        model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])
+        train(model, step)
     dist.all_reduce = all_reduce
     return calls
 
@@ -134,8 +126,8 @@ def main(folder: Path) -> None:
     found = {}
     for name, build, steps in (
         ("stage1", contrastive, 12),
-        ("accumulated", accumulated, 4),
-        ("frozen", frozen, 3),
+        ("accumulated", lambda: contrastive(accumulate=2), 4),
+        ("frozen", lambda: contrastive(frozen=True), 3),
         ("stage2", distilled, 12),
     ):
         for key, value in gradients_of_one_step(build(), 3).items():

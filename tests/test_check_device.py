@@ -1,9 +1,14 @@
-"""Each check of hnas.tools.check_device finds a planted fault, and passes an emulated GPU.
+"""hnas.tools.check_device: each check finds a planted fault and passes an emulated GPU; its
+processes, table, and exit code.
 
 Here a CPU stands for the device; ``gpu_fakes.py`` says what the fakes round and refuse.
 """
 
-from dataclasses import replace
+import json
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import gpu_fakes
 import numpy as np
@@ -11,63 +16,33 @@ import paddle
 import pytest
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.base.onednn import has_bfloat16
-from hnas.evaluation import cpu_kernels as cpu_kernels_of_stage_3
-from hnas.evaluation import kernels
-from hnas.evaluation.counts import Counts
-from hnas.evaluation.cpu_kernels import CpuKernels
-from hnas.evaluation.onednn_steps import ConvolutionKernel
-from hnas.evaluation.variants import Precision, Variant
-from hnas.models import calibration, elastic
-from hnas.models.pinasv2 import PiNASv2
-from hnas.tools.check_device import (
-    arithmetic,
-    cpu_kernels,
-    fused,
-    loaders,
-    norms,
-    operators,
-    training,
-    walk,
-)
-from hnas.tools.check_device.arithmetic import FLOAT16, FLOAT32, TF32, scoring_precisions
-from hnas.tools.check_device.collectives import judge as judge_ranks
-from hnas.tools.check_device.collectives import visible_cards
-from hnas.tools.check_device.facts import convolution_error, judge_tf32, product_error
-from hnas.tools.check_device.machine import Machine
-from hnas.tools.check_device.plan import Plan
-from hnas.tools.check_device.rank_program import values
-from hnas.tools.check_device.results import FAILED, NOT_HERE, PASSED
+from hnas.base.errors import UserError
+from hnas.evaluation import gpu_kernels, kernels
+from hnas.evaluation.variants import Variant
+from hnas.models import elastic
+from hnas.tools.check_device import __main__ as program
+from hnas.tools.check_device import checks, networks, ranks, rows
+from hnas.tools.check_device.networks import BFLOAT16, FLOAT16, FLOAT32, TF32
+from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, ROW, Machine, Result
 from hnas.utils import checkpoint
 from hnas.utils.gradient_step import GradientStep
 
-QUICK = Plan(quick=True)
-CARD = Plan((0,), quick=True)
-
-
-class Known(Machine):
-    """A machine whose twin's results are there already."""
-
-    def __init__(self, plan, folder, known):
-        super().__init__(plan, folder)
-        object.__setattr__(self, "known", known)
-
-    def expected(self, name):
-        return self.known[name]
-
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    machine = Machine(QUICK, tmp_path_factory.mktemp("twin"))
-    checks = {"operators": operators, "walk": walk, "fused": fused}
-    return {name: check.expected(machine) for name, check in checks.items()}
+def here(tmp_path_factory):
+    """A quick run's machine, a CPU, when what is expected has been computed."""
+    machine = Machine(str(tmp_path_factory.mktemp("run")), quick=True)
+    assert not [*networks.keep_expected(machine)]
+    return machine
 
 
 @pytest.fixture
-def card(monkeypatch, tmp_path, known):
+def card(monkeypatch, here):
     """An emulated A100, as a process with TF32 switched off sees it."""
     gpu_fakes.fake_card(monkeypatch)
-    return Known(CARD, tmp_path, known)
+    properties = paddle.device.cuda.get_device_properties()
+    properties.multi_processor_count = 108
+    return Machine(here.folder, gpus=1, quick=True)
 
 
 def states(results):
@@ -78,103 +53,224 @@ def failed(results):
     return [name for name, state in states(results).items() if state == FAILED]
 
 
-def plain(convolve, bits_of):
-    """A convolution whose inputs are rounded first."""
-    return lambda x, w: convolve(bits_of(x), bits_of(w))
+# --- the program
 
 
-# --- (a) facts
+@pytest.mark.slow
+def test_a_quick_run_passes_here(tmp_path, capfd):
+    """CI's run of the self-check."""
+    output = tmp_path / "results.jsonl"
+    program.main(["--quick", "True", "--output", str(output)])
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert not [row for row in found if row["state"] == FAILED]
+    run = [name for tf32, names in program.JOBS if tf32 == "off" for name in names]
+    assert list(dict.fromkeys(row["check"] for row in found)) == run
+    assert {row["check"] for row in found if row["state"] == PASSED} == set(run)
+    absent = [row["name"] for row in found if row["state"] == NOT_HERE]
+    for words in ("card", "TF32", "float16", "half precision", "NCCL", "fused"):
+        assert any(words in name for name in absent), words
+    shown = capfd.readouterr().out
+    assert all(row["name"] in shown for row in found)
+    assert shown.splitlines()[-1] == (
+        f"{len(found) - len(absent)} passed, 0 failed, {len(absent)} not on this machine; "
+        f"as JSON lines: {output}"
+    )
 
 
-def test_tf32_is_measured(monkeypatch):
-    assert convolution_error() < 1e-5 and product_error() < 1e-5
-    gpu_fakes.round_convolutions(monkeypatch)
-    error = convolution_error()
-    assert 1e-4 < error < 1e-3
-    assert judge_tf32("row", error, must=True).value == "TF32"
-    assert judge_tf32("row", 1e-7, must=False).value == "float32"
-    assert judge_tf32("row", 1e-7, must=True).state == FAILED
+@pytest.mark.gpu
+def test_a_quick_run_passes_on_a_gpu(request, tmp_path):
+    if request.config.option.markexpr != "gpu":
+        pytest.skip("GPUs are hidden from this suite; run: sh run_tests.sh -m gpu")
+    if not paddle.is_compiled_with_cuda() or not paddle.device.cuda.device_count():
+        pytest.skip("Paddle sees no GPU")
+    program.main(["--quick", "True", "--output", str(tmp_path / "results.jsonl")])
 
 
-# --- (b) operators
+SCRIPT = """
+import json, os, signal, sys, time
+for name in sys.argv[1:]:
+    print("what a library says", flush=True)
+    row = json.dumps([name, {"name": f"row of {name}", "state": "passed"}])
+    print("MARK" + row, flush=True)
+    if name == "b":
+        sys.stderr.write("word\\nthe last word\\n\\n")
+        sys.stderr.flush()
+        END
+"""
 
 
-def lost_decay(weight, gradient):
-    weight, velocity = weight.clone(), paddle.zeros_like(weight)
-    step = gradient / max(1.0, float(gradient.norm()))
-    for _ in range(2):
-        velocity = 0.9 * velocity + step
-        weight = weight - 0.1 * velocity
-    return weight
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("pass", ""),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os.abort()", "SIGABRT"),
+        ("os._exit(7)", "exit code 7"),
+        ("time.sleep(60)", "SIGKILL"),
+    ],
+)
+def test_a_job_gives_its_rows_and_one_more_if_it_is_lost(monkeypatch, tmp_path, end, words):
+    """Its process, here without Paddle, ends in check b of a, b and c."""
+    script = SCRIPT.replace("MARK", ROW.decode()).replace("END", end)
+
+    def start(names, machine, log):
+        command = [sys.executable, "-c", script, *names]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+
+    monkeypatch.setattr(program, "start", start)
+    monkeypatch.setattr(program, "MOST_SECONDS", 2 if "sleep" in end else 60)
+    found = [*program.job("abc", Machine(str(tmp_path)))]
+    rows_of = [(name, Result(f"row of {name}", PASSED)) for name in "abc"]
+    if not words:
+        assert found == rows_of
+        return
+    note = f"their process ended with {words}: the last word"
+    assert found == [*rows_of[:2], ("a", Result("all of a, b, c", FAILED, note=note))]
 
 
-FAULTY_OPERATORS = {
-    "TF32 where float32 is asked for": (
-        "convolution 3x3",
-        plain(operators.convolution(3, 1), gpu_fakes.rounded_to_tf32),
-    ),
-    "padding on the other side": (
-        "convolution 3x3/2",
-        lambda x, w: F.conv2d(x, w, stride=2, padding=[0, 1, 0, 1]),
-    ),
-    "padding that counts as zero": (
-        "max pooling",
-        lambda x: F.max_pool2d(F.pad(x, [1, 1, 1, 1]), 3, 2),
-    ),
-    "NaN": ("softmax", lambda x: F.softmax(x) / 0.0 * 0.0),
-    "a wrapped column that is lost": ("queue of negatives", lambda queue, keys: queue),
-    "a momentum update by the wrong share": ("momentum update of keys", lambda key, query: query),
-    "weight decay that is not applied": ("optimizer", lost_decay),
-    "another index": ("images shuffled", lambda x: operators.as_bytes(x)),
-    "an operator that is missing": ("L2 norm", lambda x: paddle.no_such_operator(x)),
-    "another shape": ("average pooling", lambda x: x.mean([2, 3])),
-}
+def test_cards_have_processes_with_tf32_too(monkeypatch):
+    def jobs(gpus):
+        started = []
+        monkeypatch.setattr(
+            program, "job", lambda names, m: started.append((m.gpus, m.tf32, *names)) or []
+        )
+        assert not [*program.all_results(Machine("", gpus=gpus))]
+        return started
+
+    made = {name for _, names in program.JOBS for name in names}
+    assert made == set(checks.CHECKS) - {"expected"}
+    first, *rest = jobs(2)
+    assert first == (0, "off", "expected")
+    assert rest == [(2, tf32, *names) for tf32, names in program.JOBS]
+    assert {tf32 for _, tf32, *_ in rest} == {"off", "on", "auto"}
+    assert {tf32 for _, tf32, *_ in jobs(0)} == {"off"}
 
 
-@pytest.mark.parametrize("fault", FAULTY_OPERATORS)
-def test_a_faulty_operator_is_found(known, fault):
-    name, function = FAULTY_OPERATORS[fault]
-    (case,) = (case for case in operators.CASES if case.name == name)
-    right = known["operators"]
-    assert operators.judge(case, FLOAT32, right).state == PASSED
-    found = operators.judge(replace(case, function=function, gradients=False), FLOAT32, right)
-    assert found.state == FAILED
-    assert (found.note.startswith("AttributeError: ")) == (fault == "an operator that is missing")
+def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, here, capfdbinary):
+    gpu_fakes.fake_card(monkeypatch, name="Tesla V100", major=7)
+    for module, name in (
+        (paddle, "set_device"),
+        (checks, "set_num_threads"),
+        (logging.getLogger(), "setLevel"),
+    ):
+        monkeypatch.setattr(module, name, lambda _: None)
+    text = json.dumps({"folder": here.folder, "gpus": 1, "tf32": "on"})
+    monkeypatch.setattr(sys, "argv", ["checks", text, "walk", "steps"])
+    checks.main()
+    lines = [line for line in capfdbinary.readouterr().out.splitlines() if line.startswith(ROW)]
+    found = [json.loads(line.removeprefix(ROW)) for line in lines]
+    assert [(check, row["state"]) for check, row in found] == [(n, NOT_HERE) for n in sys.argv[2:]]
 
 
-def test_a_faulty_gradient_is_found(known):
-    (case,) = (case for case in operators.CASES if case.name == "cross-entropy with labels")
-    scaled = replace(case, function=lambda x: case.function(x) + 1e-2 * (x - x.detach()).sum())
-    found = operators.judge(scaled, FLOAT32, known["operators"])
-    assert found.state == FAILED and "gradient 1" in found.note
+def test_an_exception_is_a_failed_row_with_its_last_line():
+    def check():
+        yield rows.fact("first", "a")
+        raise RuntimeError("a stack\n  of C++\nCUDA error(700), an illegal address  \n")
+
+    first, second = rows.guarded("walk", check)
+    assert first.state == PASSED
+    assert second == Result(
+        "walk", FAILED, note="RuntimeError: CUDA error(700), an illegal address"
+    )
 
 
-def test_tf32_passes_where_it_is_meant(known, monkeypatch):
-    (case,) = (case for case in operators.CASES if case.name == "convolution 3x3")
-    rounding = replace(case, function=plain(case.function, gpu_fakes.rounded_to_tf32))
-    rounding = replace(rounding, gradients=False)
-    assert operators.judge(rounding, TF32, known["operators"]).state == PASSED
+def test_a_failure_is_told_twice_and_by_the_exit_code(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    results = [
+        rows.fact("card", "H100"),
+        rows.at_most("error", float("nan"), 1e-4, "of it"),
+        rows.not_here("NCCL", "one card"),
+    ]
+
+    def run(*results):
+        monkeypatch.setattr(
+            program, "all_results", lambda _: (("check", result) for result in results)
+        )
+        program.main(["--output", str(output)])
+
+    with pytest.raises(SystemExit) as end:
+        run(*results)
+    assert end.value.code == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "check"
+    assert [line.split()[0] for line in shown[1:4]] == ["ok", "FAILED", "-"]
+    assert shown[4].startswith("1 passed, 1 failed, 1 not on this machine")
+    assert shown[5] == shown[2] and "nan (at most 0.0001) - of it" in shown[2]
+    row = {"name": "error", "state": FAILED, "value": "nan", "limit": 1e-4, "note": "of it"}
+    assert json.loads(output.read_text().splitlines()[1]) == {"check": "check", **row}
+    run(results[0], results[2])
 
 
-# --- (c) BatchNorm
+def test_limits():
+    assert rows.at_most("", 1, 1).state == PASSED
+    for value in (1.0001, float("nan"), float("inf")):
+        assert rows.at_most("", value, 1).state == FAILED
+    x = np.array([1.0, -2.0])
+    assert rows.relative_error(x + 0.2, x) == pytest.approx(0.1)
+    assert np.isnan(rows.relative_error(x * np.nan, x))
+    assert rows.relative_error(x[:1], x) == np.inf
+    assert rows.differing([x, x, x], [x, x + 1, x[:1]]) == 4
+
+
+def test_flags_that_exclude_each_other(tmp_path):
+    with pytest.raises(UserError, match="--full and --quick"):
+        program.main(["--full", "True", "--quick", "True", "--output", str(tmp_path / "x")])
+
+
+def test_facts_of_a_card(card, tmp_path, monkeypatch):
+    version = tmp_path / "version"
+    version.write_text("NVRM version: x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC version\n")
+    monkeypatch.setattr(checks, "DRIVER", version)
+    found = {result.name: result.value for result in checks.check_facts(card)}
+    assert found["card"] == "NVIDIA A100-SXM4-80GB, 108 multiprocessors"
+    assert found["compute capability"] == "8.0" and found["memory of the card"] == "80.00 GiB"
+    assert "535.104.05" in found["driver"] and "GCC" not in found["driver"]
+    monkeypatch.setattr(checks, "DRIVER", tmp_path / "none")
+    assert {r.name: r.value for r in checks.check_facts(card)}["driver"] == "unknown"
+
+
+# --- TF32 and BatchNorm
+
+CONVOLUTION, BACKWARD = "convolution", "convolution's gradients"
+
+
+@pytest.mark.parametrize(
+    ("emulated", "mode", "wrong", "kind"),
+    [
+        ("nothing", "off", [], None),
+        ("both", "off", [CONVOLUTION, BACKWARD], None),
+        ("backward", "off", [BACKWARD], None),
+        ("both", "auto", [], "TF32"),
+        ("nothing", "auto", [], "float32"),
+        ("nothing", "on", [CONVOLUTION, "product"], "float32"),
+        ("both", "on", ["product"], "TF32"),
+    ],
+)
+def test_tf32_is_measured_forward_and_backward(monkeypatch, emulated, mode, wrong, kind):
+    if emulated != "nothing":
+        gpu_fakes.round_convolutions(monkeypatch, backward_alone=emulated == "backward")
+    found = [*checks.check_tf32(Machine("", gpus=1, tf32=mode))]
+    assert failed(found) == [f"{name} with --tf32 {mode}" for name in wrong]
+    if kind:
+        assert found[0].value == kind
+
+
+PLAIN_NORM = F.batch_norm
 
 
 def gpu_batch_norm(x, mean, variance, weight, bias, training, momentum, **more):
     """cuDNN's: the running variance is the unbiased one."""
     y = PLAIN_NORM(x, mean.clone(), variance.clone(), weight, bias, training, momentum, **more)
-    if training:
-        positions = x.size // x.shape[1]
-        share = 1 - momentum
-        mean.set_value(momentum * mean + share * x.mean([0, 2, 3]))
-        unbiased = x.var([0, 2, 3], unbiased=False) * positions / (positions - 1)
-        variance.set_value(momentum * variance + share * unbiased)
+    positions = x.size // x.shape[1]
+    unbiased = x.var([0, 2, 3], unbiased=False) * positions / (positions - 1)
+    mean.set_value(momentum * mean + (1 - momentum) * x.mean([0, 2, 3]))
+    variance.set_value(momentum * variance + (1 - momentum) * unbiased)
     return y
 
 
-def normalising_by_unbiased(x, *rest, training, **more):
-    y = PLAIN_NORM(x, *rest, training=training, **more)
+def normalising_by_unbiased(x, *rest, **more):
     positions = x.size // x.shape[1]
-    return y * float(np.sqrt(1 - 1 / positions)) if training else y
+    return PLAIN_NORM(x, *rest, **more) * float(np.sqrt(1 - 1 / positions))
 
 
 def losing_updates(x, mean, variance, *rest, **more):
@@ -182,42 +278,80 @@ def losing_updates(x, mean, variance, *rest, **more):
     return PLAIN_NORM(x, mean.clone(), variance.clone(), *rest, **more)
 
 
-def always_moving(x, *rest, training, **more):
-    return PLAIN_NORM(x, *rest, training=True, **more)
+@pytest.mark.parametrize(
+    ("forward", "wrong", "kind"),
+    [
+        (PLAIN_NORM, [], "biased"),
+        (gpu_batch_norm, [], "unbiased"),
+        (normalising_by_unbiased, ["BatchNorm's output in training"], "biased"),
+        (losing_updates, ["running mean of a slice", "running variance of a slice"], "unbiased"),
+    ],
+)
+def test_a_faulty_batch_norm_is_found_and_either_variance_right(
+    monkeypatch, here, forward, wrong, kind
+):
+    monkeypatch.setattr(elastic.F, "batch_norm", forward)
+    found = [*checks.check_norms(here)]
+    assert failed(found) == wrong
+    (note,) = (row.note for row in found if row.name == "running variance of a slice")
+    assert wrong[1:] or note.startswith(f"{kind},")
 
 
-def doubled_variance(x, mean, variance, *rest, training, **more):
-    y = PLAIN_NORM(x, mean, variance, *rest, training=training, **more)
-    if training:
-        variance.set_value(variance * 2)
-    return y
+def test_statistics_beyond_the_slice_are_found(monkeypatch, here):
+    right = elastic.ElasticBatchNorm2D.forward
 
-
-PLAIN_NORM = F.batch_norm
-FAULTY_NORMS = {
-    normalising_by_unbiased: "BatchNorm's output in training",
-    losing_updates: "running mean of a slice",
-    always_moving: "frozen statistics that changed",
-    doubled_variance: "running variance of a slice",
-}
-
-
-@pytest.mark.parametrize("fault", FAULTY_NORMS, ids=lambda fault: fault.__name__)
-def test_a_faulty_batch_norm_is_found(monkeypatch, tmp_path, fault):
-    monkeypatch.setattr(elastic.F, "batch_norm", fault)
-    assert FAULTY_NORMS[fault] in failed(norms.check(Machine(QUICK, tmp_path)))
-
-
-def test_statistics_beyond_the_slice_are_found(monkeypatch, tmp_path):
     def forward(norm, x):
-        copies = (part[: x.shape[1]].clone() for part in (norm._mean, norm._variance))
-        affine = (part[: x.shape[1]] for part in (norm.weight, norm.bias))
-        norm._mean.set_value(norm._mean * norms.MOMENTUM)
-        return PLAIN_NORM(x, *copies, *affine, training=norm.training and not norm.frozen)
+        norm._mean[x.shape[1] :] = 0.5
+        return right(norm, x)
 
     monkeypatch.setattr(elastic.ElasticBatchNorm2D, "forward", forward)
-    found = failed(norms.check(Machine(QUICK, tmp_path)))
-    assert "statistics outside the slice that changed" in found
+    assert failed(checks.check_norms(here)) == ["statistics outside the slice that changed"]
+
+
+# --- the walk
+
+
+def emulate_fused(monkeypatch, operator=gpu_fakes.fused_operator):
+    for module in (networks, gpu_kernels):
+        monkeypatch.setattr(module, "find_fused", lambda *_: (operator, ""))
+
+
+def test_the_walk_of_an_emulated_card_passes_in_every_variant(card, monkeypatch):
+    gpu_fakes.half_operators(monkeypatch)
+    emulate_fused(monkeypatch)
+    found = states(networks.check_walk(card))
+    assert set(found.values()) == {PASSED}
+    for kind in ("float32, NCHW", "float16, NHWC"):
+        for words in (f"0 calibration images: {kind}, not fused", f"images: {kind}, fused"):
+            assert any(words in name for name in found), words
+        assert f"mini, 64 calibration images: {kind}, not fused" in found
+        assert f"mini, 64 calibration images: {kind}, fused" not in found
+
+
+def test_a_fused_operator_that_cannot_be_called_is_told(card, monkeypatch):
+    """This Paddle's is a CPU's, which has none: no failure, since it is not used."""
+    monkeypatch.setattr(networks, "scenes", lambda _: [])
+    found = [*networks.check_walk(card)]
+    assert [(row.name, row.value) for row in found] == [
+        (f"fused convolution in {kind}", "not used") for kind in ("float32", "float16")
+    ]
+    assert all(row.state == PASSED and row.note for row in found)
+
+
+def test_a_process_walks_and_trains_in_its_own_precisions(card, here, monkeypatch):
+    def walked(machine, calibrates=False):
+        return [variant.precision for variant in networks.variants(machine, calibrates)]
+
+    tf32 = Machine("", gpus=1, tf32="on")
+    assert walked(card) == [FLOAT32, FLOAT16] and walked(tf32) == [TF32]
+    monkeypatch.setattr(networks, "has_bfloat16", lambda: True)
+    assert walked(here) == [FLOAT32, BFLOAT16] and walked(here, True) == [FLOAT32]
+    monkeypatch.setattr(networks, "has_bfloat16", lambda: False)
+    assert walked(here) == [FLOAT32]
+    monkeypatch.setattr(paddle.amp, "is_bfloat16_supported", lambda: True)
+    trained = [[way[1:] for way in networks.ways(m)][:2] for m in (card, tf32, here)]
+    assert trained[0] == [(FLOAT32, "O0"), (BFLOAT16, "O1")]
+    assert trained[1:] == [[(TF32, "O0")] * 2, [(FLOAT32, "O0")] * 2]
 
 
 def unbiased_statistics(x, mean_of):
@@ -226,40 +360,24 @@ def unbiased_statistics(x, mean_of):
     return mean, mean_of((x - mean).square()) * positions / (positions - 1)
 
 
-def test_calibration_by_the_unbiased_variance_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(calibration, "batch_statistics", unbiased_statistics)
-    found = failed(norms.check(Machine(QUICK, tmp_path)))
-    assert found == ["BatchNorm re-calibrated"]
+def lost_bias(x, filters, bias, *rest):
+    return gpu_fakes.fused_operator(x, filters, paddle.zeros_like(bias), *rest)
 
 
-def test_either_running_variance_is_right(monkeypatch, tmp_path):
-    results = [*norms.check(Machine(QUICK, tmp_path))]
-    monkeypatch.setattr(elastic.F, "batch_norm", gpu_batch_norm)
-    emulated = [*norms.check(Machine(QUICK, tmp_path))]
-    assert not failed(results) and not failed(emulated)
-    kinds = [r.value for r in (*results, *emulated) if r.name == "running variance of a slice"]
-    assert kinds == ["biased", "unbiased"]
+def relu_before_the_shortcut(x, filters, bias, shortcut, *rest):
+    y = gpu_fakes.fused_operator(x, filters, bias, None, *rest)
+    return y if shortcut is None else y + shortcut
 
 
-# --- (d) the walk
+def first_filters():
+    """Convolutions that use the first filters of a shape for ever, as a program once did."""
+    seen = {}
 
+    def convolve(self, x, filters, stride, padding):
+        filters = seen.setdefault(tuple(filters.shape), filters)
+        return F.conv2d(x, filters, stride=stride, padding=padding)
 
-def walked(machine):
-    """Rows of the plain float32 variant."""
-    (subject,) = walk.subjects(QUICK)
-    network = subject.network()
-    for number in (0, walk.CALIBRATION):
-        logits = machine.known["walk"][f"{subject.name}|{number}"]
-        yield from walk.check_variant(str(number), subject, network, number, Variant(), logits)
-
-
-def test_the_walk_of_an_emulated_card_passes(card, monkeypatch):
-    gpu_fakes.half_operators(monkeypatch)
-    found = states(walk.check(card))
-    assert set(found.values()) == {PASSED}
-    for precision in ("float32", "float16", "bfloat16"):
-        for number in (0, walk.CALIBRATION):
-            assert any(f"{number} calibration images: {precision}" in name for name in found)
+    return convolve
 
 
 FAULTY_WALKS = {
@@ -276,282 +394,100 @@ FAULTY_WALKS = {
         lambda patch: patch.setattr(kernels.Kernels, "convolve", first_filters()),
         ["0", "64"],
     ),
+    "a fused bias that is lost": (lambda patch: emulate_fused(patch, lost_bias), ["fused"]),
+    "a shortcut added after ReLU": (
+        lambda patch: emulate_fused(patch, relu_before_the_shortcut),
+        ["fused"],
+    ),
 }
-
-
-def first_filters():
-    """Convolutions that use the first filters of a shape for ever, as a program once did."""
-    seen = {}
-
-    def convolve(self, x, filters, stride, padding):
-        filters = seen.setdefault(tuple(filters.shape), filters)
-        return F.conv2d(x, filters, stride=stride, padding=padding)
-
-    return convolve
 
 
 @pytest.mark.parametrize("fault", FAULTY_WALKS)
 def test_a_faulty_walk_is_found(card, monkeypatch, fault):
-    plant, rows = FAULTY_WALKS[fault]
+    plant, expected = FAULTY_WALKS[fault]
     plant(monkeypatch)
-    assert set(rows) <= set(failed(walked(card)))
-
-
-def test_hits_of_another_architecture_are_found(known):
-    (subject,) = walk.subjects(QUICK)
-    logits = known["walk"]["mini|0"]
-    _, truth = subject.batch()
-    counts = Counts.zeros(len(logits))
-    for index, own in enumerate(logits):
-        hits = walk.compare(*[paddle.to_tensor(own)] * 2, truth, (0, 0), FLOAT32).hits
-        counts.top1[index], counts.top5[index] = hits["top1"][1], hits["top5"][1]
-    found = [paddle.to_tensor(own) for own in logits]
-    assert not failed(walk.judge("walk", found, counts, logits, truth, FLOAT32))
-    counts.top5 = np.roll(counts.top5, 1)
-    assert failed(walk.judge("walk", found, counts, logits, truth, FLOAT32)) == ["walk: wrong hits"]
-    found[0][0, 0] = np.nan
-    assert "walk" in failed(walk.judge("walk", found, counts, logits, truth, FLOAT32))
-
-
-# --- (e) the fused operator
-
-
-def without(argument):
-    """The fused operator, ignoring one of its arguments."""
-    names = ("x", "filters", "bias", "shortcut", "stride", "padding", "layout", "activation")
-    instead = {
-        "bias": paddle.zeros_like,
-        "shortcut": lambda _: None,
-        "activation": lambda _: "relu",
+    right = np.load(f"{card.folder}/walk.npz")
+    plain, calibrated = networks.scenes(card)
+    ways = {
+        "0": (plain, Variant()),
+        "64": (calibrated, Variant()),
+        "fused": (plain, Variant(fused=True)),
     }
-
-    def run(*given):
-        given = dict(zip(names, given, strict=True))
-        if argument and given[argument] is not None:
-            given[argument] = instead[argument](given[argument])
-        return gpu_fakes.fused_operator(**given)
-
-    return run
+    for row in expected:
+        scene, variant = ways[row]
+        assert failed(networks.compare_walk(row, scene, variant, right[scene[0]])) == [row]
 
 
-def relu_before_the_shortcut(x, filters, bias, shortcut, *rest):
-    y = gpu_fakes.fused_operator(x, filters, bias, None, *rest)
-    return y if shortcut is None else (y.astype("float32") + shortcut.astype("float32"))
-
-
-def in_tf32(x, filters, *rest):
-    rounded = (gpu_fakes.rounded_to_tf32(part) for part in (x, filters))
-    return gpu_fakes.fused_operator(*rounded, *rest)
-
-
-@pytest.mark.parametrize("layout", fused.LAYOUTS)
-@pytest.mark.parametrize("precision", [FLOAT32, FLOAT16, Precision.BFLOAT16])
-def test_a_right_fused_operator_passes(known, layout, precision):
-    (row,) = fused.judge("row", without(None), precision, layout, known["fused"])
-    assert row.state == PASSED
-
-
-FAULTY_FUSED = {
-    "lost bias": without("bias"),
-    "lost shortcut": without("shortcut"),
-    "ReLU where none is": without("activation"),
-    "ReLU first": relu_before_the_shortcut,
-    "TF32": in_tf32,
-}
-
-
-@pytest.mark.parametrize("fault", FAULTY_FUSED)
-def test_a_faulty_fused_operator_is_found(card, monkeypatch, fault):
-    monkeypatch.setattr(fused, "find_fused", lambda *_: (FAULTY_FUSED[fault], ""))
-    found = failed(fused.check(card))
-    assert f"fused convolution: {FLOAT32.value}, NCHW" in found
-
-
-def test_a_fused_operator_that_cannot_be_called_is_told(card):
-    """This Paddle's is a CPU's, which has none: no failure, since it is not used."""
-    rows = [*fused.check(card)]
-    assert {row.state for row in rows} == {PASSED} and len(rows) == 6
-    assert all(row.value == "not used" and row.note for row in rows)
-
-
-# --- (f) training
+# --- training
 
 
 @pytest.fixture(scope="module")
-def first_step():
+def first_step(here):
     """The first loss and gradient of each stage, right."""
-    found = {}
-    for name, build in training.STAGES.items():
-        model = training.prepared(build(), onednn=False)
-        found[f"{name} losses"] = training.run(model, 0, 1)
-        found[f"{name} gradient"] = model.gradients.gradient
-    return found
+    kept = np.load(f"{here.folder}/steps.npz")
+    return {name: kept[name][:1] if "losses" in name else kept[name] for name in kept}
 
 
-def against(first_step, name, precision=FLOAT32):
-    return failed(training.against_cpu(name, training.STAGES[name], precision, first_step))
+def against(first_step, stage, precision=FLOAT32):
+    return failed(networks.compare_steps(stage, precision, "O0", first_step))
 
 
 def test_first_steps_on_onednn_pass(first_step):
-    assert not [row for name in training.STAGES for row in against(first_step, name)]
-
-
-def half_contrast(self, queries, keys):
-    """Logits as float16 has them."""
-    positive = (queries * keys).sum(axis=1, keepdim=True)
-    logits = paddle.concat([positive, queries @ self.queue], axis=1) / self.temperature
-    logits = logits.astype("float16").astype("float32")
-    target = paddle.zeros([logits.shape[0]], dtype="int64")
-    return F.cross_entropy(logits, target), paddle.zeros([])
-
-
-def test_a_contrast_in_half_precision_is_found(first_step, monkeypatch):
-    monkeypatch.setattr(PiNASv2, "contrast", half_contrast)
-    assert against(first_step, "stage 1")
+    assert not [row for stage in networks.STAGES for row in against(first_step, stage)]
 
 
 def test_gradients_of_a_scaled_loss_are_found(first_step, monkeypatch):
     """As by a scaler whose scale is never taken out."""
     monkeypatch.setattr(GradientStep, "backward", lambda self, loss: (loss * 1024).backward())
-    assert against(first_step, "stage 2") == ["stage 2, first gradient's length in float32"]
+    assert against(first_step, "stage 2") == ["stage 2, first gradient in float32"]
 
 
-def test_tf32_in_training_is_found_and_allowed_where_meant(first_step, monkeypatch):
-    def conv2d(x, weight, *rest, **more):
-        # The gradient passes as if nothing were rounded.
-        x, weight = (
-            part + (gpu_fakes.rounded_to_tf32(part.detach()) - part.detach())
-            for part in (x, weight)
-        )
-        return plain_conv2d(x, weight, *rest, **more)
-
-    plain_conv2d = F.conv2d
-    monkeypatch.setattr(F, "conv2d", conv2d)
-    monkeypatch.setattr(training, "use_onednn", lambda *_: False)
-    assert "stage 2, first gradient in float32" in against(first_step, "stage 2")
+@pytest.mark.parametrize("backward_alone", [False, True])
+def test_tf32_in_training_is_found_and_allowed_where_meant(first_step, monkeypatch, backward_alone):
+    gpu_fakes.round_convolutions(monkeypatch, backward_alone)
+    monkeypatch.setattr(networks, "use_onednn", lambda *_: False)
+    wrong = against(first_step, "stage 2")
+    assert "stage 2, first gradient in float32" in wrong
+    assert not backward_alone or "stage 2, first loss in float32" not in wrong
     assert not against(first_step, "stage 2", TF32)
-
-
-def test_parts_that_are_not_averaged_are_found(monkeypatch):
-    build = training.STAGES["stage 2"]
-    assert not failed(training.accumulated("row", build))
-    monkeypatch.setattr(GradientStep, "backward", lambda self, loss: loss.backward())
-    assert failed(training.accumulated("row", build))
 
 
 @pytest.mark.parametrize("lost", ["restore_optimizer", "load_weights"])
 def test_what_is_not_restored_is_found(monkeypatch, tmp_path, lost):
-    build = training.STAGES["stage 2"]
     monkeypatch.setattr(checkpoint, lost, lambda *_: None)
-    (row,) = training.repeated("row", build, FLOAT32, tmp_path)
+    monkeypatch.setattr(networks, "STAGES", ["stage 2"])
+    (row,) = networks.check_repeat(Machine(str(tmp_path)))
     assert row.state == FAILED and row.value > 100
 
 
-# --- (g), (h) and the CPU's kernels
+# --- loaders and ranks
 
 
 def test_a_loader_that_loses_or_changes_a_batch_is_found(monkeypatch, tmp_path):
     right = [[np.arange(6).reshape(2, 3)], [np.ones((2, 3))]]
-    faults = {"give all batches": right[:1], "against none": [[part + 1] for (part,) in right]}
+    faults = {": batches that are lost": right[:1], " against none": [[p + 1] for (p,) in right]}
     for row, wrong in faults.items():
-        monkeypatch.setattr(loaders, "batches", lambda _, n, wrong=wrong: wrong if n else right)
-        assert failed(loaders.check(Machine(QUICK, tmp_path))) == [f"2 loader processes {row}"]
+        monkeypatch.setattr(checks, "batches", lambda _, n, wrong=wrong: wrong if n else right)
+        found = failed(checks.check_loaders(Machine(str(tmp_path), quick=True)))
+        assert found == [f"2 loader processes{row}"]
 
 
 def test_wrong_exchanges_are_found():
-    right = np.arange(4.0)
-    ranks = [
-        {
-            "gather uint8": np.concatenate([values(0), values(1)]),
-            "sum float32": values(0) + values(1),
-            "broadcast int64": values(0),
-            "gradient": right,
-        }
-        for _ in range(2)
-    ]
-    assert not failed(judge_ranks(ranks, right, "gloo"))
-    ranks[1] |= {"sum float32": np.full((3, 4), np.inf), "gradient": right + 1e-3}
-    assert failed(judge_ranks(ranks, right, "gloo")) == [
-        "gloo: sum float32",
-        "gloo: gradients of the ranks",
-        "gloo: gradients are the same on all",
+    right = {"stage 1": np.arange(4.0), "stage 2": np.arange(5.0)}
+    found = [{**right, "signal": np.array(15)} for _ in range(2)]
+    assert not failed(ranks.judge_ranks(found, right, "gloo"))
+    found[1] |= {"stage 1": right["stage 1"] + 1e-3, "signal": np.array(0)}
+    assert failed(ranks.judge_ranks(found, right, "gloo")) == [
+        "gloo: gradients of stage 1",
+        "gloo: gradients of stage 1 are the same on all",
+        "gloo: ranks that do not know of another's SIGTERM",
     ]
 
 
-def test_cards_are_counted_among_the_visible_ones(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
-    assert visible_cards((0, 2)) == "4,7"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert visible_cards((0, 2)) == "0,2" and visible_cards(()) == "-1,-1"
-
-
-def test_a_wrong_onednn_convolution_is_found():
-    def transposed(x, weight, channels, stride, padding):
-        return F.conv2d(x, weight[:channels, : x.shape[1]].flip([3]), stride=1, padding=padding)
-
-    (row,) = cpu_kernels.check_convolution("row", transposed, 3, 1, 9)
-    assert row.state == FAILED
-
-
-def no_sum(patch):
-    patch.setattr(CpuKernels, "_copy", lambda self, x, target: target.zero_())
-
-
-def no_statistics(patch):
-    patch.setattr(CpuKernels, "_normalise", lambda *_: None)
-
-
-def mixed_filters(patch):
-    """Others of the same shape are used again."""
-    filters = {}
-    pack = ConvolutionKernel.pack
-    patch.setattr(
-        ConvolutionKernel,
-        "pack",
-        lambda self, own: filters.setdefault(tuple(self.packed), pack(self, own)),
-    )
-
-
-def no_transformed_sum(patch):
-    right = cpu_kernels_of_stage_3.winograd
-    patch.setattr(
-        cpu_kernels_of_stage_3,
-        "winograd",
-        lambda x, points, outputs, bias, shortcut, *rest: right(
-            x, points, outputs, bias, None, *rest
-        ),
-    )
-
-
-FAULTY_KERNELS = {
-    "a shortcut that is lost by Winograd's transforms": (no_transformed_sum, 0),
-    "a lost shortcut": (no_sum, 0),
-    "no statistics": (no_statistics, cpu_kernels.CALIBRATION),
-    "filters of another convolution": (mixed_filters, 0),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTY_KERNELS)
-def test_faulty_kernels_of_stage_3_are_found(monkeypatch, fault):
-    plant, calibration = FAULTY_KERNELS[fault]
-    assert not failed(cpu_kernels.check_kernels(FLOAT32, calibration))
-    plant(monkeypatch)
-    assert failed(cpu_kernels.check_kernels(FLOAT32, calibration))
-
-
-def test_a_cpu_scores_in_bfloat16_if_it_has_it(monkeypatch, tmp_path):
-    machine = Machine(QUICK, tmp_path)
-    rows = states(cpu_kernels.check(machine))
-    assert not failed(cpu_kernels.check(machine))
-    assert any("bfloat16" in row and rows[row] == PASSED for row in rows) == has_bfloat16()
-    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: False)
-    assert states(cpu_kernels.check(machine))["stage 3's kernels in bfloat16"] == NOT_HERE
-    assert dict(scoring_precisions(machine))[Precision.BFLOAT16] == arithmetic.NO_BFLOAT16
-    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: True)
-    can = [precision for precision, missing in scoring_precisions(machine) if not missing]
-    assert can == [FLOAT32, Precision.BFLOAT16]
-    assert [p for p, missing in arithmetic.precisions(machine) if not missing] == [FLOAT32]
-
-
-def test_a_card_does_not_look_at_the_cpus_kernels(card):
-    assert set(states(cpu_kernels.check(card)).values()) == {NOT_HERE}
+def test_processes_that_fail_are_told_with_their_last_word(monkeypatch, tmp_path):
+    done = SimpleNamespace(returncode=2, stdout="log\n", stderr="a\nrank 1: error: no port\n")
+    monkeypatch.setattr(ranks.subprocess, "run", lambda *_, **__: done)
+    machine = Machine(str(tmp_path))
+    absent, row = rows.guarded("collectives", ranks.check_collectives, machine)
+    assert (absent.state, row.state) == (NOT_HERE, FAILED)
+    assert row.note == "RuntimeError: rank 1: error: no port"

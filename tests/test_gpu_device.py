@@ -1,11 +1,16 @@
-"""How a GPU rounds, what it is called and holds: flags, logs, saved states. The card is faked."""
+"""How a GPU rounds, what it is called and holds, and when the host waits for it. The card is faked:
+computations and copies are a CPU's."""
 
+import contextlib
 import logging
 import sys
+from types import SimpleNamespace
 
 import gpu_fakes
+import numpy as np
 import paddle
 import pytest
+from paddle import nn
 
 import train_supernet
 from hnas.base import device, onednn
@@ -16,9 +21,13 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import wanted_variant
 from hnas.evaluation.results import StateError, evaluation_identity, load_state, save_state
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
+from hnas.parallel import distributed
+from hnas.parallel.distributed import GradientExchange, StopSignals
 from hnas.utils import runtime
 from hnas.utils.callbacks import TrainLogger
 from hnas.utils.flags import Stage
+from hnas.utils.gradient_step import GradientStep, momentum_optimizer
+from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.options import Options
 from hnas.utils.parsing import parse_options
 
@@ -35,44 +44,38 @@ def own_environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "flags", "convolutions", "products"),
+    ("mode", "flags", "override", "expected", "convolutions", "products"),
     [
-        ("auto", {}, True, False),
-        ("auto", {CONVOLUTIONS: False}, False, False),  # the environment's
-        ("on", {}, True, True),
-        ("on", {CONVOLUTIONS: False}, True, True),
-        ("off", {}, False, False),
-        ("off", {PRODUCTS: True}, False, False),
+        ("auto", {}, None, True, True, False),
+        ("auto", {CONVOLUTIONS: False}, None, False, False, False),  # the environment's
+        ("on", {CONVOLUTIONS: False}, None, True, True, True),
+        ("off", {PRODUCTS: True}, None, False, False, False),
+        # NVIDIA's variable wins.
+        ("auto", {}, "0", False, True, False),
+        ("auto", {CONVOLUTIONS: False}, "1", True, False, False),
+        ("on", {}, "1", True, True, True),
+        ("off", {}, "0", False, False, False),
     ],
 )
-def test_tf32_sets_paddles_flags(mode, flags, convolutions, products, monkeypatch):
+def test_tf32_sets_paddles_flags(
+    mode, flags, override, expected, convolutions, products, monkeypatch
+):
     found = gpu_fakes.fake_card(monkeypatch, flags=dict(flags))
-    assert set_tf32(mode) == convolutions
-    assert found[CONVOLUTIONS] == convolutions
-    assert found[PRODUCTS] == products
+    if override:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    assert set_tf32(mode) == expected and device.has_tf32()
+    assert (found[CONVOLUTIONS], found[PRODUCTS]) == (convolutions, products)
 
 
 @pytest.mark.parametrize(
-    ("mode", "override", "expected"),
-    [("auto", "0", False), ("auto", "1", True), ("on", "1", True), ("off", "0", False)],
+    ("card", "mode", "override", "message"),
+    [
+        ({}, "on", "0", "--tf32 on, but NVIDIA_TF32_OVERRIDE=0 is set"),
+        ({}, "off", "1", "--tf32 off, but NVIDIA_TF32_OVERRIDE=1 is set"),
+        (V100, "on", None, "V100.*compute capability 7.0.* has no TF32"),
+    ],
 )
-def test_nvidias_variable_wins(mode, override, expected, monkeypatch):
-    flags = {CONVOLUTIONS: override == "0"}
-    gpu_fakes.fake_card(monkeypatch, flags=flags)
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
-    assert set_tf32(mode) == expected
-
-
-REFUSED = {
-    "a contradiction": ({}, "on", "0", "--tf32 on, but NVIDIA_TF32_OVERRIDE=0 is set"),
-    "another": ({}, "off", "1", "--tf32 off, but NVIDIA_TF32_OVERRIDE=1 is set"),
-    "a card without": (V100, "on", None, "V100.*compute capability 7.0.* has no TF32"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_tf32_that_is_not_to_be_had_is_refused(case, monkeypatch):
-    card, mode, override, message = REFUSED[case]
+def test_tf32_that_is_not_to_be_had_is_refused(card, mode, override, message, monkeypatch):
     gpu_fakes.fake_card(monkeypatch, **card)
     if override:
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
@@ -82,10 +85,10 @@ def test_tf32_that_is_not_to_be_had_is_refused(case, monkeypatch):
 
 def test_a_card_without_tf32_computes_in_float32(monkeypatch):
     gpu_fakes.fake_card(monkeypatch, **V100)
-    assert not set_tf32("auto") and not set_tf32("off")
+    assert not set_tf32("auto") and not set_tf32("off") and not device.has_tf32()
 
 
-def test_a_paddle_without_the_flags_is_told(monkeypatch, caplog):
+def test_a_paddle_without_the_flags_is_told(monkeypatch):
     gpu_fakes.fake_card(monkeypatch)
 
     def unknown(names):
@@ -96,8 +99,7 @@ def test_a_paddle_without_the_flags_is_told(monkeypatch, caplog):
     for mode in ("on", "off"):
         with pytest.raises(UserError, match=f"--tf32 {mode}, but Paddle .* has no FLAGS_cudnn"):
             set_tf32(mode)
-    assert set_tf32("auto")
-    assert "taking convolutions for TF32's" in caplog.text
+    assert set_tf32("auto")  # as Paddle has it where it can be asked
     with pytest.raises(UserError, match="--deterministic True, but Paddle"):
         device.set_deterministic()
 
@@ -224,13 +226,6 @@ def test_free_memory_is_the_cards_and_what_paddle_holds_unused(monkeypatch):
     assert device.free_bytes() == 26 * 2**30
 
 
-def test_a_card_that_does_not_say_is_taken_to_be_empty(monkeypatch, caplog):
-    gpu_fakes.fake_card(monkeypatch, gib=40, used_gib=15)
-    monkeypatch.delattr(paddle.cuda, "mem_get_info")
-    assert device.free_bytes() == 39 * 2**30
-    assert "what is free of its memory" in caplog.text
-
-
 def test_cpus_score_in_bfloat16_if_they_have_it_and_train_in_float32(monkeypatch, tmp_path):
     options = Options(device="cpu", amp="O1", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="--amp O1 needs a GPU; CPUs train in float32"):
@@ -245,3 +240,103 @@ def test_cpus_score_in_bfloat16_if_they_have_it_and_train_in_float32(monkeypatch
     with pytest.raises(UserError, match="re-calibration magnifies; give --amp O0"):
         wanted_variant(arithmetic, paddle.zeros([4, 3, 8, 8], "uint8"))
     assert wanted_variant(Arithmetic("CPU", False), None) is None
+
+
+# --- what the host copies to and from the device in a step, for which it would have to wait
+
+
+READS = ("numpy", "tolist", "item", "__float__", "__int__", "__bool__", "__array__")
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Copies and passes, in their order, noted by the methods that make them."""
+    seen, under_way = [], set()
+
+    def noting(function, name):
+        def run(*arguments, **named):
+            if name in under_way:  # one calls another
+                return function(*arguments, **named)
+            seen.append(name)
+            under_way.add(name)
+            try:
+                return function(*arguments, **named)
+            finally:
+                under_way.remove(name)
+
+        return run
+
+    for name in READS:
+        monkeypatch.setattr(paddle.Tensor, name, noting(getattr(paddle.Tensor, name), "read"))
+    monkeypatch.setattr(paddle, "to_tensor", noting(paddle.to_tensor, "write"))
+    backward = noting(paddle.Tensor.backward, "backward")
+    monkeypatch.setattr(paddle.Tensor, "backward", backward)
+    return seen
+
+
+@pytest.fixture
+def exchange(monkeypatch):
+    """Two ranks of which the other is told to stop in step ``told``."""
+    other = SimpleNamespace(told=None, steps=0)
+
+    def all_reduce(flat):
+        if other.steps == other.told:
+            flat[0] = flat[0] + 1  # the first of SIGNALS, in front of the gradients
+        other.steps += 1
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_collective", contextlib.nullcontext)
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    return other
+
+
+class Loader:
+    """Four steps: notes where one begins, and of which signal ranks know when it has ended."""
+
+    total_batch = 4
+
+    def __init__(self, events):
+        self.events, self.known, self.exchange = events, [], None
+
+    def __len__(self):
+        return 4
+
+    def epoch(self, epoch, first):
+        rng = np.random.default_rng(0)
+        images = paddle.to_tensor(rng.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8))
+        labels = paddle.to_tensor(np.arange(4) % 3)
+        for _ in range(len(self)):
+            self.events.append("step")
+            yield images, labels
+            self.known.append(self.exchange.received)
+
+
+def steps_of(events):
+    network = nn.Sequential(
+        nn.Conv2D(3, 4, 3), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    network.register_forward_pre_hook(lambda *_: events.append("forward"))
+    model = StandaloneModel(network, "code")
+    optimizer = momentum_optimizer(network, 0.05, 0.9, 1e-4)
+    model.prepare(optimizer, GradientStep(optimizer))
+    loader = Loader(events)
+    model.exchange = loader.exchange = GradientExchange(network.parameters(), StopSignals())
+    model.fit(loader, 1)
+    return loader.known
+
+
+def test_notices_are_read_before_the_forward_pass_and_nothing_else(events, exchange):
+    assert steps_of(events) == [None] * 4
+    first = events.index("step")
+    steps = " ".join(events[first:]).split("step ")[1:]
+    # Of the first step there was none before, and normalising makes its constants once.
+    assert steps[0].replace("write ", "").split() == ["forward", "backward"]
+    for later in steps[1:]:
+        assert later.split() == ["read", "forward", "backward"]
+
+
+def test_ranks_know_of_a_signal_when_the_step_after_it_ends(events, exchange):
+    exchange.told = 1
+    known = steps_of(events)
+    assert known[:2] == [None, None]
+    assert known[2] == known[3] == distributed.SIGNALS[0]

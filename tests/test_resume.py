@@ -21,7 +21,7 @@ from entry_scripts import ROOT, write_inputs
 
 from hnas.base.safe_pickle import load_pickle
 from hnas.models.registry import build_network
-from hnas.parallel.stopping import StopSignals
+from hnas.parallel.distributed import StopSignals
 from hnas.search_space import find_backbone
 from hnas.utils.gradient_step import momentum_optimizer
 from hnas.utils.hapi_wrapper import DistillationModel

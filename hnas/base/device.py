@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import paddle
 
 from hnas.base.errors import UserError
 from hnas.base.memory import available_bytes, peak_gib
 
-logger = logging.getLogger(__name__)
-
 CUDNN_TF32, CUBLAS_TF32 = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
 """Paddle 3.3.1's, of GPU builds alone: convolutions, on by default; matrix products, off."""
 DETERMINISTIC = "FLAGS_cudnn_deterministic"
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 """The environment's: 0 forbids TF32 to NVIDIA's libraries, 1 makes them use it."""
-FIRST_WITH_TF32 = 8
-"""Compute capability of Ampere."""
 
 
 def on_gpu() -> bool:
@@ -32,6 +27,11 @@ def on_gpu() -> bool:
 def device_name() -> str:
     """The GPU's name as its driver has it, or ``CPU``."""
     return paddle.device.cuda.get_device_name() if on_gpu() else "CPU"
+
+
+def has_tf32() -> bool:
+    """Whether computations run on a GPU with TF32: Ampere's or a later one."""
+    return on_gpu() and paddle.device.cuda.get_device_properties().major >= 8
 
 
 def set_tf32(mode: str) -> bool:
@@ -54,30 +54,37 @@ def set_tf32(mode: str) -> bool:
     override = os.environ.get(OVERRIDE)
     if (mode, override) in (("on", "0"), ("off", "1")):
         raise UserError(f"--tf32 {mode}, but {OVERRIDE}={override} is set; unset it")
-    properties = paddle.device.cuda.get_device_properties()
-    has_it = properties.major >= FIRST_WITH_TF32
-    if mode == "on" and not has_it:
-        raise UserError(
-            f"--tf32 on, but {properties.name} (compute capability {properties.major}."
-            f"{properties.minor}) has no TF32; give auto or off"
-        )
+    if mode == "on" and not has_tf32():
+        card = paddle.device.cuda.get_device_properties()
+        kind = f"{card.name} (compute capability {card.major}.{card.minor})"
+        raise UserError(f"--tf32 on, but {kind} has no TF32; give auto or off")
+    allowed = mode != "off"
+    if mode == "auto":
+        with suppress(ValueError):  # of a Paddle that does not know the flag
+            allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
+    else:
+        _set_flags({CUDNN_TF32: allowed, CUBLAS_TF32: allowed}, f"--tf32 {mode}")
+    return has_tf32() and override != "0" and (bool(allowed) or override == "1")
+
+
+def set_deterministic() -> None:
+    """Let cuDNN use deterministic algorithms only; CPUs do anyway.
+
+    Raises:
+        UserError: this Paddle cannot be told to.
+    """
+    if on_gpu():
+        _set_flags({DETERMINISTIC: True}, "--deterministic True")
+
+
+def _set_flags(flags: dict[str, bool], asked: str) -> None:
     try:
-        if mode != "auto":
-            paddle.set_flags({CUDNN_TF32: mode == "on", CUBLAS_TF32: mode == "on"})
-        allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
+        paddle.set_flags(flags)
     except ValueError:
-        if mode != "auto":
-            raise UserError(
-                f"--tf32 {mode}, but Paddle {paddle.__version__} has no {CUDNN_TF32}; use "
-                "paddlepaddle-gpu==3.3.1"
-            ) from None
-        logger.warning(
-            "Paddle %s has no %s: taking convolutions for TF32's; use paddlepaddle-gpu==3.3.1",
-            paddle.__version__,
-            CUDNN_TF32,
-        )
-        allowed = True
-    return has_it and override != "0" and (bool(allowed) or override == "1")
+        raise UserError(
+            f"{asked}, but Paddle {paddle.__version__} has no {next(iter(flags))}; use "
+            "paddlepaddle-gpu==3.3.1"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -104,35 +111,14 @@ class Arithmetic:
         return f"{self.device}, {rounding}, amp {self.amp}{algorithms}, Paddle {self.paddle}"
 
 
-def set_deterministic() -> None:
-    """Let cuDNN use deterministic algorithms only; CPUs do anyway.
-
-    Raises:
-        UserError: this Paddle cannot be told to.
-    """
-    if not on_gpu():
-        return
-    try:
-        paddle.set_flags({DETERMINISTIC: True})
-    except ValueError:
-        raise UserError(
-            f"--deterministic True, but Paddle {paddle.__version__} has no {DETERMINISTIC}; use "
-            "paddlepaddle-gpu==3.3.1"
-        ) from None
-
-
 def free_bytes() -> int:
     """Memory of the device that can still be taken; of a CPU the machine's."""
     if not on_gpu():
         return available_bytes()
-    used = paddle.device.cuda.memory_allocated()
-    try:
-        # Other processes on the card count, too; what Paddle holds, but does not use, is free.
-        free, _ = paddle.cuda.mem_get_info()
-        return free + paddle.device.cuda.memory_reserved() - used
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        logger.warning("the card does not say what is free of its memory: %s", error)
-        return paddle.device.cuda.get_device_properties().total_memory - used
+    # Other processes on the card count, too; what Paddle holds, but does not use, is free.
+    free, _ = paddle.cuda.mem_get_info()
+    held, used = paddle.device.cuda.memory_reserved(), paddle.device.cuda.memory_allocated()
+    return free + held - used
 
 
 def peak_memory() -> str:
@@ -151,9 +137,8 @@ def cpu_threads() -> int:
 
 def processor() -> str:
     """The processor's name; last digits of results differ between processors."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -32,24 +32,13 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        line = f"{_who()}error: {one_line(error)}\n"
+        # Without line breaks, which a path or a flag may hold.
+        line = f"error: {' '.join(str(error).split())}\n"
+        if is_one_of_several():
+            line = f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: {line}"
         sys.stderr.write(line)
-        _tell_launcher(line)
+        # The launcher shows what is in this file; this process's messages go to a log.
+        if ERRORS in os.environ:
+            with suppress(OSError), open(os.environ[ERRORS], "ab") as file:
+                file.write(line.encode(errors="backslashreplace"))
         sys.exit(2)
-
-
-def _who() -> str:
-    """Which of several processes speaks, in the launcher's variables."""
-    return f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: " if is_one_of_several() else ""
-
-
-def _tell_launcher(line: str) -> None:
-    """The launcher shows what is in this file; this process's messages go to a log."""
-    if ERRORS in os.environ:
-        with suppress(OSError), open(os.environ[ERRORS], "ab") as file:
-            file.write(line.encode(errors="backslashreplace"))
-
-
-def one_line(error: UserError) -> str:
-    """The message without line breaks, which a path or a flag may hold."""
-    return " ".join(str(error).split())

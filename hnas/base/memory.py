@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 from contextlib import suppress
 
-from hnas.base.errors import UserError
-
 SHARED = "/dev/shm"
-UNKNOWN = 4 * 2**30
-"""Bytes that are taken for free where the system does not say."""
 
 
 def _field(path: str, name: str) -> int | None:
@@ -24,8 +19,8 @@ def _field(path: str, name: str) -> int | None:
 
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping."""
-    return _field("/proc/meminfo", "MemAvailable") or UNKNOWN
+    """Memory that can be taken without swapping; 4 GiB where the system does not say."""
+    return _field("/proc/meminfo", "MemAvailable") or 4 * 2**30
 
 
 def shared_bytes() -> int | None:
@@ -34,21 +29,6 @@ def shared_bytes() -> int | None:
         found = os.statvfs(SHARED)
         return found.f_bavail * found.f_frsize
     return None
-
-
-def refuse_too_much(need: int, free: int, what: str, instead: str) -> None:
-    """Say that memory will not do before it is asked for.
-
-    Args:
-        need, free: bytes; ``need`` is the least that will do.
-        what: needs it, as the start of a sentence.
-        instead: what to do.
-
-    Raises:
-        UserError: it is more than there is.
-    """
-    if need > free:
-        raise UserError(f"{what} needs {gib(need)} at least, and {gib(free)} are free; {instead}")
 
 
 def gib(size: int) -> str:
@@ -64,10 +44,7 @@ def reset_peak() -> None:
 
 def peak_gib() -> float:
     """Largest resident size of this process since the start or the last reset, GiB."""
-    peak = _field("/proc/self/status", "VmHWM")
-    if peak is None:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak / 2**30
+    return (_field("/proc/self/status", "VmHWM") or 0) / 2**30
 
 
 def keep_freed_memory() -> None:

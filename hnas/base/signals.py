@@ -12,7 +12,6 @@ ENDING_SECONDS = 20
 """Launchers and cluster managers kill what has not ended after 30."""
 LAUNCHER = "PINAS_LAUNCHER"
 """The environment variable in which hnas.parallel.launcher hands its process id on."""
-CHECK_SECONDS = 2
 
 
 class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
@@ -47,17 +46,13 @@ def _stop(number: int, frame) -> None:
     next_one = signal.SIG_IGN if is_one_of_several() else signal.SIG_DFL
     for each in SIGNALS:
         signal.signal(each, next_one)
-    _exit_later(128 + number)
+    # The exception may be lost in a destructor, or wait for a thread: exit in any case.
+    timer = threading.Timer(ENDING_SECONDS, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
     # Not print: the handler may have interrupted one.
     os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
     raise Stopped(number)
-
-
-def _exit_later(code: int) -> None:
-    """Exit in any case: the exception may be lost in a destructor, or wait for a thread."""
-    timer = threading.Timer(ENDING_SECONDS, os._exit, (code,))
-    timer.daemon = True
-    timer.start()
 
 
 def is_one_of_several() -> bool:
@@ -77,7 +72,7 @@ def end_with_launcher() -> None:
 
 def _watch_launcher(launcher: int) -> None:
     while os.getppid() == launcher:
-        time.sleep(CHECK_SECONDS)
+        time.sleep(2)
     os.write(2, b"the launcher is gone, so this process ends too\n")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ENDING_SECONDS)

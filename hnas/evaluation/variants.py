@@ -53,7 +53,7 @@ class Variant:
     Attributes:
         precision: of convolutions and activations. Pooled features and the classifier are float32.
         layout: of activations, ``NCHW`` or ``NHWC``.
-        fused: convolution, bias, shortcut and ReLU are one operator, see ``evaluation/fused.py``.
+        fused: convolution, bias, shortcut and ReLU are one operator, see ``gpu_kernels.py``.
             Not with BatchNorm re-calibration, which needs the convolution's output by itself.
         onednn: by oneDNN's kernels, on CPUs, instead of by Paddle's operators.
     """

@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import paddle
@@ -24,7 +25,6 @@ import paddle.distributed as dist
 from hnas.base.errors import UserError
 from hnas.base.signals import SIGNALS, Stopped
 from hnas.parallel.rollcall import LostRankError, RollCall
-from hnas.parallel.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
 _roll_call: RollCall | None = None
@@ -67,9 +67,10 @@ def join_processes(cpu: bool) -> None:
     try:
         dist.init_parallel_env()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"rank {rank()} cannot join the others: {_last_line(error)}") from error
+        why = str(error).strip().rpartition("\n")[2]
+        raise UserError(f"rank {rank()} cannot join the others: {why}") from error
     host = os.environ["PADDLE_MASTER"].rpartition(":")[0]
-    _roll_call = RollCall.connect(rank(), world_size(), host, _from_main_process)
+    _roll_call = RollCall.connect(rank(), world_size(), host, from_main_process)
 
 
 def barrier() -> None:
@@ -84,6 +85,39 @@ def leave() -> None:
     if _roll_call is not None:
         _roll_call.leave()
         _roll_call = None
+
+
+class StopSignals:
+    """Within the context, the first SIGTERM or Ctrl-C is noted only; the next one acts at once.
+
+    Args:
+        patient: later ones are noted only, too. Paddle's launcher sends SIGTERM several times
+            within a second, and SIGKILL after 30.
+
+    Attributes:
+        received: the signal's number, or None.
+    """
+
+    def __init__(self, patient: bool = False):
+        self._patient = patient
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python lets no other thread set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        if not self._patient:
+            self.__exit__()
 
 
 @contextmanager
@@ -128,28 +162,19 @@ def _collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        why = str(error).strip().rpartition("\n")[2]
         raise LostRankError(
-            f"rank {rank()} has lost another process ({_last_line(error)}); see the others' logs, "
-            "then resume"
+            f"rank {rank()} has lost another process ({why}); see the others' logs, then resume"
         ) from error
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["unknown reason"])[-1]
-
-
-def _from_main_process(numbers: Sequence[int]) -> list[int]:
-    tensor = paddle.to_tensor(list(numbers), dtype="int64")
-    dist.broadcast(tensor, src=0)
-    return tensor.tolist()
 
 
 def from_main_process(numbers: Sequence[int]) -> list[int]:
     """Rank 0's whole numbers."""
     if world_size() < 2:
         return list(numbers)
-    with _collective():
-        return _from_main_process(numbers)
+    tensor = paddle.to_tensor(list(numbers), dtype="int64")
+    copy_from_main_process([tensor])
+    return tensor.tolist()
 
 
 def gather(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -164,17 +189,16 @@ def gather(tensor: paddle.Tensor) -> paddle.Tensor:
 
 def sum_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
     """The sum of all ranks' tensors; the same bits everywhere."""
-    if world_size() < 2:
-        return tensor
     total = tensor.clone()
-    with _collective():
-        dist.all_reduce(total)
+    if world_size() > 1:
+        with _collective():
+            dist.all_reduce(total)
     return total
 
 
 def mean_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
     """The mean of all ranks' float tensors; the same bits everywhere."""
-    return tensor if world_size() < 2 else sum_over_ranks(tensor) / world_size()
+    return sum_over_ranks(tensor) / world_size()
 
 
 def agree(numbers: Sequence[int], what: str) -> None:
@@ -192,31 +216,38 @@ def agree(numbers: Sequence[int], what: str) -> None:
         )
 
 
-@paddle.no_grad()
 def copy_from_main_process(tensors: Sequence[paddle.Tensor]) -> None:
-    """Give tensors rank 0's values, with one broadcast a kind of number."""
-    if world_size() < 2:
-        return
-    for part in _by_dtype(tensors):
-        flat = paddle.concat([tensor.flatten() for tensor in part])
-        with _collective():
-            dist.broadcast(flat, src=0)
-        _unpack(flat, part)
+    """Give tensors rank 0's values."""
+    if world_size() > 1:
+        _exchange(tensors, _broadcast)
 
 
-def _by_dtype(tensors: Sequence[paddle.Tensor]) -> list[list[paddle.Tensor]]:
+def _broadcast(flat: paddle.Tensor) -> paddle.Tensor:
+    dist.broadcast(flat, src=0)
+    return flat
+
+
+def _mean(flat: paddle.Tensor) -> paddle.Tensor:
+    dist.all_reduce(flat)
+    return flat / world_size()
+
+
+@paddle.no_grad()
+def _exchange(
+    tensors: Sequence[paddle.Tensor], exchange: Callable[[paddle.Tensor], paddle.Tensor]
+) -> None:
+    """Overwrite tensors, with one collective for each type of number; it gets them flat."""
     kinds: dict = {}
     for tensor in tensors:
         kinds.setdefault(tensor.dtype, []).append(tensor)
-    return list(kinds.values())
-
-
-def _unpack(flat: paddle.Tensor, tensors: Sequence[paddle.Tensor]) -> None:
-    """Write the consecutive parts of ``flat`` into ``tensors``."""
-    start = 0
-    for tensor in tensors:
-        paddle.assign(flat[start : start + tensor.size].reshape(tensor.shape), tensor)
-        start += tensor.size
+    for kind in kinds.values():
+        flat = paddle.concat([tensor.flatten() for tensor in kind])
+        with _collective():
+            flat = exchange(flat)
+        start = 0
+        for tensor in kind:
+            paddle.assign(flat[start : start + tensor.size].reshape(tensor.shape), tensor)
+            start += tensor.size
 
 
 class GradientExchange:
@@ -250,18 +281,11 @@ class GradientExchange:
             self.received = max((number for number, count in counts if count), default=None)
         self._notices = None
 
-    @paddle.no_grad()
     def run(self) -> None:
         """To be called after the backward passes and before the optimizer's step."""
         if self._stop.received is None:
             own = paddle.zeros([len(SIGNALS)])  # filled on the device, not copied to it
         else:
             own = paddle.to_tensor([float(self._stop.received == number) for number in SIGNALS])
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        groups = _by_dtype([own, *gradients])
-        for group in groups:
-            flat = paddle.concat([tensor.flatten() for tensor in group])
-            with _collective():
-                dist.all_reduce(flat)
-            _unpack(flat / world_size(), group)
+        _exchange([own, *(p.grad for p in self._parameters if p.grad is not None)], _mean)
         self._notices = own

@@ -26,7 +26,13 @@ HELLO = struct.Struct("!iq")
 CONNECT_SECONDS = 30
 REPORT_SECONDS = 3
 """The launcher needs about one to notice and report which process died; it ends the others."""
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+)
 """A machine that is switched off is noticed after 10 + 5 * 4 seconds."""
 
 
@@ -46,6 +52,10 @@ class RollCall:
 
     def __init__(self, lines: dict[int, socket.socket]):
         self._lines = lines
+        for line in lines.values():
+            line.settimeout(None)
+            for option in KEEPALIVE:
+                line.setsockopt(*option)
         self._heard = dict.fromkeys(lines, 0)
         self._left: set[int] = set()
         self._calls = 0
@@ -73,7 +83,7 @@ class RollCall:
                 line.sendall(HELLO.pack(rank, number))
             except OSError as error:
                 raise LostRankError(f"rank {rank} cannot reach rank 0 at {host}: {error}") from None
-            return cls({0: _prepared(line)})
+            return cls({0: line})
         with socket.create_server(("", 0), backlog=world_size) as server:
             number = secrets.randbits(62)
             share([server.getsockname()[1], number])
@@ -133,47 +143,31 @@ class RollCall:
                 self._left.add(rank)
             self._news.notify_all()
         if not words and not self._leaving:
-            self._end(rank)
+            time.sleep(1)  # if all end for the same reason, each says it itself
+            logger.error(
+                "rank %d is gone, so this process ends too; its log in save_dir may say why", rank
+            )
+            time.sleep(REPORT_SECONDS)
+            os._exit(1)  # not sys.exit: the main thread may be inside a collective
         return bool(words) and LEAVING not in words
-
-    def _end(self, rank: int) -> None:
-        # If all end for the same reason, each says it itself.
-        time.sleep(1)
-        logger.error(
-            "rank %d is gone, so this process ends too; its log in save_dir may say why",
-            rank,
-        )
-        time.sleep(REPORT_SECONDS)
-        # Not sys.exit: the main thread may be inside a collective.
-        os._exit(1)
-
-
-def _prepared(line: socket.socket) -> socket.socket:
-    line.settimeout(None)
-    line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in KEEPALIVE:
-        line.setsockopt(socket.IPPROTO_TCP, option, value)
-    return line
 
 
 def _accept(server: socket.socket, number: int, world_size: int) -> dict[int, socket.socket]:
     """Connections from ranks 1 to ``world_size - 1``; others are turned away."""
     lines: dict[int, socket.socket] = {}
     server.settimeout(CONNECT_SECONDS)
-    while len(lines) < world_size - 1:
+    while missing := set(range(1, world_size)) - set(lines):
         try:
             line, _ = server.accept()
         except OSError:
-            missing = sorted(set(range(1, world_size)) - set(lines))
-            raise LostRankError(f"no word from rank {missing[0]} at the start") from None
+            raise LostRankError(f"no word from rank {min(missing)} at the start") from None
         line.settimeout(CONNECT_SECONDS)
         try:
             rank, said = HELLO.unpack(line.recv(HELLO.size, socket.MSG_WAITALL))
         except (OSError, struct.error):
             rank, said = 0, None
-        if said == number and 0 < rank < world_size and rank not in lines:
-            lines[rank] = _prepared(line)
+        if said == number and rank in missing:
+            lines[rank] = line
         else:
             line.close()
     return lines

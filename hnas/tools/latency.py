@@ -38,7 +38,7 @@ from hnas.base.command_line import (
     real_number,
     whole_number,
 )
-from hnas.base.device import cpu_threads, device_name, on_gpu, set_tf32
+from hnas.base.device import cpu_threads, device_name, on_gpu, processor, set_tf32
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output, read_json, write_json
 from hnas.base.memory import keep_freed_memory
@@ -54,7 +54,6 @@ from hnas.search_space import (
     find_backbone,
     search_space,
 )
-from hnas.tools.check_device.facts import processor
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,14 @@ from hnas.base.device import peak_memory
 from hnas.base.errors import UserError
 from hnas.base.files import remove_leftovers, write_json
 from hnas.base.signals import Stopped
-from hnas.parallel.distributed import barrier, is_main_process, leave, mean_over_ranks, world_size
-from hnas.parallel.stopping import StopSignals
+from hnas.parallel.distributed import (
+    StopSignals,
+    barrier,
+    is_main_process,
+    leave,
+    mean_over_ranks,
+    world_size,
+)
 from hnas.search_space import RESNET48
 from hnas.utils.checkpoint import SET_NAME, generators_state, note_run, remove_set, save_training
 from hnas.utils.options import Options

@@ -11,7 +11,7 @@ import math
 import paddle
 
 from hnas.base.errors import UserError
-from hnas.base.memory import available_bytes, gib, refuse_too_much, shared_bytes
+from hnas.base.memory import available_bytes, gib, shared_bytes
 from hnas.parallel.distributed import local_ranks
 from hnas.search_space import ChannelPlan, SearchSpace, feature_sizes, find_backbone
 from hnas.utils.options import Options
@@ -62,6 +62,21 @@ def convolution_outputs(plan: ChannelPlan, image_size: int) -> int:
         sizes[stage] ** 2 * (mid + cout + (cout if cin != cout else 0))
         for stage, cin, mid, cout, _ in plan.blocks()
     )
+
+
+def refuse_too_much(need: int, free: int, what: str, instead: str) -> None:
+    """Say that memory will not do before it is asked for.
+
+    Args:
+        need, free: bytes; ``need`` is the least that will do.
+        what: needs it, as the start of a sentence.
+        instead: what to do.
+
+    Raises:
+        UserError: it is more than there is.
+    """
+    if need > free:
+        raise UserError(f"{what} needs {gib(need)} at least, and {gib(free)} are free; {instead}")
 
 
 def check_chunk(options: Options) -> None:

@@ -20,6 +20,7 @@ from hnas.models.registry import build_network
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import (
     GradientExchange,
+    StopSignals,
     agree,
     barrier,
     copy_from_main_process,
@@ -27,7 +28,6 @@ from hnas.parallel.distributed import (
     leave,
     world_size,
 )
-from hnas.parallel.stopping import StopSignals
 from hnas.search_space import SearchSpace
 from hnas.utils.callbacks import HISTORY, Checkpoints, TrainLogger, VisualDLWriter
 from hnas.utils.gradient_step import (

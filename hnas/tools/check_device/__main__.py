@@ -1,103 +1,117 @@
-"""The command: runs the checks, shows a table, writes JSON lines."""
+"""The command: runs the checks in processes of their own, shows a table, writes JSON lines.
+
+Whatever a check does to the device, or the device to it, other processes' checks are still made.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import shutil
+import os
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO
 
-from hnas.base.command_line import OneLineParser, path_text, read_bool, shown
+import paddle
+
+from hnas.base.command_line import OneLineParser, path_text, read_bool
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output
-from hnas.tools.check_device.plan import ALONE, CHECKS, SLOW, WITH_TF32, Plan
-from hnas.tools.check_device.processes import WORKER_LOG, results_of, starter, twin
-from hnas.tools.check_device.results import FAILED, NOT_HERE, PASSED, Result
+from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, ROW, Machine, Result
 
 DEFAULT_OUTPUT = "output/check_device.jsonl"
-WIDTH = 52
+JOBS = (
+    ("off", ("facts", "tf32", "norms", "walk", "steps", "loaders")),
+    ("off", ("repeat",)),
+    ("off", ("collectives",)),
+    ("on", ("tf32", "walk", "steps")),
+    ("auto", ("tf32",)),
+)
+"""``--tf32`` of a process, and the checks in it. Which kernels cuDNN runs for a shape is settled
+once in a process, for TF32 or not, deterministic or not. CPUs have no other setting than off."""
+MOST_SECONDS = 1800
+"""Of a process; one that takes longer hangs, and is killed."""
 
 
-def card_numbers(text: str) -> tuple[int, ...]:
-    """An argparse type: ``0,1``."""
-    numbers = text.split(",")
-    if not all(number.isascii() and number.isdigit() and len(number) < 4 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a list of numbers as 0,1")
-    cards = tuple(map(int, numbers))
-    if len(set(cards)) < len(cards):
-        raise argparse.ArgumentTypeError(f"{shown(text)} names a card twice")
-    return cards
+def all_results(machine: Machine) -> Iterator[tuple[str, Result]]:
+    """The rows of all checks, with the check's name."""
+    # First what a CPU computes from the same inputs, all of it, where no GPU is seen.
+    yield from job(["expected"], replace(machine, gpus=0))
+    for tf32, names in JOBS:
+        if machine.gpus or tf32 == "off":
+            yield from job(names, replace(machine, tf32=tf32))
 
 
-def chosen_cards(asked: tuple[int, ...] | None, folder: Path) -> tuple[int, ...]:
-    """The cards to check, of those that Paddle sees: the ones asked for; None: all.
-
-    Raises:
-        UserError: it does not see them.
-    """
-    (_, found), *_ = results_of(["cards"], starter(folder, Plan()), folder / WORKER_LOG)
-    if found.state == FAILED:
-        raise UserError(f"Paddle cannot be asked for cards: {found.note}")
-    seen = range(int(found.value))
-    if missing := sorted(set(asked or ()) - set(seen)):
-        raise UserError(f"--gpus names card {missing[0]}, but Paddle sees {len(seen)}; see README")
-    return tuple(seen) if asked is None else asked
-
-
-def all_results(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Result]]:
-    """What every check yields, in as many processes as it takes."""
-    plan = Plan((), options.quick, options.full)
-    with twin(folder, plan) as at_work:
-        plan = replace(plan, gpus=chosen_cards(options.gpus, folder))
-        names = [name for name in CHECKS if not (plan.quick and name in SLOW)]
-        for own, tf32 in processes(plan, names):
-            start = starter(folder, replace(plan, tf32=tf32))
-            yield from results_of(own, start, folder / WORKER_LOG, excused=at_work)
+def job(names: Sequence[str], machine: Machine) -> Iterator[tuple[str, Result]]:
+    """The rows of some checks, made in one process; one more, failed, if that is lost."""
+    log = Path(machine.folder) / "worker.log"
+    with open(log, "wb") as file, start(names, machine, file) as process:
+        watchdog = threading.Timer(MOST_SECONDS, process.kill)
+        watchdog.start()
+        try:
+            for line in process.stdout:
+                if line.startswith(ROW):  # libraries write to standard output, too
+                    check, content = json.loads(line.removeprefix(ROW))
+                    yield check, Result(**content)
+            process.wait()
+        finally:
+            watchdog.cancel()
+            process.terminate()  # if it has not ended: then it ends what it has started, too
+    if code := process.returncode:
+        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        lost = f"their process ended with {end}: {last_line(log)}"
+        yield names[0], Result(f"all of {', '.join(names)}", FAILED, note=lost)
 
 
-def processes(plan: Plan, names: list[str]) -> list[tuple[list[str], str]]:
-    """Which checks have a process of their own, and ``--tf32`` in it."""
-    if not plan.gpus:
-        return [(names, "off")]
-    # Which kernels run is settled once in a process, for TF32 or not, deterministic or not.
-    return [
-        ([name for name in names if name not in ALONE], "off"),
-        *(([name], "off") for name in names if name in ALONE),
-        ([name for name in names if name in WITH_TF32], "on"),
-        (["tf32"], "auto"),
-    ]
+def start(names: Sequence[str], machine: Machine, log: IO[bytes]) -> subprocess.Popen:
+    """The process of a job, see ``checks.py``; what it says besides goes to ``log``."""
+    # On all cores, unless a launcher has said how many; Paddle takes one and sets the variable.
+    threads = os.environ.get("PINAS_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    environment = {**os.environ, "PINAS_THREADS": threads or str(os.cpu_count() or 1)}
+    if not machine.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = "-1"
+    command = [sys.executable, "-m", "hnas.tools.check_device.checks"]
+    command += [json.dumps(asdict(machine)), *names]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
 
 
-def row(result: Result) -> str:
-    """A line of the table."""
-    value = result.value
-    if isinstance(value, float):
-        value = f"{value:.3g}"
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no word")
+
+
+def table_line(result: Result) -> str:
+    """A row as the table has it."""
+    value = f"{result.value:.3g}" if isinstance(result.value, float) else result.value
     parts = ["" if value is None else str(value)]
     if result.limit is not None:
         parts.append(f"(at most {result.limit:.3g})")
     if result.note:
         parts.append(f"- {result.note}" if parts[0] else result.note)
     state = {PASSED: "ok", FAILED: "FAILED", NOT_HERE: "-"}[result.state]
-    return f"  {state:6} {result.name:{WIDTH}} {' '.join(parts)}".rstrip()
+    return f"  {state:6} {result.name:52} {' '.join(parts)}".rstrip()
 
 
-def report(results: Iterator[tuple[str, Result]], output: Path) -> bool:
-    """Show and write each result as it comes; gives whether none failed."""
+def report(results: Iterable[tuple[str, Result]], output: Path) -> bool:
+    """Show and write each row as it comes; gives whether none failed."""
     states, failed, title = Counter(), [], ""
     with open(output, "w", encoding="utf-8") as file:
         for check, result in results:
             if check != title:
                 title = check
                 write(title)
-            write(row(result))
-            file.write(json.dumps({"check": check, **strict(result)}) + "\n")
+            write(table_line(result))
+            content = asdict(result)
+            if isinstance(result.value, float) and not math.isfinite(result.value):
+                content["value"] = str(result.value)  # JSON knows no NaN
+            file.write(json.dumps({"check": check, **content}) + "\n")
             file.flush()
             states[result.state] += 1
             if result.state == FAILED:
@@ -105,16 +119,8 @@ def report(results: Iterator[tuple[str, Result]], output: Path) -> bool:
     counts = ", ".join(f"{states[state]} {state}" for state in (PASSED, FAILED, NOT_HERE))
     write(f"{counts}; as JSON lines: {output}")
     for result in failed:
-        write(row(result))
+        write(table_line(result))
     return not failed
-
-
-def strict(result: Result) -> dict:
-    """A result as JSON has it, which knows no NaN."""
-    content = asdict(result)
-    if isinstance(result.value, float) and not math.isfinite(result.value):
-        content["value"] = str(result.value)
-    return content
 
 
 def write(line: str) -> None:
@@ -125,20 +131,16 @@ def write(line: str) -> None:
 def main(argv=None) -> None:
     parser = OneLineParser(
         prog="python -m hnas.tools.check_device",
-        description="Check that the project computes right on this machine's devices.",
+        description="Check that the project computes right on this machine's devices: on the GPUs "
+        "that CUDA_VISIBLE_DEVICES leaves, or else on the CPU.",
     )
-    parser.add_argument(
-        "--gpus", type=card_numbers, help="of the visible ones, as 0,1 [default: all there are]"
-    )
-    parser.add_argument(
-        "--full", type=read_bool, default=False, help="224 px and more architectures"
-    )
+    parser.add_argument("--full", type=read_bool, default=False, help="at 224 px, too")
     parser.add_argument("--quick", type=read_bool, default=False, help="less of everything, for CI")
     parser.add_argument(
         "--output",
         type=path_text,
         default=DEFAULT_OUTPUT,
-        help=f"file for the results as JSON lines [default {DEFAULT_OUTPUT}]",
+        help=f"file for the rows as JSON lines [default {DEFAULT_OUTPUT}]",
     )
     options = parser.parse_args(argv)
     if options.full and options.quick:
@@ -146,11 +148,10 @@ def main(argv=None) -> None:
     output = Path(options.output)
     check_output(output, "--output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="pinas-check-"))
-    try:
-        passed = report(all_results(options, folder), output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    with tempfile.TemporaryDirectory(prefix="pinas-check-", ignore_cleanup_errors=True) as folder:
+        machine = Machine(folder, gpus, options.quick, options.full)
+        passed = report(all_results(machine), output)
     if not passed:
         sys.exit(1)
 

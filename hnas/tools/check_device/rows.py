@@ -1,4 +1,4 @@
-"""What a check yields: named results with a value, a limit and whether it holds."""
+"""What a check is given, the machine, and what it yields: rows with a value and a limit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ from dataclasses import dataclass
 import numpy as np
 
 PASSED, FAILED, NOT_HERE = "passed", "failed", "not on this machine"
+ROW = b"row: "
+"""Before the JSON text of a check's name and a result, where a process writes a line of them."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device that is checked and how thoroughly, as processes hand it to each other.
+
+    Attributes:
+        folder: for files of this run.
+        gpus: how many there are: the first is checked, all exchange. 0: the CPU is checked.
+        quick: fewer and smaller of everything, for continuous integration.
+        full: larger images and more architectures.
+        tf32: of this process: ``off``, ``on``, or Paddle's setting, ``auto``.
+    """
+
+    folder: str
+    gpus: int = 0
+    quick: bool = False
+    full: bool = False
+    tf32: str = "off"
 
 
 @dataclass(frozen=True)
@@ -40,48 +61,34 @@ def at_most(name: str, value: float, limit: float, note: str = "") -> Result:
     return Result(name, PASSED if value <= limit else FAILED, value, limit, note)
 
 
-def holds(name: str, found: bool, note: str = "") -> Result:
-    """Passes if ``found``; ``note`` says what that means."""
-    return Result(name, PASSED if found else FAILED, "yes" if found else "no", note=note)
-
-
 def not_here(name: str, why: str) -> Result:
     """What this machine has nothing to look at for."""
     return Result(name, NOT_HERE, note=why)
 
 
-def failure(name: str, error: BaseException) -> Result:
-    """A check that an exception ended: the last line of what it says."""
-    lines = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
-    return Result(name, FAILED, note=said)
-
-
 def guarded(name: str, check: Callable[..., Iterable[Result]], *arguments) -> Iterator[Result]:
-    """The results of a check; an exception is one more, failed, and ends the check only."""
+    """The rows of a check; an exception is one more, failed, and ends the check only."""
     try:
         yield from check(*arguments)
     except Exception as error:  # whatever a device does wrong is a result
-        yield failure(name, error)
+        lines = str(error).strip().splitlines() or ["no word"]
+        yield Result(name, FAILED, note=f"{type(error).__name__}: {lines[-1].strip()}")
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over the largest expected value; infinite where shapes differ.
+    """Largest difference over the largest expected value, which must not be 0, in float64.
 
-    Both in float64. Whole numbers and booleans are compared alike, so one that differs counts.
+    Infinite where shapes differ, NaN if there is one anywhere.
     """
     if found.shape != expected.shape:
         return float("inf")
-    if not expected.size:
-        return 0.0
     found, expected = found.astype(np.float64), expected.astype(np.float64)
-    largest = np.abs(expected).max()
-    # A NaN anywhere is NaN here, and passes no limit.
-    return float(np.abs(found - expected).max() / (largest if largest else 1.0))
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def differing(found: np.ndarray, expected: np.ndarray) -> int:
-    """Elements that are not the same number; all of them where shapes differ."""
-    if found.shape != expected.shape:
-        return max(found.size, expected.size, 1)
-    return int((found != expected).sum())
+def differing(found: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> int:
+    """Elements of arrays that are not the same number; all of one whose shape differs."""
+    return sum(
+        int((one != other).sum()) if one.shape == other.shape else max(one.size, other.size)
+        for one, other in zip(found, expected, strict=True)
+    )

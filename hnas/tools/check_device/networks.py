@@ -1,0 +1,303 @@
+"""What networks compute on the device, against a CPU: stage three's walk and training steps.
+
+Networks, images and labels are the same on every device and need no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from hnas.base.device import set_deterministic
+from hnas.base.onednn import has_bfloat16
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.gpu_kernels import find_fused
+from hnas.evaluation.reference import network_logits
+from hnas.evaluation.shared import SharedEvaluator
+from hnas.evaluation.spot_check import compare
+from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
+from hnas.models.convolution import use_onednn
+from hnas.models.elastic import ElasticResNet, freeze_statistics
+from hnas.models.registry import build_network
+from hnas.search_space import RESNET48_MINI, Architecture
+from hnas.tools.check_device import rows
+from hnas.utils.checkpoint import load_training, save_training
+from hnas.utils.gradient_step import GradientStep, momentum_optimizer
+from hnas.utils.hapi_wrapper import DistillationModel, ResumableModel
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.SampleMethod import FirstPlaceSampler, RandomSampler
+
+FLOAT32, TF32, FLOAT16, BFLOAT16 = Precision
+CLASSES = 10
+QUIET = 0.3
+"""Scale of the last BatchNorm of a block, below 1 as in trained networks: with 1, differences of
+rounding would grow from block to block."""
+
+
+def seed_weights(network: nn.Layer, seed: int = 0) -> None:
+    """Set weights and statistics from NumPy's generator, as no two devices of Paddle draw alike."""
+    rng = np.random.default_rng(seed)
+    for name, tensor in network.state_dict().items():
+        shape = tensor.shape
+        values = rng.normal(size=shape)
+        if len(shape) == 4:
+            values *= np.sqrt(2 / (shape[0] * shape[2] * shape[3]))
+        elif len(shape) == 2:
+            values *= np.sqrt(1 / shape[0])
+        elif name.endswith("_variance"):
+            values = rng.uniform(0.5, 1.5, shape)
+        elif name.endswith("weight"):
+            values = rng.uniform(0.8, 1.2, shape) * (QUIET if ".bn2." in name else 1)
+        else:
+            values *= 0.1
+        if tensor.is_floating_point():
+            tensor.set_value(values.astype(np.float32))
+
+
+def images(number: int, size: int, seed: int = 0) -> np.ndarray:
+    """Coloured patches under noise, uint8 [N, 3, S, S]: patches, so that images differ in mean."""
+    rng = np.random.default_rng((seed, number, size))
+    patches = rng.integers(40, 216, (number, 3, 4, 4))
+    whole = np.kron(patches, np.ones((1, 1, -(-size // 4), -(-size // 4))))[..., :size, :size]
+    return (whole + rng.integers(-40, 41, whole.shape)).astype(np.uint8)
+
+
+def labels(number: int, seed: int = 0) -> np.ndarray:
+    """int64 [N]."""
+    return np.random.default_rng((seed, number)).integers(0, CLASSES, number)
+
+
+def keep_expected(machine: rows.Machine) -> Iterator[rows.Result]:
+    """On the CPU: what the checks below expect, by Paddle's plain operators; yields nothing."""
+    found = {}
+    for name, network, archs, (pixels, _), calibration in scenes(machine):
+        logits = []
+        for arch in archs:
+            network.activate(arch)
+            logits.append(network_logits(network, pixels, calibration).numpy())
+        found[name] = np.stack(logits)
+    np.savez(f"{machine.folder}/walk.npz", **found)
+    found = {}
+    for stage in STAGES:
+        model = trainer(stage, onednn=False)
+        found[f"{stage} losses"] = run(model, QUICK_STEPS if machine.quick else STEPS)
+        found[f"{stage} gradient"] = model.gradients.gradient
+    np.savez(f"{machine.folder}/steps.npz", **found)
+    return iter(())
+
+
+# --- the walk
+
+CALIBRATION = 64
+Scene = tuple[str, ElasticResNet, list[Architecture], tuple, "paddle.Tensor | None"]
+"""A name, a supernet, architectures, images with labels, and images to re-calibrate with."""
+
+
+def scenes(machine: rows.Machine) -> Iterator[Scene]:
+    """What is scored: the largest, the smallest and drawn sub-networks, re-calibrated and not."""
+    mini, whole = ("mini", "resnet48_mini"), ("full width", "resnet48")
+    # Architectures, images, px.
+    sizes = {mini: (10, 48, 32), whole: (8, 48, 224) if machine.full else (3, 16, 64)}
+    if machine.quick:
+        sizes = {mini: (3, 12, 32)}
+    for (name, backbone), (number, count, size) in sizes.items():
+        network = build_network(backbone, CLASSES)
+        seed_weights(network)
+        space, rng = network.space, np.random.default_rng(1)
+        archs = [space.largest(), space.smallest(), *(space.sample(rng) for _ in range(number - 2))]
+        batch = paddle.to_tensor(images(count, size)), paddle.to_tensor(labels(count))
+        yield f"{name}, 0 calibration images", network, archs, batch, None
+        calibration = paddle.to_tensor(images(CALIBRATION, size, seed=1))
+        yield f"{name}, {CALIBRATION} calibration images", network, archs, batch, calibration
+
+
+def variants(machine: rows.Machine, calibrates: bool) -> Iterator[Variant]:
+    """The ways to walk that stage three may choose between."""
+    if not machine.gpus:
+        yield cpu_variant()
+        # With re-calibration, which magnifies its rounding, half precision is refused there.
+        if has_bfloat16() and not calibrates:
+            yield cpu_variant(BFLOAT16)
+        return
+    for precision in (TF32,) if machine.tf32 == "on" else (FLOAT32, FLOAT16):
+        usual = usual_variant(precision)
+        yield usual
+        if not calibrates and find_fused(precision, usual.layout)[0] is not None:
+            yield usual_variant(precision, fused=True)
+
+
+def check_walk(machine: rows.Machine) -> Iterator[rows.Result]:
+    """Logits and hits of every architecture in every variant."""
+    if not machine.gpus:
+        yield rows.not_here("the fused convolution, float16 and TF32", "need a GPU")
+        if not has_bfloat16():
+            yield rows.not_here("the walk in bfloat16", "needs AVX512_BF16 or AMX")
+    for variant in variants(machine, calibrates=True) if machine.gpus else ():
+        operator, reason = find_fused(variant.precision, variant.layout)
+        used = "not used" if operator is None else "used"
+        yield rows.fact(f"fused convolution in {variant.precision.value}", used, reason)
+    right = np.load(f"{machine.folder}/walk.npz")
+    for scene in scenes(machine):
+        for variant in variants(machine, calibrates=scene[-1] is not None):
+            row = f"{scene[0]}: {variant}"
+            yield from rows.guarded(row, compare_walk, row, scene, variant, right[scene[0]])
+
+
+def compare_walk(
+    row: str, scene: Scene, variant: Variant, right: np.ndarray
+) -> Iterator[rows.Result]:
+    """One walk for each architecture, its logits and hits against all of [archs, N, classes]."""
+    _, network, archs, batch, calibration = scene
+    evaluator = SharedEvaluator(network, archs, calibration, variant)
+    found = []
+    for index in range(len(archs)):
+        counts = Counts.zeros(len(archs))
+        found.append(evaluator.evaluate(*batch, counts, watch=index))
+    comparisons = [
+        compare(own, paddle.to_tensor(logits), batch[1], hits, evaluator.precision)
+        for own, logits, *hits in zip(found, right, counts.top1, counts.top5, strict=True)
+    ]
+    faults = [fault for fault in (each.fault() for each in comparisons) if fault]
+    worst = float(np.max([each.relative for each in comparisons]))
+    note = faults[0] if faults else "logits, in their standard deviations; hits as they explain"
+    state = rows.FAILED if faults else rows.PASSED
+    yield rows.Result(row, state, worst, evaluator.precision.tolerance, note)
+
+
+# --- training steps
+
+STAGES = ("stage 1", "stage 2")
+STEPS, QUICK_STEPS, REPEATED = range(20), range(4), range(4)
+BATCH, SIZE = 8, 32
+SCALE = 1024.0
+"""Of losses in float16: low enough that no step is passed over for an overflow."""
+LIMITS = {
+    FLOAT32: (1e-5, 5e-5, 5e-3),
+    TF32: (1e-3, 8e-2, 5e-2),
+    FLOAT16: (2e-3, 8e-2, 0.1),
+    BFLOAT16: (1e-2, 0.2, 0.1),
+}
+"""Relative differences of the first step's loss, of its gradient, by norms, and of any loss: some
+times what rounding all convolutions' inputs and outputs does on a CPU, and did on an H100."""
+
+
+class RecordedStep(GradientStep):
+    """Keeps the gradients of the first step, flat, as the optimizer gets them."""
+
+    gradient: np.ndarray | None = None
+
+    def step(self) -> None:
+        if self.gradient is None:
+            parts = [
+                np.zeros(p.size, np.float32) if p.grad is None else p.grad.numpy().ravel()
+                for p in self.optimizer._parameter_list
+            ]
+            self.gradient = np.concatenate(parts) / (1 if self.scaler is None else SCALE)
+        super().step()
+
+
+def trainer(stage: str, batch: int = BATCH, onednn: bool = True, amp: str = "O0") -> ResumableModel:
+    """A stage's model with its optimizer: contrastive, or distillation, two sub-networks or more.
+
+    At frozen statistics, as the recipe has it: by those of so small batches and maps gradients
+    would depend on the last bits.
+
+    Args:
+        batch: images of a step, of all ranks together.
+        onednn: whether CPUs compute by its convolutions, as in training, or by Paddle's.
+        amp: as in :class:`GradientStep`.
+    """
+    if stage == "stage 1":
+        name = "resnet48pinasv2_mini"
+        network = build_network(name, CLASSES, queue_size=4 * batch, temperature=0.2)
+        seed_weights(network, 1)
+        network.reset_key_encoder()
+        model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, 1, 2))
+    else:
+        network = build_network("resnet48_mini", CLASSES)
+        teacher = build_network("resnet48_mini", CLASSES, elastic=False)
+        seed_weights(network, 2)
+        seed_weights(teacher, 3)
+        model = DistillationModel(network, teacher, FirstPlaceSampler(RESNET48_MINI, 1, 2, 40))
+    freeze_statistics(network)
+    if onednn:
+        use_onednn(network)
+    optimizer = momentum_optimizer(network, 0.002, 0.9, 1e-4)
+    gradients = RecordedStep(optimizer, amp=amp)
+    if gradients.scaler is not None:
+        gradients.scaler = paddle.amp.GradScaler(init_loss_scaling=SCALE)
+    model.prepare(optimizer, gradients)
+    return model
+
+
+def run(
+    model: ResumableModel, steps: range, batch: int = BATCH, share: slice = slice(None)
+) -> np.ndarray:
+    """Train the steps on a share of each batch; their losses."""
+    losses = []
+    for step in steps:
+        model.epoch, model.step = 0, step
+        views = [images(batch, SIZE, 2 * step + view)[share] for view in range(2)]
+        contrasts = isinstance(model, ContrastiveModel)
+        parts = views if contrasts else [views[0], labels(batch, step)[share]]
+        losses.append(float(model.train_batch([paddle.to_tensor(part) for part in parts])["loss"]))
+    return np.array(losses)
+
+
+def ways(machine: rows.Machine) -> Iterator[tuple[str, Precision, str]]:
+    """Stages, what this process trains them in, and ``--amp`` for it."""
+    half = BFLOAT16 if paddle.amp.is_bfloat16_supported() else FLOAT16
+    found = [(TF32, "O0")] if machine.tf32 == "on" else [(FLOAT32, "O0"), (half, "O1")]
+    for stage in STAGES:
+        for precision, amp in found if machine.gpus else found[:1]:
+            yield stage, precision, amp
+
+
+def check_steps(machine: rows.Machine) -> Iterator[rows.Result]:
+    """Training on the device: losses and the first gradient of both stages."""
+    if not machine.gpus:
+        yield rows.not_here("training in half precision and in TF32", "CPUs train in float32")
+    right = np.load(f"{machine.folder}/steps.npz")
+    for stage, precision, amp in ways(machine):
+        row = f"{stage} in {precision.value}"
+        yield from rows.guarded(row, compare_steps, stage, precision, amp, right)
+
+
+def compare_steps(
+    stage: str, precision: Precision, amp: str, right: Mapping[str, np.ndarray]
+) -> Iterator[rows.Result]:
+    """Losses and the first gradient of a stage, against those expected."""
+    curve, expected = right[f"{stage} losses"], right[f"{stage} gradient"].astype(np.float64)
+    model = trainer(stage, amp=amp)
+    errors = np.abs(run(model, range(len(curve))) / curve - 1)
+    difference = model.gradients.gradient.astype(np.float64) - expected
+    turned = np.linalg.norm(difference) / np.linalg.norm(expected)
+    first, gradient, any_loss = LIMITS[precision]
+    how = f"in {precision.value}"
+    yield rows.at_most(f"{stage}, first loss {how}", errors[0], first, "relative")
+    yield rows.at_most(f"{stage}, first gradient {how}", turned, gradient, "relative, by norms")
+    note = "largest relative difference"
+    yield rows.at_most(f"{stage}, {len(curve)} losses {how}", errors.max(), any_loss, note)
+
+
+def check_repeat(machine: rows.Machine) -> Iterator[rows.Result]:
+    """Steps that are saved and resumed give the same bits, with ``--deterministic True``."""
+    set_deterministic()
+    saved = Path(machine.folder, "saved")
+    for stage, precision, amp in ways(machine):
+        whole, begun, resumed = models = [trainer(stage, amp=amp) for _ in range(3)]
+        run(whole, REPEATED)
+        run(begun, REPEATED[:2])
+        progress = {"run_id": "", "scaler": begun.gradients.state()}
+        save_training(saved, begun.network, begun._optimizer, progress)
+        progress = load_training(saved, resumed.network, resumed._optimizer)
+        resumed.gradients.restore(progress["scaler"])
+        run(resumed, REPEATED[2:])
+        states = [[part.numpy() for part in each.network.state_dict().values()] for each in models]
+        different = rows.differing(states[0], states[2])
+        row = f"{stage} in {precision.value}, saved and resumed"
+        yield rows.at_most(row, different, 0, "numbers that differ")
