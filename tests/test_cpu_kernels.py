@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_fakes
 import hypothesis.strategies as st
 import numpy as np
 import paddle
@@ -22,12 +23,9 @@ from hnas.evaluation.cpu_kernels import TRIALS, CpuKernels, cpu_kernels, over_ro
 from hnas.evaluation.kernels import (
     TRIAL_TOLERANCE,
     Convolution,
-    Form,
     Kernels,
     LatestTensors,
     SlicedWeights,
-    along_channels,
-    channels_last,
     largest_difference,
     new_identity,
 )
@@ -132,13 +130,12 @@ class Handed:
         return self.kernels.accept(tensor) if tensor.ndim == 4 else tensor
 
     def convolution(self, conv):
-        form = self.kernels.form()
         filters = paddle.to_tensor(conv.filters.astype("float32"))
-        if form.sliced:
+        if self.kernels.sliced:
             filters = filters[: conv.outputs, : conv.filters.shape[1] - SPARE].contiguous()
-        rest = (paddle.to_tensor(part.astype("float32")) for part in conv.rest)
-        rest = tuple(along_channels(part, form) for part in rest)
-        return conv._replace(filters=form.arrange(filters), rest=rest)
+        vectors = (paddle.to_tensor(part.astype("float32")) for part in conv.rest)
+        rest = tuple(self.kernels.vector(part, is_bias=len(conv.rest) == 1) for part in vectors)
+        return conv._replace(filters=self.kernels.arranged(filters), rest=rest)
 
     def taken(self, found):
         if callable(found):
@@ -434,22 +431,19 @@ def test_a_planted_fault_is_found(fault, monkeypatch, caplog):
 def test_slices_are_the_same_with_little_memory(monkeypatch):
     """Whether copies are kept or made again does not show."""
     net = supernet(RESNET48_MINI)
-    forms = (
-        Form(),
-        Form(channels_last, inputs=3, channel_axis=3),
-        CpuKernels(cpu_variant()).form(),
-    )
+    last = Kernels(Variant(layout="NHWC"), 1, fused=gpu_fakes.fused_operator)
+    every = Kernels(calibration=1), last, CpuKernels(cpu_variant(), 1)
     for capacity in (0, 20_000):
         monkeypatch.setattr("hnas.evaluation.kernels.CACHE_BYTES", capacity)
-        for form in forms:
-            weights = SlicedWeights(net, False, form)
+        for kernels in every:
+            weights = SlicedWeights(net, kernels)
             for cin, cout in [(60, 64), (64, 60), (50, 51), (60, 64)]:
                 given = weights.get((2, 1, "conv1"), cin, cout)
                 whole = net.stage_blocks(2)[1].conv1.fn.weight
-                used = whole[:cout, :cin] if form.sliced else whole
-                np.testing.assert_array_equal(given.filters.numpy(), form.arrange(used).numpy())
+                used = whole[:cout, :cin] if kernels.sliced else whole
+                np.testing.assert_array_equal(given.filters.numpy(), kernels.arranged(used).numpy())
                 assert given.outputs == cout
-                assert [part.shape[form.channel_axis] for part in given.rest] == [cout] * 2
+                assert [part.size for part in given.rest] == [cout] * 2
             again = weights.get((2, 1, "conv1"), 60, 64)
             assert again.identity == weights.get((2, 1, "conv1"), 60, 64).identity
             assert again.identity != given.identity or given.outputs == 64

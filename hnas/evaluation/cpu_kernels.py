@@ -25,7 +25,6 @@ from hnas.base.onednn import (
 from hnas.evaluation.kernels import (
     CACHE_BYTES,
     Convolution,
-    Form,
     Kernels,
     LatestTensors,
     Trial,
@@ -64,19 +63,18 @@ class CpuKernels(Kernels):
         OneDNNError: the library is not there.
     """
 
+    sliced = False
+
     def __init__(self, variant: Variant, calibration: int = 0):
         super().__init__(variant, calibration)
         self._dtype = variant.precision.dtype
+        self.dtype = "float32"  # of whole filters, of which oneDNN packs the part that is used
         self._rest: dict[int, np.ndarray] = {}
         # With the filters themselves, so that their addresses stay theirs.
         self._points: dict[int, tuple[paddle.Tensor, paddle.Tensor]] = {}
         free = available_bytes() / local_ranks()
         self._packed = LatestTensors(max(CACHE_BYTES, int(PACKED_SHARE * free)))
         library()
-
-    def form(self) -> Form:
-        # Whole filters in float32, of which oneDNN packs the part that is used.
-        return Form(channel_axis=3, sliced=False)
 
     def conv_norm(
         self, x, conv: Convolution, stride: int, padding: int, relu: bool = False, shortcut=None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
@@ -31,25 +30,6 @@ NCHW, [O, K, K, I] in NHWC."""
 
 
 # --- convolutions of any width
-
-
-@dataclass(frozen=True)
-class Form:
-    """How kernels want the tensors of a convolution to lie in memory.
-
-    Attributes:
-        arrange: from filters [O, I, K, K] to this form.
-        inputs: axis of the input channels in the arranged filters; the outputs' is the first.
-        channel_axis: of the activations, and so of bias, scale and shift.
-        dtype: of filters and bias. Scale and shift are float32 always.
-        sliced: whether filters are narrowed to the channels in use. If not, they are the whole.
-    """
-
-    arrange: Callable[[paddle.Tensor], paddle.Tensor] = lambda filters: filters
-    inputs: int = 1
-    channel_axis: int = 1
-    dtype: str = "float32"
-    sliced: bool = True
 
 
 class Convolution(NamedTuple):
@@ -76,15 +56,13 @@ class SlicedWeights:
 
     Args:
         network: the supernet; its weights must not change while this is in use.
-        fold: fold the running statistics of BatchNorm into filters and bias. This is done once
-            per output channel, so slices stay valid. False keeps filters, scale and shift apart
-            for statistics that are measured later.
-        form: in which they are wanted.
+        kernels: what they are for. Without re-calibration the running statistics of BatchNorm are
+            folded into filters and bias, once per output channel, so slices stay valid. With it
+            filters, scale and shift stay apart.
     """
 
-    def __init__(self, network: ElasticResNet, fold: bool, form: Form):
-        self._fold = fold
-        self._form = form
+    def __init__(self, network: ElasticResNet, kernels: Kernels):
+        self._kernels = kernels
         self._layers = {STEM: (network.stem.conv.fn, network.stem.bn)}
         for stage in range(len(network.depths)):
             for index, block in enumerate(network.stage_blocks(stage)):
@@ -103,16 +81,17 @@ class SlicedWeights:
             self._whole[key] = self._prepare(key)
         filters, *rest = self._whole[key]
         if (key, cin, cout) not in self._rest:
-            narrow = tuple(leading_channels(part, cout, self._form.channel_axis) for part in rest)
+            axis = self._kernels.layout.index("C")
+            narrow = tuple(leading_channels(part, cout, axis) for part in rest)
             self._rest[key, cin, cout] = narrow, cout, new_identity()
-        if self._form.sliced:
+        if self._kernels.sliced:
             filters = self._narrow(key, filters, cin)[:cout]
         return Convolution(filters, *self._rest[key, cin, cout])
 
     def _narrow(self, key: tuple, filters: paddle.Tensor, cin: int) -> paddle.Tensor:
         """Fewer inputs, of which a copy is kept; fewer outputs are a view then."""
         # One axis after the other: Paddle copies a slice of two axes element by element.
-        axis = self._form.inputs
+        axis = 3 if self._kernels.filters_last else 1
         if filters.shape[axis] == cin:
             return filters
         return self._slices.get((key, cin), lambda: leading_channels(filters, cin, axis))
@@ -121,7 +100,8 @@ class SlicedWeights:
     def _prepare(self, key: tuple) -> tuple:
         conv, norm = self._layers[key]
         filters, parts = conv.weight, (norm.weight, norm.bias)
-        if self._fold:
+        fold = not self._kernels.calibration
+        if fold:
             # In float64, so that the factor and the bias are rounded once.
             scale, shift, mean, variance = (
                 part.astype("float64")
@@ -130,12 +110,8 @@ class SlicedWeights:
             factor = scale / paddle.sqrt(variance + norm._epsilon)
             filters = filters * factor.astype("float32").reshape([-1, 1, 1, 1])
             parts = ((shift - mean * factor).astype("float32"),)
-        form = self._form
-        parts = [along_channels(part.detach(), form) for part in parts]
-        if form.dtype != "float32":
-            filters = filters.astype(form.dtype)
-            parts = [part.astype(form.dtype) for part in parts] if self._fold else parts
-        return form.arrange(filters.detach()), *parts
+        vectors = (self._kernels.vector(part.detach(), is_bias=fold) for part in parts)
+        return self._kernels.arranged(filters.detach()), *vectors
 
 
 class LatestTensors:
@@ -166,18 +142,6 @@ def leading_channels(x: paddle.Tensor, channels: int, axis: int) -> paddle.Tenso
     return x[(slice(None),) * axis + (slice(0, channels),)].contiguous()
 
 
-def along_channels(vector: paddle.Tensor, form: Form) -> paddle.Tensor:
-    """[C] such that it can be added to an activation."""
-    shape = [1, 1, 1, 1]
-    shape[form.channel_axis] = -1
-    return vector.reshape(shape)
-
-
-def channels_last(filters: paddle.Tensor) -> paddle.Tensor:
-    """[O, I, K, K] -> [O, K, K, I]."""
-    return filters.transpose([0, 2, 3, 1]).contiguous()
-
-
 # --- what is computed of them
 
 
@@ -195,7 +159,15 @@ class Kernels:
 
     Convolutions are as :class:`SlicedWeights` gives them; activations are [N, C, H, W] below,
     whatever the layout.
+
+    Attributes:
+        layout: of activations, ``NCHW`` or ``NHWC``.
+        filters_last: whether filters are [O, K, K, I] instead of [O, I, K, K].
+        dtype: of filters and biases; scales and shifts are float32.
     """
+
+    sliced = True
+    """Whether filters are narrowed to the channels in use. If not, they are the whole."""
 
     def __init__(
         self, variant: Variant = PLAIN, calibration: int = 0, fused: Operator | None = None
@@ -203,15 +175,22 @@ class Kernels:
         self.variant = variant
         self.calibration = calibration
         self.layout = variant.layout
+        self.filters_last = fused is not None and self.layout == "NHWC"
+        self.dtype = variant.precision.dtype
         self._spatial = [self.layout.index("H"), self.layout.index("W")]
         self._fused = fused
 
-    def form(self) -> Form:
-        """How a convolution's tensors must lie."""
-        axis, dtype = self.layout.index("C"), self.variant.precision.dtype
-        if self._fused is not None and self.layout == "NHWC":
-            return Form(channels_last, 3, axis, dtype)
-        return Form(channel_axis=axis, dtype=dtype)
+    def arranged(self, filters):
+        """Filters [O, I, K, K], float32, as these kernels want them."""
+        filters = filters if self.dtype == "float32" else filters.astype(self.dtype)
+        return filters.transpose([0, 2, 3, 1]).contiguous() if self.filters_last else filters
+
+    def vector(self, values, is_bias: bool):
+        """[C], float32, such that it can be added to an activation."""
+        shape = [1, 1, 1, 1]
+        shape[self.layout.index("C")] = -1
+        values = values.reshape(shape)
+        return values.astype(self.dtype) if is_bias and self.dtype != "float32" else values
 
     def accept(self, x, layout: str = "NCHW"):
         """An activation that lies as ``layout`` says, as these kernels want it."""
@@ -376,13 +355,11 @@ def _trial_convolution(
     kernels: Kernels, number: int, outputs: int, inputs: int, size: int
 ) -> Convolution:
     """The leading part of wider filters; others for every number, even of the same shape."""
-    form = kernels.form()
     whole = [outputs + 2, inputs + 3, size, size]
     filters = ramp(whole).flatten().roll(number * size * size).reshape(whole)
-    filters = (filters / (size * inputs**0.5)).astype(form.dtype)
-    if form.sliced:
+    filters = filters / (size * inputs**0.5)
+    if kernels.sliced:
         filters = filters[:outputs, :inputs].contiguous()
-    vector = along_channels(ramp([outputs]) + 1, form)
-    # Scale and shift are float32, a bias is as the filters.
-    rest = (vector, vector) if kernels.calibration else (vector.astype(form.dtype),)
-    return Convolution(form.arrange(filters), rest, outputs, new_identity())
+    parts = 2 if kernels.calibration else 1
+    rest = (kernels.vector(ramp([outputs]) + 1, is_bias=parts == 1),) * parts
+    return Convolution(kernels.arranged(filters), rest, outputs, new_identity())

@@ -52,8 +52,7 @@ class SharedEvaluator:
         self.variant = variant or usual
         make = cpu_kernels if self.variant.onednn else gpu_kernels
         self.kernels = make(self.variant, self.calibration_images)
-        fold = not self.calibration_images
-        self.weights = SlicedWeights(network, fold, self.kernels.form())
+        self.weights = SlicedWeights(network, self.kernels)
         head = network.head.fc.fn
         self.classifier = self.kernels.classifier(head.weight.detach(), head.bias.detach())
 
