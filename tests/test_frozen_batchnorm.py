@@ -13,6 +13,7 @@ from hnas.dataset.image_folder import DataError
 from hnas.models.registry import build_network
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI
+from hnas.utils import validation
 from hnas.utils.flags import AUTO
 from hnas.utils.options import Options
 from hnas.utils.public_files import CheckpointError
@@ -101,12 +102,13 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
     write_state(tmp_path / "start.pdparams", plain, about)
     seen, first = [], []
 
-    def measure(extremes):
-        seen.append(extremes.network)
-        first.append(extremes.pretrained)
+    def extremes(network, loader, calibration, at_first):
+        seen.append(network)
+        at_first()
         return {"top1": 0.5}
 
-    monkeypatch.setattr(stage2.Extremes, "measure", measure)
+    monkeypatch.setattr(validation, "extremes", extremes)
+    monkeypatch.setattr(validation, "evaluate_network", lambda network, _: first.append(network))
     monkeypatch.setattr(stage2, "fit", lambda model, *_: seen.append(model.network))
     weights = tmp_path / "start.pdparams"
     flags = {"pretrained": weights, "ckpt_dir": weights, "use_ckpt": True, "backbone": MINI}
