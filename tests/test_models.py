@@ -15,6 +15,7 @@ from hnas.models.elastic import ElasticBatchNorm2D, ElasticResNet
 from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48, RESNET48_MINI, Architecture, ArchitectureError, search_space
+from hnas.utils import validation
 from hnas.utils.flags import AUTO
 from hnas.utils.options import Options
 from hnas.utils.runtime import calibration_images, calibration_number
@@ -279,12 +280,13 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
     write_state(tmp_path / "start.pdparams", plain, about)
     seen, first = [], []
 
-    def measure(extremes):
-        seen.append(extremes.network)
-        first.append(extremes.pretrained)
+    def extremes(network, loader, calibration, at_first):
+        seen.append(network)
+        at_first()
         return {"top1": 0.5}
 
-    monkeypatch.setattr(stage2.Extremes, "measure", measure)
+    monkeypatch.setattr(validation, "extremes", extremes)
+    monkeypatch.setattr(validation, "evaluate_network", lambda network, _: first.append(network))
     monkeypatch.setattr(stage2, "fit", lambda model, *_: seen.append(model.network))
     weights = tmp_path / "start.pdparams"
     flags = {
