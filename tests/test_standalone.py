@@ -202,8 +202,8 @@ def test_what_is_finished_is_kept_also_under_other_names(work, tmp_path):
     assert after["arch2"] == before["small"] and after["projected"] == before["projected"]
 
 
-@pytest.mark.parametrize("changes", [{"seed": SEED + 1}, {"label_smoothing": 0.2}])
-def test_seed_and_label_smoothing_make_another_network(work, tmp_path, changes):
+@pytest.mark.parametrize("changes", [{"seed": SEED + 1}])
+def test_another_seed_makes_another_network(work, tmp_path, changes):
     main(flags(work, **changes, arch=SMALL, modelarch_file="", save_dir=tmp_path))
     entry = results(tmp_path)[SMALL]
     assert entry["seed"] == changes.get("seed", SEED)

@@ -44,10 +44,11 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
     options = Options(
         **{name: default_of(option, stage) for name, option in fields.items()} | given
     )
-    for name in given:
-        _check_value(fields[name], given[name])
-        if stage not in fields[name].metadata["stages"]:
-            logger.info("--%s has no effect in %s", name, stage)
+    for name, option in fields.items():
+        if name in given:
+            _check_value(option, given[name])
+            if stage not in option.metadata["stages"]:
+                logger.info("--%s has no effect in %s", name, stage)
     if stage is Stage.CONTRAST and options.save_dir_new:
         options.save_dir = options.save_dir_new
     if not options.save_dir:
