@@ -43,12 +43,11 @@ from hnas.parallel.distributed import (
     leave,
     world_size,
 )
-from hnas.search_space import Architecture, SearchSpace, find_backbone
-from hnas.utils.flags import Stage
-from hnas.utils.memory_needs import check_chunk
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import (
+from hnas.programs.flags import Stage
+from hnas.programs.memory_needs import check_chunk
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
+from hnas.programs.runtime import (
     calibration_images,
     decoded_images,
     require,
@@ -57,8 +56,9 @@ from hnas.utils.runtime import (
     start,
     validation_images,
 )
+from hnas.search_space import Architecture, SearchSpace, find_backbone
 from hnas.utils.starting import start_from_checkpoint
-from hnas.utils.weights import find_checkpoint
+from hnas.weights.loading import find_checkpoint
 
 
 def main() -> None:

@@ -17,12 +17,12 @@ from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
 from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import world_size
+from hnas.programs.flags import Stage
+from hnas.programs.memory_needs import check_queue
+from hnas.programs.parsing import parse_options
+from hnas.programs.runtime import require, space_of, start, training_images, training_loader
 from hnas.search_space import find_backbone
-from hnas.utils.flags import Stage
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.memory_needs import check_queue
-from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import require, space_of, start, training_images, training_loader
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 from hnas.utils.starting import (
     pretrained_network,

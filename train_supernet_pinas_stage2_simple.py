@@ -18,12 +18,12 @@ from hnas.dataset.transforms import TrainTransform
 from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import leave
+from hnas.programs.flags import Stage
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
+from hnas.programs.runtime import require, space_of, start, training_images, training_loader
 from hnas.search_space import find_backbone
-from hnas.utils.flags import Stage
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import require, space_of, start, training_images, training_loader
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
 from hnas.utils.starting import pretrained_network, start_from_checkpoint, start_from_pretrained
 from hnas.utils.training import fit, prepare

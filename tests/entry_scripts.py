@@ -15,7 +15,7 @@ from hnas.dataset.transforms import EvalTransform, normalize
 from hnas.models.elastic import measure
 from hnas.models.pinasv2 import build_network
 from hnas.tools.digits_folder import write_digits
-from hnas.utils.weights import write_state
+from hnas.weights.loading import write_state
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = list("0123456789")

@@ -24,8 +24,8 @@ from hnas.tools.check_device import __main__ as program
 from hnas.tools.check_device import checks, networks, ranks, rows
 from hnas.tools.check_device.networks import BFLOAT16, FLOAT16, FLOAT32, TF32
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, ROW, Machine, Result
-from hnas.utils import checkpoint
 from hnas.utils.hapi_wrapper import GradientStep
+from hnas.weights import checkpoint
 
 
 @pytest.fixture(scope="module")

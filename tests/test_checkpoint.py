@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
-from hnas.utils.checkpoint import (
+from hnas.weights.checkpoint import (
     generators_state,
     load_training,
     newest_set,
@@ -22,7 +22,7 @@ from hnas.utils.checkpoint import (
     restore_generators,
     save_training,
 )
-from hnas.utils.weights import NotFiniteError, read_state, read_weights, write_state
+from hnas.weights.loading import NotFiniteError, read_state, read_weights, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +58,7 @@ FULL_DISK = """
 import resource, sys
 import numpy as np
 from hnas.base.errors import UserError
-from hnas.utils.weights import write_state
+from hnas.weights.loading import write_state
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for path in sys.argv[1:]:
     try:

@@ -29,8 +29,8 @@ from hnas.dataset.transforms import (
     shift_hue,
 )
 from hnas.evaluation.images import Batches, DecodedImages, ImagesOnDemand
-from hnas.utils.options import Options
-from hnas.utils.runtime import calibration_images
+from hnas.programs.options import Options
+from hnas.programs.runtime import calibration_images
 
 
 def gradient_image(width=48, height=40):

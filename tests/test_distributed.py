@@ -22,10 +22,10 @@ from hnas.base.files import write_json
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.parallel.rollcall import LostRankError, RollCall
+from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
 from hnas.utils import training
-from hnas.utils.options import Options
-from hnas.utils.weights import read_weights
+from hnas.weights.loading import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("distributed_worker.py")

@@ -20,13 +20,13 @@ from hnas.base.files import digest_path, file_digest
 from hnas.dataset.image_folder import decode_image
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.counts import Counts
+from hnas.exporting import formats as exporting
 from hnas.models.elastic import ElasticResNet, freeze_statistics
+from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
 from hnas.tools.export import Found, Wanted, check, compare, main
-from hnas.utils import exporting
-from hnas.utils.options import Options
-from hnas.utils.weights import ABOUT, load_supernet, read_checkpoint, write_state
+from hnas.weights.loading import ABOUT, load_supernet, read_checkpoint, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"

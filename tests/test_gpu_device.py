@@ -23,12 +23,12 @@ from hnas.evaluation.results import StateError, evaluation_identity, load_state,
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.parallel import distributed
 from hnas.parallel.distributed import GradientExchange, StopSignals
+from hnas.programs import runtime
+from hnas.programs.flags import Stage
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
 from hnas.search_space import RESNET48_MINI
-from hnas.utils import runtime
-from hnas.utils.flags import Stage
 from hnas.utils.hapi_wrapper import GradientStep, StandaloneModel, momentum_optimizer
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
 from hnas.utils.training import TrainLogger
 
 V100 = {"name": "Tesla V100-SXM2-32GB", "major": 7, "gib": 32}

@@ -23,18 +23,18 @@ from hnas.architecture_file import ArchitectureFileError, read_architectures
 from hnas.base import memory
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
-from hnas.ranking.findings import Matched, notes_on_ranking
-from hnas.search_space import RESNET48, RESNET48_MINI, SearchSpace
-from hnas.utils import memory_needs
-from hnas.utils.memory_needs import (
+from hnas.programs import memory_needs
+from hnas.programs.memory_needs import (
     check_batch,
     check_cache,
     check_chunk,
     check_queue,
     check_shared_memory,
 )
-from hnas.utils.options import Options
-from hnas.utils.runtime import scored_order
+from hnas.programs.options import Options
+from hnas.programs.runtime import scored_order
+from hnas.ranking.findings import Matched, notes_on_ranking
+from hnas.search_space import RESNET48, RESNET48_MINI, SearchSpace
 from hnas.utils.SampleMethod import build_sampler
 
 ROOT = Path(__file__).parents[1]

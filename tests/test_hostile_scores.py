@@ -29,15 +29,16 @@ from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.results import STATE_FILE, StateError
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.pinasv2 import build_network
+from hnas.programs import runtime
+from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import draw_architectures, flops, rank_report, train_standalone
 from hnas.tools.digits_folder import main as digits_folder
-from hnas.utils import checkpoint, runtime
-from hnas.utils.checkpoint import newest_set, save_training
 from hnas.utils.hapi_wrapper import StandaloneModel
-from hnas.utils.options import Options
 from hnas.utils.starting import pretrained_network
-from hnas.utils.weights import (
+from hnas.weights import checkpoint
+from hnas.weights.checkpoint import newest_set, save_training
+from hnas.weights.loading import (
     CheckpointError,
     NotFiniteError,
     read_checkpoint,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from hnas.programs.flags import Stage
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
 from hnas.tools import flag_tables
 from hnas.tools.flag_tables import LAUNCHERS, PAGE, launcher_variables, main, page
-from hnas.utils.flags import Stage
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
 
 ROOT = Path(__file__).parents[1]
 SHARED = "hnas/tools/launch.sh"
@@ -70,9 +70,9 @@ def test_programs_compute_with_the_launchers_threads():
     program = (
         "import ctypes, paddle\n"
         "from pathlib import Path\n"
-        "from hnas.utils.flags import Stage\n"
-        "from hnas.utils.parsing import parse_options\n"
-        "from hnas.utils.runtime import start\n"
+        "from hnas.programs.flags import Stage\n"
+        "from hnas.programs.parsing import parse_options\n"
+        "from hnas.programs.runtime import start\n"
         "from hnas.base.device import cpu_threads\n"
         "start(parse_options(Stage.SCORE, ['--device', 'cpu']))\n"
         "libraries = Path(paddle.__file__).parent / 'libs'\n"

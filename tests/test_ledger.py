@@ -18,9 +18,9 @@ from hnas.evaluation import ledger as ledger_module
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.ledger import Ledger, Part, Targets, even_chunk
 from hnas.evaluation.results import STATE_FILE, StateError, load_state, save_state
+from hnas.programs.options import Options
 from hnas.ranking.agreement import Agreement
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.options import Options
 
 NO_TARGETS = Targets()
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}

@@ -14,12 +14,12 @@ from hnas.dataset.image_folder import DataError
 from hnas.models.elastic import ElasticBatchNorm2D, ElasticResNet
 from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
+from hnas.programs.flags import AUTO
+from hnas.programs.options import Options
+from hnas.programs.runtime import calibration_images, calibration_number
 from hnas.search_space import RESNET48, RESNET48_MINI, Architecture, ArchitectureError, search_space
 from hnas.utils import validation
-from hnas.utils.flags import AUTO
-from hnas.utils.options import Options
-from hnas.utils.runtime import calibration_images, calibration_number
-from hnas.utils.weights import write_state
+from hnas.weights.loading import write_state
 
 CLASSES = 10
 NOT_SHAREABLE = "1222211213000000121200000012120000000000001212000000"

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from hnas.base.errors import UserError
-from hnas.utils.flags import AUTO, Stage, default_of
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import start
+from hnas.programs.flags import AUTO, Stage, default_of
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
+from hnas.programs.runtime import start
 
 CONTRAST, DISTILL, SCORE = Stage.CONTRAST, Stage.DISTILL, Stage.SCORE
 SCRIPTS = {

@@ -12,9 +12,9 @@ from paddle import nn
 from hnas.base.errors import UserError
 from hnas.evaluation.tree import PrefixTree
 from hnas.models.pinasv2 import build_network
+from hnas.programs.memory_needs import convolution_outputs
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools import plan
-from hnas.utils.memory_needs import convolution_outputs
 
 LARGEST = 5_282_238_464
 

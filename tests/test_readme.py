@@ -19,10 +19,10 @@ from hnas.architecture_file import submission
 from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
 from hnas.models.pinasv2 import build_network
+from hnas.programs.options import Options
 from hnas.ranking.correlations import CORRELATIONS
 from hnas.search_space import RESNET48, RESNET48_MINI
-from hnas.utils.options import Options
-from hnas.utils.weights import write_state
+from hnas.weights.loading import write_state
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"

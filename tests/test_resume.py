@@ -19,7 +19,7 @@ from entry_scripts import ROOT, write_inputs
 
 from hnas.base.safe_pickle import load_pickle
 from hnas.parallel.distributed import StopSignals
-from hnas.utils.weights import read_weights
+from hnas.weights.loading import read_weights
 
 CLASSES, IMAGES, BATCH = 10, 2, 4
 STEPS = CLASSES * IMAGES // BATCH

@@ -17,13 +17,13 @@ from hnas.base import files
 from hnas.base.errors import UserError
 from hnas.base.files import read_json, write_json
 from hnas.base.safe_pickle import load_pickle
+from hnas.programs.options import Options
 from hnas.utils import training
-from hnas.utils.checkpoint import OPTIMIZER, RUN_NOTE, STATES, generators_state, noted_run
 from hnas.utils.hapi_wrapper import (
     ResumableModel,
 )
-from hnas.utils.options import Options
-from hnas.utils.weights import file_digest, read_weights, write_state
+from hnas.weights.checkpoint import OPTIMIZER, RUN_NOTE, STATES, generators_state, noted_run
+from hnas.weights.loading import file_digest, read_weights, write_state
 
 IMAGES, EPOCHS, WARMUP, LR = 64, 4, 1, 0.5
 

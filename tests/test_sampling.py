@@ -10,8 +10,8 @@ from independent import first_place_size
 from scipy.stats import chisquare
 
 from hnas.base.errors import UserError
+from hnas.programs.options import Options
 from hnas.search_space import RELEASED_DIGITS, Architecture, SearchSpace
-from hnas.utils.options import Options
 from hnas.utils.SampleMethod import (
     FirstPlaceSampler,
     LargestSampler,

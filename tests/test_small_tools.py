@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from hnas.base.errors import UserError
+from hnas.programs.flags import Stage
+from hnas.programs.parsing import parse_options
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools import demo_summary, flops
 from hnas.tools.flag_tables import launcher_variables
-from hnas.utils.flags import Stage
-from hnas.utils.parsing import parse_options
 
 ROOT = Path(__file__).parents[1]
 LARGEST = RESNET48.largest().code

@@ -16,7 +16,7 @@ from PIL import Image
 from hnas.dataset.image_folder import scan_images
 from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
-from hnas.utils.weights import read_weights
+from hnas.weights.loading import read_weights
 
 STAGE1 = "local_train_pinas1_wholenet.sh"
 STAGE2 = "local_train_pinas2_simple_wholenet_nof.sh"

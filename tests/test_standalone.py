@@ -24,7 +24,7 @@ from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
 from hnas.tools import export, rank_report
 from hnas.tools.train_standalone import main
 from hnas.utils.hapi_wrapper import StandaloneModel, momentum_optimizer
-from hnas.utils.weights import ABOUT, read_weights, write_state
+from hnas.weights.loading import ABOUT, read_weights, write_state
 
 CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3
 SMALL = "122223" + "3313000000" + "2212000000" + "5414" + "0" * 12 + "6727000000"

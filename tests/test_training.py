@@ -13,6 +13,7 @@ from hnas.base.errors import UserError
 from hnas.evaluation.reference import evaluate_reference
 from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
+from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
@@ -24,7 +25,6 @@ from hnas.utils.hapi_wrapper import (
     swinging_rate,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.options import Options
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler, SandwichSampler
 from hnas.utils.training import prepare
 

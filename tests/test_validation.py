@@ -16,12 +16,12 @@ from hnas.base.errors import UserError
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.models.pinasv2 import build_network
+from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import pretrain, search, train_standalone
 from hnas.utils import validation
-from hnas.utils.options import Options
 from hnas.utils.validation import extremes, ranking, read_ranked, share_of, warn_if_broken
-from hnas.utils.weights import load_weights, read_weights, write_state
+from hnas.weights.loading import load_weights, read_weights, write_state
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"

@@ -16,16 +16,15 @@ import train_supernet_pinas_stage1
 from hnas.base.errors import UserError
 from hnas.models.elastic import plain_name
 from hnas.models.pinasv2 import PiNASv2, build_network
+from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
-from hnas.utils.options import Options
-from hnas.utils.public_files import CheckpointError
 from hnas.utils.starting import (
     pretrained_network,
     start_contrast_from_checkpoint,
     start_from_checkpoint,
 )
 from hnas.utils.training import about_weights
-from hnas.utils.weights import (
+from hnas.weights.loading import (
     backbone_weights,
     check_classes,
     load_weights,
@@ -34,6 +33,7 @@ from hnas.utils.weights import (
     read_weights,
     write_state,
 )
+from hnas.weights.public_files import CheckpointError
 
 MINI = "resnet48_mini"
 QUEUE, POINTER, BATCH = 40, 10, 20

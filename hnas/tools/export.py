@@ -46,17 +46,16 @@ from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, shorter_side
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.images import balanced_order
+from hnas.exporting.formats import FILES, INPUT, OUTPUT, check_format, read_network, write_network
+from hnas.exporting.predict_program import program
 from hnas.models.elastic import calibrated
 from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
-from hnas.search_space import Architecture, find_backbone
-from hnas.utils.exporting import FILES, INPUT, OUTPUT, check_format, read_network, write_network
-from hnas.utils.flags import AUTO, Stage
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
-from hnas.utils.predict_program import program
-from hnas.utils.runtime import (
+from hnas.programs.flags import AUTO, Stage
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
+from hnas.programs.runtime import (
     calibration_images,
     require,
     space_of,
@@ -64,8 +63,9 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
+from hnas.search_space import Architecture, find_backbone
 from hnas.utils.starting import start_from_checkpoint
-from hnas.utils.weights import Checkpoint, find_checkpoint, read_checkpoint
+from hnas.weights.loading import Checkpoint, find_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
     python -m hnas.tools.flag_tables
 
-It comes from Options (hnas/utils/options.py) and from the launchers themselves.
+It comes from Options (hnas/programs/options.py) and from the launchers themselves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from hnas.base.command_line import OneLineParser
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import replacing
-from hnas.utils.flags import ALL, EXPORT, TRAINING, Stage, default_of, default_text
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
+from hnas.programs.flags import ALL, EXPORT, TRAINING, Stage, default_of, default_text
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path("docs/launchers-and-flags.md")

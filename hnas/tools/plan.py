@@ -32,8 +32,8 @@ from hnas.evaluation.engine import GPU_SHARE, choose_chunk, path_numbers
 from hnas.evaluation.ledger import even_chunk
 from hnas.evaluation.tree import PrefixTree, naive_macs
 from hnas.evaluation.variants import Precision, Variant, usual_variant
+from hnas.programs.memory_needs import EMBEDDING, FLOAT, convolution_outputs
 from hnas.search_space import Architecture, SearchSpace, search_space
-from hnas.utils.memory_needs import EMBEDDING, FLOAT, convolution_outputs
 from hnas.utils.SampleMethod import FirstPlaceSampler
 
 FORWARD, TRAINING = 1, 3

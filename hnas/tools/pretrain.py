@@ -22,10 +22,9 @@ from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.results import warn_if_guessing
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import is_main_process
-from hnas.utils.flags import Stage
-from hnas.utils.hapi_wrapper import DistillationModel
-from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import (
+from hnas.programs.flags import Stage
+from hnas.programs.parsing import parse_options
+from hnas.programs.runtime import (
     require,
     space_of,
     start,
@@ -34,9 +33,10 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
+from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.SampleMethod import LargestSampler
 from hnas.utils.training import about_weights, fit, prepare
-from hnas.utils.weights import write_state
+from hnas.weights.loading import write_state
 
 logger = logging.getLogger(__name__)
 

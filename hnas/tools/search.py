@@ -49,16 +49,11 @@ from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import barrier, from_main_process, is_main_process, leave
-from hnas.ranking.agreement import expected_agreement
-from hnas.ranking.costs import UNITS, open_latency
-from hnas.ranking.figures import choice_panel
-from hnas.search_space import Architecture, find_backbone
-from hnas.tools.choose import Scores, choose, conclusions, latency_label, table
-from hnas.utils.flags import Stage
-from hnas.utils.memory_needs import check_chunk
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import (
+from hnas.programs.flags import Stage
+from hnas.programs.memory_needs import check_chunk
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
+from hnas.programs.runtime import (
     calibration_images,
     decoded_images,
     require,
@@ -67,8 +62,13 @@ from hnas.utils.runtime import (
     start,
     validation_images,
 )
+from hnas.ranking.agreement import expected_agreement
+from hnas.ranking.costs import UNITS, open_latency
+from hnas.ranking.figures import choice_panel
+from hnas.search_space import Architecture, find_backbone
+from hnas.tools.choose import Scores, choose, conclusions, latency_label, table
 from hnas.utils.starting import start_from_checkpoint
-from hnas.utils.weights import find_checkpoint
+from hnas.weights.loading import find_checkpoint
 
 logger = logging.getLogger(__name__)
 

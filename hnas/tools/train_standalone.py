@@ -32,16 +32,13 @@ from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.results import warn_if_guessing
+from hnas.exporting.formats import FILES
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
-from hnas.search_space import Architecture
-from hnas.utils.checkpoint import RUN_NOTE, SET_NAME, remove_set
-from hnas.utils.exporting import FILES
-from hnas.utils.flags import Stage, default_of
-from hnas.utils.hapi_wrapper import StandaloneModel
-from hnas.utils.options import Options
-from hnas.utils.parsing import parse_options
-from hnas.utils.runtime import (
+from hnas.programs.flags import Stage, default_of
+from hnas.programs.options import Options
+from hnas.programs.parsing import parse_options
+from hnas.programs.runtime import (
     seed_generators,
     space_of,
     start,
@@ -50,9 +47,12 @@ from hnas.utils.runtime import (
     validation_images,
     validation_loader,
 )
+from hnas.search_space import Architecture
+from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.starting import describe_run
 from hnas.utils.training import fit, prepare
-from hnas.utils.weights import (
+from hnas.weights.checkpoint import RUN_NOTE, SET_NAME, remove_set
+from hnas.weights.loading import (
     Checkpoint,
     check_classes,
     find_checkpoint,

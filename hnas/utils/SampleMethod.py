@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from hnas.base.errors import UserError
+from hnas.programs.options import Options
 from hnas.search_space import RATIOS, Architecture, Candidates, SearchSpace
-from hnas.utils.options import Options
 
 logger = logging.getLogger(__name__)
 

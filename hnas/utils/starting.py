@@ -16,8 +16,11 @@ from hnas.dataset.loader import EpochLoader
 from hnas.models.elastic import ElasticResNet, plain_name
 from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.models.resnet import ResNet
+from hnas.programs.flags import TRAINING
+from hnas.programs.options import Options
 from hnas.search_space import SearchSpace
-from hnas.utils.checkpoint import (
+from hnas.utils.hapi_wrapper import ResumableModel
+from hnas.weights.checkpoint import (
     STATES,
     load_training,
     new_run_id,
@@ -27,11 +30,7 @@ from hnas.utils.checkpoint import (
     restore_generators,
     run_of,
 )
-from hnas.utils.flags import TRAINING
-from hnas.utils.hapi_wrapper import ResumableModel
-from hnas.utils.options import Options
-from hnas.utils.public_files import CheckpointError
-from hnas.utils.weights import (
+from hnas.weights.loading import (
     Checkpoint,
     backbone_weights,
     check_classes,
@@ -39,6 +38,7 @@ from hnas.utils.weights import (
     load_weights,
     read_checkpoint,
 )
+from hnas.weights.public_files import CheckpointError
 
 logger = logging.getLogger(__name__)
 

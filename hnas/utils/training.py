@@ -31,15 +31,8 @@ from hnas.parallel.distributed import (
     mean_over_ranks,
     world_size,
 )
+from hnas.programs.options import Options
 from hnas.search_space import RESNET48
-from hnas.utils.checkpoint import (
-    SET_NAME,
-    generators_state,
-    note_run,
-    remove_set,
-    restore_generators,
-    save_training,
-)
 from hnas.utils.hapi_wrapper import (
     GradientStep,
     ResumableModel,
@@ -47,10 +40,17 @@ from hnas.utils.hapi_wrapper import (
     momentum_optimizer,
     swinging_rate,
 )
-from hnas.utils.options import Options
 from hnas.utils.starting import describe_run, resume
 from hnas.utils.validation import Figures, figures_text
-from hnas.utils.weights import PARAMS, NotFiniteError, write_state
+from hnas.weights.checkpoint import (
+    SET_NAME,
+    generators_state,
+    note_run,
+    remove_set,
+    restore_generators,
+    save_training,
+)
+from hnas.weights.loading import PARAMS, NotFiniteError, write_state
 
 logger = logging.getLogger(__name__)
 

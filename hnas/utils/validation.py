@@ -21,10 +21,10 @@ from hnas.evaluation.results import warn_if_guessing
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, rank, sum_over_ranks, world_size
+from hnas.programs.options import Options
+from hnas.programs.runtime import calibration_images, validation_images, validation_loader
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan, pearson
 from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.options import Options
-from hnas.utils.runtime import calibration_images, validation_images, validation_loader
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,8 @@ from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
+from hnas.programs.options import Options
+from hnas.programs.runtime import seed_generators
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     ResumableModel,
@@ -26,11 +28,9 @@ from hnas.utils.hapi_wrapper import (
     momentum_optimizer,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.options import Options
-from hnas.utils.runtime import seed_generators
 from hnas.utils.SampleMethod import LargestSampler, Sampler, build_sampler
 from hnas.utils.starting import start_from_pretrained
-from hnas.utils.weights import (
+from hnas.weights.loading import (
     NotFiniteError,
     check_finite,
     load_weights,

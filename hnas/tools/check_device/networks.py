@@ -25,7 +25,6 @@ from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.check_device import rows
-from hnas.utils.checkpoint import load_training, save_training
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     GradientStep,
@@ -34,6 +33,7 @@ from hnas.utils.hapi_wrapper import (
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import FirstPlaceSampler, RandomSampler
+from hnas.weights.checkpoint import load_training, save_training
 
 FLOAT32, TF32, FLOAT16, BFLOAT16 = Precision
 CLASSES = 10

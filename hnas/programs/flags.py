@@ -53,7 +53,7 @@ def flag(
     auto: bool = False,
     **own: object,
 ):
-    """A field of :class:`hnas.utils.options.Options`.
+    """A field of :class:`hnas.programs.options.Options`.
 
     Args:
         default: of every program that has none of its own.

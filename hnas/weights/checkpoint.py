@@ -22,8 +22,7 @@ from paddle import nn
 
 from hnas.base.errors import UserError
 from hnas.base.files import digest_path, file_digest, read_json, write_json
-from hnas.utils.public_files import NAME_TABLE, CheckpointError
-from hnas.utils.weights import (
+from hnas.weights.loading import (
     PARAMS,
     check_finite,
     load_weights,
@@ -31,6 +30,7 @@ from hnas.utils.weights import (
     read_weights,
     write_state,
 )
+from hnas.weights.public_files import NAME_TABLE, CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def save_training(
     Args:
         stem: path without suffix.
         progress: what :func:`load_training` gives back: plain values and arrays.
-        about: how the weights are trained; see :class:`hnas.utils.weights.Checkpoint`.
+        about: how the weights are trained; see :class:`hnas.weights.loading.Checkpoint`.
 
     Raises:
         NotFiniteError: before anything is written.

@@ -18,8 +18,8 @@ from hnas.base.command_line import (
     shown,
 )
 from hnas.base.errors import UserError
-from hnas.utils.flags import AUTO, PATHS, Stage, default_of, default_text
-from hnas.utils.options import Options
+from hnas.programs.flags import AUTO, PATHS, Stage, default_of, default_text
+from hnas.programs.options import Options
 
 logger = logging.getLogger(__name__)
 

@@ -44,10 +44,10 @@ from hnas.parallel.distributed import (
     rank,
     world_size,
 )
+from hnas.programs.flags import AUTO
+from hnas.programs.memory_needs import batch_bytes, check_batch, check_cache, check_shared_memory
+from hnas.programs.options import Options
 from hnas.search_space import SearchSpace, search_space
-from hnas.utils.flags import AUTO
-from hnas.utils.memory_needs import batch_bytes, check_batch, check_cache, check_shared_memory
-from hnas.utils.options import Options
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from hnas.base.command_line import LARGEST_SIDE
 from hnas.base.errors import UserError
-from hnas.utils.flags import (
+from hnas.programs.flags import (
     ALL,
     AUTO,
     CONTRAST,

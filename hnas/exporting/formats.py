@@ -12,7 +12,7 @@ from paddle.static import InputSpec
 
 from hnas.base.errors import UserError
 from hnas.models.resnet import ResNet
-from hnas.utils.weights import load_weights, read_weights, write_state
+from hnas.weights.loading import load_weights, read_weights, write_state
 
 FILES = {
     "pdparams": ("network.pdparams",),

@@ -32,7 +32,7 @@ from hnas.base.safe_pickle import load_pickle
 from hnas.models.elastic import ElasticResNet, plain_name
 from hnas.models.pinasv2 import build_network
 from hnas.search_space import BACKBONES
-from hnas.utils.public_files import LISTED, CheckpointError, plain_weights, state_dict_of
+from hnas.weights.public_files import LISTED, CheckpointError, plain_weights, state_dict_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import paddle
 from hnas.base.errors import UserError
 from hnas.base.memory import available_bytes, gib, shared_bytes
 from hnas.parallel.distributed import local_ranks
+from hnas.programs.options import Options
 from hnas.search_space import ChannelPlan, SearchSpace, feature_sizes, find_backbone
-from hnas.utils.options import Options
 
 FLOAT = 4  # bytes
 EMBEDDING = 128  # numbers of a key
