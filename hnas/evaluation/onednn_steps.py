@@ -5,7 +5,6 @@ Shapes are those of activations as they lie, [N, H, W, C].
 
 from __future__ import annotations
 
-import math
 from ctypes import c_float, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,10 +41,6 @@ from hnas.base.onednn import (
 from hnas.evaluation.kernels import EPSILON
 
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
-FULL_REGISTER = {"float32": 4, "bfloat16": 16}
-"""Channels of which BatchNorm wants a multiple."""
-MOST_ROWS = 16
-"""Positions that it takes side by side at most."""
 KEPT_STEPS = 8192
 """Steps of different shapes that are kept. The released space needs 1,500 at a chunk's size."""
 
@@ -163,40 +158,24 @@ def pooling(
 class Norm:
     """BatchNorm by the statistics of the first images.
 
-    oneDNN takes 10 to 30 times as long where channels do not fill its registers. So a few positions
-    are put side by side, as if they had channels of their own: statistics are of each of them.
-
     Attributes:
         measure: of all images, somewhere to write to, mean and variance.
         apply: of all images, the result, mean, variance, scale and shift.
-        rows: positions side by side.
         bytes: of what measuring writes.
     """
 
     measure: Step
     apply: Step
-    rows: int
     bytes: int
 
 
 @lru_cache(maxsize=KEPT_STEPS)
 def norm_of(x: tuple[int, ...], seen: int, dtype: str, relu: bool) -> Norm:
-    """For activations ``x``, of which the first ``seen`` images are measured.
-
-    Behind them there must be room for :data:`MOST_ROWS` positions, unless their number is a
-    multiple of that.
-    """
+    """For activations ``x``, of which the first ``seen`` images are measured."""
     lib = library()
-    images, height, width, channels = x
-    positions = height * width
-    rows = FULL_REGISTER[dtype] // math.gcd(channels, FULL_REGISTER[dtype])
-    if seen * positions % rows:
-        rows = 1
-    vector = lib.description((rows * channels,), (1,))
-    whole, front = (
-        activation((-(-number * positions // rows), 1, 1, rows * channels), DTYPES[dtype])
-        for number in (images, seen)
-    )
+    images, *size = x
+    vector = lib.description(x[3:], (1,))
+    whole, front = (activation((number, *size), DTYPES[dtype]) for number in (images, seen))
     create = "dnnl_batch_normalization_forward_primitive_desc_create"
     epsilon = c_float(EPSILON)
     measure = lib.make(create, lib.engine, FORWARD_TRAINING, front, front, epsilon, 0, None)
@@ -207,7 +186,6 @@ def norm_of(x: tuple[int, ...], seen: int, dtype: str, relu: bool) -> Norm:
     return Norm(
         lib.step(measure, (SRC, front), (DST, front), *statistics),
         lib.step(apply, (SRC, whole), (DST, whole), *statistics, *parameters),
-        rows,
         lib.size(front),
     )
 
