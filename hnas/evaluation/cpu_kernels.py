@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 import paddle
+from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import UserError
 from hnas.base.memory import available_bytes, keep_freed_memory
@@ -30,7 +31,7 @@ from hnas.evaluation.kernels import (
     fault_of,
     new_identity,
 )
-from hnas.evaluation.onednn_steps import adding, convolution_kernel, copying, norm_of, pooling
+from hnas.evaluation.onednn_steps import convolution_kernel, copying, norm_of, pooling
 from hnas.evaluation.variants import Variant
 from hnas.parallel.distributed import local_ranks
 
@@ -46,7 +47,7 @@ class CpuKernels(Kernels):
     """oneDNN's, by its C interface, on all threads.
 
     Args:
-        variant: float32 or bfloat16.
+        variant: float32, or bfloat16 without re-calibration.
         calibration: as in :class:`Kernels`.
 
     Raises:
@@ -70,7 +71,7 @@ class CpuKernels(Kernels):
             return self._convolve(x, conv, stride, padding, relu, shortcut)
         y = self._convolve(x, conv._replace(rest=()), stride, padding)
         self._normalise(y, conv, relu and shortcut is None)
-        return y if shortcut is None else self._add(y, shortcut)
+        return y if shortcut is None else F.relu(y + self.narrow(shortcut, y.shape[3]))
 
     def max_pool(self, x):
         return self._run_on(x, pooling(tuple(x.shape), self._dtype, MAX_POOLING, 3, 2, 1))
@@ -133,19 +134,12 @@ class CpuKernels(Kernels):
 
     def _normalise(self, y, conv: Convolution, relu: bool) -> None:
         """BatchNorm by the calibration images' statistics, in place."""
-        norm = norm_of(tuple(y.shape), self.calibration, self._dtype, relu)
+        norm = norm_of(tuple(y.shape), self.calibration, relu)
         unused = scratch("normalised", norm.bytes)
         vectors = [paddle.empty([y.shape[3]]) for _ in range(2)] + list(conv.rest)
         addresses = [vector.data_ptr() for vector in vectors]
         library().run(norm.measure, y.data_ptr(), unused, *addresses[:2])
         library().run(norm.apply, y.data_ptr(), y.data_ptr(), *addresses)
-
-    def _add(self, y, shortcut):
-        """Plus the shortcut, then ReLU, in place."""
-        shortcut = self.narrow(shortcut, y.shape[3])
-        step = adding(tuple(y.shape), self._dtype)
-        library().run(step, y.data_ptr(), shortcut.data_ptr(), y.data_ptr())
-        return y
 
 
 def cpu_kernels(variant: Variant, calibration: int) -> Kernels:
