@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
+from hnas.weights import checkpoint
 from hnas.weights.checkpoint import (
     generators_state,
     load_training,

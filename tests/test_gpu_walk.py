@@ -199,8 +199,9 @@ def test_this_paddle_is_asked_for_the_operator_as_it_is_called():
 # --- the spot check
 
 
-def settings(variant, chunk=12):
-    return ScoringSettings(chunk=chunk, variant=variant)
+def evaluated(network, archs, folder, chunk, variant, calibration=None):
+    settings = ScoringSettings(calibration, chunk, variant=variant)
+    return evaluate_shared(network, archs, Images(12, CLASSES), folder, IDENTITY, settings)
 
 
 @pytest.mark.parametrize("precision", [Precision.TF32, Precision.FLOAT16])
@@ -208,12 +209,10 @@ def test_a_run_with_coarse_rounding_ends_well(network, archs, precision, tmp_pat
     """Whatever hits differ by: near the boundary any rounding may turn an image."""
     fake = gpu_fakes.half_operators if precision.is_half else gpu_fakes.round_convolutions
     fake(monkeypatch)
-    images = Images(12, CLASSES)
-    counts = evaluate_shared(
-        network, archs, images, tmp_path, IDENTITY, settings(usual_variant(precision), 5)
-    )
+    counts = evaluated(network, archs, tmp_path, 5, usual_variant(precision))
     assert counts.images == 12
-    expected = evaluate_reference(network, list(archs.values()), [images.batch(0, 12)])
+    batch = Images(12, CLASSES).batch(0, 12)
+    expected = evaluate_reference(network, list(archs.values()), [batch])
     assert np.abs(counts.top1 - expected.top1).max() <= 2
 
 
@@ -232,14 +231,7 @@ def test_a_stale_filter_is_found_in_every_precision(network, archs, fake, tmp_pa
 
     monkeypatch.setattr(SharedEvaluator, "evaluate", stale)
     with pytest.raises(EngineError, match="architecture n0.*logits differ by up to"):
-        evaluate_shared(
-            network,
-            archs,
-            Images(12, CLASSES),
-            tmp_path,
-            IDENTITY,
-            settings(usual_variant(precision)),
-        )
+        evaluated(network, archs, tmp_path, 12, usual_variant(precision))
     assert not (tmp_path / STATE_FILE).exists()
 
 
@@ -312,14 +304,7 @@ def test_statistics_of_few_values_are_named_as_the_cause(network, archs, tmp_pat
     """Two images of one position a channel in the last stage: nothing but rounding is left."""
     few = Images(12, CLASSES).batch(0, 2)[0] // 64
     with pytest.raises(EngineError, match="re-calibration by 2 images .* raise --bn_calibration"):
-        evaluate_shared(
-            network,
-            archs,
-            Images(12, CLASSES),
-            tmp_path,
-            IDENTITY,
-            ScoringSettings(few, 12, 0.0, None),
-        )
+        evaluated(network, archs, tmp_path, 12, None, few)
 
 
 # --- memory
