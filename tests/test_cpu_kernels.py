@@ -45,30 +45,22 @@ class ByHand:
     def __init__(self, seen):
         self.seen = seen
 
-    def conv_norm(self, x, conv, stride, padding):
+    def conv_norm(self, x, conv, stride, padding, relu=False, shortcut=None):
         filters = conv.filters[: conv.outputs, : x.shape[1]]
         windows = windows_of(x, filters.shape[2], stride, padding)
         y = np.einsum("nchwij,ocij->nohw", windows, filters, optimize=True)
-        if not self.seen:
-            return y + conv.rest[0].reshape(-1, 1, 1)
-        front = y[: self.seen]
-        unit = (y - front.mean((0, 2, 3), keepdims=True)) / np.sqrt(
-            front.var((0, 2, 3), keepdims=True) + 1e-5
-        )
-        scale, shift = (part.reshape(-1, 1, 1) for part in conv.rest)
-        return unit * scale + shift
+        rest = [part.reshape(-1, 1, 1) for part in conv.rest]
+        if self.seen:
+            front = y[: self.seen]
+            deviation = np.sqrt(front.var((0, 2, 3), keepdims=True) + 1e-5)
+            y = (y - front.mean((0, 2, 3), keepdims=True)) / deviation * rest[0]
+        y = y + rest[-1]
+        if shortcut is not None:
+            y = y + shortcut[:, : conv.outputs]
+        return np.maximum(y, 0) if relu else y
 
-    def stem(self, x, conv):
-        return windows_of(np.maximum(self.conv_norm(x, conv, 2, 3), 0), 3, 2, 1).max((4, 5))
-
-    def first(self, x, conv1, stride):
-        return np.maximum(self.conv_norm(x, conv1, stride, 1), 0)
-
-    def project(self, x, conv):
-        return self.conv_norm(x, conv, 2, 0)
-
-    def last(self, y, shortcut, conv2):
-        return np.maximum(self.conv_norm(y, conv2, 1, 1) + shortcut[:, : conv2.outputs], 0)
+    def max_pool(self, x):
+        return windows_of(x, 3, 2, 1).max((4, 5))
 
     def narrow(self, x, channels):
         return x[:, :channels]
@@ -157,12 +149,12 @@ def results_of(kernels, seen, images, size, channels):
     )
     x, y = draw(seen + images, cin, size, size), draw(seen + images, mid, size, size)
     return {
-        "stem": kernels.stem(draw(seen + images, 3, 4 * size, 4 * size + 2), stem),
-        "first": kernels.first(x, conv1, 1),
-        "first, stride 2": kernels.first(x, conv1, 2),
-        "project": kernels.project(x, project),
-        "last, with a wider shortcut": kernels.last(y, x, conv2),
-        "block": kernels.last(kernels.first(x, conv1, 1), x, conv2),
+        "stem": kernels.conv_norm(draw(seen + images, 3, 4 * size, 4 * size + 2), stem, 2, 3, True),
+        "conv1": kernels.conv_norm(x, conv1, 1, 1, True),
+        "conv1, stride 2": kernels.conv_norm(x, conv1, 2, 1, True),
+        "projection": kernels.conv_norm(x, project, 2, 0),
+        "conv2, with a wider shortcut": kernels.conv_norm(y, conv2, 1, 1, True, x),
+        "pooling": kernels.max_pool(np.abs(x)),
         "narrow": kernels.narrow(x, cout),
         "pooled": kernels.pooled(x),
         "classifier": kernels.classifier(draw(cin + SPARE, 7), draw(7))(draw(images, cin)),
@@ -174,14 +166,9 @@ SHAPES = [
     (1, 0, 5, (20, 17, 6)),
     (1, 24, 1, (17, 6, 17)),
     (2, 16, 3, (20, 17, 6)),
-    (3, 0, 2, (17, 20, 5)),
     (4, 6, 3, (18, 17, 17)),
-    (5, 7, 1, (6, 17, 3)),
     (7, 0, 3, (33, 16, 20)),
-    (7, 5, 3, (33, 20, 17)),
     (8, 2, 3, (17, 48, 16)),
-    (9, 0, 1, (17, 6, 17)),
-    (9, 4, 2, (20, 17, 6)),
     (11, 0, 3, (50, 57, 48)),
 ]
 
@@ -231,8 +218,8 @@ def test_filters_are_those_that_are_given(capacity, most, monkeypatch):
     for size, order in ((8, (0, 1, 2, 0, 0, 1)), (1, (2, 1, 2)), (8, (1, 0))):
         for which in order:
             x = rounded(rng.normal(size=(2, 20, size, size)))
-            right = hand.first(x, plain[which], 1)
-            found = taken(kernels, kernels.first(handed.given(x), own[which], 1))
+            right = hand.conv_norm(x, plain[which], 1, 1)
+            found = taken(kernels, kernels.conv_norm(handed.given(x), own[which], 1, 1))
             np.testing.assert_allclose(found, right, rtol=0, atol=FINE * np.abs(right).max())
     # Twice at most, if oneDNN wants other formats for other shapes.
     assert len(packed) <= most
@@ -271,7 +258,6 @@ def missing():
 
 REASONS = {
     "gone": ("hnas.evaluation.cpu_kernels.library", missing),
-    "differs by 0.5": ("hnas.evaluation.kernels.largest_difference", lambda *_: 0.5),
     "differs by inf": ("hnas.evaluation.kernels.largest_difference", lambda *_: float("inf")),
 }
 

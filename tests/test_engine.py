@@ -17,16 +17,15 @@ from independent import Images, supernet
 
 from hnas.architecture_file import submission
 from hnas.base.files import write_json
-from hnas.evaluation import engine, ledger
-from hnas.evaluation.engine import ScoringSettings, choose_chunk, evaluate_shared
+from hnas.evaluation import ledger
+from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.images import balanced_order
 from hnas.evaluation.ledger import Targets
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import STATE_FILE, load_state
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.models.pinasv2 import build_network
 from hnas.ranking.agreement import Agreement, read_estimates
-from hnas.search_space import RESNET48, RESNET48_MINI
+from hnas.search_space import RESNET48_MINI
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
@@ -154,16 +153,6 @@ def test_interrupted_evaluation_continues_to_the_same_file(network, archs, tmp_p
     np.testing.assert_array_equal(resumed.folds, uninterrupted.folds)
 
 
-def test_chunk_follows_the_memory():
-    large = choose_chunk(RESNET48, 224, 0, 2 * 2**30)
-    assert 16 <= large <= 200
-    assert choose_chunk(RESNET48, 224, 0, 2**30) == pytest.approx(large / 2, abs=1)
-    assert choose_chunk(RESNET48, 224, 0, 2**30, number=2) == pytest.approx(large, abs=1)
-    assert choose_chunk(RESNET48, 224, 16, 2 * 2**30) == large - 16
-    assert choose_chunk(RESNET48_MINI, 32, 0, 2**30) == engine.MAX_CHUNK
-    assert choose_chunk(RESNET48, 224, 0, 0) == 1
-
-
 def command(folder, tmp_path, name):
     return [
         *(sys.executable, "-u", str(ROOT / "train_supernet.py"), "run"),
@@ -207,10 +196,3 @@ def test_killed_evaluations_end_in_the_same_file(network, tmp_path):
     assert "continuing after" in errors
     whole = (tmp_path / "whole/submission.json").read_bytes()
     assert (tmp_path / "parts/submission.json").read_bytes() == whole
-    # Another checkpoint in its place: refused in one line.
-    other = build_network("resnet48_mini", CLASSES)
-    paddle.save(other.state_dict(), str(tmp_path / "net.pdparams"))
-    code, errors = run("parts")
-    assert code == 2
-    assert errors.strip().splitlines()[-1].startswith("error: ")
-    assert "of other settings: checkpoint" in errors and "Traceback" not in errors

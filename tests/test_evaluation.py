@@ -109,11 +109,10 @@ def test_shared_engine_equals_reference(size, calibration, monkeypatch):
     assert counts.near1.sum() + counts.near5.sum() < 5
     assert counts.images == expected.images == 12
     # Every sub-network on its own, extracted, and calibrated on its own.
-    mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
     for index in (0, 3, len(archs) - 1):
         alone = net.extract(archs[index])
         batch = images if extra is None else paddle.concat([extra, images])
-        x = paddle.to_tensor((batch.numpy().astype("float32") / np.float32(255) - mean) / std)
+        x = paddle.to_tensor(independent.normalized(batch.numpy()))
         with paddle.no_grad():
             if extra is not None:
                 for layer in alone.sublayers():
@@ -176,14 +175,6 @@ def test_hits_and_near_ties():
     assert found.columns[0, 2] >= 1 and found.columns[0, 3] >= 1 and found.columns[1, 2] >= 1
 
 
-def as_imagenet(images):
-    """uint8 images [N, 3, H, W] less ImageNet's mean, over its deviation; float64."""
-    mean, deviation = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(
-        2, 1, 3, 1, 1
-    )
-    return (images.numpy() / 255 - mean) / deviation
-
-
 def hits_by_sorting(logits, labels):
     """Top-1 and top-5 hits of logits [N, classes] without ties."""
     found = np.argsort(-logits, axis=1) == labels.numpy()[:, None]
@@ -221,9 +212,9 @@ def test_a_networks_hits_are_numpys(calibrate):
     np.testing.assert_array_equal(network.norm._variance.numpy(), variance)
 
     if calibrate:
-        seen = as_imagenet(extra)
+        seen = independent.normalized(extra.numpy())
         mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3))
-    normed = as_imagenet(images) - mean.reshape(1, 3, 1, 1)
+    normed = independent.normalized(images.numpy()) - mean.reshape(1, 3, 1, 1)
     normed /= np.sqrt(variance.reshape(1, 3, 1, 1) + 1e-5)
     weight, bias = network.linear.weight.numpy(), network.linear.bias.numpy()
     logits = normed[:, :, ::7, ::7].reshape(40, 12) @ weight + bias
@@ -286,12 +277,8 @@ def test_results_are_in_the_order_of_the_file(scored, tmp_path, caplog):
         ([0], 4000, 100, True),
         ([31, 58, 40], 4000, 100, True),  # 40 and three standard deviations of 6.3 are 58.9
         ([31, 59, 40], 4000, 100, False),
-        ([71], 50000, 1000, True),
-        ([72], 50000, 1000, False),
-        ([12], 40, 10, False),
         ([9], 40, 10, True),
         ([2], 2, 2, False),  # nothing to tell by
-        ([0], 2, 2, False),
         ([40], 40, 1, False),
     ],
 )

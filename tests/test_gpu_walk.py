@@ -321,10 +321,13 @@ def test_a_walk_takes_60_percent_of_a_cards_free_memory_and_a_quarter_of_a_machi
     numbers = 2 * 112**2 * 64 + 3 * sum(n * size**2 * width for n, size, width in blocks)
     monkeypatch.setattr("hnas.base.device.available_bytes", lambda: 8 * 2**30)
     assert chunk() == int(2 * 2**30 / (4 * numbers)) == chunk(calibration=3) + 3
+    assert chunk(calibration=10**6) == 1
     gpu_fakes.fake_card(monkeypatch, gib=16, used_gib=5)
     # 11 GiB free, and 1 GiB that Paddle holds unused.
     assert chunk(Precision.TF32) == int(0.6 * 12 * 2**30 / (4 * numbers))
-    assert chunk(Precision.FLOAT16) == min(1024, int(0.6 * 12 * 2**30 / (2 * numbers)))
+    assert chunk(Precision.FLOAT16) == int(0.6 * 12 * 2**30 / (2 * numbers))
+    gpu_fakes.fake_card(monkeypatch, gib=80)
+    assert chunk(Precision.FLOAT16) == 1024
 
 
 def test_the_fake_rounds_to_tf32():

@@ -171,10 +171,6 @@ def test_a_stop_by_the_ranking_is_the_same_whoever_did_which_chunk(tmp_path):
     ("targets", "enough"),
     [
         (Targets(), False),
-        (Targets(se=0.1), True),
-        (Targets(se=0.01), False),
-        (Targets(tau=0.8), True),
-        (Targets(tau=0.99), False),
         (Targets(se=0.1, tau=0.99), False),
         (Targets(se=0.01, tau=0.8), False),
         (Targets(se=0.1, tau=0.8), True),
