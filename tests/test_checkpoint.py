@@ -139,7 +139,7 @@ def save_at(folder: Path, name: str, steps: int) -> None:
 def test_the_set_that_was_saved_last_is_the_newest(tmp_path, monkeypatch):
     """By their numbers: the clock goes back a day at every set."""
     clock = iter(range(2_000_000_000, 0, -86_400))
-    monkeypatch.setattr(checkpoint.time, "time", lambda: next(clock))
+    monkeypatch.setattr(checkpoint.time, "time", lambda: float(next(clock)))
     assert newest_set(tmp_path) is None
     assert newest_set(tmp_path / "none") is None
     for name in ("0-3", "0", "1-2"):
