@@ -10,7 +10,9 @@ import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.evaluation.counts import Counts
 from hnas.models.pinasv2 import build_network
+from hnas.ranking.agreement import FOLDS
 from hnas.ranking.costs import all_parts
 from hnas.search_space import RESNET48_MINI, Architecture
 
@@ -149,6 +151,40 @@ def images_for(size, number, classes=10, seed=1):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (number, 3, size, size), dtype=np.uint8)
     return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, classes, number))
+
+
+class Images:
+    """What the engine takes of :class:`hnas.evaluation.images.ImagesOnDemand`: noise of 32 px."""
+
+    size = 32
+
+    def __init__(self, number, classes):
+        self.batches = images_for(self.size, number, classes, seed=2)
+
+    def __len__(self):
+        return len(self.batches[1])
+
+    def batch(self, start, stop):
+        return tuple(part[start:stop] for part in self.batches)
+
+
+def counts_of(right, top5=None, near1=None, near5=None):
+    """Counts of architectures that are right about given images [architectures, N].
+
+    Near ties are none unless given.
+    """
+    right = np.asarray(right, dtype=bool)
+    images = right.shape[1]
+    top1 = right.sum(axis=1)
+    folds = np.stack([right[:, fold::FOLDS].sum(axis=1) for fold in range(FOLDS)], axis=1)
+    none = np.zeros_like(top1)
+    columns = (top1, top1 if top5 is None else top5, near1, near5)
+    return Counts(*(np.array(none if c is None else c) for c in columns), images, folds)
+
+
+def first_ones(numbers, images):
+    """Right about the first so many images; bool [architectures, images]."""
+    return np.arange(images) < np.reshape(numbers, [-1, 1])
 
 
 def latency_file(folder, **changes):

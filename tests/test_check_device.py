@@ -313,7 +313,8 @@ def test_statistics_beyond_the_slice_are_found(monkeypatch, here):
 
 def emulate_fused(monkeypatch, operator=gpu_fakes.fused_operator):
     for module in (networks, gpu_kernels):
-        monkeypatch.setattr(module, "find_fused", lambda *_: (operator, ""))
+        monkeypatch.setattr(module, "fused_fault", lambda *_: "")
+    monkeypatch.setattr(gpu_kernels, "fused_convolution", operator)
 
 
 def test_the_walk_of_an_emulated_card_passes_in_every_variant(card, monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
+from hnas.weights import checkpoint
 from hnas.weights.checkpoint import (
     generators_state,
     load_training,
@@ -135,7 +136,10 @@ def save_at(folder: Path, name: str, steps: int) -> None:
     save_training(folder / name, network, optimizer, {"epoch": 0, "step": steps})
 
 
-def test_the_set_that_was_saved_last_is_the_newest(tmp_path):
+def test_the_set_that_was_saved_last_is_the_newest(tmp_path, monkeypatch):
+    """By their numbers: the clock goes back a day at every set."""
+    clock = iter(range(2_000_000_000, 0, -86_400))
+    monkeypatch.setattr(checkpoint.time, "time", lambda: float(next(clock)))
     assert newest_set(tmp_path) is None
     assert newest_set(tmp_path / "none") is None
     for name in ("0-3", "0", "1-2"):

@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 import independent
 import numpy as np
 import pytest
-from counted import counts_of, first_ones
 from hypothesis import given
 from hypothesis import strategies as st
+from independent import counts_of, first_ones
 from scipy import stats
 
 from hnas.base.errors import UserError

@@ -6,20 +6,15 @@ import sys
 from pathlib import Path
 
 import gpu_fakes
-import hypothesis.strategies as st
 import numpy as np
 import paddle
 import pytest
-from hypothesis import given, settings
 from independent import family, images_for, supernet
 
-from hnas.base import onednn
 from hnas.base.errors import UserError
 from hnas.base.onednn import OneDNNError, has_bfloat16
-from hnas.evaluation import cpu_kernels as cpu_kernels_module
-from hnas.evaluation import onednn_steps
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.cpu_kernels import TRIALS, CpuKernels, cpu_kernels, over_rows
+from hnas.evaluation.cpu_kernels import TRIALS, CpuKernels, cpu_kernels
 from hnas.evaluation.kernels import (
     TRIAL_TOLERANCE,
     Convolution,
@@ -42,7 +37,6 @@ SPARE = 3
 FINE, COARSE = 1e-5, 3e-2
 """Of rounding to float32 and to bfloat16, relative to the largest value."""
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16")
-PRECISIONS = [Precision.FLOAT32, pytest.param(Precision.BFLOAT16, marks=needs_bfloat16)]
 
 
 class ByHand:
@@ -51,30 +45,22 @@ class ByHand:
     def __init__(self, seen):
         self.seen = seen
 
-    def conv_norm(self, x, conv, stride, padding):
+    def conv_norm(self, x, conv, stride, padding, relu=False, shortcut=None):
         filters = conv.filters[: conv.outputs, : x.shape[1]]
         windows = windows_of(x, filters.shape[2], stride, padding)
         y = np.einsum("nchwij,ocij->nohw", windows, filters, optimize=True)
-        if not self.seen:
-            return y + conv.rest[0].reshape(-1, 1, 1)
-        front = y[: self.seen]
-        unit = (y - front.mean((0, 2, 3), keepdims=True)) / np.sqrt(
-            front.var((0, 2, 3), keepdims=True) + 1e-5
-        )
-        scale, shift = (part.reshape(-1, 1, 1) for part in conv.rest)
-        return unit * scale + shift
+        rest = [part.reshape(-1, 1, 1) for part in conv.rest]
+        if self.seen:
+            front = y[: self.seen]
+            deviation = np.sqrt(front.var((0, 2, 3), keepdims=True) + 1e-5)
+            y = (y - front.mean((0, 2, 3), keepdims=True)) / deviation * rest[0]
+        y = y + rest[-1]
+        if shortcut is not None:
+            y = y + shortcut[:, : conv.outputs]
+        return np.maximum(y, 0) if relu else y
 
-    def stem(self, x, conv):
-        return windows_of(np.maximum(self.conv_norm(x, conv, 2, 3), 0), 3, 2, 1).max((4, 5))
-
-    def first(self, x, conv1, stride):
-        return np.maximum(self.conv_norm(x, conv1, stride, 1), 0)
-
-    def project(self, x, conv):
-        return self.conv_norm(x, conv, 2, 0)
-
-    def last(self, y, shortcut, conv2):
-        return np.maximum(self.conv_norm(y, conv2, 1, 1) + shortcut[:, : conv2.outputs], 0)
+    def max_pool(self, x):
+        return windows_of(x, 3, 2, 1).max((4, 5))
 
     def narrow(self, x, channels):
         return x[:, :channels]
@@ -162,16 +148,18 @@ def results_of(kernels, seen, images, size, channels):
         for shape in ((mid, 3, 7), (mid, cin, 3), (cout, cin, 1), (cout, mid, 3))
     )
     x, y = draw(seen + images, cin, size, size), draw(seen + images, mid, size, size)
+    classify = kernels.classifier(draw(cin + SPARE, 7), draw(7))
     return {
-        "stem": kernels.stem(draw(seen + images, 3, 4 * size, 4 * size + 2), stem),
-        "first": kernels.first(x, conv1, 1),
-        "first, stride 2": kernels.first(x, conv1, 2),
-        "project": kernels.project(x, project),
-        "last, with a wider shortcut": kernels.last(y, x, conv2),
-        "block": kernels.last(kernels.first(x, conv1, 1), x, conv2),
+        "stem": kernels.conv_norm(draw(seen + images, 3, 4 * size, 4 * size + 2), stem, 2, 3, True),
+        "conv1": kernels.conv_norm(x, conv1, 1, 1, True),
+        "conv1, stride 2": kernels.conv_norm(x, conv1, 2, 1, True),
+        "projection": kernels.conv_norm(x, project, 2, 0),
+        "conv2, with a wider shortcut": kernels.conv_norm(y, conv2, 1, 1, True, x),
+        "pooling": kernels.max_pool(np.abs(x)),
         "narrow": kernels.narrow(x, cout),
         "pooled": kernels.pooled(x),
-        "classifier": kernels.classifier(draw(cin + SPARE, 7), draw(7))(draw(images, cin)),
+        "classifier": classify(draw(images, cin)),
+        "classifier of fewer features": classify(draw(images, min(cin, mid))),
     }
 
 
@@ -180,14 +168,9 @@ SHAPES = [
     (1, 0, 5, (20, 17, 6)),
     (1, 24, 1, (17, 6, 17)),
     (2, 16, 3, (20, 17, 6)),
-    (3, 0, 2, (17, 20, 5)),
     (4, 6, 3, (18, 17, 17)),
-    (5, 7, 1, (6, 17, 3)),
     (7, 0, 3, (33, 16, 20)),
-    (7, 5, 3, (33, 20, 17)),
     (8, 2, 3, (17, 48, 16)),
-    (9, 0, 1, (17, 6, 17)),
-    (9, 4, 2, (20, 17, 6)),
     (11, 0, 3, (50, 57, 48)),
 ]
 
@@ -197,25 +180,18 @@ def onednns(precision=Precision.FLOAT32):
 
 
 KINDS = [
-    pytest.param(lambda seen: Kernels(Variant(), seen), False, FINE, id="Paddle, NCHW"),
-    pytest.param(
-        lambda seen: Kernels(Variant(layout="NHWC"), seen), False, FINE, id="Paddle, NHWC"
-    ),
-    pytest.param(onednns(), False, FINE, id="oneDNN, float32"),
-    pytest.param(onednns(), True, FINE, id="Winograd, float32"),
-    pytest.param(
-        onednns(Precision.BFLOAT16), True, COARSE, marks=needs_bfloat16, id="oneDNN, bfloat16"
-    ),
+    pytest.param(lambda seen: Kernels(Variant(), seen), FINE, id="Paddle, NCHW"),
+    pytest.param(lambda seen: Kernels(Variant(layout="NHWC"), seen), FINE, id="Paddle, NHWC"),
+    pytest.param(onednns(), FINE, id="oneDNN, float32"),
+    pytest.param(onednns(Precision.BFLOAT16), COARSE, marks=needs_bfloat16, id="oneDNN, bfloat16"),
 ]
 
 
 @pytest.mark.parametrize(("size", "seen", "images", "channels"), SHAPES)
-@pytest.mark.parametrize(("make", "winograd", "rounding"), KINDS)
-def test_kernels_compute_what_is_written_out(
-    make, winograd, rounding, size, seen, images, channels, monkeypatch
-):
-    """Transformed wherever that is possible, or nowhere."""
-    monkeypatch.setattr(cpu_kernels_module, "worth_it", lambda *_: winograd)
+@pytest.mark.parametrize(("make", "rounding"), KINDS)
+def test_kernels_compute_what_is_written_out(make, rounding, size, seen, images, channels):
+    # In bfloat16 nothing is re-calibrated.
+    seen = 0 if rounding == COARSE else seen
     kernels = make(seen)
     expected, found = (
         results_of(each, seen, images, size, channels) for each in (ByHand(seen), Handed(kernels))
@@ -227,28 +203,9 @@ def test_kernels_compute_what_is_written_out(
         np.testing.assert_allclose(found[name], right, rtol=0, atol=near, err_msg=name)
 
 
-@settings(max_examples=30)
-@given(
-    shape=st.tuples(*[st.integers(1, 9)] * 3),
-    far=st.floats(-50, 50),
-    seed=st.integers(0, 99),
-)
-def test_statistics_of_rows_are_those_of_all_their_values(shape, far, seed):
-    values = np.random.default_rng(seed).normal(far, 3, shape)
-    each = np.stack([values.mean(0), values.var(0)]).astype(np.float32)
-    found = over_rows(each)
-    assert found.shape == (2, 1, shape[2])
-    expected = values.mean((0, 1)), values.var((0, 1))
-    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("winograd", "capacity", "most"),
-    [(False, 0, 10), (False, 50_000, 10), (False, 1 << 30, 6), (True, 0, 0)],
-)
-def test_filters_are_those_that_are_given(winograd, capacity, most, monkeypatch):
+@pytest.mark.parametrize(("capacity", "most"), [(0, 10), (50_000, 10), (1 << 30, 6)])
+def test_filters_are_those_that_are_given(capacity, most, monkeypatch):
     """Of equal shapes in turns, whatever is kept of them, which is not packed again."""
-    monkeypatch.setattr(cpu_kernels_module, "worth_it", lambda *_: winograd)
     packed = []
     pack = ConvolutionKernel.pack
     monkeypatch.setattr(
@@ -263,64 +220,23 @@ def test_filters_are_those_that_are_given(winograd, capacity, most, monkeypatch)
     for size, order in ((8, (0, 1, 2, 0, 0, 1)), (1, (2, 1, 2)), (8, (1, 0))):
         for which in order:
             x = rounded(rng.normal(size=(2, 20, size, size)))
-            right = hand.first(x, plain[which], 1)
-            found = taken(kernels, kernels.first(handed.given(x), own[which], 1))
+            right = hand.conv_norm(x, plain[which], 1, 1)
+            found = taken(kernels, kernels.conv_norm(handed.given(x), own[which], 1, 1))
             np.testing.assert_allclose(found, right, rtol=0, atol=FINE * np.abs(right).max())
     # Twice at most, if oneDNN wants other formats for other shapes.
     assert len(packed) <= most
 
 
-def test_pooled_features_of_another_width_have_weights_of_their_own():
-    weight, bias = paddle.randn([20, 7]), paddle.randn([7])
-    logits = CpuKernels(cpu_variant()).classifier(weight, bias)
-    for width in (17, 20, 6, 17):
-        features = paddle.randn([5, width])
-        right = features.numpy() @ weight.numpy()[:width] + bias.numpy()
-        np.testing.assert_allclose(logits(features).numpy(), right, atol=1e-5)
-
-
-class WithACanary:
-    """Paddle, whose new tensors have a few numbers behind them that nobody may touch."""
-
-    NUMBERS, VALUE = 64, 7.0
-
-    def __init__(self):
-        self.kept = []
-
-    def __getattr__(self, name):
-        return getattr(paddle, name)
-
-    def empty(self, shape, dtype="float32"):
-        size = int(np.prod(shape))
-        held = paddle.full([size + self.NUMBERS], self.VALUE, dtype)
-        self.kept.append(held[size:])
-        return held[:size].reshape(shape)
-
-    def sings(self):
-        return all(bool((behind == self.VALUE).all()) for behind in self.kept)
-
-
-@pytest.mark.parametrize("seen", [0, 1, 5, 24])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_nothing_is_written_behind_an_output(precision, seen, monkeypatch):
-    canary = WithACanary()
-    for module in (cpu_kernels_module, onednn_steps, onednn):
-        monkeypatch.setattr(module, "paddle", canary)
-    monkeypatch.setattr(onednn, "_buffers", {})
-    monkeypatch.setattr(cpu_kernels_module, "worth_it", lambda *_: precision is Precision.FLOAT32)
-    net, archs = supernet(RESNET48_MINI, size=40), family(RESNET48_MINI, 3)[:6]
-    extra = images_for(40, seen, seed=2)[0] if seen else None
-    for number in (1, 5, 16):
-        evaluator = SharedEvaluator(net, archs, extra, cpu_variant(precision))
-        evaluator.evaluate(*images_for(40, number), Counts.zeros(len(archs)))
-    assert len(canary.kept) > 100 and canary.sings()
-
-
 # --- when oneDNN's kernels are not trusted
 
 
-@pytest.mark.parametrize("seen", [0, 3, 16])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "seen"),
+    [
+        *((Precision.FLOAT32, seen) for seen in (0, 3, 16)),
+        pytest.param(Precision.BFLOAT16, 0, marks=needs_bfloat16),
+    ],
+)
 def test_onednn_is_trusted_here(precision, seen, caplog):
     kernels = cpu_kernels(cpu_variant(precision), seen)
     assert type(kernels) is CpuKernels and not caplog.text
@@ -335,7 +251,6 @@ def missing():
 
 REASONS = {
     "gone": ("hnas.evaluation.cpu_kernels.library", missing),
-    "differs by 0.5": ("hnas.evaluation.kernels.largest_difference", lambda *_: 0.5),
     "differs by inf": ("hnas.evaluation.kernels.largest_difference", lambda *_: float("inf")),
 }
 
@@ -371,7 +286,7 @@ def test_a_processor_without_bfloat16_is_refused():
         env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
@@ -395,10 +310,6 @@ def plant_pack(change):
     )
 
 
-def plant_rows(wrong):
-    return lambda patch: patch.setattr(cpu_kernels_module, "over_rows", wrong)
-
-
 # Calibration images, and what is wrong.
 FAULTS = {
     "filters of other outputs": (0, plant_pack(lambda filters: filters.roll(1, 0))),
@@ -406,13 +317,7 @@ FAULTS = {
     "filters upside down": (3, plant_pack(lambda filters: filters.flip([2]))),
     "NaN": (0, plant_pack(lambda filters: filters * float("nan"))),
     "a lost shortcut": (0, without("_copy", lambda right, self, x, y: y.zero_())),
-    "a shortcut that is not added": (3, without("_add", lambda right, self, y, shortcut: y)),
     "no statistics": (3, without("_normalise", lambda *_: None)),
-    "statistics of some positions": (16, plant_rows(lambda found: found[:, :1])),
-    "variances within rows alone": (
-        16,
-        plant_rows(lambda found: found.mean(1, keepdims=True) * [[[1]], [[0.9]]]),
-    ),
 }
 
 

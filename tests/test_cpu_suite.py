@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 PADDLE = """
 import itertools, os
 
@@ -43,39 +41,23 @@ def test_gpu():
 """
 
 
-@pytest.fixture
-def suite(tmp_path):
-    """Runs a suite of two tests under this suite's conftest.py; gives pytest's last line."""
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+def test_only_the_gpu_suite_and_what_it_starts_see_the_cards(tmp_path):
+    conftest = tmp_path / "conftest.py"
+    shutil.copy(Path(__file__).with_name("conftest.py"), conftest)
     (tmp_path / "paddle.py").write_text(PADDLE)
     (tmp_path / "test_devices.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs one\n    slow: is\n")
+    shown = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "1"}
 
-    def run(*arguments, **environment):
-        shown = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    def suite(*arguments):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-            cwd=tmp_path,
-            env={**shown, "PYTHONPATH": str(tmp_path), **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
+            command, cwd=tmp_path, env=shown, capture_output=True, text=True, timeout=60
         )
         return done.stdout.splitlines()[-1]
 
-    return run
-
-
-def test_the_suite_and_what_it_starts_compute_on_the_cpu(suite):
-    assert "1 passed" in suite("-k", "numbers", CUDA_VISIBLE_DEVICES="1")
-
-
-def test_the_gpu_suite_sees_the_cards(suite):
+    assert "1 passed" in suite("-k", "numbers")
     assert "1 passed, 1 deselected" in suite("-m", "gpu")
-
-
-def test_the_stand_in_would_be_taken_for_a_gpu(suite, tmp_path):
-    """Without what conftest.py does, the first test above fails."""
-    conftest = tmp_path / "conftest.py"
+    # Without what conftest.py does, the first of them fails.
     conftest.write_text(conftest.read_text().replace("CUDA_VISIBLE_DEVICES", "ANOTHER"))
     assert "1 failed" in suite("-k", "numbers")

@@ -7,12 +7,10 @@ import independent
 import numpy as np
 import paddle
 import pytest
-from counted import counts_of, first_ones
-from independent import family, images_for, supernet
+from independent import counts_of, family, first_ones, images_for, supernet
 from scipy import stats
 
 from hnas.architecture_file import read_architectures
-from hnas.base.errors import UserError
 from hnas.evaluation.counts import Counts, count_hits
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.evaluation.results import warn_if_guessing, write_results
@@ -111,11 +109,10 @@ def test_shared_engine_equals_reference(size, calibration, monkeypatch):
     assert counts.near1.sum() + counts.near5.sum() < 5
     assert counts.images == expected.images == 12
     # Every sub-network on its own, extracted, and calibrated on its own.
-    mean, std = np.float32([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
     for index in (0, 3, len(archs) - 1):
         alone = net.extract(archs[index])
         batch = images if extra is None else paddle.concat([extra, images])
-        x = paddle.to_tensor((batch.numpy().astype("float32") / np.float32(255) - mean) / std)
+        x = paddle.to_tensor(independent.normalized(batch.numpy()))
         with paddle.no_grad():
             if extra is not None:
                 for layer in alone.sublayers():
@@ -178,14 +175,6 @@ def test_hits_and_near_ties():
     assert found.columns[0, 2] >= 1 and found.columns[0, 3] >= 1 and found.columns[1, 2] >= 1
 
 
-def as_imagenet(images):
-    """uint8 images [N, 3, H, W] less ImageNet's mean, over its deviation; float64."""
-    mean, deviation = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(
-        2, 1, 3, 1, 1
-    )
-    return (images.numpy() / 255 - mean) / deviation
-
-
 def hits_by_sorting(logits, labels):
     """Top-1 and top-5 hits of logits [N, classes] without ties."""
     found = np.argsort(-logits, axis=1) == labels.numpy()[:, None]
@@ -223,9 +212,9 @@ def test_a_networks_hits_are_numpys(calibrate):
     np.testing.assert_array_equal(network.norm._variance.numpy(), variance)
 
     if calibrate:
-        seen = as_imagenet(extra)
+        seen = independent.normalized(extra.numpy())
         mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3))
-    normed = as_imagenet(images) - mean.reshape(1, 3, 1, 1)
+    normed = independent.normalized(images.numpy()) - mean.reshape(1, 3, 1, 1)
     normed /= np.sqrt(variance.reshape(1, 3, 1, 1) + 1e-5)
     weight, bias = network.linear.weight.numpy(), network.linear.bias.numpy()
     logits = normed[:, :, ::7, ::7].reshape(40, 12) @ weight + bias
@@ -233,23 +222,6 @@ def test_a_networks_hits_are_numpys(calibrate):
     assert 0 < top1 < top5 < 40
     assert (found.top1.tolist(), found.top5.tolist(), found.images) == ([top1], [top5], 40)
     assert found.near1.tolist() == found.near5.tolist() == [0]
-
-
-def test_a_supernets_active_sub_network_is_evaluated():
-    net = supernet(RESNET48_MINI)
-    archs = family(RESNET48_MINI, 7)[:3]
-    images, labels = images_for(32, 30)
-    together = evaluate_reference(net, archs, [(images, labels)])
-    x = paddle.to_tensor(as_imagenet(images).astype("float32"))
-    base, divisor = RESNET48_MINI.base_channels, RESNET48_MINI.divisor
-    for index, arch in enumerate(archs):
-        net.activate(arch)
-        found = evaluate_network(net, [(images[:11], labels[:11]), (images[11:], labels[11:])])
-        logits = independent.forward(net.state_dict(), arch.code, x, base, divisor, training=False)
-        top1, top5 = hits_by_sorting(logits.numpy(), labels)
-        assert (found.top1.tolist(), found.top5.tolist(), found.images) == ([top1], [top5], 30)
-        for column, (value,) in zip(together.columns(), found.columns(), strict=True):
-            assert column[index] == value
 
 
 def test_standard_error_is_binomial_and_never_certain():
@@ -298,13 +270,6 @@ def test_results_are_in_the_order_of_the_file(scored, tmp_path, caplog):
         assert read_architectures(tmp_path / name) == archs
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(scored, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write") as caught:
-        write_results(tmp_path / "file", *scored)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("hits", "images", "classes", "warned"),
     [
@@ -312,19 +277,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(scored, tmp_path):
         ([0], 4000, 100, True),
         ([31, 58, 40], 4000, 100, True),  # 40 and three standard deviations of 6.3 are 58.9
         ([31, 59, 40], 4000, 100, False),
-        ([71], 50000, 1000, True),
-        ([72], 50000, 1000, False),
-        ([12], 40, 10, False),
         ([9], 40, 10, True),
         ([2], 2, 2, False),  # nothing to tell by
-        ([0], 2, 2, False),
-        ([], 40, 10, False),
         ([40], 40, 1, False),
     ],
 )
 def test_scores_of_guessing_are_told(hits, images, classes, warned, caplog):
-    right = first_ones(hits, images) if hits else np.zeros([0, images])
-    warn_if_guessing(counts_of(right), classes, "the best sub-network")
+    warn_if_guessing(counts_of(first_ones(hits, images)), classes, "the best sub-network")
     assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
     if warned:
         (line,) = caplog.messages

@@ -184,8 +184,8 @@ def test_a_state_of_another_arithmetic_is_refused(tmp_path):
 
 
 def test_stage_3_computes_as_the_flags_say(monkeypatch):
-    monkeypatch.setattr(gpu_kernels, "ROUTES", (gpu_fakes.fused_operator,))
-    gpu_kernels.find_fused.cache_clear()
+    monkeypatch.setattr(gpu_kernels, "fused_convolution", gpu_fakes.fused_operator)
+    gpu_kernels.fused_fault.cache_clear()
     plain, tf32 = (Arithmetic("card", on) for on in (False, True))
     half = Arithmetic("card", True, "O1")
     assert wanted_variant(plain, None) is None  # a CPU
@@ -194,10 +194,8 @@ def test_stage_3_computes_as_the_flags_say(monkeypatch):
     assert wanted_variant(plain, None) == Variant(Precision.FLOAT32, "NCHW", True)
     assert wanted_variant(tf32, None) == Variant(Precision.TF32, "NCHW", True)
     assert wanted_variant(tf32, seen) == Variant(Precision.TF32, "NCHW", False)
-    monkeypatch.setattr(gpu_kernels, "ROUTES", ())
-    gpu_kernels.find_fused.cache_clear()
+    monkeypatch.setattr(gpu_kernels, "fused_fault", lambda *_: "no kernel")
     assert wanted_variant(half, None) == Variant(Precision.FLOAT16, "NHWC", False)
-    gpu_kernels.find_fused.cache_clear()
 
 
 def test_the_reference_engine_does_not_pass_for_half_precision(monkeypatch):

@@ -1,25 +1,12 @@
-"""oneDNN's convolutions against sums written out in numpy; Winograd's of stage 3, too."""
+"""oneDNN's convolutions against sums written out in numpy."""
 
 import hypothesis.strategies as st
 import numpy as np
 import paddle
 import pytest
 from hypothesis import given, settings
-from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.onednn import OneDNNError
-from hnas.evaluation.winograd import (
-    CACHE_BYTES,
-    LARGEST_MAP,
-    POINTS,
-    SMALLEST_MAP,
-    TILE,
-    filters_to_points,
-    map_matrices,
-    parts_of,
-    winograd,
-    worth_it,
-)
 from hnas.models import convolution
 from hnas.models.convolution import onednn_conv2d, use_onednn
 from hnas.models.pinasv2 import build_network
@@ -157,111 +144,3 @@ def test_convolutions_are_made_once_and_not_all_kept():
     assert first is not second and convolution.convolution_of(*shapes[0]) is first
     cache = convolution.convolution_of.cache_info()
     assert cache.maxsize == convolution.KEPT_CONVOLUTIONS
-
-
-# --- Winograd's minimal filtering
-
-
-def run(x, filters, outputs, bias=None, shortcut=None, relu=False):
-    """[N, C, H, W] in and out; the shortcut, too."""
-    last = [None if part is None else paddle.to_tensor(to_last(part)) for part in (x, shortcut)]
-    y = paddle.full([len(x), *x.shape[2:], outputs], np.nan)
-    points = filters_to_points(paddle.to_tensor(filters))
-    winograd(last[0], points, outputs, bias, last[1], relu, y)
-    return y.numpy().transpose(0, 3, 1, 2)
-
-
-def to_last(array):
-    return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
-
-
-def exact(x, filters):
-    tensors = (paddle.to_tensor(part.astype(np.float64)) for part in (x, filters))
-    return F.conv2d(*tensors, padding=1).numpy()
-
-
-@pytest.mark.parametrize("size", [1, 5, 14, 28])
-@pytest.mark.parametrize(
-    ("images", "widths", "bias", "added", "relu"),
-    [
-        (3, (20, 17), True, 0, True),
-        (5, (6, 30), True, 33, True),
-        (2, (17, 9), False, 9, True),
-        (2, (16, 16), True, 16, False),
-    ],
-)
-def test_a_transformed_convolution_is_that_of_float64(size, images, widths, bias, added, relu):
-    (inputs, outputs), rng = widths, np.random.default_rng(size)
-    x = np.maximum(rng.normal(size=(images, inputs, size, size)), 0).astype(np.float32)
-    filters = rng.normal(size=(outputs + 3, inputs + 2, 3, 3)).astype(np.float32)
-    offset = rng.normal(size=outputs).astype(np.float32) if bias else None
-    shortcut = rng.normal(size=(images, added, size, size)).astype(np.float32) if added else None
-    expected = exact(x, filters[:outputs, :inputs])
-    if bias:
-        expected += offset[:, None, None]
-    if added:
-        expected += shortcut[:, :outputs]
-    if relu:
-        expected = np.maximum(expected, 0)
-    found = run(x, filters, outputs, offset, shortcut, relu)
-    np.testing.assert_allclose(found, expected, atol=2e-6 * 3 * inputs**0.5 * 4)
-
-
-def test_rounding_stays_small_thanks_to_the_points(monkeypatch):
-    """Root mean square error of many channels, over the outputs' deviation."""
-    rng = np.random.default_rng(0)
-    x = np.maximum(rng.normal(size=(4, 512, 8, 8)), 0).astype(np.float32)
-    filters = (rng.normal(size=(32, 512, 3, 3)) / 68).astype(np.float32)
-    expected = exact(x, filters)
-
-    def error():
-        map_matrices.cache_clear()
-        return float(np.sqrt(((run(x, filters, 32) - expected) ** 2).mean()) / expected.std())
-
-    own = error()
-    with monkeypatch.context() as patch:
-        patch.setattr("hnas.evaluation.winograd.FINITE", (0.0, 1.0, -1.0, 2.0, -2.0))
-        usual = error()
-    map_matrices.cache_clear()
-    assert own < 2.5e-6 < 1.25 * usual
-
-
-def test_many_images_are_computed_in_parts(monkeypatch):
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(7, 5, 6, 6)).astype(np.float32)
-    filters = rng.normal(size=(6, 5, 3, 3)).astype(np.float32)
-    shortcut = rng.normal(size=(7, 8, 6, 6)).astype(np.float32)
-    whole = run(x, filters, 6, shortcut=shortcut)
-    monkeypatch.setattr("hnas.evaluation.winograd.CACHE_BYTES", 3 * POINTS**2 * 4 * 6 * 4)
-    assert [len(part) for part in parts_of(7, 6, 6)] == [2, 2, 3]
-    np.testing.assert_allclose(run(x, filters, 6, shortcut=shortcut), whole, atol=1e-5)
-
-
-@settings(max_examples=50)
-@given(st.integers(1, 1500), st.integers(1, 28), st.integers(1, 512))
-def test_parts_are_all_images_and_fit_the_cache(images, size, channels):
-    parts = parts_of(images, size, channels)
-    assert [image for part in parts for image in part] == list(range(images))
-    bytes_each = POINTS**2 * (-(-size // TILE)) ** 2 * channels * 4
-    assert all(len(part) == 1 or len(part) * bytes_each <= CACHE_BYTES for part in parts)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-@pytest.mark.parametrize(
-    ("images", "size", "inputs", "outputs", "pays"),
-    [
-        (16, 14, 256, 256, True),
-        (16, 56, 64, 64, False),
-        (16, SMALLEST_MAP - 1, 512, 512, False),
-        (4, LARGEST_MAP, 128, 128, True),
-        (2, 7, 512, 512, False),
-        (16, 7, 512, 512, True),
-        (2, 14, 208, 232, True),
-        (600, 8, 16, 16, False),
-        (355, 4, 32, 32, False),
-        (64, 16, 56, 64, True),
-        (64, 4, 208, 232, True),
-    ],
-)
-def test_it_is_used_where_it_was_measured_to_pay(images, size, inputs, outputs, pays):
-    assert worth_it(images, size, inputs, outputs) is pays

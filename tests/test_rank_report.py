@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from counted import counts_of
+from independent import counts_of
 from scipy import stats
 
 from hnas.base.errors import UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from counted import counts_of
+from independent import counts_of
 from scipy.stats import t as student
 
 from hnas.architecture_file import submission

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from counted import counts_of
+from independent import counts_of
 from PIL import Image
 
 from hnas.base.signals import Stopped

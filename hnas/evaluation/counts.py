@@ -13,10 +13,7 @@ from hnas.ranking.agreement import FOLDS
 from hnas.ranking.front import error_of_hits
 
 NEAR = 1e-4
-"""Two logits this close may swap places in an engine that adds in another order; in float32.
-
-For the record only: how far engines may differ is measured, see ``spot_check.py``.
-"""
+"""Logits this close may swap places where sums are in another order; for the record only."""
 
 
 class LogitsError(UserError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from hnas.base.device import Arithmetic, free_bytes, on_gpu, peak_memory
 from hnas.base.errors import UserError
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.gpu_kernels import choose_variant
-from hnas.evaluation.images import DecodedImages, ImagesOnDemand
+from hnas.evaluation.images import ImagesOnDemand
 from hnas.evaluation.ledger import Ledger, Part, Targets, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
@@ -58,7 +57,7 @@ class ScoringSettings:
 def evaluate_shared(
     network: ElasticResNet,
     archs: Mapping[str, Architecture],
-    images: DecodedImages | ImagesOnDemand,
+    images: ImagesOnDemand,
     save_dir: Path,
     identity: Mapping[str, str],
     settings: ScoringSettings,
@@ -110,7 +109,6 @@ def evaluate_shared(
             logits,
             (counts.top1[checked], counts.top5[checked]),
             evaluator.precision,
-            passes=len(archs) * len(images) / len(chunk),
         )
         ledger.add(chunk.start, counts)
         if is_main_process():
@@ -143,18 +141,12 @@ def wanted_variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) ->
     return chosen
 
 
-def default_chunk(
-    space: SearchSpace, images: DecodedImages | ImagesOnDemand, evaluator: SharedEvaluator
-) -> int:
+def default_chunk(space: SearchSpace, images: ImagesOnDemand, evaluator: SharedEvaluator) -> int:
     """Images a walk: what the memory allows, in as many chunks for every process."""
     free = free_bytes() if on_gpu() else free_bytes() / local_ranks()
-    limit = choose_chunk(
-        space,
-        images.size,
-        evaluator.calibration_images,
-        free * (GPU_SHARE if on_gpu() else CPU_SHARE),
-        evaluator.precision.bytes,
-    )
+    memory = free * (GPU_SHARE if on_gpu() else CPU_SHARE)
+    carried, number = evaluator.calibration_images, evaluator.precision.bytes
+    limit = choose_chunk(space, images.size, carried, memory, number)
     return even_chunk(limit, len(images), world_size())
 
 
@@ -185,7 +177,7 @@ def describe(
     evaluator: SharedEvaluator,
     space: SearchSpace,
     archs: Mapping[str, Architecture],
-    images: DecodedImages | ImagesOnDemand,
+    images: ImagesOnDemand,
     ledger: Ledger,
 ) -> None:
     """Log what is going to be done, and what makes it slow."""
@@ -203,23 +195,16 @@ def describe(
         logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
     if ledger.targets != Targets() and chunks == 1:
         logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
-    shared = macs_text(evaluator.tree.macs(images.size))
-    naive = macs_text(naive_macs(space, archs.values(), images.size))
+    naive, shared = naive_macs(space, archs.values(), images.size), evaluator.tree.macs(images.size)
     logger.info(
-        "%d architectures, %d images in chunks of %d%s: %s an image%s",
+        "%d architectures, %d images in chunks of %d%s: %s MMAC an image%s",
         len(archs),
         len(images),
         ledger.chunk,
         f", of which part {ledger.part}" if ledger.part else "",
-        shared,
-        f" instead of {naive}" if naive != shared else "",
+        f"{shared / 1e6:,.2f}",
+        f" instead of {naive / 1e6:,.2f}" if naive != shared else "",
     )
-
-
-def macs_text(macs: int) -> str:
-    """At least three significant digits, e.g. ``93.4 MMAC`` or ``68,179 GMAC``."""
-    value, unit = (macs / 1e9, "GMAC") if macs >= 1e9 else (macs / 1e6, "MMAC")
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
 
 
 def report(title: str, ledger: Ledger, counts: Counts, seconds: float) -> None:

@@ -12,8 +12,7 @@ from functools import lru_cache
 
 import paddle
 
-from hnas.base.errors import UserError
-from hnas.evaluation.kernels import Kernels, Operator, Trial, fault_of
+from hnas.evaluation.kernels import Kernels, Trial, fault_of
 from hnas.evaluation.variants import Precision, Variant, usual_variant
 
 logger = logging.getLogger(__name__)
@@ -23,15 +22,8 @@ TRIALS = (Trial(images=4, size=7, width=16, step=8),)
 """Of the released space's widths, which are multiples of 8."""
 
 
-def _by_c_ops(x, filters, bias, shortcut, stride, padding, layout, activation):
-    # 3.3.1 has it for static graphs alone.
-    return paddle._C_ops.fused_conv2d_add_act(
-        *(x, filters, bias, shortcut, [stride] * 2, [padding] * 2, "EXPLICIT", [1, 1], 1),
-        *(layout, activation, [], False, WORKSPACE_MB, 0.0),
-    )[0]
-
-
-def _by_legacy_ops(x, filters, bias, shortcut, stride, padding, layout, activation):
+def fused_convolution(x, filters, bias, shortcut, stride, padding, layout, activation):
+    """Paddle's operator, as :data:`hnas.evaluation.kernels.Operator` is called."""
     attributes = {
         "strides": (stride, stride),
         "paddings": (padding, padding),
@@ -47,45 +39,17 @@ def _by_legacy_ops(x, filters, bias, shortcut, stride, padding, layout, activati
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
-ROUTES: tuple[Operator, ...] = (_by_c_ops, _by_legacy_ops)
-
-
 @lru_cache
-def find_fused(precision: Precision, layout: str) -> tuple[Operator | None, str]:
-    """The operator, if one of the routes to it works here, and why the last of them does not."""
-    reason = ""
-    for operator in ROUTES:
-        reason = trial(operator, precision, layout)
-        if not reason:
-            return operator, ""
-    return None, reason
-
-
-def trial(operator: Operator, precision: Precision, layout: str) -> str:
-    """What is wrong with an operator; empty: nothing."""
+def fused_fault(precision: Precision, layout: str) -> str:
+    """Why the operator is of no use here; empty: it works."""
     variant = Variant(precision, layout, fused=True)
-    reason = fault_of(lambda: Kernels(variant, fused=operator), TRIALS)
+    reason = fault_of(lambda: Kernels(variant, fused=fused_convolution), TRIALS)
     return f"fused_conv2d_add_act {reason}" if reason else ""
 
 
 def gpu_kernels(variant: Variant, calibration: int) -> Kernels:
-    """Paddle's operators in a variant; of a GPU, or one by one of a CPU.
-
-    Args:
-        variant: which.
-        calibration: as in :class:`Kernels`.
-
-    Raises:
-        UserError: a fused variant where the operator does not work, or with re-calibration.
-    """
-    if not variant.fused:
-        return Kernels(variant, calibration)
-    if calibration:
-        raise UserError(f"{variant}: BatchNorm re-calibration cannot be fused")
-    operator, reason = find_fused(variant.precision, variant.layout)
-    if operator is None:
-        raise UserError(f"{variant}: {reason}")
-    return Kernels(variant, fused=operator)
+    """Paddle's operators in a variant; of a GPU, or one by one of a CPU."""
+    return Kernels(variant, calibration, fused_convolution if variant.fused else None)
 
 
 def choose_variant(precision: Precision, calibration: int) -> Variant:
@@ -99,8 +63,8 @@ def choose_variant(precision: Precision, calibration: int) -> Variant:
         chosen, reason = usual_variant(precision), "re-calibration needs each operator's output"
     else:
         chosen = usual_variant(precision, fused=True)
-        operator, reason = find_fused(precision, chosen.layout)
-        if operator is None:
+        reason = fused_fault(precision, chosen.layout)
+        if reason:
             chosen = usual_variant(precision)
     logger.info("the walk computes in %s%s", chosen, f": {reason}" if reason else "")
     return chosen

@@ -288,14 +288,11 @@ TRIAL_TOLERANCE = {
 
 
 class Trial(NamedTuple):
-    """A stem and two blocks to compute: images, height of the maps before the blocks, and widths.
-
-    These are ``width`` and ``step`` more and less.
-    """
+    """A stem and two blocks to compute."""
 
     images: int
-    size: int
-    width: int
+    size: int  # height of the maps before the blocks
+    width: int  # of them, and ``step`` more and less
     step: int
 
 
@@ -331,18 +328,10 @@ def _trial_results(kernels: Kernels, trial: Trial) -> tuple[paddle.Tensor, paddl
     images, size, width, step = trial
     images += kernels.calibration
     wide, widest = width + step, width + 2 * step
+    shapes = [(wide, 3, 7), (wide, widest, 3), (widest, widest, 1), (width, wide, 3)]
     stem, conv1, project, conv2, conv3, conv4 = (
         _trial_convolution(kernels, number, *shape)
-        for number, shape in enumerate(
-            (
-                (wide, 3, 7),
-                (wide, widest, 3),
-                (widest, widest, 1),
-                (width, wide, 3),
-                (width, width, 3),
-                (width, width, 3),
-            )
-        )
+        for number, shape in enumerate([*shapes, (width, width, 3), (width, width, 3)])
     )
     x = kernels.accept(ramp([images, widest, size, size]))
     y = kernels.last(kernels.first(x, conv1, 2), kernels.project(x, project), conv2)

@@ -21,7 +21,6 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -71,11 +70,6 @@ class Targets:
     se: float = 0.0
     tau: float = 0.0
 
-    def __str__(self) -> str:
-        se = [f"all standard errors are below {self.se:g}"] if self.se else []
-        tau = [f"the ranking's agreement is at least {self.tau:g}"] if self.tau else []
-        return " and ".join(se + tau)
-
 
 class Part(NamedTuple):
     """One of the parts that an evaluation's chunks are dealt to in turns; as text, ``2/8``."""
@@ -104,8 +98,7 @@ class Part(NamedTuple):
 class Ledger:
     """What is done of the evaluation of ``archs`` on ``images`` images.
 
-    In this order, in every process: :meth:`begin`, then :meth:`add` for each of :meth:`chunks`,
-    then :meth:`complete`.
+    In every process :meth:`begin`, :meth:`add` for each of :meth:`chunks`, :meth:`complete`.
 
     Args:
         folder: one for all processes.
@@ -246,7 +239,7 @@ class Ledger:
                 time.sleep(POLL_SECONDS)
         self._delete_chunks()
         if self.counts.images < self._images:
-            logger.info("%s: stopped early", self.targets)
+            logger.info("stopped early: what was aimed at is reached")
         return self.counts
 
     # --- what is done
@@ -371,8 +364,7 @@ class Ledger:
         for path in self._folder.glob(CHUNK_FILES):
             name = CHUNK_NAME.fullmatch(path.name)
             if name and (before is None or int(name[1]) < before):
-                with suppress(FileNotFoundError):
-                    path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def even_chunk(limit: int, images: int, processes: int) -> int:

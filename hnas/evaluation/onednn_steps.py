@@ -5,47 +5,17 @@ Shapes are those of activations as they lie, [N, H, W, C].
 
 from __future__ import annotations
 
-import math
 from ctypes import c_float, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 
 import paddle
 
-from hnas.base.onednn import (
-    ADD,
-    BFLOAT16,
-    BIAS,
-    DIRECT_CONVOLUTION,
-    DST,
-    FLOAT32,
-    FORWARD_INFERENCE,
-    FORWARD_TRAINING,
-    GIVEN_STATISTICS,
-    MEAN,
-    QUERY_WEIGHTS,
-    SCALE,
-    SHIFT,
-    SRC,
-    SRC_1,
-    THEN_RELU,
-    VARIANCE,
-    WEIGHTS,
-    WITH_SCALE,
-    WITH_SHIFT,
-    Step,
-    channels_last,
-    dense,
-    dimensions,
-    library,
-)
+from hnas.base import onednn
+from hnas.base.onednn import Step, channels_last, dense, dimensions, library
 from hnas.evaluation.kernels import EPSILON
 
-DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
-FULL_REGISTER = {"float32": 4, "bfloat16": 16}
-"""Channels of which BatchNorm wants a multiple."""
-MOST_ROWS = 16
-"""Positions that it takes side by side at most."""
+DTYPES = {"float32": onednn.FLOAT32, "bfloat16": onednn.BFLOAT16}
 KEPT_STEPS = 8192
 """Steps of different shapes that are kept. The released space needs 1,500 at a chunk's size."""
 
@@ -90,7 +60,7 @@ def convolution_kernel(
         window: stride and padding.
         then: whether it adds a bias, adds what its output holds, and applies ReLU.
     """
-    lib, dtype = library(), BFLOAT16 if half else FLOAT32
+    lib, dtype = library(), onednn.BFLOAT16 if half else onednn.FLOAT32
     (n, height, width, inputs), (_, _, kernel, _) = x, filters
     (stride, padding), (with_bias, add, relu) = window, then
     size = [(side + 2 * padding - kernel) // stride + 1 for side in (height, width)]
@@ -100,16 +70,16 @@ def convolution_kernel(
     bias = lib.description((outputs,), (1,)) if with_bias else None
     primitive = lib.make(
         "dnnl_convolution_forward_primitive_desc_create",
-        *(lib.engine, FORWARD_INFERENCE, DIRECT_CONVOLUTION, source),
+        *(lib.engine, onednn.FORWARD_INFERENCE, onednn.DIRECT_CONVOLUTION, source),
         *(lib.description(part, dtype=dtype), bias, target),
         *(dimensions([stride] * 2), dimensions([0] * 2)),
         *(dimensions([padding] * 2), dimensions([padding] * 2)),
         lib.attributes(add, relu),
     )
-    packed = lib.chosen(primitive, QUERY_WEIGHTS)
-    arguments = [(SRC, source), (WEIGHTS, packed), (DST, target)]
+    packed = lib.chosen(primitive, onednn.QUERY_WEIGHTS)
+    arguments = [(onednn.SRC, source), (onednn.WEIGHTS, packed), (onednn.DST, target)]
     if with_bias:
-        arguments.insert(2, (BIAS, bias))
+        arguments.insert(2, (onednn.BIAS, bias))
     return ConvolutionKernel(
         lib.step(primitive, *arguments),
         # A slice of the whole filters: its strides are the whole's.
@@ -152,79 +122,52 @@ def pooling(
     target = activation((n, *size, channels), DTYPES[dtype])
     primitive = lib.make(
         "dnnl_pooling_forward_primitive_desc_create",
-        *(lib.engine, FORWARD_INFERENCE, kind, source, target, dimensions([stride] * 2)),
+        *(lib.engine, onednn.FORWARD_INFERENCE, kind, source, target, dimensions([stride] * 2)),
         *(dimensions([window] * 2), dimensions([0] * 2)),
         *(dimensions([padding] * 2), dimensions([padding] * 2), None),
     )
-    return lib.step(primitive, (SRC, source), (DST, target)), [n, *size, channels]
+    return lib.step(primitive, (onednn.SRC, source), (onednn.DST, target)), [n, *size, channels]
 
 
 @dataclass(frozen=True)
 class Norm:
     """BatchNorm by the statistics of the first images.
 
-    oneDNN takes 10 to 30 times as long where channels do not fill its registers. So a few positions
-    are put side by side, as if they had channels of their own: statistics are of each of them.
-
     Attributes:
-        measure: of all images, somewhere to write to, mean and variance.
+        measure: of those, somewhere to write to, mean and variance.
         apply: of all images, the result, mean, variance, scale and shift.
-        rows: positions side by side.
         bytes: of what measuring writes.
     """
 
     measure: Step
     apply: Step
-    rows: int
     bytes: int
 
 
 @lru_cache(maxsize=KEPT_STEPS)
-def norm_of(x: tuple[int, ...], seen: int, dtype: str, relu: bool) -> Norm:
-    """For activations ``x``, of which the first ``seen`` images are measured.
-
-    Behind them there must be room for :data:`MOST_ROWS` positions, unless their number is a
-    multiple of that.
-    """
+def norm_of(x: tuple[int, ...], seen: int, relu: bool) -> Norm:
+    """For float32 activations ``x``, of which the first ``seen`` images are measured."""
     lib = library()
-    images, height, width, channels = x
-    positions = height * width
-    rows = FULL_REGISTER[dtype] // math.gcd(channels, FULL_REGISTER[dtype])
-    if seen * positions % rows:
-        rows = 1
-    vector = lib.description((rows * channels,), (1,))
-    whole, front = (
-        activation((-(-number * positions // rows), 1, 1, rows * channels), DTYPES[dtype])
-        for number in (images, seen)
-    )
+    images, *size = x
+    vector = lib.description(x[3:], (1,))
+    whole, front = (activation((number, *size)) for number in (images, seen))
     create = "dnnl_batch_normalization_forward_primitive_desc_create"
     epsilon = c_float(EPSILON)
-    measure = lib.make(create, lib.engine, FORWARD_TRAINING, front, front, epsilon, 0, None)
-    flags = GIVEN_STATISTICS | WITH_SCALE | WITH_SHIFT | (THEN_RELU if relu else 0)
-    apply = lib.make(create, lib.engine, FORWARD_INFERENCE, whole, whole, epsilon, flags, None)
-    statistics = [(MEAN, vector), (VARIANCE, vector)]
-    parameters = [(SCALE, vector), (SHIFT, vector)]
+    measure = lib.make(create, lib.engine, onednn.FORWARD_TRAINING, front, front, epsilon, 0, None)
+    flags = onednn.GIVEN_STATISTICS | onednn.WITH_SCALE | onednn.WITH_SHIFT
+    flags |= onednn.THEN_RELU if relu else 0
+    how = onednn.FORWARD_INFERENCE
+    apply = lib.make(create, lib.engine, how, whole, whole, epsilon, flags, None)
+    statistics = [(onednn.MEAN, vector), (onednn.VARIANCE, vector)]
+    parameters = [(onednn.SCALE, vector), (onednn.SHIFT, vector)]
     return Norm(
-        lib.step(measure, (SRC, front), (DST, front), *statistics),
-        lib.step(apply, (SRC, whole), (DST, whole), *statistics, *parameters),
-        rows,
+        lib.step(measure, (onednn.SRC, front), (onednn.DST, front), *statistics),
+        lib.step(apply, (onednn.SRC, whole), (onednn.DST, whole), *statistics, *parameters),
         lib.size(front),
     )
 
 
-@lru_cache(maxsize=KEPT_STEPS)
-def adding(x: tuple[int, ...], dtype: str) -> Step:
-    """Two activations, then ReLU."""
-    lib = library()
-    whole = activation(x, DTYPES[dtype])
-    primitive = lib.make(
-        "dnnl_binary_primitive_desc_create",
-        *(lib.engine, ADD, whole, whole, whole, lib.attributes(add=False, relu=True)),
-    )
-    return lib.step(primitive, (SRC, whole), (SRC_1, whole), (DST, whole))
-
-
-def activation(x: tuple[int, ...], dtype: int = FLOAT32, channels: int = 0) -> c_void_p:
+def activation(x: tuple[int, ...], dtype: int = onednn.FLOAT32, channels: int = 0) -> c_void_p:
     """The description of [N, H, W, C], or of the first C of ``channels``."""
     n, height, width, own = x
     shape = (n, own, height, width)

@@ -20,11 +20,7 @@ Batches = Iterable[tuple[paddle.Tensor, paddle.Tensor]]
 def network_logits(
     network: nn.Layer, images: paddle.Tensor, calibration: paddle.Tensor | None = None
 ) -> paddle.Tensor:
-    """Logits [N, classes] of one batch, as :func:`evaluate_network` counts them.
-
-    Args:
-        images: uint8 [N, 3, H, W].
-    """
+    """Logits [N, classes] of uint8 images [N, 3, H, W], as :func:`evaluate_network` has them."""
     with calibrated(network, None if calibration is None else normalize(calibration)):
         return network(normalize(images))
 

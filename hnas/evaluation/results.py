@@ -104,14 +104,12 @@ class Saved:
 def save_state(
     path: Path, identity: Mapping[str, str], chunk: int, counts: Counts, start: int = 0
 ) -> None:
-    """Write counts with what they belong to, in one step.
+    """Write counts of the prefix or of one chunk, with what they belong to, in one step.
 
     Args:
         path: of the file.
-        identity: what the counts belong to, e.g. hashes of the checkpoint and the lists.
-        chunk: images of a chunk in this evaluation.
-        counts: of the prefix or of one chunk.
-        start: the position of their first image.
+        identity: hashes of the checkpoint, the lists, ...
+        chunk, counts, start: as :class:`Saved` holds them.
 
     Raises:
         UserError: the file cannot be written; the earlier one is intact.
@@ -137,11 +135,6 @@ def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Sav
     remedy = "remove it to start anew"
     try:
         state = read_arrays(path, MOST_BYTES)
-        if set(FIELDS) < set(state) and "folds" not in state:
-            raise StateError(
-                f"{path} is of an earlier version, which did not count hits by fold; let that "
-                f"version finish, or {remedy}"
-            )
         found = {name: str(state.pop(f"identity_{name}")) for name in identity}
         if copies and found["image_list"] == copies:
             found["image_list"] = identity["image_list"]
@@ -151,10 +144,9 @@ def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Sav
         return _saved(state)
     except FileNotFoundError:
         return None
-    except KeyError as error:
-        raise StateError(f"{path} is broken ({error} is missing); {remedy}") from None
-    except ArraysError as error:
-        raise StateError(f"{path} is broken ({error}); {remedy}") from None
+    except (KeyError, ArraysError) as error:
+        fault = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise StateError(f"{path} is broken ({fault}); {remedy}") from None
 
 
 def _saved(state: Mapping[str, np.ndarray]) -> Saved:
@@ -167,14 +159,12 @@ def _saved(state: Mapping[str, np.ndarray]) -> Saved:
     numbers = [state[name] for name in ("start", "chunk", "images")]
     columns = [state[name] for name in FIELDS]
     folds = state["folds"]
-    shapes = {column.shape for column in columns}
+    shapes, rows = {column.shape for column in columns}, (*columns[0].shape, FOLDS)
     if set(state) != {"start", "chunk", "images", "folds", *FIELDS}:
         raise ArraysError("unknown arrays")
     if any(part.dtype != np.int64 for part in (*numbers, *columns, folds)):
         raise ArraysError("numbers that are not int64")
-    if any(number.shape for number in numbers) or len(shapes) > 1 or columns[0].ndim != 1:
-        raise ArraysError("arrays of wrong shapes")
-    if folds.shape != (*columns[0].shape, FOLDS):
+    if any(number.shape for number in numbers) or shapes != {rows[:1]} or folds.shape != rows:
         raise ArraysError("arrays of wrong shapes")
     start, chunk, images = map(int, numbers)
     if start < 0 or chunk < 1 or images < 1:
@@ -249,15 +239,13 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
     and images do not belong together. Few images that tell nothing are passed over.
 
     Args:
-        counts: hits of the networks.
+        counts: hits of the networks, at least one.
         classes: how many there are.
         what: the networks, for the message, such as "the largest sub-network".
 
     Returns:
         Whether it warned.
     """
-    if not len(counts.top1):
-        return False
     guessed = counts.images / classes
     # What guessing passes about once in a thousand times: three standard deviations.
     limit = guessed + 3 * math.sqrt(guessed * (1 - 1 / classes))

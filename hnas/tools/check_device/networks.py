@@ -15,7 +15,7 @@ from paddle import nn
 from hnas.base.device import set_deterministic
 from hnas.base.onednn import has_bfloat16
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.gpu_kernels import find_fused
+from hnas.evaluation.gpu_kernels import fused_fault
 from hnas.evaluation.reference import network_logits
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import compare
@@ -130,7 +130,7 @@ def variants(machine: rows.Machine, calibrates: bool) -> Iterator[Variant]:
     for precision in (TF32,) if machine.tf32 == "on" else (FLOAT32, FLOAT16):
         usual = usual_variant(precision)
         yield usual
-        if not calibrates and find_fused(precision, usual.layout)[0] is not None:
+        if not calibrates and not fused_fault(precision, usual.layout):
             yield usual_variant(precision, fused=True)
 
 
@@ -141,8 +141,8 @@ def check_walk(machine: rows.Machine) -> Iterator[rows.Result]:
         if not has_bfloat16():
             yield rows.not_here("the walk in bfloat16", "needs AVX512_BF16 or AMX")
     for variant in variants(machine, calibrates=True) if machine.gpus else ():
-        operator, reason = find_fused(variant.precision, variant.layout)
-        used = "not used" if operator is None else "used"
+        reason = fused_fault(variant.precision, variant.layout)
+        used = "not used" if reason else "used"
         yield rows.fact(f"fused convolution in {variant.precision.value}", used, reason)
     right = np.load(f"{machine.folder}/walk.npz")
     for scene in scenes(machine):
