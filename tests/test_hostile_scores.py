@@ -229,6 +229,9 @@ def test_a_stand_alone_step_exchanges_gradients_before_it_is_taken(monkeypatch):
 CODE = RESNET48_MINI.largest().code
 PROGRAMS = {  # what writes, and how: a folder or a file below something that is no folder
     "stages": lambda path: runtime.start(Options(save_dir=str(path / "out"), device="cpu")),
+    "curves": lambda path: runtime.start(
+        Options(save_dir=str(path.parent / "fine"), visualdl_dir=str(path / "c"), device="cpu")
+    ),
     "digits_folder": lambda path: digits_folder(["--output", str(path / "digits")]),
     "draw_architectures": lambda path: draw_architectures.main(["--output", str(path / "a.json")]),
     "flops": lambda path: flops.main(["--modelarch_file", "none", "--output", str(path / "f")]),
