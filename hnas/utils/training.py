@@ -54,7 +54,6 @@ from hnas.weights.loading import PARAMS, NotFiniteError, write_state
 
 logger = logging.getLogger(__name__)
 
-HISTORY = "history.json"
 LARGEST = RESNET48.largest().code
 """Of every search space; log lines of steps that train it alone leave it out."""
 
@@ -228,7 +227,7 @@ class Run:
     def write_history(self) -> None:
         """Write ``history.json``: losses and figures so far."""
         if is_main_process():
-            write_json(self.folder / HISTORY, self.log.history())
+            write_json(self.folder / "history.json", self.log.history())
 
     def _remove_older(self, newest: str) -> None:
         """Delete other sets within epochs and, beyond ``keep``, of whole epochs but the first.
