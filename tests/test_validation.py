@@ -65,8 +65,11 @@ def noise(number, seed):
 def test_figures_are_scipys_of_the_reference_engines_hits(supernet, truth, calibrated):
     loader = [noise(50, 0), noise(31, 1)]
     calibration = noise(16, 2)[0] if calibrated else None
+    before = {name: tensor.numpy().tobytes() for name, tensor in supernet.state_dict().items()}
     found = ranking(supernet, truth, loader, 20, calibration)
     accuracy = evaluate_reference(supernet, list(truth), loader, calibration).accuracy()
+    for name, tensor in supernet.state_dict().items():
+        assert tensor.numpy().tobytes() == before[name], name
     true = list(truth.values())
     assert found["kendall_tau_b"] == pytest.approx(stats.kendalltau(accuracy, true).statistic)
     assert found["pearson"] == pytest.approx(stats.pearsonr(accuracy, true)[0])
