@@ -176,12 +176,11 @@ def test_fair_orders_are_random_and_independent_of_each_other():
     steps = [sampler_of("fair", 0, number=4).sample(0, step) for step in range(600)]
     assert_uniform(own[0] for own in steps)
     ranks = option_ranks([str(own[0]) for own in steps], RELEASED_DIGITS)
+    later = option_ranks([str(own[3]) for own in steps], RELEASED_DIGITS)
     # Choices with as many options do not move together, nor do a step's turns.
-    same = (ranks["output width 1"][1] == ranks["output width 2"][1]).mean()
-    assert abs(same - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
-    later = [str(own[3]) for own in steps]
-    again = option_ranks(later, RELEASED_DIGITS)["output width 1"][1]
-    assert abs((again == ranks["output width 1"][1]).mean() - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
+    for other in (ranks["output width 2"], later["output width 1"]):
+        same = (ranks["output width 1"][1] == other[1]).mean()
+        assert abs(same - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
 
 
 @pytest.mark.parametrize(

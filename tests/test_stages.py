@@ -54,13 +54,11 @@ def run(tmp_path_factory):
     first = {"backbone": "resnet48pinasv2_mini", "queue_size": 32, "save_dir": root / "stage1"}
     second = {"ckpt_dir": root / "stage1/0.pdparams", "save_dir": root / "stage2"}
     third = {"ckpt_dir": root / "stage2/0.pdparams", "modelarch_file": root / "codes.json"}
-    calibrated = {"save_dir": root / "calibrated", "bn_calibration_images": 40}
     logs = []
     for script, flags in (
         (STAGE1, first),
         (STAGE2, second),
-        (STAGE3, {**third, "save_dir": root / "stage3", "bn_calibration_images": 0}),
-        (STAGE3, {**third, **calibrated}),
+        (STAGE3, {**third, "save_dir": root / "stage3"}),
     ):
         result = launch(script, **{**common, **flags})
         assert result.returncode == 0, result.stderr[-2000:]
@@ -72,17 +70,11 @@ def run(tmp_path_factory):
 def test_all_stages_say_what_fits_and_scores_are_in_order(run):
     root, _, codes, logs = run
     assert "ips" in logs[0] and "eta" in logs[1]
-    # No re-calibration by default, and a warning where it is asked for.
-    assert "bn_calibration_images 0: the weights were trained with freeze_bn" in logs[1]
-    assert "trained with freeze_bn" not in logs[2]
-    assert "--bn_calibration_images 40, but the weights were trained with freeze_bn" in logs[3]
-    plain, calibrated = (
-        json.loads((root / stage / "submission.json").read_text())
-        for stage in ("stage3", "calibrated")
-    )
-    assert list(plain) == list(calibrated) == [f"net{i}" for i in range(len(codes))]
-    assert [entry["arch"] for entry in plain.values()] == codes
-    assert plain != calibrated
+    for log in logs[1:]:  # by default
+        assert "bn_calibration_images 0: the weights were trained with freeze_bn" in log
+    scores = json.loads((root / "stage3/submission.json").read_text())
+    assert list(scores) == [f"net{i}" for i in range(len(codes))]
+    assert [entry["arch"] for entry in scores.values()] == codes
 
 
 def validation_batch(root):
@@ -141,25 +133,14 @@ def test_what_each_stage_trains(run):
         assert not np.array_equal(stage2[f"{name}.weight"], pretrained[f"{name}.weight"])
 
 
-def refused(result, *culprits):
-    """Exit code 2 and, last, one line that names the culprits; no traceback."""
-    assert result.returncode == 2, result.stderr[-2000:]
-    assert "Traceback" not in result.stderr
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ") and all(str(culprit) in line for culprit in culprits)
-    return line
-
-
 @pytest.mark.slow
-def test_wrong_input_is_one_line_and_exit_code_2(run, tmp_path):
+def test_an_image_that_a_loader_process_cannot_read_is_one_line_and_exit_code_2(run, tmp_path):
     root, common, _, _ = run
-    scoring = {**common, "ckpt_dir": root / "stage2/0.pdparams", "save_dir": tmp_path / "out"}
-    other = {**scoring, "modelarch_file": root / "codes.json", "backbone": "resnet48"}
-    line = refused(launch(STAGE3, **other), "0.pdparams", "another network")
-    assert ", ..." in line  # many shapes differ; ten are listed
-
     corrupt = shutil.copytree(root / "images", tmp_path / "corrupt")
     victim = sorted((corrupt / "train/5").iterdir())[0]
     victim.write_bytes(victim.read_bytes()[:60])
-    stage2 = {**common, "image_dir": corrupt, "use_ckpt": False, "save_dir": tmp_path / "s2"}
-    refused(launch(STAGE2, **{**stage2, "num_workers": 2}), victim)
+    flags = {**common, "image_dir": corrupt, "use_ckpt": False, "save_dir": tmp_path / "s2"}
+    result = launch(STAGE2, **{**flags, "num_workers": 2})
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and str(victim) in line

@@ -6,7 +6,7 @@ import independent
 import numpy as np
 import paddle
 import pytest
-from independent import first_place_size, log_softmax, normalized
+from independent import first_place_size, normalized
 from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import UserError
@@ -17,8 +17,6 @@ from hnas.search_space import RESNET48_MINI
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     GradientStep,
-    distillation_loss,
-    learning_rate,
     momentum_optimizer,
     relative_sizes,
     swinging_rate,
@@ -48,22 +46,6 @@ def in_float64(*networks):
 
 
 # --- stage two's step
-
-
-def test_the_loss_is_both_cross_entropies_and_its_gradient_that_by_hand():
-    rng = np.random.default_rng(0)
-    logits, teacher = rng.normal(scale=2, size=(2, 6, CLASSES))
-    labels = rng.integers(0, CLASSES, 6)
-    log_p, q = log_softmax(logits), np.exp(log_softmax(teacher))
-    hard, soft = -log_p[np.arange(6), labels].mean(), -(q * log_p).sum(1).mean()
-    student, answers = tensors([logits, labels])
-    student.stop_gradient = False
-    assert float(distillation_loss(student, answers, None)) == pytest.approx(hard, rel=1e-6)
-    loss = distillation_loss(student, answers, paddle.to_tensor(q))
-    assert float(loss) == pytest.approx(hard + soft, rel=1e-6)
-    loss.backward()
-    expected = np.exp(log_p) - np.eye(CLASSES)[labels] + np.exp(log_p) - q
-    np.testing.assert_allclose(student.grad.numpy(), expected / 6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -260,28 +242,14 @@ def test_steps_of_the_optimizer_that_flags_describe_are_those_of_numpy(limit):
             assert parameter.grad is None
 
 
-# --- schedules
-
-
-def rates_of(schedule, number):
-    rates = []
-    for _ in range(number):
-        rates.append(schedule())
-        schedule.step()
-    return rates
-
-
-def test_the_learning_rate_can_be_warm_up_only():
-    """Stage two's recipe: five epochs, five of them warm-up. (Cosines: see test_run_state.py.)"""
-    rates = rates_of(learning_rate(0.0005, total_batch=256, warmup_steps=4, total_steps=4), 4)
-    np.testing.assert_allclose(rates, [0.000125, 0.00025, 0.000375, 0.0005])
-
-
 def test_the_swing_is_the_cosine_of_public_code_stepped_per_batch():
-    """Paddle's cosine, made for epochs, whose half period is the number of epochs."""
-    peak = 0.0008 * 512 / 256
-    theirs = rates_of(paddle.optimizer.lr.CosineAnnealingDecay(peak, T_max=10), 65)
-    ours = rates_of(swinging_rate(0.0008, total_batch=512, half_period=10), 65)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
-    assert ours[0] == ours[20] == peak and ours[10] == pytest.approx(0, abs=1e-12)
-    assert np.mean(ours[:20]) == pytest.approx(peak / 2)
+    """Paddle's, made for epochs, whose half period is their number. (More: test_run_state.py.)"""
+    peak, rates = 0.0008 * 512 / 256, []
+    theirs = paddle.optimizer.lr.CosineAnnealingDecay(peak, T_max=10)
+    ours = swinging_rate(0.0008, total_batch=512, half_period=10)
+    for _ in range(65):
+        assert ours() == pytest.approx(theirs(), rel=1e-9, abs=1e-12)
+        rates.append(ours())
+        ours.step()
+        theirs.step()
+    assert rates[0] == rates[20] == peak and np.mean(rates[:20]) == pytest.approx(peak / 2)

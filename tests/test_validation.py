@@ -37,11 +37,8 @@ def truth():
     return dict(zip(archs, values.tolist(), strict=True))
 
 
-def write_truth(path, truth):
-    entries = {
-        f"a{i}": {"acc": acc, "arch": arch.code} for i, (arch, acc) in enumerate(truth.items())
-    }
-    path.write_text(json.dumps(entries))
+def write_truth(path, rows):
+    path.write_text(json.dumps({f"a{i}": {"acc": a, "arch": c} for i, (c, a) in enumerate(rows)}))
     return path
 
 
@@ -104,8 +101,7 @@ def test_processes_share_the_images_and_find_the_same(supernet, truth, monkeypat
 )
 def test_wrong_files_are_refused(tmp_path, truth, change, message):
     rows = change([(arch.code, acc) for arch, acc in truth.items()])
-    path = tmp_path / "gt.json"
-    path.write_text(json.dumps({str(i): {"arch": c, "acc": a} for i, (c, a) in enumerate(rows)}))
+    path = write_truth(tmp_path / "gt.json", rows)
     with pytest.raises(UserError, match=message) as error:
         read_ranked(str(path), RESNET48_MINI)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -238,7 +234,8 @@ def test_ranking_changes_no_bit_of_training_and_is_that_of_stage_threes_scores(
     tmp_path, truth, monkeypatch
 ):
     images = noise_images(tmp_path / "images", number=4)
-    truth_file = write_truth(tmp_path / "gt.json", truth)
+    rows = [(arch.code, acc) for arch, acc in truth.items()]
+    truth_file = write_truth(tmp_path / "gt.json", rows)
     paddle.seed(0)
     network = build_network("resnet48_mini", len(CLASSES), elastic=False)
     network.start_as_shortcuts()
