@@ -129,13 +129,11 @@ def test_blocks_that_a_step_does_not_run_are_left_alone():
     paddle.seed(0)
     net = build_network("resnet48_mini", CLASSES)
     space = RESNET48_MINI
-    draws = {0: [space.largest()], 1: [space.smallest()]}
-    sampler = SimpleNamespace(sample=lambda epoch, step: draws[step])
-    model = DistillationModel(net, None, sampler)
+    model = DistillationModel(net, None, LargestSampler(space))
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, weight_decay=0.1))
     model.train_batch(tensors(batch(1, 4)))
     before = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    model.step = 1
+    model.sampler = SimpleNamespace(sample=lambda epoch, step: [space.smallest()])
     model.train_batch(tensors(batch(1, 4)))
     active = {id(p) for block in net.active_blocks() for p in block.parameters()}
     blocks = [block for stage in range(4) for block in net.stage_blocks(stage)]
