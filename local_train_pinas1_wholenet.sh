@@ -36,6 +36,7 @@ save_steps=${save_steps:-500}                                   # steps; 0: at e
 keep=${keep:-0}                                                 # epochs besides the first; 0: all
 bad_images=${bad_images:-fatal}                                 # or skip
 log_freq=${log_freq:-50}                                        # steps
+visualdl_dir=${visualdl_dir:-None}                              # folder of curves
 resume=${resume:-None}                                          # a folder, or auto
 seed=${seed:-0}
 device=${device:-auto}
@@ -52,7 +53,7 @@ launch train_supernet_pinas_stage1.py run \
     --pretrained "$pretrained" --image_dir "$image_dir" --save_dir_new "$save_dir" \
     --amp "$amp" --accumulate "$accumulate" --clip_norm "$clip_norm" \
     --use_tensor_dataset "$use_tensor_dataset" --storage_size "$storage_size" \
-    --cache_dir "$cache_dir" \
+    --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" \
     --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
     --bad_images "$bad_images" --log_freq "$log_freq" --resume "$resume" --seed "$seed" \

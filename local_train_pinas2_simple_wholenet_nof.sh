@@ -41,6 +41,7 @@ keep=${keep:-0}                                                 # epochs besides
 bad_images=${bad_images:-fatal}                                 # or skip
 eval_freq=${eval_freq:-1}                                       # epochs; 0: never
 log_freq=${log_freq:-50}                                        # steps
+visualdl_dir=${visualdl_dir:-None}                              # folder of curves
 resume=${resume:-None}                                          # a folder, or auto
 train_flag=${train_flag:-True}                                  # False: evaluate only
 seed=${seed:-0}
@@ -60,7 +61,7 @@ launch train_supernet_pinas_stage2_simple.py run \
     --image_dir "$image_dir" --save_dir "$save_dir" \
     --amp "$amp" --accumulate "$accumulate" --clip_norm "$clip_norm" \
     --use_tensor_dataset "$use_tensor_dataset" --storage_size "$storage_size" \
-    --cache_dir "$cache_dir" \
+    --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" \
     --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
     --bad_images "$bad_images" --eval_freq "$eval_freq" --log_freq "$log_freq" \

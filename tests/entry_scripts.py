@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddle import nn
 from PIL import Image
 
 from hnas.bench.speed_training import calm
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
-from hnas.models.elastic import measure
+from hnas.models.elastic import batch_norms, measure
 from hnas.models.pinasv2 import build_network
 from hnas.tools.digits_folder import write_digits
 from hnas.weights.loading import write_state
@@ -51,18 +50,9 @@ def write_inputs(work: Path, images_per_class: int) -> None:
     paddle.seed(0)
     network = build_network("resnet48_mini", num_classes=10, elastic=False)
     calm(network)
-    measure_statistics(network, work / "images", image_size=32)
-    write_state(work / "pretrained.pdparams", network.state_dict())
-
-
-def measure_statistics(network: nn.Layer, image_dir: Path, image_size: int) -> None:
-    """Give a new network the BatchNorm statistics of the training images.
-
-    Training at frozen statistics needs some that fit the weights, as pretrained networks have.
-    """
-    images = scan_images(image_dir, "train")
-    dataset = ImageDataset(images, EvalTransform(image_size), seed=0)
-    ((pixels, _),) = EvalLoader(dataset, len(images))
+    # Training at frozen statistics needs some that fit the weights, as pretrained networks have.
+    images = scan_images(work / "images", "train")
+    ((pixels, _),) = EvalLoader(ImageDataset(images, EvalTransform(32), seed=0), len(images))
     network.eval()
-    norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D)]
-    measure(network, norms, normalize(pixels))
+    measure(network, batch_norms(network), normalize(pixels))
+    write_state(work / "pretrained.pdparams", network.state_dict())

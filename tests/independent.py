@@ -87,12 +87,6 @@ def normalized(images):
     return (images.astype("float32") / np.float32(255) - mean) / std
 
 
-def log_softmax(logits):
-    """Of NumPy logits [N, C], in their precision."""
-    logits = logits - logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
-
-
 def first_place_size(code):
     """The first place's size, digit by digit, in exact arithmetic."""
     tenths = (640, 704, 1088, 1216)  # of a channel, in full widths

@@ -187,6 +187,9 @@ def test_train_standalone_refuses_several_processes(monkeypatch):
 
 PROGRAMS = {  # what writes, and how: a folder or a file below something that is no folder
     "stages": lambda path: runtime.start(Options(save_dir=str(path / "out"), device="cpu")),
+    "curves": lambda path: runtime.start(
+        Options(save_dir=str(path.parent / "fine"), visualdl_dir=str(path / "c"), device="cpu")
+    ),
     "digits_folder": lambda path: digits_folder(["--output", str(path / "digits")]),
     "draw_architectures": lambda path: draw_architectures.main(["--output", str(path / "a.json")]),
     "flops": lambda path: flops.main(["--modelarch_file", "none", "--output", str(path / "f")]),

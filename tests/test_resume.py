@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from entry_scripts import ROOT, write_inputs
 
-from hnas.base.safe_pickle import load_pickle
 from hnas.parallel.distributed import StopSignals
 from hnas.weights.loading import read_weights
 
@@ -106,33 +105,16 @@ def undisturbed(runs) -> dict[int, str]:
     return {1: "undisturbed1", 2: "undisturbed2"}
 
 
-def test_the_same_run_twice_is_the_same(runs, undisturbed):
-    """Without this no claim about resuming could hold."""
-    runs.run(1, "twice")
-    runs.assert_same("twice", undisturbed[1])
-
-
 def test_training_changes_weights_and_leaves_what_resuming_needs(runs, undisturbed):
+    sets = {f"{epoch}{end}" for epoch in (0, 1) for end in (".pdparams", ".pdopt", ".pdstates")}
+    names = sets | {"final.pdparams"}
+    expected = names | {f"{name}.sha256" for name in names} | {"history.json", "run_id.json"}
     for folder in undisturbed.values():
         first, final = runs.weights(folder, "0"), runs.weights(folder)
         assert any(first[key].tobytes() != final[key].tobytes() for key in first)
         assert len(runs.losses(folder)) == 2
-        names = {f"{epoch}{suffix}" for epoch in (0, 1) for suffix in
-                 (".pdparams", ".pdopt", ".pdstates")} | {"final.pdparams"}  # fmt: skip
-        found = {path.name for path in (runs.work / folder).iterdir()}
-        others = {"history.json", "run_id.json"}
-        assert found == names | {f"{name}.sha256" for name in names} | others
-    folder = runs.work / undisturbed[1]
-    state = load_pickle(folder / "0.pdstates")
-    assert (state["epoch"], state["step"]) == (1, 0)
-    assert set(state["generators"]) == {"python", "numpy", "paddle"}
-    assert state["run"]["sample_method"] == "random"
-    # The learning rate follows from the position, not from a counter.
-    optimizer = load_pickle(folder / "0.pdopt")
-    assert all("@_velocity_" in key for key in optimizer if not key.endswith("@@"))
-    weights = runs.weights(undisturbed[1], "0")
-    assert weights["queue"].shape == (128, 16)
-    assert weights["queue_pointer"].tolist() == [STEPS * BATCH % 16]
+        assert {path.name for path in (runs.work / folder).iterdir()} == expected
+    assert runs.weights(undisturbed[1], "0")["queue_pointer"].tolist() == [STEPS * BATCH % 16]
 
 
 @pytest.mark.slow
@@ -157,22 +139,16 @@ def test_signals_save_and_end_with_their_code(stage, number, code, workers, runs
     runs.assert_same(folder, undisturbed[stage])
 
 
-@pytest.fixture
-def heeds_interrupts():
-    """What is started in a shell's background ignores SIGINT."""
+def test_the_second_signal_acts_at_once():
+    # What is started in a shell's background ignores SIGINT.
     kept = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, kept)
-
-
-def test_the_second_signal_acts_at_once(heeds_interrupts):
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, kept) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -33,9 +33,7 @@ def launch(script, **variables):
         **{name: str(value) for name, value in variables.items()},
     }
     command = ["sh", str(ROOT / script)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +54,11 @@ def run(tmp_path_factory):
     first = {"backbone": "resnet48pinasv2_mini", "queue_size": 32, "save_dir": root / "stage1"}
     second = {"ckpt_dir": root / "stage1/0.pdparams", "save_dir": root / "stage2"}
     third = {"ckpt_dir": root / "stage2/0.pdparams", "modelarch_file": root / "codes.json"}
-    calibrated = {"save_dir": root / "calibrated", "bn_calibration_images": 40}
     logs = []
     for script, flags in (
         (STAGE1, first),
         (STAGE2, second),
-        (STAGE3, {**third, "save_dir": root / "stage3", "bn_calibration_images": 0}),
-        (STAGE3, {**third, **calibrated}),
+        (STAGE3, {**third, "save_dir": root / "stage3"}),
     ):
         result = launch(script, **{**common, **flags})
         assert result.returncode == 0, result.stderr[-2000:]
@@ -71,24 +67,14 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_all_stages_leave_their_files_and_say_what_fits(run):
+def test_all_stages_say_what_fits_and_scores_are_in_order(run):
     root, _, codes, logs = run
-    for stage in ("stage1", "stage2"):
-        for epoch in (0, 1):
-            for suffix in (".pdparams", ".pdopt", ".pdstates"):
-                assert (root / stage / f"{epoch}{suffix}").is_file()
     assert "ips" in logs[0] and "eta" in logs[1]
-    # No re-calibration by default, and a warning where it is asked for.
-    assert "bn_calibration_images 0: the weights were trained with freeze_bn" in logs[1]
-    assert "trained with freeze_bn" not in logs[2]
-    assert "--bn_calibration_images 40, but the weights were trained with freeze_bn" in logs[3]
-    plain, calibrated = (
-        json.loads((root / stage / "submission.json").read_text())
-        for stage in ("stage3", "calibrated")
-    )
-    assert list(plain) == list(calibrated) == [f"net{i}" for i in range(len(codes))]
-    assert [entry["arch"] for entry in plain.values()] == codes
-    assert plain != calibrated
+    for log in logs[1:]:  # by default
+        assert "bn_calibration_images 0: the weights were trained with freeze_bn" in log
+    scores = json.loads((root / "stage3/submission.json").read_text())
+    assert list(scores) == [f"net{i}" for i in range(len(codes))]
+    assert [entry["arch"] for entry in scores.values()] == codes
 
 
 def validation_batch(root):
@@ -136,45 +122,25 @@ def test_what_each_stage_trains(run):
     assert {"queue", "queue_pointer"} <= set(stage1)
     classifier, moved = "blocks.24.fc.weight", "blocks.1.conv2.weight"
     np.testing.assert_array_equal(stage1[f"backbone.{classifier}"], pretrained[classifier])
-    assert not np.array_equal(
-        np.sort(stage1[f"backbone.{moved}"], axis=None), np.sort(pretrained[moved], axis=None)
-    )
-    for name in ("blocks.0.bn", "blocks.9.bn2", "blocks.6.downsample.1"):
-        assert not np.array_equal(stage2[f"{name}.weight"], pretrained[f"{name}.weight"])
-        for part in ("_mean", "_variance"):
-            # Widths that reordering leaves alone.
-            for found in (stage1[f"backbone.{name}.{part}"], stage2[f"{name}.{part}"]):
-                np.testing.assert_array_equal(found, pretrained[f"{name}.{part}"])
     for state, prefix in ((stage1, "backbone."), (stage2, "")):
         for name, value in pretrained.items():
-            if name.endswith(("_mean", "_variance")):
-                found = state[f"{prefix}{name}"]
-                np.testing.assert_array_equal(np.sort(found), np.sort(value), err_msg=name)
-
-
-def refused(result, *culprits):
-    """Exit code 2 and, last, one line that names the culprits; no traceback."""
-    assert result.returncode == 2, result.stderr[-2000:]
-    assert "Traceback" not in result.stderr
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ") and all(str(culprit) in line for culprit in culprits)
-    return line
+            if name == moved or name.endswith(("_mean", "_variance")):
+                # Reordering moves channels of the widths within blocks.
+                found = np.sort(state[f"{prefix}{name}"], axis=None)
+                same = np.array_equal(found, np.sort(value, axis=None))
+                assert same == (name != moved), name
+    for name in ("blocks.0.bn", "blocks.9.bn2", "blocks.6.downsample.1"):
+        assert not np.array_equal(stage2[f"{name}.weight"], pretrained[f"{name}.weight"])
 
 
 @pytest.mark.slow
-def test_wrong_input_is_one_line_and_exit_code_2(run, tmp_path):
+def test_an_image_that_a_loader_process_cannot_read_is_one_line_and_exit_code_2(run, tmp_path):
     root, common, _, _ = run
-    scoring = {**common, "ckpt_dir": root / "stage2/0.pdparams", "save_dir": tmp_path / "out"}
-    (tmp_path / "bad.json").write_text('{"net7": {"acc": 0, "arch": "1658511"}}')
-    bad = {**scoring, "modelarch_file": tmp_path / "bad.json"}
-    refused(launch(STAGE3, **bad), "bad.json", "net7", "7 digits")
-    other = {**scoring, "modelarch_file": root / "codes.json", "backbone": "resnet48"}
-    line = refused(launch(STAGE3, **other), "0.pdparams", "another network")
-    assert ", ..." in line  # many shapes differ; ten are listed
-
     corrupt = shutil.copytree(root / "images", tmp_path / "corrupt")
     victim = sorted((corrupt / "train/5").iterdir())[0]
     victim.write_bytes(victim.read_bytes()[:60])
-    stage2 = {**common, "image_dir": corrupt, "use_ckpt": False, "save_dir": tmp_path / "s2"}
-    for workers in (0, 2):
-        refused(launch(STAGE2, **{**stage2, "num_workers": workers}), victim)
+    flags = {**common, "image_dir": corrupt, "use_ckpt": False, "save_dir": tmp_path / "s2"}
+    result = launch(STAGE2, **{**flags, "num_workers": 2})
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and str(victim) in line

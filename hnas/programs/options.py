@@ -119,6 +119,7 @@ class Options:
     keep: int = training(0, "newest epochs' checkpoints to keep, besides epoch 0's; 0: all",
         "epochs", high=MOST_EPOCHS, standalone=1)
     log_freq: int = training(50, "steps between log lines", "steps", low=1)
+    visualdl_dir: str = training("", "write curves for VisualDL to it", "folder")
 
     lr_schedule: str = contrast("cosine",
         "cosine: warm-up, then one cosine over all steps; swing: the full rate to zero and back "

@@ -82,6 +82,8 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
         set_num_threads(cpu_threads())
     if writes:
         check_writable(options.save_dir, "--save_dir")
+        if options.visualdl_dir:
+            check_writable(options.visualdl_dir, "--visualdl_dir")
     join_processes(cpu=not on_gpu())
     seed_generators(options.seed)
     logger.info("device %s (%s), seed %d", paddle.get_device(), arithmetic, options.seed)

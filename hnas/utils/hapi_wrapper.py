@@ -15,7 +15,6 @@ from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
 from paddle.optimizer.lr import LambdaDecay, LRScheduler
 
-from hnas.base.errors import UserError
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.parallel.distributed import GradientExchange
@@ -46,16 +45,7 @@ class GradientStep:
         return paddle.amp.auto_cast(level=self.amp, dtype=self._dtype)
 
     def parts(self, *tensors: paddle.Tensor) -> list[Sequence[paddle.Tensor]]:
-        """Tensors [N, ...] in ``accumulate`` parts: one tuple of tensors for each.
-
-        Raises:
-            UserError: N cannot be split so.
-        """
-        number = tensors[0].shape[0]
-        if number % self.accumulate:
-            raise UserError(
-                f"a batch of {number} images is not a multiple of --accumulate {self.accumulate}"
-            )
+        """Tensors [N, ...] in ``accumulate`` parts, which divide N; a tuple each."""
         if self.accumulate == 1:
             return [tensors]
         return list(zip(*(tensor.split(self.accumulate) for tensor in tensors), strict=True))
@@ -78,7 +68,7 @@ class GradientStep:
         self.optimizer.clear_grad(set_to_zero=False)
 
     def state(self) -> dict:
-        """What a resumed run needs: the scale of the losses."""
+        """The scale of the losses, for a checkpoint."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def restore(self, state: dict) -> None:
@@ -105,8 +95,6 @@ def learning_rate(
     base: float, total_batch: int, warmup_steps: int, total_steps: int
 ) -> LRScheduler:
     """Base times batch / 256; linear warm-up from one step's share, then cosine to zero."""
-    if total_steps < 1:
-        raise UserError("training has no steps; raise max_epoch or lower batch_size")
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -7,8 +7,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,6 @@ from hnas.weights.loading import PARAMS, NotFiniteError, write_state
 
 logger = logging.getLogger(__name__)
 
-HISTORY = "history.json"
 LARGEST = RESNET48.largest().code
 """Of every search space; log lines of steps that train it alone leave it out."""
 
@@ -107,7 +106,8 @@ def fit(
         UserError: the loss is not finite any more.
     """
     run = Run(model, options, loader, measure)
-    with StopSignals(patient=world_size() > 1) as run.stop:
+    folder = options.visualdl_dir if is_main_process() else ""
+    with StopSignals(patient=world_size() > 1) as run.stop, curves_in(folder) as run.log.curves:
         if world_size() > 1:
             agree((run.begun, run.first), "the epoch and step to start from")
             copy_from_main_process([*model.network.state_dict().values()])
@@ -152,6 +152,7 @@ class Run:
         if is_main_process():
             remove_leftovers(self.folder)
             note_run(self.folder, self.run_id)
+        self.log.draw_validation(self.log.validation)
         if begun and not first and begun - 1 not in self.log.validation:
             # A kill came between the epoch's checkpoint and the end of its measurement.
             self.validate(begun - 1)
@@ -217,6 +218,7 @@ class Run:
         generators = generators_state()
         figures = self.log.validation[epoch] = self.measure()
         restore_generators(generators)
+        self.log.draw_validation([epoch])
         if is_main_process():
             logger.info("epoch %d validation: %s", epoch + 1, figures_text(figures))
         self.write_history()
@@ -225,7 +227,7 @@ class Run:
     def write_history(self) -> None:
         """Write ``history.json``: losses and figures so far."""
         if is_main_process():
-            write_json(self.folder / HISTORY, self.log.history())
+            write_json(self.folder / "history.json", self.log.history())
 
     def _remove_older(self, newest: str) -> None:
         """Delete other sets within epochs and, beyond ``keep``, of whole epochs but the first.
@@ -248,8 +250,11 @@ class TrainLogger:
 
     Losses are read from the device when a line is due or a checkpoint is about to be written,
     and checked then, so a step never waits for its loss and no checkpoint follows a bad one.
-    A run has ``epochs`` of ``steps`` on ``batch`` images.
+    A run has ``epochs`` of ``steps`` on ``batch`` images. ``curves``, if any, get points at every
+    line and after epochs' validation.
     """
+
+    curves = None
 
     def __init__(self, log_freq: int, epochs: int, steps: int, batch: int):
         self.log_freq, self.epochs, self.steps, self.batch = log_freq, epochs, steps, batch
@@ -355,7 +360,11 @@ class TrainLogger:
 
     def _log_line(self, step: int, logs: Mapping) -> None:
         elapsed = time.perf_counter() - self._mark
-        left = (self.epochs - self.epoch) * self.steps - step - 1
+        done = self.epoch * self.steps + step + 1
+        left = self.epochs * self.steps - done
+        loss, top1 = float(logs["loss"]), float(logs["top1"])
+        ips = self._since * self.batch / elapsed
+        self._draw("train", {"loss": loss, "top1": top1, "lr": logs["lr"], "ips": ips}, done)
         logger.info(
             "epoch %d/%d step %d/%d lr %.6f loss %.4f top1 %.4f ips %.1f images/s "
             "data %.3f s/step eta %s%s",
@@ -364,13 +373,42 @@ class TrainLogger:
             step + 1,
             self.steps,
             logs["lr"],
-            float(logs["loss"]),
-            float(logs["top1"]),
-            self._since * self.batch / elapsed,
+            loss,
+            top1,
+            ips,
             self._waited / self._since,
             datetime.timedelta(seconds=round(left * elapsed / self._since)),
             "" if logs["arch"] == LARGEST else f" arch {logs['arch']}",
         )
+
+    def draw_validation(self, epochs: Iterable[int]) -> None:
+        """Points of what was measured after these epochs, at the step after which it was."""
+        for epoch in epochs:
+            self._draw("validation", self.validation[epoch], (epoch + 1) * self.steps)
+
+    def _draw(self, group: str, figures: Figures, done: int) -> None:
+        if self.curves is not None:
+            for name, value in figures.items():
+                if value is not None:
+                    self.curves.add_scalar(f"{group}/{name}", value, done)
+
+
+def curves_in(folder: str) -> AbstractContextManager:
+    """VisualDL's writer of curves to a folder; without one None.
+
+    Raises:
+        UserError: VisualDL is not installed.
+    """
+    if not folder:
+        return nullcontext()
+    try:
+        from visualdl import LogWriter
+    except ImportError as error:
+        raise UserError(
+            f"--visualdl_dir needs VisualDL ({error}): pip install visualdl 'numpy<2', or leave it "
+            "out"
+        ) from None
+    return LogWriter(folder)
 
 
 def about_weights(options: Options, loader: EpochLoader) -> dict:

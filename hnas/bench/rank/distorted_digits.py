@@ -8,16 +8,11 @@ two CPU cores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.ndimage import map_coordinates
-
-if TYPE_CHECKING:
-    import paddle
 
 CLASSES = 100
 SCAN_SIZE = 8
@@ -50,10 +45,7 @@ class DigitsTask:
     ) -> np.ndarray:
         """Scans [N, 8, 8] of values 0 to 1, each somewhere in an image: float32 [N, size, size].
 
-        Args:
-            scans: what to place.
-            rng: of the distortions.
-            columns: bounds of the horizontal place; -1 and 1 touch the image's edges.
+        ``columns`` are bounds of the horizontal place; -1 and 1 touch the image's edges.
         """
         number = len(scans)
         angle = rng.uniform(-self.rotation, self.rotation, number).astype(np.float32)
@@ -113,39 +105,3 @@ class DigitsTask:
         """Views of ``size`` random pairs of training scans, and labels [size]."""
         which = self._scans[2][: self.train_scans]
         return self._draw(which, size, views, np.random.default_rng(seed))
-
-
-@dataclass(frozen=True)
-class DigitsLoader:
-    """Batches of a :class:`DigitsTask`, as :class:`hnas.dataset.loader.EpochLoader` gives them.
-
-    Attributes:
-        task: what to draw from.
-        batch_size: images a batch.
-        steps: batches an epoch.
-        seed: of the draws; a batch depends on (seed, epoch, step) only.
-        views: of each image, distorted independently.
-    """
-
-    task: DigitsTask
-    batch_size: int
-    steps: int
-    seed: int
-    views: int = 1
-
-    @property
-    def total_batch(self) -> int:
-        return self.batch_size
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
-        """The batches of ``epoch`` from ``start_step`` on: views [N, 3, H, W], labels [N]."""
-        # Takes seconds, which commands that only hand out work need not wait for.
-        import paddle
-
-        for step in range(start_step, self.steps):
-            seed = (self.seed, epoch, step)
-            images, labels = self.task.training_batch(self.batch_size, seed, self.views)
-            yield [paddle.to_tensor(part) for part in (*images, labels)]

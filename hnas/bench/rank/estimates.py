@@ -57,14 +57,10 @@ def _over_pairs(kernel: np.ndarray) -> np.ndarray:
 
 
 def interval(kernels: np.ndarray) -> dict[str, float | None]:
-    """A method's tau-b, mean over its supernets, with the ends of its interval.
+    """A method's tau-b: ``value``, ``low`` and ``high``, None where not defined.
 
-    Args:
-        kernels: of its supernets, :func:`tau_kernel`, [seeds, n, n]. The interval of a single one
-            holds for that supernet.
-
-    Returns:
-        ``value``, ``low``, ``high``; what is not defined is None.
+    The mean over its supernets, whose kernels are [seeds, n, n], with the ends of its interval.
+    That of a single one holds for that supernet.
     """
     value = float(_over_pairs(kernels).mean())
     found = {"value": none_if_nan(value), "low": None, "high": None}
@@ -77,14 +73,9 @@ def interval(kernels: np.ndarray) -> dict[str, float | None]:
 
 
 def difference(own: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
-    """Of the first method's tau-b less the other's.
+    """The first tau-b less the other: ``value``, ``low``, ``high``, and ``p`` (two-sided).
 
-    Args:
-        own, other: kernels [seeds, n, n] of supernets of the same seeds; [1, n, n] for what has
-            no seeds.
-
-    Returns:
-        ``value``, ``low``, ``high``, and ``p`` of no difference (two-sided).
+    Kernels are [seeds, n, n], of supernets of the same seeds; [1, n, n] for what has no seeds.
     """
     kernels = own - other
     value = float(_over_pairs(kernels).mean()) if len(kernels) else math.nan
@@ -101,15 +92,10 @@ def difference(own: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
 
 
 def standard_error(kernels: np.ndarray, corrected: bool) -> tuple[float, float]:
-    """Of the mean over seeds and pairs of kernels [seeds, n, n].
+    """Of the mean over seeds and pairs of kernels [seeds, n, n]: the error, its degrees of freedom.
 
-    Args:
-        kernels: of the supernets.
-        corrected: take off what the jackknife counts twice. It matters for differences, which
-            depend on architectures through pairs of them more than through each by itself.
-
-    Returns:
-        The standard error, and its degrees of freedom.
+    ``corrected`` takes off what the jackknife counts twice. That matters for differences, which
+    depend on architectures through pairs of them more than through each by itself.
     """
     seeds, number = kernels.shape[:2]
     mean = kernels.mean(axis=0)

@@ -85,16 +85,9 @@ class Scale:
         )
 
     def steps(self, method: Method) -> int:
-        """Steps of stage 2 that the budget leaves to a method.
-
-        Raises:
-            UserError: none.
-        """
+        """Steps of stage 2 that the budget leaves to a method."""
         stage1 = STAGE1_FORWARDS * self.stage1_steps if method.stage1 else 0
-        steps = int((self.budget - stage1) / method.forwards)
-        if steps < 1:
-            raise UserError(f"a budget of {self.budget} forward passes leaves no step of stage 2")
-        return steps
+        return int((self.budget - stage1) / method.forwards)
 
 
 # What a job's result depends on, what it starts from included.
@@ -104,19 +97,15 @@ SUPERNET = (*ALONE, "stage1_steps", "stage1_lr", "queue_size", "budget", "calibr
 
 @dataclass(frozen=True)
 class Job:
-    """One training.
-
-    Attributes:
-        kind: ``truth``, ``pretrain``, ``stage1``, or of a supernet the split that it is scored on.
-        seed: from 0.
-        what: an architecture's name, nothing, or a method's name.
-        rate: a supernet's learning rate, for the sum of a step's gradients.
-    """
+    """One training."""
 
     kind: str
+    """``truth``, ``pretrain``, ``stage1``, or of a supernet the split that it is scored on."""
     seed: int
     what: str = ""
+    """An architecture's name, nothing, or a method's name."""
     rate: float = 0.0
+    """A supernet's learning rate, for the sum of a step's gradients."""
 
     @property
     def name(self) -> str:
@@ -141,19 +130,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Bench:
-    """The files of a bench, and what its jobs have in common.
-
-    Attributes:
-        folder: of all its files.
-        scale: how much is trained.
-    """
+    """The files of a bench, all in one folder, and what its jobs have in common."""
 
     folder: Path
     scale: Scale
 
     @property
     def runs(self) -> Path:
-        """The file of results."""
         return self.folder / "runs.jsonl"
 
     @cached_property

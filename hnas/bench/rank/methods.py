@@ -17,23 +17,17 @@ LEARNING_RATES = (0.0067, 0.02, 0.06)
 
 @dataclass(frozen=True)
 class Method:
-    """How a supernet is trained.
-
-    Attributes:
-        stage1: whether stage 1 comes first, as the first place ran it.
-        sampler: ``first_place``, ``random``, ``sandwich`` or ``fair``.
-        teacher: ``pretrained``, ``in place`` (the step's first sub-network) or ``none``.
-        subnetworks: a step.
-        freeze_bn: stage 2 trains at the running statistics that it starts from. Elsewhere BatchNorm
-            is re-calibrated for each architecture, as ``bn_calibration_images=auto`` does.
-        clip_norm: largest norm of all gradients of a step of stage 2 together; 0: any.
-    """
+    """How a supernet is trained; flags of stage 2 have their names and meanings."""
 
     stage1: bool = False
+    """Whether stage 1 comes first, as the first place ran it."""
     sampler: str = "random"
+    """Or ``first_place``, ``sandwich``, ``fair``."""
     teacher: str = "pretrained"
+    """Or ``in place`` (the step's first sub-network), ``none``."""
     subnetworks: int = 4
     freeze_bn: bool = False
+    """Without it BatchNorm is re-calibrated for each architecture."""
     clip_norm: float = 0.0
 
     @property

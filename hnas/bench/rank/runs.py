@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import paddle
 
 from hnas.base.device import processor
-from hnas.bench.rank.distorted_digits import CLASSES, DigitsLoader, DigitsTask
+from hnas.bench.rank.distorted_digits import CLASSES, DigitsTask
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import Method
 from hnas.evaluation.counts import Counts
@@ -45,17 +46,40 @@ CALIBRATION_SEED = 5000
 
 
 def run_job(bench: Bench, job: Job) -> dict:
-    """Train and measure.
+    """Train and measure; gives the result, ``seconds`` and ``processor``.
 
-    Returns:
-        The result, which depends on the job's settings and the number of threads, not on what ran
-        before; with it ``seconds`` and ``processor``.
+    The result depends on the job's settings and the number of threads, not on what ran before.
     """
     began = time.perf_counter()
     seed_generators(job.seed)
     with paddle.utils.unique_name.guard():
         result = RUN[job.kind](bench, job)
     return {**result, "seconds": round(time.perf_counter() - began, 1), "processor": processor()}
+
+
+@dataclass(frozen=True)
+class DigitsLoader:
+    """Batches of a task, as :class:`hnas.dataset.loader.EpochLoader` gives them.
+
+    Each has ``views`` of its images, distorted independently, and depends on (seed, epoch, step)
+    only.
+    """
+
+    task: DigitsTask
+    batch_size: int
+    steps: int
+    seed: int
+    views: int = 1
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
+        """The batches of ``epoch`` from ``start_step`` on: views [N, 3, H, W], labels [N]."""
+        for step in range(start_step, self.steps):
+            seed = (self.seed, epoch, step)
+            images, labels = self.task.training_batch(self.batch_size, seed, self.views)
+            yield [paddle.to_tensor(part) for part in (*images, labels)]
 
 
 def train(

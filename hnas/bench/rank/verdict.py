@@ -94,10 +94,6 @@ def choose_rates(bench: Bench, methods: Iterable[str]) -> dict[str, float]:
 def compare(bench: Bench, rates: Mapping[str, float]) -> dict:
     """The final comparison: what each method's supernets came to, and what the reference leads by.
 
-    Args:
-        bench: where the runs are.
-        rates: the learning rates that were chosen, by method.
-
     Returns:
         ``{"unfinished": number of jobs}`` if that is not 0. Else ``truth``, ``reference`` and by
         name ``methods``, networks' sizes among them.

@@ -20,11 +20,6 @@ logger = logging.getLogger(__name__)
 def run_all(bench: Bench, jobs: Sequence[Job], workers: int) -> None:
     """Do the jobs that are not finished, and before them what they need, in this order.
 
-    Args:
-        bench: of the jobs.
-        jobs: what is wanted, most urgent first.
-        workers: how many share the cores.
-
     Raises:
         UserError: a job failed, or a result is of other settings.
     """
