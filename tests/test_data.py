@@ -5,7 +5,10 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -31,6 +34,8 @@ from hnas.dataset.transforms import (
 from hnas.evaluation.images import Batches, DecodedImages, ImagesOnDemand
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images
+
+ROOT = Path(__file__).parents[1]
 
 
 def gradient_image(width=48, height=40):
@@ -213,6 +218,38 @@ def test_closing_early_ends_the_workers(folder):
     batches.close()
     assert time.perf_counter() - began < 10
     assert multiprocessing.active_children() == []
+
+
+HELD_UP = """
+import multiprocessing.queues, os, time
+import numpy as np
+from PIL import Image
+from hnas.dataset import loader
+from hnas.dataset.image_folder import ImageList
+
+put, main = multiprocessing.queues.Queue.put, os.getpid()
+
+def put_and_pause(self, *what):
+    put(self, *what)
+    time.sleep(0.1 if os.getpid() == main else 0)
+
+def transform(pixels, rng):
+    time.sleep(0.3 if np.asarray(pixels)[0, 0, 0] % 2 else 0)  # the second worker is quicker
+    return np.asarray(pixels)
+
+multiprocessing.queues.Queue.put = put_and_pause
+images = ImageList("here", ["a"], ["x"] * 8, np.arange(8))
+pixels = [np.full((1, 1, 3), index + 1, np.uint8) for index in range(8)]
+batches = loader.EvalLoader(loader.ImageDataset(images, transform, 0, pixels), 1, 2)
+print(*(int(label) for _, label in batches))
+"""
+
+
+def test_a_main_process_that_is_held_up_gets_all_batches():
+    """Between giving a task to a worker and noting that: Paddle waited for ever then."""
+    command = [sys.executable, "-c", HELD_UP]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT)
+    assert done.stdout.split() == [*"01234567"], done.stderr
 
 
 # --- decoded images
