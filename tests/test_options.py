@@ -173,6 +173,8 @@ NAME = "n" * 300
 PATH = r"argument --{}: .* a name of 300 bytes"
 REFUSED = [  # arguments of stage 2, and the message
     ("--xyzzyqqq 1", "unknown flag --xyzzyqqq; see --help"),
+    ("--json_path x", "unknown flag --json_path; give --modelarch_file"),
+    ("--phase=2", "unknown flag --phase; each stage has its script: .*_stage1.py, .*"),
     (f"--{NAME}=1", "unknown flag '--nnn.*; see --help"),
     ("x", "unexpected argument 'x'; flags are written --name value"),
     ("run", "unexpected argument 'run'; flags are written --name value"),
