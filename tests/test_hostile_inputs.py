@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -72,6 +73,18 @@ def test_a_hostile_tool_flag_is_one_line(tool, line, words, tmp_path, monkeypatc
         main(line.split(" "))
     one_line(str(error.value))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tool", [*dict(row[:2] for row in HOSTILE_TOOLS), "tools.latency"])
+def test_help_of_a_tool_tells_every_default(tool, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"hnas.{tool}").main(["--help"])
+    usage, told = " ".join(capsys.readouterr().out.split()).split(" options: ")
+    parts = re.split(r" (?=--\w+ [A-Z{])", told)
+    helps = {re.match(r"--(\w+)", part)[1]: part for part in parts[1:]}
+    optional = set(re.findall(r"\[--(\w+)", usage))
+    assert optional <= set(helps)
+    assert all(helps[flag].rstrip().endswith("]") for flag in optional), helps
 
 
 def test_more_architectures_than_exist_are_refused():

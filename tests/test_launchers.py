@@ -157,43 +157,6 @@ def test_the_page_is_current(tmp_path, monkeypatch):
     assert changed != text_of(PAGE) and changed == page(changed)
 
 
-def told_defaults(cell):
-    """A cell as ``5; stage 1, pretrain: 90``: by stage, and "" for the others."""
-    told = {}
-    for part in filter(None, cell.split("; ")):
-        stages, colon, value = part.rpartition(": ")
-        names = stages.split(", ") if colon else [""]
-        told |= dict.fromkeys(names, value.strip("`"))
-    return told
-
-
-def test_the_page_tells_every_flag_with_its_defaults_and_variables():
-    rows = {name: cells for name, cells in rows_after("flags").items() if "*" not in name}
-    assert list(rows) == [option.name for option in dataclasses.fields(Options)]
-    alone = {stage: parse_options(stage, []) for stage in Stage}
-    every = {str(stage) for stage in Stage}
-    sets = {
-        "all": every,
-        "all but export": every - {"export"},
-        "training": every - {"stage 3", "export", "search"},
-    }
-    launchers = {s: launcher_variables(text_of(name)) for s, name in LAUNCHERS.items()}
-    for option in dataclasses.fields(Options):
-        meaning, unit, default, used, variables = rows[option.name]
-        assert meaning and unit == option.metadata["unit"]
-        names = sets.get(used, set(used.split(", ")))
-        assert names == {str(stage) for stage in option.metadata["stages"]}
-        told = told_defaults(default)
-        for stage in map(Stage, names):
-            value = getattr(alone[stage], option.name)
-            value = {"": "none", -1: "auto"}.get(value, value)
-            assert told.get(str(stage), told.get("")) == str(value)
-        for stage, own in launchers.items():
-            assert (str(stage) in variables) == (option.name in own)
-            if option.name in own and option.name in PATHS:
-                assert told_defaults(variables)[str(stage)] == own[option.name]
-
-
 def test_the_page_tells_every_variable_of_the_processes():
     rows, text = rows_after("processes"), text_of(SHARED)
     own = {name: default or "none" for name, default in launcher_variables(text).items()}
