@@ -5,7 +5,10 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -31,6 +34,8 @@ from hnas.dataset.transforms import (
 from hnas.evaluation.images import Batches, DecodedImages, ImagesOnDemand
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images
+
+ROOT = Path(__file__).parents[1]
 
 
 def gradient_image(width=48, height=40):
@@ -63,29 +68,13 @@ def test_normalize_is_imagenets():
     np.testing.assert_allclose(normalize(paddle.to_tensor(images)).numpy(), expected, rtol=1e-4)
 
 
-def test_eval_transform_takes_the_centre():
-    # 40 px high at size 35: the shorter side is already 35 * 8 / 7 = 40, so nothing is resized.
-    image = gradient_image()
-    pixels = np.asarray(image)
-    expected = pixels[2:37, 6:41].transpose(2, 0, 1)
-    np.testing.assert_array_equal(EvalTransform(35)(image), expected)
-    assert EvalTransform(28)(image).shape == (3, 28, 28)
-    assert EvalTransform(64)(gradient_image(10, 90)).shape == (3, 64, 64)
-
-
-def sizes_of_images(number):
-    """Widths and heights of all kinds: wide, tall, square, and with a side of 256."""
-    rng = np.random.default_rng(7)
-    drawn = rng.integers(60, 700, (number, 2))
-    drawn[::10, 0] = 256  # the shorter side, or not
-    drawn[5::10, 1] = 256
-    drawn[3::50] = drawn[3::50, :1]
-    return [(int(width), int(height)) for width, height in drawn]
-
-
 def test_evaluation_gives_paddles_pixels():
     """Resize(256) and CenterCrop(224) on Paddle's Pillow backend."""
-    for width, height in sizes_of_images(100):
+    sizes = np.random.default_rng(7).integers(60, 700, (50, 2))
+    sizes[::10, 0] = 256  # the shorter side, or not
+    sizes[5::10, 1] = 256
+    sizes[3::25] = sizes[3::25, :1]  # square
+    for width, height in sizes.tolist():
         # Smooth to read, and different everywhere: 7 x 5 random colours, enlarged.
         colours = np.random.default_rng(width).integers(0, 256, (5, 7, 3), dtype=np.uint8)
         image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
@@ -93,6 +82,7 @@ def test_evaluation_gives_paddles_pixels():
         assert expected.size == (224, 224)
         found = EvalTransform(224)(image)
         np.testing.assert_array_equal(found, np.asarray(expected).transpose(2, 0, 1))
+    assert EvalTransform(64)(gradient_image(10, 90)).shape == (3, 64, 64)
 
 
 def test_whole_crop_without_flip_is_a_resize():
@@ -213,6 +203,38 @@ def test_closing_early_ends_the_workers(folder):
     batches.close()
     assert time.perf_counter() - began < 10
     assert multiprocessing.active_children() == []
+
+
+HELD_UP = """
+import multiprocessing.queues, os, time
+import numpy as np
+from PIL import Image
+from hnas.dataset import loader
+from hnas.dataset.image_folder import ImageList
+
+put, main = multiprocessing.queues.Queue.put, os.getpid()
+
+def put_and_pause(self, *what):
+    put(self, *what)
+    time.sleep(0.1 if os.getpid() == main else 0)
+
+def transform(pixels, rng):
+    time.sleep(0.3 if np.asarray(pixels)[0, 0, 0] % 2 else 0)  # the second worker is quicker
+    return np.asarray(pixels)
+
+multiprocessing.queues.Queue.put = put_and_pause
+images = ImageList("here", ["a"], ["x"] * 8, np.arange(8))
+pixels = [np.full((1, 1, 3), index + 1, np.uint8) for index in range(8)]
+batches = loader.EvalLoader(loader.ImageDataset(images, transform, 0, pixels), 1, 2)
+print(*(int(label) for _, label in batches))
+"""
+
+
+def test_a_main_process_that_is_held_up_gets_all_batches():
+    """Between giving a task to a worker and noting that: Paddle waited for ever then."""
+    command = [sys.executable, "-c", HELD_UP]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT)
+    assert done.stdout.split() == [*"01234567"], done.stderr
 
 
 # --- decoded images

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,9 +26,7 @@ from hnas.dataset.image_folder import ImageList
 from hnas.programs import memory_needs
 from hnas.programs.memory_needs import (
     check_batch,
-    check_cache,
     check_chunk,
-    check_queue,
     check_shared_memory,
 )
 from hnas.programs.options import Options
@@ -53,24 +51,13 @@ def one_line(message: str) -> str:
 
 HOSTILE_TOOLS = [
     ("tools.draw_architectures", f"--output OUT --number {LONG}", "--number"),
-    ("tools.draw_architectures", "--output OUT --number 1000001", "--number"),
     ("tools.draw_architectures", "--output OUT --seed -1", "--seed"),
-    ("tools.draw_architectures", "--output=", "--output: the path is empty"),
     ("tools.plan", "--gmacs_per_s nan", "--gmacs_per_s: 'nan' is not a finite number"),
-    ("tools.plan", "--gmacs_per_s -1", "--gmacs_per_s: -1.0 is out of bounds"),
     ("tools.plan", "--gmacs_per_s 1e300", "--gmacs_per_s: 1e.300 is out of bounds"),
-    ("tools.plan", f"--image_size {LONG}", "--image_size"),
-    ("tools.plan", f"--n_arch {LONG}", "--n_arch"),
-    ("tools.plan", f"--gpus {LONG}", "--gpus"),
     ("tools.flops", "--modelarch_file=", "--modelarch_file: the path is empty"),
-    ("tools.flops", f"--modelarch_file x --image_size {LONG}", "--image_size"),
-    ("tools.flops", "--modelarch_file x --output=", "--output: the path is empty"),
-    ("tools.choose", "--submission=", "--submission: the path is empty"),
     ("tools.choose", f"--submission x --image_size {LONG}", "--image_size"),
     ("tools.rank_report", "--pred macs --gt= --out OUT", "--gt: the path is empty"),
-    ("tools.rank_report", "--pred macs --gt x --out=", "--out: the path is empty"),
     ("tools.rank_report", f"--pred macs --gt x --out OUT --resamples {LONG}", "--resamples"),
-    ("tools.digits_folder", "--output=", "--output: the path is empty"),
     ("tools.digits_folder", f"--output {NAME}", "--output: .* 300 bytes"),
     ("tools.demo_summary", "--demo_dir=", "--demo_dir: the path is empty"),
     ("bench.speed_scoring", f"--modelarch_file x --n_images {LONG}", "--n_images"),
@@ -88,25 +75,27 @@ def test_a_hostile_tool_flag_is_one_line(tool, line, words, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-TINY = SearchSpace(max_digits=(1, 1, 1, 1))
-
-
-def test_a_space_has_the_size_that_its_choices_give():
-    # Depths 2 to 5, 5, 8 and 5, and one width of everything.
-    assert TINY.size == 4 * 4 * 7 * 4
-    found = {
-        TINY.compose(lambda options, stage, what, own=depths: own[stage] if what == 0 else 0)
-        for depths in itertools.product(range(4), range(4), range(7), range(4))
-    }
-    assert len(found) == TINY.size
-    # Stage 1: an output width of 3, and 3 inner ones for each of 2 to 5 blocks; and so on.
-    by_hand = 3 * (9 + 27 + 81 + 243)
-    assert by_hand**2 < RESNET48.size and RESNET48.size % by_hand**2 == 0
+@pytest.mark.parametrize("tool", [*dict(row[:2] for row in HOSTILE_TOOLS), "tools.latency"])
+def test_help_of_a_tool_tells_every_default(tool, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"hnas.{tool}").main(["--help"])
+    usage, told = " ".join(capsys.readouterr().out.split()).split(" options: ")
+    parts = re.split(r" (?=--\w+ [A-Z{])", told)
+    helps = {re.match(r"--(\w+)", part)[1]: part for part in parts[1:]}
+    optional = set(re.findall(r"\[--(\w+)", usage))
+    assert optional <= set(helps)
+    assert all(helps[flag].rstrip().endswith("]") for flag in optional), helps
 
 
 def test_more_architectures_than_exist_are_refused():
+    # Depths 2 to 5, 5, 8 and 5, and one width of everything.
+    tiny = SearchSpace(max_digits=(1, 1, 1, 1))
+    assert tiny.size == 4 * 4 * 7 * 4
     with pytest.raises(UserError, match="449 architectures are asked for, and only 448 exist"):
-        TINY.sample_distinct(np.random.default_rng(0), TINY.size + 1)
+        tiny.sample_distinct(np.random.default_rng(0), tiny.size + 1)
+    # Stage 1: an output width of 3, and 3 inner ones for each of 2 to 5 blocks; and so on.
+    by_hand = 3 * (9 + 27 + 81 + 243)
+    assert by_hand**2 < RESNET48.size and RESNET48.size % by_hand**2 == 0
 
 
 # --- settings that do not fit what they are for
@@ -158,24 +147,12 @@ def refused(check, *arguments):
     return one_line(str(error.value))
 
 
-TOO_MUCH = [  # of 1 GiB that is free: what fits, what does not, and the message
-    (check_queue, {"queue_size": 2**20}, {"queue_size": 2**20 + 1},  # a KiB a key
-     "--queue_size 1048577 needs 1.00 GiB at least, and 1.00 GiB are free"),
-    (check_chunk, {"chunk_size": 1000}, {"chunk_size": 10_000},
-     "--chunk_size 10000 at --image_size 224 needs 5.61 GiB at least"),
-    (lambda options: check_cache(options, options.eval_images),  # 147 KiB an image
-     {"eval_images": 7133}, {"eval_images": 7134},
-     "--cache_gb 8: keeping 7134 images of 224 px needs 1.00 GiB at least"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("check", "fits", "too_much", "words"), TOO_MUCH)
-def test_what_memory_cannot_hold_is_refused(check, fits, too_much, words, free):
+def test_a_chunk_that_memory_cannot_hold_is_refused(free):
     free(1024)
-    check(Options(**fits))
-    assert refused(check, Options(**too_much)).startswith(words)
-    check_cache(Options(cache_gb=1), 7134)  # they go to a file
-    check_chunk(Options(chunk_size=0))
+    for chunk in (0, 1000):
+        check_chunk(Options(chunk_size=chunk))
+    message = refused(check_chunk, Options(chunk_size=10_000))
+    assert message.startswith("--chunk_size 10000 at --image_size 224 needs 5.61 GiB at least")
 
 
 def test_a_batch_that_memory_cannot_hold_is_refused(free):

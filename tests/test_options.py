@@ -124,10 +124,6 @@ def test_ckpt_dir_starts_training_only_with_use_ckpt():
     assert parse(DISTILL, "--ckpt_dir", "w", "--use_ckpt", "False").initial_weights == ""
 
 
-def test_stage_1s_own_name_for_save_dir_is_enough():
-    assert parse(CONTRAST, "--save_dir", "None", "--save_dir_new", "there").save_dir == "there"
-
-
 def test_flags_without_effect_are_named_in_the_log(caplog):
     with caplog.at_level(logging.INFO):
         parse(SCORE, "--lr", "1", "--momentum=0.5", "--batch_size", "8")
@@ -151,49 +147,41 @@ def test_calibration_images_may_be_left_to_the_checkpoint():
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("wrong", "nearest"),
-    [
-        ("--imgae_dir", "image_dir"),
-        ("--batchsize", "batch_size"),
-        ("--max_epochs", "max_epoch"),
-        ("--momentums", "momentum"),
-        ("--cktp_dir", "ckpt_dir"),
-        ("--largest_net_in_stage", "largest_net_in_stage1"),
-    ],
-)
-@STAGES
-def test_unknown_flag_suggests_the_nearest(stage, wrong, nearest):
-    expected = f"unknown flag {wrong}; did you mean --{nearest}?"
-    assert refusal(wrong, "1", stage=stage) == expected
-    assert refusal("--lr", "1", f"{wrong}=1", stage=stage) == expected
+NEAREST = {
+    "--imgae_dir": "image_dir",
+    "--batchsize": "batch_size",
+    "--cktp_dir": "ckpt_dir",
+    "--largest_net_in_stage": "largest_net_in_stage1",
+}
+
+
+@pytest.mark.parametrize("wrong", NEAREST)
+def test_unknown_flag_suggests_the_nearest(wrong):
+    expected = f"unknown flag {wrong}; did you mean --{NEAREST[wrong]}?"
+    assert refusal(wrong, "1") == expected
+    assert refusal("--lr", "1", f"{wrong}=1", stage=SCORE) == expected
 
 
 NAME = "n" * 300
 PATH = r"argument --{}: .* a name of 300 bytes"
 REFUSED = [  # arguments of stage 2, and the message
     ("--xyzzyqqq 1", "unknown flag --xyzzyqqq; see --help"),
+    ("--json_path x", "unknown flag --json_path; give --modelarch_file"),
+    ("--phase=2", "unknown flag --phase; each stage has its script: .*_stage1.py, .*"),
     (f"--{NAME}=1", "unknown flag '--nnn.*; see --help"),
     ("x", "unexpected argument 'x'; flags are written --name value"),
-    ("run", "unexpected argument 'run'; flags are written --name value"),
     ("--lr 1 2", "unexpected argument '2'; flags are written --name value"),
     (f"{NAME} 1", "unexpected argument 'nnn.*"),
     ("--batch_size 1.5", "argument --batch_size: '1.5' is not a whole number"),
-    ("--seed 1e3", "argument --seed: '1e3' is not a whole number"),
     ("--image_size 160,192,224", "argument --image_size: '160,192,224' is not a whole number"),
-    ("--batch_size auto", "argument --batch_size: 'auto' is not a whole number"),
     ("--bn_calibration_images Auto", "argument --bn_calibration_images: 'Auto' is not a whole .*"),
     ("--bn_calibration_images=-1", "argument --bn_calibration_images: -1 is too small; .* is 0"),
     ("--lr fast", "argument --lr: 'fast' is not a finite number"),
     ("--use_ckpt yes", "argument --use_ckpt: 'yes' is neither True nor False"),
     ("--train_flag=", "argument --train_flag: '' is neither True nor False"),
-    ("--freeze_bn 2", "argument --freeze_bn: '2' is neither True nor False"),
     ("--device tpu", "--device 'tpu'; allowed: auto, cpu, gpu"),
     (f"--device {NAME}", "--device 'nnn.*; allowed: auto, cpu, gpu"),
-    ("--sample_space all", "--sample_space 'all'; allowed: released, full"),
-    ("--stage1_views three", "--stage1_views 'three'; allowed: two_kinds, one_kind"),
     ("--lr_schedule step", "--lr_schedule 'step'; allowed: cosine, swing"),
-    ("--save_dir None", "--save_dir is missing: results need a folder"),
     ("--save_dir=", "--save_dir is missing: results need a folder"),
     (f"--save_dir {NAME}", PATH.format("save_dir") + "; 255 are allowed"),
     (f"--image_dir /a/{NAME}/b", PATH.format("image_dir") + ".*"),
@@ -225,18 +213,6 @@ def test_numbers_have_bounds_which_are_allowed_themselves(option):
         assert getattr(parse(DISTILL, f"--{flag}={reader(float(bound))}"), flag) == float(bound)
     for text in ("", " ", "nan", "-nan", "-inf", "1e999", "9" * 5000, "0x10", "1,5", NAME):
         assert refusal(f"--{flag}={text}").startswith((f"argument --{flag}: ", f"--{flag} "))
-
-
-JUST_OUTSIDE = """image_size=31 max_epoch=0 lr=-0.1 weight_decay=-1 momentum=-0.1 momentum=1.1
-batch_size=0 dyna_batch_size=-1 warmup=-1 stage1_sample_num=0 stage1_sample_num=100001 save_freq=0
-log_freq=0 eval_freq=-1 bn_calibration_images=-2 extra_random_every=-1 num_workers=-1
-crop_scale_min=0 crop_scale_min=1.5 flip_prob=1.5 queue_size=0 key_momentum=1.5 temperature=0
-seed=-1 seed=4294967296 eval_sample_num=-1"""
-
-
-@pytest.mark.parametrize("setting", JUST_OUTSIDE.split())
-def test_just_outside_of_the_bounds(setting):
-    assert re.match(rf"--{setting.replace('=', ' ')}(\.0)? is too ", refusal(f"--{setting}"))
 
 
 def test_the_largest_seed_works():
@@ -271,11 +247,6 @@ def test_help_prints_a_programs_own_flags_with_default_and_unit(stage, capsys, m
         unit = f"{option.metadata['unit']}; " if option.metadata["unit"] else ""
         note = f"[{unit}default {'none' if default == '' else default}]"
         assert f" {option.metadata['help']} {note}\n" in printed[name] + "\n"
-
-
-def test_help_of_stage_three_is_short(capsys, monkeypatch):
-    _, printed = help_of(SCORE, capsys, monkeypatch)
-    assert len(printed) < 30 and " [px; default 224]" in printed["image_size"]
 
 
 # --- the scripts themselves

@@ -11,8 +11,21 @@ from pathlib import Path
 from hnas.base.errors import UserError
 
 
+class _WithDefaults(argparse.HelpFormatter):
+    """Tells a default where the help has no note of its own, in brackets."""
+
+    def _get_help_string(self, action):
+        if "[" in action.help or action.required or action.default is argparse.SUPPRESS:
+            return action.help
+        default = "none" if action.default is None else "%(default)s"
+        return f"{action.help} [default {default}]"
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are a :class:`UserError` of one line."""
+    """A parser whose errors are a :class:`UserError` of one line, and whose help has defaults."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": _WithDefaults, **settings})
 
     def error(self, message):
         raise UserError(message)

@@ -15,7 +15,7 @@ import logging
 import sys
 import tempfile
 import time
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+from argparse import SUPPRESS
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,6 @@ def parse(argv):
     parser = OneLineParser(
         prog="python -m hnas.bench.speed_scoring",
         description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--modelarch_file",

@@ -21,7 +21,7 @@ import logging
 import sys
 import tempfile
 import time
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,6 @@ def main(argv=None) -> None:
     parser = OneLineParser(
         prog="python -m hnas.bench.speed_training",
         description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--stages", type=whole_number(1, 2), nargs="+", default=[1, 2], help="of training"

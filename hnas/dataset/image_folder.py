@@ -30,8 +30,6 @@ IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 MAX_ASPECT = 100
 """Longer side over shorter side. Resizing makes the shorter side some 256 px, whatever it was."""
-PHOTOMETRIC, BITS_PER_SAMPLE = 262, 258
-"""Tags of TIFF."""
 SETTLED_NS = 2 * 10**9
 """A file may change again within its clock's tick without a new modification time."""
 AHEAD_PER_CORE = 8
@@ -263,19 +261,22 @@ def list_hash(
 
 
 def decode_image(path: Path) -> Image.Image:
-    """Read an image as RGB, 8 bits a channel; of 16 bits the upper 8.
+    """Read an image as RGB, 8 bits a channel; of colours with 16 bits the upper 8.
 
     An orientation in its EXIF data is ignored, as by ``paddle.vision``.
 
     Raises:
         DataError: unreadable, truncated, larger than Pillow's limit against bombs, more than 100
-            times as long as wide, or with numbers of an unknown range (32-bit and float TIFF).
+            times as long as wide, or grey with more than 8 bits.
     """
     try:
         check_regular(path)
         with Image.open(path, formats=FORMATS) as image:
             _check_size(*image.size)
-            return _eight_bits(image).convert("RGB")
+            if image.mode.startswith(("I", "F")):
+                # Pillow would cut at 255 whatever range the numbers have.
+                raise DataError(f"grey of more than 8 bits (mode {image.mode}); convert it")
+            return image.convert("RGB")
     except Exception as error:
         # A broken image can make its decoder fail in any way.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -290,22 +291,3 @@ def _check_size(width: int, height: int) -> None:
         raise DataError(f"{width} x {height} px, more than {limit} in all")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise DataError(f"{width} x {height} px, one side more than {MAX_ASPECT} times the other")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey images of 16 bits scaled to 8, others as they are.
-
-    Pillow would cut their values at 255, which makes nearly all white. Of colours with 16 bits it
-    takes the upper 8 by itself.
-    """
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    is_grey16 = image.mode.startswith("I;16")
-    if image.mode == "F" or image.mode == "I" and tags:
-        raise DataError(f"pixels of mode {image.mode}, whose range is unknown; convert it to 8 bit")
-    if not is_grey16 and image.mode != "I":
-        return image
-    (bits, *_) = tags.get(BITS_PER_SAMPLE, (16,))
-    values = np.asarray(image).astype(np.int64) >> (bits - 8)
-    if tags.get(PHOTOMETRIC) == 0:
-        values = 255 - values  # 0 is white
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))

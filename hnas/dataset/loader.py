@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import signal
 import threading
@@ -21,6 +20,7 @@ from hnas.dataset.image_folder import DataError, ImageList, decode_image
 
 WORKER_GRACE_SECONDS = 20
 PARENT_CHECK_SECONDS = 2
+NOTED_CHECK_SECONDS = 0.001
 
 
 class ImageDataset:
@@ -146,26 +146,28 @@ def load_batches(
         for batch in batches:
             yield [paddle.to_tensor(part) for part in dataset.load(batch)]
         return
-    sampler = _FixedBatches(batches)
-    leaving = RawValue("b", 0)
-    # Whole batches are read where they are collated: what is collated are indices.
+    numbers = _Numbers(len(batches))
+    noted, leaving = RawValue("q", 0), RawValue("b", 0)
+    # Whole batches are read where they are collated: what is collated is a batch's number.
     loader = DataLoader(
-        range(len(dataset)),
-        batch_sampler=sampler,
-        collate_fn=functools.partial(_load_or_message, dataset),
+        range(len(batches)),
+        batch_sampler=numbers,
+        collate_fn=functools.partial(_load_or_message, dataset, batches, noted, leaving),
         num_workers=num_workers,
         worker_init_fn=functools.partial(_obey_main_only, leaving),
     )
     iterator = iter(loader)
     try:
+        noted.value = numbers.given
         for parts in iterator:
+            noted.value = numbers.given
             try:
                 if len(parts) == 1:
                     raise DataError(os.fsdecode(parts[0].numpy().tobytes()))
                 yield parts
             except BaseException:
                 # Nobody wants the rest. The workers only end when theirs does.
-                sampler.stopped = True
+                numbers.stopped = True
                 for _ in iterator:
                     pass
                 raise
@@ -174,30 +176,38 @@ def load_batches(
         leaving.value = 1
 
 
-def _load_or_message(dataset: ImageDataset, indices: list[int]) -> list[np.ndarray]:
+def _load_or_message(
+    dataset: ImageDataset, batches: Sequence[np.ndarray], noted, leaving, number: list[int]
+) -> list[np.ndarray]:
     """A worker's batch; or, of a failed one, the message as bytes.
 
-    Paddle would end in a traceback.
+    Paddle would end in a traceback. It gives a worker its task before it notes who has it, and
+    waits for ever if another than the next batch comes between the two. So none comes before the
+    main process has said, by ``noted``, how many tasks it has noted.
     """
     try:
-        return dataset.load(indices)
+        parts = dataset.load(batches[number[0]])
     except DataError as error:
         # A path may hold bytes that are no UTF-8.
-        return [np.frombuffer(os.fsencode(str(error)), dtype=np.uint8)]
+        parts = [np.frombuffer(os.fsencode(str(error)), dtype=np.uint8)]
+    while number[0] >= noted.value and not leaving.value:
+        time.sleep(NOTED_CHECK_SECONDS)
+    return parts
 
 
-class _FixedBatches:
-    """Batches that were drawn beforehand, none any more when it is ``stopped``."""
+class _Numbers:
+    """The numbers of all batches, until it is ``stopped``; ``given`` of them so far."""
 
-    def __init__(self, batches: Sequence[np.ndarray]):
-        self._batches = [batch.tolist() for batch in batches]
-        self.stopped = False
+    def __init__(self, number: int):
+        self._number, self.given, self.stopped = number, 0, False
 
     def __iter__(self):
-        return itertools.takewhile(lambda _: not self.stopped, self._batches)
+        while self.given < self._number and not self.stopped:
+            self.given += 1
+            yield [self.given - 1]
 
     def __len__(self):
-        return len(self._batches)
+        return self._number
 
 
 def _obey_main_only(leaving, worker: int) -> None:

@@ -29,12 +29,6 @@ def device_bytes() -> int:
     return paddle.device.cuda.get_device_properties().total_memory
 
 
-def check_queue(options: Options) -> None:
-    """A queue of stage one. Its first keys are drawn, then scaled."""
-    need = 2 * FLOAT * EMBEDDING * options.queue_size
-    refuse_too_much(need, device_bytes(), f"--queue_size {options.queue_size}", "lower it")
-
-
 def check_batch(options: Options, space: SearchSpace) -> None:
     """A batch of training, of which a part is computed at a time.
 
@@ -84,17 +78,6 @@ def check_chunk(options: Options) -> None:
     need = FLOAT * options.chunk_size * 3 * options.image_size**2
     what = f"--chunk_size {options.chunk_size} at --image_size {options.image_size}"
     refuse_too_much(need, device_bytes(), what, "lower it, or give 0")
-
-
-def check_cache(options: Options, images: int) -> None:
-    """So many decoded images, if ``cache_gb`` allows to keep them in memory."""
-    need = images * 3 * options.image_size**2
-    if need <= options.cache_gb * 2**30:
-        what = (
-            f"--cache_gb {options.cache_gb:g}: keeping {images} images of {options.image_size} px"
-        )
-        instead = "lower --cache_gb, and they go to a file in save_dir"
-        refuse_too_much(need, available_bytes(), what, instead)
 
 
 def check_shared_memory(size: int, batches: int, num_workers: int) -> None:

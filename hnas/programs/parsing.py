@@ -23,6 +23,13 @@ from hnas.programs.options import Options
 
 logger = logging.getLogger(__name__)
 
+STAGES = (
+    "each stage has its script: train_supernet_pinas_stage1.py, "
+    "train_supernet_pinas_stage2_simple.py, train_supernet.py"
+)
+INSTEAD = {"json_path": "give --modelarch_file", "phase": STAGES, "mode": STAGES}
+"""What stands for flags of the public code."""
+
 
 def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = "") -> Options:
     """Read the command line of a stage.
@@ -113,7 +120,7 @@ def _explain_unknown(argument: str, names: Sequence[str]) -> str:
         return f"unknown flag {shown(argument)}; see --help"
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean --{nearest[0]}?" if nearest else "see --help"
-    return f"unknown flag --{name}; {hint}"
+    return f"unknown flag --{name}; {INSTEAD.get(name, hint)}"
 
 
 def _check_value(option: dataclasses.Field, value: object) -> None:

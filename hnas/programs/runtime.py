@@ -23,6 +23,7 @@ from hnas.base.device import (
 )
 from hnas.base.errors import UserError
 from hnas.base.files import check_writable
+from hnas.base.memory import available_bytes
 from hnas.base.onednn import refuse_without_bfloat16
 from hnas.dataset.image_folder import (
     DataError,
@@ -45,7 +46,7 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.programs.flags import AUTO
-from hnas.programs.memory_needs import batch_bytes, check_batch, check_cache, check_shared_memory
+from hnas.programs.memory_needs import batch_bytes, check_batch, check_shared_memory
 from hnas.programs.options import Options
 from hnas.search_space import SearchSpace, search_space
 
@@ -278,9 +279,11 @@ def scored_order(options: Options, images: ImageList) -> np.ndarray:
 
 
 def decoded_images(options: Options, images: ImageList, order: np.ndarray) -> ImagesOnDemand:
-    """The images in that order; who scores a part of them decodes those of its chunks only."""
+    """The images in that order; who scores a part of them decodes those of its chunks only.
+
+    What memory has no room for goes to a file, whatever ``cache_gb`` says.
+    """
     if world_size() > 1 or options.images_part:
         return ImagesOnDemand(images, order, options.image_size)
-    check_cache(options, len(order))
-    save_dir = Path(options.save_dir)
-    return DecodedImages(images, order, options.image_size, options.cache_gb, save_dir)
+    limit_gb = min(options.cache_gb, available_bytes() / 2**30)
+    return DecodedImages(images, order, options.image_size, limit_gb, Path(options.save_dir))

@@ -25,7 +25,7 @@ def main(argv=None) -> None:
         help="architectures [default 200]",
     )
     parser.add_argument("--output", type=path_text, required=True, help="JSON file to write")
-    parser.add_argument("--sample_space", choices=SAMPLE_SPACES, default="released")
+    parser.add_argument("--sample_space", choices=SAMPLE_SPACES, default="released", help="widths")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="[default 0]")
     options = parser.parse_args(argv)
     check_output(options.output, "--output")

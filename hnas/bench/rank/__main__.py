@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 
 from hnas.base.command_line import OneLineParser, read_bool, read_path, whole_number
@@ -56,7 +56,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = OneLineParser(
         prog="python -m hnas.bench.rank",
         description=__doc__.splitlines()[0],
-        formatter_class=ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=read_path, required=True, help="folder of all results")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to train")
