@@ -250,11 +250,13 @@ def estimates_beside(
     """
     beside = Path(path).with_name("estimates.json")
     if not beside.is_file():
-        raise UserError("there is no estimates.json of stage 3 beside the scores")
+        raise UserError(
+            f"there is no estimates.json beside {path}; take both from stage 3's save_dir"
+        )
     found = read_estimates(beside)
     places = {code: place for place, code in enumerate(found.codes)}
     rows = [places.get(arch.code, -1) for arch in archs]
     # Of accuracies that were in percent the last digits may differ.
     if min(rows) < 0 or not np.allclose(found.accuracy[rows], accuracy, rtol=1e-12, atol=0):
-        raise UserError(f"{beside} is of other scores")
+        raise UserError(f"{beside} is of other scores; take both files from one save_dir")
     return found, rows
