@@ -8,7 +8,7 @@ an architecture too high.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -39,8 +39,6 @@ TOP_K = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 LISTED, LISTED_CODES = 10, 5
 MANY_EQUAL = 0.25
 """Share of accuracies with one value from which on they may not have been measured."""
-BUDGETS = 8
-"""How many budgets are told the best architecture of."""
 
 
 def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
@@ -50,20 +48,17 @@ def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
     (both in percent of the full width). The output width is that of the stage's last block; in
     what a supernet can hold, all blocks and, in stage 1, the stem share it.
     """
+    percent = [0, *(round(100 * ratio) for ratio in RATIOS)]  # by digit
     read = {
         "depth": lambda arch, s: arch.depths[s],
-        "output width": lambda arch, s: _percent(arch.widths[s][-1][1]),
-        "inner width": lambda arch, s: np.mean([_percent(inner) for inner, _ in arch.widths[s]]),
+        "output width": lambda arch, s: percent[arch.widths[s][-1][1]],
+        "inner width": lambda arch, s: np.mean([percent[inner] for inner, _ in arch.widths[s]]),
     }
     return {
         f"{kind} {s + 1}": np.array([value(arch, s) for arch in archs], np.float64)
         for kind, value in read.items()
         for s in STAGES
     }
-
-
-def _percent(digit: int) -> int:
-    return round(100 * RATIOS[digit - 1])
 
 
 def by_option(chosen: np.ndarray, values: np.ndarray) -> list[dict]:
@@ -150,6 +145,20 @@ def clear_effects(attribution: Mapping) -> list[tuple[str, float]]:
         if row["p_value"] is not None and row["p_value"] < LEVEL
     ]
     return sorted(found, key=lambda choice: -abs(choice[1]))
+
+
+def tell_effects(attribution: Mapping, values: str, means: Callable[[float], str]) -> list[str]:
+    """What the choices explain of ``values`` and what the largest effect ``means``, if clear."""
+    clear = clear_effects(attribution)
+    if not clear:
+        return []
+    name, change = clear[0]
+    kind, stage = name.rsplit(" ", 1)
+    return [
+        f"Depths and widths, added up, explain {100 * attribution['explained']:.0f} % of the "
+        f"variance of the {values}. The {kind} of stage {stage} matters most: from the smallest to "
+        f"the largest, the others being equal, {means(change)}."
+    ]
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -273,35 +282,20 @@ def interpret_ranking(report: Mapping) -> list[str]:
         f"Taking the predicted best one costs {report['top_k'][0]['regret']:.2f} percentage points "
         "of true accuracy."
     ]
-    clear = clear_effects(attribution)
-    if clear:
-        name, change = clear[0]
-        kind, stage = name.rsplit(" ", 1)
-        lines.append(
-            f"Its largest systematic error: the {kind} of stage {stage} is "
-            f"{'overrated' if change > 0 else 'underrated'}. From the smallest to the "
-            f"largest, the predicted rank rises {abs(change):.0f} % of all "
-            f"ranks {'more' if change > 0 else 'less'} than the true one. All choices together "
-            f"explain {100 * attribution['explained']:.0f} % of the errors' variance; the rest is "
-            "other than depths and widths added up, or noise."
-        )
-    elif attribution["explained"] is not None:
-        lines.append("No choice of depth or width stands out as the cause of its errors.")
-    return lines
+    effects = tell_effects(
+        attribution,
+        "rank errors",
+        lambda change: (
+            f"it is {'overrated' if change > 0 else 'underrated'} by {abs(change):.0f} % of all "
+            "ranks"
+        ),
+    )
+    if not effects and attribution["explained"] is not None:
+        effects = ["No choice of depth or width stands out as the cause of its errors."]
+    return lines + effects
 
 
 # --- of scores alone
-
-
-def budgets(macs: np.ndarray, number: int = BUDGETS) -> list[float]:
-    """Round numbers of MACs from just above the cheapest architecture to the dearest.
-
-    All have two significant digits of the largest one's size.
-    """
-    low, high = float(macs.min()), float(macs.max())
-    digit = 10.0 ** (math.floor(math.log10(high)) - 1)
-    ends = np.linspace(low, high, number + 1)[1:]
-    return sorted({math.ceil(end / digit - 1e-9) * digit for end in ends})
 
 
 def analyse_scores(
@@ -337,7 +331,6 @@ def analyse_scores(
         }
 
     chosen = choices(list(archs.values()))
-    front = pareto_front(accuracy, macs)
     report = {
         "architectures": len(accuracy),
         "images": images,
@@ -350,14 +343,7 @@ def analyse_scores(
         "standard_error": None if error is None else float(np.median(error)),
         "agreement": agreement,
         "tau_of_macs": none_if_nan(kendall_tau_b(macs, accuracy)),
-        "front": [row(index) for index in front],
-        "budgets": [
-            {
-                "macs": budget,
-                "best": row(front[np.searchsorted(macs[front], budget, side="right") - 1]),
-            }
-            for budget in budgets(macs)
-        ],
+        "front": [row(index) for index in pareto_front(accuracy, macs)],
         "best": [row(index) for index in np.argsort(-accuracy, kind="stable")[:LISTED]],
         "by_option": {name: by_option(chosen[name], accuracy) for name in DISCRETE},
         "attribution": attribute(chosen, accuracy),
@@ -393,18 +379,11 @@ def interpret_scores(report: Mapping) -> list[str]:
             f"MACs alone would order {50 * (1 + tau):.0f} in 100 pairs as these scores do (tau-b "
             f"{tau:.3f}).".replace("-0.", "\N{MINUS SIGN}0.")
         )
-    attribution = report["attribution"]
-    clear = clear_effects(attribution)
-    if clear:
-        name, change = clear[0]
-        kind, stage = name.rsplit(" ", 1)
-        lines.append(
-            f"Depths and widths, added up, explain {100 * attribution['explained']:.0f} % of the "
-            f"scores' variance. The {kind} of stage {stage} matters most: from the smallest to the "
-            f"largest, the others being equal, accuracy {'rises' if change > 0 else 'falls'} by "
-            f"{abs(change):.2f} points."
-        )
-    return lines
+    return lines + tell_effects(
+        report["attribution"],
+        "scores",
+        lambda change: f"accuracy {'rises' if change > 0 else 'falls'} by {abs(change):.2f} points",
+    )
 
 
 def notes_on_scores(accuracy: np.ndarray) -> list[str]:
