@@ -19,7 +19,7 @@ import pytest
 
 import train_supernet
 from hnas import architecture_file
-from hnas.architecture_file import ArchitectureFileError, read_architectures
+from hnas.architecture_file import read_architectures
 from hnas.base import memory
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
@@ -293,7 +293,7 @@ def test_too_many_architectures(text, tmp_path, monkeypatch):
     monkeypatch.setattr(architecture_file, "MAX_ENTRIES", 100)
     monkeypatch.setattr(json, "loads", None)
     (tmp_path / "archs").write_text(text)
-    with pytest.raises(ArchitectureFileError, match="holds more than 100 entries"):
+    with pytest.raises(UserError, match="holds more than 100 entries"):
         read_architectures(tmp_path / "archs")
 
 

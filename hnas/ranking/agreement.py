@@ -38,8 +38,9 @@ that half as many disagreements scatter more. The last term is one pair, for few
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,6 @@ FEWEST_IMAGES = 2 * FOLDS
 """With fewer, nothing is said."""
 STUDENT = 2.1448
 """Student's t, two-sided 95 %, 14 degrees of freedom."""
-KEYS = frozenset({"acc", "se", "arch", "folds"})
-"""Of an architecture in ``estimates.json``."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Agreement:
 
 def fold_sizes(images: int) -> np.ndarray:
     """How many of the first ``images`` images are in each fold; int64 [FOLDS]."""
-    return np.bincount(np.arange(images) % FOLDS, minlength=FOLDS)
+    return (images + FOLDS - 1 - np.arange(FOLDS)) // FOLDS
 
 
 def halvings() -> np.ndarray:
@@ -167,17 +166,16 @@ def fold_text(folds: Sequence[int]) -> str:
     return " ".join(map(str, folds))
 
 
-def read_folds(text: object) -> list[int]:
+def read_folds(text: str) -> list[int]:
     """The numbers that :func:`fold_text` wrote.
 
     Raises:
         ValueError: it wrote no such thing.
     """
-    words = text.split(" ") if isinstance(text, str) else []
     # Of ASCII digits only, and few enough for an int64.
-    if len(words) != FOLDS or not all(w.isascii() and w.isdigit() and len(w) < 19 for w in words):
+    if not re.fullmatch(rf"[0-9]{{1,18}}( [0-9]{{1,18}}){{{FOLDS - 1}}}", text):
         raise ValueError(f"folds are not {FOLDS} whole numbers")
-    return [int(word) for word in words]
+    return list(map(int, text.split()))
 
 
 def read_estimates(path: str | Path) -> Estimates:
@@ -189,7 +187,7 @@ def read_estimates(path: str | Path) -> Estimates:
     content = read_json(path)
     try:
         return _estimates(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path} is not an estimates.json of this version ({reason}); give one that "
@@ -198,42 +196,28 @@ def read_estimates(path: str | Path) -> Estimates:
 
 
 def _estimates(content: Mapping) -> Estimates:
-    images, entries = content["images"], content["architectures"]
-    if type(images) is not int or not 0 < images < 2**53:
+    images, of_images = content["images"], content["agreement"]["images"]
+    if not type(images) is type(of_images) is int or not 0 < images <= of_images < 2**53:
         raise ValueError("images is no number of images")
-    if not isinstance(entries, dict) or not entries:
+    names, entries = tuple(content["architectures"]), content["architectures"].values()
+    if not names:
         raise ValueError("there are no architectures")
-    folds, errors = [], []
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or not set(entry) >= KEYS or type(entry["arch"]) is not str:
-            raise ValueError(f"architecture {name!r} is not of the form {sorted(KEYS)}")
-        if type(entry["se"]) not in (int, float) or not 0 <= entry["se"] <= 1:
-            raise ValueError(f"the standard error of {name!r} is not from 0 to 1")
-        folds.append(read_folds(entry["folds"]))
-        errors.append(float(entry["se"]))
-    hits = np.array(folds)
-    accuracy = hits.sum(axis=1) / images
+    error, accuracy = (np.array([entry[name] for entry in entries]) for name in ("se", "acc"))
+    if error.dtype.kind != "f" or not ((error >= 0) & (error <= 1)).all():
+        raise ValueError("a standard error is not from 0 to 1")
+    hits = np.array([read_folds(entry["folds"]) for entry in entries])
     if (hits > fold_sizes(images)).any():
         raise ValueError("a fold has more hits than images")
-    if any(entry["acc"] != value for entry, value in zip(entries.values(), accuracy, strict=True)):
+    if (accuracy != hits.sum(axis=1) / images).any():
         raise ValueError("folds do not add up to the accuracies")
-    of_images = content["agreement"]["images"]
-    if type(of_images) is not int or of_images < images:
-        raise ValueError("the ranking agrees with that by no number of images")
-    codes = tuple(entry["arch"] for entry in entries.values())
-    agreement = _agreement(content["agreement"])
-    return Estimates(
-        tuple(entries), codes, accuracy, np.array(errors), images, hits, agreement, of_images
-    )
-
-
-def _agreement(record: Mapping) -> Agreement | None:
-    ends = [record[name] for name in ("tau", "low", "high")]
-    if ends == [None] * 3:
-        return None
-    if not all(type(end) in (int, float) and -1 <= end <= 1 for end in ends):
-        raise ValueError("agreement is not from -1 to 1")
-    return Agreement(*map(float, ends))
+    codes = tuple(str(entry["arch"]) for entry in entries)
+    ends = [content["agreement"][name] for name in ("tau", "low", "high")]
+    agreement = None
+    if ends != [None] * 3:
+        agreement = Agreement(*map(float, ends))
+        if not all(-1 <= end <= 1 for end in astuple(agreement)):
+            raise ValueError("agreement is not from -1 to 1")
+    return Estimates(names, codes, accuracy, error, images, hits, agreement, of_images)
 
 
 def estimates_beside(

@@ -158,16 +158,10 @@ def _row(row: Mapping) -> tuple[str, ...]:
     return (
         row["name"],
         _with_error(_number(row["accuracy"], 2), row["standard_error"], 2),
-        _millions(row["macs"]),
-        _millions(row["params"]),
+        _number(row["macs"] / 1e6, 2),
+        _number(row["params"] / 1e6, 2),
         row["arch"],
     )
-
-
-def _millions(value: float) -> str:
-    """At least three significant digits, without a unit."""
-    millions = value / 1e6
-    return _number(millions, 0 if millions >= 100 else 1 if millions >= 10 else 2)
 
 
 def _correlations(report: Mapping) -> str:

@@ -191,16 +191,25 @@ def main(argv=None) -> None:
     scores = scores_of(options.submission)
     space = search_space(options.backbone)
     costs = costs_of(scores.archs.values(), space, size, classes, latency)
-    limits = {
-        "macs": options.max_macs,
-        "params": options.max_params,
-        "latency": options.max_latency_ms,
-    }
-    budget = {kind: most for kind, most in limits.items() if most is not None}
+    limits = zip(UNITS, (options.max_macs, options.max_params, options.max_latency_ms), strict=True)
+    budget = {kind: most for kind, most in limits if most is not None}
     chosen = choose(scores, costs, within(costs, budget), cost)
     if options.out:
         write_front(options.out, scores, chosen, cost, costs[cost], budget.get(cost), latency)
-        write_choice(options, len(scores.archs), cost, budget, chosen)
+        content = {
+            "submission": options.submission,
+            "latency": options.latency,
+            "backbone": options.backbone,
+            "image_size": size,
+            "num_classes": classes,
+            "scored": len(scores.archs),
+            "budget": budget,
+            "cost": cost,
+            "confidence": CONFIDENCE,
+            "critical_value": round(critical_value(len(chosen)), 6),
+            "networks": chosen,
+        }
+        write_json(options.out / "choice.json", content)
     shown = table(chosen, options.top, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
 
@@ -232,30 +241,6 @@ def write_front(
     panel = choice_panel(cost, 100 * scores.accuracy, chosen, kind, label, budget)
     with replacing(folder / "front.svg") as temporary:
         temporary.write_text(panel.svg(alone=True))
-
-
-def write_choice(
-    options, scored: int, cost: str, budget: Mapping, chosen: Sequence[Mapping]
-) -> None:
-    """Write ``choice.json``.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    content = {
-        "submission": options.submission,
-        "latency": options.latency,
-        "backbone": options.backbone,
-        "image_size": options.image_size,
-        "num_classes": options.num_classes,
-        "scored": scored,
-        "budget": budget,
-        "cost": cost,
-        "confidence": CONFIDENCE,
-        "critical_value": round(critical_value(len(chosen)), 6),
-        "networks": chosen,
-    }
-    write_json(options.out / "choice.json", content)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from hnas.base.errors import UserError, run_main
 from hnas.search_space import Architecture, search_space
 
 BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
-SUPERNET = "stage2/final.pdparams"
-"""What the demo's stage 3 scores with."""
 
 
 def table(demo: Path) -> str:
@@ -47,26 +45,18 @@ def table(demo: Path) -> str:
     return "\n".join(rows)
 
 
-def next_steps(demo: Path, python: str) -> str:
-    """The demo's files, and two commands that go on from them.
-
-    Args:
-        demo: the demo's folder, relative to the project's root.
-        python: how to call Python from there.
-    """
+def next_steps(demo: Path) -> str:
+    """The demo's files, and a command that goes on from them; paths from the project's root."""
     return f"""\
 files
   {demo}/report/report.html       a page about these accuracies, for a browser
   {demo}/stage3/submission.json   accuracies of all architectures, as submitted
-  {demo}/{SUPERNET}    the supernet that predicted them
+  {demo}/stage2/final.pdparams    the supernet that predicted them
 
 next: how far would MACs alone have ranked them the same way? See {demo}/macs/report.html
-  {python} -m hnas.tools.rank_report --pred macs --gt {demo}/stage3/submission.json \\
-      --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/macs
-or let the supernet score 500 other architectures, drawn by the seed
-  backbone={BACKBONE} image_size={IMAGE_SIZE} image_dir={demo}/data seed=1 \\
-      ckpt_dir={demo}/{SUPERNET} modelarch_file=None eval_sample_num=500 \\
-      save_dir={demo}/others sh local_eval.sh"""
+  {os.path.relpath(sys.executable)} -m hnas.tools.rank_report \\
+      --pred macs --gt {demo}/stage3/submission.json \\
+      --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/macs"""
 
 
 def main(argv=None) -> None:
@@ -75,8 +65,7 @@ def main(argv=None) -> None:
         "--demo_dir", type=read_path, default=Path("output/demo"), help="demo's folder"
     )
     options = parser.parse_args(argv)
-    python = os.path.relpath(sys.executable)
-    sys.stdout.write(f"{table(options.demo_dir)}\n\n{next_steps(options.demo_dir, python)}\n")
+    sys.stdout.write(f"{table(options.demo_dir)}\n\n{next_steps(options.demo_dir)}\n")
 
 
 if __name__ == "__main__":
