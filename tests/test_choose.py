@@ -13,7 +13,6 @@ from scipy import stats
 
 from hnas.base.errors import UserError
 from hnas.evaluation.results import estimates
-from hnas.ranking.costs import all_parts
 from hnas.ranking.front import critical_value, not_worse, pareto_front
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.choose import main
@@ -172,22 +171,10 @@ def test_the_front_against_parameters(scored, capsys):
     assert np.all(np.diff([row["acc"] for row in front]) < 0)
 
 
-@pytest.fixture
-def measured(tmp_path):
-    """A latency file of invented times, as hnas.tools.latency writes them."""
-    rng = np.random.default_rng(2)
-    times = {part.name: rng.uniform(0.01, 0.1) for part in all_parts(RESNET48_MINI)}
-    about = dict.fromkeys(("device", "engine", "paddle"), "x") | {"processor": "AMD EPYC"}
-    about |= {"backbone": "resnet48_mini", "sample_space": "released", "image_size": 32}
-    about |= {"num_classes": 10, "batch_size": 4, "threads": 2, "check": {}}
-    path = tmp_path / "latency.json"
-    path.write_text(json.dumps({"format": 1, **about, "milliseconds": times}))
-    return path, times
-
-
-def test_a_latency_budget(scored, measured, capsys):
+def test_a_latency_budget(scored, capsys):
     folder, archs, _ = scored
-    path, times = measured
+    path = independent.latency_file(folder)
+    times = json.loads(path.read_text())["milliseconds"]
 
     def milliseconds(code):
         stem, blocks = independent.layers(code, (20, 32, 64, 128), 1)

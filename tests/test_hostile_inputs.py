@@ -33,7 +33,7 @@ from hnas.programs.memory_needs import (
 )
 from hnas.programs.options import Options
 from hnas.programs.runtime import scored_order
-from hnas.ranking.findings import Matched, notes_on_ranking
+from hnas.ranking.findings import notes_on_ranking
 from hnas.search_space import RESNET48, RESNET48_MINI, SearchSpace
 from hnas.utils.SampleMethod import build_sampler
 
@@ -314,7 +314,7 @@ def test_as_many_architectures_as_are_allowed(tmp_path, monkeypatch):
 def test_many_equal_accuracies_are_mentioned(equal, said):
     values = np.linspace(0.1, 0.9, 40)
     values[:equal] = 0.0
-    matched = Matched([], values, np.linspace(50, 70, 40), [], [])
-    found = [note for note in notes_on_ranking(matched) if "placeholders" in note]
+    notes = notes_on_ranking(values, np.linspace(50, 70, 40))
+    found = [note for note in notes if "placeholders" in note]
     assert found == [f"{equal} of 40 predictions are 0: placeholders? Among them nothing is ranked."
                      for _ in range(said)]  # fmt: skip

@@ -85,10 +85,8 @@ def test_large_lists_agree_with_scipy():
     rng = np.random.default_rng(0)
     x = rng.normal(size=3000).round(2)
     y = x + rng.normal(size=3000).round(1)
-    assert (mean_ranks(x) == stats.rankdata(x)).all()
     assert kendall_tau_b(x, y) == stats.kendalltau(x, y).statistic
     assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
 
 
 @EVERY

@@ -20,7 +20,6 @@ from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
 from hnas.models.pinasv2 import build_network
 from hnas.programs.options import Options
-from hnas.ranking.correlations import CORRELATIONS
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.weights.loading import write_state
 
@@ -389,23 +388,6 @@ def test_fields_of_the_scoring_bench_exist():
     rows = table_after("docs/speed.md", "speed_scoring fields")
     fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     assert fields and fields <= set().union(*lines_of("speed_scoring"))
-
-
-def test_fields_of_the_ranking_report_are_all_told():
-    rows = table_after("docs/ranking-report.md", "rank_report fields")
-    fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    source = text_of("hnas/tools/rank_report.py").split("def summary(")[1]
-    printed = set(re.findall(r'^ +"(\w+)": ', source, re.M)) | set(CORRELATIONS)
-    assert fields == printed - {"pred", "gt", "report"}
-
-
-def test_fields_of_a_report_on_scores_are_all_told():
-    rows = table_after("docs/ranking-report.md", "scores fields")
-    fields = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    source = text_of("hnas/tools/rank_report.py").split("def report_scores(")[1]
-    shown = re.search(r"shown = \((.*)\)", source)[1]
-    printed = set(re.findall(r'"(\w+)"', shown)) | {"tau_of_macs", "explained", "notes"}
-    assert fields == printed - {"pred"}
 
 
 def test_widths_and_costs_are_the_search_spaces():

@@ -1,18 +1,14 @@
 """How well a ranking by the first images agrees with the ranking by all images of the list.
 
-All architectures see the same images, so an image that is hard for all of them moves all
-accuracies and no ranks. What ranks depend on shows when the images are halved: where both halves
-disagree images decide.
+What is estimated is tau-b between the accuracies over the first n images and those over all N
+images of the list, of these architectures; docs/scoring.md tells what that is good for.
 
-**What is estimated.** tau-b between the accuracies over the first n images and those over all N
-images of the list, of these architectures; so it is exactly 1 when n = N.
-
-**How.** Hits are counted in 16 folds, by an image's position in the list modulo 16. The list's
-order is drawn, so the folds are random samples, and so is what will follow. There are 15 ways of
-halving the folds such that any two have half of each half in common: the rows of a Hadamard matrix
-(balanced half-samples, McCarthy 1969). The differences between the halves are uncorrelated from way
-to way, and with the images to come. So there are 15 draws of what the choice of images does to this
-ranking. Each of them is corrected for length:
+Hits are counted in 16 folds, by an image's position in the list modulo 16. The list's order is
+drawn, so the folds are random samples, and so is what will follow. There are 15 ways of halving the
+folds such that any two have half of each half in common: the rows of a Hadamard matrix (balanced
+half-samples, McCarthy 1969). The differences between the halves are uncorrelated from way to way,
+and with the images to come, so each is a draw of what the choice of images does to this ranking.
+Each is corrected for length:
 
 1. tau of the rankings by the two halves gives the correlation of their accuracies,
    r = sin(pi / 2 tau), as for bivariate normal scores.
@@ -40,7 +36,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +44,7 @@ from scipy.linalg import hadamard
 
 from hnas.base.errors import UserError
 from hnas.base.files import read_json
-from hnas.ranking.correlations import kendall_tau_b, none_if_nan
+from hnas.ranking.correlations import kendall_tau_b
 from hnas.search_space import Architecture
 
 FOLDS = 16
@@ -142,9 +138,9 @@ def corrected_for_length(tau: float, halves: tuple[int, int], images: int, of_im
 
 def agreement_record(agreement: Agreement | None, of_images: int) -> dict:
     """What ``estimates.json`` holds of it; null where it is not defined."""
-    numbers = agreement or Agreement(math.nan, math.nan, math.nan)
-    ends = {"tau": numbers.tau, "low": numbers.low, "high": numbers.high}
-    return {"images": of_images, **{end: none_if_nan(round(v, 6)) for end, v in ends.items()}}
+    if agreement is None:
+        return {"images": of_images, "tau": None, "low": None, "high": None}
+    return {"images": of_images, **{end: round(v, 6) for end, v in asdict(agreement).items()}}
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,6 @@ STYLE = {
     "axes.edgecolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-5, 7),
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.grid.axis": "y",

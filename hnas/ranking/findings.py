@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 from scipy.special import stdtr
@@ -173,19 +173,10 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 # --- of predictions and a truth
 
 
-@dataclass
-class Matched:
-    """Architectures that have both a predicted and a true accuracy."""
-
-    archs: list[Architecture]
-    pred: np.ndarray  # in the file's unit [n]
-    gt: np.ndarray  # in percent [n]
-    only_in_pred: list[str]  # codes of the others
-    only_in_gt: list[str]
-
-
-def match(pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]) -> Matched:
-    """Pair what two files say about the same architectures, in the order of ``gt``.
+def match(
+    pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]
+) -> tuple[list[Architecture], np.ndarray, np.ndarray]:
+    """Architectures of both files, in the order of ``gt``, and what each file says of them [n].
 
     Raises:
         UserError: fewer than three are in both.
@@ -196,43 +187,58 @@ def match(pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]) 
             f"--pred and --gt share {len(archs)} architectures ({len(pred)} and {len(gt)} are in "
             f"them); a ranking needs at least {FEWEST}"
         )
-    return Matched(
-        archs,
-        np.array([pred[arch] for arch in archs], np.float64),
-        np.array([gt[arch] for arch in archs], np.float64),
-        [arch.code for arch in pred if arch not in gt],
-        [arch.code for arch in gt if arch not in pred],
-    )
+    predicted, true = (np.array([named[arch] for arch in archs], float) for named in (pred, gt))
+    return archs, predicted, true
 
 
-def analyse_ranking(matched: Matched, seed: int = 0, resamples: int = RESAMPLES) -> dict:
-    """All figures of a report, as plain values; None where something is not defined."""
-    pred, gt = matched.pred, matched.gt
-    errors = 100 * rank_errors(pred, gt) / len(gt)
-    chosen = choices(matched.archs)
-    best = [top_k(pred, gt, k) for k in TOP_K if k == 1 or k <= len(gt) // 2]
+def analyse_ranking(
+    pred: Mapping[Architecture, float],
+    gt: Mapping[Architecture, float],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict:
+    """All figures of a report, as plain values; None where something is not defined.
+
+    Args:
+        pred, gt: predictions in any unit, and true accuracies in percent.
+        seed, resamples: of the bootstrap.
+
+    Raises:
+        UserError: fewer than three architectures are in both.
+    """
+    archs, predicted, true = match(pred, gt)
+    errors = 100 * rank_errors(predicted, true) / len(true)
+    chosen = choices(archs)
+    best = [top_k(predicted, true, k) for k in TOP_K if k == 1 or k <= len(true) // 2]
+    lonely = {
+        "pred": [arch.code for arch in pred if arch not in gt],
+        "gt": [arch.code for arch in gt if arch not in pred],
+    }
     report = {
-        "architectures": len(gt),
+        "architectures": len(true),
         "resamples": resamples,
         "seed": seed,
-        "correlations": correlations(pred, gt, seed, resamples),
+        "correlations": correlations(predicted, true, seed, resamples),
         "top_k": [{**row, "regret": round(row["regret"], 6)} for row in best],
         "mean_absolute_rank_error": float(np.abs(errors).mean()),
         "by_option": {name: by_option(chosen[name], errors) for name in DISCRETE},
         "attribution": attribute(chosen, errors),
         "unmatched": {
             source: {"count": len(codes), "codes": codes[:LISTED_CODES]}
-            for source, codes in (("pred", matched.only_in_pred), ("gt", matched.only_in_gt))
+            for source, codes in lonely.items()
         },
     }
-    told = {"interpretation": interpret_ranking(report), "notes": notes_on_ranking(matched)}
-    return {**report, **told}
+    notes = notes_on_ranking(predicted, true)
+    missing = [f"{len(codes):,} only in --{source}" for source, codes in lonely.items() if codes]
+    if missing:
+        notes.append(f"Architectures without a partner are left out: {', '.join(missing)}.")
+    return {**report, "interpretation": interpret_ranking(report), "notes": notes}
 
 
-def notes_on_ranking(matched: Matched) -> list[str]:
-    """What a reader must know before trusting the figures."""
+def notes_on_ranking(pred: np.ndarray, gt: np.ndarray) -> list[str]:
+    """What a reader must know before trusting the figures of predictions and accuracies [n]."""
     found = []
-    for source, values in (("predictions", matched.pred), ("true accuracies", matched.gt)):
+    for source, values in (("predictions", pred), ("true accuracies", gt)):
         if np.ptp(values) == 0:
             found.append(
                 f"All {source} are equal: they rank nothing, and no correlation is defined."
@@ -244,17 +250,8 @@ def notes_on_ranking(matched: Matched) -> list[str]:
                 f"{counts.max():,} of {len(values):,} {source} are {distinct[counts.argmax()]:g}: "
                 "placeholders? Among them nothing is ranked."
             )
-    missing = [
-        f"{len(codes):,} only in {source}"
-        for source, codes in (("--pred", matched.only_in_pred), ("--gt", matched.only_in_gt))
-        if codes
-    ]
-    if missing:
-        found.append(f"Architectures without a partner are left out: {', '.join(missing)}.")
-    if len(matched.gt) < 20:
-        found.append(
-            f"{len(matched.gt)} architectures are few: the intervals are wide and only rough."
-        )
+    if len(gt) < 20:
+        found.append(f"{len(gt)} architectures are few: the intervals are wide and only rough.")
     return found
 
 

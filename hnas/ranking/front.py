@@ -34,11 +34,10 @@ def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
 def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
     """Standard errors of accuracies less that of one architecture; float64 [architectures].
 
-    All architectures see the same images, so the difference of two accuracies is far more certain
-    than either of them. As estimates for more such images, like the ``se`` of ``estimates.json``.
-    The images of the folds are a random sample each, so the variance of the difference in hits is
-    16 / 15 times the sum of squares of the folds' deviations. One hit is added to it, so that few
-    images on which two architectures never differ do not make their difference certain.
+    As estimates for more such images, like the ``se`` of ``estimates.json``. The images of the
+    folds are a random sample each, so the variance of the difference in hits is 16 / 15 times the
+    sum of squares of the folds' deviations. One hit is added to it, so that few images on which two
+    architectures never differ do not make their difference certain.
 
     Args:
         folds: hits by fold, int64 [architectures, FOLDS].

@@ -38,6 +38,7 @@ figure {{ margin: .5rem 0; }}
 
 NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman", "abs_pearson": "|Pearson|"}
 COLUMNS = ("name", "score, %", "MACs, million", "parameters, million", "code")
+FRONT = "Orange: the Pareto front, the best score up to each cost; darker: more architectures."
 BARS = "bars are two standard errors, a hollow dot is a single architecture."
 
 
@@ -75,16 +76,7 @@ def scores_page(report: Mapping, fronts: Sequence[Panel], influence: Sequence[Pa
         report,
         [
             "<h2>Scores and cost</h2>",
-            '<div class="row">',
-            *(
-                _figure(
-                    [panel],
-                    "Orange: the Pareto front, the best score up to each cost; darker: more "
-                    "architectures.",
-                )
-                for panel in fronts
-            ),
-            "</div>",
+            f'<div class="row">{"".join(_figure([panel], FRONT) for panel in fronts)}</div>',
             "<h2>What depths and widths do</h2>",
             _figure(influence, f"Mean score by option, in percent; {BARS}"),
             _effects(report["attribution"], "score", 2),

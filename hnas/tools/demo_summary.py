@@ -18,7 +18,7 @@ BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
 
 
 def table(demo: Path) -> str:
-    """Accuracy of the largest, median and smallest sub-network by MACs, times and losses.
+    """Accuracy of the largest, median and smallest sub-network by MACs, and times.
 
     Raises:
         UserError: the demo's folder is incomplete.
@@ -26,7 +26,6 @@ def table(demo: Path) -> str:
     space = search_space(BACKBONE)
     try:
         scored = json.loads((demo / "stage3/submission.json").read_text()).values()
-        losses = json.loads((demo / "stage1/history.json").read_text())["epoch_losses"]
         words = (demo / "seconds.txt").read_text().split()
     except OSError as error:
         raise UserError(f"{error.filename} is missing; run sh run_demo.sh to the end") from error
@@ -40,8 +39,6 @@ def table(demo: Path) -> str:
         rows.append(f"{name:<12}{macs:>12,}{accuracy:>10.2%}")
     rows += ["", f"{'step':<12}{'seconds':>12}"]
     rows += [f"{name:<12}{value:>12}" for name, value in zip(words[::2], words[1::2], strict=True)]
-    rows += ["", "stage 1 loss by epoch: " + " -> ".join(f"{loss:.3f}" for loss in losses)]
-    rows.append(f"{len(by_macs)} architectures scored in stage 3")
     return "\n".join(rows)
 
 

@@ -66,19 +66,17 @@ def report_ranking(options) -> tuple[dict, str]:
     else:
         named, predicted = read_accuracies(options.pred)
         archs = list(named.values())
-    matched = match(dict(zip(archs, predicted.tolist(), strict=True)), gt)
-    report = {
-        "pred": options.pred,
-        "gt": options.gt,
-        **analyse_ranking(matched, options.seed, options.resamples),
-    }
-    values, label = matched.pred, "predicted accuracy"
+    pred = dict(zip(archs, predicted.tolist(), strict=True))
+    found = analyse_ranking(pred, gt, options.seed, options.resamples)
+    report = {"pred": options.pred, "gt": options.gt, **found}
+    _, values, true = match(pred, gt)
+    label = "predicted accuracy"
     if options.pred in COUNTED:
-        values, label = matched.pred / 1e6, f"{COUNTED[options.pred]}, million"
+        values, label = values / 1e6, f"{COUNTED[options.pred]}, million"
     elif values.min() >= 0 and values.max() <= 100:
         values, label = in_percent(values), "predicted accuracy, %"
     scatter = Panel("true accuracy, %", label)
-    scatter.points(matched.gt, values)
+    scatter.points(true, values)
     breakdown = option_panels(report["by_option"], "rank error, %")
     return report, ranking_page(report, scatter, breakdown)
 
