@@ -1,7 +1,6 @@
 """The ResNet48 search space: architecture codes, channel widths, MACs and parameters.
 
-This is the only module that knows how the digits of a code are laid out; all others hold an
-:class:`Architecture`.
+No other module knows how the digits of a code are laid out.
 """
 
 from __future__ import annotations

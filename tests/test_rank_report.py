@@ -18,7 +18,7 @@ from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
 from hnas.ranking.agreement import Agreement
 from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b
-from hnas.ranking.figures import option_panels, score_panel
+from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools.rank_report import main
 
@@ -354,7 +354,9 @@ def test_the_page_needs_nothing_else_and_is_the_same_again(report, files, tmp_pa
 
 def test_a_figure_of_45_000_is_small_and_stands_alone():
     cost, accuracy = np.random.default_rng(3).normal(size=(2, 45_000))
-    panel = score_panel(cost, accuracy, np.argsort(cost)[-3:], "<cost>")
+    panel = Panel("<cost>", "score, %")
+    panel.points(cost, accuracy)
+    panel.front(np.sort(cost)[-3:], accuracy[:3], ORANGE)
     drawing = panel.svg(alone=True)
     assert ElementTree.fromstring(drawing).tag == "{http://www.w3.org/2000/svg}svg"
     assert len(drawing) < 200_000 and "prefers-color-scheme: dark" in drawing

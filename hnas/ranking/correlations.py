@@ -111,8 +111,6 @@ def top_k(pred: ArrayLike, gt: ArrayLike, k: int) -> dict[str, float]:
         accuracies' unit; ``precision``: the share of the chosen that are truly among the best k.
     """
     pred, gt = _pair(pred, gt)
-    if not 1 <= k <= len(pred):
-        raise ValueError(f"k must be 1 to {len(pred)}, not {k}")
     threshold = np.sort(pred)[-k]
     sure, tied = pred > threshold, pred == threshold
     places = k - int(sure.sum())

@@ -119,9 +119,7 @@ def costs_of(
 def open_latency(
     path: str | None, backbone: str, image_size: int, sample_space: str = "", asked_by: str = ""
 ) -> LatencyTable | None:
-    """What ``--latency`` names, for these settings; None: nothing.
-
-    ``asked_by`` is a flag that cannot do without.
+    """What ``--latency`` names, for these settings; ``asked_by`` is a flag that needs it.
 
     Raises:
         UserError: it is missing, broken, or of something else.

@@ -151,17 +151,6 @@ def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Pan
     return panels
 
 
-def score_panel(cost: np.ndarray, accuracy: np.ndarray, front: np.ndarray, label: str) -> Panel:
-    """Scores in percent against cost [n], and the best score up to each cost.
-
-    ``front`` are the indices of those that none beats at no more cost, by rising cost.
-    """
-    panel = Panel(label, "score, %")
-    panel.points(cost, accuracy)
-    panel.front(cost[front], accuracy[front], ORANGE)
-    return panel
-
-
 def choice_panel(
     cost: np.ndarray,
     accuracy: np.ndarray,

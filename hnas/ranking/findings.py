@@ -64,9 +64,7 @@ def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
 def by_option(chosen: np.ndarray, values: np.ndarray) -> list[dict]:
     """Mean of the ``values`` [n] of architectures that have chosen the same, smallest option first.
 
-    Returns:
-        For each option ``{"option", "architectures", "mean", "standard_error",
-        "mean_absolute"}``; the standard error of a single architecture is None.
+    The standard error of a single architecture is None.
     """
     rows = []
     for option in np.unique(chosen):
@@ -96,12 +94,11 @@ def attribute(chosen: Mapping[str, np.ndarray], values: np.ndarray) -> dict:
 
         - ``correlation``: Pearson's, of the value with this choice alone,
         - ``effect``: change of the value from the smallest to the largest of the choice, the
-          others being equal. Of rank errors: positive where more of it is overrated,
-        - ``standard_error``: of the effect,
+          others being equal, and its ``standard_error``,
         - ``p_value``: of an effect of 0, by Student's t, with Holm's correction (Scandinavian
           Journal of Statistics, 1979) for having looked at all the choices.
 
-        All as plain numbers; None what is not defined, as with too few architectures.
+        None what is not defined, as with too few architectures.
     """
     varying = {name: options for name, options in chosen.items() if np.ptp(options) > 0}
     if not varying:
@@ -305,9 +302,7 @@ def analyse_scores(
     """All figures of a report on scores alone, as plain values; None where not defined.
 
     Args:
-        archs: n by name.
-        accuracy: their scores in percent [n].
-        costs: ``macs`` and ``params`` [n].
+        archs, accuracy, costs: n by name, their scores in percent, ``macs`` and ``params``.
         known, rows: what ``estimates.json`` says, and where they are in it.
     """
     names, macs = list(archs), costs["macs"]

@@ -22,10 +22,7 @@ def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
     By rising cost, so by rising accuracy too; of networks that are equal in both the first stands
     for all.
     """
-    accuracy, cost = np.asarray(accuracy), np.asarray(cost)
     order = np.lexsort((-accuracy, cost))
-    if not len(order):
-        return order
     best_before = np.maximum.accumulate(accuracy[order])[:-1]
     rises = np.concatenate([[True], accuracy[order][1:] > best_before])
     return order[rises]
@@ -74,12 +71,11 @@ def not_worse(accuracy: np.ndarray, difference_error: np.ndarray) -> np.ndarray:
     Returns:
         bool [n]; the best is always in.
     """
-    accuracy = np.asarray(accuracy)
     below = accuracy.max() - accuracy
     # What Student's t exceeds as rarely as a normal variable exceeds d.
     errors = -stdtrit(FOLDS - 1, ndtr(-critical_value(len(accuracy))))
     # The best's own error is 0 and others' may be infinite: nothing is known of them.
-    return (below <= 0) | (below <= errors * np.asarray(difference_error))
+    return (below <= 0) | (below <= errors * difference_error)
 
 
 def critical_value(networks: int) -> float:

@@ -89,16 +89,12 @@ def within(costs: Mapping[str, np.ndarray], budget: Mapping[str, float]) -> np.n
 def choose(
     scores: Scores, costs: Mapping[str, np.ndarray], fits: np.ndarray, cost: str
 ) -> list[dict]:
-    """The networks within the budget, best first; of equally accurate ones the cheaper first.
-
-    Args:
-        fits: bool [n].
-        cost: the kind against which the front is drawn.
+    """The networks that ``fits`` [n], best first; of equally accurate ones the cheaper first.
 
     Returns:
-        For each its name, code, accuracy, standard error, images and costs, ``front``: whether it
-        is Pareto-optimal among them, and ``group``: whether it is not worse than the best by more
-        than their noise.
+        For each its name, code, accuracy, standard error, images and costs, ``front``: whether
+        accuracy and this kind of ``cost`` are Pareto-optimal among them, and ``group``: whether it
+        is not worse than the best by more than their noise.
     """
     accuracy, error = scores.accuracy[fits], scores.error[fits]
     front = set(pareto_front(accuracy, costs[cost][fits]).tolist())

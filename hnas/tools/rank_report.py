@@ -24,7 +24,7 @@ from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES
 from hnas.ranking.costs import costs_of
-from hnas.ranking.figures import Panel, option_panels, score_panel
+from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
@@ -55,11 +55,7 @@ def _costs(archs: Iterable[Architecture], options) -> dict[str, np.ndarray]:
 
 
 def report_ranking(options) -> tuple[dict, str]:
-    """The report on predictions and a truth, and its page.
-
-    Raises:
-        UserError: a wrong file, or fewer than three architectures in both.
-    """
+    """The report on predictions and a truth, and its page."""
     gt = read_truth(options.gt)
     if options.pred in COUNTED:
         archs, predicted = list(gt), _costs(gt, options)[options.pred]
@@ -82,14 +78,7 @@ def report_ranking(options) -> tuple[dict, str]:
 
 
 def report_scores(options) -> tuple[dict, str]:
-    """The report on scores alone, and its page.
-
-    Standard errors, the number of images and the ranking's agreement come from ``estimates.json``
-    beside the file, which stage 3 writes, if it is of the same scores.
-
-    Raises:
-        UserError: a wrong file, fewer than three architectures, or an accuracy outside of 0 to 100.
-    """
+    """The report on scores alone, and its page; with what ``estimates.json`` tells, if it can."""
     if options.pred in COUNTED:
         raise UserError(f"--pred {options.pred} needs --gt, whose architectures it counts")
     archs, accuracy = read_scores(options.pred)
@@ -112,10 +101,13 @@ def report_scores(options) -> tuple[dict, str]:
         **found,
         "notes": [*found["notes"], *unknown],
     }
-    fronts = [
-        score_panel(cost / 1e6, accuracy, pareto_front(accuracy, cost), f"{label}, million")
-        for cost, label in zip(costs.values(), COUNTED.values(), strict=True)
-    ]
+    fronts = []
+    for kind, label in COUNTED.items():
+        millions, panel = costs[kind] / 1e6, Panel(f"{label}, million", "score, %")
+        panel.points(millions, accuracy)
+        best = pareto_front(accuracy, millions)
+        panel.front(millions[best], accuracy[best], ORANGE)
+        fronts.append(panel)
     return report, scores_page(report, fronts, option_panels(report["by_option"], "score, %"))
 
 
