@@ -100,6 +100,9 @@ class Architecture:
             text += digits.ljust(2 * deepest, "0")
         return text
 
+    def __str__(self) -> str:
+        return self.code
+
 
 def _shorten(code: str) -> str:
     return repr(code if len(code) <= 60 else code[:57] + "...")

@@ -101,23 +101,18 @@ def test_every_invalid_digit_is_named_by_its_position(code, dropped):
     assert refused > 51 * 3
 
 
-@pytest.mark.parametrize(
-    ("position", "depth", "named"),
-    [
-        (3, "8", "digit 37 (stage 3, block 6, conv1) is 0; allowed: 1 to 7"),
-        (4, "3", "digit 49 (stage 4, block 4, conv1) is 2; allowed: 0, since stage 4 has 3"),
-    ],
-)
-def test_depth_and_blocks_must_agree(position, depth, named):
-    code = MIXED[:position] + depth + MIXED[position + 1 :]
-    with pytest.raises(ArchitectureError) as error:
-        Architecture.from_code(code)
-    assert named in str(error.value)
+def test_depth_and_blocks_must_agree():
+    with pytest.raises(
+        ArchitectureError, match="digit 37 .stage 3, block 6, conv1. is 0; allowed: 1"
+    ):
+        Architecture.from_code(MIXED[:3] + "8" + MIXED[4:])
+    with pytest.raises(ArchitectureError, match="is 2; allowed: 0, since stage 4 has 3 blocks"):
+        Architecture.from_code(MIXED[:4] + "3" + MIXED[5:])
 
 
 @pytest.mark.parametrize(
     "code",
-    [None, 1, 1.5, LARGEST.encode(), [LARGEST], int(LARGEST), True]
+    [None, LARGEST.encode(), [LARGEST], int(LARGEST)]
     + [(LARGEST * 100)[:length] for length in (0, 1, 50, 53, 5000)]
     + [MIXED[:20] + wrong + MIXED[21:] for wrong in (*"x -\0\n", "\u00b2", "\u0663", "\uff11")],
 )
@@ -282,13 +277,9 @@ def assert_uniform(codes, max_digits):
         assert chisquare(counts).pvalue > 1e-4, choice
 
 
-@pytest.mark.parametrize(
-    ("digits", "max_digits"), [("released", (3, 3, 5, 7)), ("full", (7, 7, 7, 7))]
-)
-def test_sampling_is_uniform_over_the_digits_of_the_space(digits, max_digits):
-    space = search_space("resnet48", digits)
-    rng = np.random.default_rng(5)
-    assert_uniform([space.sample(rng).code for _ in range(2000)], max_digits)
+def test_sampling_is_uniform_over_the_digits_of_the_full_space():
+    space, rng = search_space("resnet48", "full"), np.random.default_rng(5)
+    assert_uniform([space.sample(rng).code for _ in range(2000)], (7, 7, 7, 7))
 
 
 def test_choices_are_independent():

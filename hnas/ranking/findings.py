@@ -1,8 +1,7 @@
 """What a report finds: of predictions and a truth, and of scores alone.
 
 Both ask what choices of depth and width do to a value, to accuracies or to *rank errors*: predicted
-less true rank, in percent of the number of architectures. One is positive where a prediction ranks
-an architecture too high.
+less true rank in percent of the number of architectures, positive where it is ranked too high.
 """
 
 from __future__ import annotations
@@ -340,8 +339,8 @@ def analyse_scores(
         "by_option": {name: by_option(chosen[name], accuracy) for name in DISCRETE},
         "attribution": attribute(chosen, accuracy),
     }
-    told = {"interpretation": interpret_scores(report), "notes": notes_on_scores(accuracy)}
-    return {**report, **told}
+    notes = notes_on_scores(accuracy)
+    return {**report, "interpretation": interpret_scores(report), "notes": notes}
 
 
 def interpret_scores(report: Mapping) -> list[str]:
