@@ -121,10 +121,7 @@ def excess_pairs(one: np.ndarray, other: np.ndarray) -> int:
 def corrected_for_length(tau: float, halves: tuple[int, int], images: int, of_images: int) -> float:
     """tau-b of ``images`` images with the ``of_images`` that they are among.
 
-    Args:
-        tau: of the rankings by two halves of the former.
-        halves: how many images each of them has.
-        images, of_images: as of :func:`expected_agreement`.
+    ``tau`` is that of the rankings by two halves of the former, of so many images.
     """
     correlation = max(math.sin(math.pi / 2 * tau), 1e-6)
     one, other = halves
@@ -219,11 +216,7 @@ def _estimates(content: Mapping) -> Estimates:
 def estimates_beside(
     path: str | Path, archs: Sequence[Architecture], accuracy: np.ndarray
 ) -> tuple[Estimates, list[int]]:
-    """The ``estimates.json`` beside a file of scores, and where they are in it.
-
-    Args:
-        path: of the scores.
-        archs, accuracy: the scores, as shares of 1 [n].
+    """The ``estimates.json`` beside a file of scores (as shares of 1 [n]), and where they are in it.
 
     Raises:
         UserError: there is none, it cannot be used, or it is of other scores.

@@ -107,8 +107,8 @@ def top_k(pred: ArrayLike, gt: ArrayLike, k: int) -> dict[str, float]:
         k: 1 to n.
 
     Returns:
-        ``k``; ``regret``: the best true accuracy less the best one among the chosen, in the
-        accuracies' unit; ``precision``: the share of the chosen that are truly among the best k.
+        ``k``; ``regret``: the best true accuracy less the best one among the chosen;
+        ``precision``: the share of the chosen that are truly among the best k.
     """
     pred, gt = _pair(pred, gt)
     threshold = np.sort(pred)[-k]

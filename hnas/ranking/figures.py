@@ -64,13 +64,7 @@ STYLE = {
 
 
 class Panel:
-    """One pair of axes, and what is drawn in it.
-
-    Args:
-        x, y: titles of the axes: what the numbers are, with their unit.
-        title: above the plot.
-        size: width and height in px.
-    """
+    """One pair of axes with titles ``x`` and ``y``, and what is drawn in it; ``size`` in px."""
 
     def __init__(self, x: str, y: str, title: str = "", size: tuple[int, int] = MEDIUM):
         with rc_context(STYLE):
@@ -162,10 +156,9 @@ def choice_panel(
     """All networks [n]; of those within a budget the best's equals and the Pareto front.
 
     Args:
-        accuracy: of all, in percent.
-        chosen: those within the budget, as rows with ``acc``, ``se``, ``front``, ``group`` and
-            the cost under the name ``kind``.
-        label: of the cost's axis.
+        cost, accuracy: of all; the latter in percent.
+        chosen: those within the budget, as of :func:`hnas.tools.choose.choose`.
+        kind, label: of the cost, there and on its axis.
         budget: drawn as a line; None: no limit.
     """
     scale, million = (1e6, "million ") if cost.max() >= 1e6 else (1, "")

@@ -37,7 +37,6 @@ figure {{ margin: .5rem 0; }}
 
 
 NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman", "abs_pearson": "|Pearson|"}
-COLUMNS = ("name", "score, %", "MACs, million", "parameters, million", "code")
 FRONT = "Orange: the Pareto front, the best score up to each cost; darker: more architectures."
 BARS = "bars are two standard errors, a hollow dot is a single architecture."
 
@@ -68,6 +67,16 @@ def ranking_page(report: Mapping, scatter: Panel, breakdown: Sequence[Panel]) ->
 
 def scores_page(report: Mapping, fronts: Sequence[Panel], influence: Sequence[Panel]) -> str:
     """What scores say without a truth, as HTML; ``report`` as in ``report.json``."""
+    best = [
+        (
+            row["name"],
+            _with_error(_number(row["accuracy"], 2), row["standard_error"], 2),
+            _number(row["macs"] / 1e6, 2),
+            _number(row["params"] / 1e6, 2),
+            row["arch"],
+        )
+        for row in report["best"]
+    ]
     return _document(
         f"Scores: {report['pred']}",
         f"{report['architectures']:,} architectures; MACs and parameters of {report['backbone']} "
@@ -81,7 +90,7 @@ def scores_page(report: Mapping, fronts: Sequence[Panel], influence: Sequence[Pa
             _figure(influence, f"Mean score by option, in percent; {BARS}"),
             _effects(report["attribution"], "score", 2),
             "<h2>The best scores</h2>",
-            _table(COLUMNS, [_row(row) for row in report["best"]]),
+            _table(("name", "score, %", "MACs, million", "parameters, million", "code"), best),
             _note("The best of many is always partly lucky: look at the standard errors."),
         ],
     )
@@ -143,16 +152,6 @@ def _effects(attribution: Mapping, what: str, digits: int) -> str:
         "from its smallest to its largest value, the others being equal (least squares; ± the "
         "standard error). p: how likely such an effect would be by chance, corrected for having "
         f"looked at all choices (Holm). {together}"
-    )
-
-
-def _row(row: Mapping) -> tuple[str, ...]:
-    return (
-        row["name"],
-        _with_error(_number(row["accuracy"], 2), row["standard_error"], 2),
-        _number(row["macs"] / 1e6, 2),
-        _number(row["params"] / 1e6, 2),
-        row["arch"],
     )
 
 
