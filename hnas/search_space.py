@@ -282,10 +282,7 @@ class SearchSpace:
         return Architecture(depths, widths[0][0][1], tuple(widths))
 
     def sample_many(self, rng: np.random.Generator, number: int) -> Candidates:
-        """Draw ``number`` architectures uniformly, as arrays: a thousand take a millisecond.
-
-        The law is that of :meth:`sample` without a tilt, the draws are others.
-        """
+        """Draw ``number`` architectures by the law of :meth:`sample` without a tilt, as arrays."""
         stages = len(MAX_DEPTHS)
         narrowest = np.array(self.max_digits)
         return Candidates(
@@ -297,9 +294,7 @@ class SearchSpace:
     def sample_distinct(
         self, rng: np.random.Generator, number: int, first: Iterable[Architecture] = ()
     ) -> dict[str, Architecture]:
-        """``first`` and then uniform draws, none twice, until there are ``number``.
-
-        They are named arch1, arch2, ..., as the organisers name theirs.
+        """``first`` and then uniform draws, none twice, named arch1, arch2, ... to ``number``.
 
         Raises:
             UserError: there are not so many.

@@ -216,7 +216,7 @@ def _estimates(content: Mapping) -> Estimates:
 def estimates_beside(
     path: str | Path, archs: Sequence[Architecture], accuracy: np.ndarray
 ) -> tuple[Estimates, list[int]]:
-    """The ``estimates.json`` beside a file of scores (as shares of 1 [n]), and where they are in it.
+    """The ``estimates.json`` beside a file of scores, shares of 1 [n], and where they are in it.
 
     Raises:
         UserError: there is none, it cannot be used, or it is of other scores.
