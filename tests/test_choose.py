@@ -84,11 +84,7 @@ def scored(tmp_path):
     hits = np.clip(300 + 8e-6 * (macs - macs.min()) + rng.normal(0, 6, 40), 0, IMAGES).astype(int)
     found = estimates(archs, counts_of(right_about(hits)), None, IMAGES)
     (tmp_path / "estimates.json").write_text(json.dumps(found))
-    submission = {
-        name: {"acc": entry["acc"], "arch": entry["arch"]}
-        for name, entry in found["architectures"].items()
-    }
-    (tmp_path / "submission.json").write_text(json.dumps(submission))
+    (tmp_path / "submission.json").write_text(json.dumps(found["architectures"]))
     return tmp_path, archs, hits
 
 
@@ -150,10 +146,8 @@ def test_what_is_chosen(scored, capsys):
     assert orange == len(kept) and blue == 40 + sum(row["front"] for row in found)
 
     lines = text.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == [
-        "network",
-        *(row["name"] for row in found[:3]),
-    ]
+    first_words = [line.split()[0] for line in lines[:4]]
+    assert first_words == ["network", *(row["name"] for row in found[:3])]
     assert lines[1].split()[1] == f"{best:.2%}" and lines[4] == ""
     assert f"best     {first}: " in text and found[0]["arch"] in text
     cheapest = min((row for row in found if row["group"]), key=lambda row: row["macs"])
