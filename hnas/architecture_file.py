@@ -20,10 +20,6 @@ MAX_ENTRIES = 500_000
 """Some ten times those of the competition's file; Python's lists need many times a file's bytes."""
 
 
-class ArchitectureFileError(UserError):
-    """A file of architectures that cannot be used; the message names file and entry."""
-
-
 def read_architectures(path: str | Path) -> dict[str, Architecture]:
     """Architectures by name, in the file's order.
 
@@ -31,7 +27,7 @@ def read_architectures(path: str | Path) -> dict[str, Architecture]:
     with codes separated by commas or white space; the latter two are named arch1, arch2, ...
 
     Raises:
-        ArchitectureFileError: missing or broken file, wrong entry, a name or code twice.
+        UserError: missing or broken file, wrong entry, a name or code twice.
     """
     return _read(Path(path), with_accuracies=False)[0]
 
@@ -42,7 +38,7 @@ def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarr
     Reads the organisers' JSON, ``{"arch1": {"acc": 0.7, "arch": "1252..."}, ...}``.
 
     Raises:
-        ArchitectureFileError: as :func:`read_architectures`, or an ``acc`` that is missing or is
+        UserError: as :func:`read_architectures`, or an ``acc`` that is missing or is
             not a finite number.
     """
     return _read(Path(path), with_accuracies=True)
@@ -80,10 +76,6 @@ def in_shares(accuracies: np.ndarray) -> np.ndarray:
     return accuracies if accuracies.max() <= 1 else accuracies / 100
 
 
-Entry = tuple[str, object, Sequence[object]]
-"""Name, code and every accuracy of one architecture, as they stand in a file."""
-
-
 def _read(path: Path, with_accuracies: bool) -> tuple[dict[str, Architecture], np.ndarray]:
     archs: dict[str, Architecture] = {}
     names: dict[Architecture, str] = {}
@@ -93,11 +85,11 @@ def _read(path: Path, with_accuracies: bool) -> tuple[dict[str, Architecture], n
         try:
             arch = Architecture.from_code(code)
         except ArchitectureError as error:
-            raise ArchitectureFileError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         if name in archs:
-            raise ArchitectureFileError(f"{where}: the name stands twice")
+            raise UserError(f"{where}: the name stands twice")
         if arch in names:
-            raise ArchitectureFileError(f"{where}: the same architecture as {names[arch]!r}")
+            raise UserError(f"{where}: the same architecture as {names[arch]!r}")
         archs[name], names[arch] = arch, name
         if with_accuracies:
             values.append(_accuracy(where, accuracies))
@@ -106,7 +98,7 @@ def _read(path: Path, with_accuracies: bool) -> tuple[dict[str, Architecture], n
 
 def _accuracy(where: str, accuracies: Sequence[object]) -> float:
     if len(accuracies) != 1:
-        raise ArchitectureFileError(
+        raise UserError(
             f"{where}: one accuracy is needed, and {len(accuracies)} are there; "
             'the form is {"acc": 0.7, "arch": "1252..."}'
         )
@@ -114,13 +106,12 @@ def _accuracy(where: str, accuracies: Sequence[object]) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Whole numbers may be too large for a float; comparing them is exact.
     if not is_number or not abs(value) <= sys.float_info.max:
-        shown = json.dumps(value)
-        shown = shown if len(shown) <= 30 else f"{shown[:27]}..."
-        raise ArchitectureFileError(f'{where}: "acc" is {shown}, not a finite number')
+        raise UserError(f'{where}: "acc" is {json.dumps(value):.30}, not a finite number')
     return float(value)
 
 
-def _entries(path: Path) -> list[Entry]:
+def _entries(path: Path) -> list[tuple[str, object, Sequence[object]]]:
+    """Name, code and every accuracy of each architecture, as they stand in the file."""
     text = _read_text(path)
     if text.lstrip()[:1] in ("{", "["):
         entries = _json_entries(path, text)
@@ -129,16 +120,16 @@ def _entries(path: Path) -> list[Entry]:
         entries = _named(word[0] for word in words)
         _check_number(path, len(entries))
     if not entries:
-        raise ArchitectureFileError(f"{path} holds no architectures")
+        raise UserError(f"{path} holds no architectures")
     return entries
 
 
 def _check_number(path: Path, entries: int) -> None:
     if entries > MAX_ENTRIES:
-        raise ArchitectureFileError(f"{path} holds more than {MAX_ENTRIES:,} entries")
+        raise UserError(f"{path} holds more than {MAX_ENTRIES:,} entries")
 
 
-def _named(codes: Iterable[object]) -> list[Entry]:
+def _named(codes: Iterable[object]) -> list[tuple]:
     return [(f"arch{i}", code, ()) for i, code in enumerate(codes, 1)]
 
 
@@ -146,32 +137,31 @@ def _read_text(path: Path) -> str:
     try:
         check_regular(path)
         if path.stat().st_size > MAX_BYTES:
-            raise ArchitectureFileError(f"{path} is larger than {MAX_BYTES // 2**20} MiB")
+            raise UserError(f"{path} is larger than {MAX_BYTES // 2**20} MiB")
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = error.strerror or error
-        raise ArchitectureFileError(f"cannot read architectures from {path}: {reason}") from error
+        raise UserError(f"cannot read architectures from {path}: {reason}") from error
     except UnicodeDecodeError as error:
-        raise ArchitectureFileError(f"{path} is not a text file ({error.reason})") from error
+        raise UserError(f"{path} is not a text file ({error.reason})") from error
 
 
-def _json_entries(path: Path, text: str) -> list[Entry]:
+def _json_entries(path: Path, text: str) -> list[tuple]:
     # Counted before anything is built of them. An entry has two values at most.
     _check_number(path, max(text.count("{"), text.count("["), text.count(",") // 2) - 1)
     try:
         # Pairs, since a dict would drop all but the last of a name that stands twice.
         content = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as error:
-        raise ArchitectureFileError(f"{path} is not valid JSON: {error}") from None
-    _check_number(path, len(content))
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, _Pairs):
-        return _named(dict(item) if isinstance(item, _Pairs) else item for item in content)
+        return _named(content)
     entries = []
     for position, (name, value) in enumerate(content, 1):
         pairs = value if isinstance(value, _Pairs) else ()
         codes, accuracies = ([item for key, item in pairs if key == k] for k in ("arch", "acc"))
         if len(codes) != 1:
-            raise ArchitectureFileError(
+            raise UserError(
                 f"{path}: entry {position} ({name!r}) is not of the form "
                 '{"acc": 0.0, "arch": "1252..."}'
             )

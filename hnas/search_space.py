@@ -1,7 +1,6 @@
 """The ResNet48 search space: architecture codes, channel widths, MACs and parameters.
 
-This is the only module that knows how the digits of a code are laid out; all others hold an
-:class:`Architecture`.
+No other module knows how the digits of a code are laid out.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 MIN_DEPTH = 2
 MAX_DEPTHS = (5, 5, 8, 5)
 STAGE_STRIDES = (1, 2, 2, 2)
-IMAGE_DIGIT = "1"
 CODE_LENGTH = 1 + len(MAX_DEPTHS) + 1 + 2 * sum(MAX_DEPTHS)
 
 FULL_DIGITS = (7, 7, 7, 7)
@@ -53,9 +51,7 @@ class Architecture:
             ArchitectureError: naming the offending digit (counted from 1) and what is allowed.
         """
         if not isinstance(code, str):
-            raise ArchitectureError(
-                f"architecture code must be a string of digits, not {_kind(code)}"
-            )
+            raise ArchitectureError("architecture code must be a string of digits")
         if not (code.isascii() and code.isdigit()):
             raise ArchitectureError(f"architecture code {_shorten(code)} holds more than digits")
         if len(code) not in (CODE_LENGTH, CODE_LENGTH - 1):
@@ -97,7 +93,7 @@ class Architecture:
     @property
     def code(self) -> str:
         """The code as it was read: 52 digits, or 51 when the image size was left out."""
-        text = IMAGE_DIGIT if self.image_digit else ""
+        text = "1" if self.image_digit else ""
         text += "".join(map(str, self.depths)) + str(self.stem)
         for blocks, deepest in zip(self.widths, MAX_DEPTHS, strict=True):
             digits = "".join(f"{conv1}{conv2}" for conv1, conv2 in blocks)
@@ -108,21 +104,8 @@ class Architecture:
         return self.code
 
 
-def _kind(value) -> str:
-    names = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
-    return next((name for kind, name in names.items() if isinstance(value, kind)), "a number")
-
-
 def _shorten(code: str) -> str:
     return repr(code if len(code) <= 60 else code[:57] + "...")
-
-
-def make_divisible(value: float, divisor: int = 8) -> int:
-    """Round ``value`` to the nearest multiple of ``divisor``, never more than 10 % below it."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    if rounded < 0.9 * value:
-        rounded += divisor
-    return rounded
 
 
 @dataclass(frozen=True)
@@ -183,10 +166,15 @@ class SearchSpace:
     max_digits: tuple[int, ...] = RELEASED_DIGITS  # largest that sampling uses in each stage
 
     def channels(self, stage: int, digit: int) -> int:
-        """Channel count of width digit 1..7 in ``stage`` (0..3)."""
+        """Channel count of width digit 1..7 in ``stage`` (0..3).
+
+        The nearest multiple of the divisor, never more than 10 % below the exact width.
+        """
         # The products are a hair below the integer for some ratios (e.g. 90 * 0.7).
         value = round(self.base_channels[stage] * RATIOS[digit - 1], 6)
-        return make_divisible(value, self.divisor)
+        divisor = self.divisor
+        rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+        return rounded + divisor if rounded < 0.9 * value else rounded
 
     def plan(self, arch: Architecture) -> ChannelPlan:
         """Channel counts of ``arch``."""
@@ -294,10 +282,7 @@ class SearchSpace:
         return Architecture(depths, widths[0][0][1], tuple(widths))
 
     def sample_many(self, rng: np.random.Generator, number: int) -> Candidates:
-        """Draw ``number`` architectures uniformly, as arrays: a thousand take a millisecond.
-
-        The law is that of :meth:`sample` without a tilt, the draws are others.
-        """
+        """Draw ``number`` architectures by the law of :meth:`sample` without a tilt, as arrays."""
         stages = len(MAX_DEPTHS)
         narrowest = np.array(self.max_digits)
         return Candidates(
@@ -309,9 +294,7 @@ class SearchSpace:
     def sample_distinct(
         self, rng: np.random.Generator, number: int, first: Iterable[Architecture] = ()
     ) -> dict[str, Architecture]:
-        """``first`` and then uniform draws, none twice, until there are ``number``.
-
-        They are named arch1, arch2, ..., as the organisers name theirs.
+        """``first`` and then uniform draws, none twice, named arch1, arch2, ... to ``number``.
 
         Raises:
             UserError: there are not so many.

@@ -66,7 +66,7 @@ def test_formats_keep_order_and_codes(write, form, codes):
     assert list(archs.values()) == [Architecture.from_code(code) for code in codes]
 
 
-@pytest.mark.parametrize("content", [json.dumps(entries(CODES)), json.dumps(CODES), LARGEST])
+@pytest.mark.parametrize("content", [json.dumps(entries(CODES)), LARGEST])
 def test_byte_order_mark_is_skipped(write, content):
     archs = read_architectures(write(b"\xef\xbb\xbf" + content.encode()))
     assert archs == read_architectures(write(content))
@@ -112,20 +112,13 @@ def test_an_architecture_that_stands_twice(write, form, again):
     assert message == f"FILE: entry 4 ({names[0]!r}): the same architecture as {names[1]!r}"
 
 
-def test_a_code_that_stands_twice_in_an_entry(write):
-    refusal(write(f'{{"a": {{"arch": "{LARGEST}", "arch": "{SMALL}"}}}}'))
-
-
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        *((code, "must be a string of digits") for code in (None, True, 1, 0.5, [], [LARGEST], {})),
-        (int(LARGEST), "must be a string of digits"),
-        ({"acc": 0.0, "arch": LARGEST}, "must be a string of digits"),
-        *(((LARGEST * 2000)[:n], f"has {n} digits") for n in (1, 50, 53, 100_000)),
+        *((code, "must be a string of digits") for code in (None, int(LARGEST), [LARGEST], {})),
+        *(((LARGEST * 2000)[:n], f"has {n} digits") for n in (1, 100_000)),
         (SMALL[:1] + "6" + SMALL[2:], "digit 2 (depth of stage 1) is 6; allowed: 2 to 5"),
         (SMALL[1:-1] + "1", "digit 51 (stage 4, block 5, conv2) is 1; allowed: 0, since"),
-        (SMALL + "x", "holds more than digits"),
         (" " + SMALL, "holds more than digits"),
         ("", "digits"),
     ],
@@ -136,12 +129,15 @@ def test_a_wrong_code(write, form, code, reason):
     message = refusal(write(form([OTHER, code])))
     name = "net1" if form is entries else "arch2"
     assert message.startswith(f"FILE: entry 2 ({name!r}): ") and reason in message
-    assert len(message) < 300 and "_Pairs" not in message
+    assert len(message) < 300
 
 
-@pytest.mark.parametrize("entry", [None, True, 1, LARGEST, [], [LARGEST], {}, {"acc": 0.5}])
+@pytest.mark.parametrize(
+    "entry",
+    ["null", f'"{LARGEST}"', "[]", '{"acc": 0.5}', f'{{"arch": "{LARGEST}", "arch": "{SMALL}"}}'],
+)
 def test_an_entry_of_the_wrong_form(write, entry):
-    message = refusal(write({"good": {"arch": SMALL}, "bad": entry}))
+    message = refusal(write(f'{{"good": {{"arch": "{SMALL}"}}, "bad": {entry}}}'))
     form = '{"acc": 0.0, "arch": "1252..."}'
     assert message == f"FILE: entry 2 ('bad') is not of the form {form}"
 
@@ -149,21 +145,16 @@ def test_an_entry_of_the_wrong_form(write, entry):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("", "holds no architectures"),
         (" ,\n,", "holds no architectures"),
-        ("[]", "holds no architectures"),
         ("{}", "holds no architectures"),
         ('"text"', "entry 1 ('arch1'): architecture code '\"text\"' holds more than digits"),
-        (LARGEST + SMALL, "entry 1 ('arch1'): "),
         (LARGEST + ";" + SMALL, "entry 1 ('arch1'): "),
         (json.dumps(entries(CODES))[:-20], "is not valid JSON"),
-        ("[" * 100_000, "is not valid JSON"),
         ('{"a":' * 100_000, "is not valid JSON"),
         ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
         ("[" * 500 + "]" * 500, "entry 1 ('arch1'): architecture code must be a string"),
         ("[" + "1" * 5000 + "]", "is not valid JSON"),
         (json.dumps(CODES).encode("utf-16"), "is not a text file"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is not a text file"),
         (b"\x00" * 100, "entry 1 ('arch1'): architecture code '\\x00\\x00"),
     ],
     ids=lambda value: repr(value)[:25],
@@ -193,10 +184,6 @@ JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(CODES),
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("arch"), inner),
 )
-NEARLY_RIGHT = st.dictionaries(
-    st.text(),
-    st.fixed_dictionaries({"arch": st.sampled_from([*CODES, LARGEST[1:]]) | JSON_VALUES}),
-)
 SPLICED = st.builds(
     lambda form, position, removed, inserted: (
         form[: position % len(form)] + inserted + form[position % len(form) + removed :]
@@ -212,7 +199,7 @@ SPLICED = st.builds(
 @given(
     st.binary()
     | st.text().map(lambda text: text.encode(errors="surrogatepass"))
-    | (JSON_VALUES | NEARLY_RIGHT).map(lambda value: json.dumps(value).encode())
+    | JSON_VALUES.map(lambda value: json.dumps(value).encode())
     | SPLICED
 )
 def test_any_content_is_read_or_refused_in_one_line(scratch, content):
@@ -230,37 +217,14 @@ def test_any_content_is_read_or_refused_in_one_line(scratch, content):
 # --- writing
 
 
-def listing(folder):
-    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
-
-
-def test_writing_replaces_the_previous_file_or_leaves_it(tmp_path, monkeypatch):
+def test_what_json_cannot_hold_leaves_the_previous_file(tmp_path):
     path = tmp_path / "results.json"
-    for content in ({"a": [1, 2]}, {"b": "名"}):
-        write_json(path, content)
-        assert json.loads(path.read_text()) == content
-    before = listing(tmp_path)
-    assert list(before) == ["results.json"]
+    write_json(path, {"b": "名"})
     with pytest.raises(TypeError):
         write_json(path, {"half": list(range(100_000)), "what JSON cannot hold": object()})
-    assert listing(tmp_path) == before
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(UserError, match="cannot write .*results.json: No space left on device"):
-        write_json(path, {"new": 2})
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", ["folder", "file/results.json", "x" * 300])
-def test_a_path_that_cannot_be_written_is_a_user_error(tmp_path, name):
-    (tmp_path / "file").touch()
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="cannot write"):
-        write_json(tmp_path / name, {})
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert json.loads(path.read_text()) == {"b": "名"} and os.listdir(tmp_path) == [path.name]
+    with pytest.raises(UserError, match="cannot write .*results.json/below: "):
+        write_json(path / "below", {})
 
 
 # --- accuracies

@@ -19,7 +19,7 @@ import pytest
 
 import train_supernet
 from hnas import architecture_file
-from hnas.architecture_file import ArchitectureFileError, read_architectures
+from hnas.architecture_file import read_architectures
 from hnas.base import memory
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
@@ -31,7 +31,7 @@ from hnas.programs.memory_needs import (
 )
 from hnas.programs.options import Options
 from hnas.programs.runtime import scored_order
-from hnas.ranking.findings import Matched, notes_on_ranking
+from hnas.ranking.findings import notes_on_ranking
 from hnas.search_space import RESNET48, RESNET48_MINI, SearchSpace
 from hnas.utils.SampleMethod import build_sampler
 
@@ -270,7 +270,7 @@ def test_too_many_architectures(text, tmp_path, monkeypatch):
     monkeypatch.setattr(architecture_file, "MAX_ENTRIES", 100)
     monkeypatch.setattr(json, "loads", None)
     (tmp_path / "archs").write_text(text)
-    with pytest.raises(ArchitectureFileError, match="holds more than 100 entries"):
+    with pytest.raises(UserError, match="holds more than 100 entries"):
         read_architectures(tmp_path / "archs")
 
 
@@ -291,7 +291,7 @@ def test_as_many_architectures_as_are_allowed(tmp_path, monkeypatch):
 def test_many_equal_accuracies_are_mentioned(equal, said):
     values = np.linspace(0.1, 0.9, 40)
     values[:equal] = 0.0
-    matched = Matched([], values, np.linspace(50, 70, 40), [], [])
-    found = [note for note in notes_on_ranking(matched) if "placeholders" in note]
+    notes = notes_on_ranking(values, np.linspace(50, 70, 40))
+    found = [note for note in notes if "placeholders" in note]
     assert found == [f"{equal} of 40 predictions are 0: placeholders? Among them nothing is ranked."
                      for _ in range(said)]  # fmt: skip

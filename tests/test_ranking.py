@@ -2,12 +2,10 @@
 
 import itertools
 import math
-import time
 import warnings
 
 import numpy as np
 import pytest
-from conftest import option_ranks
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
@@ -16,17 +14,15 @@ from hnas.ranking.correlations import (
     CORRELATIONS,
     abs_pearson,
     bootstrap_interval,
-    correlations,
     kendall_tau_b,
     mean_ranks,
-    none_if_nan,
     pearson,
     rank_errors,
     spearman,
     top_k,
 )
-from hnas.ranking.findings import DISCRETE, attribute, by_option, choices, clear_effects, holm
-from hnas.search_space import RATIOS, RESNET48, Architecture
+from hnas.ranking.findings import attribute, by_option, choices, clear_effects, holm
+from hnas.search_space import RESNET48, Architecture
 
 CODE = "1" + "2345" + "2" + "1232000000" + "232323" + "0000" + "5141" * 2 + "0" * 8 + "7464546474"
 
@@ -82,19 +78,14 @@ def test_an_example_by_hand():
     assert kendall_tau_b([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
     # 1 - 6 * (1 + 1) / (4 * 15)
     assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
-    # One tie in x: 5 pairs, all in order, of 5 and 6 that count.
-    assert kendall_tau_b([1, 1, 3, 4], [1, 2, 3, 4]) == pytest.approx(5 / math.sqrt(5 * 6))
-    assert pearson([1, 2, 3], [3, 2, 0]) == pytest.approx(-3 / math.sqrt(2 * 14 / 3))
 
 
 def test_large_lists_agree_with_scipy():
     rng = np.random.default_rng(0)
     x = rng.normal(size=3000).round(2)
     y = x + rng.normal(size=3000).round(1)
-    assert (mean_ranks(x) == stats.rankdata(x)).all()
     assert kendall_tau_b(x, y) == stats.kendalltau(x, y).statistic
     assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
 
 
 @EVERY
@@ -115,10 +106,9 @@ def test_extreme_numbers_do_not_overflow():
 
 
 @EVERY
-@pytest.mark.parametrize("pair", [([1, 2], [1, 2, 3]), ([[1, 2]], [[1, 2]])])
-def test_lists_of_two_lengths_are_a_mistake(statistic, pair):
+def test_lists_that_are_a_mistake(statistic):
     with pytest.raises(ValueError, match="one length"):
-        statistic(*pair)
+        statistic([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match="finite"):
         statistic([1, math.nan, 3], [1, 2, 3])
 
@@ -147,28 +137,6 @@ def test_an_interval_of_few_architectures_leaves_constant_resamples_out():
     assert (low, high) == pytest.approx((1.0, 1.0))
 
 
-def test_all_correlations_at_once():
-    pred, gt = [0.1, 0.4, 0.3, 0.9], [1.0, 2.0, 3.0, 4.0]
-    found = correlations(pred, gt, seed=3, resamples=50)
-    assert list(found) == ["kendall_tau_b", "spearman", "abs_pearson"]
-    for name, statistic in CORRELATIONS.items():
-        low, high = bootstrap_interval(statistic, pred, gt, 3, 50)
-        assert found[name] == {"value": statistic(pred, gt), "low": low, "high": high}
-    constant = correlations([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], resamples=10)
-    assert constant["spearman"] == {"value": None, "low": None, "high": None}
-    assert none_if_nan(math.nan) is None and none_if_nan(0.5) == 0.5
-
-
-def test_the_released_list_takes_seconds():
-    """1,000 resamples of 45,000 architectures must not take minutes: 20 are measured here."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=45_000).round(3)
-    y = x + rng.normal(size=45_000)
-    began = time.process_time()
-    bootstrap_interval(kendall_tau_b, x, y, 0, resamples=20)
-    assert time.process_time() - began < 2
-
-
 # --- the best k
 
 
@@ -176,11 +144,8 @@ def test_the_released_list_takes_seconds():
     ("pred", "gt", "k", "regret", "precision"),
     [
         ([0.9, 0.8, 0.7, 0.1], [70.0, 75.0, 60.0, 76.0], 1, 6, 0),
-        ([0.9, 0.8, 0.7, 0.1], [70.0, 75.0, 60.0, 76.0], 2, 1, 0.5),
         ([0.9, 0.8, 0.7, 0.1], [70.0, 75.0, 60.0, 76.0], 3, 1, 2 / 3),
-        ([0.9, 0.8, 0.7, 0.1], [70.0, 75.0, 60.0, 76.0], 4, 0, 1),
         # Ties in the truth count as equally good.
-        ([3, 2, 1], [5, 4, 4], 2, 0, 1),
         ([1, 2, 3], [5, 4, 4], 2, 1, 1),
     ],
 )
@@ -204,21 +169,10 @@ def test_top_k_is_the_mean_over_all_orders_of_ties(pair, data):
     assert found["precision"] == pytest.approx(np.mean(precisions), abs=1e-12)
 
 
-@pytest.mark.parametrize("k", [0, 4, -1])
-def test_k_has_bounds(k):
-    with pytest.raises(ValueError, match="1 to 3"):
-        top_k([1, 2, 3], [1, 2, 3], k)
-
-
-# --- ranks
-
-
 @given(st.lists(SMALL, min_size=1, max_size=12))
 def test_equal_values_share_their_mean_rank(values):
     np.testing.assert_allclose(mean_ranks(values), rank_by_definition(values))
-
-
-def test_errors_are_positive_where_ranked_too_high():
+    # Positive where ranked too high.
     assert rank_errors([0.9, 0.5, 0.1], [1, 2, 3]).tolist() == [2, 0, -2]
 
 
@@ -237,17 +191,6 @@ def test_choices_of_one_code_by_hand():
         "output width 1": 95, "output width 2": 90, "output width 3": 100, "output width 4": 85,
         "inner width 1": 95, "inner width 2": 95, "inner width 3": 82.5, "inner width 4": 74,
     }  # fmt: skip
-
-
-def test_choices_follow_the_codes_digits(archs):
-    ranks = option_ranks([arch.code for arch in archs], RESNET48.max_digits)
-    found = choices(archs)
-    assert len(found) == 12 and set(DISCRETE) <= set(found)
-    for stage in range(1, 5):
-        assert (found[f"depth {stage}"] - 2).tolist() == ranks[f"depth {stage}"][1].tolist()
-        options, chosen = ranks[f"output width {stage}"]
-        expected = [100 * RATIOS[options - rank - 1] for rank in chosen]
-        np.testing.assert_allclose(found[f"output width {stage}"], expected)
 
 
 def test_errors_by_option_by_hand():

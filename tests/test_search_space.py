@@ -9,6 +9,7 @@ import pytest
 from conftest import option_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from independent import nearest_multiple, width
 from paddle import nn
 from scipy.stats import chi2_contingency, chisquare
 
@@ -20,7 +21,6 @@ from hnas.search_space import (
     Architecture,
     ArchitectureError,
     SearchSpace,
-    make_divisible,
     search_space,
 )
 
@@ -59,8 +59,7 @@ def sampled(draw):
 @given(valid_codes())
 def test_a_code_is_written_back_as_it_was_read(code):
     with_image_size, without = Architecture.from_code(code), Architecture.from_code(code[1:])
-    assert (with_image_size.code, str(with_image_size)) == (code, code)
-    assert (without.code, str(without)) == (code[1:], code[1:])
+    assert (with_image_size.code, without.code) == (code, code[1:])
     assert with_image_size == without and hash(with_image_size) == hash(without)
 
 
@@ -86,7 +85,7 @@ def allowed_digits(depths):
 
 
 @pytest.mark.parametrize("dropped", [0, 1], ids=["52 digits", "51 digits"])
-@pytest.mark.parametrize("code", [LARGEST, SMALLEST, MIXED])
+@pytest.mark.parametrize("code", [SMALLEST, MIXED])
 def test_every_invalid_digit_is_named_by_its_position(code, dropped):
     refused = 0
     for position, allowed in enumerate(allowed_digits([int(d) for d in code[1:5]])):
@@ -102,25 +101,18 @@ def test_every_invalid_digit_is_named_by_its_position(code, dropped):
     assert refused > 51 * 3
 
 
-@pytest.mark.parametrize(
-    ("position", "depth", "named"),
-    [
-        (1, "2", "digit 11 (stage 1, block 3, conv1) is 1; allowed: 0, since stage 1 has 2"),
-        (1, "4", "digit 13 (stage 1, block 4, conv1) is 0; allowed: 1 to 7"),
-        (3, "8", "digit 37 (stage 3, block 6, conv1) is 0; allowed: 1 to 7"),
-        (4, "3", "digit 49 (stage 4, block 4, conv1) is 2; allowed: 0, since stage 4 has 3"),
-    ],
-)
-def test_depth_and_blocks_must_agree(position, depth, named):
-    code = MIXED[:position] + depth + MIXED[position + 1 :]
-    with pytest.raises(ArchitectureError) as error:
-        Architecture.from_code(code)
-    assert named in str(error.value)
+def test_depth_and_blocks_must_agree():
+    with pytest.raises(
+        ArchitectureError, match="digit 37 .stage 3, block 6, conv1. is 0; allowed: 1"
+    ):
+        Architecture.from_code(MIXED[:3] + "8" + MIXED[4:])
+    with pytest.raises(ArchitectureError, match="is 2; allowed: 0, since stage 4 has 3 blocks"):
+        Architecture.from_code(MIXED[:4] + "3" + MIXED[5:])
 
 
 @pytest.mark.parametrize(
     "code",
-    [None, 1, 1.5, LARGEST.encode(), [LARGEST], int(LARGEST), True]
+    [None, LARGEST.encode(), [LARGEST], int(LARGEST)]
     + [(LARGEST * 100)[:length] for length in (0, 1, 50, 53, 5000)]
     + [MIXED[:20] + wrong + MIXED[21:] for wrong in (*"x -\0\n", "\u00b2", "\u0663", "\uff11")],
 )
@@ -131,25 +123,6 @@ def test_what_is_not_a_string_of_52_digits(code):
     assert "\n" not in message and len(message) < 250
     if isinstance(code, str) and code.isascii() and code.isdigit():
         assert f"has {len(code)} digits; 52 or" in message and "51" in message
-
-
-@given(
-    st.text()
-    | st.text("0123456789", min_size=51, max_size=52)
-    | st.builds(
-        lambda code, position, text: code[:position] + text + code[position + 1 :],
-        valid_codes(),
-        st.integers(0, 51),
-        st.text(max_size=2),
-    )
-)
-def test_arbitrary_text_is_a_code_or_an_architecture_error(text):
-    try:
-        arch = Architecture.from_code(text)
-    except ArchitectureError as error:
-        assert "\n" not in str(error)
-    else:
-        assert arch.code == text and len(text) in (51, 52)
 
 
 @given(sampled())
@@ -188,32 +161,20 @@ def test_stem_must_have_stage_ones_width():
 # --- widths
 
 
-def exact_channels(base, digit, divisor):
-    """Channel count in integers: the ratio is 100, 95, ..., 70 hundredths."""
-    hundredths = base * (105 - 5 * digit)
-    multiples = range(divisor, base + divisor, divisor)
-    # Nearest, the larger of two equally near ones, unless more than a tenth is lost.
-    nearest = min(multiples, key=lambda m: (abs(100 * m - hundredths), -m))
-    return nearest if 1000 * nearest >= 9 * hundredths else nearest + divisor
-
-
 @pytest.mark.parametrize("divisor", [1, 4, 8, 16])
-@pytest.mark.parametrize(
-    "bases", [(64, 128, 256, 512), (20, 32, 64, 128), (16, 24, 40, 100), (90, 170, 180, 340)]
-)
-def test_widths_equal_integer_arithmetic(bases, divisor):
+@pytest.mark.parametrize("bases", [(64, 128, 256, 512), (20, 32, 64, 128), (90, 170, 180, 340)])
+def test_widths_are_the_nearest_multiples(bases, divisor):
     space = SearchSpace(bases, divisor)
     for stage, base in enumerate(bases):
         for digit in range(1, 8):
-            expected = exact_channels(base, digit, divisor)
-            assert space.channels(stage, digit) == expected, (base, digit)
+            assert space.channels(stage, digit) == width(base, digit, divisor), (base, digit)
 
 
 def test_truncating_before_rounding_changes_no_width():
     # The organisers' and the winners' supernets round int(base * ratio) to multiples of 8.
     for stage, base in enumerate(RESNET48.base_channels):
         for digit, ratio in enumerate(RATIOS, 1):
-            assert make_divisible(int(base * ratio), 8) == RESNET48.channels(stage, digit)
+            assert nearest_multiple(int(base * ratio), 8) == RESNET48.channels(stage, digit)
 
 
 def test_mini_space_keeps_seven_ratios_apart():
@@ -253,7 +214,6 @@ def count(network, image_size):
 
 
 RELEASED_SAMPLE = RESNET48.sample(np.random.default_rng(1)).code
-FULL_SAMPLE = search_space("resnet48", "full").sample(np.random.default_rng(2)).code
 
 
 @pytest.mark.parametrize(
@@ -261,10 +221,9 @@ FULL_SAMPLE = search_space("resnet48", "full").sample(np.random.default_rng(2)).
     [
         pytest.param(RESNET48, SMALLEST, 224, 1000, id="smallest"),
         pytest.param(RESNET48, RELEASED_SAMPLE, 96, 1000, id="released"),
-        pytest.param(RESNET48, FULL_SAMPLE, 75, 10, id="odd size"),
+        pytest.param(RESNET48, LARGEST, 75, 10, id="largest, odd size"),
         pytest.param(RESNET48, NOT_SHAREABLE, 64, 10, id="not shareable"),
         pytest.param(RESNET48, MIXED, 33, 10, id="mixed"),
-        pytest.param(RESNET48_MINI, LARGEST, 32, 10, id="mini largest"),
         pytest.param(RESNET48_MINI, MIXED, 45, 7, id="mini"),
         pytest.param(RESNET48_MINI, NOT_SHAREABLE, 32, 10, id="mini not shareable"),
     ],
@@ -272,26 +231,19 @@ FULL_SAMPLE = search_space("resnet48", "full").sample(np.random.default_rng(2)).
 def test_macs_and_parameters_equal_those_of_the_network(space, code, image_size, classes):
     arch = Architecture.from_code(code)
     network = ResNet(space.plan(arch), classes)
+    if code == NOT_SHAREABLE and space is RESNET48:
+        # Stage 1: 48 -> 64 -> 56; 2: 56 -> 120 -> 120; 3: -> 256 -> 256 -> 176.
+        projecting = [block.downsample is not None for block in network.active_blocks()]
+        assert projecting == [True, True, True, False, True, False, True, True, False]
     macs, params = count(network, image_size)
     assert space.macs(arch, image_size, classes) == macs
     assert space.params(arch, classes) == params
 
 
-def test_the_network_that_is_not_shareable_projects_inside_stages():
-    # The test above counts projections only if there are some.
-    network = ResNet(RESNET48.plan(Architecture.from_code(NOT_SHAREABLE)), 10)
-    projecting = [block.downsample is not None for block in network.active_blocks()]
-    # Stage 1: 48 -> 64 -> 56; stage 2: 56 -> 120 -> 120; stage 3: -> 256 -> 256 -> 176; stage 4.
-    assert projecting == [True, True, True, False, True, False, True, True, False]
-
-
 def test_figures_of_the_largest_network():
     largest = RESNET48.largest()
     assert largest.code == LARGEST
-    assert RESNET48.macs(largest) == 5_282_238_464
-    assert RESNET48.params(largest) == 34_043_688
-    network = ResNet(RESNET48.plan(largest), 1000)
-    assert count(network, 224) == (5_282_238_464, 34_043_688)
+    assert (RESNET48.macs(largest), RESNET48.params(largest)) == (5_282_238_464, 34_043_688)
 
 
 @pytest.fixture(scope="module")
@@ -325,13 +277,9 @@ def assert_uniform(codes, max_digits):
         assert chisquare(counts).pvalue > 1e-4, choice
 
 
-@pytest.mark.parametrize(
-    ("digits", "max_digits"), [("released", (3, 3, 5, 7)), ("full", (7, 7, 7, 7))]
-)
-def test_sampling_is_uniform_over_the_digits_of_the_space(digits, max_digits):
-    space = search_space("resnet48", digits)
-    rng = np.random.default_rng(5)
-    assert_uniform([space.sample(rng).code for _ in range(2000)], max_digits)
+def test_sampling_is_uniform_over_the_digits_of_the_full_space():
+    space, rng = search_space("resnet48", "full"), np.random.default_rng(5)
+    assert_uniform([space.sample(rng).code for _ in range(2000)], (7, 7, 7, 7))
 
 
 def test_choices_are_independent():

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from counted import counts_of, first_ones
 
 from hnas.base.errors import UserError
-from hnas.programs.flags import Stage
-from hnas.programs.parsing import parse_options
+from hnas.evaluation.results import estimates
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools import demo_summary, flops
-from hnas.tools.flag_tables import launcher_variables
 
 ROOT = Path(__file__).parents[1]
 LARGEST = RESNET48.largest().code
@@ -53,10 +52,8 @@ def test_counts_are_printed_or_written(arch_file, tmp_path, capsys):
     ("flag", "value", "message"),
     [
         ("--modelarch_file", "nowhere.json", "nowhere.json: No such file"),
-        ("--backbone", "resnet84", "did you mean resnet48"),
-        ("--image_size", "-224", "--image_size"),
+        ("--backbone", "resnet84", "invalid choice: 'resnet84'"),
         ("--image_size", "0", "--image_size"),
-        ("--image_size", "small", "--image_size"),
         ("--num_classes", "-1", "--num_classes"),
         ("--imgae_size", "64", "--imgae_size"),
     ],
@@ -81,17 +78,10 @@ def demo(tmp_path):
         name: {"arch": arch.code, "acc": space.macs(arch, 32, 10) / 1e7}
         for name, arch in archs.items()
     }
-    for stage in ("stage1", "stage3"):
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "history.json").write_text('{"epoch_losses": [2.0, 1.0]}')
+    (tmp_path / "stage3").mkdir()
     (tmp_path / "stage3/submission.json").write_text(json.dumps(entries))
     (tmp_path / "seconds.txt").write_text("data 3\nstage1 20\n")
     return tmp_path
-
-
-def commands(text):
-    joined = text.replace("\\\n", " ")
-    return [shlex.split(line) for line in joined.splitlines() if line.startswith("  ")][3:]
 
 
 def test_the_table_is_right_and_the_report_works_as_printed(demo, capsys):
@@ -101,8 +91,8 @@ def test_the_table_is_right_and_the_report_works_as_printed(demo, capsys):
     every = sorted(entry["acc"] for entry in entries)
     for name, top1 in (("largest", every[-1]), ("median", every[10]), ("smallest", every[0])):
         assert re.search(rf"^{name} +{round(1e7 * top1):,} +{top1:.2%}$", text, re.M)
-    assert re.search("^data +3\nstage1 +20$", text, re.M) and "2.000 -> 1.000" in text
-    report, _ = commands(text)
+    assert re.search("^data +3\nstage1 +20$", text, re.M)
+    report = shlex.split(text.split("See ")[1].split("\n", 1)[1].replace("\\\n", " "))
     assert (ROOT / report[0]).resolve() == Path(sys.executable).resolve()
     done = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(done.stdout)
@@ -113,22 +103,9 @@ def test_the_table_is_right_and_the_report_works_as_printed(demo, capsys):
 
 
 def test_an_unfinished_demo_is_refused(demo):
-    (demo / "stage1/history.json").unlink()
-    with pytest.raises(UserError, match=r"stage1/history.json is missing; run sh run_demo.sh"):
+    (demo / "seconds.txt").unlink()
+    with pytest.raises(UserError, match=r"seconds.txt is missing; run sh run_demo.sh"):
         demo_summary.main(["--demo_dir", str(demo)])
-
-
-def test_the_other_command_scores_what_it_draws():
-    text = demo_summary.next_steps(Path("output/demo"), ".venv/bin/python")
-    _, other = commands(text)
-    assert other[-2:] == ["sh", "local_eval.sh"]
-    given = dict(word.split("=") for word in other[:-2])
-    assert set(given) <= set(launcher_variables((ROOT / other[-1]).read_text()))
-    options = parse_options(Stage.SCORE, [f"--{name}={value}" for name, value in given.items()])
-    assert (options.eval_sample_num, options.modelarch_file) == (500, "")
-    supernet = demo_summary.SUPERNET
-    assert options.ckpt_dir == f"output/demo/{supernet}"
-    assert f'ckpt_dir="$demo/{supernet}" modelarch_file=' in (ROOT / "run_demo.sh").read_text()
 
 
 # --- without Paddle
@@ -148,11 +125,12 @@ sys.stderr.write(json.dumps({"loaded": loaded, "mib": 1024 * peak_gib()}))
 
 @pytest.fixture
 def files(tmp_path):
-    """A file of architectures with accuracies, and a folder to write to."""
-    archs = RESNET48.sample_distinct(np.random.default_rng(0), 50).values()
-    entries = {f"a{i}": {"acc": i / 50, "arch": arch.code} for i, arch in enumerate(archs)}
+    """A file of architectures with accuracies, estimates beside it, and a folder to write to."""
+    archs = RESNET48.sample_distinct(np.random.default_rng(0), 50)
+    content = estimates(archs, counts_of(first_ones(np.arange(50), 50)), None, 50)
     path = tmp_path / "archs.json"
-    path.write_text(json.dumps(entries))
+    path.write_text(json.dumps(content["architectures"]))
+    (tmp_path / "estimates.json").write_text(json.dumps(content))
     return path, tmp_path
 
 
@@ -161,8 +139,8 @@ def files(tmp_path):
     [
         ("flops", "--modelarch_file FILE", {"scipy", "matplotlib"}),
         ("draw_architectures", "--number 50 --output FOLDER/drawn.json", {"scipy", "matplotlib"}),
-        ("choose", "--submission FILE --images 99", {"matplotlib"}),
-        ("choose", "--submission FILE --images 99 --out FOLDER/out", set()),
+        ("choose", "--submission FILE", {"matplotlib"}),
+        ("choose", "--submission FILE --out FOLDER/out", set()),
         ("rank_report", "--pred macs --gt FILE --out FOLDER/out", set()),
         ("rank_report", "--pred FILE --out FOLDER/out", set()),
     ],

@@ -10,7 +10,6 @@ import paddle
 
 from hnas.base.errors import UserError
 from hnas.ranking.agreement import FOLDS
-from hnas.ranking.front import error_of_hits
 
 NEAR = 1e-4
 """Logits this close may swap places where sums are in another order; for the record only."""
@@ -80,8 +79,14 @@ class Counts:
         return self.top5 / max(1, self.images)
 
     def standard_error(self) -> np.ndarray:
-        """See :func:`error_of_hits`; float64 [architectures]."""
-        return error_of_hits(self.top1, self.images)
+        """Standard errors of accuracies as estimates for more such images; float64 [architectures].
+
+        Those of a binomial proportion, sqrt(p * (1 - p) / images), at Laplace's estimate
+        p = (hits + 1) / (images + 2): with the observed p, a few images that are all hits, or all
+        misses, would give an error of 0.
+        """
+        rate = (self.top1 + 1) / (self.images + 2)
+        return np.sqrt(rate * (1 - rate) / max(1, self.images))
 
 
 class Hits(NamedTuple):

@@ -1,18 +1,14 @@
 """How well a ranking by the first images agrees with the ranking by all images of the list.
 
-All architectures see the same images, so an image that is hard for all of them moves all
-accuracies and no ranks. What ranks depend on shows when the images are halved: where both halves
-disagree images decide.
+What is estimated is tau-b between the accuracies over the first n images and those over all N
+images of the list, of these architectures; docs/scoring.md tells what that is good for.
 
-**What is estimated.** tau-b between the accuracies over the first n images and those over all N
-images of the list, of these architectures; so it is exactly 1 when n = N.
-
-**How.** Hits are counted in 16 folds, by an image's position in the list modulo 16. The list's
-order is drawn, so the folds are random samples, and so is what will follow. There are 15 ways of
-halving the folds such that any two have half of each half in common: the rows of a Hadamard matrix
-(balanced half-samples, McCarthy 1969). The differences between the halves are uncorrelated from way
-to way, and with the images to come. So there are 15 draws of what the choice of images does to this
-ranking. Each of them is corrected for length:
+Hits are counted in 16 folds, by an image's position in the list modulo 16. The list's order is
+drawn, so the folds are random samples, and so is what will follow. There are 15 ways of halving the
+folds such that any two have half of each half in common: the rows of a Hadamard matrix (balanced
+half-samples, McCarthy 1969). The differences between the halves are uncorrelated from way to way,
+and with the images to come, so each is a draw of what the choice of images does to this ranking.
+Each is corrected for length:
 
 1. tau of the rankings by the two halves gives the correlation of their accuracies,
    r = sin(pi / 2 tau), as for bivariate normal scores.
@@ -38,8 +34,9 @@ that half as many disagreements scatter more. The last term is one pair, for few
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +44,7 @@ from scipy.linalg import hadamard
 
 from hnas.base.errors import UserError
 from hnas.base.files import read_json
-from hnas.ranking.correlations import kendall_tau_b, none_if_nan
+from hnas.ranking.correlations import kendall_tau_b
 from hnas.search_space import Architecture
 
 FOLDS = 16
@@ -56,8 +53,6 @@ FEWEST_IMAGES = 2 * FOLDS
 """With fewer, nothing is said."""
 STUDENT = 2.1448
 """Student's t, two-sided 95 %, 14 degrees of freedom."""
-KEYS = frozenset({"acc", "se", "arch", "folds"})
-"""Of an architecture in ``estimates.json``."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Agreement:
 
 def fold_sizes(images: int) -> np.ndarray:
     """How many of the first ``images`` images are in each fold; int64 [FOLDS]."""
-    return np.bincount(np.arange(images) % FOLDS, minlength=FOLDS)
+    return (images + FOLDS - 1 - np.arange(FOLDS)) // FOLDS
 
 
 def halvings() -> np.ndarray:
@@ -126,10 +121,7 @@ def excess_pairs(one: np.ndarray, other: np.ndarray) -> int:
 def corrected_for_length(tau: float, halves: tuple[int, int], images: int, of_images: int) -> float:
     """tau-b of ``images`` images with the ``of_images`` that they are among.
 
-    Args:
-        tau: of the rankings by two halves of the former.
-        halves: how many images each of them has.
-        images, of_images: as of :func:`expected_agreement`.
+    ``tau`` is that of the rankings by two halves of the former, of so many images.
     """
     correlation = max(math.sin(math.pi / 2 * tau), 1e-6)
     one, other = halves
@@ -143,9 +135,9 @@ def corrected_for_length(tau: float, halves: tuple[int, int], images: int, of_im
 
 def agreement_record(agreement: Agreement | None, of_images: int) -> dict:
     """What ``estimates.json`` holds of it; null where it is not defined."""
-    numbers = agreement or Agreement(math.nan, math.nan, math.nan)
-    ends = {"tau": numbers.tau, "low": numbers.low, "high": numbers.high}
-    return {"images": of_images, **{end: none_if_nan(round(v, 6)) for end, v in ends.items()}}
+    if agreement is None:
+        return {"images": of_images, "tau": None, "low": None, "high": None}
+    return {"images": of_images, **{end: round(v, 6) for end, v in asdict(agreement).items()}}
 
 
 @dataclass(frozen=True)
@@ -167,17 +159,16 @@ def fold_text(folds: Sequence[int]) -> str:
     return " ".join(map(str, folds))
 
 
-def read_folds(text: object) -> list[int]:
+def read_folds(text: str) -> list[int]:
     """The numbers that :func:`fold_text` wrote.
 
     Raises:
         ValueError: it wrote no such thing.
     """
-    words = text.split(" ") if isinstance(text, str) else []
     # Of ASCII digits only, and few enough for an int64.
-    if len(words) != FOLDS or not all(w.isascii() and w.isdigit() and len(w) < 19 for w in words):
+    if not re.fullmatch(rf"[0-9]{{1,18}}( [0-9]{{1,18}}){{{FOLDS - 1}}}", text):
         raise ValueError(f"folds are not {FOLDS} whole numbers")
-    return [int(word) for word in words]
+    return list(map(int, text.split()))
 
 
 def read_estimates(path: str | Path) -> Estimates:
@@ -189,7 +180,7 @@ def read_estimates(path: str | Path) -> Estimates:
     content = read_json(path)
     try:
         return _estimates(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path} is not an estimates.json of this version ({reason}); give one that "
@@ -198,63 +189,47 @@ def read_estimates(path: str | Path) -> Estimates:
 
 
 def _estimates(content: Mapping) -> Estimates:
-    images, entries = content["images"], content["architectures"]
-    if type(images) is not int or not 0 < images < 2**53:
+    images, of_images = content["images"], content["agreement"]["images"]
+    if not type(images) is type(of_images) is int or not 0 < images <= of_images < 2**53:
         raise ValueError("images is no number of images")
-    if not isinstance(entries, dict) or not entries:
+    names, entries = tuple(content["architectures"]), content["architectures"].values()
+    if not names:
         raise ValueError("there are no architectures")
-    folds, errors = [], []
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or not set(entry) >= KEYS or type(entry["arch"]) is not str:
-            raise ValueError(f"architecture {name!r} is not of the form {sorted(KEYS)}")
-        if type(entry["se"]) not in (int, float) or not 0 <= entry["se"] <= 1:
-            raise ValueError(f"the standard error of {name!r} is not from 0 to 1")
-        folds.append(read_folds(entry["folds"]))
-        errors.append(float(entry["se"]))
-    hits = np.array(folds)
-    accuracy = hits.sum(axis=1) / images
+    error, accuracy = (np.array([entry[name] for entry in entries]) for name in ("se", "acc"))
+    if error.dtype.kind != "f" or not ((error >= 0) & (error <= 1)).all():
+        raise ValueError("a standard error is not from 0 to 1")
+    hits = np.array([read_folds(entry["folds"]) for entry in entries])
     if (hits > fold_sizes(images)).any():
         raise ValueError("a fold has more hits than images")
-    if any(entry["acc"] != value for entry, value in zip(entries.values(), accuracy, strict=True)):
+    if (accuracy != hits.sum(axis=1) / images).any():
         raise ValueError("folds do not add up to the accuracies")
-    of_images = content["agreement"]["images"]
-    if type(of_images) is not int or of_images < images:
-        raise ValueError("the ranking agrees with that by no number of images")
-    codes = tuple(entry["arch"] for entry in entries.values())
-    agreement = _agreement(content["agreement"])
-    return Estimates(
-        tuple(entries), codes, accuracy, np.array(errors), images, hits, agreement, of_images
-    )
-
-
-def _agreement(record: Mapping) -> Agreement | None:
-    ends = [record[name] for name in ("tau", "low", "high")]
-    if ends == [None] * 3:
-        return None
-    if not all(type(end) in (int, float) and -1 <= end <= 1 for end in ends):
-        raise ValueError("agreement is not from -1 to 1")
-    return Agreement(*map(float, ends))
+    codes = tuple(str(entry["arch"]) for entry in entries)
+    ends = [content["agreement"][name] for name in ("tau", "low", "high")]
+    agreement = None
+    if ends != [None] * 3:
+        agreement = Agreement(*map(float, ends))
+        if not all(-1 <= end <= 1 for end in astuple(agreement)):
+            raise ValueError("agreement is not from -1 to 1")
+    return Estimates(names, codes, accuracy, error, images, hits, agreement, of_images)
 
 
 def estimates_beside(
     path: str | Path, archs: Sequence[Architecture], accuracy: np.ndarray
 ) -> tuple[Estimates, list[int]]:
-    """The ``estimates.json`` beside a file of scores, and where they are in it.
-
-    Args:
-        path: of the scores.
-        archs, accuracy: the scores, as shares of 1 [n].
+    """The ``estimates.json`` beside a file of scores, shares of 1 [n], and where they are in it.
 
     Raises:
         UserError: there is none, it cannot be used, or it is of other scores.
     """
     beside = Path(path).with_name("estimates.json")
     if not beside.is_file():
-        raise UserError("there is no estimates.json of stage 3 beside the scores")
+        raise UserError(
+            f"there is no estimates.json beside {path}; take both from stage 3's save_dir"
+        )
     found = read_estimates(beside)
     places = {code: place for place, code in enumerate(found.codes)}
     rows = [places.get(arch.code, -1) for arch in archs]
     # Of accuracies that were in percent the last digits may differ.
     if min(rows) < 0 or not np.allclose(found.accuracy[rows], accuracy, rtol=1e-12, atol=0):
-        raise UserError(f"{beside} is of other scores")
+        raise UserError(f"{beside} is of other scores; take both files from one save_dir")
     return found, rows

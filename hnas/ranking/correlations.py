@@ -73,19 +73,14 @@ def _constant(values: np.ndarray) -> bool:
 
 
 def bootstrap_interval(
-    statistic: Statistic,
-    x: ArrayLike,
-    y: ArrayLike,
-    seed: int,
-    resamples: int = RESAMPLES,
+    statistic: Statistic, x: ArrayLike, y: ArrayLike, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval (Efron 1979): architectures are drawn with replacement.
 
     It tells how much the statistic of ``x`` and ``y`` [n] depends on which architectures were
-    compared, not on how noisily each was trained. Pairs of an architecture with its own copy count
-    as ties in both lists, which tau-b leaves out. Resamples in which the statistic is not defined
+    compared, not on how noisily each was trained. Resamples in which the statistic is not defined
     are left out; if it is in none, both ends are NaN. The same seed draws the same resamples for
-    every statistic. Of 45,000 architectures 1,000 take about 20 s.
+    every statistic.
     """
     x, y = _pair(x, y)
     rng = np.random.default_rng(seed)
@@ -112,12 +107,10 @@ def top_k(pred: ArrayLike, gt: ArrayLike, k: int) -> dict[str, float]:
         k: 1 to n.
 
     Returns:
-        ``k``; ``regret``: the best true accuracy less the best one among the chosen, in the
-        accuracies' unit; ``precision``: the share of the chosen that are truly among the best k.
+        ``k``; ``regret``: the best true accuracy less the best one among the chosen;
+        ``precision``: the share of the chosen that are truly among the best k.
     """
     pred, gt = _pair(pred, gt)
-    if not 1 <= k <= len(pred):
-        raise ValueError(f"k must be 1 to {len(pred)}, not {k}")
     threshold = np.sort(pred)[-k]
     sure, tied = pred > threshold, pred == threshold
     places = k - int(sure.sum())
@@ -161,11 +154,7 @@ def rank_errors(pred: ArrayLike, gt: ArrayLike) -> np.ndarray:
 def correlations(
     pred: ArrayLike, gt: ArrayLike, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, dict[str, float | None]]:
-    """Every correlation with the ends of its 95 % bootstrap interval; None where not defined.
-
-    Returns:
-        ``{"kendall_tau_b": {"value": 0.8, "low": 0.7, "high": 0.9}, "spearman": ..., ...}``.
-    """
+    """``value``, ``low`` and ``high`` of each of ``CORRELATIONS``; None where not defined."""
     result = {}
     for name, statistic in CORRELATIONS.items():
         low, high = bootstrap_interval(statistic, pred, gt, seed, resamples)

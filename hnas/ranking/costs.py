@@ -119,9 +119,7 @@ def costs_of(
 def open_latency(
     path: str | None, backbone: str, image_size: int, sample_space: str = "", asked_by: str = ""
 ) -> LatencyTable | None:
-    """What ``--latency`` names, for these settings; None: nothing.
-
-    ``asked_by`` is a flag that cannot do without.
+    """What ``--latency`` names, for these settings; ``asked_by`` is a flag that needs it.
 
     Raises:
         UserError: it is missing, broken, or of something else.
@@ -149,25 +147,20 @@ def read_latency(path: str | Path) -> LatencyTable:
     """
     path = Path(path)
     content = read_json(path)
-    _check(content.get("format") == FORMAT, path, "format")
-    for names, kind in ((TEXTS, str), (NUMBERS, int)):
-        for name in names:
-            _check(type(content.get(name)) is kind, path, name)
-    parts = content.get("milliseconds")
-    _check(isinstance(parts, dict) and _are_times(parts.values()), path, "milliseconds")
-    _check(content["sample_space"] in SAMPLE_SPACES, path, "sample_space")
-    space = search_space(content["backbone"], content["sample_space"])
-    _check(all(part.name in parts for part in all_parts(space)), path, "milliseconds")
-    about = {name: content[name] for name in TEXTS + NUMBERS}
-    return LatencyTable(path, space, about, parts)
-
-
-def _are_times(values: Iterable) -> bool:
-    return all(type(value) in (int, float) and 0 <= value < math.inf for value in values)
-
-
-def _check(is_right: bool, path: Path, name: str) -> None:
-    if not is_right:
-        raise UserError(
-            f"{path}: {name!r} is missing or wrong; it is no file of python -m hnas.tools.latency"
-        )
+    kinds = {**dict.fromkeys(TEXTS, str), **dict.fromkeys(NUMBERS, int), "milliseconds": dict}
+    wrong = {name for name, kind in kinds.items() if type(content.get(name)) is not kind}
+    if content.get("format") != FORMAT:
+        wrong = {"format"}
+    elif not wrong and content["sample_space"] not in SAMPLE_SPACES:
+        wrong = {"sample_space"}
+    elif not wrong:
+        parts = content["milliseconds"]
+        space = search_space(content["backbone"], content["sample_space"])
+        times = [parts.get(name) for name in {*parts, *(part.name for part in all_parts(space))}]
+        if all(type(time) in (int, float) and 0 <= time < math.inf for time in times):
+            about = {name: content[name] for name in TEXTS + NUMBERS}
+            return LatencyTable(path, space, about, parts)
+        wrong = {"milliseconds"}
+    raise UserError(
+        f"{path}: {min(wrong)!r} is missing or wrong; it is no file of python -m hnas.tools.latency"
+    )

@@ -18,39 +18,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 MINUS = "\N{MINUS SIGN}"
+W3 = "http://www.w3.org"
 SMALL = (200, 165)
 """Size in px, at which text is 11 px high, of a panel of which a figure has many."""
 MEDIUM, WIDE = (300, 250), (420, 320)
 MANY, DENSE = 300, 3000
 """More points than these are drawn fainter, and as an image."""
+INK, MUTED, LINE, PAPER = "#1d2330", "#555d6b", "#dde1e7", "#ffffff"
+BLUE, ORANGE = "#2563a8", "#c14f1d"
 LIGHT = {
-    "ink": "#1d2330",
-    "muted": "#555d6b",
-    "line": "#dde1e7",
-    "paper": "#ffffff",
-    "blue": "#2563a8",
-    "orange": "#c14f1d",
-    "warning": "#fff4e5",
-}
-DARK = {
-    "ink": "#e8eaef",
-    "muted": "#a4adba",
-    "line": "#333a45",
-    "paper": "#15181e",
-    "blue": "#74aef0",
-    "orange": "#f0935f",
-    "warning": "#3a2c1c",
-}
-INK, MUTED, LINE, PAPER, BLUE, ORANGE, _ = LIGHT.values()
-
-
-def _variables(colours: Mapping[str, str]) -> str:
-    return f":root {{ {' '.join(f'--{name}: {value};' for name, value in colours.items())} }}"
-
-
+    "ink": INK, "muted": MUTED, "line": LINE, "paper": PAPER, "blue": BLUE, "orange": ORANGE
+}  # fmt: skip
 COLOURS = f"""
-{_variables(LIGHT)}
-@media (prefers-color-scheme: dark) {{ {_variables(DARK)} }}
+:root {{ {" ".join(f"--{name}: {colour};" for name, colour in LIGHT.items())} --warning: #fff4e5; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e8eaef; --muted: #a4adba; --line: #333a45; --paper: #15181e; --blue: #74aef0;
+          --orange: #f0935f; --warning: #3a2c1c; }}
+}}
 """
 STYLE = {
     "svg.fonttype": "none",
@@ -66,8 +50,6 @@ STYLE = {
     "axes.edgecolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-5, 7),
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.grid.axis": "y",
@@ -82,13 +64,7 @@ STYLE = {
 
 
 class Panel:
-    """One pair of axes, and what is drawn in it.
-
-    Args:
-        x, y: titles of the axes: what the numbers are, with their unit.
-        title: above the plot.
-        size: width and height in px.
-    """
+    """One pair of axes with titles ``x`` and ``y``, and what is drawn in it; ``size`` in px."""
 
     def __init__(self, x: str, y: str, title: str = "", size: tuple[int, int] = MEDIUM):
         with rc_context(STYLE):
@@ -132,25 +108,19 @@ class Panel:
         text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
         head, body = text.split(">", 1)
         size = re.search('viewBox="[^"]*"', head)[0]
-        spaces = (
-            'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            if alone
-            else ""
-        )
-        own = f"<style>{COLOURS}svg {{ background: var(--paper); }}</style>" if alone else ""
+        spaces = own = ""
+        if alone:
+            spaces = f'xmlns="{W3}/2000/svg" xmlns:xlink="{W3}/1999/xlink" '
+            own = f"<style>{COLOURS}svg {{ background: var(--paper); }}</style>"
         label = f'class="plot" role="img" aria-label="{escape(self.label)}"'
         return f"<svg {spaces}{label} {size}>{own}{body}"
 
 
 def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Panel]:
-    """The mean of something for every option of each choice; see ``by_option``.
+    """The mean of something for every option of each choice, ``rows`` as of ``by_option``.
 
     Bars are twice the standard error. An option that a single architecture has is a hollow dot:
     nothing is known of its error.
-
-    Args:
-        rows: by the choice's name, see ``DISCRETE``.
-        label: of the vertical axis.
     """
     panels = []
     for name, options in rows.items():
@@ -175,20 +145,6 @@ def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Pan
     return panels
 
 
-def score_panel(cost: np.ndarray, accuracy: np.ndarray, front: np.ndarray, label: str) -> Panel:
-    """Scores in percent against cost [n], and the best score up to each cost.
-
-    Args:
-        cost, accuracy: of all architectures.
-        front: indices of those that none beats at no more cost, by rising cost.
-        label: of the cost's axis.
-    """
-    panel = Panel(label, "score, %")
-    panel.points(cost, accuracy)
-    panel.front(cost[front], accuracy[front], ORANGE)
-    return panel
-
-
 def choice_panel(
     cost: np.ndarray,
     accuracy: np.ndarray,
@@ -200,10 +156,9 @@ def choice_panel(
     """All networks [n]; of those within a budget the best's equals and the Pareto front.
 
     Args:
-        accuracy: of all, in percent.
-        chosen: those within the budget, as rows with ``acc``, ``se``, ``front``, ``group`` and
-            the cost under the name ``kind``.
-        label: of the cost's axis.
+        cost, accuracy: of all; the latter in percent.
+        chosen: those within the budget, as of :func:`hnas.tools.choose.choose`.
+        kind, label: of the cost, there and on its axis.
         budget: drawn as a line; None: no limit.
     """
     scale, million = (1e6, "million ") if cost.max() >= 1e6 else (1, "")

@@ -1,15 +1,14 @@
 """What a report finds: of predictions and a truth, and of scores alone.
 
 Both ask what choices of depth and width do to a value, to accuracies or to *rank errors*: predicted
-less true rank, in percent of the number of architectures. One is positive where a prediction ranks
-an architecture too high.
+less true rank in percent of the number of architectures, positive where it is ranked too high.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 from scipy.special import stdtr
@@ -39,8 +38,6 @@ TOP_K = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 LISTED, LISTED_CODES = 10, 5
 MANY_EQUAL = 0.25
 """Share of accuracies with one value from which on they may not have been measured."""
-BUDGETS = 8
-"""How many budgets are told the best architecture of."""
 
 
 def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
@@ -50,10 +47,11 @@ def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
     (both in percent of the full width). The output width is that of the stage's last block; in
     what a supernet can hold, all blocks and, in stage 1, the stem share it.
     """
+    percent = [0, *(round(100 * ratio) for ratio in RATIOS)]  # by digit
     read = {
         "depth": lambda arch, s: arch.depths[s],
-        "output width": lambda arch, s: _percent(arch.widths[s][-1][1]),
-        "inner width": lambda arch, s: np.mean([_percent(inner) for inner, _ in arch.widths[s]]),
+        "output width": lambda arch, s: percent[arch.widths[s][-1][1]],
+        "inner width": lambda arch, s: np.mean([percent[inner] for inner, _ in arch.widths[s]]),
     }
     return {
         f"{kind} {s + 1}": np.array([value(arch, s) for arch in archs], np.float64)
@@ -62,16 +60,10 @@ def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
     }
 
 
-def _percent(digit: int) -> int:
-    return round(100 * RATIOS[digit - 1])
-
-
 def by_option(chosen: np.ndarray, values: np.ndarray) -> list[dict]:
     """Mean of the ``values`` [n] of architectures that have chosen the same, smallest option first.
 
-    Returns:
-        For each option ``{"option", "architectures", "mean", "standard_error",
-        "mean_absolute"}``; the standard error of a single architecture is None.
+    The standard error of a single architecture is None.
     """
     rows = []
     for option in np.unique(chosen):
@@ -101,12 +93,11 @@ def attribute(chosen: Mapping[str, np.ndarray], values: np.ndarray) -> dict:
 
         - ``correlation``: Pearson's, of the value with this choice alone,
         - ``effect``: change of the value from the smallest to the largest of the choice, the
-          others being equal. Of rank errors: positive where more of it is overrated,
-        - ``standard_error``: of the effect,
+          others being equal, and its ``standard_error``,
         - ``p_value``: of an effect of 0, by Student's t, with Holm's correction (Scandinavian
           Journal of Statistics, 1979) for having looked at all the choices.
 
-        All as plain numbers; None what is not defined, as with too few architectures.
+        None what is not defined, as with too few architectures.
     """
     varying = {name: options for name, options in chosen.items() if np.ptp(options) > 0}
     if not varying:
@@ -152,6 +143,20 @@ def clear_effects(attribution: Mapping) -> list[tuple[str, float]]:
     return sorted(found, key=lambda choice: -abs(choice[1]))
 
 
+def tell_effects(attribution: Mapping, values: str, means: Callable[[float], str]) -> list[str]:
+    """What the choices explain of ``values`` and what the largest effect ``means``, if clear."""
+    clear = clear_effects(attribution)
+    if not clear:
+        return []
+    name, change = clear[0]
+    kind, stage = name.rsplit(" ", 1)
+    return [
+        f"Depths and widths, added up, explain {100 * attribution['explained']:.0f} % of the "
+        f"variance of the {values}. The {kind} of stage {stage} matters most: from the smallest to "
+        f"the largest, the others being equal, {means(change)}."
+    ]
+
+
 def holm(p_values: np.ndarray) -> np.ndarray:
     """Holm's correction of p-values [n]: below a level only if all smaller ones are, too."""
     order = np.argsort(p_values)
@@ -164,19 +169,10 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 # --- of predictions and a truth
 
 
-@dataclass
-class Matched:
-    """Architectures that have both a predicted and a true accuracy."""
-
-    archs: list[Architecture]
-    pred: np.ndarray  # in the file's unit [n]
-    gt: np.ndarray  # in percent [n]
-    only_in_pred: list[str]  # codes of the others
-    only_in_gt: list[str]
-
-
-def match(pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]) -> Matched:
-    """Pair what two files say about the same architectures, in the order of ``gt``.
+def match(
+    pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]
+) -> tuple[list[Architecture], np.ndarray, np.ndarray]:
+    """Architectures of both files, in the order of ``gt``, and what each file says of them [n].
 
     Raises:
         UserError: fewer than three are in both.
@@ -187,43 +183,58 @@ def match(pred: Mapping[Architecture, float], gt: Mapping[Architecture, float]) 
             f"--pred and --gt share {len(archs)} architectures ({len(pred)} and {len(gt)} are in "
             f"them); a ranking needs at least {FEWEST}"
         )
-    return Matched(
-        archs,
-        np.array([pred[arch] for arch in archs], np.float64),
-        np.array([gt[arch] for arch in archs], np.float64),
-        [arch.code for arch in pred if arch not in gt],
-        [arch.code for arch in gt if arch not in pred],
-    )
+    predicted, true = (np.array([named[arch] for arch in archs], float) for named in (pred, gt))
+    return archs, predicted, true
 
 
-def analyse_ranking(matched: Matched, seed: int = 0, resamples: int = RESAMPLES) -> dict:
-    """All figures of a report, as plain values; None where something is not defined."""
-    pred, gt = matched.pred, matched.gt
-    errors = 100 * rank_errors(pred, gt) / len(gt)
-    chosen = choices(matched.archs)
-    best = [top_k(pred, gt, k) for k in TOP_K if k == 1 or k <= len(gt) // 2]
+def analyse_ranking(
+    pred: Mapping[Architecture, float],
+    gt: Mapping[Architecture, float],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict:
+    """All figures of a report, as plain values; None where something is not defined.
+
+    Args:
+        pred, gt: predictions in any unit, and true accuracies in percent.
+        seed, resamples: of the bootstrap.
+
+    Raises:
+        UserError: fewer than three architectures are in both.
+    """
+    archs, predicted, true = match(pred, gt)
+    errors = 100 * rank_errors(predicted, true) / len(true)
+    chosen = choices(archs)
+    best = [top_k(predicted, true, k) for k in TOP_K if k == 1 or k <= len(true) // 2]
+    lonely = {
+        "pred": [arch.code for arch in pred if arch not in gt],
+        "gt": [arch.code for arch in gt if arch not in pred],
+    }
     report = {
-        "architectures": len(gt),
+        "architectures": len(true),
         "resamples": resamples,
         "seed": seed,
-        "correlations": correlations(pred, gt, seed, resamples),
+        "correlations": correlations(predicted, true, seed, resamples),
         "top_k": [{**row, "regret": round(row["regret"], 6)} for row in best],
         "mean_absolute_rank_error": float(np.abs(errors).mean()),
         "by_option": {name: by_option(chosen[name], errors) for name in DISCRETE},
         "attribution": attribute(chosen, errors),
         "unmatched": {
             source: {"count": len(codes), "codes": codes[:LISTED_CODES]}
-            for source, codes in (("pred", matched.only_in_pred), ("gt", matched.only_in_gt))
+            for source, codes in lonely.items()
         },
     }
-    told = {"interpretation": interpret_ranking(report), "notes": notes_on_ranking(matched)}
-    return {**report, **told}
+    notes = notes_on_ranking(predicted, true)
+    missing = [f"{len(codes):,} only in --{source}" for source, codes in lonely.items() if codes]
+    if missing:
+        notes.append(f"Architectures without a partner are left out: {', '.join(missing)}.")
+    return {**report, "interpretation": interpret_ranking(report), "notes": notes}
 
 
-def notes_on_ranking(matched: Matched) -> list[str]:
-    """What a reader must know before trusting the figures."""
+def notes_on_ranking(pred: np.ndarray, gt: np.ndarray) -> list[str]:
+    """What a reader must know before trusting the figures of predictions and accuracies [n]."""
     found = []
-    for source, values in (("predictions", matched.pred), ("true accuracies", matched.gt)):
+    for source, values in (("predictions", pred), ("true accuracies", gt)):
         if np.ptp(values) == 0:
             found.append(
                 f"All {source} are equal: they rank nothing, and no correlation is defined."
@@ -235,17 +246,8 @@ def notes_on_ranking(matched: Matched) -> list[str]:
                 f"{counts.max():,} of {len(values):,} {source} are {distinct[counts.argmax()]:g}: "
                 "placeholders? Among them nothing is ranked."
             )
-    missing = [
-        f"{len(codes):,} only in {source}"
-        for source, codes in (("--pred", matched.only_in_pred), ("--gt", matched.only_in_gt))
-        if codes
-    ]
-    if missing:
-        found.append(f"Architectures without a partner are left out: {', '.join(missing)}.")
-    if len(matched.gt) < 20:
-        found.append(
-            f"{len(matched.gt)} architectures are few: the intervals are wide and only rough."
-        )
+    if len(gt) < 20:
+        found.append(f"{len(gt)} architectures are few: the intervals are wide and only rough.")
     return found
 
 
@@ -273,35 +275,20 @@ def interpret_ranking(report: Mapping) -> list[str]:
         f"Taking the predicted best one costs {report['top_k'][0]['regret']:.2f} percentage points "
         "of true accuracy."
     ]
-    clear = clear_effects(attribution)
-    if clear:
-        name, change = clear[0]
-        kind, stage = name.rsplit(" ", 1)
-        lines.append(
-            f"Its largest systematic error: the {kind} of stage {stage} is "
-            f"{'overrated' if change > 0 else 'underrated'}. From the smallest to the "
-            f"largest, the predicted rank rises {abs(change):.0f} % of all "
-            f"ranks {'more' if change > 0 else 'less'} than the true one. All choices together "
-            f"explain {100 * attribution['explained']:.0f} % of the errors' variance; the rest is "
-            "other than depths and widths added up, or noise."
-        )
-    elif attribution["explained"] is not None:
-        lines.append("No choice of depth or width stands out as the cause of its errors.")
-    return lines
+    effects = tell_effects(
+        attribution,
+        "rank errors",
+        lambda change: (
+            f"it is {'overrated' if change > 0 else 'underrated'} by {abs(change):.0f} % of all "
+            "ranks"
+        ),
+    )
+    if not effects and attribution["explained"] is not None:
+        effects = ["No choice of depth or width stands out as the cause of its errors."]
+    return lines + effects
 
 
 # --- of scores alone
-
-
-def budgets(macs: np.ndarray, number: int = BUDGETS) -> list[float]:
-    """Round numbers of MACs from just above the cheapest architecture to the dearest.
-
-    All have two significant digits of the largest one's size.
-    """
-    low, high = float(macs.min()), float(macs.max())
-    digit = 10.0 ** (math.floor(math.log10(high)) - 1)
-    ends = np.linspace(low, high, number + 1)[1:]
-    return sorted({math.ceil(end / digit - 1e-9) * digit for end in ends})
 
 
 def analyse_scores(
@@ -314,9 +301,7 @@ def analyse_scores(
     """All figures of a report on scores alone, as plain values; None where not defined.
 
     Args:
-        archs: n by name.
-        accuracy: their scores in percent [n].
-        costs: ``macs`` and ``params`` [n].
+        archs, accuracy, costs: n by name, their scores in percent, ``macs`` and ``params``.
         known, rows: what ``estimates.json`` says, and where they are in it.
     """
     names, macs = list(archs), costs["macs"]
@@ -337,7 +322,6 @@ def analyse_scores(
         }
 
     chosen = choices(list(archs.values()))
-    front = pareto_front(accuracy, macs)
     report = {
         "architectures": len(accuracy),
         "images": images,
@@ -350,20 +334,13 @@ def analyse_scores(
         "standard_error": None if error is None else float(np.median(error)),
         "agreement": agreement,
         "tau_of_macs": none_if_nan(kendall_tau_b(macs, accuracy)),
-        "front": [row(index) for index in front],
-        "budgets": [
-            {
-                "macs": budget,
-                "best": row(front[np.searchsorted(macs[front], budget, side="right") - 1]),
-            }
-            for budget in budgets(macs)
-        ],
+        "front": [row(index) for index in pareto_front(accuracy, macs)],
         "best": [row(index) for index in np.argsort(-accuracy, kind="stable")[:LISTED]],
         "by_option": {name: by_option(chosen[name], accuracy) for name in DISCRETE},
         "attribution": attribute(chosen, accuracy),
     }
-    told = {"interpretation": interpret_scores(report), "notes": notes_on_scores(accuracy)}
-    return {**report, **told}
+    notes = notes_on_scores(accuracy)
+    return {**report, "interpretation": interpret_scores(report), "notes": notes}
 
 
 def interpret_scores(report: Mapping) -> list[str]:
@@ -393,18 +370,11 @@ def interpret_scores(report: Mapping) -> list[str]:
             f"MACs alone would order {50 * (1 + tau):.0f} in 100 pairs as these scores do (tau-b "
             f"{tau:.3f}).".replace("-0.", "\N{MINUS SIGN}0.")
         )
-    attribution = report["attribution"]
-    clear = clear_effects(attribution)
-    if clear:
-        name, change = clear[0]
-        kind, stage = name.rsplit(" ", 1)
-        lines.append(
-            f"Depths and widths, added up, explain {100 * attribution['explained']:.0f} % of the "
-            f"scores' variance. The {kind} of stage {stage} matters most: from the smallest to the "
-            f"largest, the others being equal, accuracy {'rises' if change > 0 else 'falls'} by "
-            f"{abs(change):.2f} points."
-        )
-    return lines
+    return lines + tell_effects(
+        report["attribution"],
+        "scores",
+        lambda change: f"accuracy {'rises' if change > 0 else 'falls'} by {abs(change):.2f} points",
+    )
 
 
 def notes_on_scores(accuracy: np.ndarray) -> list[str]:

@@ -22,43 +22,19 @@ def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
     By rising cost, so by rising accuracy too; of networks that are equal in both the first stands
     for all.
     """
-    accuracy, cost = np.asarray(accuracy), np.asarray(cost)
     order = np.lexsort((-accuracy, cost))
-    if not len(order):
-        return order
     best_before = np.maximum.accumulate(accuracy[order])[:-1]
     rises = np.concatenate([[True], accuracy[order][1:] > best_before])
     return order[rises]
 
 
-def error_of_hits(hits: np.ndarray, images: np.ndarray | int) -> np.ndarray:
-    """Standard errors of accuracies as estimates for more such images; as accuracies.
-
-    Those of a binomial proportion, sqrt(p * (1 - p) / images), at Laplace's estimate
-    p = (hits + 1) / (images + 2): with the observed p, a few images that are all hits, or all
-    misses, would give an error of 0.
-    """
-    rate = (hits + 1) / (np.asarray(images) + 2)
-    return np.sqrt(rate * (1 - rate) / np.maximum(1, images))
-
-
-def independent_difference(accuracy: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Standard errors of the distances to the best, as of independent accuracies [n].
-
-    Networks that are scored on the same images err on the same ones, so that their distance
-    varies less than this: a group that is chosen by it is rather too large than too small.
-    """
-    return np.hypot(error, np.asarray(error)[int(np.argmax(accuracy))])
-
-
 def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
     """Standard errors of accuracies less that of one architecture; float64 [architectures].
 
-    All architectures see the same images, so the difference of two accuracies is far more certain
-    than either of them. As estimates for more such images, like the ``se`` of ``estimates.json``.
-    The images of the folds are a random sample each, so the variance of the difference in hits is
-    16 / 15 times the sum of squares of the folds' deviations. One hit is added to it, so that few
-    images on which two architectures never differ do not make their difference certain.
+    As estimates for more such images, like the ``se`` of ``estimates.json``. The images of the
+    folds are a random sample each, so the variance of the difference in hits is 16 / 15 times the
+    sum of squares of the folds' deviations. One hit is added to it, so that few images on which two
+    architectures never differ do not make their difference certain.
 
     Args:
         folds: hits by fold, int64 [architectures, FOLDS].
@@ -79,11 +55,7 @@ def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
     return errors
 
 
-def not_worse(
-    accuracy: np.ndarray,
-    difference_error: np.ndarray,
-    freedom: int | None = None,
-) -> np.ndarray:
+def not_worse(accuracy: np.ndarray, difference_error: np.ndarray) -> np.ndarray:
     """Which networks cannot be told from the best by the images that they were scored on.
 
     Gupta's subset selection (Technometrics 7, 1965, pp. 225-245): a network stays if it is below
@@ -94,20 +66,16 @@ def not_worse(
     Args:
         accuracy: of all that compete [n].
         difference_error: standard error of each one's distance to the best [n]; see
-            :func:`independent_difference` and :func:`difference_errors`.
-        freedom: degrees of freedom that these errors are estimated with; None: very many.
+            :func:`difference_errors`, which knows it from ``FOLDS`` folds.
 
     Returns:
         bool [n]; the best is always in.
     """
-    accuracy = np.asarray(accuracy)
     below = accuracy.max() - accuracy
-    errors = critical_value(len(accuracy))
-    if freedom is not None:
-        # What Student's t exceeds as rarely as a normal variable exceeds d.
-        errors = -stdtrit(freedom, ndtr(-errors))
+    # What Student's t exceeds as rarely as a normal variable exceeds d.
+    errors = -stdtrit(FOLDS - 1, ndtr(-critical_value(len(accuracy))))
     # The best's own error is 0 and others' may be infinite: nothing is known of them.
-    return (below <= 0) | (below <= errors * np.asarray(difference_error))
+    return (below <= 0) | (below <= errors * difference_error)
 
 
 def critical_value(networks: int) -> float:

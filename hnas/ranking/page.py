@@ -24,8 +24,8 @@ th, td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var
 th {{ font-weight: 600; color: var(--muted); }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; white-space: nowrap; }}
 td {{ white-space: nowrap; }}
-.code {{ text-align: left; }}
-td.code {{ font-family: ui-monospace, monospace; font-size: .82rem; }}
+th:nth-child(5), td:nth-child(5) {{ text-align: left; }}
+td:nth-child(5) {{ font-family: ui-monospace, monospace; font-size: .82rem; }}
 .row {{ display: grid; gap: 0 2rem;
        grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }}
 .many {{ display: grid; gap: .5rem; grid-template-columns: repeat(2, 1fr); }}
@@ -37,17 +37,12 @@ figure {{ margin: .5rem 0; }}
 
 
 NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman", "abs_pearson": "|Pearson|"}
-COLUMNS = ("name", "score, %", "MACs, million", "parameters, million", "code")
+FRONT = "Orange: the Pareto front, the best score up to each cost; darker: more architectures."
 BARS = "bars are two standard errors, a hollow dot is a single architecture."
 
 
-def ranking_page(report: Mapping, figures: Mapping[str, Sequence[Panel]]) -> str:
-    """How well predictions rank, as HTML.
-
-    Args:
-        report: see ``report.json``.
-        figures: scatter and breakdown.
-    """
+def ranking_page(report: Mapping, scatter: Panel, breakdown: Sequence[Panel]) -> str:
+    """How well predictions rank, as HTML; ``report`` as in ``report.json``."""
     return _document(
         f"Ranking report: {report['pred']}",
         f"against {report['gt']}, {report['architectures']:,} architectures",
@@ -55,9 +50,7 @@ def ranking_page(report: Mapping, figures: Mapping[str, Sequence[Panel]]) -> str
         [
             "<h2>Agreement with the truth</h2>",
             f'<div class="row"><div>{_correlations(report)}</div><div>{_top_k(report)}</div></div>',
-            _figure(
-                figures["scatter"], "Predicted against true accuracy; darker: more architectures."
-            ),
+            _figure([scatter], "Predicted against true accuracy; darker: more architectures."),
             "<h2>Which depth or width the errors come from</h2>",
             _note(
                 "The rank error of an architecture is its predicted less its true rank, in percent "
@@ -65,21 +58,25 @@ def ranking_page(report: Mapping, figures: Mapping[str, Sequence[Panel]]) -> str
                 "prediction that follows a choice too little shows a falling line, one that "
                 "follows it too much a rising one."
             ),
-            _figure(figures["breakdown"], f"Mean rank error by option, in percent; {BARS}"),
+            _figure(breakdown, f"Mean rank error by option, in percent; {BARS}"),
             _effects(report["attribution"], "rank error", 1),
             _note("Positive: overrated."),
         ],
     )
 
 
-def scores_page(report: Mapping, figures: Mapping[str, Sequence[Panel]]) -> str:
-    """What scores say without a truth, as HTML.
-
-    Args:
-        report: see ``report.json``.
-        figures: front and influence.
-    """
-    budgets = [(_millions(row["macs"]), *_row(row["best"])) for row in report["budgets"]]
+def scores_page(report: Mapping, fronts: Sequence[Panel], influence: Sequence[Panel]) -> str:
+    """What scores say without a truth, as HTML; ``report`` as in ``report.json``."""
+    best = [
+        (
+            row["name"],
+            _with_error(_number(row["accuracy"], 2), row["standard_error"], 2),
+            _number(row["macs"] / 1e6, 2),
+            _number(row["params"] / 1e6, 2),
+            row["arch"],
+        )
+        for row in report["best"]
+    ]
     return _document(
         f"Scores: {report['pred']}",
         f"{report['architectures']:,} architectures; MACs and parameters of {report['backbone']} "
@@ -88,23 +85,12 @@ def scores_page(report: Mapping, figures: Mapping[str, Sequence[Panel]]) -> str:
         report,
         [
             "<h2>Scores and cost</h2>",
-            '<div class="row">',
-            *(
-                _figure(
-                    [panel],
-                    "Orange: the Pareto front, the best score up to each cost; darker: more "
-                    "architectures.",
-                )
-                for panel in figures["front"]
-            ),
-            "</div>",
-            "<h2>The best within a budget</h2>",
-            _table(("MACs up to, million", *COLUMNS), budgets, code_column=5),
+            f'<div class="row">{"".join(_figure([panel], FRONT) for panel in fronts)}</div>',
             "<h2>What depths and widths do</h2>",
-            _figure(figures["influence"], f"Mean score by option, in percent; {BARS}"),
+            _figure(influence, f"Mean score by option, in percent; {BARS}"),
             _effects(report["attribution"], "score", 2),
             "<h2>The best scores</h2>",
-            _table(COLUMNS, [_row(row) for row in report["best"]], code_column=4),
+            _table(("name", "score, %", "MACs, million", "parameters, million", "code"), best),
             _note("The best of many is always partly lucky: look at the standard errors."),
         ],
     )
@@ -169,22 +155,6 @@ def _effects(attribution: Mapping, what: str, digits: int) -> str:
     )
 
 
-def _row(row: Mapping) -> tuple[str, ...]:
-    return (
-        row["name"],
-        _with_error(_number(row["accuracy"], 2), row["standard_error"], 2),
-        _millions(row["macs"]),
-        _millions(row["params"]),
-        row["arch"],
-    )
-
-
-def _millions(value: float) -> str:
-    """At least three significant digits, without a unit."""
-    millions = value / 1e6
-    return _number(millions, 0 if millions >= 100 else 1 if millions >= 10 else 2)
-
-
 def _correlations(report: Mapping) -> str:
     rows = []
     for name, found in report["correlations"].items():
@@ -208,15 +178,11 @@ def _top_k(report: Mapping) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], code_column: int = -1) -> str:
-    """A table; a column of codes is in type of equal widths."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
 
     def line(tag: str, row: Sequence[str]) -> str:
-        cells = (
-            f"<{tag}{' class=code' if column == code_column else ''}>{escape(cell)}</{tag}>"
-            for column, cell in enumerate(row)
-        )
-        return f"<tr>{''.join(cells)}</tr>"
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
 
     lines = [line("th", head), *(line("td", row) for row in rows)]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'

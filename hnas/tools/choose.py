@@ -9,7 +9,6 @@ budget) and front.svg.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ from hnas.architecture_file import in_shares, read_scores
 from hnas.base.command_line import OneLineParser, path_text, read_path, real_number, whole_number
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, replacing, write_json
-from hnas.ranking.agreement import FOLDS, estimates_beside
+from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.costs import UNITS, LatencyTable, costs_of, open_latency
 from hnas.ranking.front import (
     CONFIDENCE,
     critical_value,
     difference_errors,
-    error_of_hits,
-    independent_difference,
     not_worse,
     pareto_front,
 )
@@ -45,19 +42,15 @@ class Scores:
     archs: Mapping[str, Architecture]  # by name
     accuracy: np.ndarray  # shares of 1 [n]
     error: np.ndarray  # standard errors of them as estimates for more such images [n]
-    images: np.ndarray  # how many each was scored on [n]
-    folds: np.ndarray | None = None  # hits by fold, where all saw the same images [n, FOLDS]
+    images: int  # that they were scored on
+    folds: np.ndarray  # hits by fold [n, FOLDS]
 
 
-def scores_of(path: str, images: int = 0) -> Scores:
-    """The scores of a file, and their noise.
-
-    Args:
-        path: the organisers' form; accuracies as shares of 1, or in percent.
-        images: how many each was scored on; 0: as the entries say, or estimates.json beside it.
+def scores_of(path: str) -> Scores:
+    """The scores of a file, and their noise, which ``estimates.json`` beside it tells.
 
     Raises:
-        UserError: a wrong file, accuracies that are none, or a number of images that is not known.
+        UserError: a wrong file, accuracies that are none, or no such estimates.
     """
     archs, accuracy = read_scores(path)
     if len(archs) > 1 and np.ptp(accuracy) == 0:
@@ -65,22 +58,9 @@ def scores_of(path: str, images: int = 0) -> Scores:
             f"all accuracies of {path} are {accuracy[0]:g}: nothing to choose by; give stage 3's "
             "submission.json"
         )
-    accuracy, folds = in_shares(accuracy), None
-    content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    own = [entry.get("images") for entry in content.values()]
-    if images:
-        number = np.full(len(archs), images)
-    elif all(type(count) is int and count > 0 for count in own):
-        number = np.array(own)
-    else:
-        try:
-            found, rows = estimates_beside(path, list(archs.values()), accuracy)
-        except UserError as error:
-            raise UserError(
-                f"on how many images {path} was scored is not known: {error}; or give --images N"
-            ) from None
-        number, folds = np.full(len(archs), found.images), found.folds[rows]
-    return Scores(archs, accuracy, error_of_hits(accuracy * number, number), number, folds)
+    accuracy = in_shares(accuracy)
+    found, rows = estimates_beside(path, list(archs.values()), accuracy)
+    return Scores(archs, accuracy, found.error[rows], found.images, found.folds[rows])
 
 
 def figure(kind: str, value: float) -> str:
@@ -109,35 +89,26 @@ def within(costs: Mapping[str, np.ndarray], budget: Mapping[str, float]) -> np.n
 def choose(
     scores: Scores, costs: Mapping[str, np.ndarray], fits: np.ndarray, cost: str
 ) -> list[dict]:
-    """The networks within the budget, best first; of equally accurate ones the cheaper first.
-
-    Args:
-        fits: bool [n].
-        cost: the kind against which the front is drawn.
+    """The networks that ``fits`` [n], best first; of equally accurate ones the cheaper first.
 
     Returns:
-        For each its name, code, accuracy, standard error, images and costs, ``front``: whether it
-        is Pareto-optimal among them, and ``group``: whether it is not worse than the best by more
-        than their noise.
+        For each its name, code, accuracy, standard error, images and costs, ``front``: whether
+        accuracy and this kind of ``cost`` are Pareto-optimal among them, and ``group``: whether it
+        is not worse than the best by more than their noise.
     """
     accuracy, error = scores.accuracy[fits], scores.error[fits]
     front = set(pareto_front(accuracy, costs[cost][fits]).tolist())
-    if scores.folds is None:
-        group = not_worse(accuracy, independent_difference(accuracy, error))
-    else:
-        best, images = int(np.argmax(accuracy)), int(scores.images[0])
-        paired = difference_errors(scores.folds[fits], images, best)
-        group = not_worse(accuracy, paired, freedom=FOLDS - 1)
+    best = int(np.argmax(accuracy))
+    group = not_worse(accuracy, difference_errors(scores.folds[fits], scores.images, best))
     own = {kind: values[fits].tolist() for kind, values in costs.items()}
     names = np.array(list(scores.archs), object)[fits]
-    number = scores.images[fits].tolist()
     return [
         {
             "name": names[i],
             "arch": scores.archs[names[i]].code,
             "acc": float(accuracy[i]),
             "se": round(float(error[i]), 6),
-            "images": number[i],
+            "images": scores.images,
             **{kind: values[i] for kind, values in own.items()},
             "front": int(i) in front,
             "group": bool(group[i]),
@@ -202,12 +173,6 @@ def main(argv=None) -> None:
         "--top", type=whole_number(1, 1_000_000), default=10, help="rows to print [default 10]"
     )
     parser.add_argument("--out", type=read_path, help="folder for choice.json and front.svg [none]")
-    parser.add_argument(
-        "--images",
-        type=whole_number(1),
-        default=0,
-        help="that each network was scored on [default: as estimates.json beside the scores says]",
-    )
     add_network_flags(parser)
     options = parser.parse_args(argv)
     if options.out:
@@ -219,62 +184,59 @@ def main(argv=None) -> None:
     size, classes = options.image_size, options.num_classes
     latency = open_latency(options.latency, options.backbone, size, asked_by=asked_by)
     cost = options.cost or ("macs" if latency is None else "latency")
-    scores = scores_of(options.submission, options.images)
+    scores = scores_of(options.submission)
     space = search_space(options.backbone)
     costs = costs_of(scores.archs.values(), space, size, classes, latency)
-    limits = {
-        "macs": options.max_macs,
-        "params": options.max_params,
-        "latency": options.max_latency_ms,
-    }
-    budget = {kind: most for kind, most in limits.items() if most is not None}
+    limits = zip(UNITS, (options.max_macs, options.max_params, options.max_latency_ms), strict=True)
+    budget = {kind: most for kind, most in limits if most is not None}
     chosen = choose(scores, costs, within(costs, budget), cost)
     if options.out:
-        # Takes a second to import.
-        from hnas.ranking.figures import choice_panel
-
-        label = UNITS[cost] if cost != "latency" else latency_label(latency)
-        panel = choice_panel(
-            costs[cost], 100 * scores.accuracy, chosen, cost, label, budget.get(cost)
-        )
-        with replacing(options.out / "front.svg") as temporary:
-            temporary.write_text(panel.svg(alone=True))
-        write_choice(options, len(scores.archs), cost, budget, chosen)
+        write_front(options.out, scores, chosen, cost, costs[cost], budget.get(cost), latency)
+        content = {
+            "submission": options.submission,
+            "latency": options.latency,
+            "backbone": options.backbone,
+            "image_size": size,
+            "num_classes": classes,
+            "scored": len(scores.archs),
+            "budget": budget,
+            "cost": cost,
+            "confidence": CONFIDENCE,
+            "critical_value": round(critical_value(len(chosen)), 6),
+            "networks": chosen,
+        }
+        write_json(options.out / "choice.json", content)
     shown = table(chosen, options.top, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
 
 
-def latency_label(table: LatencyTable) -> str:
-    """The axis of a latency: of what, and where it was measured."""
-    about = table.about
-    return (
-        f"latency, ms ({about['processor']}, batch {about['batch_size']}, "
-        f"{about['threads']} threads)"
-    )
-
-
-def write_choice(
-    options, scored: int, cost: str, budget: Mapping, chosen: Sequence[Mapping]
+def write_front(
+    folder: Path,
+    scores: Scores,
+    chosen: Sequence[Mapping],
+    kind: str,
+    cost: np.ndarray,
+    budget: float | None,
+    latency: LatencyTable | None,
 ) -> None:
-    """Write ``choice.json``.
+    """Write ``front.svg``: scores against a kind of cost [n], and what of them is chosen.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    content = {
-        "submission": options.submission,
-        "latency": options.latency,
-        "backbone": options.backbone,
-        "image_size": options.image_size,
-        "num_classes": options.num_classes,
-        "scored": scored,
-        "budget": budget,
-        "cost": cost,
-        "confidence": CONFIDENCE,
-        "critical_value": round(critical_value(len(chosen)), 6),
-        "networks": chosen,
-    }
-    write_json(options.out / "choice.json", content)
+    # Takes a second to import.
+    from hnas.ranking.figures import choice_panel
+
+    label = UNITS[kind]
+    if kind == "latency":
+        about = latency.about
+        label = (
+            f"latency, ms ({about['processor']}, batch {about['batch_size']}, "
+            f"{about['threads']} threads)"
+        )
+    panel = choice_panel(cost, 100 * scores.accuracy, chosen, kind, label, budget)
+    with replacing(folder / "front.svg") as temporary:
+        temporary.write_text(panel.svg(alone=True))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,10 @@ from hnas.base.errors import UserError, run_main
 from hnas.search_space import Architecture, search_space
 
 BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
-SUPERNET = "stage2/final.pdparams"
-"""What the demo's stage 3 scores with."""
 
 
 def table(demo: Path) -> str:
-    """Accuracy of the largest, median and smallest sub-network by MACs, times and losses.
+    """Accuracy of the largest, median and smallest sub-network by MACs, and times.
 
     Raises:
         UserError: the demo's folder is incomplete.
@@ -28,7 +26,6 @@ def table(demo: Path) -> str:
     space = search_space(BACKBONE)
     try:
         scored = json.loads((demo / "stage3/submission.json").read_text()).values()
-        losses = json.loads((demo / "stage1/history.json").read_text())["epoch_losses"]
         words = (demo / "seconds.txt").read_text().split()
     except OSError as error:
         raise UserError(f"{error.filename} is missing; run sh run_demo.sh to the end") from error
@@ -42,31 +39,21 @@ def table(demo: Path) -> str:
         rows.append(f"{name:<12}{macs:>12,}{accuracy:>10.2%}")
     rows += ["", f"{'step':<12}{'seconds':>12}"]
     rows += [f"{name:<12}{value:>12}" for name, value in zip(words[::2], words[1::2], strict=True)]
-    rows += ["", "stage 1 loss by epoch: " + " -> ".join(f"{loss:.3f}" for loss in losses)]
-    rows.append(f"{len(by_macs)} architectures scored in stage 3")
     return "\n".join(rows)
 
 
-def next_steps(demo: Path, python: str) -> str:
-    """The demo's files, and two commands that go on from them.
-
-    Args:
-        demo: the demo's folder, relative to the project's root.
-        python: how to call Python from there.
-    """
+def next_steps(demo: Path) -> str:
+    """The demo's files, and a command that goes on from them; paths from the project's root."""
     return f"""\
 files
   {demo}/report/report.html       a page about these accuracies, for a browser
   {demo}/stage3/submission.json   accuracies of all architectures, as submitted
-  {demo}/{SUPERNET}    the supernet that predicted them
+  {demo}/stage2/final.pdparams    the supernet that predicted them
 
 next: how far would MACs alone have ranked them the same way? See {demo}/macs/report.html
-  {python} -m hnas.tools.rank_report --pred macs --gt {demo}/stage3/submission.json \\
-      --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/macs
-or let the supernet score 500 other architectures, drawn by the seed
-  backbone={BACKBONE} image_size={IMAGE_SIZE} image_dir={demo}/data seed=1 \\
-      ckpt_dir={demo}/{SUPERNET} modelarch_file=None eval_sample_num=500 \\
-      save_dir={demo}/others sh local_eval.sh"""
+  {os.path.relpath(sys.executable)} -m hnas.tools.rank_report \\
+      --pred macs --gt {demo}/stage3/submission.json \\
+      --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/macs"""
 
 
 def main(argv=None) -> None:
@@ -75,8 +62,7 @@ def main(argv=None) -> None:
         "--demo_dir", type=read_path, default=Path("output/demo"), help="demo's folder"
     )
     options = parser.parse_args(argv)
-    python = os.path.relpath(sys.executable)
-    sys.stdout.write(f"{table(options.demo_dir)}\n\n{next_steps(options.demo_dir, python)}\n")
+    sys.stdout.write(f"{table(options.demo_dir)}\n\n{next_steps(options.demo_dir)}\n")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,8 @@ from hnas.search_space import SAMPLE_SPACES, search_space
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--number",
-        type=whole_number(2, MOST_ARCHITECTURES),
-        default=200,
-        help="architectures [default 200]",
-    )
+    number = whole_number(2, MOST_ARCHITECTURES)
+    parser.add_argument("--number", type=number, default=200, help="[default 200]")
     parser.add_argument("--output", type=path_text, required=True, help="JSON file to write")
     parser.add_argument("--sample_space", choices=SAMPLE_SPACES, default="released", help="widths")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="[default 0]")

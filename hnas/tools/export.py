@@ -31,7 +31,7 @@ import paddle
 from tqdm import tqdm
 
 import hnas
-from hnas.architecture_file import ArchitectureFileError, read_accuracies, read_architectures
+from hnas.architecture_file import read_accuracies, read_architectures
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import (
     digest_path,
@@ -150,7 +150,7 @@ def find_architecture(options: Options, checkpoint: Checkpoint) -> Wanted:
         return Wanted(Architecture.from_code(own))
     if options.modelarch_file:
         archs = read_architectures(options.modelarch_file)
-        with suppress(ArchitectureFileError):  # a list of codes alone
+        with suppress(UserError):  # a list of codes alone
             stated = dict(zip(archs, read_accuracies(options.modelarch_file)[1], strict=True))
     if options.arch not in archs and not options.arch.isdigit():
         if not archs:

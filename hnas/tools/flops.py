@@ -15,13 +15,13 @@ from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, whole
 from hnas.base.errors import run_main
 from hnas.base.files import check_output, write_json
 from hnas.ranking.costs import costs_of
-from hnas.search_space import find_backbone, search_space
+from hnas.search_space import BACKBONES, search_space
 
 
 def add_network_flags(parser: OneLineParser) -> None:
     """The flags of the network whose costs are told."""
     parser.add_argument(
-        "--backbone", type=_known, default="resnet48", help="whose widths [default resnet48]"
+        "--backbone", choices=BACKBONES, default="resnet48", help="whose widths [default resnet48]"
     )
     parser.add_argument(
         "--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px [default 224]"
@@ -29,11 +29,6 @@ def add_network_flags(parser: OneLineParser) -> None:
     parser.add_argument(
         "--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[default 1000]"
     )
-
-
-def _known(backbone: str) -> str:
-    find_backbone(backbone)
-    return backbone
 
 
 def main(argv=None) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES
 from hnas.ranking.costs import costs_of
-from hnas.ranking.figures import Panel, option_panels, score_panel
+from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
@@ -33,6 +32,21 @@ from hnas.search_space import Architecture, search_space
 from hnas.tools.flops import add_network_flags
 
 COUNTED = {"macs": "MACs", "params": "parameters"}
+PRINTED = (
+    "pred",
+    "gt",
+    "architectures",
+    "images",
+    "accuracy",
+    "standard_error",
+    "agreement",
+    "tau_of_macs",
+    "resamples",
+    "top_k",
+    "mean_absolute_rank_error",
+    "notes",
+)
+"""Of a report, where it has them."""
 
 
 def _costs(archs: Iterable[Architecture], options) -> dict[str, np.ndarray]:
@@ -40,42 +54,31 @@ def _costs(archs: Iterable[Architecture], options) -> dict[str, np.ndarray]:
     return costs_of(archs, space, options.image_size, options.num_classes)
 
 
-def report_ranking(options) -> dict:
-    """Write the report on predictions and a truth; gives the line that is printed."""
+def report_ranking(options) -> tuple[dict, str]:
+    """The report on predictions and a truth, and its page."""
     gt = read_truth(options.gt)
     if options.pred in COUNTED:
         archs, predicted = list(gt), _costs(gt, options)[options.pred]
     else:
         named, predicted = read_accuracies(options.pred)
         archs = list(named.values())
-    matched = match(dict(zip(archs, predicted.tolist(), strict=True)), gt)
-    report = {
-        "pred": options.pred,
-        "gt": options.gt,
-        **analyse_ranking(matched, options.seed, options.resamples),
-    }
-    values, label = matched.pred, "predicted accuracy"
+    pred = dict(zip(archs, predicted.tolist(), strict=True))
+    found = analyse_ranking(pred, gt, options.seed, options.resamples)
+    report = {"pred": options.pred, "gt": options.gt, **found}
+    _, values, true = match(pred, gt)
+    label = "predicted accuracy"
     if options.pred in COUNTED:
-        values, label = matched.pred / 1e6, f"{COUNTED[options.pred]}, million"
+        values, label = values / 1e6, f"{COUNTED[options.pred]}, million"
     elif values.min() >= 0 and values.max() <= 100:
         values, label = in_percent(values), "predicted accuracy, %"
     scatter = Panel("true accuracy, %", label)
-    scatter.points(matched.gt, values)
+    scatter.points(true, values)
     breakdown = option_panels(report["by_option"], "rank error, %")
-    figures = {"scatter": [scatter], "breakdown": breakdown}
-    write_report(options.out, report, ranking_page(report, figures))
-    return summary(report)
+    return report, ranking_page(report, scatter, breakdown)
 
 
-def report_scores(options) -> dict:
-    """Write the report on scores alone; gives the line that is printed.
-
-    Standard errors, the number of images and the ranking's agreement come from ``estimates.json``
-    beside the file, which stage 3 writes, if it is of the same scores.
-
-    Raises:
-        UserError: a wrong file, fewer than three architectures, or an accuracy outside of 0 to 100.
-    """
+def report_scores(options) -> tuple[dict, str]:
+    """The report on scores alone, and its page; with what ``estimates.json`` tells, if it can."""
     if options.pred in COUNTED:
         raise UserError(f"--pred {options.pred} needs --gt, whose architectures it counts")
     archs, accuracy = read_scores(options.pred)
@@ -98,31 +101,25 @@ def report_scores(options) -> dict:
         **found,
         "notes": [*found["notes"], *unknown],
     }
-    figures = {
-        "front": [
-            score_panel(cost / 1e6, accuracy, pareto_front(accuracy, cost), f"{label}, million")
-            for cost, label in zip(costs.values(), COUNTED.values(), strict=True)
-        ],
-        "influence": option_panels(report["by_option"], "score, %"),
-    }
-    write_report(options.out, report, scores_page(report, figures))
-    shown = ("pred", "architectures", "images", "accuracy", "standard_error", "agreement")
+    fronts = []
+    for kind, label in COUNTED.items():
+        millions, panel = costs[kind] / 1e6, Panel(f"{label}, million", "score, %")
+        panel.points(millions, accuracy)
+        best = pareto_front(accuracy, millions)
+        panel.front(millions[best], accuracy[best], ORANGE)
+        fronts.append(panel)
+    return report, scores_page(report, fronts, option_panels(report["by_option"], "score, %"))
+
+
+def summary(report: Mapping) -> dict:
+    """What is printed of a report."""
+    unmatched = report.get("unmatched", {})
     return {
-        **{name: report[name] for name in (*shown, "tau_of_macs")},
+        **{name: report[name] for name in PRINTED if name in report},
+        **{f"only_in_{source}": codes["count"] for source, codes in unmatched.items()},
+        **report.get("correlations", {}),
         "explained": report["attribution"]["explained"],
-        "notes": report["notes"],
     }
-
-
-def write_report(folder: Path, report: Mapping, page: str) -> None:
-    """Write ``report.html`` and ``report.json``.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    write_json(folder / "report.json", report)
-    with replacing(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
 
 
 def main(argv=None) -> None:
@@ -144,26 +141,12 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the bootstrap [0]")
     options = parser.parse_args(argv)
     check_writable(options.out, "--out")
-    printed = report_ranking(options) if options.gt else report_scores(options)
-    printed["report"] = str(options.out / "report.html")
-    sys.stdout.write(json.dumps(printed) + "\n")
-
-
-def summary(report: Mapping) -> dict:
-    """The line that is printed of a ranking."""
-    return {
-        "pred": report["pred"],
-        "gt": report["gt"],
-        "architectures": report["architectures"],
-        "only_in_pred": report["unmatched"]["pred"]["count"],
-        "only_in_gt": report["unmatched"]["gt"]["count"],
-        **report["correlations"],
-        "resamples": report["resamples"],
-        "top_k": report["top_k"],
-        "mean_absolute_rank_error": report["mean_absolute_rank_error"],
-        "explained": report["attribution"]["explained"],
-        "notes": report["notes"],
-    }
+    report, page = report_ranking(options) if options.gt else report_scores(options)
+    write_json(options.out / "report.json", report)
+    written = options.out / "report.html"
+    with replacing(written) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    sys.stdout.write(json.dumps({**summary(report), "report": str(written)}) + "\n")
 
 
 if __name__ == "__main__":

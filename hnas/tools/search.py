@@ -64,9 +64,8 @@ from hnas.programs.runtime import (
 )
 from hnas.ranking.agreement import expected_agreement
 from hnas.ranking.costs import UNITS, open_latency
-from hnas.ranking.figures import choice_panel
 from hnas.search_space import Architecture, find_backbone
-from hnas.tools.choose import Scores, choose, conclusions, latency_label, table
+from hnas.tools.choose import Scores, choose, conclusions, table, write_front
 from hnas.utils.starting import start_from_checkpoint
 from hnas.weights.loading import find_checkpoint
 
@@ -210,8 +209,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     costs = budget.costs(archs.values())
     # What is limited is what matters; the last of several kinds is the least usual.
     cost = next(reversed(budget.limits), "macs")
-    images = np.full(len(archs), counts.images)
-    scores = Scores(archs, counts.accuracy(), counts.standard_error(), images, counts.folds)
+    scores = Scores(archs, counts.accuracy(), counts.standard_error(), counts.images, counts.folds)
     chosen = choose(scores, costs, np.full(len(archs), True), cost)
 
     write_results(folder, archs, counts)
@@ -220,16 +218,8 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     write_json(folder / ESTIMATES_FILE, estimates(archs, counts, agreement, counts.images))
     write_table(folder / "search.csv", chosen, dict(zip(archs, scored.generation, strict=True)))
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
-    plot = choice_panel(
-        costs[cost],
-        100 * scores.accuracy,
-        chosen,
-        cost,
-        UNITS[cost] if cost != "latency" else latency_label(budget.latency),
-        budget.limits.get(cost),
-    ).svg(alone=True)
-    with replacing(folder / "front.svg") as temporary:
-        temporary.write_text(plot)
+    limit = budget.limits.get(cost)
+    write_front(folder, scores, chosen, cost, costs[cost], limit, budget.latency)
     logger.info("%d networks: %s, front.svg, search.csv", len(archs), folder / "search.json")
     shown = table(chosen, LISTED, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(archs), cost)}\n")
