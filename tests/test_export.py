@@ -22,10 +22,9 @@ from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.counts import Counts
 from hnas.exporting import formats as exporting
 from hnas.models.elastic import ElasticResNet, freeze_statistics
-from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
-from hnas.tools.export import Found, Wanted, check, compare, main
+from hnas.tools.export import main
 from hnas.weights.loading import ABOUT, load_supernet, read_checkpoint, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -350,13 +349,12 @@ def test_an_export_that_differs_is_not_written(small, tmp_path, monkeypatch, fac
 def test_other_hits_of_like_logits_and_logits_that_are_no_numbers_are_not_written():
     counts = Counts.zeros(2)
     counts.top1[:], counts.top5[:], counts.near1[:], counts.images = [60, 57], 90, 2, 100
-    found = Found(counts, difference=1e-3, largest=20.0)
-    wanted = Wanted(Architecture.from_code(SMALLEST))
+    found = exporting.Found(counts, difference=1e-3, largest=20.0)
     with pytest.raises(UserError, match="has 57 hits and its source 60"):
-        check(found, Options(), wanted)
+        exporting.check(found)
     counts.near1[:] = 3
-    check(found, Options(), wanted)
+    exporting.check(found)
     batch = (paddle.zeros([4, 3, 8, 8], "uint8"), paddle.zeros([4], "int64"))
     logits = paddle.to_tensor([[1.0, float("nan")]] * 4)
     with pytest.raises(UserError, match="the exported network gives logits .* for 4 of 4 images"):
-        compare(lambda x: paddle.zeros([4, 2]), lambda x: logits, [batch])
+        exporting.compare(lambda x: paddle.zeros([4, 2]), lambda x: logits, [batch])
