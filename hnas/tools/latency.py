@@ -38,20 +38,27 @@ from hnas.base.command_line import (
     real_number,
     whole_number,
 )
-from hnas.base.device import cpu_threads, device_name, on_gpu, processor, set_tf32
-from hnas.base.errors import UserError, run_main
+from hnas.base.device import (
+    choose_device,
+    cpu_threads,
+    device_name,
+    on_gpu,
+    processor,
+    set_tf32,
+)
+from hnas.base.errors import run_main
 from hnas.base.files import check_output, read_json, write_json
 from hnas.base.memory import keep_freed_memory
 from hnas.base.settings import check_same_settings
 from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.parallel.distributed import finished_before_stopping
+from hnas.programs.parsing import refuse_contrastive
 from hnas.ranking.costs import FORMAT, LatencyTable, Part, all_parts
 from hnas.search_space import (
     SAMPLE_SPACES,
     Architecture,
     ChannelPlan,
     feature_sizes,
-    find_backbone,
     search_space,
 )
 
@@ -72,13 +79,9 @@ REMEDY = "remove it, or choose another --output"
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
-    if find_backbone(options.backbone).contrastive:
-        raise UserError(f"--backbone {options.backbone} is stage 1's; latency takes resnet48")
+    refuse_contrastive(options.backbone, "latency")
     check_output(options.output, "--output")
-    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    if options.device == "gpu" and not has_gpu:
-        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
-    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
+    choose_device(options.device)
     set_num_threads(options.threads)
     settings = settings_of(options)
     if options.output.is_file():
@@ -97,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = {"format": FORMAT, **settings, "milliseconds": milliseconds, "check": check}
     write_json(options.output, content)
     unfinished.unlink()
-    report(check, options.output)
+    warn_of_wrong_sums(check)
+    told = {name: value for name, value in check.items() if name != "networks"}
+    sys.stdout.write(json.dumps({**told, "output": str(options.output)}) + "\n")
 
 
 def parser() -> OneLineParser:
@@ -291,16 +296,14 @@ def compare(
     }
 
 
-def report(check: Mapping, path: Path) -> None:
-    """Log what the sums are worth, and print it as JSON."""
+def warn_of_wrong_sums(check: Mapping) -> None:
+    """Say so where sums are far from whole networks."""
     if check["mean_absolute_error"] > GOOD_ERROR:
         logger.warning(
             "the sums are off by %.0f %% on average: was the machine busy? Networks may still be "
             "in the right order; raise --rounds or --seconds, or measure on an idle machine",
             100 * check["mean_absolute_error"],
         )
-    told = {name: value for name, value in check.items() if name != "networks"}
-    sys.stdout.write(json.dumps({**told, "output": str(path)}) + "\n")
 
 
 if __name__ == "__main__":
