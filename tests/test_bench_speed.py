@@ -115,13 +115,11 @@ def test_scoring_is_timed_and_both_engines_agree(tmp_path, capsys):
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(3), 6)
     write_json(path, {name: {"acc": 0, "arch": arch.code} for name, arch in archs.items()})
     flags = {"--modelarch_file": path, "--backbone": "resnet48_mini", "--image_size": 32}
-    few = {"--n_images": 8, "--num_classes": 10, "--n_arch": 4}
+    few = {"--n_images": 8, "--num_classes": 10}
     (found,) = printed(speed_scoring, capsys, flags | few)
-    assert found["n_arch"] == 4 and found["largest_difference_top1"] <= found["near_ties"]
+    assert found["n_arch"] == 6 and found["largest_difference_top1"] <= found["near_ties"]
     assert found["ratio"] == pytest.approx(found["reference_s"] / found["shared_s"], rel=0.05)
-    # All codes, without a run; a classifier's products are not counted.
-    (found,) = printed(speed_scoring, capsys, flags | {"--count_only": True})
-    assert "ratio" not in found and found["n_arch"] == 6
+    # A classifier's products are not counted.
     naive = sum(RESNET48_MINI.macs(arch, 32, num_classes=0) for arch in archs.values())
     assert found["macs_naive"] == naive > found["macs_shared"]
     with pytest.raises(UserError, match="--n_arch 7, but the file has 6 architectures"):

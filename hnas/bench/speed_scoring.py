@@ -28,7 +28,6 @@ from hnas.base.command_line import (
     MOST_ARCHITECTURES,
     OneLineParser,
     path_text,
-    read_bool,
     whole_number,
 )
 from hnas.base.device import cpu_threads, processor
@@ -66,10 +65,9 @@ def main(argv=None) -> None:
         "macs_naive": naive_macs(space, archs, options.image_size),
         "macs_shared": PrefixTree(space, archs).macs(options.image_size),
     }
-    if not options.count_only:
-        paddle.seed(options.seed)
-        with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
-            result |= measure(options, archs, Path(folder), rng)
+    paddle.seed(options.seed)
+    with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
+        result |= measure(options, archs, Path(folder), rng)
     sys.stdout.write(json.dumps(result) + "\n")
 
 
@@ -96,7 +94,6 @@ def parse(argv):
         "--num_classes", type=whole_number(2, 1_000_000), default=1000, help="of the network"
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
-    parser.add_argument("--count_only", type=read_bool, default=False, help="MACs, no run")
     return parser.parse_args(argv)
 
 

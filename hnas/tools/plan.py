@@ -123,8 +123,7 @@ def training_bytes(space: SearchSpace, options) -> tuple[int, int]:
 def scored_chunk(space: SearchSpace, options, precision: Precision) -> int:
     """Images a walk scores, as stage 3 chooses them on a card that has all its memory free."""
     memory = GPU_SHARE * GPUS[options.gpu].memory_gib * 2**30
-    carried = options.bn_calibration_images
-    limit = choose_chunk(space, options.image_size, carried, memory, precision.bytes)
+    limit = choose_chunk(space, options.image_size, 0, memory, precision.bytes)
     return even_chunk(limit, options.images, options.gpus)
 
 
@@ -134,12 +133,11 @@ def estimate(
     """Hours, GMAC per image and GiB per device of each stage."""
     size, number = options.image_size, precision.bytes
     chunk = scored_chunk(space, options, precision)
-    together = chunk + options.bn_calibration_images  # every walk carries them along
-    walk, outputs = (together / chunk * part for part in PrefixTree(space, archs).cost(size))
+    walk, outputs = PrefixTree(space, archs).cost(size)
     seconds = walk / rates.scoring + PASSES * outputs * number / rates.bytes
     weights = space.params(space.largest(), CLASSES)
     # Weights, folded ones, and activations.
-    scoring = FLOAT * weights + number * (weights + together * path_numbers(space, size))
+    scoring = FLOAT * weights + number * (weights + chunk * path_numbers(space, size))
     total = options.batch_size * options.gpus
     trained = options.train_images // total * total
     stage1, stage2 = training_macs(space, size)
@@ -177,8 +175,8 @@ def assumptions(options, precision: Precision, rates: Rates) -> list[str]:
         "exchange is hidden or free; loading images, evaluations and checkpoints cost nothing",
         f"memory: training in float32, {options.batch_size} images a step and device, each "
         "convolution's output kept three times for the backward pass; libraries' own memory not "
-        f"counted; stage 3 takes chunks of {GPU_SHARE:.0%} of {gpu.memory_gib} GiB, of which "
-        f"{options.bn_calibration_images} images re-calibrate BatchNorm",
+        f"counted; stage 3 takes chunks of {GPU_SHARE:.0%} of {gpu.memory_gib} GiB, and does not "
+        "re-calibrate BatchNorm",
     ]
 
 
@@ -215,7 +213,6 @@ def parser() -> OneLineParser:
         "--batch_size", type=whole_number(1, 1_000_000), default=256, help="of a device [256]"
     )
     made.add_argument("--image_size", type=side, default=224, help="px [224]")
-    made.add_argument("--bn_calibration_images", type=whole_number(0), default=0, help="[0]")
     made.add_argument("--backbone", default="resnet48", help="[resnet48]")
     return made
 
