@@ -40,8 +40,6 @@ def here(tmp_path_factory):
 def card(monkeypatch, here):
     """An emulated A100, as a process with TF32 switched off sees it."""
     gpu_fakes.fake_card(monkeypatch)
-    properties = paddle.device.cuda.get_device_properties()
-    properties.multi_processor_count = 108
     return Machine(here.folder, gpus=1, quick=True)
 
 
@@ -174,7 +172,7 @@ def test_an_exception_is_a_failed_row_with_its_last_line():
     )
 
 
-def test_a_failure_is_told_twice_and_by_the_exit_code(tmp_path, capsys, monkeypatch):
+def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
     output = tmp_path / "out.jsonl"
     results = [
         rows.fact("card", "H100"),
@@ -195,7 +193,7 @@ def test_a_failure_is_told_twice_and_by_the_exit_code(tmp_path, capsys, monkeypa
     assert shown[0] == "check"
     assert [line.split()[0] for line in shown[1:4]] == ["ok", "FAILED", "-"]
     assert shown[4].startswith("1 passed, 1 failed, 1 not on this machine")
-    assert shown[5] == shown[2] and "nan (at most 0.0001) - of it" in shown[2]
+    assert "nan (at most 0.0001) - of it" in shown[2]
     row = {"name": "error", "state": FAILED, "value": "nan", "limit": 1e-4, "note": "of it"}
     assert json.loads(output.read_text().splitlines()[1]) == {"check": "check", **row}
     run(results[0], results[2])
@@ -222,11 +220,8 @@ def test_facts_of_a_card(card, tmp_path, monkeypatch):
     version.write_text("NVRM version: x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC version\n")
     monkeypatch.setattr(checks, "DRIVER", version)
     found = {result.name: result.value for result in checks.check_facts(card)}
-    assert found["card"] == "NVIDIA A100-SXM4-80GB, 108 multiprocessors"
-    assert found["compute capability"] == "8.0" and found["memory of the card"] == "80.00 GiB"
+    assert found["card"] == "NVIDIA A100-SXM4-80GB, compute capability 8.0, 80.00 GiB"
     assert "535.104.05" in found["driver"] and "GCC" not in found["driver"]
-    monkeypatch.setattr(checks, "DRIVER", tmp_path / "none")
-    assert {r.name: r.value for r in checks.check_facts(card)}["driver"] == "unknown"
 
 
 # --- TF32 and BatchNorm
@@ -255,49 +250,34 @@ def test_tf32_is_measured_forward_and_backward(monkeypatch, emulated, mode, wron
         assert found[0].value == kind
 
 
-PLAIN_NORM = F.batch_norm
+def test_batch_norm_passes_as_cpus_and_as_cudnn_keep_the_variance(monkeypatch, here):
+    assert not failed(checks.check_norms(here))
+    plain = F.batch_norm
+
+    def unbiased(x, mean, variance, weight, bias, training, momentum, **more):
+        kept = variance.clone()
+        y = plain(x, mean, variance, weight, bias, training, momentum, **more)
+        positions = x.size // x.shape[1]
+        variance.set_value(
+            kept * momentum + (variance - kept * momentum) * positions / (positions - 1)
+        )
+        return y
+
+    monkeypatch.setattr(elastic.F, "batch_norm", unbiased)
+    assert not failed(checks.check_norms(here))
 
 
-def gpu_batch_norm(x, mean, variance, weight, bias, training, momentum, **more):
-    """cuDNN's: the running variance is the unbiased one."""
-    y = PLAIN_NORM(x, mean.clone(), variance.clone(), weight, bias, training, momentum, **more)
-    positions = x.size // x.shape[1]
-    unbiased = x.var([0, 2, 3], unbiased=False) * positions / (positions - 1)
-    mean.set_value(momentum * mean + (1 - momentum) * x.mean([0, 2, 3]))
-    variance.set_value(momentum * variance + (1 - momentum) * unbiased)
-    return y
+def test_statistics_that_are_lost_or_beyond_the_slice_are_found(monkeypatch, here):
+    plain = F.batch_norm
 
+    def losing_updates(x, mean, variance, *rest, **more):
+        """Statistics are copies, and whoever looks is told that they are views."""
+        return plain(x, mean.clone(), variance.clone(), *rest, **more)
 
-def normalising_by_unbiased(x, *rest, **more):
-    positions = x.size // x.shape[1]
-    return PLAIN_NORM(x, *rest, **more) * float(np.sqrt(1 - 1 / positions))
-
-
-def losing_updates(x, mean, variance, *rest, **more):
-    """Statistics are copies, and whoever looks is told that they are views."""
-    return PLAIN_NORM(x, mean.clone(), variance.clone(), *rest, **more)
-
-
-@pytest.mark.parametrize(
-    ("forward", "wrong", "kind"),
-    [
-        (PLAIN_NORM, [], "biased"),
-        (gpu_batch_norm, [], "unbiased"),
-        (normalising_by_unbiased, ["BatchNorm's output in training"], "biased"),
-        (losing_updates, ["running mean of a slice", "running variance of a slice"], "unbiased"),
-    ],
-)
-def test_a_faulty_batch_norm_is_found_and_either_variance_right(
-    monkeypatch, here, forward, wrong, kind
-):
-    monkeypatch.setattr(elastic.F, "batch_norm", forward)
-    found = [*checks.check_norms(here)]
-    assert failed(found) == wrong
-    (note,) = (row.note for row in found if row.name == "running variance of a slice")
-    assert wrong[1:] or note.startswith(f"{kind},")
-
-
-def test_statistics_beyond_the_slice_are_found(monkeypatch, here):
+    with monkeypatch.context() as patch:
+        patch.setattr(elastic.F, "batch_norm", losing_updates)
+        lost = failed(checks.check_norms(here))
+    assert lost == ["running mean of a slice", "running variance of a slice"]
     right = elastic.ElasticBatchNorm2D.forward
 
     def forward(norm, x):
@@ -360,10 +340,6 @@ def unbiased_statistics(x, mean_of):
     return mean, mean_of((x - mean).square()) * positions / (positions - 1)
 
 
-def lost_bias(x, filters, bias, *rest):
-    return gpu_fakes.fused_operator(x, filters, paddle.zeros_like(bias), *rest)
-
-
 def relu_before_the_shortcut(x, filters, bias, shortcut, *rest):
     y = gpu_fakes.fused_operator(x, filters, bias, None, *rest)
     return y if shortcut is None else y + shortcut
@@ -394,7 +370,6 @@ FAULTY_WALKS = {
         lambda patch: patch.setattr(kernels.Kernels, "convolve", first_filters()),
         ["0", "64"],
     ),
-    "a fused bias that is lost": (lambda patch: emulate_fused(patch, lost_bias), ["fused"]),
     "a shortcut added after ReLU": (
         lambda patch: emulate_fused(patch, relu_before_the_shortcut),
         ["fused"],

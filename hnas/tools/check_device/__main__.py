@@ -19,14 +19,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO
 
-import paddle
-
-from hnas.base.command_line import OneLineParser, path_text, read_bool
+from hnas.base.command_line import OneLineParser, read_bool, read_path
+from hnas.base.device import visible_gpus
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, ROW, Machine, Result
 
-DEFAULT_OUTPUT = "output/check_device.jsonl"
+DEFAULT_OUTPUT = Path("output/check_device.jsonl")
 JOBS = (
     ("off", ("facts", "tf32", "norms", "walk", "steps", "loaders")),
     ("off", ("repeat",)),
@@ -101,7 +100,7 @@ def table_line(result: Result) -> str:
 
 def report(results: Iterable[tuple[str, Result]], output: Path) -> bool:
     """Show and write each row as it comes; gives whether none failed."""
-    states, failed, title = Counter(), [], ""
+    states, title = Counter(), ""
     with open(output, "w", encoding="utf-8") as file:
         for check, result in results:
             if check != title:
@@ -114,13 +113,9 @@ def report(results: Iterable[tuple[str, Result]], output: Path) -> bool:
             file.write(json.dumps({"check": check, **content}) + "\n")
             file.flush()
             states[result.state] += 1
-            if result.state == FAILED:
-                failed.append(result)
     counts = ", ".join(f"{states[state]} {state}" for state in (PASSED, FAILED, NOT_HERE))
     write(f"{counts}; as JSON lines: {output}")
-    for result in failed:
-        write(table_line(result))
-    return not failed
+    return not states[FAILED]
 
 
 def write(line: str) -> None:
@@ -138,20 +133,18 @@ def main(argv=None) -> None:
     parser.add_argument("--quick", type=read_bool, default=False, help="less of everything, for CI")
     parser.add_argument(
         "--output",
-        type=path_text,
+        type=read_path,
         default=DEFAULT_OUTPUT,
         help=f"file for the rows as JSON lines [default {DEFAULT_OUTPUT}]",
     )
     options = parser.parse_args(argv)
     if options.full and options.quick:
         raise UserError("--full and --quick are both True; give one of them")
-    output = Path(options.output)
-    check_output(output, "--output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    check_output(options.output, "--output")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pinas-check-", ignore_cleanup_errors=True) as folder:
-        machine = Machine(folder, gpus, options.quick, options.full)
-        passed = report(all_results(machine), output)
+        machine = Machine(folder, visible_gpus(), options.quick, options.full)
+        passed = report(all_results(machine), options.output)
     if not passed:
         sys.exit(1)
 
