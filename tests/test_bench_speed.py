@@ -29,7 +29,7 @@ BENCHES = ("speed_scoring", "speed_training", "rank.__main__")
 
 
 @pytest.mark.parametrize("name", BENCHES)
-def test_help_tells_defaults_and_unknown_flags_are_one_line(name, capsys, monkeypatch):
+def test_help_tells_defaults(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     main = importlib.import_module(f"hnas.bench.{name}").main
     with pytest.raises(SystemExit) as ended:
@@ -38,11 +38,9 @@ def test_help_tells_defaults_and_unknown_flags_are_one_line(name, capsys, monkey
     usage, _, text = capsys.readouterr().out.partition("options:\n")
     assert usage.startswith(f"usage: python -m hnas.bench.{name.removesuffix('.__main__')} [-h]")
     options = re.split(r"^  (?=--)", text, flags=re.M)[1:]
+    assert options
     for option in options:
         assert "default" in option or f"[{option.split()[0]}" not in usage, option
-    with pytest.raises(UserError) as error:
-        main(["--evolve", "1"])
-    assert options and "\n" not in str(error.value)
 
 
 def trained(kind, stage, frozen):
