@@ -6,8 +6,8 @@ Here a CPU stands for the device; ``gpu_fakes.py`` says what the fakes round and
 
 import json
 import logging
-import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import gpu_fakes
@@ -22,7 +22,7 @@ from hnas.models import elastic
 from hnas.tools.check_device import __main__ as program
 from hnas.tools.check_device import checks, networks, ranks, rows
 from hnas.tools.check_device.networks import BFLOAT16, FLOAT16, FLOAT32, TF32
-from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, ROW, Machine, Result
+from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result
 from hnas.utils.hapi_wrapper import GradientStep
 from hnas.weights import checkpoint
 
@@ -85,10 +85,10 @@ def test_a_quick_run_passes_on_a_gpu(request, tmp_path):
 
 SCRIPT = """
 import json, os, signal, sys, time
-for name in sys.argv[1:]:
-    print("what a library says", flush=True)
-    row = json.dumps([name, {"name": f"row of {name}", "state": "passed"}])
-    print("MARK" + row, flush=True)
+machine, *names = sys.argv[1:]
+for name in names:
+    with open(json.loads(machine)["output"], "a") as file:
+        file.write(name + " ")
     if name == "b":
         sys.stderr.write("word\\nthe last word\\n\\n")
         sys.stderr.flush()
@@ -101,37 +101,31 @@ for name in sys.argv[1:]:
     [
         ("pass", ""),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("os.abort()", "SIGABRT"),
         ("os._exit(7)", "exit code 7"),
         ("time.sleep(60)", "SIGKILL"),
     ],
 )
-def test_a_job_gives_its_rows_and_one_more_if_it_is_lost(monkeypatch, tmp_path, end, words):
+def test_a_job_that_is_lost_has_one_row_more(monkeypatch, tmp_path, end, words):
     """Its process, here without Paddle, ends in check b of a, b and c."""
-    script = SCRIPT.replace("MARK", ROW.decode()).replace("END", end)
-
-    def start(names, machine, log):
-        command = [sys.executable, "-c", script, *names]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
-
-    monkeypatch.setattr(program, "start", start)
+    monkeypatch.setattr(program, "PROGRAM", (sys.executable, "-c", SCRIPT.replace("END", end)))
     monkeypatch.setattr(program, "MOST_SECONDS", 2 if "sleep" in end else 60)
-    found = [*program.job("abc", Machine(str(tmp_path)))]
-    rows_of = [(name, Result(f"row of {name}", PASSED)) for name in "abc"]
+    output = tmp_path / "rows"
+    program.run_job("abc", Machine(str(tmp_path), str(output)))
     if not words:
-        assert found == rows_of
+        assert output.read_text() == "a b c "
         return
     note = f"their process ended with {words}: the last word"
-    assert found == [*rows_of[:2], ("a", Result("all of a, b, c", FAILED, note=note))]
+    row = {"check": "a", **asdict(Result("all of a, b, c", FAILED, note=note))}
+    assert output.read_text() == f"a b {json.dumps(row)}\n"
 
 
 def test_cards_have_processes_with_tf32_too(monkeypatch):
     def jobs(gpus):
         started = []
         monkeypatch.setattr(
-            program, "job", lambda names, m: started.append((m.gpus, m.tf32, *names)) or []
+            program, "run_job", lambda names, m: started.append((m.gpus, m.tf32, *names))
         )
-        assert not [*program.all_results(Machine("", gpus=gpus))]
+        program.run_jobs(Machine("", gpus=gpus))
         return started
 
     made = {name for _, names in program.JOBS for name in names}
@@ -143,7 +137,7 @@ def test_cards_have_processes_with_tf32_too(monkeypatch):
     assert {tf32 for _, tf32, *_ in jobs(0)} == {"off"}
 
 
-def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, here, capfdbinary):
+def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, tmp_path):
     gpu_fakes.fake_card(monkeypatch, name="Tesla V100", major=7)
     for module, name in (
         (paddle, "set_device"),
@@ -151,12 +145,12 @@ def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, here, capfdb
         (logging.getLogger(), "setLevel"),
     ):
         monkeypatch.setattr(module, name, lambda _: None)
-    text = json.dumps({"folder": here.folder, "gpus": 1, "tf32": "on"})
+    output = tmp_path / "rows"
+    text = json.dumps(asdict(Machine("", str(output), gpus=1, tf32="on")))
     monkeypatch.setattr(sys, "argv", ["checks", text, "walk", "steps"])
     checks.main()
-    lines = [line for line in capfdbinary.readouterr().out.splitlines() if line.startswith(ROW)]
-    found = [json.loads(line.removeprefix(ROW)) for line in lines]
-    assert [(check, row["state"]) for check, row in found] == [(n, NOT_HERE) for n in sys.argv[2:]]
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["check"], row["state"]) for row in found] == [(n, NOT_HERE) for n in sys.argv[2:]]
 
 
 def test_an_exception_is_a_failed_row_with_its_last_line():
@@ -180,19 +174,20 @@ def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
     ]
 
     def run(*results):
-        monkeypatch.setattr(
-            program, "all_results", lambda _: (("check", result) for result in results)
-        )
+        def run_jobs(machine):
+            for result in results:
+                rows.tell("check", result, machine.output)
+
+        monkeypatch.setattr(program, "run_jobs", run_jobs)
         program.main(["--output", str(output)])
 
     with pytest.raises(SystemExit) as end:
         run(*results)
     assert end.value.code == 1
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "check"
-    assert [line.split()[0] for line in shown[1:4]] == ["ok", "FAILED", "-"]
-    assert shown[4].startswith("1 passed, 1 failed, 1 not on this machine")
-    assert "nan (at most 0.0001) - of it" in shown[2]
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in shown] == [[s, "check"] for s in ("ok", "FAILED", "-")]
+    assert last.startswith("1 passed, 1 failed, 1 not on this machine")
+    assert "nan (at most 0.0001) - of it" in shown[1]
     row = {"name": "error", "state": FAILED, "value": "nan", "limit": 1e-4, "note": "of it"}
     assert json.loads(output.read_text().splitlines()[1]) == {"check": "check", **row}
     run(results[0], results[2])
@@ -300,16 +295,6 @@ def test_the_walk_of_an_emulated_card_passes_in_every_variant(card, monkeypatch)
             assert any(words in name for name in found), words
         assert f"mini, 64 calibration images: {kind}, not fused" in found
         assert f"mini, 64 calibration images: {kind}, fused" not in found
-
-
-def test_a_fused_operator_that_cannot_be_called_is_told(card, monkeypatch):
-    """This Paddle's is a CPU's, which has none: no failure, since it is not used."""
-    monkeypatch.setattr(networks, "scenes", lambda _: [])
-    found = [*networks.check_walk(card)]
-    assert [(row.name, row.value) for row in found] == [
-        (f"fused convolution in {kind}", "not used") for kind in ("float32", "float16")
-    ]
-    assert all(row.state == PASSED and row.note for row in found)
 
 
 def test_a_process_walks_and_trains_in_its_own_precisions(card, here, monkeypatch):

@@ -1,4 +1,4 @@
-"""The process that checks: it uses the device, and may be lost with it. Prints its rows.
+"""The process that checks: it uses the device, and may be lost with it.
 
 python -m hnas.tools.check_device.checks MACHINE CHECK...
 """
@@ -11,7 +11,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -182,8 +181,7 @@ def main() -> None:
     for name in names:
         absent = [rows.not_here(f"{name} in TF32", "needs compute capability 8.0")]
         for result in rows.guarded(name, CHECKS[name], machine) if able else absent:
-            sys.stdout.buffer.write(rows.ROW + json.dumps([name, asdict(result)]).encode() + b"\n")
-            sys.stdout.buffer.flush()
+            rows.tell(name, result, machine.output)
 
 
 if __name__ == "__main__":

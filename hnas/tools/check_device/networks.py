@@ -140,10 +140,6 @@ def check_walk(machine: rows.Machine) -> Iterator[rows.Result]:
         yield rows.not_here("the fused convolution, float16 and TF32", "need a GPU")
         if not has_bfloat16():
             yield rows.not_here("the walk in bfloat16", "needs AVX512_BF16 or AMX")
-    for variant in variants(machine, calibrates=True) if machine.gpus else ():
-        operator, reason = find_fused(variant.precision, variant.layout)
-        used = "not used" if operator is None else "used"
-        yield rows.fact(f"fused convolution in {variant.precision.value}", used, reason)
     right = np.load(f"{machine.folder}/walk.npz")
     for scene in scenes(machine):
         for variant in variants(machine, calibrates=scene[-1] is not None):
