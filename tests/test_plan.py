@@ -47,6 +47,7 @@ def test_hours_follow_from_the_macs_of_the_recipe_and_what_is_sampled(capsys):
     assert found["stage3"]["hours"] == pytest.approx(walk * 50000 / 8e12 / 3600, abs=6e-4)
     # Chunks of 1024 at most, the engine's limit; 60 % of 80 GiB would hold more.
     assert found["stage3"]["gib_per_device"] < 48
+    assert found["stage1"]["gib_per_device"] > found["stage2"]["gib_per_device"] > 1
 
 
 def outputs_by_hand(archs):
@@ -123,19 +124,6 @@ def test_activations_are_what_the_convolutions_put_out():
     network(paddle.zeros([1, 3, 64, 64]))
     largest = RESNET48_MINI.plan(RESNET48_MINI.largest())
     assert convolution_outputs(largest, 64) == sum(sizes)
-
-
-def test_more_devices_and_faster_ones_take_less(capsys):
-    slow = run(capsys, "--gpu", "v100")
-    fast = run(capsys, "--gpu", "h100", "--gpus", "8")
-    for stage in ("stage1", "stage2", "stage3"):
-        assert fast[stage]["hours"] < slow[stage]["hours"] / 8
-    assert any("assumed" in line for line in slow["assumptions"])
-    assert slow["stage1"]["gib_per_device"] > slow["stage2"]["gib_per_device"] > 1
-    # An A100 without TF32 has 19.5 TFLOP/s.
-    exact, tf32 = (run(capsys, "--gpu", "a100", "--tf32", mode) for mode in ("off", "on"))
-    for stage in ("stage1", "stage2", "stage3"):
-        assert exact[stage]["hours"] > 2 * tf32[stage]["hours"]
 
 
 @pytest.mark.parametrize(
