@@ -47,7 +47,8 @@ def test_hours_follow_from_the_macs_of_the_recipe_and_what_is_sampled(capsys):
     assert found["stage3"]["hours"] == pytest.approx(walk * 50000 / 8e12 / 3600, abs=6e-4)
     # Chunks of 1024 at most, the engine's limit; 60 % of 80 GiB would hold more.
     assert found["stage3"]["gib_per_device"] < 48
-    assert found["stage1"]["gib_per_device"] > found["stage2"]["gib_per_device"] > 1
+    # A queue of 40,960 keys is little beside a batch.
+    assert found["stage1"]["gib_per_device"] >= found["stage2"]["gib_per_device"] > 1
 
 
 def outputs_by_hand(archs):
