@@ -46,7 +46,7 @@ from hnas.parallel.distributed import (
 from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import check_chunk
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options
+from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import (
     calibration_images,
     decoded_images,
@@ -56,15 +56,14 @@ from hnas.programs.runtime import (
     start,
     validation_images,
 )
-from hnas.search_space import Architecture, SearchSpace, find_backbone
+from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.starting import start_from_checkpoint
 from hnas.weights.loading import find_checkpoint
 
 
 def main() -> None:
     options = parse_options(Stage.SCORE, about=__doc__.splitlines()[0])
-    if find_backbone(options.backbone).contrastive:
-        raise UserError(f"--backbone {options.backbone} is stage 1's; stage 3 takes resnet48")
+    refuse_contrastive(options.backbone, Stage.SCORE)
     part = wanted_part(options)
     arithmetic = start(options, scores=True)
     if world_size() > 1 and options.eval_engine == "reference":

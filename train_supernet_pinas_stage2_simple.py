@@ -20,9 +20,8 @@ from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import leave
 from hnas.programs.flags import Stage
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options
+from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import require, space_of, start, training_images, training_loader
-from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
 from hnas.utils.starting import pretrained_network, start_from_checkpoint, start_from_pretrained
@@ -34,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     options = parse_options(Stage.DISTILL, about=__doc__.splitlines()[0])
-    if find_backbone(options.backbone).contrastive:
-        raise UserError(f"--backbone {options.backbone} is stage 1's; stage 2 takes resnet48")
+    refuse_contrastive(options.backbone, Stage.DISTILL)
     check_flags(options)
     start(options, writes=options.train_flag)
     require(options, "pretrained")

@@ -6,8 +6,8 @@ Here a CPU stands for the device; ``gpu_fakes.py`` says what the fakes round and
 
 import json
 import logging
-import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import gpu_fakes
@@ -16,14 +16,13 @@ import paddle
 import pytest
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.base.errors import UserError
 from hnas.evaluation import gpu_kernels, kernels
 from hnas.evaluation.variants import Variant
 from hnas.models import elastic
 from hnas.tools.check_device import __main__ as program
 from hnas.tools.check_device import checks, networks, ranks, rows
 from hnas.tools.check_device.networks import BFLOAT16, FLOAT16, FLOAT32, TF32
-from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, ROW, Machine, Result
+from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result
 from hnas.utils.hapi_wrapper import GradientStep
 from hnas.weights import checkpoint
 
@@ -40,8 +39,6 @@ def here(tmp_path_factory):
 def card(monkeypatch, here):
     """An emulated A100, as a process with TF32 switched off sees it."""
     gpu_fakes.fake_card(monkeypatch)
-    properties = paddle.device.cuda.get_device_properties()
-    properties.multi_processor_count = 108
     return Machine(here.folder, gpus=1, quick=True)
 
 
@@ -88,10 +85,10 @@ def test_a_quick_run_passes_on_a_gpu(request, tmp_path):
 
 SCRIPT = """
 import json, os, signal, sys, time
-for name in sys.argv[1:]:
-    print("what a library says", flush=True)
-    row = json.dumps([name, {"name": f"row of {name}", "state": "passed"}])
-    print("MARK" + row, flush=True)
+machine, *names = sys.argv[1:]
+for name in names:
+    with open(json.loads(machine)["output"], "a") as file:
+        file.write(name + " ")
     if name == "b":
         sys.stderr.write("word\\nthe last word\\n\\n")
         sys.stderr.flush()
@@ -104,37 +101,31 @@ for name in sys.argv[1:]:
     [
         ("pass", ""),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("os.abort()", "SIGABRT"),
         ("os._exit(7)", "exit code 7"),
         ("time.sleep(60)", "SIGKILL"),
     ],
 )
-def test_a_job_gives_its_rows_and_one_more_if_it_is_lost(monkeypatch, tmp_path, end, words):
+def test_a_job_that_is_lost_has_one_row_more(monkeypatch, tmp_path, end, words):
     """Its process, here without Paddle, ends in check b of a, b and c."""
-    script = SCRIPT.replace("MARK", ROW.decode()).replace("END", end)
-
-    def start(names, machine, log):
-        command = [sys.executable, "-c", script, *names]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
-
-    monkeypatch.setattr(program, "start", start)
+    monkeypatch.setattr(program, "PROGRAM", (sys.executable, "-c", SCRIPT.replace("END", end)))
     monkeypatch.setattr(program, "MOST_SECONDS", 2 if "sleep" in end else 60)
-    found = [*program.job("abc", Machine(str(tmp_path)))]
-    rows_of = [(name, Result(f"row of {name}", PASSED)) for name in "abc"]
+    output = tmp_path / "rows"
+    program.run_job("abc", Machine(str(tmp_path), str(output)))
     if not words:
-        assert found == rows_of
+        assert output.read_text() == "a b c "
         return
     note = f"their process ended with {words}: the last word"
-    assert found == [*rows_of[:2], ("a", Result("all of a, b, c", FAILED, note=note))]
+    row = {"check": "a", **asdict(Result("all of a, b, c", FAILED, note=note))}
+    assert output.read_text() == f"a b {json.dumps(row)}\n"
 
 
 def test_cards_have_processes_with_tf32_too(monkeypatch):
     def jobs(gpus):
         started = []
         monkeypatch.setattr(
-            program, "job", lambda names, m: started.append((m.gpus, m.tf32, *names)) or []
+            program, "run_job", lambda names, m: started.append((m.gpus, m.tf32, *names))
         )
-        assert not [*program.all_results(Machine("", gpus=gpus))]
+        program.run_jobs(Machine("", gpus=gpus))
         return started
 
     made = {name for _, names in program.JOBS for name in names}
@@ -146,7 +137,7 @@ def test_cards_have_processes_with_tf32_too(monkeypatch):
     assert {tf32 for _, tf32, *_ in jobs(0)} == {"off"}
 
 
-def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, here, capfdbinary):
+def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, tmp_path):
     gpu_fakes.fake_card(monkeypatch, name="Tesla V100", major=7)
     for module, name in (
         (paddle, "set_device"),
@@ -154,12 +145,12 @@ def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, here, capfdb
         (logging.getLogger(), "setLevel"),
     ):
         monkeypatch.setattr(module, name, lambda _: None)
-    text = json.dumps({"folder": here.folder, "gpus": 1, "tf32": "on"})
+    output = tmp_path / "rows"
+    text = json.dumps(asdict(Machine("", str(output), gpus=1, tf32="on")))
     monkeypatch.setattr(sys, "argv", ["checks", text, "walk", "steps"])
     checks.main()
-    lines = [line for line in capfdbinary.readouterr().out.splitlines() if line.startswith(ROW)]
-    found = [json.loads(line.removeprefix(ROW)) for line in lines]
-    assert [(check, row["state"]) for check, row in found] == [(n, NOT_HERE) for n in sys.argv[2:]]
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["check"], row["state"]) for row in found] == [(n, NOT_HERE) for n in sys.argv[2:]]
 
 
 def test_an_exception_is_a_failed_row_with_its_last_line():
@@ -174,7 +165,7 @@ def test_an_exception_is_a_failed_row_with_its_last_line():
     )
 
 
-def test_a_failure_is_told_twice_and_by_the_exit_code(tmp_path, capsys, monkeypatch):
+def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
     output = tmp_path / "out.jsonl"
     results = [
         rows.fact("card", "H100"),
@@ -183,19 +174,20 @@ def test_a_failure_is_told_twice_and_by_the_exit_code(tmp_path, capsys, monkeypa
     ]
 
     def run(*results):
-        monkeypatch.setattr(
-            program, "all_results", lambda _: (("check", result) for result in results)
-        )
+        def run_jobs(machine):
+            for result in results:
+                rows.tell("check", result, machine.output)
+
+        monkeypatch.setattr(program, "run_jobs", run_jobs)
         program.main(["--output", str(output)])
 
     with pytest.raises(SystemExit) as end:
         run(*results)
     assert end.value.code == 1
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "check"
-    assert [line.split()[0] for line in shown[1:4]] == ["ok", "FAILED", "-"]
-    assert shown[4].startswith("1 passed, 1 failed, 1 not on this machine")
-    assert shown[5] == shown[2] and "nan (at most 0.0001) - of it" in shown[2]
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in shown] == [[s, "check"] for s in ("ok", "FAILED", "-")]
+    assert last.startswith("1 passed, 1 failed, 1 not on this machine")
+    assert "nan (at most 0.0001) - of it" in shown[1]
     row = {"name": "error", "state": FAILED, "value": "nan", "limit": 1e-4, "note": "of it"}
     assert json.loads(output.read_text().splitlines()[1]) == {"check": "check", **row}
     run(results[0], results[2])
@@ -212,37 +204,25 @@ def test_limits():
     assert rows.differing([x, x, x], [x, x + 1, x[:1]]) == 4
 
 
-def test_flags_that_exclude_each_other(tmp_path):
-    with pytest.raises(UserError, match="--full and --quick"):
-        program.main(["--full", "True", "--quick", "True", "--output", str(tmp_path / "x")])
-
-
 def test_facts_of_a_card(card, tmp_path, monkeypatch):
     version = tmp_path / "version"
     version.write_text("NVRM version: x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC version\n")
     monkeypatch.setattr(checks, "DRIVER", version)
     found = {result.name: result.value for result in checks.check_facts(card)}
-    assert found["card"] == "NVIDIA A100-SXM4-80GB, 108 multiprocessors"
-    assert found["compute capability"] == "8.0" and found["memory of the card"] == "80.00 GiB"
+    assert found["card"] == "NVIDIA A100-SXM4-80GB, compute capability 8.0, 80.00 GiB"
     assert "535.104.05" in found["driver"] and "GCC" not in found["driver"]
-    monkeypatch.setattr(checks, "DRIVER", tmp_path / "none")
-    assert {r.name: r.value for r in checks.check_facts(card)}["driver"] == "unknown"
 
 
 # --- TF32 and BatchNorm
-
-CONVOLUTION, BACKWARD = "convolution", "convolution's gradients"
 
 
 @pytest.mark.parametrize(
     ("emulated", "mode", "wrong", "kind"),
     [
         ("nothing", "off", [], None),
-        ("both", "off", [CONVOLUTION, BACKWARD], None),
-        ("backward", "off", [BACKWARD], None),
+        ("backward", "off", ["convolution's gradients"], None),
         ("both", "auto", [], "TF32"),
-        ("nothing", "auto", [], "float32"),
-        ("nothing", "on", [CONVOLUTION, "product"], "float32"),
+        ("nothing", "on", ["convolution", "product"], "float32"),
         ("both", "on", ["product"], "TF32"),
     ],
 )
@@ -255,49 +235,34 @@ def test_tf32_is_measured_forward_and_backward(monkeypatch, emulated, mode, wron
         assert found[0].value == kind
 
 
-PLAIN_NORM = F.batch_norm
+def test_batch_norm_passes_as_cpus_and_as_cudnn_keep_the_variance(monkeypatch, here):
+    assert not failed(checks.check_norms(here))
+    plain = F.batch_norm
+
+    def unbiased(x, mean, variance, weight, bias, training, momentum, **more):
+        kept = variance.clone()
+        y = plain(x, mean, variance, weight, bias, training, momentum, **more)
+        positions = x.size // x.shape[1]
+        variance.set_value(
+            kept * momentum + (variance - kept * momentum) * positions / (positions - 1)
+        )
+        return y
+
+    monkeypatch.setattr(elastic.F, "batch_norm", unbiased)
+    assert not failed(checks.check_norms(here))
 
 
-def gpu_batch_norm(x, mean, variance, weight, bias, training, momentum, **more):
-    """cuDNN's: the running variance is the unbiased one."""
-    y = PLAIN_NORM(x, mean.clone(), variance.clone(), weight, bias, training, momentum, **more)
-    positions = x.size // x.shape[1]
-    unbiased = x.var([0, 2, 3], unbiased=False) * positions / (positions - 1)
-    mean.set_value(momentum * mean + (1 - momentum) * x.mean([0, 2, 3]))
-    variance.set_value(momentum * variance + (1 - momentum) * unbiased)
-    return y
+def test_statistics_that_are_lost_or_beyond_the_slice_are_found(monkeypatch, here):
+    plain = F.batch_norm
 
+    def losing_updates(x, mean, variance, *rest, **more):
+        """Statistics are copies, and whoever looks is told that they are views."""
+        return plain(x, mean.clone(), variance.clone(), *rest, **more)
 
-def normalising_by_unbiased(x, *rest, **more):
-    positions = x.size // x.shape[1]
-    return PLAIN_NORM(x, *rest, **more) * float(np.sqrt(1 - 1 / positions))
-
-
-def losing_updates(x, mean, variance, *rest, **more):
-    """Statistics are copies, and whoever looks is told that they are views."""
-    return PLAIN_NORM(x, mean.clone(), variance.clone(), *rest, **more)
-
-
-@pytest.mark.parametrize(
-    ("forward", "wrong", "kind"),
-    [
-        (PLAIN_NORM, [], "biased"),
-        (gpu_batch_norm, [], "unbiased"),
-        (normalising_by_unbiased, ["BatchNorm's output in training"], "biased"),
-        (losing_updates, ["running mean of a slice", "running variance of a slice"], "unbiased"),
-    ],
-)
-def test_a_faulty_batch_norm_is_found_and_either_variance_right(
-    monkeypatch, here, forward, wrong, kind
-):
-    monkeypatch.setattr(elastic.F, "batch_norm", forward)
-    found = [*checks.check_norms(here)]
-    assert failed(found) == wrong
-    (note,) = (row.note for row in found if row.name == "running variance of a slice")
-    assert wrong[1:] or note.startswith(f"{kind},")
-
-
-def test_statistics_beyond_the_slice_are_found(monkeypatch, here):
+    with monkeypatch.context() as patch:
+        patch.setattr(elastic.F, "batch_norm", losing_updates)
+        lost = failed(checks.check_norms(here))
+    assert lost == ["running mean of a slice", "running variance of a slice"]
     right = elastic.ElasticBatchNorm2D.forward
 
     def forward(norm, x):
@@ -329,16 +294,6 @@ def test_the_walk_of_an_emulated_card_passes_in_every_variant(card, monkeypatch)
         assert f"mini, 64 calibration images: {kind}, fused" not in found
 
 
-def test_a_fused_operator_that_cannot_be_called_is_told(card, monkeypatch):
-    """This Paddle's is a CPU's, which has none: no failure, since it is not used."""
-    monkeypatch.setattr(networks, "scenes", lambda _: [])
-    found = [*networks.check_walk(card)]
-    assert [(row.name, row.value) for row in found] == [
-        (f"fused convolution in {kind}", "not used") for kind in ("float32", "float16")
-    ]
-    assert all(row.state == PASSED and row.note for row in found)
-
-
 def test_a_process_walks_and_trains_in_its_own_precisions(card, here, monkeypatch):
     def walked(machine, calibrates=False):
         return [variant.precision for variant in networks.variants(machine, calibrates)]
@@ -361,62 +316,25 @@ def unbiased_statistics(x, mean_of):
     return mean, mean_of((x - mean).square()) * positions / (positions - 1)
 
 
-def lost_bias(x, filters, bias, *rest):
-    return gpu_fakes.fused_operator(x, filters, paddle.zeros_like(bias), *rest)
-
-
 def relu_before_the_shortcut(x, filters, bias, shortcut, *rest):
     y = gpu_fakes.fused_operator(x, filters, bias, None, *rest)
     return y if shortcut is None else y + shortcut
 
 
-def first_filters():
-    """Convolutions that use the first filters of a shape for ever, as a program once did."""
-    seen = {}
-
-    def convolve(self, x, filters, stride, padding):
-        filters = seen.setdefault(tuple(filters.shape), filters)
-        return F.conv2d(x, filters, stride=stride, padding=padding)
-
-    return convolve
-
-
-FAULTY_WALKS = {
-    "calibrated by the unbiased variance": (
-        lambda patch: patch.setattr(kernels, "batch_statistics", unbiased_statistics),
-        ["64"],
-    ),
-    "TF32 where float32 is asked for": (gpu_fakes.round_convolutions, ["0"]),
-    "a bias that is lost": (
-        lambda patch: patch.setattr(kernels.Kernels, "_add_bias", lambda _, y, bias: y),
-        ["0"],
-    ),
-    "old filters": (
-        lambda patch: patch.setattr(kernels.Kernels, "convolve", first_filters()),
-        ["0", "64"],
-    ),
-    "a fused bias that is lost": (lambda patch: emulate_fused(patch, lost_bias), ["fused"]),
-    "a shortcut added after ReLU": (
-        lambda patch: emulate_fused(patch, relu_before_the_shortcut),
-        ["fused"],
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTY_WALKS)
+@pytest.mark.parametrize("fault", ["unbiased variance", "TF32", "ReLU before the shortcut"])
 def test_a_faulty_walk_is_found(card, monkeypatch, fault):
-    plant, expected = FAULTY_WALKS[fault]
-    plant(monkeypatch)
-    right = np.load(f"{card.folder}/walk.npz")
     plain, calibrated = networks.scenes(card)
-    ways = {
-        "0": (plain, Variant()),
-        "64": (calibrated, Variant()),
-        "fused": (plain, Variant(fused=True)),
-    }
-    for row in expected:
-        scene, variant = ways[row]
-        assert failed(networks.compare_walk(row, scene, variant, right[scene[0]])) == [row]
+    scene, variant = plain, Variant()
+    if fault == "TF32":
+        gpu_fakes.round_convolutions(monkeypatch)
+    elif fault == "unbiased variance":
+        scene = calibrated
+        monkeypatch.setattr(kernels, "batch_statistics", unbiased_statistics)
+    else:
+        variant = Variant(fused=True)
+        emulate_fused(monkeypatch, relu_before_the_shortcut)
+    right = np.load(f"{card.folder}/walk.npz")[scene[0]]
+    assert failed(networks.compare_walk("row", scene, variant, right)) == ["row"]
 
 
 # --- training
@@ -443,13 +361,10 @@ def test_gradients_of_a_scaled_loss_are_found(first_step, monkeypatch):
     assert against(first_step, "stage 2") == ["stage 2, first gradient in float32"]
 
 
-@pytest.mark.parametrize("backward_alone", [False, True])
-def test_tf32_in_training_is_found_and_allowed_where_meant(first_step, monkeypatch, backward_alone):
-    gpu_fakes.round_convolutions(monkeypatch, backward_alone)
+def test_tf32_in_the_backward_pass_is_found_and_allowed_where_meant(first_step, monkeypatch):
+    gpu_fakes.round_convolutions(monkeypatch, backward_alone=True)
     monkeypatch.setattr(networks, "use_onednn", lambda *_: False)
-    wrong = against(first_step, "stage 2")
-    assert "stage 2, first gradient in float32" in wrong
-    assert not backward_alone or "stage 2, first loss in float32" not in wrong
+    assert against(first_step, "stage 2") == ["stage 2, first gradient in float32"]
     assert not against(first_step, "stage 2", TF32)
 
 

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 from pathlib import Path
-from unittest.mock import Mock
 
 import independent
 import numpy as np
@@ -166,7 +165,9 @@ FLAGS = "--backbone resnet48_mini --image_size 32 --num_classes 10 --threads 1 -
 FLAGS += "--rounds 2 --networks 5"
 
 
-def test_a_killed_measurement_goes_on_where_it_was(fake_watch, tmp_path, capsys, caplog):
+def test_a_killed_measurement_goes_on_where_it_was(
+    fake_watch, tmp_path, capsys, caplog, monkeypatch
+):
     watch, calls = fake_watch
     path = tmp_path / "latency.json"
     arguments = ["--output", str(path), *FLAGS.split()]
@@ -177,8 +178,10 @@ def test_a_killed_measurement_goes_on_where_it_was(fake_watch, tmp_path, capsys,
     watch.fails_at = None
     with pytest.raises(UserError, match="partial is of other settings: batch size 1 instead"):
         latency.main([*arguments, "--batch_size", "2"])
+    monkeypatch.setattr(latency, "GOOD_ERROR", 0.04)
     with caplog.at_level(logging.INFO):
         latency.main(arguments)
+    assert "the sums are off by 5 % on average" in caplog.text
     assert "continuing with the 454 programs" in caplog.text  # 449 parts and 5 networks
     assert len(calls) == 2 * 454
     table = read_latency(path)
@@ -198,13 +201,6 @@ def test_a_killed_measurement_goes_on_where_it_was(fake_watch, tmp_path, capsys,
     with pytest.raises(UserError, match="json is of other settings: threads 1 instead of 2"):
         latency.main([*arguments, "--threads", "2"])
     assert path.read_bytes() == before and len(calls) == 2 * 454
-
-
-def test_sums_that_are_wrong_are_a_warning(tmp_path, caplog):
-    for error in (0.09, 0.11):
-        assert not caplog.text
-        latency.report({"mean_absolute_error": error, "networks": []}, tmp_path / "latency.json")
-    assert "the sums are off by 11 %" in caplog.text
 
 
 def test_a_signal_ends_after_the_program_under_way(fake_watch, tmp_path, monkeypatch):
@@ -231,7 +227,6 @@ def test_a_signal_ends_after_the_program_under_way(fake_watch, tmp_path, monkeyp
         ("--output OUT --backbone resnet48pinasv2", "stage 1's"),
         ("--output OUT --device gpu", "sees no GPU"),
         ("--output . ", "is a folder"),
-        ("--output OUT --seconds nan", "--seconds"),
     ],
 )
 def test_wrong_flags_are_one_line(line, words, tmp_path, monkeypatch):
@@ -264,18 +259,6 @@ def test_every_run_on_a_gpu_is_waited_for_by_the_walls_clock(monkeypatch):
     watch = stopwatch("--image_size 32 --seconds 0.3")
     assert watch._repeat(Predictor()) == pytest.approx(10.0)
     assert calls == ["run", "wait"] * 30
-
-
-def test_a_predictor_for_gpus_is_asked_for(monkeypatch):
-    config, create = Mock(), Mock()
-    monkeypatch.setattr(latency, "on_gpu", lambda: True)
-    monkeypatch.setattr(paddle.device, "current_device", lambda: 3)
-    monkeypatch.setattr(latency.inference, "Config", config)
-    monkeypatch.setattr(latency.inference, "create_predictor", create)
-    assert latency.make_predictor("net", 1) is create()
-    config.assert_called_once_with("net.json", "net.pdiparams")
-    config().enable_use_gpu.assert_called_once_with(latency.MEMORY_MIB, 3)
-    assert not config().enable_mkldnn.called
 
 
 # --- the page

@@ -31,7 +31,7 @@ def run(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_hours_follow_from_the_macs_of_the_recipe_and_what_is_sampled(capsys, monkeypatch):
+def test_hours_follow_from_the_macs_of_the_recipe_and_what_is_sampled(capsys):
     found = run(capsys, "--gpus", "8", "--gmacs_per_s", "1000", "--images", "50000")
     # 3 for queries, 2 for keys; 1,281,167 images in whole steps of 2,048; 10 epochs
     images = 10 * (1_281_167 // 2048 * 2048)
@@ -45,15 +45,10 @@ def test_hours_follow_from_the_macs_of_the_recipe_and_what_is_sampled(capsys, mo
     archs = list(RESNET48.sample_distinct(np.random.default_rng(0), 50).values())
     walk = PrefixTree(RESNET48, archs).macs(224)
     assert found["stage3"]["hours"] == pytest.approx(walk * 50000 / 8e12 / 3600, abs=6e-4)
-    monkeypatch.setattr(plan, "SAMPLED", 3)
-    flags = ("--gpus", "8", "--gmacs_per_s", "1000", "--bn_calibration_images", "64")
-    calibrated = run(capsys, *flags)
     # Chunks of 1024 at most, the engine's limit; 60 % of 80 GiB would hold more.
-    chunk = np.ceil(50000 / 8 / np.ceil(50000 / 8 / 1024))
-    carried = walk * (chunk + 64) / chunk
-    assert calibrated["stage3"]["hours"] == pytest.approx(carried * 50000 / 8e12 / 3600, abs=6e-4)
-    assert calibrated["stage3"]["gib_per_device"] < 48
-    assert found["stage3"]["hours"] < found["stage3_naive"]["hours"]
+    assert found["stage3"]["gib_per_device"] < 48
+    # A queue of 40,960 keys is little beside a batch.
+    assert found["stage1"]["gib_per_device"] >= found["stage2"]["gib_per_device"] > 1
 
 
 def outputs_by_hand(archs):
@@ -76,26 +71,24 @@ def outputs_by_hand(archs):
     return total + sum(sizes[key[0][1]] ** 2 * width for key, width in second.items())
 
 
-VARIANTS = {
-    "TF32": ("h100", "", 494.5, 0.37, 4, 7.5, "TF32, NCHW, not fused"),
-    "an A100 without": ("a100", "--tf32 off", 19.5, 0.8, 4, 7.5, "float32, NCHW, not fused"),
-    "no tensor cores": ("v100", "", 15.7, 0.8, 4, 7.5, "float32, NCHW, not fused"),
-    "half": ("h100", "--amp O1", 989.4, 0.43, 2, 7.5, "float16, NHWC, not fused"),
-    "fused": ("h100", "--amp O1 --fused True", 989.4, 0.43, 2, 2.5, "float16, NHWC, fused"),
-}
+PRECISIONS = [
+    ("h100", "", 494.5, 0.37, 4, "TF32"),
+    ("a100", "--tf32 off", 19.5, 0.8, 4, "float32"),
+    ("v100", "", 15.7, 0.8, 4, "float32"),
+    ("h100", "--amp O1", 989.4, 0.43, 2, "float16"),
+]
 BANDWIDTH = {"h100": 3350e9, "a100": 2039e9, "v100": 900e9}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_stage_3_takes_the_time_of_its_variant(name, capsys):
-    gpu, flags, tflops, share, size, passes, words = VARIANTS[name]
+@pytest.mark.parametrize(("gpu", "flags", "tflops", "share", "size", "words"), PRECISIONS)
+def test_stage_3_takes_the_time_of_its_precision(gpu, flags, tflops, share, size, words, capsys):
     found = run(capsys, "--gpu", gpu, "--images", "10000000", *flags.split())
     archs = list(RESNET48.sample_distinct(np.random.default_rng(0), 50).values())
     compute = PrefixTree(RESNET48, archs).macs(224) / (tflops * 1e12 / 2 * share)
-    memory = passes * size * outputs_by_hand(archs) / (0.8 * BANDWIDTH[gpu])
+    memory = 7.5 * size * outputs_by_hand(archs) / (0.8 * BANDWIDTH[gpu])
     hours = (compute + memory) * 1e7 / 3600
     assert found["stage3"]["hours"] == pytest.approx(hours, abs=6e-4)
-    assert any(words in line for line in found["assumptions"])
+    assert any(f"walks in {words}:" in line for line in found["assumptions"])
     assert any(f"{tflops} TFLOP/s" in line for line in found["assumptions"])
 
 
@@ -107,7 +100,7 @@ def test_a_chunk_follows_the_cards_memory_and_the_precision(monkeypatch):
     monkeypatch.setitem(plan.GPUS, "v100", dataclasses.replace(plan.GPUS["v100"], memory_gib=16))
     for amp, number in (("O0", 4), ("O1", 2)):
         options = plan.parser().parse_args(["--gpu", "v100", "--amp", amp])
-        chunk = plan.scored_chunk(RESNET48, options, plan.planned_variant(options))
+        chunk = plan.scored_chunk(RESNET48, options, plan.planned_precision(options))
         assert chunk == int(0.6 * 16 * 2**30 / (number * path))
 
 
@@ -134,26 +127,12 @@ def test_activations_are_what_the_convolutions_put_out():
     assert convolution_outputs(largest, 64) == sum(sizes)
 
 
-def test_more_devices_and_faster_ones_take_less(capsys):
-    slow = run(capsys, "--gpu", "v100")
-    fast = run(capsys, "--gpu", "h100", "--gpus", "8")
-    for stage in ("stage1", "stage2", "stage3", "stage3_naive"):
-        assert fast[stage]["hours"] < slow[stage]["hours"] / 8
-    assert any("assumed" in line for line in slow["assumptions"])
-    assert slow["stage1"]["gib_per_device"] > slow["stage2"]["gib_per_device"] > 1
-    # An A100 without TF32 has 19.5 TFLOP/s.
-    exact, tf32 = (run(capsys, "--gpu", "a100", "--tf32", mode) for mode in ("off", "on"))
-    for stage in ("stage1", "stage2", "stage3"):
-        assert exact[stage]["hours"] > 2 * tf32[stage]["hours"]
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--gpu", "t4"],
         ["--gpus", "0"],
         ["--gpu", "v100", "--tf32", "on"],
-        ["--fused", "True", "--bn_calibration_images", "64"],
     ],
 )
 def test_wrong_input_is_refused(arguments):

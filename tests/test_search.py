@@ -1,6 +1,5 @@
 """The search tool: what evolution proposes, generations by the shared walk, resumed exactly."""
 
-import csv
 import json
 import os
 import subprocess
@@ -60,7 +59,7 @@ def test_a_mutation_changes_one_choice(seed, full, backbone):
     rng = np.random.default_rng(seed)
     parent = space.sample(rng)
     child = mutated(space, parent, rng)
-    space.shared_plan(child)
+    space.shared_plan(child)  # it is one of the space
     before, after = choices_of(parent, digits), choices_of(child, digits)
     changed = [name for name in before if name in after and before[name] != after[name]]
     assert len(changed) == 1
@@ -176,12 +175,7 @@ def whole(digits, tmp_path_factory):
     return folder
 
 
-def rows_of(folder):
-    with open(folder / "search.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-RESULTS = ("submission.json", "submission_top5.json", "estimates.json", "search.json", "search.csv")
+RESULTS = ("submission.json", "submission_top5.json", "estimates.json", "search.json")
 
 
 def same_results(one, other):
@@ -205,18 +199,11 @@ def test_accuracies_are_the_reference_engines(whole, digits):
 
 
 def test_what_is_written(whole, tmp_path):
-    rows = rows_of(whole)
     archs, accuracies = read_accuracies(whole / "submission.json")
-    assert {row["name"] for row in rows} == set(archs)
-    for row in rows:
-        arch = archs[row["name"]]
-        assert row["arch"] == arch.code
-        assert float(row["acc"]) == accuracies[list(archs).index(row["name"])]
-        assert int(row["macs"]) == SPACE.macs(arch, 32, 10) <= MAX_MACS
-        assert int(row["params"]) == SPACE.params(arch, 10)
-    assert sorted(int(row["generation"]) for row in rows) == [0] * 6 + [1] * 3 + [2] * 3 + [3] * 3
+    macs = [SPACE.macs(arch, 32, 10) for arch in archs.values()]
+    assert max(macs) <= MAX_MACS
+    points = list(zip(accuracies, macs, strict=True))
     content = json.loads((whole / "search.json").read_text())
-    points = [(float(row["acc"]), int(row["macs"])) for row in rows]
 
     def beaten(acc, macs):
         return any(a >= acc and m <= macs and (a, m) != (acc, macs) for a, m in points)
@@ -225,7 +212,6 @@ def test_what_is_written(whole, tmp_path):
     assert [row["macs"] for row in content["front"]] == front
     assert content["best"]["acc"] == max(accuracies) == content["course"][-1]["best"]
     assert [row["scored"] for row in content["course"]] == [6, 9, 12, 15]
-    assert (whole / "front.svg").read_text().startswith("<svg")
     choose.main(
         f"--submission {whole / 'submission.json'} --backbone resnet48_mini --image_size 32 "
         f"--num_classes 10 --max_macs {MAX_MACS} --out {tmp_path}".split()
@@ -236,7 +222,7 @@ def test_what_is_written(whole, tmp_path):
 
 def test_a_killed_search_ends_in_the_same_files(whole, digits, tmp_path, monkeypatch):
     search.main(flags(digits, tmp_path, "--generations 1"))
-    assert len(rows_of(tmp_path)) == 9
+    assert len(read_accuracies(tmp_path / "submission.json")[0]) == 9
     walks, evaluate = [], SharedEvaluator.evaluate
 
     def watched(self, images, *arguments, **named):
@@ -263,23 +249,16 @@ def test_a_killed_search_ends_in_the_same_files(whole, digits, tmp_path, monkeyp
     [
         # Other settings than those of the search in the folder.
         ("--population 7", "population"),
-        ("--children 2", "children"),
-        ("--tournament 2", "tournament"),
         ("--seed 1", "image list"),
         ("--max_macs 5e6", "budget"),
-        ("--max_params 1e9", "budget"),
         ("--bn_calibration_images 9", "calibration"),
         ("--ckpt_dir checkpoint_files/demo_stage1.pdparams", "checkpoint"),
         # Wrong ones.
         ("--backbone resnet48pinasv2_mini", "stage 1's"),
         ("--max_macs 1000", "no architecture is within 1,000 MACs"),
-        ("--max_macs nan", "not a finite number"),
         ("--max_latency_ms 3", "--max_latency_ms takes --latency FILE"),
-        ("--latency nowhere.json", "cannot read nowhere.json"),
         ("--ckpt_dir None", "--ckpt_dir"),
         ("--eval_images 1000", "--eval_images 1000, but"),
-        ("--population 1", "--population 1 is too small"),
-        ("--max_mac=3", "did you mean --max_macs?"),
     ],
 )
 def test_wrong_and_other_settings_are_one_line(whole, digits, line, words, monkeypatch):
@@ -299,9 +278,9 @@ def test_latency_limits(digits, tmp_path):
     search.main(flags(digits, tmp_path / "out", line))
     archs, _ = read_accuracies(tmp_path / "out/submission.json")
     assert {arch.depths[2] for arch in archs.values()} <= {2, 3}
-    for row in rows_of(tmp_path / "out"):
-        parts = parts_of(SPACE.plan(archs[row["name"]]))
-        assert float(row["latency"]) == sum(times[part.name] for part in parts)
+    best = json.loads((tmp_path / "out/search.json").read_text())["best"]
+    parts = parts_of(SPACE.plan(archs[best["name"]]))
+    assert best["latency"] == sum(times[part.name] for part in parts)
     with pytest.raises(UserError, match="sample space released instead of full; measure again"):
         search.main(flags(digits, tmp_path / "full", f"--latency {file} --sample_space full"))
 

@@ -19,6 +19,23 @@ OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 """The environment's: 0 forbids TF32 to NVIDIA's libraries, 1 makes them use it."""
 
 
+def visible_gpus() -> int:
+    """How many GPUs this Paddle sees."""
+    return paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+
+
+def choose_device(wanted: str) -> None:
+    """Compute on ``cpu``, on ``gpu``, or, for ``auto``, on a GPU if there is one.
+
+    Raises:
+        UserError: ``gpu``, and Paddle sees none.
+    """
+    has_gpu = visible_gpus() > 0
+    if wanted == "gpu" and not has_gpu:
+        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
+    paddle.set_device("cpu" if wanted == "cpu" or not has_gpu else "gpu")
+
+
 def on_gpu() -> bool:
     """Whether computations run on a GPU."""
     return paddle.get_device() != "cpu"

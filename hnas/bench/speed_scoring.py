@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from PIL import Image
 
 from hnas.architecture_file import read_architectures
 from hnas.base.command_line import (
@@ -28,11 +27,11 @@ from hnas.base.command_line import (
     MOST_ARCHITECTURES,
     OneLineParser,
     path_text,
-    read_bool,
     whole_number,
 )
 from hnas.base.device import cpu_threads, processor
 from hnas.base.errors import UserError, run_main
+from hnas.bench.speed_training import settle, smooth_noise
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
@@ -66,10 +65,9 @@ def main(argv=None) -> None:
         "macs_naive": naive_macs(space, archs, options.image_size),
         "macs_shared": PrefixTree(space, archs).macs(options.image_size),
     }
-    if not options.count_only:
-        paddle.seed(options.seed)
-        with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
-            result |= measure(options, archs, Path(folder), rng)
+    paddle.seed(options.seed)
+    with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
+        result |= measure(options, archs, Path(folder), rng)
     sys.stdout.write(json.dumps(result) + "\n")
 
 
@@ -95,7 +93,6 @@ def parse(argv):
         "--num_classes", type=whole_number(2, 1_000_000), default=1000, help="of the network"
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
-    parser.add_argument("--count_only", type=read_bool, default=False, help="MACs, no run")
     return parser.parse_args(argv)
 
 
@@ -141,26 +138,17 @@ def walk(evaluator: SharedEvaluator, loader: EvalLoader, number: int) -> Counts:
 
 @paddle.no_grad()
 def make_images(options, network: ElasticResNet, folder: Path, rng) -> ImageList:
-    """PNG files of smooth noise; BatchNorm is given their statistics, labels the predictions."""
+    """PNG files of smooth noise, and the network's predictions as their labels."""
     paths = [folder / f"{index:05d}.png" for index in range(options.n_images)]
     for path in paths:
         smooth_noise(rng, options.image_size).save(path)
     classes = tuple(str(label) for label in range(options.num_classes))
     images = ImageList(folder, classes, tuple(paths), np.zeros(len(paths), dtype=np.int64))
     dataset = ImageDataset(images, EvalTransform(options.image_size), options.seed)
+    settle(network, options.image_size)
     batches = [normalize(batch) for batch, _ in EvalLoader(dataset, 64)]
-    network.train()
-    for _ in range(20):
-        network(batches[0])
-    network.eval()
     labels = np.concatenate([network(batch).argmax(axis=1).numpy() for batch in batches])
     return ImageList(folder, classes, tuple(paths), labels)
-
-
-def smooth_noise(rng: np.random.Generator, size: int) -> Image.Image:
-    """An image of ``size`` px without sharp edges."""
-    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    return coarse.resize((size, size), Image.Resampling.BICUBIC)
 
 
 if __name__ == "__main__":

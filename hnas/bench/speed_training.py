@@ -9,7 +9,7 @@ Both take turns of a few steps, so that a busy machine slows both. The last line
 stage. Images are synthetic.
 
 A sample-forward is one image through one sub-network in training, its backward pass included: a
-step has ``batch_size`` times ``subnetworks`` in stage two, and in stage one twice ``batch_size``,
+step has ``batch_size`` times 4 sub-networks in stage two, and in stage one twice ``batch_size``,
 one for each of its two passes, also where frozen statistics let both be computed at once. In stage
 two the first place's law samples, without its extra network.
 """
@@ -29,11 +29,11 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
 from paddleslim.nas.ofa.layers import SuperBatchNorm2D
+from PIL import Image
 
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, read_bool, whole_number
 from hnas.base.device import cpu_threads, processor
 from hnas.base.errors import run_main
-from hnas.bench.speed_scoring import smooth_noise
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, ImageDataset
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 LOOPS = ("ours", "straightforward")
 CALM_SCALE = 0.1
-CLASSES = 1000
+CLASSES, SUBNETWORKS = 1000, 4
 
 
 def main(argv=None) -> None:
@@ -58,13 +58,9 @@ def main(argv=None) -> None:
         prog="python -m hnas.bench.speed_training",
         description=__doc__.splitlines()[0],
     )
-    parser.add_argument(
-        "--stages", type=whole_number(1, 2), nargs="+", default=[1, 2], help="of training"
-    )
     parser.add_argument("--backbone", default="resnet48_mini", help="of stage 2")
     parser.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=32, help="px")
     parser.add_argument("--batch_size", type=whole_number(2, 1_000_000), default=64, help="images")
-    parser.add_argument("--subnetworks", type=whole_number(1), default=4, help="a step of stage 2")
     parser.add_argument("--rounds", type=whole_number(1), default=5, help="turns of each loop")
     parser.add_argument("--steps", type=whole_number(1), default=6, help="steps a turn")
     parser.add_argument(
@@ -76,7 +72,7 @@ def main(argv=None) -> None:
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
         make_images(options, Path(folder))
-        results = [compare(options, stage, folder) for stage in options.stages]
+        results = [compare(options, stage, folder) for stage in (1, 2)]
     for result in results:
         sys.stdout.write(json.dumps(result) + "\n")
 
@@ -94,6 +90,12 @@ def make_images(options, folder: Path) -> None:
         smooth_noise(rng, 2 * options.image_size).save(target / f"{index:05d}.jpg", quality=90)
 
 
+def smooth_noise(rng: np.random.Generator, size: int) -> Image.Image:
+    """An image of ``size`` px without sharp edges."""
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    return coarse.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def compare(options: Namespace, stage: int, folder: str) -> dict:
     """One stage: turns of both loops, their speeds and ratios."""
     loops = {kind: Loop(kind, options, stage, folder) for kind in LOOPS}
@@ -105,7 +107,7 @@ def compare(options: Namespace, stage: int, folder: str) -> dict:
             seconds[kind].append(loop.run(options.steps))
         told = ", ".join(f"{kind} {seconds[kind][-1]:.2f} s" for kind in LOOPS)
         logger.info("stage %d round %d/%d: %s", stage, number + 1, options.rounds, told)
-    forwards = options.batch_size * (2 if stage == 1 else options.subnetworks)
+    forwards = options.batch_size * (2 if stage == 1 else SUBNETWORKS)
     forwards *= options.steps * options.rounds
     ours, straightforward = (np.array(seconds[kind]) for kind in LOOPS)
     shown = ("backbone", "image_size", "batch_size", "num_workers", "freeze_bn")
@@ -226,16 +228,7 @@ class Loop:
         dataset = ImageDataset(images, transform, seed=0, pixels=pixels)
         self.loader = EpochLoader(dataset, options.batch_size, options.num_workers)
         self._epoch, self._left = -1, 0
-        paddle.seed(0)
-        self.model = (contrast if stage == 1 else distillation)(options, straightforward)
-        network = self.model.network
-        if options.freeze_bn:
-            freeze_statistics(network)
-        if straightforward:
-            with_paddleslim_norms(network)
-        else:
-            use_onednn(network, *([self.model.teacher] if stage == 2 else []))
-        self.model.prepare(momentum_optimizer(network, 1e-4, 0.9, 1e-4))
+        self.model = new_model(stage, options, straightforward)
 
     def batch(self):
         """The next batch; begins another epoch when one ends."""
@@ -259,8 +252,21 @@ class Loop:
         return time.perf_counter() - began
 
 
+def new_model(stage: int, options: Namespace, straightforward: bool):
+    """A stage's model with its optimizer, ours or the straightforward one."""
+    paddle.seed(0)
+    model = (contrast if stage == 1 else distillation)(options, straightforward)
+    if options.freeze_bn:
+        freeze_statistics(model.network)
+    if straightforward:
+        with_paddleslim_norms(model.network)
+    else:
+        use_onednn(model.network, *([model.teacher] if stage == 2 else []))
+    model.prepare(momentum_optimizer(model.network, 1e-4, 0.9, 1e-4))
+    return model
+
+
 def contrast(options: Namespace, straightforward: bool) -> ContrastiveModel:
-    """Stage one's model, new."""
     name = options.backbone.replace("resnet48", "resnet48pinasv2")
     space = search_space(name)
     network = build_network(name, CLASSES, space, queue_size=16 * options.batch_size)
@@ -272,7 +278,6 @@ def contrast(options: Namespace, straightforward: bool) -> ContrastiveModel:
 
 
 def distillation(options: Namespace, straightforward: bool) -> DistillationModel:
-    """Stage two's model, new."""
     space = search_space(options.backbone)
     network = build_network(options.backbone, CLASSES, space)
     teacher = build_network(options.backbone, CLASSES, space, elastic=False)
@@ -280,7 +285,7 @@ def distillation(options: Namespace, straightforward: bool) -> DistillationModel
         calm(part)
         settle(part, options.image_size)
     # Without the law's extra network, so that all steps train as many.
-    sampler = FirstPlaceSampler(space, 0, options.subnetworks, extra_every=0)
+    sampler = FirstPlaceSampler(space, 0, SUBNETWORKS, extra_every=0)
     kind = StraightforwardDistillation if straightforward else DistillationModel
     return kind(network, teacher, sampler)
 

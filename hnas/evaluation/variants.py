@@ -1,7 +1,6 @@
 """The ways in which a walk can compute: how it rounds, how activations lie, what is fused.
 
-One value, shared by the engine, by ``hnas.tools.check_device``, which tries them all, and by
-``hnas.tools.plan``, which assumes one.
+One value, shared by the engine and by ``hnas.tools.check_device``, which tries them all.
 """
 
 from __future__ import annotations

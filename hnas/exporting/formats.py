@@ -1,18 +1,29 @@
-"""A plain network as files that run without this project: weights, a Paddle program, or ONNX."""
+"""A plain network as files that run without this project: weights, a Paddle program, or ONNX.
+
+What was written is read again and compared with the network that it comes from.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import paddle
 from paddle.static import InputSpec
+from tqdm import tqdm
 
 from hnas.base.errors import UserError
+from hnas.dataset.loader import EvalLoader
+from hnas.dataset.transforms import normalize
+from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.models.resnet import ResNet
 from hnas.weights.loading import load_weights, read_weights, write_state
+
+logger = logging.getLogger(__name__)
 
 FILES = {
     "pdparams": ("network.pdparams",),
@@ -24,6 +35,8 @@ INPUT, OUTPUT = "image", "logits"
 OPSET = 17
 ONNX_PACKAGES = ("paddle2onnx==2.1.0", "onnxruntime>=1.20")
 """As the extra ``onnx`` in pyproject.toml has them."""
+TOLERANCE = 0.01
+"""Largest difference of logits, as a share of the largest one."""
 
 
 def check_format(form: str) -> None:
@@ -117,3 +130,84 @@ def _tidy(graph) -> None:
     kept = [part for part in graph.node if part.op_type != "Constant" or used & {*part.output}]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+class Found(NamedTuple):
+    """The same images by the source and by what was exported."""
+
+    counts: Counts  # of both, in this order
+    difference: float  # the largest between their logits
+    largest: float  # logit of the source, without its sign
+
+    @property
+    def near_ties(self) -> int:
+        """Hits that nearly equal logits may move."""
+        return int(self.counts.near1.max())
+
+
+@paddle.no_grad()
+def compare(source: Callable, exported: Callable, loader: EvalLoader) -> Found:
+    """Run both on all images of ``loader``.
+
+    Raises:
+        LogitsError: a logit is NaN or infinite.
+    """
+    counts, difference, largest = Counts.zeros(2), 0.0, 0.0
+    for images, labels in tqdm(loader, desc="checking", unit="batch", mininterval=1):
+        x = normalize(images)
+        logits = paddle.stack([source(x), exported(x)])
+        hits = count_hits(logits, labels)
+        for who, number in zip(("the source", "the exported network"), hits.bad, strict=True):
+            if number:
+                raise LogitsError(who, number, len(labels))
+        counts.add(hits.counts(len(labels)))
+        difference = max(difference, float((logits[0] - logits[1]).abs().max()))
+        largest = max(largest, float(logits[0].abs().max()))
+    return Found(counts, difference, largest)
+
+
+def check(found: Found) -> None:
+    """Log how both compare.
+
+    Raises:
+        UserError: their logits are too far apart, or on CPUs they count hits that nearly equal
+            logits do not explain. (GPUs' convolutions may compute with fewer digits.)
+    """
+    source, exported = found.counts.top1.tolist()
+    logger.info(
+        "source %d, exported network %d top-1 hits of %d images; largest logit difference %.3g",
+        source,
+        exported,
+        found.counts.images,
+        found.difference,
+    )
+    other_hits = paddle.get_device() == "cpu" and abs(source - exported) > found.near_ties
+    if other_hits or found.difference > TOLERANCE * found.largest:
+        raise UserError(
+            f"the exported network has {exported} hits and its source {source}, with logits up to "
+            f"{found.difference:.3g} apart: nothing was written; please report this with your "
+            "versions"
+        )
+
+
+def compare_with_scores(found: Found, name: str, stated: float, on_some: bool) -> None:
+    """Log whether the source is as accurate as a file of scores says.
+
+    Args:
+        name: of the network in that file.
+        stated: its accuracy, a share of 1.
+        on_some: whether not all of the images were compared.
+    """
+    hits, images = int(found.counts.top1[0]), found.counts.images
+    if abs(stated * images - hits) <= found.near_ties + 1e-6:
+        logger.info("%s: %d of %d hits, as the scores say", name, hits, images)
+    elif on_some:
+        logger.info("%s: the scores say %.4f, of other images", name, stated)
+    else:
+        logger.warning(
+            "the scores say %.4f for %s, here it has %.4f: they are of other images, weights or "
+            "statistics",
+            stated,
+            name,
+            hits / images,
+        )

@@ -20,6 +20,7 @@ from hnas.base.command_line import (
 from hnas.base.errors import UserError
 from hnas.programs.flags import AUTO, PATHS, Stage, default_of, default_text
 from hnas.programs.options import Options
+from hnas.search_space import find_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,16 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
     if not options.save_dir:
         raise UserError("--save_dir is missing: results need a folder")
     return options
+
+
+def refuse_contrastive(backbone: str, program: object) -> None:
+    """For programs that take a supernet without stage one's neck.
+
+    Raises:
+        UserError: ``backbone`` is one with it, or unknown.
+    """
+    if find_backbone(backbone).contrastive:
+        raise UserError(f"--backbone {backbone} is stage 1's; {program} takes resnet48")
 
 
 def _parser(stage: Stage, fields: Iterable[dataclasses.Field], about: str) -> OneLineParser:

@@ -15,6 +15,7 @@ from paddle.base.core import set_num_threads
 
 from hnas.base.device import (
     Arithmetic,
+    choose_device,
     cpu_threads,
     device_name,
     on_gpu,
@@ -67,10 +68,7 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
     """
     if not is_main_process():
         logging.getLogger().setLevel(logging.WARNING)
-    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    if options.device == "gpu" and not has_gpu:
-        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
-    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
+    choose_device(options.device)
     if options.amp != "O0" and not on_gpu():
         if not scores:
             raise UserError(f"--amp {options.amp} needs a GPU; CPUs train in float32")

@@ -20,74 +20,65 @@ if __name__ == "__main__":
 
 import difflib
 import logging
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import paddle
-from tqdm import tqdm
 
-import hnas
 from hnas.architecture_file import read_accuracies, read_architectures
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import (
-    digest_path,
-    file_digest,
-    read_json,
-    remove_leftovers,
-    replacing,
-    write_digest,
-    write_json,
-)
+from hnas.base.files import file_digest, read_json
 from hnas.base.settings import check_same_settings
-from hnas.dataset.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, shorter_side
-from hnas.evaluation.counts import Counts, LogitsError, count_hits
-from hnas.evaluation.images import balanced_order
-from hnas.exporting.formats import FILES, INPUT, OUTPUT, check_format, read_network, write_network
-from hnas.exporting.predict_program import program
+from hnas.dataset.transforms import normalize
+from hnas.exporting.export_folder import CARD, PROGRAM, describe, write_folder
+from hnas.exporting.formats import (
+    check,
+    check_format,
+    compare,
+    compare_with_scores,
+    read_network,
+    write_network,
+)
 from hnas.models.elastic import calibrated
 from hnas.models.pinasv2 import build_network
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.programs.flags import AUTO, Stage
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options
+from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import (
     calibration_images,
     require,
+    scored_order,
     space_of,
     start,
     validation_images,
     validation_loader,
 )
-from hnas.search_space import Architecture, find_backbone
+from hnas.search_space import Architecture
 from hnas.utils.starting import start_from_checkpoint
 from hnas.weights.loading import Checkpoint, find_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
-
-CARD, PROGRAM = "card.json", "predict.py"
-TOLERANCE = 0.01
-"""Largest difference of logits, as a share of the largest one."""
 
 
 def main(argv=None) -> None:
     options = parse_options(Stage.EXPORT, argv, about=__doc__.splitlines()[0])
     if world_size() > 1:
         raise UserError("export runs in one process")
-    if find_backbone(options.backbone).contrastive:
-        raise UserError(f"--backbone {options.backbone} is stage 1's; export takes resnet48")
+    refuse_contrastive(options.backbone, Stage.EXPORT)
     require(options, "ckpt_dir")
     check_format(options.format)
     start(options)
     checkpoint = read_checkpoint(options.ckpt_dir)
-    wanted = find_architecture(options, checkpoint)
-    folder, form, size = Path(options.save_dir), options.format, options.image_size
+    arch, name, stated = find_architecture(options, checkpoint)
+    form, size, space = options.format, options.image_size, space_of(options)
+    card_path = Path(options.save_dir) / CARD
     identity = {
-        "arch": wanted.arch.code,
+        "arch": arch.code,
         "format": form,
         "precision": "float32",  # earlier versions had others
         "image_size": size,
@@ -95,50 +86,39 @@ def main(argv=None) -> None:
         "seed": options.seed,
         "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
     }
-    if (folder / CARD).is_file():
-        earlier = read_json(folder / CARD).get("identity")
+    if card_path.is_file():
+        earlier = read_json(card_path).get("identity")
         earlier = earlier if isinstance(earlier, dict) else {}
         remedy = "choose another --save_dir, or remove it"
-        check_same_settings(folder / CARD, earlier, identity, remedy)
+        check_same_settings(card_path, earlier, identity, remedy)
     images = validation_images(options)
-    if options.eval_images > len(images):
-        raise UserError(
-            f"--eval_images {options.eval_images}, but {images.folder} has {len(images)}; lower "
-            "it, or give 0 for all"
-        )
-    order = balanced_order(images.labels, options.seed)[: options.eval_images or None]
-    loader = validation_loader(options, images, order)
-    source = open_source(options, checkpoint, wanted.arch, images.classes)
-    about = {
-        "backbone": options.backbone,
-        "arch": wanted.arch.code,
-        "freeze_bn": checkpoint.freeze_bn,
-        "classes": list(images.classes),
-    }
+    loader = validation_loader(options, images, scored_order(options, images))
+    source = open_source(options, checkpoint, arch, images.classes)
+    of_weights = {"backbone": options.backbone, "arch": arch.code}
+    of_weights |= {"freeze_bn": checkpoint.freeze_bn, "classes": list(images.classes)}
     with tempfile.TemporaryDirectory(prefix="pinas-") as made:
-        write_network(source.network, Path(made), form, size, about)
-        blank = ResNet(space_of(options).plan(wanted.arch), len(images.classes))
+        write_network(source.network, Path(made), form, size, of_weights)
+        blank = ResNet(space.plan(arch), len(images.classes))
         blank.eval()
         exported = read_network(Path(made), form, blank)
         with calibrated(source.shared, source.calibration):
             found = compare(source.shared, exported, loader)
-        check(found, options, wanted)
-        files = {name: Path(made) / name for name in FILES[form]}
-        card = describe(options, wanted, source, found, images.classes)
-        write(folder, files, program(form), {"identity": identity, **card})
-    logger.info("%s of %s: %s, %s", form, wanted.arch.code, folder / CARD, PROGRAM)
+        check(found)
+        if stated is not None:
+            compare_with_scores(found, name, stated, on_some=options.eval_images > 0)
+        card = {"identity": identity, "arch": arch.code, "name": name}
+        card["backbone"] = options.backbone
+        card |= describe(space, arch, size, images.classes, found, source.statistics)
+        write_folder(card_path.parent, Path(made), form, card)
+    logger.info("%s of %s: %s, %s", form, arch.code, card_path, PROGRAM)
 
 
-class Wanted(NamedTuple):
-    """What to export; ``name`` and ``stated`` accuracy, a share of 1, by ``modelarch_file``."""
+def find_architecture(
+    options: Options, checkpoint: Checkpoint
+) -> tuple[Architecture, str, float | None]:
+    """The architecture that ``--arch`` names, or that of a network that was trained alone.
 
-    arch: Architecture
-    name: str = ""
-    stated: float | None = None
-
-
-def find_architecture(options: Options, checkpoint: Checkpoint) -> Wanted:
-    """The architecture that ``--arch`` names; of a network that was trained alone, its own.
+    With its name and accuracy, a share of 1, in ``modelarch_file``, or "" and None.
 
     Raises:
         UserError: it is none, or another one than the checkpoint's.
@@ -147,7 +127,7 @@ def find_architecture(options: Options, checkpoint: Checkpoint) -> Wanted:
     if not options.arch:
         if own is None:
             require(options, "arch")
-        return Wanted(Architecture.from_code(own))
+        return Architecture.from_code(own), "", None
     if options.modelarch_file:
         archs = read_architectures(options.modelarch_file)
         with suppress(UserError):  # a list of codes alone
@@ -169,7 +149,7 @@ def find_architecture(options: Options, checkpoint: Checkpoint) -> Wanted:
     name = next((name for name, each in archs.items() if each == arch), "")
     accuracy = float(stated.get(name, 0))
     # 0 stands for none in files that are still to be scored.
-    return Wanted(arch, name, (accuracy if accuracy <= 1 else accuracy / 100) or None)
+    return arch, name, (accuracy if accuracy <= 1 else accuracy / 100) or None
 
 
 class Source(NamedTuple):
@@ -213,131 +193,6 @@ def open_source(
     shared.activate(arch)
     calibration = None if calibration is None else normalize(calibration)
     return Source(network, shared, calibration, statistics)
-
-
-class Found(NamedTuple):
-    """The same images by the source and by what was exported."""
-
-    counts: Counts  # of both, in this order
-    difference: float  # the largest between their logits
-    largest: float  # logit of the source, without its sign
-
-
-@paddle.no_grad()
-def compare(source, exported, loader) -> Found:
-    """Run both on all images of ``loader``.
-
-    Raises:
-        LogitsError: a logit is NaN or infinite.
-    """
-    counts, difference, largest = Counts.zeros(2), 0.0, 0.0
-    for images, labels in tqdm(loader, desc="checking", unit="batch", mininterval=1):
-        x = normalize(images)
-        logits = paddle.stack([source(x), exported(x)])
-        hits = count_hits(logits, labels)
-        for who, number in zip(("the source", "the exported network"), hits.bad, strict=True):
-            if number:
-                raise LogitsError(who, number, len(labels))
-        counts.add(hits.counts(len(labels)))
-        difference = max(difference, float((logits[0] - logits[1]).abs().max()))
-        largest = max(largest, float(logits[0].abs().max()))
-    return Found(counts, difference, largest)
-
-
-def check(found: Found, options: Options, wanted: Wanted) -> None:
-    """Log how both compare, and with what the file of scores says.
-
-    Raises:
-        UserError: their logits are too far apart, or on CPUs they count hits that nearly equal
-            logits do not explain. (GPUs' convolutions may compute with fewer digits.)
-    """
-    (scored, exported), images = found.counts.top1.tolist(), found.counts.images
-    logger.info(
-        "source %d, exported network %d top-1 hits of %d images; largest logit difference %.3g",
-        scored,
-        exported,
-        images,
-        found.difference,
-    )
-    allowed = int(found.counts.near1.max())
-    other_hits = paddle.get_device() == "cpu" and abs(scored - exported) > allowed
-    if other_hits or found.difference > TOLERANCE * found.largest:
-        raise UserError(
-            f"the exported network has {exported} hits and its source {scored}, with logits up to "
-            f"{found.difference:.3g} apart: nothing was written; please report this with your "
-            "versions"
-        )
-    if wanted.stated is None:
-        return
-    if abs(wanted.stated * images - scored) <= allowed + 1e-6:
-        logger.info("%s: %d of %d hits, as the scores say", wanted.name, scored, images)
-    elif options.eval_images:
-        logger.info("%s: the scores say %.4f, of other images", wanted.name, wanted.stated)
-    else:
-        logger.warning(
-            "the scores say %.4f for %s, here it has %.4f: they are of other images, weights or "
-            "statistics",
-            wanted.stated,
-            wanted.name,
-            scored / images,
-        )
-
-
-def describe(
-    options: Options, wanted: Wanted, source: Source, found: Found, classes: Sequence[str]
-) -> dict:
-    """For the card: what the network is, how good, and how its images are prepared."""
-    space, size = space_of(options), options.image_size
-    counts = found.counts
-    return {
-        "arch": wanted.arch.code,
-        "name": wanted.name,
-        "backbone": options.backbone,
-        "macs": space.macs(wanted.arch, size, len(classes)),
-        "params": space.params(wanted.arch, len(classes)),
-        "accuracy": {
-            "top1": float(counts.accuracy()[1]),
-            "top5": float(counts.top5_accuracy()[1]),
-            "hits": int(counts.top1[1]),
-            "hits_of_source": int(counts.top1[0]),
-            "images": counts.images,
-            "largest_logit_difference": found.difference,
-        },
-        "statistics": source.statistics,
-        "input": {"name": INPUT, "shape": ["N", 3, size, size], "dtype": "float32"},
-        "output": {"name": OUTPUT, "shape": ["N", len(classes)], "dtype": "float32"},
-        "preprocessing": {
-            "colours": "RGB, 8 bits, EXIF orientation ignored",
-            "resize_shorter_side": shorter_side(size),
-            "resize": "Pillow's bilinear; the longer side is cut to whole pixels",
-            "crop": size,
-            "crop_place": "centre; offsets round((side - crop) / 2), a half to the even number",
-            "scale": "1/255",
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
-        },
-        "strides": [stride for *_, stride in space.plan(wanted.arch).blocks()],
-        "classes": list(classes),
-    }
-
-
-def write(folder: Path, files: Mapping[str, Path], text: str, card: Mapping) -> None:
-    """Write the network, its program and, last, the card.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    remove_leftovers(folder)
-    digests = {name: file_digest(path) for name, path in files.items()}
-    for name, path in files.items():
-        with replacing(folder / name) as temporary:
-            shutil.copyfile(path, temporary)
-            digest_path(folder / name).unlink(missing_ok=True)
-        write_digest(folder / name, digests[name])
-    with replacing(folder / PROGRAM) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    versions = {"pinas": hnas.__version__, "paddle": paddle.__version__}
-    write_json(folder / CARD, {**card, "files": digests, "versions": versions})
 
 
 if __name__ == "__main__":

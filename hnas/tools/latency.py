@@ -38,20 +38,27 @@ from hnas.base.command_line import (
     real_number,
     whole_number,
 )
-from hnas.base.device import cpu_threads, device_name, on_gpu, processor, set_tf32
-from hnas.base.errors import UserError, run_main
+from hnas.base.device import (
+    choose_device,
+    cpu_threads,
+    device_name,
+    on_gpu,
+    processor,
+    set_tf32,
+)
+from hnas.base.errors import run_main
 from hnas.base.files import check_output, read_json, write_json
 from hnas.base.memory import keep_freed_memory
 from hnas.base.settings import check_same_settings
 from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.parallel.distributed import finished_before_stopping
+from hnas.programs.parsing import refuse_contrastive
 from hnas.ranking.costs import FORMAT, LatencyTable, Part, all_parts
 from hnas.search_space import (
     SAMPLE_SPACES,
     Architecture,
     ChannelPlan,
     feature_sizes,
-    find_backbone,
     search_space,
 )
 
@@ -72,13 +79,9 @@ REMEDY = "remove it, or choose another --output"
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
-    if find_backbone(options.backbone).contrastive:
-        raise UserError(f"--backbone {options.backbone} is stage 1's; latency takes resnet48")
+    refuse_contrastive(options.backbone, "latency")
     check_output(options.output, "--output")
-    has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-    if options.device == "gpu" and not has_gpu:
-        raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
-    paddle.set_device("cpu" if options.device == "cpu" or not has_gpu else "gpu")
+    choose_device(options.device)
     set_num_threads(options.threads)
     settings = settings_of(options)
     if options.output.is_file():
@@ -153,7 +156,7 @@ class Stopwatch:
 
     def __init__(self, options):
         self._options = options
-        self._frame = cache(lambda cin, size: self._time(_Framed(None, cin), FEEDING, size))
+        self._frame = cache(lambda cin, size: self._time(framed(cin), FEEDING, size))
         keep_freed_memory()
 
     def network(self, plan: ChannelPlan) -> float:
@@ -164,14 +167,15 @@ class Stopwatch:
         """Milliseconds that a part adds to a network; a stem's hold what a run costs in itself."""
         _, sizes = feature_sizes(self._options.image_size)
         if part.kind == "stem":
-            return self._time(_Framed(Stem(*part.channels)), 3, self._options.image_size)
+            stem = nn.Sequential(Stem(*part.channels), nn.AdaptiveAvgPool2D(1))
+            return self._time(stem, 3, self._options.image_size)
         cin, size = part.channels[0], sizes[-1]
         if part.kind == "head":
-            framed = _Framed(Head(cin, self._options.num_classes), cin, pools=False)
+            whole = nn.Sequential(feed(cin), Head(cin, self._options.num_classes))  # it pools
         else:
             size = sizes[part.stage - 1] if part.stride == 2 else sizes[part.stage]
-            framed = _Framed(BasicBlock(*part.channels, part.stride), cin)
-        return max(0.0, self._time(framed, FEEDING, size) - self._frame(cin, size))
+            whole = framed(cin, BasicBlock(*part.channels, part.stride))
+        return max(0.0, self._time(whole, FEEDING, size) - self._frame(cin, size))
 
     def _time(self, network: nn.Layer, channels: int, size: int) -> float:
         """Milliseconds of a batch [N, ``channels``, ``size``, ``size``] through ``network``."""
@@ -207,26 +211,14 @@ class Stopwatch:
         return 1000 * float(np.quantile(times[WARM_UP:], QUANTILE))
 
 
-class _Framed(nn.Layer):
-    """A part between a 1x1 convolution from ``FEEDING`` channels and global average pooling.
+def feed(channels: int) -> nn.Layer:
+    """The convolution before a part that reads so many channels."""
+    return nn.Conv2D(FEEDING, channels, 1)
 
-    Args:
-        part: None: only the frame.
-        channels: that the part reads; 0: it reads the input itself.
-        pools: whether the frame does the pooling; a head does its own.
-    """
 
-    def __init__(self, part: nn.Layer | None, channels: int = 0, pools: bool = True):
-        super().__init__()
-        self.feed = nn.Conv2D(FEEDING, channels, 1) if channels else None
-        self.part = part
-        self.pool = nn.AdaptiveAvgPool2D(1) if pools else None
-
-    def forward(self, x):
-        for layer in (self.feed, self.part, self.pool):
-            if layer is not None:
-                x = layer(x)
-        return x
+def framed(channels: int, *parts: nn.Layer) -> nn.Layer:
+    """Parts, or none, between that convolution and global average pooling."""
+    return nn.Sequential(feed(channels), *parts, nn.AdaptiveAvgPool2D(1))
 
 
 def make_predictor(path: str, threads: int):

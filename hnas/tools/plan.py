@@ -4,7 +4,7 @@
 
 Time is multiply-accumulates over a rate: a GPU's by its data sheet, in the precision that --tf32
 and --amp give, times the share of it that is reached. Stage 3's walk also moves every activation
-through memory several times, more often where convolution, bias, shortcut and ReLU are not fused.
+through memory several times.
 All that is assumed is printed with the result; --gmacs_per_s puts a measured rate in its place. The
 result is JSON on standard output.
 """
@@ -23,15 +23,14 @@ from hnas.base.command_line import (
     LARGEST_SIDE,
     MOST_ARCHITECTURES,
     OneLineParser,
-    read_bool,
     real_number,
     whole_number,
 )
 from hnas.base.errors import UserError, run_main
 from hnas.evaluation.engine import GPU_SHARE, choose_chunk, path_numbers
 from hnas.evaluation.ledger import even_chunk
-from hnas.evaluation.tree import PrefixTree, naive_macs
-from hnas.evaluation.variants import Precision, Variant, usual_variant
+from hnas.evaluation.tree import PrefixTree
+from hnas.evaluation.variants import Precision
 from hnas.programs.memory_needs import EMBEDDING, FLOAT, convolution_outputs
 from hnas.search_space import Architecture, SearchSpace, search_space
 from hnas.utils.SampleMethod import FirstPlaceSampler
@@ -43,10 +42,10 @@ EPOCHS, QUEUE, CLASSES, SUBNETWORKS = (10, 5), 40960, 1000, 4
 SAMPLED = 300
 """Steps to average stage two's cost over; a third of them train one sub-network more."""
 SHARE_OF_BANDWIDTH = 0.8
-PASSES = {False: 7.5, True: 2.5}
-"""Times that memory sees an activation of stage 3, fused or not, in a convolution's outputs: the
-convolution reads and writes one each, and so do bias and ReLU; the shortcut's sum, behind every
-second convolution, reads two and writes one. Fused only the shortcut is read in addition."""
+PASSES = 7.5
+"""Times that memory sees an activation of stage 3, in a convolution's outputs: the convolution
+reads and writes one each, and so do bias and ReLU; the shortcut's sum, behind every second
+convolution, reads two and writes one."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,6 @@ class Rates:
     scoring: float  # of stage 3's convolutions
     bytes: float = math.inf  # through memory, beside stage 3's; infinite: in ``scoring`` already
 
-    def scoring_seconds(self, macs: float, outputs: float, variant: Variant) -> float:
-        """Of convolutions that do ``macs`` and write ``outputs`` numbers."""
-        moved = PASSES[variant.fused] * outputs * variant.precision.bytes
-        return macs / self.scoring + moved / self.bytes
-
 
 def rates_of(gpu: Gpu, precision: Precision) -> Rates:
     """What is assumed of a card."""
@@ -126,27 +120,24 @@ def training_bytes(space: SearchSpace, options) -> tuple[int, int]:
     return FLOAT * (floats + EMBEDDING * QUEUE), FLOAT * floats
 
 
-def scored_chunk(space: SearchSpace, options, variant: Variant) -> int:
+def scored_chunk(space: SearchSpace, options, precision: Precision) -> int:
     """Images a walk scores, as stage 3 chooses them on a card that has all its memory free."""
     memory = GPU_SHARE * GPUS[options.gpu].memory_gib * 2**30
-    carried = options.bn_calibration_images
-    limit = choose_chunk(space, options.image_size, carried, memory, variant.precision.bytes)
+    limit = choose_chunk(space, options.image_size, 0, memory, precision.bytes)
     return even_chunk(limit, options.images, options.gpus)
 
 
 def estimate(
-    space: SearchSpace, archs: Sequence[Architecture], options, variant: Variant, rates: Rates
+    space: SearchSpace, archs: Sequence[Architecture], options, precision: Precision, rates: Rates
 ) -> dict:
-    """Hours, GMAC per image and GiB per device of each stage and of the naive loop."""
-    size, number = options.image_size, variant.precision.bytes
-    chunk = scored_chunk(space, options, variant)
-    together = chunk + options.bn_calibration_images  # every walk carries them along
-    walk, outputs = (together / chunk * part for part in PrefixTree(space, archs).cost(size))
-    naive = naive_macs(space, archs, size)
-    seconds = rates.scoring_seconds(walk, outputs, variant)
+    """Hours, GMAC per image and GiB per device of each stage."""
+    size, number = options.image_size, precision.bytes
+    chunk = scored_chunk(space, options, precision)
+    walk, outputs = PrefixTree(space, archs).cost(size)
+    seconds = walk / rates.scoring + PASSES * outputs * number / rates.bytes
     weights = space.params(space.largest(), CLASSES)
     # Weights, folded ones, and activations.
-    scoring = FLOAT * weights + number * (weights + together * path_numbers(space, size))
+    scoring = FLOAT * weights + number * (weights + chunk * path_numbers(space, size))
     total = options.batch_size * options.gpus
     trained = options.train_images // total * total
     stage1, stage2 = training_macs(space, size)
@@ -155,7 +146,6 @@ def estimate(
         "stage1": (stage1, EPOCHS[0] * trained, stage1 / rates.training, memory1),
         "stage2": (stage2, EPOCHS[1] * trained, stage2 / rates.training, memory2),
         "stage3": (walk, options.images, seconds, scoring),
-        "stage3_naive": (naive, options.images, seconds * naive / walk, scoring),
     }
     return {
         name: {
@@ -168,45 +158,40 @@ def estimate(
     }
 
 
-def assumptions(options, variant: Variant, rates: Rates) -> list[str]:
+def assumptions(options, precision: Precision, rates: Rates) -> list[str]:
     """What the estimate rests on, one sentence each."""
     gpu = GPUS[options.gpu]
-    peak, training, scoring = gpu.reached[variant.precision]
+    peak, training, scoring = gpu.reached[precision]
     speed = (
-        f"{options.gpu}, {variant.precision.value}: {peak} TFLOP/s (data sheet); {gpu.known}: "
+        f"{options.gpu}, {precision.value}: {peak} TFLOP/s (data sheet); {gpu.known}: "
         f"training reaches {training} of them ({rates.training / 1e9:.0f} GMAC/s a device), a "
         f"convolution of stage 3 {scoring}; assumed: memory reaches {SHARE_OF_BANDWIDTH} of "
         f"{gpu.gb_per_s} GB/s"
     )
     return [
         f"{options.gmacs_per_s} GMAC/s a device, as given" if options.gmacs_per_s else speed,
-        f"stage 3 walks in {variant}: memory sees an activation {PASSES[variant.fused]} times",
+        f"stage 3 walks in {precision.value}: memory sees an activation {PASSES} times",
         f"the recipe's {EPOCHS[0]} and {EPOCHS[1]} epochs; a backward pass costs two forward",
         "exchange is hidden or free; loading images, evaluations and checkpoints cost nothing",
-        "the naive loop runs at the same rate and decodes nothing anew, which flatters it",
         f"memory: training in float32, {options.batch_size} images a step and device, each "
         "convolution's output kept three times for the backward pass; libraries' own memory not "
-        f"counted; stage 3 takes chunks of {GPU_SHARE:.0%} of {gpu.memory_gib} GiB, of which "
-        f"{options.bn_calibration_images} images re-calibrate BatchNorm",
+        f"counted; stage 3 takes chunks of {GPU_SHARE:.0%} of {gpu.memory_gib} GiB, and does not "
+        "re-calibrate BatchNorm",
     ]
 
 
-def planned_variant(options) -> Variant:
-    """The variant that the flags ask for on that card.
+def planned_precision(options) -> Precision:
+    """What the flags ask for on that card.
 
     Raises:
-        UserError: the card, or re-calibration, does not allow it.
+        UserError: the card does not allow it.
     """
     has_tf32 = TF32 in GPUS[options.gpu].reached
     if options.tf32 == "on" and not has_tf32:
         raise UserError(f"--tf32 on, but {options.gpu} has no TF32; give auto or off")
-    if options.fused and options.bn_calibration_images:
-        raise UserError(
-            "--fused True, but BatchNorm re-calibration cannot be fused; give "
-            "--bn_calibration_images 0"
-        )
-    exact = TF32 if has_tf32 and options.tf32 != "off" else FLOAT32
-    return usual_variant(exact if options.amp == "O0" else HALF, options.fused)
+    if options.amp == "O1":
+        return HALF
+    return TF32 if has_tf32 and options.tf32 != "off" else FLOAT32
 
 
 def parser() -> OneLineParser:
@@ -216,7 +201,6 @@ def parser() -> OneLineParser:
     made.add_argument("--gpu", choices=GPUS, default="a100", help="kind [a100]")
     made.add_argument("--tf32", choices=("auto", "on", "off"), default="auto", help="[auto]")
     made.add_argument("--amp", choices=("O0", "O1"), default="O0", help="O1: half precision [O0]")
-    made.add_argument("--fused", type=read_bool, default=False, help="stage 3's operator [False]")
     made.add_argument(
         "--gmacs_per_s", type=real_number(0, 1e9), default=0.0, help="measured, of one device"
     )
@@ -229,25 +213,24 @@ def parser() -> OneLineParser:
         "--batch_size", type=whole_number(1, 1_000_000), default=256, help="of a device [256]"
     )
     made.add_argument("--image_size", type=side, default=224, help="px [224]")
-    made.add_argument("--bn_calibration_images", type=whole_number(0), default=0, help="[0]")
     made.add_argument("--backbone", default="resnet48", help="[resnet48]")
     return made
 
 
 def main(argv=None) -> None:
     options = parser().parse_args(argv)
-    variant = planned_variant(options)
+    precision = planned_precision(options)
     space = search_space(options.backbone)
     archs = [*space.sample_distinct(np.random.default_rng(0), options.n_arch).values()]
     measured = options.gmacs_per_s * 1e9
     given = Rates(measured, measured) if measured else None
-    rates = given or rates_of(GPUS[options.gpu], variant.precision)
+    rates = given or rates_of(GPUS[options.gpu], precision)
     result = {
         "device": "as given" if given else options.gpu,
         "devices": options.gpus,
         "architectures": len(archs),
-        **estimate(space, archs, options, variant, rates),
-        "assumptions": assumptions(options, variant, rates),
+        **estimate(space, archs, options, precision, rates),
+        "assumptions": assumptions(options, precision, rates),
     }
     json.dump(result, sys.stdout, indent=1)
     sys.stdout.write("\n")

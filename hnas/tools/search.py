@@ -3,9 +3,9 @@
     python -m hnas.tools.search --ckpt_dir checkpoint_files/stage2/0.pdparams --image_dir DIR \\
         --max_macs 3e9 --save_dir S [--max_params P] [--max_latency_ms T --latency FILE]
 
-Regularized evolution; each generation is scored together, as stage 3 scores. S gets front.svg,
-search.json (the best, the Pareto front, how it went), search.csv (all that was scored) and the
-same as stage 3's submission.json, which choose, export and rank_report read.
+Regularized evolution; each generation is scored together, as stage 3 scores. S gets search.json
+(the best, the Pareto front, how it went) and the same as stage 3's submission.json, which choose,
+export and rank_report read.
 
 A search is a function of its settings and of the counts of its generations. Each of these has a
 folder with stage three's own files, so the same command goes on where a killed one stopped.
@@ -18,7 +18,6 @@ from hnas.base.signals import hold_signals
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
-import csv
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,8 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnas.base.errors import UserError, run_main
-from hnas.base.files import file_digest, remove_leftovers, replacing, write_json
+from hnas.base.errors import run_main
+from hnas.base.files import file_digest, remove_leftovers, write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
 from hnas.evaluation.evolution import Budget, Evolution
@@ -52,7 +51,7 @@ from hnas.parallel.distributed import barrier, from_main_process, is_main_proces
 from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import check_chunk
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options
+from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import (
     calibration_images,
     decoded_images,
@@ -64,8 +63,8 @@ from hnas.programs.runtime import (
 )
 from hnas.ranking.agreement import expected_agreement
 from hnas.ranking.costs import UNITS, open_latency
-from hnas.search_space import Architecture, find_backbone
-from hnas.tools.choose import Scores, choose, conclusions, table, write_front
+from hnas.search_space import Architecture
+from hnas.tools.choose import Scores, choose, conclusions, table
 from hnas.utils.starting import start_from_checkpoint
 from hnas.weights.loading import find_checkpoint
 
@@ -76,8 +75,7 @@ LISTED = 10
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Stage.SEARCH, argv, about=__doc__.splitlines()[0])
-    if find_backbone(options.backbone).contrastive:
-        raise UserError(f"--backbone {options.backbone} is stage 1's; search takes resnet48")
+    refuse_contrastive(options.backbone, Stage.SEARCH)
     latency = open_latency(
         options.latency,
         options.backbone,
@@ -216,21 +214,10 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     warn_if_guessing(counts, budget.num_classes, "the best network")
     agreement = expected_agreement(counts.folds, counts.images, counts.images)
     write_json(folder / ESTIMATES_FILE, estimates(archs, counts, agreement, counts.images))
-    write_table(folder / "search.csv", chosen, dict(zip(archs, scored.generation, strict=True)))
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
-    limit = budget.limits.get(cost)
-    write_front(folder, scores, chosen, cost, costs[cost], limit, budget.latency)
-    logger.info("%d networks: %s, front.svg, search.csv", len(archs), folder / "search.json")
+    logger.info("%d networks: %s", len(archs), folder / "search.json")
     shown = table(chosen, LISTED, list(costs))
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(archs), cost)}\n")
-
-
-def write_table(path: Path, chosen: Sequence[Mapping], generation: Mapping[str, int]) -> None:
-    """All networks as CSV, the best first."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["generation", *chosen[0]], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({"generation": generation[row["name"]], **row} for row in chosen)
 
 
 def summary(

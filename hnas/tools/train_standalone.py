@@ -190,7 +190,7 @@ def train_one(
     folder: Path,
     initial: Checkpoint | None,
 ) -> dict:
-    """Train one architecture, from the newest checkpoint in ``folder`` if there is one.
+    """Train one architecture, from the newest checkpoint in ``folder``, named by its code.
 
     Without one, it starts from ``initial`` weights, or from new ones. The result depends on the
     options and the images only, not on what was trained before.
@@ -200,7 +200,7 @@ def train_one(
     """
     classes = len(loader.dataset.images.classes)
     space = space_of(options)
-    code = replace(arch, image_digit=True).code
+    code = folder.name
     own = replace(options, arch=code, save_dir=str(folder), resume="auto")
     seed_generators(options.seed)
     # Paddle numbers the layers and velocities that a process makes and saves them by these

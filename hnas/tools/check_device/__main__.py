@@ -1,4 +1,4 @@
-"""The command: runs the checks in processes of their own, shows a table, writes JSON lines.
+"""The command: runs the checks in processes of their own, and counts what they found.
 
 Whatever a check does to the device, or the device to it, other processes' checks are still made.
 """
@@ -6,27 +6,23 @@ Whatever a check does to the device, or the device to it, other processes' check
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO
 
-import paddle
-
-from hnas.base.command_line import OneLineParser, path_text, read_bool
+from hnas.base.command_line import OneLineParser, read_bool, read_path
+from hnas.base.device import visible_gpus
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output
-from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, ROW, Machine, Result
+from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result, tell
 
-DEFAULT_OUTPUT = "output/check_device.jsonl"
+DEFAULT_OUTPUT = Path("output/check_device.jsonl")
 JOBS = (
     ("off", ("facts", "tf32", "norms", "walk", "steps", "loaders")),
     ("off", ("repeat",)),
@@ -36,96 +32,42 @@ JOBS = (
 )
 """``--tf32`` of a process, and the checks in it. Which kernels cuDNN runs for a shape is settled
 once in a process, for TF32 or not, deterministic or not. CPUs have no other setting than off."""
+PROGRAM = (sys.executable, "-m", "hnas.tools.check_device.checks")
 MOST_SECONDS = 1800
 """Of a process; one that takes longer hangs, and is killed."""
 
 
-def all_results(machine: Machine) -> Iterator[tuple[str, Result]]:
-    """The rows of all checks, with the check's name."""
+def run_jobs(machine: Machine) -> None:
+    """All checks; their rows are shown and added to the file as they come."""
     # First what a CPU computes from the same inputs, all of it, where no GPU is seen.
-    yield from job(["expected"], replace(machine, gpus=0))
+    run_job(["expected"], replace(machine, gpus=0))
     for tf32, names in JOBS:
         if machine.gpus or tf32 == "off":
-            yield from job(names, replace(machine, tf32=tf32))
+            run_job(names, replace(machine, tf32=tf32))
 
 
-def job(names: Sequence[str], machine: Machine) -> Iterator[tuple[str, Result]]:
-    """The rows of some checks, made in one process; one more, failed, if that is lost."""
-    log = Path(machine.folder) / "worker.log"
-    with open(log, "wb") as file, start(names, machine, file) as process:
-        watchdog = threading.Timer(MOST_SECONDS, process.kill)
-        watchdog.start()
-        try:
-            for line in process.stdout:
-                if line.startswith(ROW):  # libraries write to standard output, too
-                    check, content = json.loads(line.removeprefix(ROW))
-                    yield check, Result(**content)
-            process.wait()
-        finally:
-            watchdog.cancel()
-            process.terminate()  # if it has not ended: then it ends what it has started, too
-    if code := process.returncode:
-        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        lost = f"their process ended with {end}: {last_line(log)}"
-        yield names[0], Result(f"all of {', '.join(names)}", FAILED, note=lost)
-
-
-def start(names: Sequence[str], machine: Machine, log: IO[bytes]) -> subprocess.Popen:
-    """The process of a job, see ``checks.py``; what it says besides goes to ``log``."""
+def run_job(names: Sequence[str], machine: Machine) -> None:
+    """Some checks in one process; one more row, failed, if that is lost."""
     # On all cores, unless a launcher has said how many; Paddle takes one and sets the variable.
     threads = os.environ.get("PINAS_THREADS") or os.environ.get("OMP_NUM_THREADS")
     environment = {**os.environ, "PINAS_THREADS": threads or str(os.cpu_count() or 1)}
     if not machine.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = "-1"
-    command = [sys.executable, "-m", "hnas.tools.check_device.checks"]
-    command += [json.dumps(asdict(machine)), *names]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no word")
-
-
-def table_line(result: Result) -> str:
-    """A row as the table has it."""
-    value = f"{result.value:.3g}" if isinstance(result.value, float) else result.value
-    parts = ["" if value is None else str(value)]
-    if result.limit is not None:
-        parts.append(f"(at most {result.limit:.3g})")
-    if result.note:
-        parts.append(f"- {result.note}" if parts[0] else result.note)
-    state = {PASSED: "ok", FAILED: "FAILED", NOT_HERE: "-"}[result.state]
-    return f"  {state:6} {result.name:52} {' '.join(parts)}".rstrip()
-
-
-def report(results: Iterable[tuple[str, Result]], output: Path) -> bool:
-    """Show and write each row as it comes; gives whether none failed."""
-    states, failed, title = Counter(), [], ""
-    with open(output, "w", encoding="utf-8") as file:
-        for check, result in results:
-            if check != title:
-                title = check
-                write(title)
-            write(table_line(result))
-            content = asdict(result)
-            if isinstance(result.value, float) and not math.isfinite(result.value):
-                content["value"] = str(result.value)  # JSON knows no NaN
-            file.write(json.dumps({"check": check, **content}) + "\n")
-            file.flush()
-            states[result.state] += 1
-            if result.state == FAILED:
-                failed.append(result)
-    counts = ", ".join(f"{states[state]} {state}" for state in (PASSED, FAILED, NOT_HERE))
-    write(f"{counts}; as JSON lines: {output}")
-    for result in failed:
-        write(table_line(result))
-    return not failed
-
-
-def write(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    command = [*PROGRAM, json.dumps(asdict(machine)), *names]
+    log = Path(machine.folder) / "worker.log"
+    try:
+        with open(log, "wb") as file:
+            done = subprocess.run(command, stderr=file, env=environment, timeout=MOST_SECONDS)
+        code = done.returncode
+    except subprocess.TimeoutExpired:
+        code = -signal.SIGKILL
+    if code:
+        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        said = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        word = next((line.strip() for line in reversed(said) if line.strip()), "no word")
+        note = f"their process ended with {end}: {word}"
+        row = Result(f"all of {', '.join(names)}", FAILED, note=note)
+        tell(names[0], row, machine.output)
 
 
 def main(argv=None) -> None:
@@ -138,21 +80,24 @@ def main(argv=None) -> None:
     parser.add_argument("--quick", type=read_bool, default=False, help="less of everything, for CI")
     parser.add_argument(
         "--output",
-        type=path_text,
+        type=read_path,
         default=DEFAULT_OUTPUT,
         help=f"file for the rows as JSON lines [default {DEFAULT_OUTPUT}]",
     )
     options = parser.parse_args(argv)
     if options.full and options.quick:
         raise UserError("--full and --quick are both True; give one of them")
-    output = Path(options.output)
-    check_output(output, "--output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    check_output(options.output, "--output")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text("")
     with tempfile.TemporaryDirectory(prefix="pinas-check-", ignore_cleanup_errors=True) as folder:
-        machine = Machine(folder, gpus, options.quick, options.full)
-        passed = report(all_results(machine), output)
-    if not passed:
+        given = (visible_gpus(), options.quick, options.full)
+        run_jobs(Machine(folder, str(options.output), *given))
+    lines = options.output.read_text(encoding="utf-8").splitlines()
+    states = Counter(json.loads(line)["state"] for line in lines)
+    counts = ", ".join(f"{states[state]} {state}" for state in (PASSED, FAILED, NOT_HERE))
+    sys.stdout.write(f"{counts}; as JSON lines: {options.output}\n")
+    if states[FAILED]:
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The process that checks: it uses the device, and may be lost with it. Prints its rows.
+"""The process that checks: it uses the device, and may be lost with it.
 
 python -m hnas.tools.check_device.checks MACHINE CHECK...
 """
@@ -11,7 +11,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +52,15 @@ def check_facts(machine: rows.Machine) -> Iterator[rows.Result]:
     if machine.gpus:
         card = paddle.device.cuda.get_device_properties()
         facts |= {
-            "card": f"{card.name}, {card.multi_processor_count} multiprocessors",
             "cards that Paddle sees": machine.gpus,
-            "compute capability": f"{card.major}.{card.minor}",
-            "memory of the card": gib(card.total_memory),
+            "card": f"{card.name}, compute capability {card.major}.{card.minor}, "
+            f"{gib(card.total_memory)}",
             "driver": DRIVER.read_text().splitlines()[0] if DRIVER.exists() else "unknown",
             "Paddle's CUDA and NCCL": f"{paddle.version.cuda()}, {paddle.version.nccl()}",
             "cuDNN": f"{paddle.version.cudnn()}, loaded {paddle.device.get_cudnn_version()}",
         }
     else:
-        yield rows.not_here("card, capability, driver, CUDA, cuDNN, NCCL", "Paddle sees no GPU")
+        yield rows.not_here("card, driver, CUDA, cuDNN, NCCL", "Paddle sees no GPU")
     for name, value in facts.items():
         yield rows.fact(name, value)
 
@@ -126,11 +124,9 @@ def check_norms(machine: rows.Machine) -> Iterator[rows.Result]:
     yield rows.at_most("BatchNorm's output in training", error, MOST_OFF)
     error = rows.relative_error(new_mean, mean)
     yield rows.at_most("running mean of a slice", error, 10 * MOST_OFF)
-    kinds = {"biased": variance, "unbiased": variance * 72 / 71}
-    errors = {kind: rows.relative_error(new_variance, right) for kind, right in kinds.items()}
-    kind = min(errors, key=errors.get)
-    note = f"{kind}, or nearest to that; nothing depends on which of the two it is"
-    yield rows.at_most("running variance of a slice", errors[kind], 10 * MOST_OFF, note)
+    error = min(rows.relative_error(new_variance, variance * over) for over in (1, 72 / 71))
+    note = "of the biased or the unbiased one; nothing depends on which"
+    yield rows.at_most("running variance of a slice", error, 10 * MOST_OFF, note)
     yield rows.at_most("statistics outside the slice that changed", beyond, 0)
 
 
@@ -185,8 +181,7 @@ def main() -> None:
     for name in names:
         absent = [rows.not_here(f"{name} in TF32", "needs compute capability 8.0")]
         for result in rows.guarded(name, CHECKS[name], machine) if able else absent:
-            sys.stdout.buffer.write(rows.ROW + json.dumps([name, asdict(result)]).encode() + b"\n")
-            sys.stdout.buffer.flush()
+            rows.tell(name, result, machine.output)
 
 
 if __name__ == "__main__":

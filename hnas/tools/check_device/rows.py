@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 PASSED, FAILED, NOT_HERE = "passed", "failed", "not on this machine"
-ROW = b"row: "
-"""Before the JSON text of a check's name and a result, where a process writes a line of them."""
+SHOWN = {PASSED: "ok", FAILED: "FAILED", NOT_HERE: "-"}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that is checked and how thoroughly, as processes hand it to each other.
+    """The device that is checked and how thoroughly, as processes hand it to each other."""
 
-    Attributes:
-        folder: for files of this run.
-        gpus: how many there are: the first is checked, all exchange. 0: the CPU is checked.
-        quick: fewer and smaller of everything, for continuous integration.
-        full: larger images and more architectures.
-        tf32: of this process: ``off``, ``on``, or Paddle's setting, ``auto``.
-    """
-
-    folder: str
-    gpus: int = 0
-    quick: bool = False
-    full: bool = False
-    tf32: str = "off"
+    folder: str  # for files of this run
+    output: str = ""  # the file of its rows
+    gpus: int = 0  # the first is checked, all exchange; 0: the CPU is checked
+    quick: bool = False  # fewer and smaller of everything, for continuous integration
+    full: bool = False  # larger images and more architectures
+    tf32: str = "off"  # of this process: ``off``, ``on``, or Paddle's setting, ``auto``
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: what was looked at.
-        state: ``passed``, ``failed`` or ``not on this machine``.
-        value: what was found: a number, or a text for a fact.
-        limit: the largest value that passes; None: there is none.
-        note: what the value is, why it failed, or why it cannot be looked at here.
-    """
+    name: str  # what was looked at
+    state: str  # ``PASSED``, ``FAILED`` or ``NOT_HERE``
+    value: float | str | None = None  # a number that was found, or a fact
+    limit: float | None = None  # the largest value that passes; None: there is none
+    note: str = ""  # what the value is, why it failed, or why it cannot be looked at here
 
-    name: str
-    state: str
-    value: float | str | None = None
-    limit: float | None = None
-    note: str = ""
+
+def tell(check: str, result: Result, output: str) -> None:
+    """Show a check's row, and add it to the file ``output`` as a line of JSON."""
+    content = {"check": check, **asdict(result)}
+    if isinstance(result.value, float) and not math.isfinite(result.value):
+        content["value"] = str(result.value)  # JSON knows no NaN
+    with open(output, "a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+    value = f"{result.value:.3g}" if isinstance(result.value, float) else result.value
+    parts = ["" if value is None else str(value)]
+    if result.limit is not None:
+        parts.append(f"(at most {result.limit:.3g})")
+    if result.note:
+        parts.append(f"- {result.note}" if parts[0] else result.note)
+    line = f"{SHOWN[result.state]:6} {check:11} {result.name:52} {' '.join(parts)}"
+    sys.stdout.write(f"{line.rstrip()}\n")
+    sys.stdout.flush()
 
 
 def fact(name: str, value: float | str, note: str = "") -> Result:
