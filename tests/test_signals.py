@@ -15,7 +15,7 @@ import pytest
 from counted import counts_of
 from PIL import Image
 
-from hnas.base.signals import Stopped
+from hnas.base.errors import Stopped
 from hnas.dataset import image_folder
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.ledger import Ledger
@@ -26,9 +26,8 @@ TIMEOUT = 120
 BEGIN = """
 import logging, os, sys, time
 from pathlib import Path
-from hnas.base import signals
-from hnas.base.errors import UserError, run_main
-from hnas.base.signals import Stopped
+from hnas.base import errors
+from hnas.base.errors import Stopped
 
 def here():
     print("here", flush=True)
@@ -66,7 +65,7 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
 def program(main: str, paddle: bool = False) -> str:
     """A program that says "here" and goes on with ``main``; Paddle brings handlers of its own."""
     first = "import paddle\n" if paddle else ""
-    return f"{BEGIN}{first}signals.ENDING_SECONDS = 1\ndef main():\n{main}\nrun_main(main)\n"
+    return f"{BEGIN}{first}errors.ENDING_SECONDS = 1\ndef main():\n{main}\nrun_main(main)\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -58,33 +58,16 @@ def set_tf32(mode: str) -> bool:
         card = paddle.device.cuda.get_device_properties()
         kind = f"{card.name} (compute capability {card.major}.{card.minor})"
         raise UserError(f"--tf32 on, but {kind} has no TF32; give auto or off")
-    allowed = mode != "off"
-    if mode == "auto":
-        with suppress(ValueError):  # of a Paddle that does not know the flag
-            allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
-    else:
-        _set_flags({CUDNN_TF32: allowed, CUBLAS_TF32: allowed}, f"--tf32 {mode}")
+    if mode != "auto":
+        paddle.set_flags({CUDNN_TF32: mode == "on", CUBLAS_TF32: mode == "on"})
+    allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
     return has_tf32() and override != "0" and (bool(allowed) or override == "1")
 
 
 def set_deterministic() -> None:
-    """Let cuDNN use deterministic algorithms only; CPUs do anyway.
-
-    Raises:
-        UserError: this Paddle cannot be told to.
-    """
+    """Let cuDNN use deterministic algorithms only; CPUs do anyway."""
     if on_gpu():
-        _set_flags({DETERMINISTIC: True}, "--deterministic True")
-
-
-def _set_flags(flags: dict[str, bool], asked: str) -> None:
-    try:
-        paddle.set_flags(flags)
-    except ValueError:
-        raise UserError(
-            f"{asked}, but Paddle {paddle.__version__} has no {next(iter(flags))}; use "
-            "paddlepaddle-gpu==3.3.1"
-        ) from None
+        paddle.set_flags({DETERMINISTIC: True})
 
 
 @dataclass(frozen=True)

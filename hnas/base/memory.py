@@ -36,14 +36,8 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def reset_peak() -> None:
-    """Let :func:`peak_gib` count from now on, where the system allows it."""
-    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
-
-
 def peak_gib() -> float:
-    """Largest resident size of this process since the start or the last reset, GiB."""
+    """Largest resident size of this process since the start, GiB."""
     return (_field("/proc/self/status", "VmHWM") or 0) / 2**30
 
 

@@ -22,8 +22,7 @@ from contextlib import contextmanager
 import paddle
 import paddle.distributed as dist
 
-from hnas.base.errors import UserError
-from hnas.base.signals import SIGNALS, Stopped
+from hnas.base.errors import SIGNALS, Stopped, UserError
 from hnas.parallel.rollcall import LostRankError, RollCall
 
 logger = logging.getLogger(__name__)

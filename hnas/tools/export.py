@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from hnas.base.signals import hold_signals
+from hnas.base.errors import UserError, hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 import hnas
 from hnas.architecture_file import ArchitectureFileError, read_accuracies, read_architectures
-from hnas.base.errors import UserError, run_main
 from hnas.base.files import (
     digest_path,
     file_digest,

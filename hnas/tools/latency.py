@@ -8,7 +8,7 @@ sum is compared with whole networks at the end. A run that is killed goes on fro
 
 from __future__ import annotations
 
-from hnas.base.signals import hold_signals
+from hnas.base.errors import UserError, hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
@@ -39,7 +39,6 @@ from hnas.base.command_line import (
     whole_number,
 )
 from hnas.base.device import cpu_threads, device_name, on_gpu, processor, set_tf32
-from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_output, read_json, write_json
 from hnas.base.memory import keep_freed_memory
 from hnas.base.settings import check_same_settings

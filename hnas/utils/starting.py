@@ -28,7 +28,6 @@ from hnas.weights.checkpoint import (
     noted_run,
     read_progress,
     restore_generators,
-    run_of,
 )
 from hnas.weights.loading import (
     Checkpoint,
@@ -190,7 +189,7 @@ def resume(
     if changed:
         logger.warning("resumed with other values than before: %s", ", ".join(changed))
     logger.info("resumed from %s", stem)
-    return epoch, step, run_of(progress), progress["losses"]
+    return epoch, step, progress["run_id"], progress["losses"]
 
 
 # What Python, NumPy and Paddle raise when they are given values of other kinds than they gave.

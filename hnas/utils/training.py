@@ -15,9 +15,8 @@ import numpy as np
 import paddle
 
 from hnas.base.device import peak_memory
-from hnas.base.errors import UserError
+from hnas.base.errors import Stopped, UserError
 from hnas.base.files import remove_leftovers, write_json
-from hnas.base.signals import Stopped
 from hnas.dataset.loader import EpochLoader
 from hnas.models.convolution import use_onednn
 from hnas.parallel.distributed import (
