@@ -72,15 +72,7 @@ def set_deterministic() -> None:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What results depend on beside data and settings; as text for logs and saved states.
-
-    Attributes:
-        device: the GPU's name, or ``CPU``.
-        tf32: whether float32 convolutions round to TF32.
-        amp: level of mixed precision, ``O0`` (none), ``O1`` or ``O2``.
-        deterministic: whether cuDNN uses deterministic algorithms only.
-        paddle: its version.
-    """
+    """What results depend on beside data and settings; as text for logs and saved states."""
 
     device: str
     tf32: bool

@@ -27,7 +27,7 @@ from hnas.parallel.distributed import (
     copy_from_main_process,
     is_main_process,
     leave,
-    mean_over_ranks,
+    sum_over_ranks,
     world_size,
 )
 from hnas.programs.options import Options
@@ -106,7 +106,7 @@ def fit(
         UserError: the loss is not finite any more.
     """
     run = Run(model, options, loader, measure)
-    with StopSignals(patient=world_size() > 1) as run.stop:
+    with StopSignals() as run.stop:
         if world_size() > 1:
             agree((run.begun, run.first), "the epoch and step to start from")
             copy_from_main_process([*model.network.state_dict().values()])
@@ -338,7 +338,7 @@ class TrainLogger:
             for _, logs in self._unread
         ]
         flat = paddle.stack([tensor.astype("float32") for row in figures for tensor in row])
-        means = iter(mean_over_ranks(flat).tolist())
+        means = iter((sum_over_ranks(flat) / world_size()).tolist())
         for _, logs in self._unread:
             logs["loss"], logs["top1"] = next(means), next(means)
             logs["parts"] = [(code, next(means)) for code, _ in logs["parts"]]

@@ -44,10 +44,9 @@ VELOCITY = "_velocity_0"
 def save_training(
     stem: str | Path, network: nn.Layer, optimizer, progress: Mapping, about: Mapping | None = None
 ) -> None:
-    """Write the set ``stem``.
+    """Write the set ``stem``, a path without suffix.
 
     Args:
-        stem: path without suffix.
         progress: what :func:`load_training` gives back: plain values and arrays, with the run's
             ``run_id``.
         about: how the weights are trained; see :class:`hnas.weights.loading.Checkpoint`.
@@ -243,11 +242,7 @@ def new_run_id() -> str:
 
 
 def note_run(folder: str | Path, run_id: str) -> None:
-    """Note in ``folder`` which run writes there from now on.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Note in ``folder`` which run writes there from now on."""
     write_json(Path(folder) / RUN_NOTE, {"run_id": run_id})
 
 
