@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from counted import counts_of
-from PIL import Image
 
 from hnas.base.errors import Stopped
 from hnas.dataset import image_folder
@@ -98,38 +97,6 @@ def test_the_second_signal_kills():
         process.send_signal(signal.SIGTERM)
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == -signal.SIGTERM  # 143 in a shell
-
-
-LOADING = """
-from hnas.dataset.image_folder import scan_images
-from hnas.dataset.loader import EvalLoader, ImageDataset
-
-def slowly(image, generator):
-    time.sleep(0.2)
-    return np.zeros(3, dtype=np.uint8)
-
-def main():
-    images = scan_images(sys.argv[1], "train")
-    for batch in EvalLoader(ImageDataset(images, slowly, seed=0), 4, num_workers=2):
-        here()
-run_main(main)
-"""
-
-
-@pytest.mark.slow
-def test_loader_processes_end_with_a_stopped_program(tmp_path):
-    """They outlast a signal to their group for 20 seconds, but not their main process's end."""
-    (tmp_path / "train/cat").mkdir(parents=True)
-    for index in range(400):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"train/cat/{index}.png")
-    process = start(f"import numpy as np{BEGIN}{LOADING}", str(tmp_path))
-    wait_for(process, "here")
-    time.sleep(0.3)  # while it waits for the next batch
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 143 and output.endswith("stopped by SIGTERM\n"), output
-    assert time.monotonic() - began < 15
 
 
 # --- stage 3
