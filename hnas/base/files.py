@@ -95,8 +95,7 @@ def remove_leftovers(folder: str | Path) -> None:
 def check_writable(folder: str | Path, flag: str) -> None:
     """Try a file where results will go, before they are computed; nothing is left there.
 
-    Raises:
-        UserError: it cannot be written; names the flag.
+    The :class:`UserError` names the flag.
     """
     try:
         made = Path(folder)
@@ -166,11 +165,7 @@ def write_json(path: str | Path, content) -> None:
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object that a program of this project wrote.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """A JSON object that a program of this project wrote; a :class:`UserError` otherwise."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -183,8 +178,7 @@ def read_json(path: str | Path) -> dict:
 def check_regular(path: str | Path) -> None:
     """Refuse what is no file with an end: reading a pipe, socket or device may never return.
 
-    Raises:
-        OSError: it is of another kind, or not there; ``strerror`` says which.
+    The :class:`OSError`'s ``strerror`` says what it is.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):

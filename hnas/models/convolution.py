@@ -110,14 +110,8 @@ def ramp(shape) -> paddle.Tensor:
 def onednn_conv2d(x, weight, channels: int, stride: int, padding: int) -> paddle.Tensor:
     """A convolution with a leading slice of ``weight``, without copying it.
 
-    Args:
-        x: [N, C, H, W], float32 on the CPU.
-        weight: [max Cout, max Cin, K, K], dense; its first C input channels are used.
-        channels: Cout, its first output channels that are used.
-        stride, padding: in px, the same in both directions.
-
-    Returns:
-        [N, Cout, H', W'].
+    From ``x`` [N, C, H, W], float32 on the CPU, to [N, ``channels``, H', W'], by the first channels
+    of a dense [max Cout, max Cin, K, K]; stride and padding in px.
     """
     convolution = convolution_of(tuple(x.shape), tuple(weight.shape), channels, stride, padding)
     if paddle.is_grad_enabled():
@@ -200,8 +194,7 @@ class Convolution:
     def backward(self, last, weight, dy, wants_input: bool):
         """Gradients of the input, if wanted, and of the whole weight, from the output's.
 
-        Args:
-            last: what :meth:`forward` gave with the output.
+        ``last`` is what :meth:`forward` gave with the output.
         """
         run, pack = self._lib.run, scratch("weight", self._packed_bytes)
         dy_last, dx = scratch("output", self._y_bytes), None

@@ -106,8 +106,7 @@ class ElasticResNet(ResNet):
     def activate(self, arch: Architecture) -> None:
         """Make ``arch`` the sub-network that forward runs.
 
-        Raises:
-            ArchitectureError: ``arch`` needs a projection that the shared weights do not hold.
+        :class:`ArchitectureError` if it needs a projection that the shared weights do not hold.
         """
         plan = self.space.shared_plan(arch)
         self._architecture = arch
@@ -146,13 +145,9 @@ class ElasticResNet(ResNet):
     def extract(self, arch: Architecture, calibration: paddle.Tensor | None = None) -> ResNet:
         """A stand-alone network of ``arch`` with copies of the shared weights' slices.
 
-        Args:
-            calibration: uint8 images [N, 3, H, W] whose batch statistics BatchNorm gets, as in
-                scoring with ``bn_calibration_images``; None takes the running statistics, with a
-                warning where they are a mixture (see ``mixed``).
-
-        Raises:
-            ArchitectureError: as :meth:`activate`.
+        ``calibration`` are uint8 images [N, 3, H, W] whose batch statistics BatchNorm gets, as in
+        scoring with ``bn_calibration_images``; None takes the running statistics, with a warning
+        where they are a mixture (see ``mixed``). Errors are those of :meth:`activate`.
         """
         net = ResNet(self.space.shared_plan(arch), self.num_classes)
         net.set_state_dict(self.sliced_state(arch, net))

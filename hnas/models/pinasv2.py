@@ -123,11 +123,7 @@ class PiNASv2(nn.Layer):
 
     @paddle.no_grad()
     def enqueue(self, keys: paddle.Tensor) -> None:
-        """Overwrite the queue's oldest N keys by ``keys`` [N, D].
-
-        Raises:
-            UserError: the batch does not divide the queue.
-        """
+        """Overwrite the queue's oldest N keys by ``keys`` [N, D]; N must divide its size."""
         size, batch = self.queue.shape[1], keys.shape[0]
         if size % batch:
             raise UserError(

@@ -49,14 +49,8 @@ def local_ranks() -> int:
 
 
 def join_processes(cpu: bool) -> None:
-    """Meet the other processes of the run, if there are any.
-
-    Args:
-        cpu: exchange by gloo, even where Paddle sees GPUs.
-
-    Raises:
-        UserError: they cannot be reached.
-    """
+    """Meet the other processes of the run, if there are any; :class:`UserError` if they are not
+    reached. With ``cpu`` they exchange by gloo, even where Paddle sees GPUs."""
     global _roll_call
     if world_size() < 2 or _roll_call is not None:
         return
@@ -114,12 +108,9 @@ class StopSignals:
 
 @contextmanager
 def finished_before_stopping() -> Iterator[None]:
-    """Within the context the first SIGTERM or Ctrl-C is noted only; the program ends after it.
+    """Within the context the first SIGTERM or Ctrl-C is noted only; :class:`Stopped` after it.
 
     Of several processes the others go on: each ends its own piece of work on its own signal.
-
-    Raises:
-        Stopped: there was one.
     """
     with StopSignals() as stop:
         yield
@@ -172,11 +163,7 @@ def sum_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
 
 
 def agree(numbers: Sequence[int], what: str) -> None:
-    """Check that all ranks have the same whole numbers.
-
-    Raises:
-        UserError: they differ; ``what`` says in what.
-    """
+    """Raise a :class:`UserError` where ranks have other whole numbers; ``what`` they are."""
     own = paddle.to_tensor([list(numbers)], dtype="int64")
     found = {tuple(row) for row in gather(own).tolist()}
     if len(found) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.weights.checkpoint import (
     STATES,
     load_training,
-    new_run_id,
     newest_set,
     noted_run,
     read_progress,
@@ -161,7 +161,7 @@ def resume(
     """
     stem = find_set(options)
     if stem is None:
-        return 0, 0, new_run_id(), None
+        return 0, 0, secrets.token_hex(8), None
     progress = read_progress(stem)
     try:
         check_progress(progress)

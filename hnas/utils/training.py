@@ -42,9 +42,9 @@ from hnas.utils.hapi_wrapper import (
 from hnas.utils.starting import describe_run, resume
 from hnas.utils.validation import Figures, figures_text
 from hnas.weights.checkpoint import (
+    RUN_NOTE,
     SET_NAME,
     generators_state,
-    note_run,
     remove_set,
     restore_generators,
     save_training,
@@ -150,7 +150,7 @@ class Run:
             logger.info("all %d epochs are done already: nothing is left to train", epochs)
         if is_main_process():
             remove_leftovers(self.folder)
-            note_run(self.folder, self.run_id)
+            write_json(self.folder / RUN_NOTE, {"run_id": self.run_id})
         if begun and not first and begun - 1 not in self.log.validation:
             # A kill came between the epoch's checkpoint and the end of its measurement.
             self.validate(begun - 1)

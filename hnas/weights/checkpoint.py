@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import random
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import paddle
 from paddle import nn
 
 from hnas.base.errors import UserError
-from hnas.base.files import digest_path, file_digest, read_json, write_json
+from hnas.base.files import digest_path, file_digest, read_json
 from hnas.weights.loading import (
     PARAMS,
     check_finite,
@@ -34,7 +33,7 @@ from hnas.weights.public_files import NAME_TABLE, CheckpointError
 logger = logging.getLogger(__name__)
 
 OPTIMIZER, STATES = ".pdopt", ".pdstates"
-# Which run began last in a folder; every set holds its run's id.
+# Which run began last in a folder and writes there; every set holds its run's id.
 RUN_NOTE = "run_id.json"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
 SET_NAME = re.compile(r"(\d+)(?:-(\d+))?")
@@ -234,16 +233,6 @@ def _plain(state) -> dict:
         "offset": offset,
         "engine": np.array(engine, np.uint8),
     }
-
-
-def new_run_id() -> str:
-    """An id that no other run has; no generator that training draws from is asked."""
-    return secrets.token_hex(8)
-
-
-def note_run(folder: str | Path, run_id: str) -> None:
-    """Note in ``folder`` which run writes there from now on."""
-    write_json(Path(folder) / RUN_NOTE, {"run_id": run_id})
 
 
 def noted_run(folder: str | Path) -> str | None:
