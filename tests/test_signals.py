@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from counted import counts_of
+from entry_scripts import ROOT, TIMEOUT
 
 from hnas.base.errors import Stopped
 from hnas.dataset import image_folder
@@ -20,13 +21,11 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.ledger import Ledger
 from hnas.search_space import RESNET48_MINI
 
-ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 120
 BEGIN = """
 import logging, os, sys, time
 from pathlib import Path
 from hnas.base import errors
-from hnas.base.errors import Stopped
+from hnas.base.errors import Stopped, UserError, run_main
 
 def here():
     print("here", flush=True)
