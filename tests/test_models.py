@@ -274,12 +274,8 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
     monkeypatch.setattr(stage2, "fit", lambda model, *_: seen.append(model.network))
     weights = tmp_path / "start.pdparams"
     flags = {"pretrained": weights, "ckpt_dir": weights, "use_ckpt": True}
-    flags |= {
-        "backbone": "resnet48_mini",
-        "train_flag": train,
-        "freeze_bn": freeze_bn,
-        "bn_calibration_images": 0,
-    }
+    flags |= {"backbone": "resnet48_mini", "bn_calibration_images": 0}
+    flags |= {"train_flag": train, "freeze_bn": freeze_bn}
     run(stage2, monkeypatch, folder, tmp_path / "out", **flags)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == bool(told) and all(told in warning for warning in warnings)

@@ -55,9 +55,9 @@ def start(code: str, *arguments: str) -> subprocess.Popen:
     )
 
 
-def wait_for(process: subprocess.Popen, line: str) -> None:
-    """Until a program prints ``line``."""
-    assert any(line in printed for printed in process.stdout)
+def wait_for(process: subprocess.Popen) -> None:
+    """Until a program says "here"."""
+    assert any("here" in printed for printed in process.stdout)
 
 
 def program(main: str, paddle: bool = False) -> str:
@@ -70,7 +70,7 @@ def program(main: str, paddle: bool = False) -> str:
 @pytest.mark.parametrize("kind", ENDS)
 def test_the_first_signal_ends_a_program_with_its_code(kind, number, code):
     process = start(program(ENDS[kind], paddle=kind == "with Paddle"))
-    wait_for(process, "here")
+    wait_for(process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, output) == (code, f"stopped by {signal.Signals(number).name}\n")
@@ -92,7 +92,7 @@ def test_the_second_signal_kills():
     code = program("    try: wait()\n    except Stopped: wait()")
     process = start(code.replace("SECONDS = 1", "SECONDS = 600"))
     for _ in range(2):
-        wait_for(process, "here")
+        wait_for(process)
         process.send_signal(signal.SIGTERM)
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == -signal.SIGTERM  # 143 in a shell

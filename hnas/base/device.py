@@ -1,7 +1,8 @@
-"""The device that a program computes on: what it is, how it rounds, what memory it has."""
+"""The device and machine that a program computes on: what they are, how they round, memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from contextlib import suppress
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 import paddle
 
 from hnas.base.errors import UserError
-from hnas.base.memory import available_bytes, peak_gib
 
 CUDNN_TF32, CUBLAS_TF32 = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
 """Paddle 3.3.1's, of GPU builds alone: convolutions, on by default; matrix products, off."""
 DETERMINISTIC = "FLAGS_cudnn_deterministic"
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 """The environment's: 0 forbids TF32 to NVIDIA's libraries, 1 makes them use it."""
+SHARED = "/dev/shm"
 
 
 def on_gpu() -> bool:
@@ -84,6 +85,52 @@ class Arithmetic:
         rounding = "TF32" if self.tf32 else "float32"
         algorithms = ", deterministic" if self.deterministic else ""
         return f"{self.device}, {rounding}, amp {self.amp}{algorithms}, Paddle {self.paddle}"
+
+
+def _field(path: str, name: str) -> int | None:
+    """Bytes of a ``Name:   123 kB`` line, or None."""
+    with suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+        for line in file:
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping; 4 GiB where the system does not say."""
+    return _field("/proc/meminfo", "MemAvailable") or 4 * 2**30
+
+
+def shared_bytes() -> int | None:
+    """What is free of the memory that processes share, /dev/shm; None: there is none such."""
+    with suppress(OSError):
+        found = os.statvfs(SHARED)
+        return found.f_bavail * found.f_frsize
+    return None
+
+
+def gib(size: int) -> str:
+    """Bytes as a text, in GiB."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def peak_gib() -> float:
+    """Largest resident size of this process since the start, GiB."""
+    return (_field("/proc/self/status", "VmHWM") or 0) / 2**30
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the system.
+
+    A walk frees and takes buffers of megabytes thousands of times, and every page that comes
+    from the system anew has to be cleared. Other C libraries are left alone.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
 
 
 def free_bytes() -> int:

@@ -135,12 +135,11 @@ def _collective() -> Iterator[None]:
 
 
 def from_main_process(numbers: Sequence[int]) -> list[int]:
-    """Rank 0's whole numbers."""
+    """Rank 0's whole numbers; all ranks give as many."""
     if world_size() < 2:
         return list(numbers)
-    tensor = paddle.to_tensor(list(numbers), dtype="int64")
-    copy_from_main_process([tensor])
-    return tensor.tolist()
+    own = paddle.to_tensor(list(numbers), dtype="int64")
+    return gather(own).tolist()[: len(numbers)]
 
 
 def gather(tensor: paddle.Tensor) -> paddle.Tensor:

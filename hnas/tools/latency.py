@@ -38,9 +38,15 @@ from hnas.base.command_line import (
     real_number,
     whole_number,
 )
-from hnas.base.device import cpu_threads, device_name, on_gpu, processor, set_tf32
+from hnas.base.device import (
+    cpu_threads,
+    device_name,
+    keep_freed_memory,
+    on_gpu,
+    processor,
+    set_tf32,
+)
 from hnas.base.files import check_output, read_json, write_json
-from hnas.base.memory import keep_freed_memory
 from hnas.base.settings import check_same_settings
 from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.parallel.distributed import finished_before_stopping
