@@ -181,17 +181,6 @@ def test_a_step_is_the_independent_computation(network, frozen, largest):
         assert any(name.startswith("backbone.") for name in moved)
 
 
-def test_passes_depend_on_the_position_only(network):
-    model = ContrastiveModel(network, RandomSampler(RESNET48_MINI, seed=5, number=2))
-    model.epoch, model.step = 1, 7
-    first, second = model.passes()
-    assert (first, second) == model.passes()
-    assert (first.query_path, first.key_path) == (second.key_path, second.query_path)
-    assert first.query_path != first.key_path
-    model.step = 8
-    assert first != model.passes()[0]
-
-
 def test_the_neck_starts_as_the_recipe_says():
     paddle.seed(0)
     neck = PiNASv2(RESNET48, num_classes=10, queue_size=16).neck
