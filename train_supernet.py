@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from hnas.base.signals import hold_signals
+from hnas.base.errors import UserError, hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from hnas.architecture_file import read_architectures
 from hnas.base.device import Arithmetic
-from hnas.base.errors import UserError, run_main
 from hnas.base.files import remove_leftovers
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-from hnas.base.signals import hold_signals
+from hnas.base.errors import UserError, hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
 import logging
 
-from hnas.base.errors import UserError, run_main
 from hnas.dataset.transforms import TrainTransform
 from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network

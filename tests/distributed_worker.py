@@ -7,6 +7,7 @@ With plain Python it is the one process that the others are compared with.
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import paddle
@@ -70,8 +71,8 @@ def trained(model, accumulate: int = 1):
     return model
 
 
-def train(model, step: int) -> None:
-    model.epoch, model.step = 0, step
+def train(model, epoch: int, step: int) -> None:
+    model.epoch, model.step = epoch, step
     parts = batch(step)
     model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])
 
@@ -95,26 +96,18 @@ def gradients_of_one_step(model, step: int) -> dict[str, np.ndarray]:
                 seen[name] = parameter.grad.numpy()
 
     model.optimizer.step = look
-    model.epoch, model.step = 1, step
-    parts = batch(step)
-    model.train_batch(parts if isinstance(model, ContrastiveModel) else parts[1:])
+    train(model, 1, step)
     return seen
 
 
 def counted(model, steps: int) -> list[int]:
     """Train; gives the all-reduces of each step."""
     calls = []
-    all_reduce = dist.all_reduce
-
-    def count(*arguments, **more):
-        calls[-1] += 1
-        return all_reduce(*arguments, **more)
-
-    dist.all_reduce = count
-    for step in range(steps):
-        calls.append(0)
-        train(model, step)
-    dist.all_reduce = all_reduce
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        for step in range(steps):
+            all_reduce.reset_mock()
+            train(model, 0, step)
+            calls.append(all_reduce.call_count)
     return calls
 
 

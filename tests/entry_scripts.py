@@ -1,6 +1,10 @@
-"""Entry scripts in the tests' own process, on images of noise; inputs of whole runs."""
+"""Entry scripts in the tests' own process, on images of noise; whole runs beside it, on digits."""
 
+import json
+import os
+import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +18,17 @@ from hnas.dataset.transforms import EvalTransform, normalize
 from hnas.models.elastic import batch_norms, measure
 from hnas.models.pinasv2 import build_network
 from hnas.tools.digits_folder import write_digits
-from hnas.weights.loading import write_state
+from hnas.weights.loading import read_weights, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = list("0123456789")
+TIMEOUT = 120
+SCRIPTS = {1: "train_supernet_pinas_stage1.py", 2: "train_supernet_pinas_stage2_simple.py"}
+LAUNCHERS = {
+    1: "local_train_pinas1_wholenet.sh",
+    2: "local_train_pinas2_simple_wholenet_nof.sh",
+    3: "local_eval.sh",
+}
 
 
 def noise_images(root: Path, number: int = 2) -> Path:
@@ -56,3 +67,69 @@ def write_inputs(work: Path, images_per_class: int) -> None:
     network.eval()
     measure(network, batch_norms(network), normalize(pixels))
     write_state(work / "pretrained.pdparams", network.state_dict())
+
+
+@dataclass
+class Runs:
+    """Starts the stages on a few digits: the scripts or, on several processes, the launchers."""
+
+    work: Path
+    flags: dict = field(default_factory=dict)
+
+    def start(self, stage: int, name: str, processes: int = 0, **flags) -> subprocess.Popen:
+        flags = {
+            "backbone": "resnet48pinasv2_mini" if stage == 1 else "resnet48_mini",
+            "image_dir": self.work / "images",
+            "pretrained": self.work / "pretrained.pdparams",
+            "save_dir": self.work / name,
+            "image_size": 32,
+            "batch_size": 4,
+            "dyna_batch_size": 2,
+            "lr": 0.03,
+            "warmup": 1,
+            "eval_freq": 0,
+            "log_freq": 1,
+            "num_workers": 0,
+            "device": "cpu",
+            **self.flags,
+            **flags,
+        }
+        flags = {key: str(value) for key, value in flags.items()}
+        environment = {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        if processes:
+            command = ["sh", LAUNCHERS[stage]]
+            environment |= {"processes": str(processes), "threads": "1", "python": sys.executable}
+            environment |= {"use_ckpt": "False", **flags}
+        else:
+            line = [part for key, value in flags.items() for part in (f"--{key}", value)]
+            command = [sys.executable, "-u", SCRIPTS[stage], "run", *line]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=not processes,
+        )
+
+    def run(self, stage: int, name: str, processes: int = 0, code: int = 0, **flags) -> str:
+        """Run to the end; gives what was printed."""
+        process = self.start(stage, name, processes, **flags)
+        output, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == code, output[-3000:]
+        return output
+
+    def weights(self, name: str, file: str = "final") -> dict[str, np.ndarray]:
+        return read_weights(self.work / name / f"{file}.pdparams")
+
+    def losses(self, name: str) -> list[float]:
+        return json.loads((self.work / name / "history.json").read_text())["epoch_losses"]
+
+    def assert_same(self, one: str, other: str) -> None:
+        for file in ("0", "final"):
+            left, right = self.weights(one, file), self.weights(other, file)
+            assert left.keys() == right.keys()
+            for key in left:
+                assert left[key].tobytes() == right[key].tobytes(), (file, key)
+        assert self.losses(one) == self.losses(other)

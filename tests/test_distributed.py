@@ -1,7 +1,6 @@
 """Several gloo processes against one: gradients, queues, resuming, deaths, scores."""
 
 import itertools
-import json
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import write_inputs
+from entry_scripts import ROOT, TIMEOUT, Runs, write_inputs
 
 from hnas.base.files import write_json
 from hnas.dataset.image_folder import scan_images
@@ -25,16 +24,8 @@ from hnas.parallel.rollcall import LostRankError, RollCall
 from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
 from hnas.utils import training
-from hnas.weights.loading import read_weights
 
-ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("distributed_worker.py")
-LAUNCHERS = {
-    1: "local_train_pinas1_wholenet.sh",
-    2: "local_train_pinas2_simple_wholenet_nof.sh",
-    3: "local_eval.sh",
-}
-TIMEOUT = 120
 
 
 # --- steps
@@ -159,73 +150,24 @@ def test_learning_rate_follows_the_total_batch(monkeypatch):
 # --- runs
 
 
-class Runs:
-    """Starts the launchers on several processes."""
-
-    def __init__(self, work: Path):
-        self.work = work
-
-    def start(self, stage: int, name: str, processes: int, **variables) -> subprocess.Popen:
-        variables = {
-            "processes": processes,
-            "save_dir": self.work / name,
-            "backbone": "resnet48pinasv2_mini" if stage == 1 else "resnet48_mini",
-            "image_dir": self.work / "images",
-            "pretrained": self.work / "pretrained.pdparams",
-            "use_ckpt": False,
-            "max_epoch": 6,
-            "image_size": 32,
-            "batch_size": 4,
-            "queue_size": 32,
-            "dyna_batch_size": 2,
-            "lr": 0.03,
-            "warmup": 1,
-            "eval_freq": 0,
-            "bn_calibration_images": 8,
-            "log_freq": 1,
-            "num_workers": 0,
-            "device": "cpu",
-            "threads": 1,
-            "python": sys.executable,
-            "PYTHONWARNINGS": "ignore",
-            **variables,
-        }
-        return subprocess.Popen(
-            ["sh", LAUNCHERS[stage]],
-            cwd=ROOT,
-            env={**os.environ, **{name: str(value) for name, value in variables.items()}},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, stage: int, name: str, processes: int, code: int = 0, **variables) -> str:
-        process = self.start(stage, name, processes, **variables)
-        output, _ = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == code, output[-3000:]
-        return output
+class LoggedRuns(Runs):
+    """Their ranks write logs."""
 
     def wait_for(self, name: str, text: str) -> None:
         """Until rank 0's log holds a text."""
         deadline = time.monotonic() + TIMEOUT
-        while time.monotonic() < deadline:
-            if text in self.log(name):
-                return
+        while text not in self.log(name):
+            assert time.monotonic() < deadline, self.log(name)
             time.sleep(0.01)
-        raise AssertionError(self.log(name))
 
-    def log(self, name: str, rank: int = 0) -> str:
-        logs = sorted((self.work / name).glob(f"log*/workerlog.{rank}"))
+    def log(self, name: str) -> str:
+        logs = sorted((self.work / name).glob("log*/workerlog.0"))
         return "".join(path.read_text(errors="replace") for path in logs)
-
-    def weights(self, name: str) -> dict[str, bytes]:
-        weights = read_weights(self.work / name / "final.pdparams")
-        return {key: value.tobytes() for key, value in weights.items()}
 
 
 @pytest.fixture
 def runs(work):
-    return Runs(work)
+    return LoggedRuns(work, {"max_epoch": 6, "queue_size": 32, "bn_calibration_images": 8})
 
 
 def kill_last_rank(process: subprocess.Popen) -> None:
@@ -262,12 +204,7 @@ def test_a_dead_rank_ends_the_run_which_resumes_exactly(runs, stage, machines):
     assert "rank 1 is gone" in told or "lost another process" in told
     runs.run(stage, parts, 2, resume="auto", save_steps=2)
     assert "training from epoch 2" in runs.log(parts)
-    assert runs.weights(parts) == runs.weights(whole)
-    losses = [
-        json.loads((runs.work / name / "history.json").read_text())["epoch_losses"]
-        for name in (whole, parts)
-    ]
-    assert losses[0] == losses[1]
+    runs.assert_same(parts, whole)
 
 
 @pytest.mark.slow
@@ -285,8 +222,7 @@ def test_a_stopped_run_resumes_on_another_number_of_ranks(runs):
     assert "total_batch differ" in output.splitlines()[-1]
     output = runs.run(2, "stopped", 1, resume="auto", batch_size=8)
     assert f"training from epoch {epoch} step {step + 1}" in output
-    history = json.loads((runs.work / "stopped/history.json").read_text())
-    assert len(history["epoch_losses"]) == 6
+    assert len(runs.losses("stopped")) == 6
 
 
 @pytest.mark.slow

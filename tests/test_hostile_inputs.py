@@ -20,7 +20,7 @@ import pytest
 import train_supernet
 from hnas import architecture_file
 from hnas.architecture_file import read_architectures
-from hnas.base import memory
+from hnas.base import device
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
 from hnas.programs import memory_needs
@@ -136,7 +136,7 @@ def free(monkeypatch):
     def say(mib=1024, shared=1024):
         monkeypatch.setattr(memory_needs, "available_bytes", lambda: mib * 2**20)
         found = SimpleNamespace(f_bavail=shared * 2**8, f_frsize=2**12)
-        monkeypatch.setattr(memory.os, "statvfs", lambda path: found)
+        monkeypatch.setattr(device.os, "statvfs", lambda path: found)
 
     return say
 
@@ -198,7 +198,7 @@ def test_what_needs_little_shared_memory(free, monkeypatch):
 
 
 def test_a_system_without_shared_memory_is_not_asked(monkeypatch):
-    monkeypatch.setattr(memory, "SHARED", "/nope")
+    monkeypatch.setattr(device, "SHARED", "/nope")
     check_shared_memory(2**60, 100, 8)
 
 
@@ -226,7 +226,6 @@ READ = """
 import sys
 from pathlib import Path
 from hnas.architecture_file import read_architectures
-from hnas.base.errors import UserError
 from hnas.dataset.image_folder import decode_image
 for path in sys.argv[1:]:
     for read in (decode_image, read_architectures):

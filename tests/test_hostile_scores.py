@@ -398,7 +398,7 @@ def test_leftovers_go_and_files_of_living_writers_stay(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as writer:
         name = writer.stdout.readline().strip()
-        (tmp_path / ".old.pixels.4711.tmp").write_bytes(b"of an earlier version")
+        (tmp_path / f".old.pixels.4711-{'a' * 16}.tmp").write_bytes(b"of a killed one")
         (tmp_path / ".mine.tmp").write_bytes(b"of somebody else")
         remove_leftovers(tmp_path)
         assert sorted(os.listdir(tmp_path)) == sorted([".mine.tmp", name])

@@ -2,99 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pytest
-from entry_scripts import ROOT, write_inputs
+from entry_scripts import TIMEOUT, Runs, write_inputs
 
 from hnas.parallel.distributed import StopSignals
-from hnas.weights.loading import read_weights
 
 CLASSES, IMAGES, BATCH = 10, 2, 4
 STEPS = CLASSES * IMAGES // BATCH
-TIMEOUT = 120
-SCRIPTS = {1: "train_supernet_pinas_stage1.py", 2: "train_supernet_pinas_stage2_simple.py"}
-BACKBONES = {1: "resnet48pinasv2_mini", 2: "resnet48_mini"}
-
-
-@dataclass
-class Runs:
-    """Starts the entry scripts on a few digits."""
-
-    work: Path
-
-    def start(self, stage: int, save_dir: str, **flags) -> subprocess.Popen:
-        flags = {
-            "backbone": BACKBONES[stage],
-            "image_dir": self.work / "images",
-            "pretrained": self.work / "pretrained.pdparams",
-            "save_dir": self.work / save_dir,
-            "max_epoch": 2,
-            "image_size": 32,
-            "batch_size": BATCH,
-            "queue_size": 16,
-            "dyna_batch_size": 2,
-            "lr": 0.03,
-            "warmup": 1,
-            "eval_freq": 0,
-            "log_freq": 1,
-            "num_workers": 0,
-            "device": "cpu",
-            **flags,
-        }
-        arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "2",
-            "PYTHONPATH": str(ROOT),
-            "XDG_CACHE_HOME": str(self.work / "cache"),
-        }
-        return subprocess.Popen(
-            [sys.executable, "-u", str(ROOT / SCRIPTS[stage]), "run", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-
-    def run(self, stage: int, save_dir: str, **flags) -> str:
-        """Run to the end; gives what was printed."""
-        process = self.start(stage, save_dir, **flags)
-        output, _ = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, output
-        return output
-
-    def weights(self, save_dir: str, name: str = "final") -> dict[str, np.ndarray]:
-        return read_weights(self.work / save_dir / f"{name}.pdparams")
-
-    def losses(self, save_dir: str) -> list[float]:
-        return json.loads((self.work / save_dir / "history.json").read_text())["epoch_losses"]
-
-    def assert_same(self, one: str, other: str) -> None:
-        for name in ("0", "final"):
-            left, right = self.weights(one, name), self.weights(other, name)
-            assert left.keys() == right.keys()
-            for key in left:
-                assert left[key].tobytes() == right[key].tobytes(), (name, key)
-        assert self.losses(one) == self.losses(other)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     work = tmp_path_factory.mktemp("runs")
     write_inputs(work, IMAGES)
-    return Runs(work)
+    return Runs(work, {"max_epoch": 2, "queue_size": 16})
 
 
 @pytest.fixture(scope="module")

@@ -269,14 +269,6 @@ def test_a_run_keeps_its_id_when_it_goes_on_elsewhere(train, tmp_path):
     assert noted_run(tmp_path / "there") == run_id
 
 
-def test_sets_of_versions_without_ids_are_taken(train, tmp_path):
-    train(8, kill_at=(2, 0))
-    forge(tmp_path / "run", ("run_id", MISSING))
-    (tmp_path / "run" / RUN_NOTE).unlink()
-    train(8, kill_at=(2, 1), resume="auto")
-    assert min(train(8, resume="auto").rates) == (2, 0)
-
-
 @pytest.mark.parametrize("content", [[], {}, {"run_id": 3}, "{"])
 def test_a_broken_note_is_one_line(train, tmp_path, content):
     train(8, kill_at=(2, 0))
@@ -397,9 +389,9 @@ FORGED_STATES = {
     ],
     "run": [["lr"], MISSING],
     "run/lr": [np.ones(3)],
-    "run_id": [3],
+    "run_id": [3, MISSING],
+    "number": [2.0, MISSING],
     "digests": [["a"], MISSING],
-    "saved": ["now"],
     "generators": ["seed", MISSING],
     "generators/python/words": [np.zeros(3, np.uint32), np.full(625, np.nan)],
     "generators/python/version": [HUGE],
@@ -489,11 +481,3 @@ def test_a_forged_optimizer_is_one_line(train, killed, tmp_path, path, value):
     shutil.copytree(killed, tmp_path / "run")
     forge(tmp_path / "run", (path, value), suffix=OPTIMIZER)
     assert f"1{OPTIMIZER}" in refusal(train, resume="auto")
-
-
-def test_an_optimizer_of_earlier_versions_is_taken(train, killed, tmp_path):
-    """They saved the learning rate's counter, and no velocity of what no step had trained."""
-    shutil.copytree(killed, tmp_path / "run")
-    counter = {"last_epoch": 10**6, "last_lr": "fast"}
-    forge(tmp_path / "run", ("LR_Scheduler", counter), (VELOCITY, MISSING), suffix=OPTIMIZER)
-    assert_rates(train(8, resume="auto"), 8, 2)

@@ -117,7 +117,7 @@ RUN = """
 import importlib, json, sys
 tool, *arguments = sys.argv[1:]
 importlib.import_module(f"hnas.tools.{tool}").main(arguments)
-from hnas.base.memory import peak_gib
+from hnas.base.device import peak_gib
 loaded = sorted({name.partition(".")[0] for name in sys.modules})
 sys.stderr.write(json.dumps({"loaded": loaded, "mib": 1024 * peak_gib()}))
 """

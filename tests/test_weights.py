@@ -26,7 +26,6 @@ from hnas.utils.starting import (
 from hnas.utils.training import about_weights
 from hnas.weights.loading import (
     backbone_weights,
-    check_classes,
     load_weights,
     looks_like,
     read_checkpoint,
@@ -123,15 +122,8 @@ LAYOUTS = {  # what a file holds, and of which network that is
     "public, alone": lambda nets: (under(SEVERAL, nets.supernet), nets.supernet),
     "public, one card": lambda nets: (with_teacher(nets, ONE, nets.plain), nets.supernet),
     "public, several cards": lambda nets: (with_teacher(nets, SEVERAL, nets.plain), nets.supernet),
-    "public, converted teacher": lambda nets: (
-        with_teacher(nets, ONE, nets.supernet),
-        nets.supernet,
-    ),
     "public, stage 1": lambda nets: (public_contrast(nets.contrast), nets.contrast),
-    "public, stage 1, cards": lambda nets: (
-        public_contrast(nets.contrast, SEVERAL),
-        nets.contrast,
-    ),
+    "public, stage 1, cards": lambda nets: (public_contrast(nets.contrast, SEVERAL), nets.contrast),
 }
 
 
@@ -176,6 +168,8 @@ def test_weights_load_bit_for_bit(writer, layout, nets, tmp_path, caplog):
     WRITERS[writer](content, tmp_path / "weights.pdparams")
     with caplog.at_level("INFO"):
         checkpoint = read_checkpoint(tmp_path / "weights")
+    if writer == "nested model":
+        assert "weights.pdparams: took 'model', left 1 others" in caplog.text
     assert_same_bits(checkpoint.weights, plain(expected))
     # Public code trains at frozen statistics.
     assert checkpoint.freeze_bn == layout.startswith("public")
@@ -185,23 +179,7 @@ def test_weights_load_bit_for_bit(writer, layout, nets, tmp_path, caplog):
     assert all(f"left {beside} tensors of the teacher beside the network" in line for line in told)
 
 
-def test_what_lies_beside_a_nest_is_left(nets, tmp_path, caplog):
-    pickled({"epoch": 3, "model": nets.supernet, "lr": 0.1}, tmp_path / "a.pdparams")
-    with caplog.at_level("INFO"):
-        assert_same_bits(read_weights(tmp_path / "a"), plain(nets.supernet))
-    assert "a.pdparams: took 'model', left 2 others" in caplog.text
-
-
 # --- every stage takes them
-
-
-def test_a_supernet_takes_plain_weights_and_computes_the_same(nets):
-    alone, supernet = build_network(MINI, 10, elastic=False), build_network(MINI, 10)
-    images = paddle.randn([2, 3, 32, 32])
-    for network in (alone, supernet):
-        load_weights(network, nets.plain, "F")
-        network.eval()
-    np.testing.assert_allclose(supernet(images).numpy(), alone(images).numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["public, stage 1", "public, one card"])
@@ -400,18 +378,15 @@ def test_class_names_are_compared(taker, nets, tmp_path, caplog):
     )
     with pytest.raises(CheckpointError, match="classifies 10 classes, but image_dir has 9"):
         TAKERS[taker](path, CLASSES[:9])
-    # Files of earlier versions and official weights have no names.
+    # As many names as classes.
+    write_state(path, state, {"classes": CLASSES[:4]})
+    with pytest.raises(CheckpointError, match="classifies 4 classes, but image_dir has 10"):
+        TAKERS[taker](path, CLASSES)
+    # Official weights have no names.
     write_state(path, state)
     with caplog.at_level("INFO"):
         TAKERS[taker](path, swapped)
     assert f"{path} does not name its classes: taken to be those of image_dir" in caplog.messages
-
-
-def test_as_many_names_as_classes(nets, tmp_path):
-    path = tmp_path / "a.pdparams"
-    write_state(path, tensors(nets.plain), {"classes": CLASSES[:4]})
-    with pytest.raises(CheckpointError, match="classifies 4 classes, but image_dir has 10"):
-        check_classes(read_checkpoint(path), CLASSES, path)
 
 
 # --- what is broken
@@ -433,8 +408,6 @@ HOSTILE = {
     "deep nests": ({"model": {"model": {"model": {"model": {}}}}}, "'model' is a dict"),
     "two nests": ({"model": {"w": np.ones(1)}, "state_dict": {}}, "both 'state_dict' and 'model'"),
     "model is text": ({"model": "resnet48"}, "'model' is a str, not an array"),
-    "model is a list": ({"model": [np.ones(1)]}, "'model' is a list, not an array"),
-    "a dict inside": ({"w": np.ones(1), "optimizer": {"lr": 1}}, "'optimizer' is a dict"),
     "slices of a GiB": ({"UnpackBigParamInfor@@": {"w": {}}}, "Infor@@' is a dict, not an array"),
     "name with a line break": ({"a\nb": np.ones(1)}, "'a\\nb' is no name"),
     "number for a name": ({7: np.ones(1)}, "7 is no name"),
@@ -443,13 +416,10 @@ HOSTILE = {
     "number": (3, "holds a int"),
     "about is no JSON": ({"about@pinas": "{freeze"}, "'about@pinas' is not what"),
     "about is a list": ({"about@pinas": "[]"}, "'about@pinas' is not what"),
-    "about is an array": ({"about@pinas": np.ones(2)}, "'about@pinas' is not what"),
     "about is deep": ({"about@pinas": "[" * 200_000}, "'about@pinas' is not what"),
     "freeze_bn maybe": ({"about@pinas": '{"freeze_bn": "maybe"}'}, "freeze_bn in 'about@pinas'"),
-    "freeze_bn 1": ({"about@pinas": '{"freeze_bn": 1}'}, "freeze_bn in 'about@pinas'"),
     "classes text": ({"about@pinas": '{"classes": "abc"}'}, "classes in 'about@pinas'"),
     "classes of numbers": ({"about@pinas": '{"classes": [1, 2]}'}, "classes in 'about@pinas'"),
-    "backbone null": ({"about@pinas": '{"backbone": null}'}, "backbone in 'about@pinas'"),
 }
 BROKEN_SAFETENSORS = [b"", b"x" * 100, b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0{}x"]
 

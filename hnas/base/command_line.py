@@ -82,11 +82,7 @@ def read_path(text: str) -> Path:
 
 
 def check_path(text: str) -> None:
-    """Refuse what cannot be a path, before some system call does.
-
-    Raises:
-        ArgumentTypeError: a name in it, or the whole, is too long.
-    """
+    """Refuse what is too long for a path, in a name or whole, before some system call does."""
     longest = max(len(os.fsencode(name)) for name in text.split("/"))
     if longest > LONGEST_NAME:
         raise argparse.ArgumentTypeError(

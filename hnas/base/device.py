@@ -1,7 +1,8 @@
-"""The device that a program computes on: what it is, how it rounds, what memory it has."""
+"""The device and machine that a program computes on: what they are, how they round, memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from contextlib import suppress
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 import paddle
 
 from hnas.base.errors import UserError
-from hnas.base.memory import available_bytes, peak_gib
 
 CUDNN_TF32, CUBLAS_TF32 = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
 """Paddle 3.3.1's, of GPU builds alone: convolutions, on by default; matrix products, off."""
 DETERMINISTIC = "FLAGS_cudnn_deterministic"
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 """The environment's: 0 forbids TF32 to NVIDIA's libraries, 1 makes them use it."""
+SHARED = "/dev/shm"
 
 
 def visible_gpus() -> int:
@@ -75,46 +76,21 @@ def set_tf32(mode: str) -> bool:
         card = paddle.device.cuda.get_device_properties()
         kind = f"{card.name} (compute capability {card.major}.{card.minor})"
         raise UserError(f"--tf32 on, but {kind} has no TF32; give auto or off")
-    allowed = mode != "off"
-    if mode == "auto":
-        with suppress(ValueError):  # of a Paddle that does not know the flag
-            allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
-    else:
-        _set_flags({CUDNN_TF32: allowed, CUBLAS_TF32: allowed}, f"--tf32 {mode}")
+    if mode != "auto":
+        paddle.set_flags({CUDNN_TF32: mode == "on", CUBLAS_TF32: mode == "on"})
+    allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
     return has_tf32() and override != "0" and (bool(allowed) or override == "1")
 
 
 def set_deterministic() -> None:
-    """Let cuDNN use deterministic algorithms only; CPUs do anyway.
-
-    Raises:
-        UserError: this Paddle cannot be told to.
-    """
+    """Let cuDNN use deterministic algorithms only; CPUs do anyway."""
     if on_gpu():
-        _set_flags({DETERMINISTIC: True}, "--deterministic True")
-
-
-def _set_flags(flags: dict[str, bool], asked: str) -> None:
-    try:
-        paddle.set_flags(flags)
-    except ValueError:
-        raise UserError(
-            f"{asked}, but Paddle {paddle.__version__} has no {next(iter(flags))}; use "
-            "paddlepaddle-gpu==3.3.1"
-        ) from None
+        paddle.set_flags({DETERMINISTIC: True})
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What results depend on beside data and settings; as text for logs and saved states.
-
-    Attributes:
-        device: the GPU's name, or ``CPU``.
-        tf32: whether float32 convolutions round to TF32.
-        amp: level of mixed precision, ``O0`` (none), ``O1`` or ``O2``.
-        deterministic: whether cuDNN uses deterministic algorithms only.
-        paddle: its version.
-    """
+    """What results depend on beside data and settings; as text for logs and saved states."""
 
     device: str
     tf32: bool
@@ -126,6 +102,52 @@ class Arithmetic:
         rounding = "TF32" if self.tf32 else "float32"
         algorithms = ", deterministic" if self.deterministic else ""
         return f"{self.device}, {rounding}, amp {self.amp}{algorithms}, Paddle {self.paddle}"
+
+
+def _field(path: str, name: str) -> int | None:
+    """Bytes of a ``Name:   123 kB`` line, or None."""
+    with suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+        for line in file:
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping; 4 GiB where the system does not say."""
+    return _field("/proc/meminfo", "MemAvailable") or 4 * 2**30
+
+
+def shared_bytes() -> int | None:
+    """What is free of the memory that processes share, /dev/shm; None: there is none such."""
+    with suppress(OSError):
+        found = os.statvfs(SHARED)
+        return found.f_bavail * found.f_frsize
+    return None
+
+
+def gib(size: int) -> str:
+    """Bytes as a text, in GiB."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def peak_gib() -> float:
+    """Largest resident size of this process since the start, GiB."""
+    return (_field("/proc/self/status", "VmHWM") or 0) / 2**30
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the system.
+
+    A walk frees and takes buffers of megabytes thousands of times, and every page that comes
+    from the system anew has to be cleared. Other C libraries are left alone.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)
 
 
 def free_bytes() -> int:

@@ -1,28 +1,99 @@
-"""Errors that a user can mend: one line, exit code 2."""
+"""How programs end: errors that a user can mend, SIGTERM and Ctrl-C, the launcher's death."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-
-from hnas.base.signals import end_on_signals, end_with_launcher, is_one_of_several
 
 ERRORS = "PINAS_ERRORS"
 """The environment variable in which hnas.parallel.launcher names its file for users' errors."""
 LOG_FORMAT = "[%(asctime)s] %(message)s"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENDING_SECONDS = 20
+"""Launchers and cluster managers kill what has not ended after 30."""
+LAUNCHER = "PINAS_LAUNCHER"
+"""The environment variable in which hnas.parallel.launcher hands its process id on."""
 
 
 class UserError(Exception):
     """Wrong input. The message is one line: what is wrong, where, and what to do."""
 
 
+class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
+    """Ends the program with the exit code that shells give to a signal: 130 or 143."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
+def hold_signals() -> None:
+    """Let SIGTERM and Ctrl-C wait for :func:`end_on_signals`: for programs that import Paddle.
+
+    Paddle sets handlers when it is imported, and imports take seconds.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def end_on_signals() -> None:
+    """From now on the first SIGTERM or Ctrl-C raises :class:`Stopped` in the main thread.
+
+    The next one kills at once; so does the end of 20 seconds, whatever the program still does.
+    Paddle's own handlers, which are replaced, format a report inside the handler: it may wait for
+    ever for a lock of malloc that the interrupted code holds.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _stop(number: int, frame) -> None:
+    # Paddle's launcher sends SIGTERM several times within a second, and SIGKILL after 30.
+    next_one = signal.SIG_IGN if is_one_of_several() else signal.SIG_DFL
+    for each in SIGNALS:
+        signal.signal(each, next_one)
+    # The exception may be lost in a destructor, or wait for a thread: exit in any case.
+    timer = threading.Timer(ENDING_SECONDS, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
+    # Not print: the handler may have interrupted one.
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    raise Stopped(number)
+
+
+def is_one_of_several() -> bool:
+    """Whether a launcher has started several processes of this run."""
+    return os.environ.get("PADDLE_TRAINERS_NUM", "1") != "1"
+
+
+def end_with_launcher() -> None:
+    """Watch the launcher, if there is one: what it has started ends within a minute of its death.
+
+    First as on SIGTERM, so that the step under way is saved.
+    """
+    if is_one_of_several():
+        launcher = int(os.environ.get(LAUNCHER) or os.getppid())
+        threading.Thread(target=_watch_launcher, args=(launcher,), daemon=True).start()
+
+
+def _watch_launcher(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(2)
+    os.write(2, b"the launcher is gone, so this process ends too\n")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ENDING_SECONDS)
+    os._exit(128 + signal.SIGTERM)
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a program's ``main``; end with exit code 2 and one line for a :class:`UserError`.
 
-    SIGTERM and Ctrl-C end it with 143 and 130, see :mod:`hnas.base.signals`.
+    SIGTERM and Ctrl-C end it with 143 and 130.
     """
     end_on_signals()
     end_with_launcher()

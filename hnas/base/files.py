@@ -22,8 +22,8 @@ from hnas.base.errors import UserError
 DIGEST = ".sha256"
 KINDS = "biufU"
 """Of arrays: booleans, whole numbers, floats and text."""
-# Of temporary files: process number and, except in earlier versions, a random one.
-TEMPORARY = re.compile(r"\..+\.\d+(-[0-9a-f]{16})?\.tmp")
+# Of temporary files: process number and a random one.
+TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.tmp")
 
 
 @contextmanager
@@ -95,8 +95,7 @@ def remove_leftovers(folder: str | Path) -> None:
 def check_writable(folder: str | Path, flag: str) -> None:
     """Try a file where results will go, before they are computed; nothing is left there.
 
-    Raises:
-        UserError: it cannot be written; names the flag.
+    The :class:`UserError` names the flag.
     """
     try:
         made = Path(folder)
@@ -114,11 +113,7 @@ def check_writable(folder: str | Path, flag: str) -> None:
 
 
 def check_output(path: str | Path, flag: str) -> None:
-    """As :func:`check_writable`, for a file that a flag names.
-
-    Raises:
-        UserError: its folder cannot be written, or it is a folder itself.
-    """
+    """As :func:`check_writable`, for a file that a flag names; folders are refused, too."""
     if Path(path).is_dir():
         raise UserError(f"{flag} {path} is a folder; name a file in it")
     check_writable(Path(path).parent, flag)
@@ -139,11 +134,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def write_digest(path: str | Path, digest: str = "") -> None:
-    """Write the SHA-256 of a file beside it; ``digest`` if that is known already.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write the SHA-256 of a file beside it; ``digest`` if that is known already."""
     with replacing(digest_path(path)) as temporary:
         line = f"{digest or file_digest(path)}  {Path(path).name}\n"
         temporary.write_text(line, encoding="utf-8")
@@ -167,22 +158,14 @@ def is_whole(path: str | Path) -> bool:
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write JSON by temporary file and rename, so that a kill leaves the previous file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write JSON as :func:`replacing` does, so that a kill leaves the previous file."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object that a program of this project wrote.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """A JSON object that a program of this project wrote; a :class:`UserError` otherwise."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -195,8 +178,7 @@ def read_json(path: str | Path) -> dict:
 def check_regular(path: str | Path) -> None:
     """Refuse what is no file with an end: reading a pipe, socket or device may never return.
 
-    Raises:
-        OSError: it is of another kind, or not there; ``strerror`` says which.
+    The :class:`OSError`'s ``strerror`` says what it is.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -212,9 +194,7 @@ class ArraysError(Exception):
 def read_arrays(path: str | Path, most_bytes: int) -> dict[str, np.ndarray]:
     """The arrays of an ``.npz`` file, by name: whoever wrote it, no larger than their file.
 
-    Args:
-        path: of the file.
-        most_bytes: a larger file is refused before it is read.
+    A file of more than ``most_bytes`` is refused before it is read.
 
     Raises:
         FileNotFoundError: there is none.

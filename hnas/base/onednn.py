@@ -74,11 +74,7 @@ class Library:
         return handle
 
     def call(self, function: str, *arguments) -> None:
-        """Call a function.
-
-        Raises:
-            OneDNNError: it refuses.
-        """
+        """Call a function; :class:`OneDNNError` if it refuses."""
         status = getattr(self._functions, function)(*arguments)
         if status:
             raise OneDNNError(f"{function} returned {status}")
@@ -107,9 +103,9 @@ class Library:
         self.call("dnnl_primitive_attr_set_post_ops", attributes, then)
         return attributes
 
-    def instructions(self) -> int:
-        """Bits of the instruction sets in use."""
-        return self._functions.dnnl_get_effective_cpu_isa()
+    def has_bfloat16(self) -> bool:
+        """Whether it uses instructions that multiply in bfloat16: AVX512_BF16 or AMX."""
+        return self._functions.dnnl_get_effective_cpu_isa() & AVX512_BF16 == AVX512_BF16
 
     def size(self, description) -> int:
         """Bytes that a memory descriptor needs."""
@@ -172,11 +168,7 @@ def channels_last(shape, channels: int = 0) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def library() -> Library:
-    """The library, loaded at the first call.
-
-    Raises:
-        OneDNNError: Paddle does not ship it, or another version.
-    """
+    """The library, loaded at the first call; :class:`OneDNNError` if Paddle does not ship it."""
     return Library()
 
 
@@ -194,17 +186,13 @@ def scratch(name: str, size: int) -> int:
 def has_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16 (AVX512_BF16, AMX), and oneDNN lets it."""
     try:
-        return library().instructions() & AVX512_BF16 == AVX512_BF16
+        return library().has_bfloat16()
     except OneDNNError:
         return False
 
 
 def refuse_without_bfloat16(what: str) -> None:
-    """Say that this processor has no bfloat16 before ``what`` asks for it.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise a :class:`UserError` where ``what`` asks for bfloat16 and the processor has none."""
     if not has_bfloat16():
         raise UserError(
             f"{what} on a CPU needs a processor with AVX512_BF16 or AMX, and oneDNN; give --amp O0"

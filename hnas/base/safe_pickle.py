@@ -116,21 +116,11 @@ def _scalar(stand_in, data):
     return value
 
 
-def _no_bytes():
-    """``bytes()``: how protocol 2 writes empty bytes."""
-    return b""
-
-
 def _tensor(pair):
     """``tuple((name, array))``: how Paddle writes a tensor in a nested state."""
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise _RefusedError("calls tuple on something else than a tensor's name and data")
     return pair
-
-
-def _ordered_dict():
-    """``OrderedDict()``, whose content is set afterwards."""
-    return OrderedDict()
 
 
 ARRAY_TYPE = object()
@@ -160,11 +150,13 @@ class _Unpickler(pickle._Unpickler):
         self._known = {
             "numpy.ndarray": ARRAY_TYPE,
             "numpy.dtype": _DType,
-            "collections.OrderedDict": _ordered_dict,
+            # Its content is set afterwards.
+            "collections.OrderedDict": lambda: OrderedDict(),
             "_codecs.encode": self._encode,
         }
         for module in ("builtins", "__builtin__"):
-            self._known |= {f"{module}.tuple": _tensor, f"{module}.bytes": _no_bytes}
+            # Protocol 2 writes empty bytes as a call.
+            self._known |= {f"{module}.tuple": _tensor, f"{module}.bytes": lambda: b""}
         # NumPy 1 and NumPy 2.
         for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             self._known[f"{module}._reconstruct"] = self._reconstruct

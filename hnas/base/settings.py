@@ -26,13 +26,10 @@ def check_same_settings(
 
     Args:
         what: whose settings ``found`` are: a path, or a name within one.
-        found: what was noted beside the results.
-        wanted: this run's settings.
         remedy: what to do, e.g. ``remove it, or choose another --out``.
-        error: the kind of error to raise.
 
     Raises:
-        UserError: names every setting that differs, with both values.
+        UserError: or the ``error`` given; names every setting that differs, with both values.
     """
     changed = changed_settings(found, wanted)
     if changed:

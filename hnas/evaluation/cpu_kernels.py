@@ -12,8 +12,8 @@ from collections.abc import Callable
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.base.device import available_bytes, keep_freed_memory
 from hnas.base.errors import UserError
-from hnas.base.memory import available_bytes, keep_freed_memory
 from hnas.base.onednn import (
     MAX_POOLING,
     MEAN_POOLING,

@@ -106,8 +106,7 @@ class ElasticResNet(ResNet):
     def activate(self, arch: Architecture) -> None:
         """Make ``arch`` the sub-network that forward runs.
 
-        Raises:
-            ArchitectureError: ``arch`` needs a projection that the shared weights do not hold.
+        :class:`ArchitectureError` if it needs a projection that the shared weights do not hold.
         """
         plan = self.space.shared_plan(arch)
         self._architecture = arch
@@ -146,13 +145,9 @@ class ElasticResNet(ResNet):
     def extract(self, arch: Architecture, calibration: paddle.Tensor | None = None) -> ResNet:
         """A stand-alone network of ``arch`` with copies of the shared weights' slices.
 
-        Args:
-            calibration: uint8 images [N, 3, H, W] whose batch statistics BatchNorm gets, as in
-                scoring with ``bn_calibration_images``; None takes the running statistics, with a
-                warning where they are a mixture (see ``mixed``).
-
-        Raises:
-            ArchitectureError: as :meth:`activate`.
+        ``calibration`` are uint8 images [N, 3, H, W] whose batch statistics BatchNorm gets, as in
+        scoring with ``bn_calibration_images``; None takes the running statistics, with a warning
+        where they are a mixture (see ``mixed``). Errors are those of :meth:`activate`.
         """
         net = ResNet(self.space.shared_plan(arch), self.num_classes)
         net.set_state_dict(self.sliced_state(arch, net))
@@ -211,10 +206,7 @@ def batch_statistics(
 
     Computed here for both engines: what BatchNorm itself keeps is the biased variance on CPUs and
     the unbiased one on GPUs (cuDNN's), which differ by much in small batches of small maps.
-
-    Args:
-        x: activations.
-        mean_of: their mean over images and positions, which stay with length 1.
+    ``mean_of`` takes a mean over images and positions, which stay with length 1.
     """
     mean = mean_of(x)
     return mean, mean_of((x - mean).square())
@@ -224,17 +216,15 @@ def batch_statistics(
 def calibrated(network: nn.Layer, images: paddle.Tensor | None) -> Iterator[None]:
     """Within the context, running statistics are the batch statistics of ``images``.
 
-    Args:
-        network: a plain network, or a supernet, whose active sub-network is calibrated.
-        images: float [N, 3, H, W], one batch; None leaves the running statistics as they are.
-
-    On leaving, the earlier statistics are back, bit for bit; the network stays in eval mode.
+    Those are float [N, 3, H, W], one batch; None leaves the running statistics as they are. Of a
+    supernet the active sub-network is calibrated. On leaving, the earlier statistics are back, bit
+    for bit; the network stays in eval mode.
     """
     network.eval()
     norms = [] if images is None else batch_norms(network)
     kept = [(norm._mean.clone(), norm._variance.clone()) for norm in norms]
     try:
-        if images is not None:
+        if norms:
             measure(network, norms, images)
         yield
     finally:

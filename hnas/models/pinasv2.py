@@ -45,12 +45,8 @@ class ShuffledView:
     MoCo's shuffling (He et al., https://arxiv.org/abs/1911.05722): were keys and queries of an
     image normalised by the same batch, their statistics would give away which belong together.
 
-    Args:
-        draw: what the permutation depends on: seed, epoch, step and part of the step.
-        view: this rank's images, uint8 [N, 3, H, W].
-
-    Attributes:
-        images: this rank's share of the shuffled ones, uint8 [N, 3, H, W].
+    The permutation depends on ``draw``: seed, epoch, step and part of the step. Of this rank's
+    images, uint8 [N, 3, H, W], it makes ``images``: this rank's share of all shuffled ones.
     """
 
     def __init__(self, draw: tuple[int, ...], view: paddle.Tensor):
@@ -72,14 +68,8 @@ class ShuffledView:
 class PiNASv2(nn.Layer):
     """Query encoder, momentum key encoder and queue of negatives over one supernet.
 
-    Args:
-        space: search space of the backbone.
-        num_classes: of the backbone's classifier. Stage one does not train it; it stays in the
-            checkpoint for stage two.
-        dim: length D of an embedding.
-        queue_size: number K of keys in the queue; a multiple of the batch size.
-        key_momentum: m of :meth:`update_key_encoder`.
-        temperature: of the softmax over similarities.
+    Embeddings have ``dim`` numbers; the queue holds ``queue_size`` of them, a multiple of the batch
+    size. The backbone's classifier is not trained; it stays in the checkpoint for stage two.
     """
 
     def __init__(
@@ -133,11 +123,7 @@ class PiNASv2(nn.Layer):
 
     @paddle.no_grad()
     def enqueue(self, keys: paddle.Tensor) -> None:
-        """Overwrite the queue's oldest N keys by ``keys`` [N, D].
-
-        Raises:
-            UserError: the batch does not divide the queue.
-        """
+        """Overwrite the queue's oldest N keys by ``keys`` [N, D]; N must divide its size."""
         size, batch = self.queue.shape[1], keys.shape[0]
         if size % batch:
             raise UserError(
@@ -187,12 +173,8 @@ def build_network(
 ) -> nn.Layer:
     """Build a network by the name that the command line gives it.
 
-    Args:
-        name: one of ``BACKBONES``.
-        num_classes: outputs of the classifier.
-        space: replaces the backbone's own search space (see :func:`search_space`).
-        elastic: False builds the plain largest network, e.g. a teacher.
-        contrastive_options: of :class:`PiNASv2`, for the contrastive names only.
+    ``space`` replaces the backbone's own search space; ``elastic=False`` builds the plain largest
+    network, e.g. a teacher; ``contrastive_options`` are :class:`PiNASv2`'s.
 
     Raises:
         UserError: unknown name.

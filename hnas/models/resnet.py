@@ -68,13 +68,8 @@ class BasicBlock(nn.Layer):
         """
         importance = self.conv2.weight.abs().sum(axis=[0, 2, 3])
         order = paddle.argsort(importance, descending=True, stable=True)
-        for tensor in (
-            self.conv1.weight,
-            self.bn1.weight,
-            self.bn1.bias,
-            self.bn1._mean,
-            self.bn1._variance,
-        ):
+        norm = self.bn1
+        for tensor in (self.conv1.weight, norm.weight, norm.bias, norm._mean, norm._variance):
             tensor.set_value(paddle.index_select(tensor, order, axis=0))
         self.conv2.weight.set_value(paddle.index_select(self.conv2.weight, order, axis=1))
 

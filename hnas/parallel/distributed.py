@@ -15,15 +15,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import paddle
 import paddle.distributed as dist
 
-from hnas.base.errors import UserError
-from hnas.base.signals import SIGNALS, Stopped
+from hnas.base.errors import SIGNALS, Stopped, UserError
 from hnas.parallel.rollcall import LostRankError, RollCall
 
 logger = logging.getLogger(__name__)
@@ -51,14 +49,8 @@ def local_ranks() -> int:
 
 
 def join_processes(cpu: bool) -> None:
-    """Meet the other processes of the run, if there are any.
-
-    Args:
-        cpu: exchange by gloo, even where Paddle sees GPUs.
-
-    Raises:
-        UserError: they cannot be reached.
-    """
+    """Meet the other processes of the run, if there are any; :class:`UserError` if they are not
+    reached. With ``cpu`` they exchange by gloo, even where Paddle sees GPUs."""
     global _roll_call
     if world_size() < 2 or _roll_call is not None:
         return
@@ -80,7 +72,7 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """This process has done its part of the run."""
+    """Say that this process has done its part of the run."""
     global _roll_call
     if _roll_call is not None:
         _roll_call.leave()
@@ -90,24 +82,18 @@ def leave() -> None:
 class StopSignals:
     """Within the context, the first SIGTERM or Ctrl-C is noted only; the next one acts at once.
 
-    Args:
-        patient: later ones are noted only, too. Paddle's launcher sends SIGTERM several times
-            within a second, and SIGKILL after 30.
-
-    Attributes:
-        received: the signal's number, or None.
+    Of several processes later ones are noted only, too: Paddle's launcher sends SIGTERM several
+    times within a second, and SIGKILL after 30.
     """
 
-    def __init__(self, patient: bool = False):
-        self._patient = patient
+    def __init__(self):
         self.received: int | None = None
+        """The signal's number."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        # Python lets no other thread set handlers.
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
@@ -116,20 +102,17 @@ class StopSignals:
 
     def _note(self, number: int, frame) -> None:
         self.received = number
-        if not self._patient:
+        if world_size() < 2:
             self.__exit__()
 
 
 @contextmanager
 def finished_before_stopping() -> Iterator[None]:
-    """Within the context the first SIGTERM or Ctrl-C is noted only; the program ends after it.
+    """Within the context the first SIGTERM or Ctrl-C is noted only; :class:`Stopped` after it.
 
     Of several processes the others go on: each ends its own piece of work on its own signal.
-
-    Raises:
-        Stopped: there was one.
     """
-    with StopSignals(patient=world_size() > 1) as stop:
+    with StopSignals() as stop:
         yield
     if stop.received:
         name = signal.Signals(stop.received).name
@@ -152,12 +135,11 @@ def _collective() -> Iterator[None]:
 
 
 def from_main_process(numbers: Sequence[int]) -> list[int]:
-    """Rank 0's whole numbers."""
+    """Rank 0's whole numbers; all ranks give as many."""
     if world_size() < 2:
         return list(numbers)
-    tensor = paddle.to_tensor(list(numbers), dtype="int64")
-    copy_from_main_process([tensor])
-    return tensor.tolist()
+    own = paddle.to_tensor(list(numbers), dtype="int64")
+    return gather(own).tolist()[: len(numbers)]
 
 
 def gather(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -179,17 +161,8 @@ def sum_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
     return total
 
 
-def mean_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
-    """The mean of all ranks' float tensors; the same bits everywhere."""
-    return sum_over_ranks(tensor) / world_size()
-
-
 def agree(numbers: Sequence[int], what: str) -> None:
-    """Check that all ranks have the same whole numbers.
-
-    Raises:
-        UserError: they differ; ``what`` says in what.
-    """
+    """Raise a :class:`UserError` where ranks have other whole numbers; ``what`` they are."""
     own = paddle.to_tensor([list(numbers)], dtype="int64")
     found = {tuple(row) for row in gather(own).tolist()}
     if len(found) > 1:
@@ -202,31 +175,20 @@ def agree(numbers: Sequence[int], what: str) -> None:
 def copy_from_main_process(tensors: Sequence[paddle.Tensor]) -> None:
     """Give tensors rank 0's values."""
     if world_size() > 1:
-        _exchange(tensors, _broadcast)
-
-
-def _broadcast(flat: paddle.Tensor) -> paddle.Tensor:
-    dist.broadcast(flat, src=0)
-    return flat
-
-
-def _mean(flat: paddle.Tensor) -> paddle.Tensor:
-    dist.all_reduce(flat)
-    return flat / world_size()
+        _exchange(tensors, mean=False)
 
 
 @paddle.no_grad()
-def _exchange(
-    tensors: Sequence[paddle.Tensor], exchange: Callable[[paddle.Tensor], paddle.Tensor]
-) -> None:
-    """Overwrite tensors, with one collective for each type of number; it gets them flat."""
+def _exchange(tensors: Sequence[paddle.Tensor], mean: bool) -> None:
+    """Overwrite tensors by all ranks' mean, or by rank 0's; one collective a type of number."""
     kinds: dict = {}
     for tensor in tensors:
         kinds.setdefault(tensor.dtype, []).append(tensor)
     for kind in kinds.values():
         flat = paddle.concat([tensor.flatten() for tensor in kind])
         with _collective():
-            flat = exchange(flat)
+            dist.all_reduce(flat) if mean else dist.broadcast(flat, src=0)
+        flat = flat / world_size() if mean else flat
         start = 0
         for tensor in kind:
             paddle.assign(flat[start : start + tensor.size].reshape(tensor.shape), tensor)
@@ -240,10 +202,8 @@ class GradientExchange:
     the others are left without. Losses are means over equal shares of the batch, so the mean of
     the gradients is that of the whole batch.
 
-    Args:
-        parameters: all that train.
-        stop: this process's signals. One process may be signalled before another, within or
-            between steps; what all agree on is what they exchange.
+    One process may be signalled (``stop``) before another, within or between steps; what all agree
+    on is what they exchange.
     """
 
     def __init__(self, parameters: Sequence[paddle.Tensor], stop: StopSignals):
@@ -270,5 +230,5 @@ class GradientExchange:
             own = paddle.zeros([len(SIGNALS)])  # filled on the device, not copied to it
         else:
             own = paddle.to_tensor([float(self._stop.received == number) for number in SIGNALS])
-        _exchange([own, *(p.grad for p in self._parameters if p.grad is not None)], _mean)
+        _exchange([own, *(p.grad for p in self._parameters if p.grad is not None)], mean=True)
         self._notices = own

@@ -15,8 +15,7 @@ from pathlib import Path
 from paddle.distributed.launch import controllers
 from paddle.distributed.launch.context import Context
 
-from hnas.base.errors import ERRORS
-from hnas.base.signals import LAUNCHER
+from hnas.base.errors import ERRORS, LAUNCHER
 
 
 def main() -> None:

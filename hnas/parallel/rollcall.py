@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import selectors
 import socket
 import struct
@@ -21,8 +20,8 @@ from hnas.base.errors import UserError
 logger = logging.getLogger(__name__)
 
 HERE, LEAVING = b".", b"x"
-HELLO = struct.Struct("!iq")
-"""What a process says first: its rank and the number that rank 0 drew for the run."""
+HELLO = struct.Struct("!q")
+"""What a process says first: its rank."""
 CONNECT_SECONDS = 30
 REPORT_SECONDS = 3
 """The launcher needs about one to notice and report which process died; it ends the others."""
@@ -67,33 +66,26 @@ class RollCall:
     def connect(
         cls, rank: int, world_size: int, host: str, share: Callable[[list[int]], list[int]]
     ) -> RollCall:
-        """Called by all ranks at once.
+        """Called by all ranks at once; :class:`LostRankError` if one does not come in 30 seconds.
 
-        Args:
-            host: address of rank 0's machine.
-            share: gives everyone rank 0's list of whole numbers.
-
-        Raises:
-            LostRankError: somebody did not come within 30 seconds.
+        ``host`` is rank 0's machine; ``share`` gives everyone rank 0's list of whole numbers.
         """
         if rank:
-            port, number = share([0, 0])
+            (port,) = share([0])
             try:
                 line = socket.create_connection((host, port), CONNECT_SECONDS)
-                line.sendall(HELLO.pack(rank, number))
+                line.sendall(HELLO.pack(rank))
             except OSError as error:
                 raise LostRankError(f"rank {rank} cannot reach rank 0 at {host}: {error}") from None
             return cls({0: line})
         with socket.create_server(("", 0), backlog=world_size) as server:
-            number = secrets.randbits(62)
-            share([server.getsockname()[1], number])
-            return cls(_accept(server, number, world_size))
+            share([server.getsockname()[1]])
+            return cls(_accept(server, world_size))
 
     def wait(self) -> None:
         """Return when every rank has called this as often as this one has; no limit of time.
 
-        Raises:
-            LostRankError: a rank has ended already.
+        :class:`LostRankError` where one has ended already.
         """
         self._calls += 1
         answers = 0 not in self._lines  # rank 0
@@ -152,7 +144,7 @@ class RollCall:
         return bool(words) and LEAVING not in words
 
 
-def _accept(server: socket.socket, number: int, world_size: int) -> dict[int, socket.socket]:
+def _accept(server: socket.socket, world_size: int) -> dict[int, socket.socket]:
     """Connections from ranks 1 to ``world_size - 1``; others are turned away."""
     lines: dict[int, socket.socket] = {}
     server.settimeout(CONNECT_SECONDS)
@@ -163,10 +155,10 @@ def _accept(server: socket.socket, number: int, world_size: int) -> dict[int, so
             raise LostRankError(f"no word from rank {min(missing)} at the start") from None
         line.settimeout(CONNECT_SECONDS)
         try:
-            rank, said = HELLO.unpack(line.recv(HELLO.size, socket.MSG_WAITALL))
+            (rank,) = HELLO.unpack(line.recv(HELLO.size, socket.MSG_WAITALL))
         except (OSError, struct.error):
-            rank, said = 0, None
-        if said == number and rank in missing:
+            rank = 0
+        if rank in missing:
             lines[rank] = line
         else:
             line.close()

@@ -10,8 +10,8 @@ import math
 
 import paddle
 
+from hnas.base.device import available_bytes, gib, shared_bytes
 from hnas.base.errors import UserError
-from hnas.base.memory import available_bytes, gib, shared_bytes
 from hnas.parallel.distributed import local_ranks
 from hnas.programs.options import Options
 from hnas.search_space import ChannelPlan, SearchSpace, feature_sizes, find_backbone

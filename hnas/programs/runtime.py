@@ -15,6 +15,7 @@ from paddle.base.core import set_num_threads
 
 from hnas.base.device import (
     Arithmetic,
+    available_bytes,
     choose_device,
     cpu_threads,
     device_name,
@@ -24,7 +25,6 @@ from hnas.base.device import (
 )
 from hnas.base.errors import UserError
 from hnas.base.files import check_writable
-from hnas.base.memory import available_bytes
 from hnas.base.onednn import refuse_without_bfloat16
 from hnas.dataset.image_folder import (
     DataError,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from hnas.base.signals import hold_signals
+from hnas.base.errors import UserError, hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
@@ -29,7 +29,6 @@ from typing import NamedTuple
 import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
-from hnas.base.errors import UserError, run_main
 from hnas.base.files import file_digest, read_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import normalize

@@ -8,7 +8,7 @@ sum is compared with whole networks at the end. A run that is killed goes on fro
 
 from __future__ import annotations
 
-from hnas.base.signals import hold_signals
+from hnas.base.errors import hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
@@ -42,13 +42,12 @@ from hnas.base.device import (
     choose_device,
     cpu_threads,
     device_name,
+    keep_freed_memory,
     on_gpu,
     processor,
     set_tf32,
 )
-from hnas.base.errors import run_main
 from hnas.base.files import check_output, read_json, write_json
-from hnas.base.memory import keep_freed_memory
 from hnas.base.settings import check_same_settings
 from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.parallel.distributed import finished_before_stopping

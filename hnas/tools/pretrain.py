@@ -8,14 +8,13 @@ begin as their shortcuts; what trains on from here at frozen statistics stays st
 
 from __future__ import annotations
 
-from hnas.base.signals import hold_signals
+from hnas.base.errors import hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
 import logging
 
-from hnas.base.errors import run_main
 from hnas.base.files import check_output
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network

@@ -13,7 +13,7 @@ folder with stage three's own files, so the same command goes on where a killed 
 
 from __future__ import annotations
 
-from hnas.base.signals import hold_signals
+from hnas.base.errors import hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnas.base.errors import run_main
 from hnas.base.files import file_digest, remove_leftovers, write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,12 +24,10 @@ from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.weights.checkpoint import (
     STATES,
     load_training,
-    new_run_id,
     newest_set,
     noted_run,
     read_progress,
     restore_generators,
-    run_of,
 )
 from hnas.weights.loading import (
     Checkpoint,
@@ -162,7 +161,7 @@ def resume(
     """
     stem = find_set(options)
     if stem is None:
-        return 0, 0, new_run_id(), None
+        return 0, 0, secrets.token_hex(8), None
     progress = read_progress(stem)
     try:
         check_progress(progress)
@@ -190,7 +189,7 @@ def resume(
     if changed:
         logger.warning("resumed with other values than before: %s", ", ".join(changed))
     logger.info("resumed from %s", stem)
-    return epoch, step, run_of(progress), progress["losses"]
+    return epoch, step, progress["run_id"], progress["losses"]
 
 
 # What Python, NumPy and Paddle raise when they are given values of other kinds than they gave.

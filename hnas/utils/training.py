@@ -15,9 +15,8 @@ import numpy as np
 import paddle
 
 from hnas.base.device import peak_memory
-from hnas.base.errors import UserError
+from hnas.base.errors import Stopped, UserError
 from hnas.base.files import remove_leftovers, write_json
-from hnas.base.signals import Stopped
 from hnas.dataset.loader import EpochLoader
 from hnas.models.convolution import use_onednn
 from hnas.parallel.distributed import (
@@ -28,7 +27,7 @@ from hnas.parallel.distributed import (
     copy_from_main_process,
     is_main_process,
     leave,
-    mean_over_ranks,
+    sum_over_ranks,
     world_size,
 )
 from hnas.programs.options import Options
@@ -43,9 +42,9 @@ from hnas.utils.hapi_wrapper import (
 from hnas.utils.starting import describe_run, resume
 from hnas.utils.validation import Figures, figures_text
 from hnas.weights.checkpoint import (
+    RUN_NOTE,
     SET_NAME,
     generators_state,
-    note_run,
     remove_set,
     restore_generators,
     save_training,
@@ -107,7 +106,7 @@ def fit(
     """
     run = Run(model, options, loader, measure)
     folder = options.visualdl_dir if is_main_process() else ""
-    with StopSignals(patient=world_size() > 1) as run.stop, curves_in(folder) as run.log.curves:
+    with StopSignals() as run.stop, curves_in(folder) as run.log.curves:
         if world_size() > 1:
             agree((run.begun, run.first), "the epoch and step to start from")
             copy_from_main_process([*model.network.state_dict().values()])
@@ -151,7 +150,7 @@ class Run:
             logger.info("all %d epochs are done already: nothing is left to train", epochs)
         if is_main_process():
             remove_leftovers(self.folder)
-            note_run(self.folder, self.run_id)
+            write_json(self.folder / RUN_NOTE, {"run_id": self.run_id})
         self.log.draw_validation(self.log.validation)
         if begun and not first and begun - 1 not in self.log.validation:
             # A kill came between the epoch's checkpoint and the end of its measurement.
@@ -344,7 +343,7 @@ class TrainLogger:
             for _, logs in self._unread
         ]
         flat = paddle.stack([tensor.astype("float32") for row in figures for tensor in row])
-        means = iter(mean_over_ranks(flat).tolist())
+        means = iter((sum_over_ranks(flat) / world_size()).tolist())
         for _, logs in self._unread:
             logs["loss"], logs["top1"] = next(means), next(means)
             logs["parts"] = [(code, next(means)) for code, _ in logs["parts"]]

@@ -11,8 +11,6 @@ from __future__ import annotations
 import logging
 import random
 import re
-import secrets
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import paddle
 from paddle import nn
 
 from hnas.base.errors import UserError
-from hnas.base.files import digest_path, file_digest, read_json, write_json
+from hnas.base.files import digest_path, file_digest, read_json
 from hnas.weights.loading import (
     PARAMS,
     check_finite,
@@ -35,24 +33,21 @@ from hnas.weights.public_files import NAME_TABLE, CheckpointError
 logger = logging.getLogger(__name__)
 
 OPTIMIZER, STATES = ".pdopt", ".pdstates"
-# Which run began last in a folder; every set holds its run's id.
+# Which run began last in a folder and writes there; every set holds its run's id.
 RUN_NOTE = "run_id.json"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
 SET_NAME = re.compile(r"(\d+)(?:-(\d+))?")
-# Paddle counts the optimizers that a process made.
-VELOCITY = re.compile(r"(.+?)@?(_velocity_\d+)")
-FIRST_VELOCITY = "_velocity_0"
-COUNTER = "LR_Scheduler"
+VELOCITY = "_velocity_0"
 
 
 def save_training(
     stem: str | Path, network: nn.Layer, optimizer, progress: Mapping, about: Mapping | None = None
 ) -> None:
-    """Write the set ``stem``.
+    """Write the set ``stem``, a path without suffix.
 
     Args:
-        stem: path without suffix.
-        progress: what :func:`load_training` gives back: plain values and arrays.
+        progress: what :func:`load_training` gives back: plain values and arrays, with the run's
+            ``run_id``.
         about: how the weights are trained; see :class:`hnas.weights.loading.Checkpoint`.
 
     Raises:
@@ -60,13 +55,13 @@ def save_training(
         UserError: files that cannot be written.
     """
     check_finite(network)
-    others = [_order(other)[0] for _, other in _sets(Path(stem).parent)]
+    others = [other["number"] for _, other in _sets(Path(stem).parent)]
     digests = {
         PARAMS: write_state(f"{stem}{PARAMS}", network.state_dict(), about),
         OPTIMIZER: write_state(f"{stem}{OPTIMIZER}", optimizer_state(network, optimizer)),
     }
-    made = {"digests": digests, "saved": time.time(), "number": 1 + max(others, default=0)}
-    write_state(f"{stem}{STATES}", {**progress, **made})
+    number = 1 + max(others, default=0)
+    write_state(f"{stem}{STATES}", {**progress, "digests": digests, "number": number})
 
 
 def load_training(stem: str | Path, network: nn.Layer, optimizer) -> dict:
@@ -89,37 +84,30 @@ def read_progress(stem: str | Path) -> dict:
         CheckpointError: not a state of this program.
     """
     progress = read_state(f"{stem}{STATES}")
-    digests = progress.get("digests") if isinstance(progress, dict) else None
+    found = progress if isinstance(progress, dict) else {}
+    digests = found.get("digests")
     whole = isinstance(digests, dict) and set(digests) == {PARAMS, OPTIMIZER}
-    whole = whole and isinstance(run_of(progress), str)
-    if not whole or not isinstance(progress.get("saved"), float):
+    if not whole or type(found.get("number")) is not int or type(found.get("run_id")) is not str:
         raise CheckpointError(f"{stem}{STATES} is not what this program saves; start anew")
-    return progress
+    return found
 
 
 def newest_set(folder: str | Path, run_id: str | None = None) -> Path | None:
     """The set in ``folder`` that was saved last and is whole, as a path without suffix.
 
-    With a ``run_id`` only that run's sets count; see :func:`run_of`. Each set has a larger number
-    than those that were there when it was saved; clocks may go back. One that a crash left
-    unfinished, or that is damaged, is passed over with a line in the log.
+    With a ``run_id`` only that run's sets count. Each set has a larger number than those that were
+    there when it was saved; clocks may go back. One that a crash left unfinished, or that is
+    damaged, is passed over with a line in the log.
     """
-    found = []
-    for stem, progress in _sets(folder, log=True):
-        if run_id in (None, run_of(progress)):
-            found.append((_order(progress), stem, progress))
-    for _, stem, progress in sorted(found, key=lambda each: each[:2], reverse=True):
+    found = _sets(folder, log=True)
+    own = [each for each in found if run_id in (None, each[1]["run_id"])]
+    for stem, progress in sorted(own, key=lambda each: each[1]["number"], reverse=True):
         try:
             _check_whole(stem, progress)
             return stem
         except UserError as error:
             logger.warning("passed over %s: %s", stem, error)
     return None
-
-
-def run_of(progress: Mapping) -> str:
-    """The id of the run that saved a set; empty: by a version without ids."""
-    return progress.get("run_id", "")
 
 
 def _sets(folder: str | Path, log: bool = False) -> Iterator[tuple[Path, dict]]:
@@ -132,15 +120,6 @@ def _sets(folder: str | Path, log: bool = False) -> Iterator[tuple[Path, dict]]:
             except UserError as error:
                 if log:
                     logger.warning("passed over %s: %s", stem, error)
-
-
-def _order(progress: Mapping) -> tuple[int, ...]:
-    """A set's number, which earlier versions' have not, and position.
-
-    Nonsense counts as 0, and is refused when the set is loaded.
-    """
-    parts = (progress.get(name) for name in ("number", "epoch", "step"))
-    return tuple(part if isinstance(part, int) and 0 <= part < 2**62 else 0 for part in parts)
 
 
 def _check_whole(stem: Path, progress: Mapping) -> None:
@@ -166,59 +145,41 @@ def optimizer_state(network: nn.Layer, optimizer) -> dict:
     process that built them in another order. A parameter that no sub-network has trained so far
     has a velocity of zero.
     """
-    structured = {tensor.name: name for name, tensor in network.named_parameters()}
+    # Paddle gives out what was restored only when it has been used since.
+    moving = {**optimizer._accumulators_holder, **optimizer.state_dict()}
     state = {}
-    for key, value in optimizer.state_dict().items():
-        match = VELOCITY.fullmatch(key)
-        if match and match[1] in structured:
-            state[f"{structured[match[1]]}@{match[2]}"] = value
-    moving = {key.partition("@")[0] for key in state}
-    for name, tensor in network.named_parameters():
-        if not tensor.stop_gradient and name not in moving:
-            state[f"{name}@{FIRST_VELOCITY}"] = paddle.zeros_like(tensor)
+    for name, tensor in _trained(network).items():
+        velocity = moving.get(f"{tensor.name}{VELOCITY}")
+        state[name] = paddle.zeros_like(tensor) if velocity is None else velocity
     return state
+
+
+def _trained(network: nn.Layer) -> dict[str, paddle.Tensor]:
+    """The parameters that train, by the names of their velocities."""
+    own = network.named_parameters()
+    return {f"{name}@{VELOCITY}": tensor for name, tensor in own if not tensor.stop_gradient}
 
 
 def restore_optimizer(network: nn.Layer, optimizer, state: dict, source: str) -> None:
     """Set the optimizer's state from :func:`optimizer_state`'s.
 
-    States of earlier versions hold the learning rate's counter, which is left alone, and no
-    velocities of zero.
-
     Raises:
         CheckpointError: it is of another network, or not finite.
     """
-    if not isinstance(state, dict):
-        raise CheckpointError(f"optimizer state {source} is not what this program saves")
-    own = dict(network.named_parameters())
-    trained = {name for name, tensor in own.items() if not tensor.stop_gradient}
-    another = f"optimizer state {source} is of another network"
-    state = {key: value for key, value in state.items() if key != NAME_TABLE}
-    earlier = state.pop(COUNTER, None) is not None
-    restored = {}
-    for key, value in state.items():
-        match = VELOCITY.fullmatch(str(key))
-        if not match or match[1] not in trained:
-            raise CheckpointError(f"{another}: it has {key}")
-        name, tensor = match[1], own[match[1]]
-        dtype = str(tensor.dtype).removeprefix("paddle.")
-        if not isinstance(value, np.ndarray):
-            raise CheckpointError(f"optimizer state {source}: {name} is no array")
-        if list(value.shape) != list(tensor.shape) or value.dtype != dtype:
-            raise CheckpointError(
-                f"{another}: {name} is {list(value.shape)} of {value.dtype}, not {tensor.shape} of "
-                f"{dtype}"
-            )
-        if not np.isfinite(value).all():
-            raise CheckpointError(f"optimizer state {source}: {name} is not finite")
-        trained.discard(name)
-        restored[tensor.name + match[2]] = paddle.to_tensor(value)
-    if trained and not earlier:
-        raise CheckpointError(f"{another}: it lacks {min(trained)}")
-    # Paddle refuses a state without the velocity of a parameter.
-    for name in trained:
-        restored[own[name].name + FIRST_VELOCITY] = paddle.zeros_like(own[name])
-    optimizer.set_state_dict(restored)
+    trained = _trained(network)
+    found = state if isinstance(state, dict) else {}
+    odd = trained.keys() ^ (found.keys() - {NAME_TABLE})
+    for key, tensor in trained.items():
+        value, dtype = found.get(key), str(tensor.dtype).removeprefix("paddle.")
+        fits = isinstance(value, np.ndarray) and value.shape == tuple(tensor.shape)
+        if not fits or value.dtype != dtype or not np.isfinite(value).all():
+            odd.add(key)
+    if odd:
+        key = min(map(str, odd))
+        raise CheckpointError(f"optimizer state {source} is of another network or broken: {key}")
+    optimizer.set_state_dict(
+        {f"{t.name}{VELOCITY}": paddle.to_tensor(found[key]) for key, t in trained.items()}
+    )
 
 
 def generators_state() -> dict:
@@ -272,20 +233,6 @@ def _plain(state) -> dict:
         "offset": offset,
         "engine": np.array(engine, np.uint8),
     }
-
-
-def new_run_id() -> str:
-    """An id that no other run has; no generator that training draws from is asked."""
-    return secrets.token_hex(8)
-
-
-def note_run(folder: str | Path, run_id: str) -> None:
-    """Note in ``folder`` which run writes there from now on.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    write_json(Path(folder) / RUN_NOTE, {"run_id": run_id})
 
 
 def noted_run(folder: str | Path) -> str | None:

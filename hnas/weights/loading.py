@@ -99,13 +99,8 @@ def _read_safetensors(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file of weights holds.
-
-    Attributes:
-        weights: arrays by plain name.
-        about: how they were trained, as :func:`write_state` was told; empty if the file does not
-            say.
-    """
+    """What a file of weights holds: arrays by plain name, and how they were trained, as
+    :func:`write_state` was told; empty if the file does not say."""
 
     weights: dict[str, np.ndarray]
     about: dict
@@ -140,18 +135,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{told} no name of a tensor")
         arrays[name] = value
     weights, is_public = plain_weights(arrays, path)
-    check_values(weights, path)
+    _check_values(weights, path)
     # Public Track 1 code trains at frozen statistics, whatever its users meant to do.
     return Checkpoint(weights, about or ({"freeze_bn": True} if is_public else {}))
 
 
-def check_values(weights: Mapping[str, np.ndarray], source: str | Path) -> None:
-    """Look at every number that was read, as the float32 that networks compute with.
-
-    Raises:
-        NotFiniteError: one is NaN, infinite, or too large.
-        CheckpointError: a running variance is negative.
-    """
+def _check_values(weights: Mapping[str, np.ndarray], source: Path) -> None:
+    """Look at every number that was read, as the float32 that networks compute with."""
     for name, value in weights.items():
         if value.dtype.kind != "f":
             continue
@@ -249,14 +239,10 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str], source: str | 
 
 
 def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str | Path) -> None:
-    """Set all parameters and buffers of ``layer``, checking names, shapes and dtypes.
+    """Set all parameters and buffers of a network, checking names, shapes and dtypes.
 
-    Floats are converted to the layer's precision; integers only fit integers.
-
-    Args:
-        layer: a plain network or a supernet.
-        weights: by plain name; see :func:`read_weights`.
-        source: where they come from, for the message.
+    Floats are converted to the layer's precision; integers only fit integers. The message says
+    that the weights are from ``source``.
 
     Raises:
         CheckpointError: they differ; lists at most ten names of each kind and a count.
@@ -322,12 +308,8 @@ def _dtype(tensor: paddle.Tensor) -> str:
 def write_state(path: str | Path, state, about: Mapping | None = None) -> str:
     """Write what ``paddle.save`` takes, or as safetensors if the suffix says so.
 
-    ``about`` says how weights were trained, in plain values: see :class:`Checkpoint`.
-
-    A temporary file takes the place of the old one when it is whole; its SHA-256 goes beside it.
-
-    Returns:
-        The SHA-256.
+    ``about`` says how weights were trained, in plain values: see :class:`Checkpoint`. The SHA-256
+    goes beside the file, and is returned.
 
     Raises:
         UserError: the file cannot be written; the previous one is as it was.
@@ -349,11 +331,7 @@ def write_state(path: str | Path, state, about: Mapping | None = None) -> str:
 
 
 def check_finite(network: nn.Layer) -> None:
-    """Look at every weight and statistic.
-
-    Raises:
-        NotFiniteError: naming the first tensor that is not finite throughout.
-    """
+    """Raise :class:`NotFiniteError` for the first tensor that is not finite throughout."""
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not bool(paddle.isfinite(tensor).all()):
             raise NotFiniteError(f"{name} is not finite")

@@ -19,9 +19,16 @@ from paddle.base.core import set_num_threads
 from paddle.nn import functional as F  # noqa: N812
 from PIL import Image
 
-from hnas.base.device import cpu_threads, has_tf32, processor, set_tf32
+from hnas.base.device import (
+    available_bytes,
+    cpu_threads,
+    gib,
+    has_tf32,
+    processor,
+    set_tf32,
+    shared_bytes,
+)
 from hnas.base.errors import run_main
-from hnas.base.memory import available_bytes, gib, shared_bytes
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews

@@ -107,7 +107,7 @@ def main() -> None:
     set_tf32("off")
     join_processes(cpu=not machine.gpus)
     found, share = {}, slice(rank() * IMAGES, (rank() + 1) * IMAGES)
-    with StopSignals(patient=True) as stop:
+    with StopSignals() as stop:
         if rank() == world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # the others are to know of it, too
         for stage in STAGES:
