@@ -58,6 +58,7 @@ def test_what_is_written_is_read_back_by_others(suffix, tmp_path):
 FULL_DISK = """
 import resource, sys
 import numpy as np
+from hnas.base.errors import UserError
 from hnas.weights.loading import write_state
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for path in sys.argv[1:]:

@@ -226,6 +226,7 @@ READ = """
 import sys
 from pathlib import Path
 from hnas.architecture_file import read_architectures
+from hnas.base.errors import UserError
 from hnas.dataset.image_folder import decode_image
 for path in sys.argv[1:]:
     for read in (decode_image, read_architectures):

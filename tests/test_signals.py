@@ -25,6 +25,7 @@ BEGIN = """
 import logging, os, sys, time
 from pathlib import Path
 from hnas.base import errors
+from hnas.base.errors import Stopped, UserError, run_main
 
 def here():
     print("here", flush=True)
