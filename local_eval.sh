@@ -15,7 +15,6 @@ bn_calibration_images=${bn_calibration_images:-auto}            # auto: 0 with f
 eval_engine=${eval_engine:-shared}                              # shared or reference
 eval_images=${eval_images:-0}                                   # 0: all
 chunk_size=${chunk_size:-0}                                     # images a walk; 0: by memory
-target_se=${target_se:-0}                                       # stop early below it; 0: never
 target_tau=${target_tau:-0}                                     # stop early above it; 0: never
 images_part=${images_part:-None}                                # as 2/8: a part of the images
 cache_gb=${cache_gb:-8}                                         # GiB for decoded images
@@ -30,7 +29,7 @@ launch train_supernet.py run \
     --ckpt_dir "$ckpt_dir" --modelarch_file "$modelarch_file" \
     --bn_calibration_images "$bn_calibration_images" \
     --eval_engine "$eval_engine" --eval_images "$eval_images" --chunk_size "$chunk_size" \
-    --target_se "$target_se" --target_tau "$target_tau" --images_part "$images_part" \
+    --target_tau "$target_tau" --images_part "$images_part" \
     --cache_gb "$cache_gb" --amp "$amp" \
     --eval_sample_num "$eval_sample_num" --image_dir "$image_dir" --save_dir "$save_dir" \
     --seed "$seed" --device "$device" "$@"

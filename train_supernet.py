@@ -25,7 +25,7 @@ from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
 from hnas.evaluation.images import Batches, list_hash
-from hnas.evaluation.ledger import Part, Targets
+from hnas.evaluation.ledger import Part
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import (
     architectures_hash,
@@ -100,7 +100,7 @@ def wanted_part(options: Options) -> Part | None:
     Raises:
         UserError: it is no part, or other flags contradict it or each other.
     """
-    names = ("target_se", "target_tau", "images_part")
+    names = ("target_tau", "images_part")
     given = [name for name in names if getattr(options, name)]
     if options.eval_engine == "reference":
         if given:
@@ -141,7 +141,7 @@ def score(
     settings = ScoringSettings(
         calibration,
         options.chunk_size,
-        Targets(options.target_se, options.target_tau),
+        options.target_tau,
         wanted_variant(arithmetic, calibration),
         part,
         copies=list_hash(images, order, options.image_size, times=False),

@@ -20,7 +20,6 @@ from hnas.base.files import write_json
 from hnas.evaluation import ledger
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.images import balanced_order
-from hnas.evaluation.ledger import Targets
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import STATE_FILE, load_state
 from hnas.evaluation.shared import SharedEvaluator
@@ -75,27 +74,21 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, tmp_
     assert np.all(np.abs(read.folds - expected.folds).sum(axis=1) <= counts.near1)
 
 
-def test_engine_stops_at_the_target_and_goes_on_without(network, archs, tmp_path):
-    images = Images(24, CLASSES)
-    settings = ScoringSettings(chunk=6, targets=Targets(se=0.13))
-    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, settings)
-    assert counts.images in (12, 18)
-    assert counts.standard_error().max() < 0.13
-    whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings())
-    assert whole.images == 24
-
-
-def test_engine_stops_when_the_ranking_stands(network, archs, tmp_path, monkeypatch, caplog):
+def test_engine_stops_when_the_ranking_stands_and_goes_on_without(
+    network, archs, tmp_path, monkeypatch, caplog
+):
     """By an estimate that stands in for the real one, which needs more images than are here."""
     low = {5: None, 10: 0.7, 15: 0.8, 20: 0.9}
 
     def estimate(folds, images, of_images):
         assert (folds.sum(axis=1) <= images).all() and of_images == 24
+        if images == 24:
+            return Agreement(1, 1, 1)
         return None if low[images] is None else Agreement(0.95, low[images], 0.97)
 
     monkeypatch.setattr(ledger, "expected_agreement", estimate)
     caplog.set_level("INFO")
-    settings = ScoringSettings(chunk=5, targets=Targets(tau=0.8))
+    settings = ScoringSettings(chunk=5, target_tau=0.8)
     images = Images(24, CLASSES)
     counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, settings)
     assert counts.images == 15
@@ -108,6 +101,8 @@ def test_engine_stops_when_the_ranking_stands(network, archs, tmp_path, monkeypa
         "stopped early",
     ):
         assert words in caplog.text
+    whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings())
+    assert whole.images == 24
 
 
 def test_what_is_slow_or_in_vain_is_told(network, archs, tmp_path, caplog):
@@ -115,8 +110,8 @@ def test_what_is_slow_or_in_vain_is_told(network, archs, tmp_path, caplog):
     images, archs = Images(24, CLASSES), {"n0": archs["n0"]}
     caplog.set_level("INFO")
     macs = RESNET48_MINI.macs(archs["n0"], 32, num_classes=0)
-    for name, targets in (("with", Targets(se=0.01)), ("without", Targets())):
-        settings = ScoringSettings(chunk=24, targets=targets)
+    for name, tau in (("with", 0.9), ("without", 0.0)):
+        settings = ScoringSettings(chunk=24, target_tau=tau)
         evaluate_shared(network, archs, images, tmp_path / name, IDENTITY, settings)
         assert ("nowhere to stop: lower chunk_size" in caplog.text) == (name == "with")
         (line,) = [text for text in caplog.messages if "1 architectures, 24 images" in text]

@@ -16,13 +16,12 @@ from hnas.architecture_file import submission
 from hnas.base.errors import UserError
 from hnas.evaluation import ledger as ledger_module
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.ledger import Ledger, Part, Targets, even_chunk
+from hnas.evaluation.ledger import Ledger, Part, even_chunk
 from hnas.evaluation.results import STATE_FILE, StateError, save_state
 from hnas.programs.options import Options
 from hnas.ranking.agreement import Agreement
 from hnas.search_space import RESNET48_MINI
 
-NO_TARGETS = Targets()
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
 ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
 
@@ -56,7 +55,7 @@ def test_chunks_in_any_order_by_anyone_add_up(tmp_path_factory, order, restart_a
     assert not list(folder.glob("eval_chunk_*"))
 
 
-def begun(folder, monkeypatch, world_size, targets=NO_TARGETS):
+def begun(folder, monkeypatch, world_size, target_tau=0.0):
     """The ledgers of several processes, all in this one, after their begin."""
     told = []
 
@@ -66,7 +65,7 @@ def begun(folder, monkeypatch, world_size, targets=NO_TARGETS):
 
     monkeypatch.setattr(ledger_module, "world_size", lambda: world_size)
     ledgers = [
-        Ledger(folder, IDENTITY, ARCHS, 23, targets, is_main=rank == 0)
+        Ledger(folder, IDENTITY, ARCHS, 23, target_tau, is_main=rank == 0)
         for rank in range(world_size)
     ]
     for rank, ledger in enumerate(ledgers):
@@ -102,11 +101,14 @@ def test_processes_take_chunks_in_turns_and_restarts_what_is_left(tmp_path, monk
 
 
 def test_no_more_chunks_once_the_prefix_is_enough(tmp_path, monkeypatch):
-    ledgers = begun(tmp_path, monkeypatch, 2, Targets(se=0.2))
+    low = {5: 0.7, 10: 0.8}
+    monkeypatch.setattr(
+        ledger_module, "expected_agreement", lambda _, images, __: Agreement(0.9, low[images], 1)
+    )
+    ledgers = begun(tmp_path, monkeypatch, 2, target_tau=0.8)
     chunks = [ledger.chunks() for ledger in ledgers]
     for ledger, left in zip(ledgers[::-1], chunks[::-1], strict=True):
         do(ledger, next(left))
-    # Largest error: (3 / 12 * 9 / 12 / 10) ** 0.5 = 0.137 of the first architecture.
     assert ledgers[0].enough and ledgers[0].counts.images == 10
     # The helper reads what the main process wrote.
     assert [list(left) for left in chunks] == [[], []]
@@ -119,7 +121,7 @@ def noisy_counts(chunk: range) -> Counts:
     return counts_of(draws[:, chunk.start : chunk.stop] < np.linspace(0.9, 0.35, 12)[:, None])
 
 
-TAU = Targets(tau=0.88)
+TAU = 0.88
 TWELVE = {f"n{i}": RESNET48_MINI.largest() for i in range(12)}
 
 
@@ -151,7 +153,7 @@ def test_a_stop_by_the_ranking_is_the_same_whoever_did_which_chunk(tmp_path):
     ((images, told),) = found
     told = json.loads(told)
     assert 100 < images < 1000 and told["images"] == images
-    assert TAU.tau <= told["agreement"]["low"] < 1 and told["agreement"]["images"] == 1000
+    assert TAU <= told["agreement"]["low"] < 1 and told["agreement"]["images"] == 1000
     # One chunk before, it was not yet enough; and it was the first.
     earlier = Ledger(tmp_path / "earlier", IDENTITY, TWELVE, 1000, TAU)
     earlier.begin(50)
@@ -165,23 +167,6 @@ def test_a_stop_by_the_ranking_is_the_same_whoever_did_which_chunk(tmp_path):
     for chunk in whole.chunks():
         whole.add(chunk.start, noisy_counts(chunk))
     assert whole.complete().images == 1000 and whole.agreement == Agreement(1, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("targets", "enough"),
-    [
-        (Targets(), False),
-        (Targets(se=0.1, tau=0.99), False),
-        (Targets(se=0.01, tau=0.8), False),
-        (Targets(se=0.1, tau=0.8), True),
-    ],
-)
-def test_of_two_targets_both_are_needed(targets, enough, tmp_path):
-    ledger = Ledger(tmp_path, IDENTITY, TWELVE, 1000, targets)
-    ledger.begin(800)
-    assert not ledger.enough
-    ledger.add(0, noisy_counts(range(800)))
-    assert ledger.enough == enough
 
 
 def test_counts_add_up_by_fold():
@@ -250,12 +235,11 @@ NO_PARTS = [
     [
         *(({"images_part": text}, "--images_part .* is not a part as 2/8") for text in NO_PARTS),
         ({"target_tau": 0.9}, "--target_tau would stop every part elsewhere"),
-        ({"target_se": 0.1}, "--target_se would stop every part elsewhere"),
         ({"chunk_size": 0}, "--images_part needs --chunk_size, the same for all parts"),
         ({"eval_engine": "reference"}, "--images_part is for --eval_engine shared"),
         (
-            {"eval_engine": "reference", "images_part": "", "target_se": 0.5},
-            "--target_se is for --eval_engine shared",
+            {"eval_engine": "reference", "images_part": "", "target_tau": 0.5},
+            "--target_tau is for --eval_engine shared",
         ),
     ],
 )
@@ -265,18 +249,18 @@ def test_flags_that_make_no_part_are_one_line(flags, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
-def test_targets_reach_the_engine(tmp_path, monkeypatch):
+def test_the_target_reaches_the_engine(tmp_path, monkeypatch):
     seen = []
 
     def evaluate(network, archs, images, save_dir, identity, settings):
-        seen.append(settings.targets)
+        seen.append(settings.target_tau)
         return counts_of(np.ones((len(archs), len(images))))
 
     monkeypatch.setattr(train_supernet, "evaluate_shared", evaluate)
     flags = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "eval_sample_num": 2}
-    flags |= {"bn_calibration_images": 0, "target_se": 0.1, "target_tau": 0.8}
+    flags |= {"bn_calibration_images": 0, "target_tau": 0.8}
     run(train_supernet, monkeypatch, noise_images(tmp_path, 1), tmp_path / "out", **flags)
-    assert seen == [Targets(se=0.1, tau=0.8)]
+    assert seen == [0.8]
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.data())

@@ -15,7 +15,6 @@ import logging
 import sys
 import tempfile
 import time
-from argparse import SUPPRESS
 from pathlib import Path
 
 import numpy as np
@@ -76,13 +75,7 @@ def parse(argv):
         prog="python -m hnas.bench.speed_scoring",
         description=__doc__.splitlines()[0],
     )
-    parser.add_argument(
-        "--modelarch_file",
-        type=path_text,
-        required=True,
-        default=SUPPRESS,
-        help="architectures to draw from",
-    )
+    parser.add_argument("--modelarch_file", type=path_text, required=True, help="to draw from")
     most = whole_number(0, MOST_ARCHITECTURES)
     parser.add_argument("--n_arch", type=most, default=0, help="drawn of them; 0: all")
     parser.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px")

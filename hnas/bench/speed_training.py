@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 LOOPS = ("ours", "straightforward")
 CALM_SCALE = 0.1
 CLASSES, SUBNETWORKS = 1000, 4
+WARM_UP = 2
+"""Steps before the clock runs: loader processes start, kernels are chosen."""
 
 
 def main(argv=None) -> None:
@@ -84,7 +86,7 @@ def make_images(options, folder: Path) -> None:
     steps, which in long epochs are few.
     """
     rng = np.random.default_rng(0)
-    for index in range(options.batch_size * (options.rounds * options.steps + 3)):
+    for index in range(options.batch_size * (options.rounds * options.steps + WARM_UP)):
         target = folder / "train" / str(index % 10)
         target.mkdir(parents=True, exist_ok=True)
         smooth_noise(rng, 2 * options.image_size).save(target / f"{index:05d}.jpg", quality=90)
@@ -101,7 +103,7 @@ def compare(options: Namespace, stage: int, folder: str) -> dict:
     loops = {kind: Loop(kind, options, stage, folder) for kind in LOOPS}
     seconds = {kind: [] for kind in LOOPS}
     for loop in loops.values():
-        loop.run(2)
+        loop.run(WARM_UP)
     for number in range(options.rounds):
         for kind, loop in loops.items():
             seconds[kind].append(loop.run(options.steps))
@@ -226,28 +228,16 @@ class Loop:
         cache = Path(folder) / "cache"
         pixels = None if straightforward else ImageStore(images, Shrink(stored), cache)
         dataset = ImageDataset(images, transform, seed=0, pixels=pixels)
-        self.loader = EpochLoader(dataset, options.batch_size, options.num_workers)
-        self._epoch, self._left = -1, 0
+        loader = EpochLoader(dataset, options.batch_size, options.num_workers)
+        self._batches = loader.epoch(0)
         self.model = new_model(stage, options, straightforward)
-
-    def batch(self):
-        """The next batch; begins another epoch when one ends."""
-        if not self._left:
-            self._epoch += 1
-            self._batches, self._left = self.loader.epoch(self._epoch), len(self.loader)
-        self._left -= 1
-        return next(self._batches)
 
     def run(self, steps: int) -> float:
         """Seconds of ``steps`` steps, the data included."""
-        if self._left < steps:  # starting loader processes is not part of a step
-            self._left = 0
-            self.model.train_batch(self.batch())
         began = time.perf_counter()
-        for step in range(steps):
-            batch = self.batch()
-            self.model.epoch, self.model.step = self._epoch, step
-            logs = self.model.train_batch(batch)
+        for _ in range(steps):
+            logs = self.model.train_batch(next(self._batches))
+            self.model.step += 1
         float(logs["loss"])  # a GPU may still be computing
         return time.perf_counter() - began
 

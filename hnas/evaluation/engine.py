@@ -16,7 +16,7 @@ from hnas.base.errors import UserError
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.gpu_kernels import choose_variant
 from hnas.evaluation.images import ImagesOnDemand
-from hnas.evaluation.ledger import Ledger, Part, Targets, even_chunk
+from hnas.evaluation.ledger import Ledger, Part, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
 from hnas.evaluation.tree import naive_macs
@@ -40,7 +40,7 @@ class ScoringSettings:
         calibration: uint8 images [N, 3, H, W] for BatchNorm re-calibration, or None.
         chunk: images a walk; 0 chooses by the free memory, and such that every process gets as
             many chunks. A resumed run keeps its first.
-        targets: at which to stop before all images are through.
+        target_tau: see :class:`Ledger`.
         variant: how the walk computes; None as in :class:`SharedEvaluator`.
         part: of the chunks, to be done without results; None: all.
         copies: see :class:`Ledger`.
@@ -48,7 +48,7 @@ class ScoringSettings:
 
     calibration: paddle.Tensor | None = None
     chunk: int = 0
-    targets: Targets = Targets()
+    target_tau: float = 0.0
     variant: Variant | None = None
     part: Part | None = None
     copies: str = ""
@@ -89,7 +89,7 @@ def evaluate_shared(
         evaluator = SharedEvaluator(network, list(archs.values()), calibration, settings.variant)
     else:
         evaluator.take(list(archs.values()))
-    how = settings.targets, is_main_process(), settings.part, settings.copies
+    how = settings.target_tau, is_main_process(), settings.part, settings.copies
     ledger = Ledger(save_dir, identity, archs, len(images), *how)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
@@ -193,7 +193,7 @@ def describe(
         )
     if chunks < world_size():
         logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
-    if ledger.targets != Targets() and chunks == 1:
+    if ledger.target_tau and chunks == 1:
         logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
     naive, shared = naive_macs(space, archs.values(), images.size), evaluator.tree.macs(images.size)
     logger.info(

@@ -21,7 +21,6 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,20 +54,6 @@ CHUNK_NAME = re.compile(r"eval_chunk_(\d{8,18})\.npz")
 POLL_SECONDS = 0.2
 NAMED = 10
 """Missing chunks that a message names at most."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What an evaluation may stop at before it has seen all images; of two, both must be reached.
-
-    Attributes:
-        se: every accuracy's standard error is below it; 0: no such target.
-        tau: the ranking's expected agreement with that by all images is, at the lower end of its
-            interval, at least this (:mod:`hnas.ranking.agreement`); 0: no such target.
-    """
-
-    se: float = 0.0
-    tau: float = 0.0
 
 
 class Part(NamedTuple):
@@ -105,13 +90,14 @@ class Ledger:
         identity: what the files must belong to.
         archs: by name.
         images: how many in all.
-        targets: with which the prefix is enough.
+        target_tau: the prefix is enough where its ranking's expected agreement with that by all
+            images is, at the lower end of its interval, at least this; 0: never.
         is_main: whether this is the main process.
         part: to be done; None: all.
         copies: what parts have as ``image_list`` of the identity, and copies of the images too.
 
     Attributes:
-        targets, part: as given.
+        target_tau, part: as given.
         chunk: images of a chunk (the last has fewer); 0 until it is known.
         counts: over the prefix, as far as this process knows.
 
@@ -125,7 +111,7 @@ class Ledger:
         identity: Mapping[str, str],
         archs: Mapping[str, Architecture],
         images: int,
-        targets: Targets = Targets(),
+        target_tau: float = 0.0,
         is_main: bool = True,
         part: Part | None = None,
         copies: str = "",
@@ -134,7 +120,7 @@ class Ledger:
         self._identity = identity
         self._archs = archs
         self._images = images
-        self.targets, self.part = targets, part
+        self.target_tau, self.part = target_tau, part
         self._is_main = is_main
         self._copies = copies
         self._own: list[int] = []
@@ -251,7 +237,7 @@ class Ledger:
         text, found = "not known yet", self.agreement
         if found is not None:
             text = f"{found.tau:.3f} ({found.low:.3f} to {found.high:.3f})"
-        error = f"largest standard error {self.largest_error:.4f}"
+        error = f"largest standard error {self.counts.standard_error().max():.4f}"
         return f"{self.counts.images} images, {error}, ranking's agreement {text}"
 
     def starts(self) -> list[int]:
@@ -271,16 +257,8 @@ class Ledger:
         """Whether the prefix is all images, or as exact as wanted."""
         if self.counts.images in (0, self._images):
             return self.counts.images > 0
-        se, tau = self.targets.se, self.targets.tau
-        reached = [self.largest_error < se] if se else []
-        if tau:
-            reached.append(self.agreement is not None and self.agreement.low >= tau)
-        return bool(reached) and all(reached)
-
-    @property
-    def largest_error(self) -> float:
-        """The largest standard error over the prefix."""
-        return float(self.counts.standard_error().max())
+        found = self.agreement if self.target_tau else None
+        return found is not None and found.low >= self.target_tau
 
     @property
     def agreement(self) -> Agreement | None:

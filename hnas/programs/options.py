@@ -174,8 +174,6 @@ class Options:
         "images", high=MANY, stages=SCORE | SEARCH)
     cache_gb: float = scoring(8.0, "most memory for decoded images; more go to a file in save_dir",
         "GiB", high=MANY, stages=SCORE | SEARCH)
-    target_se: float = scoring(0.0, "stop when every accuracy's standard error is below; 0: never",
-        high=1)
     target_tau: float = scoring(0.0,
         "stop when the ranking's tau with that by all images is at least this, at the lower end of "
         "its interval; 0: never", high=1)

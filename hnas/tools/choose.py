@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -191,7 +190,13 @@ def main(argv=None) -> None:
     budget = {kind: most for kind, most in limits if most is not None}
     chosen = choose(scores, costs, within(costs, budget), cost)
     if options.out:
-        write_front(options.out, scores, chosen, cost, costs[cost], budget.get(cost), latency)
+        # Takes a second to import.
+        from hnas.ranking.figures import choice_panel
+
+        label, percent = axis_label(cost, latency), 100 * scores.accuracy
+        panel = choice_panel(costs[cost], percent, chosen, cost, label, budget.get(cost))
+        with replacing(options.out / "front.svg") as temporary:
+            temporary.write_text(panel.svg(alone=True))
         content = {
             "submission": options.submission,
             "latency": options.latency,
@@ -210,33 +215,13 @@ def main(argv=None) -> None:
     sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
 
 
-def write_front(
-    folder: Path,
-    scores: Scores,
-    chosen: Sequence[Mapping],
-    kind: str,
-    cost: np.ndarray,
-    budget: float | None,
-    latency: LatencyTable | None,
-) -> None:
-    """Write ``front.svg``: scores against a kind of cost [n], and what of them is chosen.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    # Takes a second to import.
-    from hnas.ranking.figures import choice_panel
-
-    label = UNITS[kind]
-    if kind == "latency":
-        about = latency.about
-        label = (
-            f"latency, ms ({about['processor']}, batch {about['batch_size']}, "
-            f"{about['threads']} threads)"
-        )
-    panel = choice_panel(cost, 100 * scores.accuracy, chosen, kind, label, budget)
-    with replacing(folder / "front.svg") as temporary:
-        temporary.write_text(panel.svg(alone=True))
+def axis_label(kind: str, latency: LatencyTable | None) -> str:
+    """What a plot's axis of costs says."""
+    if kind != "latency":
+        return UNITS[kind]
+    about = latency.about
+    machine = f"{about['processor']}, batch {about['batch_size']}, {about['threads']} threads"
+    return f"latency, ms ({machine})"
 
 
 if __name__ == "__main__":
