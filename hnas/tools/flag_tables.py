@@ -50,10 +50,8 @@ def _table() -> str:
         stage: parse_options(stage, [f"--{name}={default}" for name, default in variables.items()])
         for stage, variables in launchers.items()
     }
-    rows, group = (
-        [["flag", "meaning", "unit", "default", "used by", "variable of"], ["---"] * 6],
-        "",
-    )
+    heads = ["flag", "meaning", "unit", "default", "used by", "variable of"]
+    rows, group = [heads, ["---"] * 6], ""
     for option in dataclasses.fields(Options):
         name, about = option.name, option.metadata
         if about["group"] != group:
