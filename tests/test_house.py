@@ -134,3 +134,17 @@ def test_the_package_is_hnas_with_its_shell_scripts_and_one_version():
 def packages(root):
     """Folders with modules, which without an ``__init__.py`` would not be installed."""
     return {path.parent for path in root.rglob("*.py")}
+
+
+def test_the_page_names_files_and_what_is_in_them():
+    """docs/development.md: where is what, how a score comes about, how a step runs."""
+    page = (ROOT / "docs/development.md").read_text()
+    told = page[page.index("## Where is what") : page.index("## Layout")]
+    for row in told.splitlines()[4:-1]:
+        files, names = (re.findall(r"`([^`]+)`", cell) for cell in row.split("|")[2:4])
+        text = "".join((ROOT / file).read_text() for file in files)
+        assert files and names
+        for name in re.findall(r"\w+", " ".join(names)):
+            assert re.search(rf"^ *(def|class) {name}\b", text, re.M), name
+    for path in re.findall(r"`(?:hnas/)?(\w+/\w+\.py)`", page):
+        assert (ROOT / "hnas" / path).is_file() or (ROOT / path).is_file(), path
