@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from counted import counts_of, first_ones
+from independent import counts_of, first_ones
 
 from hnas.base.errors import UserError
 from hnas.evaluation.results import estimates
@@ -114,12 +114,12 @@ MOST_MIB = 200
 # Runs a tool and tells what it loaded and took. The peak is the kernel's VmHWM: ru_maxrss would
 # also count the memory of the process that this one was forked from.
 RUN = """
-import importlib, json, sys
+import importlib, json, re, sys
 tool, *arguments = sys.argv[1:]
 importlib.import_module(f"hnas.tools.{tool}").main(arguments)
-from hnas.base.device import peak_gib
 loaded = sorted({name.partition(".")[0] for name in sys.modules})
-sys.stderr.write(json.dumps({"loaded": loaded, "mib": 1024 * peak_gib()}))
+peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+sys.stderr.write(json.dumps({"loaded": loaded, "mib": peak / 1024}))
 """
 
 
