@@ -131,6 +131,11 @@ def test_the_package_is_hnas_with_its_shell_scripts_and_one_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", hnas.__version__)
 
 
+def test_no_two_modules_have_one_name():
+    names = [path.name for path in (ROOT / "hnas").rglob("*.py") if path.name[:2] != "__"]
+    assert len(names) == len(set(names))
+
+
 def packages(root):
     """Folders with modules, which without an ``__init__.py`` would not be installed."""
     return {path.parent for path in root.rglob("*.py")}

@@ -15,7 +15,8 @@ class _WithDefaults(argparse.HelpFormatter):
     """Tells a default where the help has no note of its own, in brackets."""
 
     def _get_help_string(self, action):
-        if "[" in action.help or action.required or action.default is argparse.SUPPRESS:
+        told = "[" in action.help or action.required or not action.option_strings
+        if told or action.default is argparse.SUPPRESS:
             return action.help
         default = "none" if action.default is None else "%(default)s"
         return f"{action.help} [default {default}]"

@@ -168,9 +168,7 @@ def main(argv=None) -> None:
         choices=UNITS,
         help="the front's other axis [default: latency with --latency, else macs]",
     )
-    parser.add_argument(
-        "--top", type=whole_number(1, 1_000_000), default=10, help="rows to print [default 10]"
-    )
+    parser.add_argument("--top", type=whole_number(1, 1_000_000), default=10, help="rows to print")
     parser.add_argument("--out", type=read_path, help="folder for choice.json and front.svg [none]")
     add_network_flags(parser)
     options = parser.parse_args(argv)

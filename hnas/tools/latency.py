@@ -107,24 +107,13 @@ def parser() -> OneLineParser:
     number = whole_number(1, 100_000)
     made.add_argument("--output", type=read_path, required=True, help="JSON file to write")
     made.add_argument("--backbone", default="resnet48", help="whose blocks [resnet48]")
-    made.add_argument(
-        "--sample_space", choices=SAMPLE_SPACES, default="released", help="[released]"
-    )
+    made.add_argument("--sample_space", choices=SAMPLE_SPACES, default="released", help="of widths")
     made.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=224, help="px")
     made.add_argument("--batch_size", type=number, default=1, help="images [1]")
     made.add_argument("--num_classes", type=whole_number(1, 1_000_000), default=1000, help="[1000]")
-    made.add_argument(
-        "--threads",
-        type=whole_number(1, 1024),
-        default=cpu_threads(),
-        help="of CPUs [PINAS_THREADS, or one a core]",
-    )
-    made.add_argument(
-        "--seconds",
-        type=real_number(0, 3600),
-        default=0.2,
-        help="to repeat each program for, in each round [0.2]",
-    )
+    threads, seconds = whole_number(1, 1024), real_number(0, 3600)
+    made.add_argument("--threads", type=threads, default=cpu_threads(), help="of CPUs")
+    made.add_argument("--seconds", type=seconds, default=0.2, help="of each program in a round")
     made.add_argument("--rounds", type=whole_number(1, 1000), default=3, help="[3]")
     made.add_argument("--networks", type=number, default=20, help="to check sums with [20]")
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="[auto]")

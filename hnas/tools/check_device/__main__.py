@@ -78,12 +78,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--full", type=read_bool, default=False, help="at 224 px, too")
     parser.add_argument("--quick", type=read_bool, default=False, help="less of everything, for CI")
-    parser.add_argument(
-        "--output",
-        type=read_path,
-        default=DEFAULT_OUTPUT,
-        help=f"file for the rows as JSON lines [default {DEFAULT_OUTPUT}]",
-    )
+    parser.add_argument("--output", type=read_path, default=DEFAULT_OUTPUT, help="file of the rows")
     options = parser.parse_args(argv)
     if options.full and options.quick:
         raise UserError("--full and --quick are both True; give one of them")
