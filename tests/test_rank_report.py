@@ -19,6 +19,7 @@ from hnas.evaluation.results import estimates
 from hnas.ranking.agreement import Agreement
 from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b
 from hnas.ranking.figures import ORANGE, Panel, option_panels
+from hnas.ranking.findings import budgets
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools.rank_report import main
 
@@ -232,6 +233,9 @@ def test_figures_are_those_of_numpy(report, stage3, archs, hits, tmp_path):
     assert [row["accuracy"] for row in found["best"]] == best[:10].tolist()
     for row in found["front"]:
         assert row["accuracy"] == accuracy[macs <= row["macs"]].max()
+    for budget in found["budgets"]:
+        assert budget["best"]["accuracy"] == accuracy[macs <= budget["macs"]].max()
+        assert budget["best"]["macs"] <= budget["macs"]
     depths = np.array([arch.depths[2] for arch in archs])
     means = [accuracy[depths == depth].mean() for depth in range(2, 9)]
     assert [row["mean"] for row in found["by_option"]["depth 3"]] == pytest.approx(means)
@@ -239,6 +243,12 @@ def test_figures_are_those_of_numpy(report, stage3, archs, hits, tmp_path):
     assert printed["agreement"] == agreement
     text = (tmp_path / "out/report.html").read_text()
     assert "with that by all 5,000 at a tau-b of 0.875 (0.812 to 0.938)" in text
+
+
+def test_budgets_are_round_and_reach_the_dearest():
+    found = budgets(np.array([2_476_272, 8_190_208]))
+    assert found == pytest.approx([3.2e6, 4.0e6, 4.7e6, 5.4e6, 6.1e6, 6.8e6, 7.5e6, 8.2e6])
+    assert budgets(np.array([5_000_000])) == [5_000_000]
 
 
 @pytest.mark.parametrize("more", [{"images": IMAGES}, {"tau": None, "low": None, "high": None}])

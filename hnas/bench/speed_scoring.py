@@ -82,9 +82,8 @@ def parse(argv):
     parser.add_argument("--n_images", type=whole_number(1, 1_000_000), default=64, help="images")
     parser.add_argument("--backbone", default="resnet48", help="supernet")
     parser.add_argument("--rounds", type=whole_number(1), default=2, help="runs of each engine")
-    parser.add_argument(
-        "--num_classes", type=whole_number(2, 1_000_000), default=1000, help="of the network"
-    )
+    classes = whole_number(2, 1_000_000)
+    parser.add_argument("--num_classes", type=classes, default=1000, help="of the network")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of all draws")
     return parser.parse_args(argv)
 

@@ -65,12 +65,8 @@ def main(argv=None) -> None:
     parser.add_argument("--batch_size", type=whole_number(2, 1_000_000), default=64, help="images")
     parser.add_argument("--rounds", type=whole_number(1), default=5, help="turns of each loop")
     parser.add_argument("--steps", type=whole_number(1), default=6, help="steps a turn")
-    parser.add_argument(
-        "--num_workers", type=whole_number(0, 1024), default=2, help="of the loaders"
-    )
-    parser.add_argument(
-        "--freeze_bn", type=read_bool, default=True, help="train at frozen BatchNorm statistics"
-    )
+    parser.add_argument("--num_workers", type=whole_number(0, 1024), default=2, help="loaders")
+    parser.add_argument("--freeze_bn", type=read_bool, default=True, help="frozen BatchNorm")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
         make_images(options, Path(folder))

@@ -7,7 +7,7 @@ less true rank in percent of the number of architectures, positive where it is r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -38,6 +38,8 @@ TOP_K = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
 LISTED, LISTED_CODES = 10, 5
 MANY_EQUAL = 0.25
 """Share of accuracies with one value from which on they may not have been measured."""
+BUDGETS = 8
+"""How many budgets are told the best architecture of."""
 
 
 def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
@@ -143,18 +145,13 @@ def clear_effects(attribution: Mapping) -> list[tuple[str, float]]:
     return sorted(found, key=lambda choice: -abs(choice[1]))
 
 
-def tell_effects(attribution: Mapping, values: str, means: Callable[[float], str]) -> list[str]:
-    """What the choices explain of ``values`` and what the largest effect ``means``, if clear."""
+def largest_effect(attribution: Mapping) -> tuple[str, float, str] | None:
+    """The largest clear effect: ``depth of stage 2``, its size, and the percentage explained."""
     clear = clear_effects(attribution)
     if not clear:
-        return []
-    name, change = clear[0]
-    kind, stage = name.rsplit(" ", 1)
-    return [
-        f"Depths and widths, added up, explain {100 * attribution['explained']:.0f} % of the "
-        f"variance of the {values}. The {kind} of stage {stage} matters most: from the smallest to "
-        f"the largest, the others being equal, {means(change)}."
-    ]
+        return None
+    kind, stage = clear[0][0].rsplit(" ", 1)
+    return f"{kind} of stage {stage}", clear[0][1], f"{100 * attribution['explained']:.0f}"
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -275,20 +272,34 @@ def interpret_ranking(report: Mapping) -> list[str]:
         f"Taking the predicted best one costs {report['top_k'][0]['regret']:.2f} percentage points "
         "of true accuracy."
     ]
-    effects = tell_effects(
-        attribution,
-        "rank errors",
-        lambda change: (
-            f"it is {'overrated' if change > 0 else 'underrated'} by {abs(change):.0f} % of all "
-            "ranks"
-        ),
-    )
-    if not effects and attribution["explained"] is not None:
-        effects = ["No choice of depth or width stands out as the cause of its errors."]
-    return lines + effects
+    found = largest_effect(attribution)
+    if found is not None:
+        what, change, explained = found
+        lines.append(
+            f"Its largest systematic error: the {what} is "
+            f"{'overrated' if change > 0 else 'underrated'}. From the smallest to the "
+            f"largest, the predicted rank rises {abs(change):.0f} % of all "
+            f"ranks {'more' if change > 0 else 'less'} than the true one. All choices together "
+            f"explain {explained} % of the errors' variance; the rest is other than depths and "
+            "widths added up, or noise."
+        )
+    elif attribution["explained"] is not None:
+        lines.append("No choice of depth or width stands out as the cause of its errors.")
+    return lines
 
 
 # --- of scores alone
+
+
+def budgets(macs: np.ndarray, number: int = BUDGETS) -> list[float]:
+    """Round numbers of MACs from just above the cheapest architecture to the dearest.
+
+    All have two significant digits of the largest one's size.
+    """
+    low, high = float(macs.min()), float(macs.max())
+    digit = 10.0 ** (math.floor(math.log10(high)) - 1)
+    ends = np.linspace(low, high, number + 1)[1:]
+    return sorted({math.ceil(end / digit - 1e-9) * digit for end in ends})
 
 
 def analyse_scores(
@@ -321,7 +332,7 @@ def analyse_scores(
             "params": int(costs["params"][index]),
         }
 
-    chosen = choices(list(archs.values()))
+    chosen, front = choices(list(archs.values())), pareto_front(accuracy, macs)
     report = {
         "architectures": len(accuracy),
         "images": images,
@@ -334,7 +345,11 @@ def analyse_scores(
         "standard_error": None if error is None else float(np.median(error)),
         "agreement": agreement,
         "tau_of_macs": none_if_nan(kendall_tau_b(macs, accuracy)),
-        "front": [row(index) for index in pareto_front(accuracy, macs)],
+        "front": [row(index) for index in front],
+        "budgets": [
+            {"macs": most, "best": row(front[np.searchsorted(macs[front], most, side="right") - 1])}
+            for most in budgets(macs)
+        ],
         "best": [row(index) for index in np.argsort(-accuracy, kind="stable")[:LISTED]],
         "by_option": {name: by_option(chosen[name], accuracy) for name in DISCRETE},
         "attribution": attribute(chosen, accuracy),
@@ -345,11 +360,11 @@ def analyse_scores(
 
 def interpret_scores(report: Mapping) -> list[str]:
     """The figures in sentences."""
-    found = report["accuracy"]
+    scores = report["accuracy"]
     lines = [
-        f"{report['architectures']:,} architectures score {found['lowest']:.2f} to "
-        f"{found['highest']:.2f} %, with a median of {found['median']:.2f} % and a standard "
-        f"deviation of {found['standard_deviation']:.2f} percentage points."
+        f"{report['architectures']:,} architectures score {scores['lowest']:.2f} to "
+        f"{scores['highest']:.2f} %, with a median of {scores['median']:.2f} % and a standard "
+        f"deviation of {scores['standard_deviation']:.2f} percentage points."
     ]
     if report["standard_error"] is not None:
         lines.append(
@@ -370,11 +385,15 @@ def interpret_scores(report: Mapping) -> list[str]:
             f"MACs alone would order {50 * (1 + tau):.0f} in 100 pairs as these scores do (tau-b "
             f"{tau:.3f}).".replace("-0.", "\N{MINUS SIGN}0.")
         )
-    return lines + tell_effects(
-        report["attribution"],
-        "scores",
-        lambda change: f"accuracy {'rises' if change > 0 else 'falls'} by {abs(change):.2f} points",
-    )
+    found = largest_effect(report["attribution"])
+    if found is not None:
+        what, change, explained = found
+        lines.append(
+            f"Depths and widths, added up, explain {explained} % of the scores' variance. The "
+            f"{what} matters most: from the smallest to the largest, the others being equal, "
+            f"accuracy {'rises' if change > 0 else 'falls'} by {abs(change):.2f} points."
+        )
+    return lines
 
 
 def notes_on_scores(accuracy: np.ndarray) -> list[str]:

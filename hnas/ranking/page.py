@@ -24,8 +24,8 @@ th, td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var
 th {{ font-weight: 600; color: var(--muted); }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; white-space: nowrap; }}
 td {{ white-space: nowrap; }}
-th:nth-child(5), td:nth-child(5) {{ text-align: left; }}
-td:nth-child(5) {{ font-family: ui-monospace, monospace; font-size: .82rem; }}
+.codes th:last-child, .codes td:last-child {{ text-align: left; }}
+.codes td:last-child {{ font-family: ui-monospace, monospace; font-size: .82rem; }}
 .row {{ display: grid; gap: 0 2rem;
        grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }}
 .many {{ display: grid; gap: .5rem; grid-template-columns: repeat(2, 1fr); }}
@@ -67,16 +67,9 @@ def ranking_page(report: Mapping, scatter: Panel, breakdown: Sequence[Panel]) ->
 
 def scores_page(report: Mapping, fronts: Sequence[Panel], influence: Sequence[Panel]) -> str:
     """What scores say without a truth, as HTML; ``report`` as in ``report.json``."""
-    best = [
-        (
-            row["name"],
-            _with_error(_number(row["accuracy"], 2), row["standard_error"], 2),
-            _number(row["macs"] / 1e6, 2),
-            _number(row["params"] / 1e6, 2),
-            row["arch"],
-        )
-        for row in report["best"]
-    ]
+    columns = ("name", "score, %", "MACs, million", "parameters, million", "code")
+    best = [_scored(row) for row in report["best"]]
+    within = [(_number(row["macs"] / 1e6, 2), *_scored(row["best"])) for row in report["budgets"]]
     return _document(
         f"Scores: {report['pred']}",
         f"{report['architectures']:,} architectures; MACs and parameters of {report['backbone']} "
@@ -86,14 +79,23 @@ def scores_page(report: Mapping, fronts: Sequence[Panel], influence: Sequence[Pa
         [
             "<h2>Scores and cost</h2>",
             f'<div class="row">{"".join(_figure([panel], FRONT) for panel in fronts)}</div>',
+            "<h2>The best within a budget</h2>",
+            _table(("MACs up to, million", *columns), within),
             "<h2>What depths and widths do</h2>",
             _figure(influence, f"Mean score by option, in percent; {BARS}"),
             _effects(report["attribution"], "score", 2),
             "<h2>The best scores</h2>",
-            _table(("name", "score, %", "MACs, million", "parameters, million", "code"), best),
+            _table(columns, best),
             _note("The best of many is always partly lucky: look at the standard errors."),
         ],
     )
+
+
+def _scored(row: Mapping) -> tuple[str, ...]:
+    """An architecture's cells in a table."""
+    score = _with_error(_number(row["accuracy"], 2), row["standard_error"], 2)
+    costs = (_number(row[kind] / 1e6, 2) for kind in ("macs", "params"))
+    return row["name"], score, *costs, row["arch"]
 
 
 def _document(title: str, about: str, report: Mapping, parts: Iterable[str]) -> str:
@@ -185,7 +187,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
 
     lines = [line("th", head), *(line("td", row) for row in rows)]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    kind = ' class="codes"' if head[-1] == "code" else ""
+    return f'<div class="wide"><table{kind}>{"".join(lines)}</table></div>'
 
 
 def _note(text: str) -> str:

@@ -154,9 +154,7 @@ def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--submission", type=path_text, required=True, help="scores: stage 3's submission.json"
-    )
+    parser.add_argument("--submission", type=path_text, required=True, help="stage 3's scores")
     parser.add_argument("--max_macs", type=real_number(1, MOST), help="MACs an image [any]")
     parser.add_argument("--max_params", type=real_number(1, MOST), help="parameters [any]")
     parser.add_argument(

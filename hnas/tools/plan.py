@@ -197,23 +197,18 @@ def planned_precision(options) -> Precision:
 def parser() -> OneLineParser:
     made = OneLineParser(description=__doc__.splitlines()[0])
     count, side = whole_number(1), whole_number(32, LARGEST_SIDE)
-    made.add_argument("--gpus", type=count, default=1, help="devices [1]")
-    made.add_argument("--gpu", choices=GPUS, default="a100", help="kind [a100]")
-    made.add_argument("--tf32", choices=("auto", "on", "off"), default="auto", help="[auto]")
-    made.add_argument("--amp", choices=("O0", "O1"), default="O0", help="O1: half precision [O0]")
-    made.add_argument(
-        "--gmacs_per_s", type=real_number(0, 1e9), default=0.0, help="measured, of one device"
-    )
-    made.add_argument(
-        "--n_arch", type=whole_number(1, MOST_ARCHITECTURES), default=45000, help="to score [45000]"
-    )
-    made.add_argument("--images", type=count, default=50_000, help="to score on [50000]")
-    made.add_argument("--train_images", type=count, default=1_281_167, help="[ImageNet's]")
-    made.add_argument(
-        "--batch_size", type=whole_number(1, 1_000_000), default=256, help="of a device [256]"
-    )
-    made.add_argument("--image_size", type=side, default=224, help="px [224]")
-    made.add_argument("--backbone", default="resnet48", help="[resnet48]")
+    batch, archs = whole_number(1, 1_000_000), whole_number(1, MOST_ARCHITECTURES)
+    made.add_argument("--gpus", type=count, default=1, help="devices")
+    made.add_argument("--gpu", choices=GPUS, default="a100", help="kind of device")
+    made.add_argument("--tf32", choices=("auto", "on", "off"), default="auto", help="on A100, H100")
+    made.add_argument("--amp", choices=("O0", "O1"), default="O0", help="O1: half precision")
+    made.add_argument("--gmacs_per_s", type=real_number(0, 1e9), default=0.0, help="if measured")
+    made.add_argument("--n_arch", type=archs, default=45000, help="to score")
+    made.add_argument("--images", type=count, default=50_000, help="to score on")
+    made.add_argument("--train_images", type=count, default=1_281_167, help="an epoch")
+    made.add_argument("--batch_size", type=batch, default=256, help="of a device")
+    made.add_argument("--image_size", type=side, default=224, help="px")
+    made.add_argument("--backbone", default="resnet48", help="supernet")
     return made
 
 
