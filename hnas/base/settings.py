@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from hnas.base.errors import UserError
 
-SHOWN = 16
-"""Characters of a value without spaces that a message shows: the start of a digest."""
+DIGEST = re.compile("[0-9a-f]{32,}")
 
 
 def changed_settings(found: Mapping, wanted: Mapping) -> list[str]:
@@ -44,4 +44,4 @@ def check_same_settings(
 def shown_value(value: object) -> str:
     """A setting as a message shows it; of a digest only the start."""
     text = "none" if value is None or value == "" else str(value)
-    return text if " " in text else text[:SHOWN]
+    return text[:16] if DIGEST.fullmatch(text) else text
