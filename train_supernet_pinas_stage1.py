@@ -17,6 +17,7 @@ from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import world_size
 from hnas.programs.flags import Stage
+from hnas.programs.memory_needs import check_queue
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import require, space_of, start, training_images, training_loader
 from hnas.search_space import find_backbone
@@ -43,6 +44,7 @@ def main() -> None:
             f"--batch_size {options.batch_size}{times}"
         )
     start(options)
+    check_queue(options)
     images = training_images(options)
     space = space_of(options)
     network = build_network(

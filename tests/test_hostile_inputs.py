@@ -22,11 +22,13 @@ from hnas import architecture_file
 from hnas.architecture_file import read_architectures
 from hnas.base import device
 from hnas.base.errors import UserError
+from hnas.base.settings import check_same_settings
 from hnas.dataset.image_folder import ImageList
 from hnas.programs import memory_needs
 from hnas.programs.memory_needs import (
     check_batch,
     check_chunk,
+    check_queue,
     check_shared_memory,
 )
 from hnas.programs.options import Options
@@ -85,6 +87,13 @@ def test_help_of_a_tool_tells_every_default(tool, capsys):
     optional = set(re.findall(r"\[--(\w+)", usage))
     assert optional <= set(helps)
     assert all(helps[flag].rstrip().endswith("]") for flag in optional), helps
+
+
+def test_settings_are_told_whole_but_digests_by_their_start():
+    found, wanted = ({"a": f"long_name_of_{i}_thing", "b": f"{i}" * 64} for i in (1, 2))
+    told = f"a long_name_of_1_thing instead of long_name_of_2_thing, b {'1' * 16} instead"
+    with pytest.raises(UserError, match=f"^f is of other settings: {told} of {'2' * 16}; mend$"):
+        check_same_settings("f", found, wanted, "mend")
 
 
 def test_more_architectures_than_exist_are_refused():
@@ -170,6 +179,14 @@ def test_a_batch_that_memory_cannot_hold_is_refused(free):
     check_batch(dataclasses.replace(options, batch_size=most), RESNET48)
     refused(check_batch, dataclasses.replace(options, batch_size=most + 1), RESNET48)
     check_batch(dataclasses.replace(options, batch_size=most + 1, accumulate=most + 1), RESNET48)
+
+
+def test_a_queue_that_memory_cannot_hold_is_refused(free):
+    free(1024)
+    # Two copies of 128 float32: a KiB a key.
+    check_queue(Options(queue_size=2**20))
+    message = refused(check_queue, Options(queue_size=2**20 + 1))
+    assert message.startswith("--queue_size 1048577 needs 1.00 GiB at least, and 1.00 GiB are free")
 
 
 def test_docker_gives_too_little_shared_memory_for_stage_1(free):

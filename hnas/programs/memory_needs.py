@@ -29,6 +29,12 @@ def device_bytes() -> int:
     return paddle.device.cuda.get_device_properties().total_memory
 
 
+def check_queue(options: Options) -> None:
+    """The keys of stage one, which are drawn and then scaled."""
+    need = 2 * FLOAT * EMBEDDING * options.queue_size
+    refuse_too_much(need, device_bytes(), f"--queue_size {options.queue_size}", "lower it")
+
+
 def check_batch(options: Options, space: SearchSpace) -> None:
     """A batch of training, of which a part is computed at a time.
 

@@ -412,10 +412,6 @@ def curves_in(folder: str) -> AbstractContextManager:
 
 def about_weights(options: Options, loader: EpochLoader) -> dict:
     """What a file of weights says of how they were trained; see :class:`Checkpoint`."""
-    own = {"arch": options.arch} if options.arch else {}
-    return {
-        "backbone": options.backbone,
-        "freeze_bn": options.freeze_bn,
-        "classes": list(loader.dataset.images.classes),
-        **own,
-    }
+    classes = list(loader.dataset.images.classes)
+    about = {"backbone": options.backbone, "freeze_bn": options.freeze_bn, "classes": classes}
+    return {**about, "arch": options.arch} if options.arch else about
