@@ -15,12 +15,13 @@ lr=${lr:-0.0008}                                                # for a batch of
 warmup=${warmup:-1}                                             # epochs
 weight_decay=${weight_decay:-0.0001}
 momentum=${momentum:-0.9}
-lr_schedule=${lr_schedule:-cosine}                              # or swing, as the public code
+recipe=${recipe:-own}                                           # or public: as the public code
+lr_schedule=${lr_schedule:-auto}                                # cosine, swing; auto: by recipe
 largest_net_in_stage1=${largest_net_in_stage1:-True}            # else two uniform draws
-stage1_views=${stage1_views:-two_kinds}                         # or one_kind, as the public code
+stage1_views=${stage1_views:-auto}                              # two_kinds, one_kind, same
 freeze_bn=${freeze_bn:-True}                                    # train at the statistics given
 queue_size=${queue_size:-40960}
-key_momentum=${key_momentum:-0.999}
+key_momentum=${key_momentum:-auto}                              # 0.999 ** (total batch / 256)
 temperature=${temperature:-0.1}
 crop_scale_min=${crop_scale_min:-0.08}
 flip_prob=${flip_prob:-0.5}
@@ -46,7 +47,8 @@ launch train_supernet_pinas_stage1.py run \
     --backbone "$backbone" --image_size "$image_size" --max_epoch "$max_epoch" \
     --batch_size "$batch_size" --lr "$lr" --warmup "$warmup" \
     --weight_decay "$weight_decay" --momentum "$momentum" \
-    --lr_schedule "$lr_schedule" --largest_net_in_stage1 "$largest_net_in_stage1" \
+    --recipe "$recipe" --lr_schedule "$lr_schedule" \
+    --largest_net_in_stage1 "$largest_net_in_stage1" \
     --stage1_views "$stage1_views" --freeze_bn "$freeze_bn" \
     --queue_size "$queue_size" --key_momentum "$key_momentum" --temperature "$temperature" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \

@@ -12,16 +12,16 @@ if __name__ == "__main__":
 
 import logging
 
-from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
+from hnas.dataset.transforms import SameView, StrongTransform, TrainTransform, TwoViews
 from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import world_size
-from hnas.programs.flags import Stage
+from hnas.programs.flags import AUTO, Stage
 from hnas.programs.memory_needs import check_queue
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import require, space_of, start, training_images, training_loader
 from hnas.search_space import find_backbone
-from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
+from hnas.utils.hapi_wrapper_pinas import ContrastiveModel, scaled_key_momentum
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 from hnas.utils.starting import (
     pretrained_network,
@@ -45,6 +45,8 @@ def main() -> None:
         )
     start(options)
     check_queue(options)
+    if options.key_momentum == AUTO:
+        options.key_momentum = scaled_key_momentum(options.batch_size * world_size())
     images = training_images(options)
     space = space_of(options)
     network = build_network(
@@ -60,7 +62,7 @@ def main() -> None:
     else:
         require(options, "pretrained")
         teacher = pretrained_network(options, images.classes, space)
-        start_from_pretrained(network.backbone, teacher)
+        start_from_pretrained(network.backbone, teacher, reorder=options.recipe == "own")
         network.reset_key_encoder()
     if options.freeze_bn:
         freeze_statistics(network)
@@ -76,7 +78,11 @@ def main() -> None:
     model = ContrastiveModel(network, sampler, not options.freeze_bn, options.seed)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     strong = StrongTransform(options.image_size, options.crop_scale_min, options.flip_prob)
-    views = TwoViews(strong if options.stage1_views == "two_kinds" else crop, crop)
+    views = {
+        "two_kinds": TwoViews(strong, crop),
+        "one_kind": TwoViews(crop, crop),
+        "same": SameView(crop),
+    }[options.stage1_views]
     loader = training_loader(options, images, views)
     prepare(model, options, len(loader))
     fit(model, options, loader)

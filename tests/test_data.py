@@ -24,6 +24,7 @@ from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import (
     EvalTransform,
+    SameView,
     Shrink,
     StrongTransform,
     TrainTransform,
@@ -115,6 +116,10 @@ def test_two_views_differ_but_repeat():
     image, views = gradient_image(), TwoViews(StrongTransform(32), TrainTransform(32))
     first, second = views(image, np.random.default_rng(1))
     assert not np.array_equal(first, second)
+    same, twin = SameView(TrainTransform(32))(image, np.random.default_rng(1))
+    np.testing.assert_array_equal(same, twin)
+    crop = TrainTransform(32)(image, np.random.default_rng(1))
+    np.testing.assert_array_equal(same, crop)
     again = views(image, np.random.default_rng(1))
     np.testing.assert_array_equal(first, again[0])
     np.testing.assert_array_equal(second, again[1])
@@ -150,6 +155,10 @@ def test_batches_depend_on_seed_and_epoch_only(folder):
     there, val_there = loaders(folder, workers=2)
     assert_same(collect(there.epoch(1)), reference)
     assert_same(collect(val_there), collect(val))
+    # The folder's order, class after class, where nothing is to be shuffled; by parts of a batch.
+    shares = [EpochLoader(train.dataset, 2, 0, rank, 2, shuffle=False) for rank in range(2)]
+    whole = zip(*(loader.batches(1) for loader in shares), strict=True)
+    assert np.concatenate([part for parts in whole for part in parts]).tolist() == [*range(12)]
     for other in (train.epoch(2), loaders(folder, seed=4)[0].epoch(1)):
         assert not np.array_equal(reference[0][0], next(iter(other))[0].numpy())
 

@@ -69,8 +69,8 @@ def test_every_documented_flag_is_accepted(stage):
 RECIPE = {
     CONTRAST: "backbone=resnet48pinasv2 max_epoch=10 batch_size=256 lr=0.0008 warmup=1 "
     "dyna_batch_size=0 momentum=0.9 image_size=224 weight_decay=0.0001 freeze_bn=True "
-    "largest_net_in_stage1=True queue_size=40960 key_momentum=0.999 temperature=0.1 "
-    "stage1_views=two_kinds lr_schedule=cosine crop_scale_min=0.08 "
+    "largest_net_in_stage1=True queue_size=40960 key_momentum=-1 temperature=0.1 "
+    "stage1_views=two_kinds lr_schedule=cosine shuffle=True crop_scale_min=0.08 "
     "save_dir=checkpoint_files/stage1",
     DISTILL: "backbone=resnet48 max_epoch=5 batch_size=256 lr=0.0005 warmup=5 dyna_batch_size=4 "
     "momentum=0.9 image_size=224 weight_decay=3e-05 freeze_bn=True sample_method=random "
@@ -90,6 +90,24 @@ def test_defaults_are_the_recipes(stage):
         name, value = setting.split("=")
         assert str(getattr(options, name)) == value
     assert parse_options(stage, []) == options  # without the word run
+
+
+PUBLIC = {"lr_schedule": "swing", "stage1_views": "same", "shuffle": False}
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"lr_schedule": "cosine"}, {"stage1_views": "auto"}], ids=str
+)
+def test_the_public_recipe_sets_what_is_not_given_and_says_so(given, caplog):
+    line = [f"--{name}={value}" for name, value in given.items()]
+    with caplog.at_level(logging.INFO):
+        options = parse(CONTRAST, "--recipe=public", *line)
+    values = PUBLIC | {name: value for name, value in given.items() if value != "auto"}
+    assert options == dataclasses.replace(parse(CONTRAST), recipe="public", **values)
+    told = ", ".join(f"{name} {value}" for name, value in values.items())
+    assert f"recipe public: {told}, channels not sorted" in caplog.text
+    # In other stages it has no effect.
+    assert parse(DISTILL, "--recipe=public") == dataclasses.replace(parse(DISTILL), recipe="public")
 
 
 def test_results_of_stages_go_to_folders_of_their_own():
@@ -181,7 +199,7 @@ REFUSED = [  # arguments of stage 2, and the message
     ("--train_flag=", "argument --train_flag: '' is neither True nor False"),
     ("--device tpu", "--device 'tpu'; allowed: auto, cpu, gpu"),
     (f"--device {NAME}", "--device 'nnn.*; allowed: auto, cpu, gpu"),
-    ("--lr_schedule step", "--lr_schedule 'step'; allowed: cosine, swing"),
+    ("--lr_schedule step", "--lr_schedule 'step'; allowed: auto, cosine, swing"),
     ("--save_dir=", "--save_dir is missing: results need a folder"),
     (f"--save_dir {NAME}", PATH.format("save_dir") + "; 255 are allowed"),
     (f"--image_dir /a/{NAME}/b", PATH.format("image_dir") + ".*"),

@@ -151,6 +151,8 @@ def test_a_step_is_the_independent_computation(network, frozen, largest):
     logs = model.train_batch([*views, paddle.zeros([BATCH], "int64")])
     assert float(logs["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
     after = state_of(network)
+    norm = np.sqrt(sum((gradient.astype(float) ** 2).sum() for gradient in gradients.values()))
+    assert float(logs["norm"]) == pytest.approx(norm, rel=1e-3)
     assert len(gradients) > 50 and "neck.project.weight" in gradients
     for name, gradient in gradients.items():
         scale = max(1e-3, np.abs(gradient).max())

@@ -63,12 +63,12 @@ class Recorder(ResumableModel):
         loss = self.network(inputs).square().mean()
         self.gradients.backward(loss)
         before, gradient = self.network.bias.numpy(), self.network.bias.grad.numpy()
-        self.gradients.step()
+        norm = self.update()
         # Without momentum and weight decay: w = w - lr g.
         moved = before - self.network.bias.numpy()
         self.rates[self.epoch, self.step] = float((moved / gradient)[0])
         self.claimed = self.optimizer.get_lr()
-        logs = {"loss": loss.detach(), "top1": loss.detach(), "arch": "code"}
+        logs = {"loss": loss.detach(), "top1": loss.detach(), "norm": norm, "arch": "code"}
         return {**logs, "parts": [("code", logs["loss"])]}
 
 
@@ -379,6 +379,8 @@ FORGED_STATES = {
     "losses": [[1.0], MISSING],
     "losses/epoch_losses": [np.ones(7), np.ones(0), np.ones((2, 2)), np.array([np.nan, 1]), "many"],
     "losses/step_losses": [np.ones(3)],
+    "losses/epoch_norms": [None, 3.0, np.ones((2, 2)), np.ones(2, np.int64), np.ones(9)],
+    "losses/step_norms": ["many", np.ones(2, np.float32)],
     "losses/seconds": ["long", math.nan, MISSING],
     "losses/validation": [
         None,

@@ -1,5 +1,6 @@
 """Steps of training: stage two's against an independent network's, the optimizer's, schedules."""
 
+import math
 from types import SimpleNamespace
 
 import independent
@@ -23,7 +24,7 @@ from hnas.utils.hapi_wrapper import (
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler, SandwichSampler
-from hnas.utils.training import prepare
+from hnas.utils.training import TrainLogger, prepare
 
 CLASSES, RATE, MOMENTUM, DECAY = 10, 0.05, 0.9, 1e-3
 
@@ -111,17 +112,19 @@ def test_a_step_equals_independent_gradients(expand, frozen, in_place):
     assert len(statistics) > 90
     same = [np.array_equal(after[name].numpy(), before[name].numpy()) for name in statistics]
     assert all(same) if frozen else not any(same[:2])
-    moved = 0
+    moved, squares = 0, 0.0
     for name in trained:
         old, gradient = before[name].numpy(), state[name].grad
         expected = old
         if gradient is not None:  # a block that no sub-network used stays as it is
+            squares += float((gradient.numpy() ** 2).sum())
             expected = old - RATE * (gradient.numpy() + DECAY * old)
             moved += 1
         np.testing.assert_allclose(
             after[name].numpy(), expected, atol=2e-6, rtol=1e-5, err_msg=name
         )
     assert moved > 100
+    assert float(logs["norm"]) == pytest.approx(squares**0.5, rel=1e-6)
 
 
 def test_blocks_that_a_step_does_not_run_are_left_alone():
@@ -229,6 +232,7 @@ def test_steps_of_the_optimizer_that_flags_describe_are_those_of_numpy(limit):
         model.gradients.backward((layers(x) ** 2).sum())
         gradients = [p.grad.numpy().astype(float) for p in trained]
         norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
+        assert float(model.gradients.norm()) == pytest.approx(norm, rel=1e-5)
         factor = min(1.0, limit / norm) if limit else 1.0
         assert not limit or factor < 1
         for i, gradient in enumerate(gradients):
@@ -238,6 +242,45 @@ def test_steps_of_the_optimizer_that_flags_describe_are_those_of_numpy(limit):
         for parameter, value in zip(trained, values, strict=True):
             np.testing.assert_allclose(parameter.numpy(), value, rtol=1e-4, atol=1e-5)
             assert parameter.grad is None
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_norms_of_scaled_losses_are_those_of_the_gradients(accumulate):
+    paddle.seed(3)
+    layer = paddle.nn.Linear(3, 2)
+    step = GradientStep(paddle.optimizer.SGD(RATE, parameters=layer.parameters()), accumulate)
+    step.scaler = SimpleNamespace(scale=lambda loss: 1024 * loss)  # a GPU's, for half precision
+    (x,) = tensors([np.random.default_rng(1).normal(size=(8, 3)).astype("float32")])
+    for (part,) in step.parts(x):
+        step.backward(layer(part).square().mean())
+    slope = 2 * layer(x).numpy() / 16
+    gradients = (x.numpy().T @ slope, slope.sum(0))
+    norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
+    assert float(step.norm()) == pytest.approx(norm, rel=1e-5)
+
+
+RISING = "training is breaking: loss 68 and gradient norm 900 after 5.1 and 101 at the first step"
+
+
+@pytest.mark.parametrize(
+    ("rows", "warnings"),
+    [
+        ([(5.1, 101), (4.0, 180), (5.5, 60), (9.0, 900)], 0),
+        ([(0.01, 0.001), (0.3, 0.5)], 0),
+        ([(5.1, 101), (68, 900), (70, 950)], 1),
+        ([(5.1, 101), (5.1, 1100)], 1),
+        ([(5.1, 101), (5.1, math.inf)], 1),
+    ],
+)
+def test_a_run_that_breaks_is_told_once_within_its_epoch(rows, warnings, caplog):
+    log = TrainLogger(1, epochs=2, steps=9, batch=1)
+    log.begin_epoch(0)
+    for step, (loss, norm) in enumerate(rows):
+        figures = {"loss": loss, "top1": 0.5, "norm": norm, "lr": 0.1, "waited": 0.0}
+        log.end_step(step, {**figures, "arch": "code", "parts": [("code", loss)]})
+    told = [message for message in caplog.messages if "training is breaking" in message]
+    assert len(told) == warnings and (rows[1][0] != 68 or told[0].startswith(RISING))
+    assert all("clip_norm 10, a longer warmup or a lower lr" in message for message in told)
 
 
 def test_the_swing_is_the_cosine_of_public_code_stepped_per_batch():

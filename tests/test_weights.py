@@ -209,7 +209,7 @@ def test_stage_one_goes_on_from_a_public_file(nets, images, tmp_path, monkeypatc
     pickled(paddle22(public_contrast(contrast)), tmp_path / "public.pdparams")
     flags = {"backbone": "resnet48pinasv2_mini", "queue_size": QUEUE, "use_ckpt": True}
     flags |= {"ckpt_dir": tmp_path / "public.pdparams", "max_epoch": 1, "lr": 1e-6}
-    flags["batch_size"] = BATCH
+    flags |= {"batch_size": BATCH, "key_momentum": 0.999}
     with caplog.at_level("INFO"):
         run(train_supernet_pinas_stage1, monkeypatch, images, tmp_path / "out", **flags)
     assert f"stage 1 goes on with {len(contrast)} tensors" in caplog.text
@@ -224,6 +224,24 @@ def test_stage_one_goes_on_from_a_public_file(nets, images, tmp_path, monkeypatc
     apart = (contrast[f"key_{name}"] - contrast[name]) * 0.999**2
     np.testing.assert_allclose(after[f"key_{name}"] - after[name], apart, atol=1e-5)
     assert np.abs(apart).max() > 0.1
+
+
+@pytest.mark.parametrize("recipe", ["own", "public"])
+def test_stage_one_starts_from_channels_that_are_sorted_or_not(
+    recipe, nets, images, tmp_path, monkeypatch, caplog
+):
+    """At a learning rate of nearly zero what is saved is what it starts from."""
+    pickled(nets.plain, tmp_path / "pretrained.pdparams")
+    flags = {"backbone": "resnet48pinasv2_mini", "queue_size": 20, "batch_size": 10, "lr": 0}
+    flags |= {"pretrained": tmp_path / "pretrained.pdparams", "max_epoch": 1, "recipe": recipe}
+    with caplog.at_level("INFO"):
+        run(train_supernet_pinas_stage1, monkeypatch, images, tmp_path / "out", **flags)
+    after, name = read_weights(tmp_path / "out/final"), "blocks.1.conv1.weight"
+    found, start = after[f"backbone.{name}"], nets.plain[name]
+    assert np.array_equal(found, start) == (recipe == "public")
+    assert np.array_equal(np.sort(found, axis=None), np.sort(start, axis=None))
+    assert f"key_momentum {0.999 ** (10 / 256):.6f}" in caplog.text
+    assert ("recipe public" in caplog.text) == (recipe == "public")
 
 
 @pytest.mark.parametrize("keys", [(), ("backbone",), ("backbone", "neck")])

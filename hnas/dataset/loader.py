@@ -69,7 +69,7 @@ class ImageDataset:
 
 
 class EpochLoader:
-    """Shuffled whole batches of a dataset, an epoch at a time.
+    """Whole batches of a dataset, an epoch at a time.
 
     Args:
         dataset: to load from.
@@ -77,6 +77,7 @@ class EpochLoader:
         num_workers: loader processes; 0 loads in this one.
         rank, world_size: each of so many processes loads its consecutive share of every batch,
             so that R of them see together what one with batches of R times the size sees.
+        shuffle: a new order in every epoch, by the dataset's seed; else the dataset's.
 
     Raises:
         DataError: fewer images than one batch.
@@ -89,7 +90,9 @@ class EpochLoader:
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        shuffle: bool = True,
     ):
+        self.shuffle = shuffle
         self.total_batch = batch_size * world_size
         if len(dataset) < self.total_batch:
             raise DataError(
@@ -107,7 +110,9 @@ class EpochLoader:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """The image indices of each step of ``epoch``, this rank's share."""
-        order = np.random.default_rng((self.dataset.seed, epoch)).permutation(len(self.dataset))
+        order = np.arange(len(self.dataset))
+        if self.shuffle:
+            order = np.random.default_rng((self.dataset.seed, epoch)).permutation(order)
         whole = np.split(order[: len(self) * self.total_batch], len(self))
         return [batch[self._share] for batch in whole]
 

@@ -183,3 +183,14 @@ class TwoViews:
 
     def __call__(self, image, rng) -> tuple[np.ndarray, np.ndarray]:
         return self.first(image, rng), self.second(image, rng)
+
+
+@dataclass(frozen=True)
+class SameView:
+    """One augmentation of an image, given twice: most likely what the first place's stage 1 saw."""
+
+    transform: TrainTransform
+
+    def __call__(self, image, rng) -> tuple[np.ndarray, np.ndarray]:
+        view = self.transform(image, rng)
+        return view, view

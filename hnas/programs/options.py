@@ -101,6 +101,8 @@ class Options:
     crop_scale_min: float = images(0.08, "smallest random crop", "share of the image", low=0.01,
         high=1, stages=TRAINING)
     flip_prob: float = images(0.5, "of mirroring", "probability", high=1, stages=TRAINING)
+    shuffle: bool = images(True,
+        "a new order in every epoch; False: the folder's, class after class", stages=TRAINING)
 
     max_epoch: int = training(5, "epochs to train", "epochs", low=1, high=MOST_EPOCHS, pretrain=90,
         contrast=10, standalone=90)
@@ -121,17 +123,25 @@ class Options:
     log_freq: int = training(50, "steps between log lines", "steps", low=1)
     visualdl_dir: str = training("", "write curves for VisualDL to it", "folder")
 
-    lr_schedule: str = contrast("cosine",
+    recipe: str = contrast("own",
+        "public: as the public code runs it, but for flags that are given: lr_schedule swing, "
+        "stage1_views same, shuffle False, and pretrained channels as they are", "name",
+        choices=("own", "public"))
+    lr_schedule: str = contrast("auto",
         "cosine: warm-up, then one cosine over all steps; swing: the full rate to zero and back "
-        "every 2 * max_epoch steps", "name", choices=("cosine", "swing"))
+        "every 2 * max_epoch steps; auto: cosine, or as recipe says", "name",
+        choices=("auto", "cosine", "swing"))
     largest_net_in_stage1: bool = contrast(True,
         "both paths of stage 1 are the largest network, else uniform draws")
-    stage1_views: str = contrast("two_kinds",
+    stage1_views: str = contrast("auto",
         "two_kinds: the query's view has colour jitter, grey and blur besides crop and flip; "
-        "one_kind: both are crop and flip", "name", choices=("two_kinds", "one_kind"))
+        "one_kind: both are crop and flip; same: both are one crop and flip; auto: two_kinds, or "
+        "as recipe says", "name", choices=("auto", "two_kinds", "one_kind", "same"))
     queue_size: int = contrast(40960, "negatives; a multiple of the batch", "keys", low=1,
         high=2**24)
-    key_momentum: float = contrast(0.999, "of the key encoder", high=1)
+    key_momentum: float = contrast(AUTO,
+        "of the key encoder; auto: 0.999 to the power of the total batch over 256", high=1,
+        auto=True)
     temperature: float = contrast(0.1, "of the contrastive loss", low=0.001, high=1000)
 
     train_flag: bool = distill(True, "False: evaluate what was loaded and stop")

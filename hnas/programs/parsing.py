@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import logging
 from argparse import SUPPRESS, ArgumentTypeError
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hnas.base.command_line import (
     SHOWN,
@@ -30,6 +30,13 @@ STAGES = (
 )
 INSTEAD = {"json_path": "give --modelarch_file", "phase": STAGES, "mode": STAGES}
 """What stands for flags of the public code."""
+
+
+RECIPES = {
+    "own": {"lr_schedule": "cosine", "stage1_views": "two_kinds", "shuffle": True},
+    "public": {"lr_schedule": "swing", "stage1_views": "same", "shuffle": False},
+}
+"""What each ``recipe`` makes of flags that are not given, or are ``auto``."""
 
 
 def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = "") -> Options:
@@ -57,11 +64,23 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
             _check_value(option, given[name])
             if stage not in option.metadata["stages"]:
                 logger.info("--%s has no effect in %s", name, stage)
+    _follow_recipe(options, stage, given)
     if stage is Stage.CONTRAST and options.save_dir_new:
         options.save_dir = options.save_dir_new
     if not options.save_dir:
         raise UserError("--save_dir is missing: results need a folder")
     return options
+
+
+def _follow_recipe(options: Options, stage: Stage, given: Mapping[str, object]) -> None:
+    """Set what the recipe decides; the log shows each value where that is the public code's."""
+    recipe = options.recipe if stage is Stage.CONTRAST else "own"
+    for name, value in RECIPES[recipe].items():
+        if given.get(name, "auto") == "auto":
+            setattr(options, name, value)
+    if recipe == "public":
+        told = ", ".join(f"{name} {getattr(options, name)}" for name in RECIPES[recipe])
+        logger.info("recipe public: %s, channels not sorted", told)
 
 
 def refuse_contrastive(backbone: str, program: object) -> None:

@@ -145,7 +145,7 @@ def _scanned(options: Options, split: str) -> ImageList:
 
 
 def training_loader(options: Options, images: ImageList, transform: Callable) -> EpochLoader:
-    """Shuffled, augmented batches of ``images``, decoded once if ``use_tensor_dataset`` says so.
+    """Augmented batches of ``images``, decoded once if ``use_tensor_dataset`` says so.
 
     Raises:
         UserError: a batch takes more memory than there is.
@@ -155,7 +155,8 @@ def training_loader(options: Options, images: ImageList, transform: Callable) ->
     check_shared_memory(batch_bytes(options), steps, options.num_workers)
     pixels = _stored(options, images) if options.use_tensor_dataset else None
     dataset = ImageDataset(images, transform, options.seed, pixels)
-    return EpochLoader(dataset, options.batch_size, options.num_workers, rank(), world_size())
+    processes = (options.num_workers, rank(), world_size())
+    return EpochLoader(dataset, options.batch_size, *processes, options.shuffle)
 
 
 def _stored(options: Options, images: ImageList) -> ImageStore:

@@ -56,6 +56,13 @@ class GradientStep:
             loss = loss / self.accumulate
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
+    @paddle.no_grad()
+    def norm(self) -> paddle.Tensor:
+        """The norm of all gradients together, a scalar: what ``clip_norm`` bounds."""
+        grads = [p.grad for p in self.optimizer._parameter_list if p.grad is not None]
+        norm = paddle.stack([grad.norm() for grad in grads]).norm()
+        return norm if self.scaler is None else norm / self.scaler.scale(paddle.ones([]))
+
     def step(self) -> None:
         """One step of the optimizer on the gradients gathered; they are gone afterwards."""
         if self.scaler is None:
@@ -120,9 +127,9 @@ class ResumableModel:
     """A network and its optimizer; training can start at any step and sees (epoch, step).
 
     Sub-classes give ``train_batch(inputs) -> logs``, one optimizer step on a batch: the scalar
-    tensors ``loss`` and ``top1``, which are read only when a line is logged, ``parts``, the code
-    and loss of each sub-network, and ``arch``, the last one's code. Batches hold uint8 images
-    [N, 3, H, W].
+    tensors ``loss``, ``top1`` and ``norm`` (of the gradients), which are read only when a line is
+    logged, ``parts``, the code and loss of each sub-network, and ``arch``, the last one's code.
+    Batches hold uint8 images [N, 3, H, W].
     """
 
     epoch = 0
@@ -166,11 +173,13 @@ class ResumableModel:
             self.optimizer._learning_rate.step(position)
         return self.optimizer.get_lr()
 
-    def update(self) -> None:
-        """Step on the gradients of the backward passes, averaged over ranks."""
+    def update(self) -> paddle.Tensor:
+        """Step on the gradients of the backward passes, averaged over ranks; gives their norm."""
         if self.exchange is not None:
             self.exchange.run()
+        norm = self.gradients.norm()
         self.gradients.step()
+        return norm
 
 
 class DistillationModel(ResumableModel):
@@ -220,11 +229,12 @@ class DistillationModel(ResumableModel):
                 self.gradients.backward(loss)
                 losses[index] += loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
-        self.update()
+        norm = self.update()
         codes = [arch.code for arch in archs]
         return {
             "loss": sum(losses) / len(losses),
             "top1": hits / labels.shape[0],
+            "norm": norm,
             "arch": codes[-1],
             "parts": list(zip(codes, losses, strict=True)),
         }

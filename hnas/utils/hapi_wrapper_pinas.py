@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import paddle
@@ -12,6 +13,8 @@ from hnas.parallel.distributed import gather, world_size
 from hnas.search_space import Architecture
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.SampleMethod import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 class ContrastiveModel(ResumableModel):
@@ -51,12 +54,12 @@ class ContrastiveModel(ResumableModel):
             self.gradients.backward(sum(one_loss for one_loss, _ in found))
             loss += sum(one_loss.detach() for one_loss, _ in found)
             hits += sum(one_hits for _, one_hits in found)
-        self.update()
+        norm = self.update()
         (first, second) = (paddle.concat([every for _, every in own]) for own in keys)
         self.network.enqueue((first + second) / 2)
         share, code = len(paths) * len(parts), paths[0].code
-        loss = loss / share
-        return {"loss": loss, "top1": hits / share, "arch": code, "parts": [(code, loss)]}
+        logs = {"loss": loss / share, "top1": hits / share, "norm": norm, "arch": code}
+        return {**logs, "parts": [(code, logs["loss"])]}
 
     def embed_queries(self, view, paths: Sequence[Architecture]) -> list[paddle.Tensor]:
         """Each pass's queries [N, D] of the view uint8 [N, 3, H, W].
@@ -83,3 +86,14 @@ class ContrastiveModel(ResumableModel):
             keys = self.network.embed_keys(normalize(shuffled.images), path)
         keys = shuffled.restore(keys)
         return shuffled.own(keys), keys
+
+
+def scaled_key_momentum(total_batch: int) -> float:
+    """The key encoder's momentum that forgets as fast, by images, as 0.999 at batches of 256.
+
+    A power of it, as Busbridge et al. derive (How to Scale Your EMA, NeurIPS 2023,
+    https://arxiv.org/abs/2307.13813).
+    """
+    momentum = 0.999 ** (total_batch / 256)
+    logger.info("key_momentum %.6f: 0.999 ** (%d / 256) by the batch", momentum, total_batch)
+    return momentum

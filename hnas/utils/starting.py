@@ -70,9 +70,10 @@ def start_from_checkpoint(network: nn.Layer, path: str, classes: Sequence[str]) 
     return checkpoint
 
 
-def start_from_pretrained(supernet: nn.Layer, network: ResNet) -> None:
-    """Give a supernet the reordered weights of a plain network, which is left reordered."""
-    network.reorder()
+def start_from_pretrained(supernet: nn.Layer, network: ResNet, reorder: bool = True) -> None:
+    """Give a supernet the weights of a plain network, which is reordered before, and left so."""
+    if reorder:
+        network.reorder()
     weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     load_weights(supernet, weights, "pretrained network")
     if isinstance(supernet, ElasticResNet):
@@ -246,6 +247,12 @@ def check_progress(progress: Mapping) -> None:
             raise TypeError(f"{parts} is no array of float64")
         if values.shape != (number,) or not np.isfinite(values).all():
             raise ValueError(f"{parts} are not {number} finite numbers")
+    for name, like in (("epoch_norms", "epoch_losses"), ("step_norms", "step_losses")):
+        values = losses.get(name, losses[like])
+        if not isinstance(values, np.ndarray) or values.dtype != np.float64:
+            raise TypeError(f"{name} is no array of float64")
+        if values.shape != losses[like].shape:
+            raise ValueError(f"{name} are not as many as {like}")
     seconds = losses["seconds"]
     if type(seconds) is not float or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r:.40}")

@@ -56,6 +56,9 @@ logger = logging.getLogger(__name__)
 LARGEST = RESNET48.largest().code
 """Of every search space; log lines of steps that train it alone leave it out."""
 
+LARGEST_RISE = np.array([2.0, np.inf, 10.0])
+"""Of loss, top-1 and gradient norm since the first step, in a run that does not break."""
+
 
 def prepare(model: ResumableModel, options: Options, steps_per_epoch: int) -> None:
     """Give a model the optimizer and learning rate that the flags describe.
@@ -258,9 +261,16 @@ class TrainLogger:
     def __init__(self, log_freq: int, epochs: int, steps: int, batch: int):
         self.log_freq, self.epochs, self.steps, self.batch = log_freq, epochs, steps, batch
         self.epoch_losses: list[float] = []
+        self.epoch_norms: list[float] = []
+        """Mean norms of epochs' gradients; NaN: of an earlier version, which did not know them."""
         self.validation: dict[int, Figures] = {}
         """What was measured after epochs, from 0."""
         self._losses: list[float] = []
+        self._norms: list[float] = []
+        self._first: np.ndarray | None = None
+        """Loss, top-1 and gradient norm of the first step of this process."""
+        self._warned = -1
+        """The epoch that was warned of."""
         self._unread: list[tuple[int, dict]] = []
         self._earlier_seconds = 0.0
         self._began = time.perf_counter()
@@ -271,6 +281,8 @@ class TrainLogger:
         return {
             "epoch_losses": np.array(self.epoch_losses, np.float64),
             "step_losses": np.array(self._losses, np.float64),
+            "epoch_norms": np.array(self.epoch_norms, np.float64),
+            "step_norms": np.array(self._norms, np.float64),
             "seconds": self._seconds(),
             "validation": self._validation_rows(),
         }
@@ -280,7 +292,12 @@ class TrainLogger:
         self.epoch_losses = state["epoch_losses"].tolist()
         self._losses = state["step_losses"].tolist()
         self._earlier_seconds = state["seconds"]
-        # Checkpoints of earlier versions have none.
+        # Checkpoints of earlier versions have no norms and no figures.
+        losses = {"epoch_norms": self.epoch_losses, "step_norms": self._losses}
+        self.epoch_norms, self._norms = (
+            state.get(name, np.full(len(values), np.nan)).tolist()
+            for name, values in losses.items()
+        )
         rows = [dict(row) for row in state.get("validation", [])]
         self.validation = {row.pop("epoch"): row for row in rows}
 
@@ -288,7 +305,9 @@ class TrainLogger:
         """What ``history.json`` holds; epochs count from 0, as the names of checkpoints do."""
         losses = self.epoch_losses
         best = int(np.argmin(losses)) if losses else None
-        found = {"epoch_losses": losses, "best_epoch": best, "seconds": round(self._seconds(), 1)}
+        norms = [None if math.isnan(norm) else norm for norm in self.epoch_norms]
+        found = {"epoch_losses": losses, "epoch_gradient_norms": norms, "best_epoch": best}
+        found["seconds"] = round(self._seconds(), 1)
         return {**found, "validation": self._validation_rows()} if self.validation else found
 
     def _seconds(self) -> float:
@@ -304,23 +323,27 @@ class TrainLogger:
         self._begin_line()
 
     def _begin_line(self) -> None:
-        self._mark, self._since, self._waited = time.perf_counter(), 0, 0.0
+        self._mark, self._waited = time.perf_counter(), 0.0
+        self._line: list[tuple[float, float, float]] = []
 
     def end_step(self, step: int, logs: dict) -> None:
         """Take what step number ``step``, from 0, has logged; see :class:`ResumableModel`."""
         self._unread.append((step, logs))
-        self._since += 1
         self._waited += logs["waited"]
         if (step + 1) % self.log_freq == 0 or step + 1 == self.steps:
             self.read_losses()
             if is_main_process():
                 self._log_line(step, logs)
+                self._warn_if_breaking()
             self._begin_line()
 
     def end_epoch(self) -> None:
         """Keep the epoch's mean loss."""
         self.epoch_losses.append(sum(self._losses) / len(self._losses))
-        self._losses = []
+        # A loss scaled for half precision skips steps whose gradients are not finite.
+        finite = [norm for norm in self._norms if math.isfinite(norm)]
+        self.epoch_norms.append(sum(finite) / len(finite) if finite else math.nan)
+        self._losses, self._norms = [], []
         if is_main_process():
             logger.info("epoch %d: peak memory %s", self.epoch + 1, peak_memory())
 
@@ -331,7 +354,10 @@ class TrainLogger:
             loss = float(logs["loss"])
             if not math.isfinite(loss):
                 raise self.diverged(f"loss is {loss}", step, logs)
+            norm = float(logs["norm"])
             self._losses.append(loss)
+            self._norms.append(norm)
+            self._line.append((loss, float(logs["top1"]), norm))
         self._unread.clear()
 
     def _average(self) -> None:
@@ -361,11 +387,13 @@ class TrainLogger:
         elapsed = time.perf_counter() - self._mark
         done = self.epoch * self.steps + step + 1
         left = self.epochs * self.steps - done
-        loss, top1 = float(logs["loss"]), float(logs["top1"])
-        ips = self._since * self.batch / elapsed
-        self._draw("train", {"loss": loss, "top1": top1, "lr": logs["lr"], "ips": ips}, done)
+        since = len(self._line)
+        loss, top1, norm = np.mean(self._line, axis=0).tolist()
+        ips = since * self.batch / elapsed
+        figures = {"loss": loss, "top1": top1, "gradient_norm": norm, "lr": logs["lr"], "ips": ips}
+        self._draw("train", figures, done)
         logger.info(
-            "epoch %d/%d step %d/%d lr %.6f loss %.4f top1 %.4f ips %.1f images/s "
+            "epoch %d/%d step %d/%d lr %.6f loss %.4f top1 %.4f norm %.3g ips %.1f images/s "
             "data %.3f s/step eta %s%s",
             self.epoch + 1,
             self.epochs,
@@ -374,11 +402,26 @@ class TrainLogger:
             logs["lr"],
             loss,
             top1,
+            norm,
             ips,
-            self._waited / self._since,
-            datetime.timedelta(seconds=round(left * elapsed / self._since)),
+            self._waited / since,
+            datetime.timedelta(seconds=round(left * elapsed / since)),
             "" if logs["arch"] == LARGEST else f" arch {logs['arch']}",
         )
+
+    def _warn_if_breaking(self) -> None:
+        """Once an epoch: loss or gradients are far above those of this process's first step."""
+        means = np.mean(self._line, axis=0)
+        if self._first is None:
+            self._first = np.array(self._line[0])
+        # One more than the multiple: near zero a multiple is soon reached.
+        if self._warned < self.epoch and (means > LARGEST_RISE * self._first + 1).any():
+            self._warned = self.epoch
+            logger.warning(
+                "training is breaking: loss %.3g and gradient norm %.3g after %.3g and %.3g at the "
+                "first step; start anew with clip_norm 10, a longer warmup or a lower lr",
+                *(*means[[0, 2]], *self._first[[0, 2]]),
+            )
 
     def draw_validation(self, epochs: Iterable[int]) -> None:
         """Points of what was measured after these epochs, at the step after which it was."""
