@@ -11,6 +11,7 @@ from hnas.base.errors import UserError, hold_signals, run_main
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
+import logging
 from itertools import islice
 from pathlib import Path
 
@@ -58,6 +59,11 @@ from hnas.programs.runtime import (
 from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.starting import start_from_checkpoint
 from hnas.weights.loading import find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_LIST = "model_str.txt"
+"""The public code's file of codes, in the folder that it is started in."""
 
 
 def main() -> None:
@@ -157,6 +163,9 @@ def architectures(options: Options, space: SearchSpace) -> dict[str, Architectur
         UserError: neither is given, or one of them does not fit into the supernet.
     """
     wanted = options.eval_sample_num
+    if not options.modelarch_file and not wanted and Path(PUBLIC_LIST).exists():
+        options.modelarch_file = PUBLIC_LIST
+        logger.info("--modelarch_file %s, as the public code takes it", PUBLIC_LIST)
     if options.modelarch_file:
         archs = read_architectures(options.modelarch_file)
         if wanted > len(archs):

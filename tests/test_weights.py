@@ -12,6 +12,7 @@ import pytest
 from entry_scripts import CLASSES, noise_images, run
 from safetensors.numpy import save_file
 
+import train_supernet
 import train_supernet_pinas_stage1
 from hnas.base.errors import UserError
 from hnas.models.elastic import plain_name
@@ -224,6 +225,27 @@ def test_stage_one_goes_on_from_a_public_file(nets, images, tmp_path, monkeypatc
     apart = (contrast[f"key_{name}"] - contrast[name]) * 0.999**2
     np.testing.assert_allclose(after[f"key_{name}"] - after[name], apart, atol=1e-5)
     assert np.abs(apart).max() > 0.1
+
+
+def test_stage_three_takes_the_public_list_and_folder(nets, tmp_path, monkeypatch, caplog):
+    images = noise_images(tmp_path / "images")
+    (images / "val").rename(images / "val_slim")
+    pickled(under("model.", nets.supernet), tmp_path / "public.pdparams")
+    codes = [RESNET48_MINI.sample(np.random.default_rng(seed)).code for seed in range(3)]
+    (tmp_path / "model_str.txt").write_text(",".join(codes))
+    monkeypatch.chdir(tmp_path)
+    flags = {"backbone": MINI, "ckpt_dir": "public.pdparams"}
+    with caplog.at_level("INFO"):
+        run(train_supernet, monkeypatch, images, "out", **flags)
+    rows = (tmp_path / "out/channel_sample.txt").read_text().splitlines()
+    assert [row.split()[0] for row in rows] == codes
+    assert f"{images / 'val_slim'}: 20 images" in caplog.text and "model_str.txt" in caplog.text
+    # A file that is named goes before; so does a folder val.
+    (tmp_path / "one.txt").write_text(codes[2])
+    (images / "val_slim").rename(images / "val")
+    (images / "val_slim").mkdir()
+    run(train_supernet, monkeypatch, images, "one", **flags, modelarch_file="one.txt")
+    assert (tmp_path / "one/channel_sample.txt").read_text().split()[0] == codes[2]
 
 
 @pytest.mark.parametrize("recipe", ["own", "public"])

@@ -130,9 +130,14 @@ def training_images(options: Options) -> ImageList:
 
 
 def validation_images(options: Options, train: ImageList | None = None) -> ImageList:
-    """The images of ``image_dir/val``, whose classes must be those of ``train``."""
+    """The images of ``image_dir/val``, whose classes must be those of ``train``.
+
+    Where there is none, of ``val_slim``, the public code's name for it.
+    """
     require(options, "image_dir")
-    images = _scanned(options, "val")
+    root = Path(options.image_dir)
+    slim = not (root / "val").is_dir() and (root / "val_slim").is_dir()
+    images = _scanned(options, "val_slim" if slim else "val")
     if train is not None:
         check_class_names(train.classes, train.folder, images.classes, images.folder)
     return images

@@ -38,7 +38,8 @@ class Method:
 
 
 REFERENCE = "first_place"
-"""What the others' differences are taken from: the launchers' defaults."""
+"""What the others' differences are taken from: the launchers' defaults, but for stage 1's views,
+which are of one kind here, as the public code draws them."""
 
 FIRST_PLACE = Method(stage1=True, sampler="first_place", freeze_bn=True)
 
