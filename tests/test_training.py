@@ -263,17 +263,21 @@ RISING = "training is breaking: loss 68 and gradient norm 900 after 5.1 and 101 
 
 
 @pytest.mark.parametrize(
-    ("rows", "warnings"),
+    ("rows", "guess", "warnings"),
     [
-        ([(5.1, 101), (4.0, 180), (5.5, 60), (9.0, 900)], 0),
-        ([(0.01, 0.001), (0.3, 0.5)], 0),
-        ([(5.1, 101), (68, 900), (70, 950)], 1),
-        ([(5.1, 101), (5.1, 1100)], 1),
-        ([(5.1, 101), (5.1, math.inf)], 1),
+        ([(5.1, 101), (4.0, 180), (5.5, 60), (9.0, 900)], 0.0, 0),
+        ([(0.01, 0.001), (0.3, 0.5)], 0.0, 0),
+        ([(5.1, 101), (68, 900), (70, 950)], 0.0, 1),
+        ([(5.1, 101), (5.1, 1100)], 0.0, 1),
+        ([(5.1, 101), (5.1, math.inf)], 0.0, 1),
+        # stage 1, whose queue is random at first, of 512 keys
+        ([(0.3, 4.4), (4.3, 14)], math.log(513), 0),
+        ([(0.3, 4.4), (6.3, 14)], math.log(513), 1),
     ],
 )
-def test_a_run_that_breaks_is_told_once_within_its_epoch(rows, warnings, caplog):
+def test_a_run_that_breaks_is_told_once_within_its_epoch(rows, guess, warnings, caplog):
     log = TrainLogger(1, epochs=2, steps=9, batch=1)
+    log.guess_loss = guess
     log.begin_epoch(0)
     for step, (loss, norm) in enumerate(rows):
         figures = {"loss": loss, "top1": 0.5, "norm": norm, "lr": 0.1, "waited": 0.0}

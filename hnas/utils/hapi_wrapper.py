@@ -134,6 +134,8 @@ class ResumableModel:
 
     epoch = 0
     step = 0
+    guess_loss = 0.0
+    """Of a guess, where a loss that rises to it is no sign of breaking."""
     exchange: GradientExchange | None = None
     """With other ranks; None: there are none."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import paddle
@@ -28,6 +29,8 @@ class ContrastiveModel(ResumableModel):
     def __init__(self, network: PiNASv2, sampler: Sampler, shuffle: bool = False, seed: int = 0):
         super().__init__(network)
         self.sampler, self.shuffle, self.seed = sampler, shuffle, seed
+        # The queue starts with random keys, which are easily told from images'.
+        self.guess_loss = math.log(network.queue.shape[1] + 1)
 
     def train_batch(self, inputs) -> dict:
         """One step: keys of both passes, queries against them, one optimizer step, new negatives.

@@ -140,6 +140,7 @@ class Run:
         self.about = about_weights(options, loader)
         self.settings = describe_run(options, loader)
         self.log = TrainLogger(options.log_freq, options.max_epoch, len(loader), loader.total_batch)
+        self.log.guess_loss = model.guess_loss
         found = resume(model, options, self.settings, len(loader))
         self.begun, self.first, self.run_id, losses = found
         if losses is not None:
@@ -257,6 +258,8 @@ class TrainLogger:
     """
 
     curves = None
+    guess_loss = 0.0
+    """As :class:`ResumableModel` has it."""
 
     def __init__(self, log_freq: int, epochs: int, steps: int, batch: int):
         self.log_freq, self.epochs, self.steps, self.batch = log_freq, epochs, steps, batch
@@ -415,7 +418,8 @@ class TrainLogger:
         if self._first is None:
             self._first = np.array(self._line[0])
         # One more than the multiple: near zero a multiple is soon reached.
-        if self._warned < self.epoch and (means > LARGEST_RISE * self._first + 1).any():
+        most = np.maximum(LARGEST_RISE * self._first + 1, [self.guess_loss, 0, 0])
+        if self._warned < self.epoch and (means > most).any():
             self._warned = self.epoch
             logger.warning(
                 "training is breaking: loss %.3g and gradient norm %.3g after %.3g and %.3g at the "
