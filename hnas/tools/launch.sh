@@ -47,6 +47,14 @@ fi
 if [ -d "$python" ] || ! command -v "$python" >/dev/null 2>&1; then
     refuse "python=$python cannot be run; give the path of Python 3, or sh run_demo.sh makes .venv"
 fi
+# Left over from another run: Paddle would take them before what stands here.
+for left in TRAINERS_NUM=1 TRAINER_ID=0 DEVICES= IPS= LOG_DIR= MASTER= NNODES= NPROC_PER_NODE= \
+    RANK= RUN_MODE=; do
+    name=PADDLE_${left%=*}
+    eval "value=\${$name-${left#*=}}"
+    [ "$value" = "${left#*=}" ] || refuse "$name=$value is left in the environment; unset it: \
+processes, gpus and nnodes say how many"
+done
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 if [ -z "$threads" ]; then
     threads=$((cores > local_processes ? cores / local_processes : 1))
