@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from hnas.programs.flags import Stage
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
 from hnas.tools.flag_tables import LAUNCHERS, PAGE, launcher_variables, page

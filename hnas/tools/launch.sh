@@ -42,7 +42,7 @@ if [ -n "$gpus" ]; then
 fi
 if [ -z "$python" ]; then
     # Not by the link that .venv may be: a run stays in its environment when that is set anew.
-    python=$([ -x .venv/bin/python ] && echo "$(cd -P .venv && pwd)/bin/python" || echo python3)
+    python=$([ -x .venv/bin/python ] && echo "$(cd -P ./.venv && pwd)/bin/python" || echo python3)
 fi
 if [ -d "$python" ] || ! command -v "$python" >/dev/null 2>&1; then
     refuse "python=$python cannot be run; give the path of Python 3, or sh run_demo.sh makes .venv"
