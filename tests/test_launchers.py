@@ -158,7 +158,7 @@ case "$*" in
     *metadata*) sort "$has" | xargs ;;
     *uninstall*) : >"$has" ;;
     *install*) echo progress; grep -qxf "$has" "$last" || grep ^paddle "$last" >>"$has" ;;
-    *compiled*) tail -n 1 "$has" | grep -q gpu && echo gpu 12.6 || echo cpu ;;
+    *compiled*) tail -n 1 "$has" | sed 's/.*gpu/gpu 12.6/; s/^paddle.*/cpu/; s/^/built for /' ;;
 esac"""
 
 

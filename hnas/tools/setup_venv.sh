@@ -73,9 +73,7 @@ set_up() {
     fi
     # Of two packages each has files of the other, so both go; so does one for another CUDA.
     before=$(cuda_of "$installed")
-    if [ "$found" = "$package" ] && [ "${before:-$cuda}" = "$cuda" ]; then
-        found=
-    fi
+    [ "$found" != "$package" ] || [ "${before:-$cuda}" != "$cuda" ] || found=
     { : >"$unfinished" && rm -f "$installed"; } || exit 2
     echo "installing $requirements into $venv; for GPUs these are gigabytes"
     # pip shows what it loads. If it gives up by itself, no package is left by halves.
@@ -84,13 +82,13 @@ set_up() {
         rm -f "$unfinished"
         give_up "pip could not install $requirements into $venv; what it says stands above"
     fi
-    build=$("$venv_python" -c 'import paddle
-print(f"gpu {paddle.version.cuda()}" if paddle.is_compiled_with_cuda() else "cpu")' 2>"$unfinished") ||
-        build=$(tail -n 1 "$unfinished")
-    wanted=$kind${cuda:+ $(dotted "$cuda")}
-    case $build in
-        "$wanted"*) ;;
-        *) give_up "Paddle in $venv is not for $wanted: $build; remove $venv, and run again" ;;
+    said=$("$venv_python" -c 'import paddle
+print("built for", f"gpu {paddle.version.cuda()}" if paddle.is_compiled_with_cuda() else "cpu")' \
+        2>"$unfinished") || said=$(tail -n 1 "$unfinished")
+    wanted="built for $kind${cuda:+ $(dotted "$cuda")}"
+    case $said in
+        *"$wanted"*) ;;
+        *) give_up "Paddle in $venv is not $wanted: $said; remove $venv, and run again" ;;
     esac
     { cp "$requirements" "$installed" && rm -f "$unfinished"; } || exit 2
 }
@@ -122,7 +120,10 @@ if ! is_ready; then
     fi
     # Other set-ups of this environment wait for this one, and then find nothing to do.
     (
-        flock -n 9 || { echo "waiting for another set-up of $venv" && flock 9; } || exit 2
+        flock -n 9 || case $? in
+            1) echo "waiting for another set-up of $venv" && flock 9 ;;
+            *) echo "no locks on this disk: begin no other set-up meanwhile" ;;
+        esac
         set_up
     ) 9>"$lock" || exit 2
 fi
