@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 . hnas/tools/setup_venv.sh
 
 if ! "$venv_python" -c 'import pytest, hypothesis, xdist, importlinter' 2>/dev/null ||
-    [ ! -x .venv/bin/ruff ]; then
+    [ ! -x "$venv/bin/ruff" ]; then
     "$venv_python" -m pip install --quiet --disable-pip-version-check \
         'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6.100' 'ruff>=0.6' 'import-linter>=2'
 fi
@@ -21,7 +21,7 @@ workers=$((threads < 8 ? threads : 8))
 each=$((threads / workers))
 export OMP_NUM_THREADS="$each" MKL_NUM_THREADS="$each"
 
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/lint-imports --no-cache
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/lint-imports" --no-cache
 exec "$venv_python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hnas.programs.flags import Stage
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
-from hnas.tools import flag_tables
-from hnas.tools.flag_tables import LAUNCHERS, PAGE, launcher_variables, main, page
+from hnas.tools.flag_tables import LAUNCHERS, PAGE, launcher_variables, page
 
 ROOT = Path(__file__).parents[1]
 SHARED = "hnas/tools/launch.sh"
@@ -21,12 +19,13 @@ SHARED = "hnas/tools/launch.sh"
 PATHS = {"image_dir", "pretrained", "ckpt_dir", "modelarch_file"}
 
 
-def run(*command, **changes):
+def run(*command, cwd=ROOT, **changes):
     """Run in this environment without the variables that the launchers set themselves."""
     own = ("PINAS_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONWARNINGS")
     kept = {name: value for name, value in os.environ.items() if name not in own}
     env = {**kept, "python": sys.executable, **changes}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    env = {name: value for name, value in env.items() if value is not None}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
 def text_of(path):
@@ -65,41 +64,53 @@ def test_warnings_of_users_choice_stay():
     assert run("sh", "-c", script, PYTHONWARNINGS="ignore::UserWarning").stderr == ""
 
 
-def test_programs_compute_with_the_launchers_threads():
+def test_programs_of_nested_launchers_compute_with_the_first_ones_threads():
+    """As in run_demo.sh: nproc follows OMP_NUM_THREADS, which is 1 for the second."""
     program = (
         "import ctypes, paddle\n"
         "from pathlib import Path\n"
-        "from hnas.programs.flags import Stage\n"
-        "from hnas.programs.parsing import parse_options\n"
-        "from hnas.programs.runtime import start\n"
+        "from hnas.programs.runtime import Options, start\n"
         "from hnas.base.device import cpu_threads\n"
-        "start(parse_options(Stage.SCORE, ['--device', 'cpu']))\n"
+        "start(Options(device='cpu'), writes=False)\n"
         "libraries = Path(paddle.__file__).parent / 'libs'\n"
         "openmp = ctypes.CDLL(str(libraries / 'libiomp5.so')).omp_get_max_threads()\n"
         "print(openmp, cpu_threads())"
     )
-    done = run("sh", "-c", f'. {SHARED}; launch -c "$0"', program, threads="3")
-    assert done.stdout == "3 3\n", done.stderr
+    inner = f'. {SHARED}; launch -c "$0"'
+    outer = f'. {SHARED}; echo "$PINAS_THREADS"; sh -c "$1" "$0"'
+    done = run("sh", "-c", outer, program, inner, OMP_NUM_THREADS="3")
+    assert done.stdout == "3\n3 3\n", done.stderr
 
 
-def test_a_launcher_of_a_script_that_sourced_it_has_the_same_threads():
-    """As in run_demo.sh: nproc follows OMP_NUM_THREADS, which is 1 for the second."""
-    report = 'echo "$PINAS_THREADS"'
-    inner = f". {SHARED}; {report}"
-    done = run("sh", "-c", f'. {SHARED}; {report}; sh -c "$0"', inner, OMP_NUM_THREADS="2")
-    assert done.stdout == "2\n2\n", done.stderr
+def program(path, line):
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(1, "0"), (3, "-1,-1,-1")])
-def test_processes_on_cpus_have_no_gpu_each(processes, devices, tmp_path):
-    """Paddle's launcher gives each a device of CUDA_VISIBLE_DEVICES, and ran out of them."""
-    fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES"\n')
-    fake.chmod(0o755)
-    variables = {"CUDA_VISIBLE_DEVICES": "0", "processes": str(processes), "device": "cpu"}
-    variables |= {"python": str(fake), "save_dir": str(tmp_path / "out")}
-    done = run("sh", "local_eval.sh", **variables)
-    assert (done.returncode, done.stdout) == (0, f"{devices}\n"), done.stderr
+def launch(folder, line, **changes):
+    """Stage 3 with the variables of a line, where % is a space; nvidia-smi sees three cards."""
+    program(folder / "nvidia-smi", "printf 'GPU 0: A\\n  MIG 1g.10gb\\nGPU 1: A\\nGPU 2: A\\n'")
+    given = dict(setting.replace("%", " ").split("=", 1) for setting in line.split())
+    usual = {"CUDA_VISIBLE_DEVICES": None, "PATH": f"{folder}:{os.environ['PATH']}"}
+    return run("sh", "local_eval.sh", **{**usual, **changes, **given})
+
+
+@pytest.mark.parametrize(
+    ("line", "visible", "device"),
+    [
+        ("CUDA_VISIBLE_DEVICES=0", "0", "auto"),
+        # Paddle's launcher gives each process one, and ran out of them.
+        ("processes=3 device=cpu CUDA_VISIBLE_DEVICES=0", "-1,-1,-1", "cpu"),
+        ("gpus=2", "2", "gpu"),
+        ("gpus=0 CUDA_VISIBLE_DEVICES=3", "3", "gpu"),
+        ("gpus=1,0 CUDA_VISIBLE_DEVICES=GPU-8f,MIG-2e", "MIG-2e,GPU-8f", "gpu"),
+        ("gpus=1 device=cpu CUDA_VISIBLE_DEVICES=5,%6,-1,7", "6", "cpu"),
+    ],
+)
+def test_cards_are_counted_among_the_visible_and_mean_a_gpu(line, visible, device, tmp_path):
+    program(tmp_path / "python", 'echo "$CUDA_VISIBLE_DEVICES" "$@"')
+    done = launch(tmp_path, line, python=f"{tmp_path}/python", save_dir=f"{tmp_path}/out")
+    assert re.fullmatch(rf"{visible} .* --device {device}\n", done.stdout), done.stderr
 
 
 # --- what they refuse
@@ -107,58 +118,118 @@ def test_processes_on_cpus_have_no_gpu_each(processes, devices, tmp_path):
 NAME = "n" * 300
 HOSTILE_VARIABLES = [
     ("gpus=,", "gpus=, is not a list of numbers as 0,1,2,3"),
-    ("gpus=0%1", "gpus=0 1 is not a list"),
+    ("gpus=00", "gpus=00 is not a list"),
     ("gpus=0,0", "gpus=0,0 names a GPU twice"),
+    ("gpus=3", "gpus=3, but nvidia-smi finds 3 cards, counted from 0"),
+    ("gpus=2 CUDA_VISIBLE_DEVICES=0,1", "gpus=2, but CUDA_VISIBLE_DEVICES=0,1 leaves 2 cards, "),
+    ("gpus=0 CUDA_VISIBLE_DEVICES=", "gpus=0, but CUDA_VISIBLE_DEVICES= leaves 0 cards"),
     ("processes=0", "processes=0 is too small; the least is 1"),
-    ("processes=abc", "processes=abc is not a whole number from 1 to 9999"),
-    ("processes=08", "processes=08 is not a whole number"),
-    ("threads=abc", "threads=abc is not a whole number"),
+    ("processes=08", "processes=08 is not a whole number from 1 to 9999"),
     ("threads=$(touch%/tmp/x)", "threads=$(touch /tmp/x) is not a whole number"),
-    ("nnodes=0", "nnodes=0 is too small"),
     ("nnodes=2 master=host node_rank=0", "master=host is not HOST:PORT"),
     ("nnodes=2 master=host:1 node_rank=2", "node_rank=2 is not below nnodes=2"),
     ("python=/nope", "python=/nope cannot be run"),
     ("PADDLE_TRAINERS_NUM=4", "PADDLE_TRAINERS_NUM=4 is left in the environment; unset it"),
-    ("save_dir=None", "save_dir=None: results need a folder"),
+    ("PADDLE_TRAINERS_NUM=", "PADDLE_TRAINERS_NUM= is left in the environment; unset it"),
+    ("PADDLE_TRAINER_ID=x", "PADDLE_TRAINER_ID=x is left in the environment; unset it"),
+    ("PADDLE_NNODES=2 processes=2", "PADDLE_NNODES=2 is left in the environment; unset it"),
     ("save_dir=None processes=2", "save_dir=None: results need a folder"),
     (f"save_dir={NAME} processes=2", f"cannot make the folder {NAME}/log; choose another"),
 ]
 
 
 @pytest.mark.parametrize(("line", "words"), HOSTILE_VARIABLES)
-def test_a_hostile_variable_is_one_line(line, words):
-    variables = dict(setting.replace("%", " ").split("=", 1) for setting in line.split())
-    done = run("sh", "local_eval.sh", **{"python": "false", **variables})
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
+def test_a_hostile_variable_is_one_line(line, words, tmp_path):
+    runs = [launch(tmp_path, line, python="false")]
+    if line.startswith("PADDLE_TRAINER"):
+        runs.append(run(sys.executable, "train_supernet.py", **dict([line.split("=")])))
+    for done in runs:
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
+
+
+# --- setup_venv.sh, where pip and Paddle are toys
+
+CPU, GPU = "paddlepaddle", "paddlepaddle-gpu"
+TOY = """has=$(dirname "$0")/has  # packages; of the last one all files are there
+for last; do :; done
+case "$*" in
+    "-m venv "*) mkdir -p "$last/bin" && cp "$0" "$last/bin/python" && : >"$last/bin/has" ;;
+    *metadata*) sort "$has" | xargs ;;
+    *uninstall*) : >"$has" ;;
+    *install*) echo progress; grep -qxf "$has" "$last" || grep ^paddle "$last" >>"$has" ;;
+    *compiled*) tail -n 1 "$has" | sed 's/.*gpu/gpu 12.6/; s/^paddle.*/cpu/; s/^/built for /' ;;
+esac"""
+
+
+@pytest.fixture
+def set_up(tmp_path):
+    """Set up an environment, as for a driver with a CUDA or for none; what is said, and there."""
+    (tmp_path / "requirements-cpu.txt").write_text(f"{CPU}\n")
+    (tmp_path / "requirements.txt").write_text(f"--extra-index-url https://x/cu126/\n{GPU}\n")
+    program(tmp_path / "python", TOY)
+
+    def act(cuda="", script='sh "$0"', **changes):
+        program(tmp_path / "nvidia-smi", f"echo 'CUDA Version: {cuda} |'" if cuda else "exit 9")
+        paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": f"{tmp_path}/python"}
+        command = ("sh", "-c", script, ROOT / "hnas/tools/setup_venv.sh")
+        done, has = run(*command, cwd=tmp_path, **paths, **changes), tmp_path / ".venv/bin/has"
+        return done.stdout, has.read_text().split() if has.exists() else [], done.stderr
+
+    return act
+
+
+def test_each_kind_of_machine_has_its_environment(set_up):
+    steps = [("13.0", "auto", GPU), ("", "auto", CPU), ("12.6", "auto", GPU), ("12.6", "cpu", CPU)]
+    for number, (cuda, device, package) in enumerate(steps):
+        said, has, errors = set_up(cuda, device=device)
+        assert (has, errors, "progress" in said) == ([package], "", number < 2)
+
+
+def test_a_driver_that_is_too_old_is_told_before_anything_is_loaded(set_up):
+    why = "error: requirements.txt has Paddle for CUDA 12.6, and this machine's driver has"
+    advice = "write cu118 for cu126 in requirements.txt, and run again"
+    assert set_up("12.5") == ("", [], f"{why} 12.5; {advice}\n")
+    assert set_up("11.7") == ("", [], f"{why} 11.7; update the driver, or set device=cpu\n")
+
+
+def test_two_set_ups_and_a_killed_one_leave_a_whole_environment(set_up, tmp_path):
+    said, has, _ = set_up(script='sh "$0" & sh "$0" & wait')
+    assert said.count("setting up") == 1 and has == [CPU]
+    # Killed while half a package is there, which pip would take for a whole one.
+    venv = tmp_path / ".venv-cpu"
+    (venv / "installed-requirements.txt").rename(venv / "set-up-unfinished")
+    assert "setting up" in set_up()[0]
+
+
+def test_an_environment_of_ones_own_stays(set_up, tmp_path):
+    set_up()
+    link, own = tmp_path / ".venv", tmp_path / "own"
+    link.unlink()
+    (tmp_path / ".venv-cpu").rename(own)
+    link.symlink_to(own)
+    assert set_up() == ("", [CPU], "")
+    assert "has paddlepaddle, and this machine needs paddlepaddle-gpu" in set_up("12.6")[2]
+    # One package over the other, as earlier set-ups left them.
+    (own / "bin/has").write_text(f"{GPU}\n{CPU}\n")
+    assert set_up("12.6")[1:] == ([GPU], "") and link.readlink() == own
+    own.rename(tmp_path / "away")
+    assert "which is not there" in set_up()[2]
 
 
 # --- the page
 
 
-def rows_after(marker):
-    """The cells of the table that follows a marker of the page."""
-    lines = re.findall(r"^(?:\|.*\n)+", text_of(PAGE).split(f"<!-- {marker} -->")[1], re.M)[0]
-    rows = [[c.strip() for c in line[1:-1].split(" | ")] for line in lines.splitlines()[2:]]
-    return {cells[0].strip("`-"): cells[1:] for cells in rows}
-
-
-def test_the_page_is_current(tmp_path, monkeypatch):
+def test_the_page_is_current():
     """If not: python -m hnas.tools.flag_tables"""
     assert text_of(PAGE) == page(text_of(PAGE))
-    for name in (*LAUNCHERS.values(), PAGE):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text_of(name))
-    launcher = tmp_path / LAUNCHERS[Stage.SCORE]
-    launcher.write_text(launcher.read_text().replace("chunk_size:-0", "chunk_size:-7"))
-    monkeypatch.setattr(flag_tables, "ROOT", tmp_path)
-    main([])
-    changed = (tmp_path / PAGE).read_text()
-    assert changed != text_of(PAGE) and changed == page(changed)
 
 
 def test_the_page_tells_every_variable_of_the_processes():
-    rows, text = rows_after("processes"), text_of(SHARED)
+    table, text = text_of(PAGE).split("<!-- processes -->")[1], text_of(SHARED)
+    rows = {
+        name: rest for name, *rest in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", table, re.M)
+    }
     own = {name: default or "none" for name, default in launcher_variables(text).items()}
     assert {name: default.strip("`") for name, (default, _) in rows.items()} == own
     for name, (_, meaning) in rows.items():

@@ -37,6 +37,7 @@ def hold_signals() -> None:
 
     Paddle sets handlers when it is imported, and imports take seconds.
     """
+    refuse_left_overs()  # Paddle may fail on them then
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
@@ -69,6 +70,19 @@ def _stop(number: int, frame) -> None:
 def is_one_of_several() -> bool:
     """Whether a launcher has started several processes of this run."""
     return os.environ.get("PADDLE_TRAINERS_NUM", "1") != "1"
+
+
+def refuse_left_overs() -> None:
+    """End with one line where a part is set of what a launcher says to one of several processes.
+
+    It is another run's: Paddle would fail, wait for processes that are not there, or write nothing.
+    """
+    names = "PADDLE_TRAINERS_NUM", "PADDLE_TRAINER_ID", "PADDLE_LOCAL_SIZE"
+    left = [n for n, one in zip(names, "101", strict=True) if os.environ.get(n, one) != one]
+    if left and not {*names, "PADDLE_MASTER"} <= set(os.environ):
+        line = f"error: {left[0]}={os.environ[left[0]]} is left in the environment; unset it"
+        sys.stderr.write(f"{line}: processes, gpus and nnodes say how many\n")
+        sys.exit(2)
 
 
 def end_with_launcher() -> None:

@@ -17,7 +17,6 @@ from hnas.evaluation.variants import Precision, Variant, usual_variant
 
 logger = logging.getLogger(__name__)
 
-WORKSPACE_MB = 512
 TRIALS = (Trial(images=4, size=7, width=16, step=8),)
 """Of the released space's widths, which are multiples of 8."""
 
@@ -32,7 +31,6 @@ def fused_convolution(x, filters, bias, shortcut, stride, padding, layout, activ
         "groups": 1,
         "data_format": layout,
         "activation": activation,
-        "workspace_size_MB": WORKSPACE_MB,
     }
     flat = [part for pair in attributes.items() for part in pair]
     found = paddle._legacy_C_ops.fused_conv2d_add_act(x, filters, bias, shortcut, *flat)

@@ -22,6 +22,7 @@ from hnas.base.device import (
     on_gpu,
     set_deterministic,
     set_tf32,
+    visible_gpus,
 )
 from hnas.base.errors import UserError
 from hnas.base.files import check_writable
@@ -63,11 +64,13 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
         scores: whether it walks over sub-networks, which some CPUs do in half precision.
 
     Raises:
-        UserError: a GPU is asked for and Paddle has none, the device cannot round as asked for,
-            other processes cannot be reached, or ``save_dir`` cannot be written.
+        UserError: a GPU is asked for and Paddle has none, or fewer than processes; the device
+            cannot round as asked for; other processes cannot be reached, or ``save_dir`` written.
     """
     if not is_main_process():
         logging.getLogger().setLevel(logging.WARNING)
+    if options.device != "cpu" and 0 < visible_gpus() < local_ranks():
+        raise UserError(f"{local_ranks()} processes, but {visible_gpus()} visible GPUs; lower gpus")
     choose_device(options.device)
     if options.amp != "O0" and not on_gpu():
         if not scores:
@@ -121,11 +124,10 @@ def training_images(options: Options) -> ImageList:
         UserError: they cannot be used, or ``cache_dir`` cannot be written where it will be.
     """
     require(options, "image_dir")
-    if options.use_tensor_dataset and options.cache_dir:
-        # One with images may be for reading only.
-        has_images = any(Path(options.cache_dir).glob(f"*{STORED}"))
-        if not has_images:
-            check_writable(options.cache_dir, "--cache_dir")
+    stored = options.use_tensor_dataset and options.cache_dir
+    # A folder with images may be for reading only.
+    if stored and not any(Path(options.cache_dir).glob(f"*{STORED}")):
+        check_writable(options.cache_dir, "--cache_dir")
     return _scanned(options, "train")
 
 
@@ -262,8 +264,7 @@ def validation_loader(
     batch = min(options.batch_size, len(images))
     batches = math.ceil(len(images) / batch)
     check_shared_memory(batch * 3 * options.image_size**2, batches, options.num_workers)
-    if order is not None:
-        images = images.select(order)
+    images = images if order is None else images.select(order)
     dataset = ImageDataset(images, EvalTransform(options.image_size), options.seed)
     return EvalLoader(dataset, options.batch_size, options.num_workers)
 

@@ -1,5 +1,5 @@
 # Sourced by the launchers, which then call launch SCRIPT FLAGS: which processes a stage runs in.
-gpus=${gpus:-}                                                  # as 0,1,2,3: a process on each GPU
+gpus=${gpus:-}                                                  # as 0,1: processes on visible GPUs
 processes=${processes:-1}                                       # on CPUs, instead of gpus
 threads=${threads:-}                                            # of each process; none: cores shared
 nnodes=${nnodes:-1}                                             # machines
@@ -27,25 +27,34 @@ if [ -n "$threads" ]; then
 fi
 local_processes=$processes
 if [ -n "$gpus" ]; then
-    case $gpus in
-        *[!0-9,]* | ,* | *, | *,,*) refuse "gpus=$gpus is not a list of numbers as 0,1,2,3" ;;
+    case ,$gpus, in
+        *[!0-9,]* | *,,* | *,0[0-9]* | *[0-9][0-9][0-9][0-9][0-9]*)
+            refuse "gpus=$gpus is not a list of numbers as 0,1,2,3" ;;
     esac
     local_processes=$(echo "$gpus" | tr , '\n' | grep -c .)
     if [ "$(echo "$gpus" | tr , '\n' | sort -n | uniq | grep -c .)" != "$local_processes" ]; then
         refuse "gpus=$gpus names a GPU twice"
     fi
+    # Who names cards does not want the CPU where Paddle sees none.
+    if [ "${device:-auto}" = auto ]; then
+        device=gpu
+    fi
 fi
 if [ -z "$python" ]; then
-    python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+    # Not by the link that .venv may be: a run stays in its environment when that is set anew.
+    python=$([ -x .venv/bin/python ] && echo "$(cd -P ./.venv && pwd)/bin/python" || echo python3)
 fi
 if [ -d "$python" ] || ! command -v "$python" >/dev/null 2>&1; then
     refuse "python=$python cannot be run; give the path of Python 3, or sh run_demo.sh makes .venv"
 fi
-# Paddle would wait for the others of a run that this one is no part of.
-if [ "${PADDLE_TRAINERS_NUM:-1}" != 1 ]; then
-    refuse "PADDLE_TRAINERS_NUM=$PADDLE_TRAINERS_NUM is left in the environment; unset it: \
+# Left over from another run: Paddle would take them before what stands here.
+for left in TRAINERS_NUM=1 TRAINER_ID=0 DEVICES= IPS= LOG_DIR= MASTER= NNODES= NPROC_PER_NODE= \
+    RANK= RUN_MODE=; do
+    name=PADDLE_${left%=*}
+    eval "value=\${$name-${left#*=}}"
+    [ "$value" = "${left#*=}" ] || refuse "$name=$value is left in the environment; unset it: \
 processes, gpus and nnodes say how many"
-fi
+done
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 if [ -z "$threads" ]; then
     threads=$((cores > local_processes ? cores / local_processes : 1))
@@ -71,6 +80,30 @@ export PYTHONWARNINGS="$quiet${PYTHONWARNINGS:+,$PYTHONWARNINGS}"
 # Paddle's C++ code: errors only; it warns of a method that stage 3 does not use.
 export GLOG_minloglevel="${GLOG_minloglevel:-2}"
 
+# The cards that gpus counts out, by the names that CUDA_VISIBLE_DEVICES has for them: numbers,
+# UUIDs, parts of a card (MIG). CUDA reads that up to the first that is none.
+chosen_cards() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        visible=$(echo "$CUDA_VISIBLE_DEVICES" | tr -d ' ' | tr , '\n' |
+            awk '!/^([0-9]+|(GPU|MIG)-.+)$/ { exit } { print }')
+        why="CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES leaves"
+    else
+        visible=$(nvidia-smi -L 2>/dev/null | grep '^GPU ' | awk '{ print NR - 1 }')
+        why="nvidia-smi finds"
+        if [ -z "$visible" ]; then
+            echo "$gpus" # Paddle will tell
+            return
+        fi
+    fi
+    number=$(echo "$visible" | grep -c .) || :
+    chosen=
+    for index in $(echo "$gpus" | tr , ' '); do
+        [ "$index" -lt "$number" ] || refuse "gpus=$gpus, but $why $number cards, counted from 0"
+        chosen=$chosen${chosen:+,}$(echo "$visible" | sed -n "$((index + 1))p")
+    done
+    echo "$chosen"
+}
+
 # launch SCRIPT FLAGS...: plain Python for one process, a launcher for several.
 launch() {
     if [ -n "$gpus" ] && [ "$processes" != 1 ]; then
@@ -91,7 +124,8 @@ node_rank=0, 1, ..."
         [ "$node_rank" -lt "$nnodes" ] || refuse "node_rank=$node_rank is not below nnodes=$nnodes"
     fi
     if [ -n "$gpus" ]; then
-        export CUDA_VISIBLE_DEVICES="$gpus"
+        CUDA_VISIBLE_DEVICES=$(chosen_cards) || exit 2
+        export CUDA_VISIBLE_DEVICES
     elif [ "$processes" != 1 ]; then
         # Paddle's launcher gives every process a device of those that it sees, which it may run
         # out of. -1 is none, for each of them.

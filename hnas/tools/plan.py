@@ -5,8 +5,7 @@
 Time is multiply-accumulates over a rate: a GPU's by its data sheet, in the precision that --tf32
 and --amp give, times the share of it that is reached. Stage 3's walk also moves every activation
 through memory several times.
-All that is assumed is printed with the result; --gmacs_per_s puts a measured rate in its place. The
-result is JSON on standard output.
+The result is JSON, with all that is assumed; --gmacs_per_s puts a measured rate in its place.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,37 +47,35 @@ reads and writes one each, and so do bias and ReLU; the shortcut's sum, behind e
 convolution, reads two and writes one."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A card.
+FLOAT32, TF32, HALF = Precision.FLOAT32, Precision.TF32, Precision.FLOAT16
+ASSUMED = {FLOAT32: (0.55, 0.8), TF32: (0.15, 0.5), HALF: (0.15, 0.5)}
+MEASURED = {FLOAT32: (0.54, 0.57), TF32: (0.14, 0.37), HALF: (0.11, 0.43)}
+ON_H100 = "measured on an H100 through PyTorch, not with Paddle (docs/speed.md)"
 
-    ``reached`` has for each precision TFLOP/s of dense products by the data sheet, and the shares
-    of them that training and a convolution of stage 3 reach.
-    """
+
+class Gpu(NamedTuple):
+    """A card."""
 
     gb_per_s: int  # of its memory
     memory_gib: int
-    reached: dict[Precision, tuple[float, float, float]]
+    tflops: dict[Precision, float]  # of dense products, by the data sheet
+    shares: dict = ASSUMED  # of them, that training and a convolution of stage 3 reach
     known: str = "assumed, not measured by this project"  # the shares
 
 
-FLOAT32, TF32, HALF = Precision.FLOAT32, Precision.TF32, Precision.FLOAT16
+AMPERE = {FLOAT32: 19.5, TF32: 156.0, HALF: 312.0}
+HOPPER = {FLOAT32: 66.9, TF32: 494.5, HALF: 989.4}
 GPUS = {
-    "h100": Gpu(
-        *(3350, 80),
-        {FLOAT32: (66.9, 0.54, 0.57), TF32: (494.5, 0.14, 0.37), HALF: (989.4, 0.11, 0.43)},
-        "measured on one through PyTorch, not with Paddle (docs/speed.md)",
-    ),
-    "a100": Gpu(
-        *(2039, 80),
-        {FLOAT32: (19.5, 0.55, 0.8), TF32: (156.0, 0.15, 0.5), HALF: (312.0, 0.15, 0.5)},
-    ),
-    "v100": Gpu(900, 32, {FLOAT32: (15.7, 0.55, 0.8), HALF: (125.0, 0.15, 0.5)}),
+    "h200": Gpu(4800, 139, HOPPER, MEASURED, ON_H100),
+    "h100": Gpu(3350, 80, HOPPER, MEASURED, ON_H100),
+    "a100": Gpu(2039, 80, AMPERE),
+    "a100-40gb": Gpu(1555, 40, AMPERE),
+    "l40s": Gpu(864, 44, {FLOAT32: 91.6, TF32: 183.0, HALF: 362.0}),
+    "v100": Gpu(900, 32, {FLOAT32: 15.7, HALF: 125.0}),
 }
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """How much a device does in a second."""
 
     training: float  # multiply-accumulates of stages 1 and 2
@@ -88,8 +85,8 @@ class Rates:
 
 def rates_of(gpu: Gpu, precision: Precision) -> Rates:
     """What is assumed of a card."""
-    tflops, training, scoring = gpu.reached[precision]
-    macs = tflops * 1e12 / 2
+    macs = gpu.tflops[precision] * 1e12 / 2
+    training, scoring = gpu.shares[precision]
     return Rates(macs * training, macs * scoring, gpu.gb_per_s * 1e9 * SHARE_OF_BANDWIDTH)
 
 
@@ -122,7 +119,7 @@ def training_bytes(space: SearchSpace, options) -> tuple[int, int]:
 
 def scored_chunk(space: SearchSpace, options, precision: Precision) -> int:
     """Images a walk scores, as stage 3 chooses them on a card that has all its memory free."""
-    memory = GPU_SHARE * GPUS[options.gpu].memory_gib * 2**30
+    memory = GPU_SHARE * (options.memory_gib or GPUS[options.gpu].memory_gib) * 2**30
     limit = choose_chunk(space, options.image_size, 0, memory, precision.bytes)
     return even_chunk(limit, options.images, options.gpus)
 
@@ -161,22 +158,23 @@ def estimate(
 def assumptions(options, precision: Precision, rates: Rates) -> list[str]:
     """What the estimate rests on, one sentence each."""
     gpu = GPUS[options.gpu]
-    peak, training, scoring = gpu.reached[precision]
+    training, scoring = gpu.shares[precision]
     speed = (
-        f"{options.gpu}, {precision.value}: {peak} TFLOP/s (data sheet); {gpu.known}: "
-        f"training reaches {training} of them ({rates.training / 1e9:.0f} GMAC/s a device), a "
-        f"convolution of stage 3 {scoring}; assumed: memory reaches {SHARE_OF_BANDWIDTH} of "
-        f"{gpu.gb_per_s} GB/s"
+        f"{options.gpu}, {precision.value}: {gpu.tflops[precision]} TFLOP/s (data sheet); "
+        f"{gpu.known}: training reaches {training} of them ({rates.training / 1e9:.0f} GMAC/s a "
+        f"device), a convolution of stage 3 {scoring}; assumed: memory reaches "
+        f"{SHARE_OF_BANDWIDTH} of {gpu.gb_per_s} GB/s"
     )
     return [
         f"{options.gmacs_per_s} GMAC/s a device, as given" if options.gmacs_per_s else speed,
         f"stage 3 walks in {precision.value}: memory sees an activation {PASSES} times",
         f"the recipe's {EPOCHS[0]} and {EPOCHS[1]} epochs; a backward pass costs two forward",
-        "exchange is hidden or free; loading images, evaluations and checkpoints cost nothing",
+        "left out: exchange, loading images, evaluations, checkpoints, and the gradients of frozen "
+        "BatchNorm's scale and bias, for which Paddle has a GPU start a block of threads a channel",
         f"memory: training in float32, {options.batch_size} images a step and device, each "
         "convolution's output kept three times for the backward pass; libraries' own memory not "
-        f"counted; stage 3 takes chunks of {GPU_SHARE:.0%} of {gpu.memory_gib} GiB, and does not "
-        "re-calibrate BatchNorm",
+        f"counted; stage 3 takes chunks of {GPU_SHARE:.0%} of "
+        f"{options.memory_gib or gpu.memory_gib} GiB, and does not re-calibrate BatchNorm",
     ]
 
 
@@ -186,7 +184,7 @@ def planned_precision(options) -> Precision:
     Raises:
         UserError: the card does not allow it.
     """
-    has_tf32 = TF32 in GPUS[options.gpu].reached
+    has_tf32 = TF32 in GPUS[options.gpu].tflops
     if options.tf32 == "on" and not has_tf32:
         raise UserError(f"--tf32 on, but {options.gpu} has no TF32; give auto or off")
     if options.amp == "O1":
@@ -200,7 +198,8 @@ def parser() -> OneLineParser:
     batch, archs = whole_number(1, 1_000_000), whole_number(1, MOST_ARCHITECTURES)
     made.add_argument("--gpus", type=count, default=1, help="devices")
     made.add_argument("--gpu", choices=GPUS, default="a100", help="kind of device")
-    made.add_argument("--tf32", choices=("auto", "on", "off"), default="auto", help="on A100, H100")
+    made.add_argument("--memory_gib", type=real_number(0, 1e6), default=0, help="if not its kind's")
+    made.add_argument("--tf32", choices=("auto", "on", "off"), default="auto", help="not on V100")
     made.add_argument("--amp", choices=("O0", "O1"), default="O0", help="O1: half precision")
     made.add_argument("--gmacs_per_s", type=real_number(0, 1e9), default=0.0, help="if measured")
     made.add_argument("--n_arch", type=archs, default=45000, help="to score")
@@ -218,17 +217,15 @@ def main(argv=None) -> None:
     space = search_space(options.backbone)
     archs = [*space.sample_distinct(np.random.default_rng(0), options.n_arch).values()]
     measured = options.gmacs_per_s * 1e9
-    given = Rates(measured, measured) if measured else None
-    rates = given or rates_of(GPUS[options.gpu], precision)
+    rates = Rates(measured, measured) if measured else rates_of(GPUS[options.gpu], precision)
     result = {
-        "device": "as given" if given else options.gpu,
+        "device": "as given" if measured else options.gpu,
         "devices": options.gpus,
         "architectures": len(archs),
         **estimate(space, archs, options, precision, rates),
         "assumptions": assumptions(options, precision, rates),
     }
-    json.dump(result, sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
