@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 import pytest
 from entry_scripts import noise_images, run
+from PIL import Image
 
 import train_supernet
 from hnas.base.errors import UserError
@@ -21,6 +22,7 @@ from hnas.dataset.image_folder import decode_image
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.counts import Counts
 from hnas.exporting import formats as exporting
+from hnas.exporting import predict
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
@@ -158,16 +160,14 @@ def test_programs_prepare_images_as_scoring_does(digits, tmp_path):
     folder = tmp_path / "out"
     own = weights_of(tmp_path / "own.pdparams", False, "0123456789", arch)
     export(digits, own, folder, eval_images=1)
-    source = (folder / "predict.py").read_text()
-    values = {"__file__": str(folder / "predict.py")}
-    exec(source.split("for path in sys.argv")[0], values)  # noqa: S102
+    how = json.loads((folder / "card.json").read_text())["preprocessing"]
     rng = np.random.default_rng(0)
     for width, height in ((37, 37), (100, 53), (53, 101), (38, 37), (224, 41), (8, 8)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         path = tmp_path / "image.png"
-        values["Image"].fromarray(pixels).save(path)
+        Image.fromarray(pixels).save(path)
         expected = independent.normalized(EvalTransform(SIZE)(decode_image(path))[np.newaxis])
-        np.testing.assert_array_equal(values["prepare"](path), expected)
+        np.testing.assert_array_equal(predict.prepare(path, how), expected)
 
 
 def takes_any_batch(path):
@@ -188,7 +188,7 @@ def test_a_network_that_was_trained_alone(digits, tmp_path):
     own = weights_of(tmp_path / "own.pdparams", False, "0123456789", arch)
     card = export(digits, own, tmp_path / "out", eval_images=20)
     assert card["arch"] == arch.code and card["statistics"] == "its own"
-    assert card["accuracy"]["largest_logit_difference"] == 0
+    assert card["accuracy"]["largest_logit_difference"] < 1e-4
     weights = [read_checkpoint(path).weights for path in (own, tmp_path / "out/network.pdparams")]
     for name, value in weights[0].items():
         np.testing.assert_array_equal(value, weights[1][name])
@@ -329,8 +329,8 @@ def test_scores_of_other_weights_are_noticed(small, tmp_path, caplog):
 def test_an_export_that_differs_is_not_written(small, tmp_path, monkeypatch, factor):
     """Even with the same hits."""
 
-    def distorted(folder, form, blank):
-        read = exporting.read_network(folder, form, blank)
+    def distorted(*made):
+        read = exporting.read_network(*made)
         return lambda x: factor * read(x)
 
     monkeypatch.setattr("hnas.tools.export.read_network", distorted)
