@@ -1,7 +1,9 @@
 """python -m hnas.tools.export: what it writes is what was scored, and runs without this project."""
 
 import json
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,7 +38,10 @@ SIZE, IMAGES = 32, 120
 CLEAN = """
 import json, runpy, sys
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 0
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 onnx_is_there = all(
@@ -144,8 +149,9 @@ def test_an_export_scores_what_stage_3_said(digits, scored, tmp_path, caplog, fr
 
     if form == "onnx":
         takes_any_batch(folder / "network.onnx")
+    assert (folder / "predict.py").read_text() == Path(predict.__file__).read_text()
     if frozen:
-        return  # the programs are the same
+        return
     # To the hit, by a program that knows nothing of this project.
     paths = sorted((digits / "val").glob("*/*.png"))
     said, modules = in_a_clean_process(folder, paths)
@@ -168,6 +174,118 @@ def test_programs_prepare_images_as_scoring_does(digits, tmp_path):
         Image.fromarray(pixels).save(path)
         expected = independent.normalized(EvalTransform(SIZE)(decode_image(path))[np.newaxis])
         np.testing.assert_array_equal(predict.prepare(path, how), expected)
+
+
+@pytest.fixture(scope="module")
+def exported(small, tmp_path_factory):
+    """A network on its own, as weights."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    export(small / "images", small / "own.pdparams", folder, eval_images=1)
+    return folder
+
+
+def predicted(capsys, folder, *line):
+    """Exit code, and lines of stdout and of stderr, of a folder's program."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["predict.py", *map(str, line)])
+        runpy.run_path(str(folder / "predict.py"), run_name="__main__")
+    out, errors = capsys.readouterr()
+    return ended.value.code, out.splitlines(), errors.splitlines()
+
+
+def test_predictions_of_files_and_folders(exported, small, capsys):
+    val = small / "images/val"
+    paths = [str(val / name / "0.png") for name in "0123456789"]
+    code, lines, errors = predicted(capsys, exported, paths[3], val)
+    assert (code, errors) == (0, [])
+    classes = dict(line.split() for line in lines)
+    assert list(classes) == [paths[3], *paths[:3], *paths[4:]] and len(lines) == 11
+    _, top, _ = predicted(capsys, exported, paths[3], "--top", 2)
+    assert re.fullmatch(rf"{paths[3]} {classes[paths[3]]} \d+\.\d\d%, \d \d+\.\d\d%", top[0])
+    code, lines, _ = predicted(capsys, exported, val, "--top=99", "--json")
+    assert code == 0
+    for path, line in zip(paths, lines, strict=True):
+        told = json.loads(line)
+        shares = {each["class"]: each["probability"] for each in told["classes"]}
+        assert told["image"] == path and next(iter(shares)) == classes[path]
+        assert sorted(shares.values(), reverse=True) == list(shares.values())
+        assert set(shares) == {*"0123456789"} and sum(shares.values()) == pytest.approx(1)
+    code, lines, _ = predicted(capsys, exported, "--help")
+    assert code == 0 and "Classify images by the network beside this file." in lines
+    code, lines, errors = predicted(capsys, exported, val, "--top", 0)
+    assert code == 2 and not lines and "--top: 1 or more" in errors[-1]
+
+
+def test_bad_images_cost_a_line_each(exported, small, tmp_path, capsys):
+    good = small / "images/val/7/0.png"
+    content = good.read_bytes()
+    files = {"empty.png": b"", "half.png": content[: len(content) // 2], "text.png": b"text"}
+    files |= {"script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}
+    for name, part in files.items():
+        (tmp_path / name).write_bytes(part)
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "grey.png")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    bad = [str(tmp_path / name) for name in (*files, "grey.png", "folder", "pipe.png", "none.png")]
+    code, lines, errors = predicted(capsys, exported, good, *bad, good)
+    assert code == 2 and len(lines) == 2 and lines[0] == lines[1]
+    assert [line.partition(": ")[0] for line in errors] == bad
+    assert all(len(line) < 500 for line in errors)
+    (tmp_path / "folder/notes.txt").write_text("no image")
+    (tmp_path / "folder/.hidden.png").write_bytes(b"")
+    (tmp_path / "folder/e.PNG").write_bytes(content)
+    code, lines, errors = predicted(capsys, exported, tmp_path / "folder")
+    assert code == 0 and len(lines) == 1 and not errors
+
+
+def changed_card(*places, value):
+    """Damage to a folder: another value at a place in its card."""
+
+    def damage(folder):
+        card = part = json.loads((folder / "card.json").read_text())
+        for key in places[:-1]:
+            part = part[key]
+        part[places[-1]] = value
+        (folder / "card.json").write_text(json.dumps(card))
+
+    return damage
+
+
+def flip_a_bit(folder):
+    content = bytearray((folder / "network.pdparams").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "network.pdparams").write_bytes(content)
+
+
+DAMAGES = {
+    "a flipped bit": (flip_a_bit, "network.pdparams is not the file that card.json was"),
+    "no network": (lambda folder: (folder / "network.pdparams").unlink(), "No such file"),
+    "no card": (lambda folder: (folder / "card.json").unlink(), "No such file"),
+    "half a card": (lambda folder: (folder / "card.json").write_text('{"arch":'), "Expecting"),
+    "NaN": (changed_card("preprocessing", "mean", value=[0.5, float("nan"), 0.5]), "mean or std"),
+    "zero": (changed_card("preprocessing", "std", value=[0.2, 0, 0.2]), "mean or std in card.json"),
+    "words": (changed_card("preprocessing", "std", value="wide"), "could not convert"),
+    "no files": (changed_card("files", value=3), "no attribute 'items'"),
+    "no format": (changed_card("identity", "format", value="tar"), "'tar'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_export_predicts_nothing(case, exported, small, tmp_path, capsys):
+    damage, words = DAMAGES[case]
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    damage(folder)
+    code, lines, errors = predicted(capsys, folder, small / "images/val/7/0.png")
+    assert (code, lines) == (2, []) and len(errors) == 1
+    assert words in errors[0] and f"the network in {folder}, export it again: " in errors[0]
+
+
+def test_logits_that_are_no_numbers_are_no_prediction(exported, small):
+    card = predict.read_card(exported)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="logits that are not finite"):
+            logits = np.float32([[0.0] * 9 + [value]])
+            predict.classify(lambda _, found=logits: found, card, small / "images/val/7/0.png", 1)
 
 
 def takes_any_batch(path):
