@@ -238,35 +238,27 @@ def test_bad_images_cost_a_line_each(exported, small, tmp_path, capsys):
     assert code == 0 and len(lines) == 1 and not errors
 
 
-def changed_card(*places, value):
-    """Damage to a folder: another value at a place in its card."""
+def changed(name, old, new):
+    """Damage to a file of a folder."""
 
     def damage(folder):
-        card = part = json.loads((folder / "card.json").read_text())
-        for key in places[:-1]:
-            part = part[key]
-        part[places[-1]] = value
-        (folder / "card.json").write_text(json.dumps(card))
+        content = (folder / name).read_bytes()
+        assert old in content
+        (folder / name).write_bytes(content.replace(old, new, 1))
 
     return damage
 
 
-def flip_a_bit(folder):
-    content = bytearray((folder / "network.pdparams").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "network.pdparams").write_bytes(content)
-
-
 DAMAGES = {
-    "a flipped bit": (flip_a_bit, "network.pdparams is not the file that card.json was"),
+    "a flipped bit": (changed("network.pdparams", b"blocks.3", b"blocks.2"), "network.pdparams is"),
     "no network": (lambda folder: (folder / "network.pdparams").unlink(), "No such file"),
     "no card": (lambda folder: (folder / "card.json").unlink(), "No such file"),
-    "half a card": (lambda folder: (folder / "card.json").write_text('{"arch":'), "Expecting"),
-    "NaN": (changed_card("preprocessing", "mean", value=[0.5, float("nan"), 0.5]), "mean or std"),
-    "zero": (changed_card("preprocessing", "std", value=[0.2, 0, 0.2]), "mean or std in card.json"),
-    "words": (changed_card("preprocessing", "std", value="wide"), "could not convert"),
-    "no files": (changed_card("files", value=3), "no attribute 'items'"),
-    "no format": (changed_card("identity", "format", value="tar"), "'tar'"),
+    "half a card": (changed("card.json", b'"arch":', b""), "Expecting"),
+    "NaN": (changed("card.json", b"0.485", b"NaN"), "mean or std in card.json is no number"),
+    "zero": (changed("card.json", b"0.229", b"0.0"), "mean or std in card.json is no number"),
+    "words": (changed("card.json", b"0.229", b'"wide"'), "could not convert"),
+    "no files": (changed("card.json", b'"files"', b'"shelves"'), "'files'"),
+    "no format": (changed("card.json", b'"pdparams"', b'"tar"'), "'tar'"),
 }
 
 
@@ -280,12 +272,11 @@ def test_a_damaged_export_predicts_nothing(case, exported, small, tmp_path, caps
     assert words in errors[0] and f"the network in {folder}, export it again: " in errors[0]
 
 
-def test_logits_that_are_no_numbers_are_no_prediction(exported, small):
-    card = predict.read_card(exported)
-    for value in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="logits that are not finite"):
-            logits = np.float32([[0.0] * 9 + [value]])
-            predict.classify(lambda _, found=logits: found, card, small / "images/val/7/0.png", 1)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_no_prediction(value, exported, small):
+    logits, image = np.float32([[0.0] * 9 + [value]]), small / "images/val/7/0.png"
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        predict.classify(lambda _: logits, predict.read_card(exported), image, 1)
 
 
 def takes_any_batch(path):
@@ -387,6 +378,12 @@ def small(tmp_path_factory):
     weights_of(root / "supernet.pdparams", True, "0123456789")
     weights_of(root / "own.pdparams", False, "0123456789", arch)
     weights_of(root / "letters.pdparams", True, "abcdefghij")
+    broken = read_checkpoint(root / "supernet.pdparams")
+    # Finite; within the network it gives NaN, which ReLU hides.
+    broken.weights["blocks.5.conv1.weight"][1] = 3e38 * np.where(np.arange(9) % 2, 1, -1).reshape(
+        3, 3
+    )
+    write_state(root / "broken.pdparams", broken.weights, broken.about)
     largest = RESNET48_MINI.largest().code
     entries = {"big": {"acc": 0.0, "arch": largest}, "other": {"acc": 0.9, "arch": arch.code}}
     (root / "names.json").write_text(json.dumps(entries))
@@ -411,6 +408,11 @@ LARGEST = RESNET48_MINI.largest().code
             "is no supernet: its statistics are its own; leave the flag out",
         ),
         ({"arch": SMALLEST, "ckpt_dir": "letters.pdparams"}, "trained on other classes: 'a'"),
+        ({"arch": LARGEST, "ckpt_dir": "broken.pdparams"}, "source gives .* before blocks.5.relu"),
+        (
+            {"arch": LARGEST, "ckpt_dir": "broken.pdparams", "bn_calibration_images": 5},
+            "blocks.5.bn1 has variances that are not finite",
+        ),
         ({"arch": SMALLEST, "eval_images": 11}, "--eval_images 11, but .* has 10"),
         ({"arch": SMALLEST, "backbone": "resnet48pinasv2_mini"}, "is stage 1's"),
         ({"arch": SMALLEST, "save_dir": "taken"}, "taken/card.json is of other settings: arch"),

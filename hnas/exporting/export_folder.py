@@ -32,7 +32,6 @@ def describe(
     classes: Sequence[str],
     found: Found,
     statistics: str,
-    strides: Sequence[int],
 ) -> dict:
     """For the card: what the network is, how good, and how its images are prepared.
 
@@ -40,7 +39,6 @@ def describe(
         size: height and width of its images, px.
         found: on the validation images.
         statistics: of BatchNorm, in words.
-        strides: of its blocks.
     """
     counts = found.counts
     return {
@@ -69,7 +67,6 @@ def describe(
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
         },
-        "strides": list(strides),
         "classes": list(classes),
     }
 

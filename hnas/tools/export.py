@@ -108,8 +108,8 @@ def main(argv=None) -> None:
         if stated is not None:
             compare_with_scores(found, name, stated, on_some=options.eval_images > 0)
         card = {"identity": identity, "arch": arch.code, "name": name}
-        card["backbone"] = options.backbone
-        card |= describe(space, arch, size, images.classes, found, source.statistics, strides)
+        card |= {"backbone": options.backbone, "strides": strides}
+        card |= describe(space, arch, size, images.classes, found, source.statistics)
         write_folder(card_path.parent, Path(made), form, card)
     logger.info("%s of %s: %s, %s", form, arch.code, card_path, PROGRAM)
 
