@@ -70,8 +70,7 @@ def convolution_kernel(
         "dnnl_convolution_forward_primitive_desc_create",
         *(lib.engine, onednn.FORWARD_INFERENCE, onednn.DIRECT_CONVOLUTION, source),
         *(lib.description(part, dtype=dtype), bias, target),
-        *(dimensions([stride] * 2), dimensions([0] * 2)),
-        *(dimensions([padding] * 2), dimensions([padding] * 2)),
+        *(dimensions([number] * 2) for number in (stride, 0, padding, padding)),
         lib.attributes(add, relu),
     )
     packed = lib.chosen(primitive, onednn.QUERY_WEIGHTS)
@@ -107,9 +106,9 @@ def pooling(
     target = activation((n, *size, channels), DTYPES[dtype])
     primitive = lib.make(
         "dnnl_pooling_forward_primitive_desc_create",
-        *(lib.engine, onednn.FORWARD_INFERENCE, kind, source, target, dimensions([stride] * 2)),
-        *(dimensions([window] * 2), dimensions([0] * 2)),
-        *(dimensions([padding] * 2), dimensions([padding] * 2), None),
+        *(lib.engine, onednn.FORWARD_INFERENCE, kind, source, target),
+        *(dimensions([number] * 2) for number in (stride, window, 0, padding, padding)),
+        None,
     )
     return lib.step(primitive, (onednn.SRC, source), (onednn.DST, target)), [n, *size, channels]
 

@@ -44,13 +44,14 @@ def watched_logits(
     largest: float = LARGEST,
     kinds: tuple[type[nn.Layer], ...] = (nn.ReLU,),
 ) -> paddle.Tensor:
-    """Logits [N, classes] of normalised images, with a look at what layers of ``kinds`` are given.
+    """Logits [N, classes] of normalised images, with a look at them and at what layers are given.
 
     Paddle's ReLU makes 0 of NaN on CPUs, so logits may look right behind what overflowed. All
     convolutions end in one.
 
     Raises:
-        LogitsError: they are given NaN, or a number beyond ``largest``; names ``who`` and a layer.
+        LogitsError: a logit is NaN or infinite; or a layer of ``kinds`` is given NaN, or a number
+            beyond ``largest``. Names ``who`` and the layer.
     """
     names = {layer: name for name, layer in network.named_sublayers() if isinstance(layer, kinds)}
 
@@ -64,7 +65,11 @@ def watched_logits(
                 raise LogitsError(who, bad, len(x), what)
 
     with before_each(names, look):
-        return network(x)
+        logits = network(x)
+    bad = int((~paddle.isfinite(logits).all(axis=1)).sum())
+    if bad:
+        raise LogitsError(who, bad, len(x))
+    return logits
 
 
 @paddle.no_grad()
@@ -88,16 +93,13 @@ def evaluate_network(
         Counts of length 1.
 
     Raises:
-        LogitsError: a logit is NaN or infinite, or as :func:`watched_logits`.
+        LogitsError: as :func:`watched_logits`.
     """
     counts = Counts.zeros(1)
     with calibrated(network, None if calibration is None else normalize(calibration)):
         for images, labels in loader:
             logits = watched_logits(network, normalize(images), who)
-            hits = count_hits(logits.unsqueeze(0), labels)
-            if hits.bad[0]:
-                raise LogitsError(who, hits.bad[0], len(labels))
-            counts.add(hits.counts(len(labels)))
+            counts.add(count_hits(logits.unsqueeze(0), labels).counts(len(labels)))
     return counts
 
 

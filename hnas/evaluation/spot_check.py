@@ -14,7 +14,7 @@ import paddle
 
 from hnas.base.device import on_gpu
 from hnas.base.errors import UserError
-from hnas.evaluation.counts import LogitsError, count_hits
+from hnas.evaluation.counts import count_hits
 from hnas.evaluation.reference import LARGEST, network_logits
 from hnas.evaluation.variants import Precision
 from hnas.models.elastic import ElasticResNet
@@ -136,15 +136,11 @@ def spot_check(
     """
     name, arch = named
     images, labels = batch
-    who = f"architecture {name}"
     network.activate(network.space.largest())
     network_logits(network, images[:FEW], calibration, "the largest sub-network")
     network.activate(arch)
     largest = HALF_LARGEST if precision is Precision.FLOAT16 else LARGEST
-    expected = network_logits(network, images, calibration, who, largest)
-    bad = int((~paddle.isfinite(expected).all(axis=1)).sum())
-    if bad:
-        raise LogitsError(who, bad, len(labels))
+    expected = network_logits(network, images, calibration, f"architecture {name}", largest)
     fault = compare(found, expected, labels, counted, precision).fault()
     if fault:
         raise EngineError(
