@@ -42,9 +42,9 @@ KEPT_CONVOLUTIONS = 1024
 
 
 def convolve(conv: nn.Layer, x: paddle.Tensor, onednn: bool) -> paddle.Tensor:
-    """``conv(x)``, by oneDNN if that is wanted and ``conv`` is a plain one without bias.
+    """``conv(x)``, by oneDNN if that is wanted, and ``conv`` is a plain one, without bias.
 
-    A layer of a class of its own would not be seen by tools that look for ``nn.Conv2D`` itself.
+    Were it a class of its own, tools that look for ``nn.Conv2D`` itself would pass it over.
     """
     if onednn and isinstance(conv, nn.Conv2D) and onednn_takes(x):
         return onednn_conv2d(x, conv.weight, conv._out_channels, conv._stride[0], conv._padding)

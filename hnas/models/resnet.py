@@ -65,9 +65,8 @@ class BasicBlock(nn.Layer):
 
     def forward(self, x):
         shortcut = x
-        if self.downsample is not None:
-            conv, norm = self.downsample
-            shortcut = norm(convolve(conv, x, self.onednn))
+        for layer in self.downsample or ():
+            shortcut = convolve(layer, shortcut, self.onednn)
         y = self.relu(self.bn1(convolve(self.conv1, x, self.onednn)))
         return self.relu(self.bn2(convolve(self.conv2, y, self.onednn)) + shortcut)
 
