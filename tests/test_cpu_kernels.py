@@ -40,18 +40,28 @@ needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this processor h
 
 
 class ByHand:
-    """The operations of kernels on [N, C, H, W] in float64, and the same on whole filters."""
+    """The operations of kernels in float64, on NumPy's [N, C, H, W] and whole filters."""
+
+    sliced = False
 
     def __init__(self, seen):
-        self.seen = seen
+        self.calibration = seen
+
+    def accept(self, x):
+        return x.numpy().astype("float64")
+
+    arranged = accept
+
+    def vector(self, values, is_bias):
+        return self.accept(values)
 
     def conv_norm(self, x, conv, stride, padding, relu=False, shortcut=None):
         filters = conv.filters[: conv.outputs, : x.shape[1]]
         windows = windows_of(x, filters.shape[2], stride, padding)
         y = np.einsum("nchwij,ocij->nohw", windows, filters, optimize=True)
         rest = [part.reshape(-1, 1, 1) for part in conv.rest]
-        if self.seen:
-            front = y[: self.seen]
+        if self.calibration:
+            front = y[: self.calibration]
             deviation = np.sqrt(front.var((0, 2, 3), keepdims=True) + 1e-5)
             y = (y - front.mean((0, 2, 3), keepdims=True)) / deviation * rest[0]
         y = y + rest[-1]
@@ -66,10 +76,12 @@ class ByHand:
         return x[:, :channels]
 
     def pooled(self, x):
-        return x[self.seen :].mean((2, 3))
+        return x[self.calibration :].mean((2, 3))
 
     def classifier(self, weight, bias):
-        return lambda features: features @ weight[: features.shape[1]] + bias
+        return lambda features: (
+            features.numpy() @ weight.numpy()[: features.shape[1]] + bias.numpy()
+        )
 
 
 def windows_of(x, kernel, stride, padding):
@@ -79,88 +91,58 @@ def windows_of(x, kernel, stride, padding):
     return whole[:, :, ::stride, ::stride]
 
 
-def drawn_convolution(rng, seen, outputs, inputs, kernel):
-    """Whole filters in NumPy, and what follows them."""
-    filters = rng.normal(size=(outputs + SPARE, inputs + SPARE, kernel, kernel))
-    rest = tuple(rng.normal(size=outputs) for _ in range(2 if seen else 1))
-    scaled = filters / (kernel * inputs**0.5)
-    return Convolution(rounded(scaled), tuple(map(rounded, rest)), outputs, new_identity())
+def drawn(rng, *shape, scale=1.0):
+    """Of float32, rounded to bfloat16, which is exact in every precision."""
+    values = (scale * rng.normal(size=shape)).astype("float32")
+    return paddle.to_tensor(values).astype("bfloat16").astype("float32")
 
 
-def rounded(values):
-    """To bfloat16, which is exact in every precision."""
-    tensor = paddle.to_tensor(values.astype("float32")).astype("bfloat16")
-    return tensor.astype("float32").numpy().astype("float64")
-
-
-class Handed:
-    """Kernels whose operations take what :class:`ByHand`'s take, and give the same."""
-
-    def __init__(self, kernels):
-        self.kernels = kernels
-
-    def __getattr__(self, name):
-        def run(*arguments):
-            with paddle.no_grad():
-                found = getattr(self.kernels, name)(*map(self.given, arguments))
-            return self.taken(found)
-
-        return run
-
-    def given(self, part):
-        if isinstance(part, Convolution):
-            return self.convolution(part)
-        if not isinstance(part, np.ndarray):
-            return part
-        tensor = paddle.to_tensor(part.astype("float32"))
-        return self.kernels.accept(tensor) if tensor.ndim == 4 else tensor
-
-    def convolution(self, conv):
-        filters = paddle.to_tensor(conv.filters.astype("float32"))
-        if self.kernels.sliced:
-            filters = filters[: conv.outputs, : conv.filters.shape[1] - SPARE].contiguous()
-        vectors = (paddle.to_tensor(part.astype("float32")) for part in conv.rest)
-        rest = tuple(self.kernels.vector(part, is_bias=len(conv.rest) == 1) for part in vectors)
-        return conv._replace(filters=self.kernels.arranged(filters), rest=rest)
-
-    def taken(self, found):
-        if callable(found):
-            return lambda *features: self.taken(found(*map(self.given, features)))
-        return taken(self.kernels, found)
+def drawn_convolution(kernels, rng, outputs, inputs, size):
+    """Of whole filters, or the part in use, and what follows them, as the kernels want them."""
+    shape = outputs + SPARE, inputs + SPARE, size, size
+    filters = drawn(rng, *shape, scale=1 / (size * inputs**0.5))
+    if kernels.sliced:
+        filters = filters[:outputs, :inputs].contiguous()
+    parts = [drawn(rng, outputs) for _ in range(2 if kernels.calibration else 1)]
+    rest = tuple(kernels.vector(part, is_bias=len(parts) == 1) for part in parts)
+    return Convolution(kernels.arranged(filters), rest, outputs, new_identity())
 
 
 def taken(kernels, found):
     """NumPy's, with activations as [N, C, H, W]."""
+    if isinstance(found, np.ndarray):
+        return found
     found = Kernels().accept(found, kernels.layout) if found.ndim == 4 else found
     return found.astype("float32").numpy()
 
 
-def results_of(kernels, seen, images, size, channels):
-    """Each operation's result by kernels that take and give NumPy's arrays."""
+@paddle.no_grad()
+def results_of(kernels, images, size, channels):
+    """Each operation's result; whatever the kernels, of the same numbers."""
     rng = np.random.default_rng(size)
     cin, mid, cout = channels
+    images += kernels.calibration
 
     def draw(*shape):
-        return rounded(rng.normal(size=shape))
+        return kernels.accept(drawn(rng, *shape))
 
-    stem, conv1, project, conv2 = (
-        drawn_convolution(rng, seen, *shape)
-        for shape in ((mid, 3, 7), (mid, cin, 3), (cout, cin, 1), (cout, mid, 3))
-    )
-    x, y = draw(seen + images, cin, size, size), draw(seen + images, mid, size, size)
-    classify = kernels.classifier(draw(cin + SPARE, 7), draw(7))
-    return {
-        "stem": kernels.conv_norm(draw(seen + images, 3, 4 * size, 4 * size + 2), stem, 2, 3, True),
+    shapes = (mid, 3, 7), (mid, cin, 3), (cout, cin, 1), (cout, mid, 3)
+    stem, conv1, project, conv2 = (drawn_convolution(kernels, rng, *shape) for shape in shapes)
+    x, y = draw(images, cin, size, size), draw(images, mid, size, size)
+    classify = kernels.classifier(drawn(rng, cin + SPARE, 7), drawn(rng, 7))
+    found = {
+        "stem": kernels.conv_norm(draw(images, 3, 4 * size, 4 * size + 2), stem, 2, 3, True),
         "conv1": kernels.conv_norm(x, conv1, 1, 1, True),
         "conv1, stride 2": kernels.conv_norm(x, conv1, 2, 1, True),
         "projection": kernels.conv_norm(x, project, 2, 0),
         "conv2, with a wider shortcut": kernels.conv_norm(y, conv2, 1, 1, True, x),
-        "pooling": kernels.max_pool(np.abs(x)),
+        "pooling": kernels.max_pool(kernels.accept(drawn(rng, images, cin, size, size).abs())),
         "narrow": kernels.narrow(x, cout),
         "pooled": kernels.pooled(x),
-        "classifier": classify(draw(images, cin)),
-        "classifier of fewer features": classify(draw(images, min(cin, mid))),
+        "classifier": classify(drawn(rng, images, cin)),
+        "classifier of fewer features": classify(drawn(rng, images, min(cin, mid))),
     }
+    return {name: taken(kernels, each) for name, each in found.items()}
 
 
 # Size of the map, calibration images, others, and channels: of a block's input, conv1 and conv2.
@@ -192,9 +174,8 @@ KINDS = [
 def test_kernels_compute_what_is_written_out(make, rounding, size, seen, images, channels):
     # In bfloat16 nothing is re-calibrated.
     seen = 0 if rounding == COARSE else seen
-    kernels = make(seen)
     expected, found = (
-        results_of(each, seen, images, size, channels) for each in (ByHand(seen), Handed(kernels))
+        results_of(kernels, images, size, channels) for kernels in (ByHand(seen), make(seen))
     )
     for name, right in expected.items():
         # Pooled features and logits are float32 always.
@@ -213,15 +194,18 @@ def test_filters_are_those_that_are_given(capacity, most, monkeypatch):
     )
     kernels = CpuKernels(cpu_variant())
     kernels._packed = LatestTensors(capacity)
-    handed, hand = Handed(kernels), ByHand(0)
-    rng = np.random.default_rng(0)
-    plain = [drawn_convolution(rng, 0, 17, 20, 3) for _ in range(3)]
-    own = [handed.convolution(conv) for conv in plain]
+    both = ByHand(0), kernels
+    convolutions = [
+        [drawn_convolution(each, np.random.default_rng(seed), 17, 20, 3) for each in both]
+        for seed in range(3)
+    ]
     for size, order in ((8, (0, 1, 2, 0, 0, 1)), (1, (2, 1, 2)), (8, (1, 0))):
         for which in order:
-            x = rounded(rng.normal(size=(2, 20, size, size)))
-            right = hand.conv_norm(x, plain[which], 1, 1)
-            found = taken(kernels, kernels.conv_norm(handed.given(x), own[which], 1, 1))
+            x = drawn(np.random.default_rng(size), 2, 20, size, size)
+            right, found = (
+                taken(each, each.conv_norm(each.accept(x), conv, 1, 1))
+                for each, conv in zip(both, convolutions[which], strict=True)
+            )
             np.testing.assert_allclose(found, right, rtol=0, atol=FINE * np.abs(right).max())
     # Twice at most, if oneDNN wants other formats for other shapes.
     assert len(packed) <= most

@@ -1,7 +1,9 @@
 """python -m hnas.tools.export: what it writes is what was scored, and runs without this project."""
 
 import json
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import numpy as np
 import paddle
 import pytest
 from entry_scripts import noise_images, run
+from PIL import Image
 
 import train_supernet
 from hnas.base.errors import UserError
@@ -21,6 +24,7 @@ from hnas.dataset.image_folder import decode_image
 from hnas.dataset.transforms import EvalTransform
 from hnas.evaluation.counts import Counts
 from hnas.exporting import formats as exporting
+from hnas.exporting import predict
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools.digits_folder import write_digits
@@ -34,7 +38,10 @@ SIZE, IMAGES = 32, 120
 CLEAN = """
 import json, runpy, sys
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 0
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 onnx_is_there = all(
@@ -142,8 +149,9 @@ def test_an_export_scores_what_stage_3_said(digits, scored, tmp_path, caplog, fr
 
     if form == "onnx":
         takes_any_batch(folder / "network.onnx")
+    assert (folder / "predict.py").read_text() == Path(predict.__file__).read_text()
     if frozen:
-        return  # the programs are the same
+        return
     # To the hit, by a program that knows nothing of this project.
     paths = sorted((digits / "val").glob("*/*.png"))
     said, modules = in_a_clean_process(folder, paths)
@@ -158,16 +166,118 @@ def test_programs_prepare_images_as_scoring_does(digits, tmp_path):
     folder = tmp_path / "out"
     own = weights_of(tmp_path / "own.pdparams", False, "0123456789", arch)
     export(digits, own, folder, eval_images=1)
-    source = (folder / "predict.py").read_text()
-    values = {"__file__": str(folder / "predict.py")}
-    exec(source.split("for path in sys.argv")[0], values)  # noqa: S102
+    how = json.loads((folder / "card.json").read_text())["preprocessing"]
     rng = np.random.default_rng(0)
     for width, height in ((37, 37), (100, 53), (53, 101), (38, 37), (224, 41), (8, 8)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         path = tmp_path / "image.png"
-        values["Image"].fromarray(pixels).save(path)
+        Image.fromarray(pixels).save(path)
         expected = independent.normalized(EvalTransform(SIZE)(decode_image(path))[np.newaxis])
-        np.testing.assert_array_equal(values["prepare"](path), expected)
+        np.testing.assert_array_equal(predict.prepare(path, how), expected)
+
+
+@pytest.fixture(scope="module")
+def exported(small, tmp_path_factory):
+    """A network on its own, as weights."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    export(small / "images", small / "own.pdparams", folder, eval_images=1)
+    return folder
+
+
+def predicted(capsys, folder, *line):
+    """Exit code, and lines of stdout and of stderr, of a folder's program."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["predict.py", *map(str, line)])
+        runpy.run_path(str(folder / "predict.py"), run_name="__main__")
+    out, errors = capsys.readouterr()
+    return ended.value.code, out.splitlines(), errors.splitlines()
+
+
+def test_predictions_of_files_and_folders(exported, small, capsys):
+    val = small / "images/val"
+    paths = [str(val / name / "0.png") for name in "0123456789"]
+    code, lines, errors = predicted(capsys, exported, paths[3], val)
+    assert (code, errors) == (0, [])
+    classes = dict(line.split() for line in lines)
+    assert list(classes) == [paths[3], *paths[:3], *paths[4:]] and len(lines) == 11
+    _, top, _ = predicted(capsys, exported, paths[3], "--top", 2)
+    assert re.fullmatch(rf"{paths[3]} {classes[paths[3]]} \d+\.\d\d%, \d \d+\.\d\d%", top[0])
+    code, lines, _ = predicted(capsys, exported, val, "--top=99", "--json")
+    assert code == 0
+    for path, line in zip(paths, lines, strict=True):
+        told = json.loads(line)
+        shares = {each["class"]: each["probability"] for each in told["classes"]}
+        assert told["image"] == path and next(iter(shares)) == classes[path]
+        assert sorted(shares.values(), reverse=True) == list(shares.values())
+        assert set(shares) == {*"0123456789"} and sum(shares.values()) == pytest.approx(1)
+    code, lines, _ = predicted(capsys, exported, "--help")
+    assert code == 0 and "Classify images by the network beside this file." in lines
+    code, lines, errors = predicted(capsys, exported, val, "--top", 0)
+    assert code == 2 and not lines and "--top: 1 or more" in errors[-1]
+
+
+def test_bad_images_cost_a_line_each(exported, small, tmp_path, capsys):
+    good = small / "images/val/7/0.png"
+    content = good.read_bytes()
+    files = {"empty.png": b"", "half.png": content[: len(content) // 2], "text.png": b"text"}
+    files |= {"script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}
+    for name, part in files.items():
+        (tmp_path / name).write_bytes(part)
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "grey.png")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    bad = [str(tmp_path / name) for name in (*files, "grey.png", "folder", "pipe.png", "none.png")]
+    code, lines, errors = predicted(capsys, exported, good, *bad, good)
+    assert code == 2 and len(lines) == 2 and lines[0] == lines[1]
+    assert [line.partition(": ")[0] for line in errors] == bad
+    assert all(len(line) < 500 for line in errors)
+    (tmp_path / "folder/notes.txt").write_text("no image")
+    (tmp_path / "folder/.hidden.png").write_bytes(b"")
+    for name in ("e.PNG", os.fsdecode(b"\xe9.png")):  # the latter cannot be written as it is
+        (tmp_path / "folder" / name).write_bytes(content)
+    code, lines, errors = predicted(capsys, exported, tmp_path / "folder")
+    assert code == 0 and len(lines) == 2 and not errors
+
+
+def changed(name, old, new):
+    """Damage to a file of a folder."""
+
+    def damage(folder):
+        content = (folder / name).read_bytes()
+        assert old in content
+        (folder / name).write_bytes(content.replace(old, new, 1))
+
+    return damage
+
+
+DAMAGES = {
+    "a flipped bit": (changed("network.pdparams", b"blocks.3", b"blocks.2"), "network.pdparams is"),
+    "no network": (lambda folder: (folder / "network.pdparams").unlink(), "No such file"),
+    "no card": (lambda folder: (folder / "card.json").unlink(), "No such file"),
+    "half a card": (changed("card.json", b'"arch":', b""), "Expecting"),
+    "NaN": (changed("card.json", b"0.485", b"NaN"), "mean or std in card.json is no number"),
+    "zero": (changed("card.json", b"0.229", b"0.0"), "mean or std in card.json is no number"),
+    "words": (changed("card.json", b"0.229", b'"wide"'), "could not convert"),
+    "no files": (changed("card.json", b'"files"', b'"shelves"'), "'files'"),
+    "no format": (changed("card.json", b'"pdparams"', b'"tar"'), "'tar'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_export_predicts_nothing(case, exported, small, tmp_path, capsys):
+    damage, words = DAMAGES[case]
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    damage(folder)
+    code, lines, errors = predicted(capsys, folder, small / "images/val/7/0.png")
+    assert (code, lines) == (2, []) and len(errors) == 1
+    assert words in errors[0] and f"the network in {folder}, export it again: " in errors[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_no_prediction(value, exported, small):
+    logits, image = np.float32([[0.0] * 9 + [value]]), small / "images/val/7/0.png"
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        predict.classify(lambda _: logits, predict.read_card(exported), image, 1)
 
 
 def takes_any_batch(path):
@@ -188,7 +298,7 @@ def test_a_network_that_was_trained_alone(digits, tmp_path):
     own = weights_of(tmp_path / "own.pdparams", False, "0123456789", arch)
     card = export(digits, own, tmp_path / "out", eval_images=20)
     assert card["arch"] == arch.code and card["statistics"] == "its own"
-    assert card["accuracy"]["largest_logit_difference"] == 0
+    assert card["accuracy"]["largest_logit_difference"] < 1e-4
     weights = [read_checkpoint(path).weights for path in (own, tmp_path / "out/network.pdparams")]
     for name, value in weights[0].items():
         np.testing.assert_array_equal(value, weights[1][name])
@@ -269,6 +379,12 @@ def small(tmp_path_factory):
     weights_of(root / "supernet.pdparams", True, "0123456789")
     weights_of(root / "own.pdparams", False, "0123456789", arch)
     weights_of(root / "letters.pdparams", True, "abcdefghij")
+    broken = read_checkpoint(root / "supernet.pdparams")
+    # Finite; within the network it gives NaN, which ReLU hides.
+    broken.weights["blocks.5.conv1.weight"][1] = 3e38 * np.where(np.arange(9) % 2, 1, -1).reshape(
+        3, 3
+    )
+    write_state(root / "broken.pdparams", broken.weights, broken.about)
     largest = RESNET48_MINI.largest().code
     entries = {"big": {"acc": 0.0, "arch": largest}, "other": {"acc": 0.9, "arch": arch.code}}
     (root / "names.json").write_text(json.dumps(entries))
@@ -293,6 +409,11 @@ LARGEST = RESNET48_MINI.largest().code
             "is no supernet: its statistics are its own; leave the flag out",
         ),
         ({"arch": SMALLEST, "ckpt_dir": "letters.pdparams"}, "trained on other classes: 'a'"),
+        ({"arch": LARGEST, "ckpt_dir": "broken.pdparams"}, "source gives .* before blocks.5.relu"),
+        (
+            {"arch": LARGEST, "ckpt_dir": "broken.pdparams", "bn_calibration_images": 5},
+            "blocks.5.bn1 has variances that are not finite",
+        ),
         ({"arch": SMALLEST, "eval_images": 11}, "--eval_images 11, but .* has 10"),
         ({"arch": SMALLEST, "backbone": "resnet48pinasv2_mini"}, "is stage 1's"),
         ({"arch": SMALLEST, "save_dir": "taken"}, "taken/card.json is of other settings: arch"),
@@ -329,8 +450,8 @@ def test_scores_of_other_weights_are_noticed(small, tmp_path, caplog):
 def test_an_export_that_differs_is_not_written(small, tmp_path, monkeypatch, factor):
     """Even with the same hits."""
 
-    def distorted(folder, form, blank):
-        read = exporting.read_network(folder, form, blank)
+    def distorted(*made):
+        read = exporting.read_network(*made)
         return lambda x: factor * read(x)
 
     monkeypatch.setattr("hnas.tools.export.read_network", distorted)

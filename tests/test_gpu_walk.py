@@ -289,7 +289,7 @@ def test_on_a_gpu_the_error_says_what_rounds_less(network, archs, precision, adv
         spot_check.spot_check(
             network,
             ("n0", archs["n0"]),
-            (None, paddle.zeros([3], "int64")),
+            ([], paddle.zeros([3], "int64")),
             None,
             paddle.zeros([3, 4]),
             (0, 3),

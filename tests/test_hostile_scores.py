@@ -7,13 +7,14 @@ import struct
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 from entry_scripts import CLASSES, noise_images
-from independent import counts_of, first_ones
+from independent import Images, counts_of, first_ones, images_for, supernet
 
 from hnas.base.errors import UserError
 from hnas.base.files import (
@@ -23,12 +24,13 @@ from hnas.base.files import (
     replacing,
 )
 from hnas.dataset.image_folder import list_hash, scan_images
-from hnas.evaluation.counts import Counts, LogitsError, count_hits
+from hnas.evaluation.counts import LogitsError, count_hits
+from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.ledger import Ledger
-from hnas.evaluation.reference import evaluate_network, evaluate_reference
+from hnas.evaluation.reference import evaluate_network, evaluate_reference, network_logits
 from hnas.evaluation.results import STATE_FILE, StateError
-from hnas.evaluation.shared import SharedEvaluator
-from hnas.models.pinasv2 import build_network
+from hnas.evaluation.spot_check import spot_check
+from hnas.evaluation.variants import Precision
 from hnas.programs import runtime
 from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
@@ -79,49 +81,109 @@ def test_equal_logits_of_any_size_go_to_the_smallest_index(value):
 
 
 @pytest.fixture(scope="module")
-def network():
-    paddle.seed(0)
-    net = build_network("resnet48_mini", 10)
-    net.eval()
-    return net
+def sound():
+    """A supernet, and its state."""
+    net = supernet(RESNET48_MINI)
+    return net, {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
 
 @pytest.fixture
-def broken(network):
-    """The network with a NaN for class 3."""
-    bias = network.head.fc.fn.bias
-    kept = bias.numpy()
-    bias.set_value(np.where(np.arange(10) == 3, np.float32(NAN), kept))
-    yield network
-    bias.set_value(kept)
+def net(sound):
+    """One to break."""
+    yield sound[0]
+    sound[0].set_state_dict(sound[1])
 
 
-def images(number=5):
-    rng = np.random.default_rng(1)
-    pixels = rng.integers(0, 256, (number, 3, 32, 32), dtype=np.uint8)
-    return paddle.to_tensor(pixels), paddle.to_tensor(rng.integers(0, 10, number))
-
-
-def by_shared(net, archs, batch):
-    SharedEvaluator(net, archs).evaluate(*batch, Counts.zeros(len(archs)))
+def by_shared(net, archs, images, calibration, folder):
+    named = {arch.code: arch for arch in archs}
+    evaluate_shared(net, named, images, folder, {}, ScoringSettings(calibration))
 
 
 ENGINES = {
     "shared": by_shared,
-    "reference": lambda net, archs, batch: evaluate_reference(net, archs, [batch]),
-    "one network": lambda net, archs, batch: evaluate_network(net, [batch]),
+    "reference": lambda net, archs, images, calibration, _: evaluate_reference(
+        net, archs, [images.batches], calibration
+    ),
+    "one network": lambda net, archs, images, calibration, _: evaluate_network(
+        net, [images.batches], calibration
+    ),
 }
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engines_name_the_architecture_and_how_many_images(engine, broken):
+def test_engines_name_the_architecture_and_how_many_images(engine, net, tmp_path):
     archs = [RESNET48_MINI.smallest()]
-    broken.activate(archs[0])
+    net.activate(archs[0])
+    bias = net.head.fc.fn.bias
+    bias.set_value(np.where(np.arange(10) == 3, np.float32(NAN), bias.numpy()))
     with pytest.raises(LogitsError) as error:
-        ENGINES[engine](broken, archs, images())
+        ENGINES[engine](net, archs, Images(5, 10), None, tmp_path)
     text = one_line(error)
     assert "not finite for 5 of 5 images" in text
     assert engine == "one network" or archs[0].code in text
+
+
+def signs(shape):
+    return 1 - 2 * (np.indices(shape).sum(axis=0) % 2)
+
+
+INSIDE = {  # of which tensor channel 1 becomes what, and what is named, re-calibrated or not
+    "filters that add up to NaN": ("blocks.5.conv1.fn.weight", 3e38, "blocks.5.", "blocks.5.bn1"),
+    "filters of the stem": ("blocks.0.conv.fn.weight", 3e38, "blocks.0.", "blocks.0.bn"),
+    "a scale": ("blocks.5.bn1.weight", -3e38, "blocks.5.relu", "blocks.5.bn2"),
+    "infinite variances": ("blocks.5.conv1.fn.weight", 1e20, None, "blocks.5.bn1 has variances"),
+}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", INSIDE)
+def test_what_is_not_finite_inside_is_refused(case, engine, calibrated, net, tmp_path):
+    """In a block of the list's last, whose logits are finite: ReLU makes 0 of NaN."""
+    name, value, *named = INSIDE[case]
+    net.activate(RESNET48_MINI.largest())
+    tensor = net.state_dict()[name]
+    values = tensor.numpy()
+    values[1] = value * signs(values.shape[1:])
+    tensor.set_value(values)
+    archs = [RESNET48_MINI.smallest(), RESNET48_MINI.largest()]
+    calibration = images_for(32, 24, seed=2)[0] if calibrated else None
+    given = net, archs, Images(12, 10), calibration, tmp_path
+    if not named[calibrated]:
+        return ENGINES[engine](*given)  # every number is finite
+    with pytest.raises(UserError, match=named[calibrated]) as error:
+        ENGINES[engine](*given)
+    return one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("factor", "widened", "calibrated", "layer"),
+    [  # of a convolution's filters, and whether BatchNorm's statistics are of such outputs
+        (1e6, False, False, "blocks.1.relu"),
+        (1e6, True, False, None),
+        (1e6, True, True, "blocks.1.bn1"),
+        (1, True, True, None),
+    ],
+)
+def test_what_float16_does_not_hold_is_refused(factor, widened, calibrated, layer, net):
+    images, labels = images_for(32, 5)
+    block, arch = net.stage_blocks(0)[0], RESNET48_MINI.smallest()
+    block.conv1.fn.weight.set_value(block.conv1.fn.weight * factor)
+    if widened:
+        block.bn1._mean.set_value(block.bn1._mean * factor)
+        block.bn1._variance.set_value(block.bn1._variance * factor**2)
+    net.activate(arch)
+    calibration = images_for(32, 24, seed=2)[0] if calibrated else None
+    logits = network_logits(net, images, calibration)
+    counted = count_hits(logits.unsqueeze(0), labels).columns[0, :2]
+    given = net, ("n0", arch), (images, labels), calibration, logits, counted
+    spot_check(*given, Precision.FLOAT32)
+    with (
+        pytest.raises(LogitsError, match=f"before {layer} that .* 65504")
+        if layer
+        else nullcontext()
+    ):
+        spot_check(*given, Precision.FLOAT16)
 
 
 WEIGHTS = {  # what one value becomes, of which tensor: what is said

@@ -1,10 +1,15 @@
 """The plain network, the supernet's slicing, and PaddleSlim's BatchNorm mended."""
 
+from collections import Counter
+
 import independent
 import numpy as np
 import paddle
 import pytest
 from entry_scripts import noise_images, run
+from paddle import nn
+from paddle.quantization import PTQ, QuantConfig
+from paddle.quantization.observers import AbsmaxObserver
 from paddleslim.nas.ofa.layers import SuperBatchNorm2D
 
 import train_supernet_pinas_stage1 as stage1
@@ -102,6 +107,29 @@ def test_subnetworks_active_or_extracted_equal_independent_ones(
         np.testing.assert_allclose(tensor.numpy(), after[name].numpy(), atol=1e-6, err_msg=name)
     for network, state in states.items():
         network.set_state_dict(state)
+
+
+@pytest.mark.parametrize("code", MINI_CODES[1:3])
+def test_extracted_networks_are_made_of_what_paddles_tools_look_for(mini, code):
+    """By exact type: FLOPs are the convolutions' and the classifier's, and all are quantized."""
+    network = mini.extract(Architecture.from_code(code))
+    stem, blocks = independent.layers(code, (20, 32, 64, 128), 1)
+    macs, cin, projections = 16**2 * 147 * stem, stem, 0
+    for stage, _, mid, out, stride in blocks:
+        projects = cin if stride == 2 else 0
+        macs += (8 >> stage) ** 2 * (9 * cin * mid + 9 * mid * out + projects * out)
+        cin, projections = out, projections + bool(projects)
+    nothing = dict.fromkeys((nn.BatchNorm2D, nn.ReLU, nn.AdaptiveAvgPool2D), lambda *_: None)
+    assert paddle.flops(network, [1, 3, 32, 32], custom_ops=nothing) == macs + cin * CLASSES
+    found = Counter(type(layer) for layer in network.sublayers())
+    convolutions = 1 + 2 * len(blocks) + projections
+    expected = {nn.Conv2D: convolutions, nn.BatchNorm2D: convolutions, nn.Linear: 1}
+    assert {kind: found[kind] for kind in expected} == expected
+    network.eval()
+    observers = dict.fromkeys(("activation", "weight"), AbsmaxObserver())
+    quantized = PTQ(QuantConfig(**observers)).quantize(network)
+    found = Counter(type(layer).__name__ for layer in quantized.sublayers())
+    assert (found["QuantedConv2D"], found["QuantedLinear"]) == (convolutions, 1)
 
 
 @pytest.mark.slow

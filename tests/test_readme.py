@@ -171,7 +171,8 @@ def test_what_the_prose_names_exists(page):
     text = text_of(page)
     for module in re.findall(r"\bhnas\.(?:tools|bench)\.[\w.]*\w", text):
         program(module)
-    programs = [*(ROOT / "hnas/tools").rglob("*.py"), *(ROOT / "hnas/bench").rglob("*.py")]
+    rooms = "tools", "bench", "exporting"
+    programs = [path for room in rooms for path in (ROOT / "hnas" / room).rglob("*.py")]
     flags = option_names().union(*(flags_of(path.read_text()) for path in programs))
     text = re.sub(r"unknown flag --\w+", "", text)  # quoted messages
     assert set(re.findall(r"(?<![-\w])--([A-Za-z][\w-]*)", text)) <= flags | FOREIGN_FLAGS

@@ -86,10 +86,6 @@ class Library:
             return self.make("dnnl_memory_desc_create_with_tag", *arguments, ANY_FORMAT)
         return self.make("dnnl_memory_desc_create_with_strides", *arguments, dimensions(strides))
 
-    def equal(self, description, other) -> bool:
-        """Whether memory that one describes can be read as the other's."""
-        return bool(self._functions.dnnl_memory_desc_equal(description, other))
-
     def attributes(self, add: bool, relu: bool) -> c_void_p | None:
         """What a primitive does to its result: add what its output holds, and ReLU."""
         if not (add or relu):

@@ -16,18 +16,19 @@ NEAR = 1e-4
 
 
 class LogitsError(UserError):
-    """A network gives logits that are NaN or infinite, so it has no accuracy.
+    """A network gives logits that are NaN or infinite, or would by rights; it has no accuracy.
 
     Args:
         who: the network, e.g. ``architecture 1552...``.
         bad: images with such logits.
         images: how many were looked at.
+        what: it gives, in words.
     """
 
-    def __init__(self, who: str, bad: int, images: int):
+    def __init__(self, who: str, bad: int, images: int, what: str = "logits that are not finite"):
         super().__init__(
-            f"{who} gives logits that are not finite for {bad} of {images} images, so it has no "
-            "accuracy; use other weights or, where --amp overflows, --amp O0"
+            f"{who} gives {what} for {bad} of {images} images, so it has no accuracy; use other "
+            "weights or, where --amp overflows, --amp O0"
         )
 
 

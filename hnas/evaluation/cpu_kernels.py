@@ -1,7 +1,7 @@
 """The operations of a walk on CPUs: oneDNN's kernels, with everything fused that they fuse.
 
 Activations lie with channels last, in float32 or bfloat16. A convolution adds its bias and the
-shortcut and applies ReLU itself. Filters are re-ordered once for every width and kept.
+shortcut and applies ReLU itself. Filters are re-ordered once for every width and shape, and kept.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class CpuKernels(Kernels):
         y = paddle.empty(kernel.output, x.dtype)
         if shortcut is not None:
             self._copy(shortcut, y)
-        packed = self._packed.get((conv.identity, kernel.format), lambda: kernel.pack(conv.filters))
+        packed = self._packed.get((conv.identity, kernel), lambda: kernel.pack(conv.filters))
         tensors = [x, packed, *conv.rest, y]
         library().run(kernel.step, *(tensor.data_ptr() for tensor in tensors))
         return y

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.base.errors import UserError
 from hnas.evaluation.variants import Precision, Variant
 from hnas.models.convolution import ramp
 from hnas.models.elastic import ElasticResNet, batch_statistics
@@ -71,6 +72,7 @@ class SlicedWeights:
                 if block.downsample is not None:
                     conv, norm = block.downsample
                     self._layers[stage, index, "project"] = conv.fn, norm
+        self._names = {layer: name for name, layer in network.named_sublayers()}
         self._whole: dict[tuple, tuple] = {}
         self._rest: dict[tuple, tuple] = {}
         self._slices = LatestTensors(CACHE_BYTES)
@@ -111,7 +113,13 @@ class SlicedWeights:
             filters = filters * factor.astype("float32").reshape([-1, 1, 1, 1])
             parts = ((shift - mean * factor).astype("float32"),)
         vectors = (self._kernels.vector(part.detach(), is_bias=fold) for part in parts)
-        return self._kernels.arranged(filters.detach()), *vectors
+        prepared = self._kernels.arranged(filters.detach()), *vectors
+        if not all(bool(paddle.isfinite(part.astype("float32")).all()) for part in prepared):
+            raise UserError(
+                f"{self._names[norm]} and its convolution together are not finite in "
+                f"{self._kernels.dtype}; use other weights or, where --amp overflows, --amp O0"
+            )
+        return prepared
 
 
 class LatestTensors:

@@ -20,22 +20,20 @@ KEPT_STEPS = 8192
 """Steps of different shapes that are kept. The released space needs 1,500 at a chunk's size."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConvolutionKernel:
-    """A convolution of one shape.
+    """A convolution of one shape; equal to itself alone.
 
     Attributes:
         step: of activations, packed filters, bias if it has one, output.
         packing: of the whole filters into the packed ones.
         packed: shape of a float32 tensor that holds these.
-        format: a number that other shapes have, too, which pack the same filters alike.
         output: shape [N, H, W, C].
     """
 
     step: Step
     packing: Step
     packed: list[int]
-    format: int
     output: list[int]
 
     def pack(self, filters: paddle.Tensor) -> paddle.Tensor:
@@ -72,8 +70,7 @@ def convolution_kernel(
         "dnnl_convolution_forward_primitive_desc_create",
         *(lib.engine, onednn.FORWARD_INFERENCE, onednn.DIRECT_CONVOLUTION, source),
         *(lib.description(part, dtype=dtype), bias, target),
-        *(dimensions([stride] * 2), dimensions([0] * 2)),
-        *(dimensions([padding] * 2), dimensions([padding] * 2)),
+        *(dimensions([number] * 2) for number in (stride, 0, padding, padding)),
         lib.attributes(add, relu),
     )
     packed = lib.chosen(primitive, onednn.QUERY_WEIGHTS)
@@ -85,21 +82,8 @@ def convolution_kernel(
         # A slice of the whole filters: its strides are the whole's.
         lib.reorder(lib.description(part, dense(filters)), packed),
         [-(-lib.size(packed) // 4)],
-        _format(lib, packed),
         [n, *size, outputs],
     )
-
-
-_formats: list[c_void_p] = []
-
-
-def _format(lib, description) -> int:
-    """The place of a description, or its equal, in the list of those that were met."""
-    for place, known in enumerate(_formats):
-        if lib.equal(known, description):
-            return place
-    _formats.append(description)
-    return len(_formats) - 1
 
 
 @lru_cache(maxsize=KEPT_STEPS)
@@ -122,9 +106,9 @@ def pooling(
     target = activation((n, *size, channels), DTYPES[dtype])
     primitive = lib.make(
         "dnnl_pooling_forward_primitive_desc_create",
-        *(lib.engine, onednn.FORWARD_INFERENCE, kind, source, target, dimensions([stride] * 2)),
-        *(dimensions([window] * 2), dimensions([0] * 2)),
-        *(dimensions([padding] * 2), dimensions([padding] * 2), None),
+        *(lib.engine, onednn.FORWARD_INFERENCE, kind, source, target),
+        *(dimensions([number] * 2) for number in (stride, window, 0, padding, padding)),
+        None,
     )
     return lib.step(primitive, (onednn.SRC, source), (onednn.DST, target)), [n, *size, channels]
 

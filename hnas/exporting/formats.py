@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,9 @@ from hnas.base.errors import UserError
 from hnas.dataset.loader import EvalLoader
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
+from hnas.exporting import predict
 from hnas.models.resnet import ResNet
-from hnas.weights.loading import load_weights, read_weights, write_state
+from hnas.weights.loading import write_state
 
 logger = logging.getLogger(__name__)
 
@@ -76,23 +77,14 @@ def write_network(network: ResNet, folder: Path, form: str, size: int, about: Ma
         _write_onnx(folder)
 
 
-def read_network(folder: Path, form: str, blank: ResNet) -> Callable:
-    """What was written, as a function from normalised images [N, 3, S, S] to logits [N, classes].
+def read_network(folder: Path, form: str, strides: Sequence[int]) -> Callable:
+    """What was written, as ``predict.py`` runs it: from normalised images [N, 3, S, S] to logits.
 
     Args:
-        blank: a network of the same architecture in eval mode, to be filled with weights.
+        strides: of the network's blocks.
     """
-    if form == "pdparams":
-        load_weights(blank, read_weights(folder / FILES[form][0]), folder)
-        return blank
-    if form == "inference":
-        return paddle.jit.load(str(folder / "network"))
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(
-        folder / FILES[form][0], providers=["CPUExecutionProvider"]
-    )
-    return lambda x: paddle.to_tensor(session.run([OUTPUT], {INPUT: x.numpy()})[0])
+    network = predict.LOADING[form](folder, {"strides": strides})
+    return lambda x: paddle.to_tensor(network(x.numpy()))
 
 
 def _write_onnx(folder: Path) -> None:
@@ -147,19 +139,18 @@ class Found(NamedTuple):
 
 @paddle.no_grad()
 def compare(source: Callable, exported: Callable, loader: EvalLoader) -> Found:
-    """Run both on all images of ``loader``.
+    """Run both on all images of ``loader``; ``source`` gives logits that are finite.
 
     Raises:
-        LogitsError: a logit is NaN or infinite.
+        LogitsError: the exported network gives logits that are not.
     """
     counts, difference, largest = Counts.zeros(2), 0.0, 0.0
     for images, labels in tqdm(loader, desc="checking", unit="batch", mininterval=1):
         x = normalize(images)
         logits = paddle.stack([source(x), exported(x)])
         hits = count_hits(logits, labels)
-        for who, number in zip(("the source", "the exported network"), hits.bad, strict=True):
-            if number:
-                raise LogitsError(who, number, len(labels))
+        if hits.bad[1]:
+            raise LogitsError("the exported network", hits.bad[1], len(labels))
         counts.add(hits.counts(len(labels)))
         difference = max(difference, float((logits[0] - logits[1]).abs().max()))
         largest = max(largest, float(logits[0].abs().max()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import paddle
@@ -13,6 +13,7 @@ from paddleslim.nas.ofa.convert_super import supernet
 from paddleslim.nas.ofa.layers import SuperBatchNorm2D, SuperConv2D
 from paddleslim.nas.ofa.layers_base import Block
 
+from hnas.base.errors import UserError
 from hnas.dataset.transforms import normalize
 from hnas.models.convolution import onednn_conv2d, onednn_takes
 from hnas.models.resnet import ResNet
@@ -243,6 +244,9 @@ def measure(network: nn.Layer, norms: Sequence[nn.BatchNorm2D], images: paddle.T
     """Overwrite the running statistics of ``norms`` by those of their inputs, front to back.
 
     A layer's are measured before it runs, so that the next one sees what it normalises by them.
+
+    Raises:
+        UserError: a variance is not finite, which would make every input the same.
     """
 
     def take(norm: nn.BatchNorm2D, inputs: tuple) -> None:
@@ -251,9 +255,19 @@ def measure(network: nn.Layer, norms: Sequence[nn.BatchNorm2D], images: paddle.T
         norm._mean[: x.shape[1]] = mean.flatten()
         norm._variance[: x.shape[1]] = variance.flatten()
 
-    hooks = [norm.register_forward_pre_hook(take) for norm in norms]
-    try:
+    with before_each(norms, take):
         network(images)
+    for name, layer in network.named_sublayers():
+        if layer in norms and not bool(paddle.isfinite(layer._variance).all()):
+            raise UserError(f"{name} has variances that are not finite; use other weights")
+
+
+@contextmanager
+def before_each(layers: Iterable[nn.Layer], look: Callable[[nn.Layer, tuple], None]):
+    """Within the context ``look`` is given every layer and its inputs, before it runs."""
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()

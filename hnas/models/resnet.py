@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import paddle
 from paddle import nn
+from paddle.utils import unique_name
 
-from hnas.models.convolution import PlainConv2D
+from hnas.models.convolution import convolve
 from hnas.search_space import ChannelPlan
 
 
 def conv_bn(cin: int, cout: int, kernel: int, stride: int) -> tuple[nn.Conv2D, nn.BatchNorm2D]:
     """A convolution without bias, padded to keep the size at stride 1, and its BatchNorm."""
     init = nn.initializer.KaimingNormal(fan_in=kernel * kernel * cout)
-    conv = PlainConv2D(
+    conv = nn.Conv2D(
         cin,
         cout,
         kernel,
@@ -25,11 +26,15 @@ def conv_bn(cin: int, cout: int, kernel: int, stride: int) -> tuple[nn.Conv2D, n
         weight_attr=paddle.ParamAttr(initializer=init),
         bias_attr=False,
     )
+    # Files hold this name too, and stay the same to the bit.
+    conv.weight.name = f"{unique_name.generate('plain_conv2d')}.w_0"
     return conv, nn.BatchNorm2D(cout)
 
 
 class Stem(nn.Layer):
     """7x7/2 convolution, BatchNorm, ReLU, 3x3/2 max pooling: [N, 3, H, W] -> [N, C, H/4, W/4]."""
+
+    onednn = False
 
     def __init__(self, channels: int):
         super().__init__()
@@ -38,7 +43,7 @@ class Stem(nn.Layer):
         self.maxpool = nn.MaxPool2D(kernel_size=3, stride=2, padding=1)
 
     def forward(self, x):
-        return self.maxpool(self.relu(self.bn(self.conv(x))))
+        return self.maxpool(self.relu(self.bn(convolve(self.conv, x, self.onednn))))
 
 
 class BasicBlock(nn.Layer):
@@ -46,6 +51,8 @@ class BasicBlock(nn.Layer):
 
     The shortcut is a 1x1 projection when the channel count changes, else the identity.
     """
+
+    onednn = False
 
     def __init__(self, cin: int, mid: int, cout: int, stride: int):
         super().__init__()
@@ -57,9 +64,11 @@ class BasicBlock(nn.Layer):
             self.downsample = nn.Sequential(*conv_bn(cin, cout, kernel=1, stride=stride))
 
     def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + shortcut)
+        shortcut = x
+        for layer in self.downsample or ():
+            shortcut = convolve(layer, shortcut, self.onednn)
+        y = self.relu(self.bn1(convolve(self.conv1, x, self.onednn)))
+        return self.relu(self.bn2(convolve(self.conv2, y, self.onednn)) + shortcut)
 
     def reorder(self) -> None:
         """Sort conv1's channels by the L1 norm of the conv2 slices that read them, descending.

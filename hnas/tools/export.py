@@ -23,6 +23,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from hnas.architecture_file import read_accuracies, read_architectures
 from hnas.base.files import file_digest, read_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import normalize
+from hnas.evaluation.reference import watched_logits
 from hnas.exporting.export_folder import CARD, PROGRAM, describe, write_folder
 from hnas.exporting.formats import (
     check,
@@ -97,16 +99,16 @@ def main(argv=None) -> None:
     of_weights |= {"freeze_bn": checkpoint.freeze_bn, "classes": list(images.classes)}
     with tempfile.TemporaryDirectory(prefix="pinas-") as made:
         write_network(source.network, Path(made), form, size, of_weights)
-        blank = ResNet(space.plan(arch), len(images.classes))
-        blank.eval()
-        exported = read_network(Path(made), form, blank)
+        strides = [stride for *_, stride in space.plan(arch).blocks()]
+        exported = read_network(Path(made), form, strides)
         with calibrated(source.shared, source.calibration):
-            found = compare(source.shared, exported, loader)
+            watched = partial(watched_logits, source.shared, who="the source")
+            found = compare(watched, exported, loader)
         check(found)
         if stated is not None:
             compare_with_scores(found, name, stated, on_some=options.eval_images > 0)
         card = {"identity": identity, "arch": arch.code, "name": name}
-        card["backbone"] = options.backbone
+        card |= {"backbone": options.backbone, "strides": strides}
         card |= describe(space, arch, size, images.classes, found, source.statistics)
         write_folder(card_path.parent, Path(made), form, card)
     logger.info("%s of %s: %s, %s", form, arch.code, card_path, PROGRAM)
