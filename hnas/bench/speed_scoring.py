@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from PIL import Image
 
 from hnas.architecture_file import read_architectures
 from hnas.base.command_line import (
@@ -30,7 +31,6 @@ from hnas.base.command_line import (
 )
 from hnas.base.device import cpu_threads, processor
 from hnas.base.errors import UserError, run_main
-from hnas.bench.speed_training import settle, smooth_noise
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize
@@ -38,6 +38,7 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.tree import PrefixTree, naive_macs
+from hnas.models import elastic
 from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import build_network
 from hnas.search_space import Architecture, search_space
@@ -133,11 +134,16 @@ def make_images(options, network: ElasticResNet, folder: Path, rng) -> ImageList
     """PNG files of smooth noise, and the network's predictions as their labels."""
     paths = [folder / f"{index:05d}.png" for index in range(options.n_images)]
     for path in paths:
-        smooth_noise(rng, options.image_size).save(path)
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((options.image_size,) * 2, Image.Resampling.BICUBIC).save(path)
     classes = tuple(str(label) for label in range(options.num_classes))
     images = ImageList(folder, classes, tuple(paths), np.zeros(len(paths), dtype=np.int64))
     dataset = ImageDataset(images, EvalTransform(options.image_size), options.seed)
-    settle(network, options.image_size)
+    # As a pretrained network has its images' statistics.
+    paddle.seed(0)
+    network.eval()
+    noise = paddle.randn([16, 3, options.image_size, options.image_size])
+    elastic.measure(network, elastic.batch_norms(network), noise)
     batches = [normalize(batch) for batch, _ in EvalLoader(dataset, 64)]
     labels = np.concatenate([network(batch).argmax(axis=1).numpy() for batch in batches])
     return ImageList(folder, classes, tuple(paths), labels)
