@@ -48,12 +48,17 @@ class SharedEvaluator:
         self._space = network.space
         self.take(archs)
         self._calibration = None if calibration is None else normalize(calibration)
+        self._network = network
         usual = usual_variant(Precision.FLOAT32) if on_gpu() else cpu_variant()
-        self.variant = variant or usual
-        make = cpu_kernels if self.variant.onednn else gpu_kernels
-        self.kernels = make(self.variant, self.calibration_images)
-        self.weights = SlicedWeights(network, self.kernels)
-        head = network.head.fc.fn
+        self.compute(variant or usual)
+
+    def compute(self, variant: Variant) -> None:
+        """Compute in ``variant`` from now on; programs and weights are prepared anew."""
+        self.variant = variant
+        make = cpu_kernels if variant.onednn else gpu_kernels
+        self.kernels = make(variant, self.calibration_images)
+        self.weights = SlicedWeights(self._network, self.kernels)
+        head = self._network.head.fc.fn
         self.classifier = self.kernels.classifier(head.weight.detach(), head.bias.detach())
 
     def take(self, archs: Sequence[Architecture]) -> None:

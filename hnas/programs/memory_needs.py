@@ -21,6 +21,16 @@ EMBEDDING = 128  # numbers of a key
 PREFETCHED = 2
 """Batches that Paddle's loader keeps under way for each of its processes."""
 
+IN_TRAINING = (
+    "halve --batch_size, or give --accumulate 2, which computes it in two parts, or, on a GPU, "
+    "--amp O1"
+)
+IN_SCORING = (
+    "give a smaller --chunk_size, as 128, or --batch_size with --eval_engine reference, or "
+    "--cache_gb 1, or --amp O1"
+)
+"""What to do where memory runs out all the same."""
+
 
 def device_bytes() -> int:
     """Memory for this process: free of the machine's, or all of its GPU's."""

@@ -171,7 +171,6 @@ CHECKS = {
     "norms": check_norms,
     "walk": networks.check_walk,
     "steps": networks.check_steps,
-    "repeat": networks.check_repeat,
     "loaders": check_loaders,
     "collectives": ranks.check_collectives,
 }
@@ -192,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, rows.MEMORY)
