@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_fakes
 import numpy as np
 import paddle
 import pytest
@@ -16,6 +17,7 @@ from entry_scripts import noise_images
 from independent import Images, supernet
 
 from hnas.architecture_file import submission
+from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.evaluation import ledger
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
@@ -119,7 +121,11 @@ def test_what_is_slow_or_in_vain_is_told(network, archs, tmp_path, caplog):
         caplog.clear()
 
 
-def test_interrupted_evaluation_continues_to_the_same_file(network, archs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory", ["", *gpu_fakes.MEMORY])
+def test_interrupted_evaluation_continues_to_the_same_file(
+    network, archs, tmp_path, monkeypatch, caplog, memory
+):
+    """Also where memory is too small for walks of more than two images of a chunk's five."""
     images = Images(24, CLASSES)
     uninterrupted = evaluate_shared(
         network, archs, images, tmp_path / "a", IDENTITY, ScoringSettings(chunk=5)
@@ -127,11 +133,14 @@ def test_interrupted_evaluation_continues_to_the_same_file(network, archs, tmp_p
     calls = []
     original = SharedEvaluator.evaluate
 
-    def failing(self, *arguments, **named):
-        calls.append(1)
-        if len(calls) == 3:
+    def failing(self, pixels, labels, counts, *arguments, **named):
+        calls.append(len(labels))
+        if len(calls) == (8 if memory else 3):
             raise KeyboardInterrupt
-        return original(self, *arguments, **named)
+        if memory and len(labels) > 2:
+            original(self, pixels[:1], labels[:1], counts, *arguments, **named)
+            gpu_fakes.raising(memory)()
+        return original(self, pixels, labels, counts, *arguments, **named)
 
     monkeypatch.setattr(SharedEvaluator, "evaluate", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -142,10 +151,23 @@ def test_interrupted_evaluation_continues_to_the_same_file(network, archs, tmp_p
     resumed = evaluate_shared(
         network, archs, images, tmp_path / "b", IDENTITY, ScoringSettings(chunk=7)
     )
-    assert len(calls) == 3 + 3
+    halved = [5, 2, 2, 1, 2, 2, 1, 2]
+    assert calls == (halved + halved + [2] if memory else [5, 5, 5] + [5, 5, 4])
+    lines = [text for text in caplog.messages if "2 images a walk, not 5" in text]
+    assert len(lines) == (2 if memory else 0)  # of both runs
     for one, other in zip(resumed.columns(), uninterrupted.columns(), strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(resumed.folds, uninterrupted.folds)
+    files = [(tmp_path / run / "estimates.json").read_bytes() for run in "ab"]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("kind", gpu_fakes.MEMORY)
+def test_no_memory_for_a_single_image_is_one_line(network, archs, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(SharedEvaluator, "evaluate", gpu_fakes.raising(kind))
+    with pytest.raises(UserError, match="^out of memory with one image a walk: .*--amp O1"):
+        settings = ScoringSettings(chunk=5)
+        evaluate_shared(network, archs, Images(24, CLASSES), tmp_path, IDENTITY, settings)
 
 
 def command(folder, tmp_path, name):

@@ -35,6 +35,9 @@ of its libraries, and of the system."""
 _SUMMARY = re.compile(r"Error Message Summary:[\s-]*|(?=\([A-Z][A-Za-z]+\)\s)")
 _REST = re.compile(r"\s(?:\[Hint|\(at /|\[operator|Please )")
 LONGEST_WORD = 300
+AFTER_FAILURE = (
+    "run again to go on with what is saved; python -m hnas.tools.check_device tells what works here"
+)
 
 
 def word_of(error: BaseException) -> str:
@@ -42,7 +45,7 @@ def word_of(error: BaseException) -> str:
     text = str(error).strip()
     start = _SUMMARY.search(text)
     text = _REST.split(text[start.end() :])[0] if start else text.rpartition("\n")[2]
-    return " ".join(text.split())[:LONGEST_WORD] or type(error).__name__
+    return " ".join(text.split()).rstrip(".")[:LONGEST_WORD] or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -50,21 +53,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, PADDLE_ERRORS) and bool(NO_MEMORY.search(str(error)))
-
-
-def _told(error: Exception, memory: str) -> str:
-    """What a user is told of an error; empty: it is the program's, and its traceback says more."""
-    if isinstance(error, UserError):
-        # Without line breaks, which a path or a flag may hold.
-        return " ".join(str(error).split())
-    if is_out_of_memory(error):
-        return f"out of memory: {word_of(error)}; {memory}"
-    if "(External)" in str(error):
-        return (
-            f"the device or its libraries failed: {word_of(error)}; run again to go on with what "
-            "is saved; python -m hnas.tools.check_device tells what works here"
-        )
-    return ""
 
 
 class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
@@ -148,10 +136,16 @@ def run_main(
     try:
         main()
     except (UserError, *PADDLE_ERRORS) as error:
-        told = _told(error, memory)
-        if not told:
+        if is_out_of_memory(error):
+            told = f"out of memory: {word_of(error)}; {memory}"
+        elif isinstance(error, SystemError) or "(External)" in str(error):
+            told = f"the device or a library failed: {word_of(error)}; {AFTER_FAILURE}"
+        elif isinstance(error, UserError):
+            told = str(error)
+        else:
             raise
-        line = f"error: {told}\n"
+        # Without line breaks, which a path or a flag may hold.
+        line = f"error: {' '.join(told.split())}\n"
         if is_one_of_several():
             line = f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: {line}"
         sys.stderr.write(line)

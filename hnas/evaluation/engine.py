@@ -93,7 +93,7 @@ def evaluate_shared(
     ledger = Ledger(save_dir, identity, archs, len(images), *how)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
-    walks = Walks(network, archs, images, evaluator, calibration, ledger.chunk)
+    walks = Walks(network, [*archs.items()], images, calibration, evaluator, ledger.chunk)
     for chunk in ledger.chunks():
         began = time.perf_counter()
         title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.starts())}"
@@ -104,29 +104,20 @@ def evaluate_shared(
     return ledger.complete()
 
 
+@dataclass
 class Walks:
     """Scores chunks of images by walks, each of which is checked.
 
     A chunk is one walk; where the device cannot, it is several of fewer images, or in a plainer
     variant, from then on, and the log says so. Counts are sums over images: they stay the same.
-
-    Args:
-        network, archs, images, calibration: as :func:`evaluate_shared` has them.
-        evaluator: of the network, for ``archs``; it may compute in another variant afterwards.
-        size: images of a walk.
     """
 
-    def __init__(
-        self,
-        network: ElasticResNet,
-        archs: Mapping[str, Architecture],
-        images: ImagesOnDemand,
-        evaluator: SharedEvaluator,
-        calibration: paddle.Tensor | None,
-        size: int,
-    ):
-        self._network, self._archs, self._images = network, list(archs.items()), images
-        self._evaluator, self._calibration, self._size = evaluator, calibration, size
+    network: ElasticResNet
+    archs: list[tuple[str, Architecture]]
+    images: ImagesOnDemand
+    calibration: paddle.Tensor | None
+    evaluator: SharedEvaluator  # of the network, for ``archs``
+    size: int  # images of a walk
 
     def score(self, chunk: range, title: str) -> Counts:
         """The counts over a chunk, which the progress bar calls ``title``.
@@ -134,57 +125,49 @@ class Walks:
         Raises:
             UserError: out of memory with a single image.
         """
-        counts = Counts.zeros(len(self._archs))
+        counts = Counts.zeros(len(self.archs))
         while counts.images < len(chunk):
-            part = chunk[counts.images : counts.images + self._size]
+            part = chunk[counts.images : counts.images + self.size]
             try:
-                counts.add(self._walk(part, chunk.start % len(self._archs), title))
+                counts.add(self._walk(part, chunk.start % len(self.archs), title))
             except PADDLE_ERRORS as error:
                 self._give_way(error, len(part))
         return counts
 
     def _walk(self, part: range, checked: int, title: str) -> Counts:
         """The counts over some images; the architecture numbered ``checked`` is checked."""
-        counts = Counts.zeros(len(self._archs))
-        batch = self._images.batch(part.start, part.stop)
-        with tqdm(total=len(self._archs), desc=title, unit="arch", mininterval=1) as progress:
-            logits = self._evaluator.evaluate(*batch, counts, progress.update, watch=checked)
+        counts = Counts.zeros(len(self.archs))
+        batch = self.images.batch(part.start, part.stop)
+        with tqdm(total=len(self.archs), desc=title, unit="arch", mininterval=1) as progress:
+            logits = self.evaluator.evaluate(*batch, counts, progress.update, watch=checked)
         spot_check(
-            self._network,
-            self._archs[checked],
+            self.network,
+            self.archs[checked],
             batch,
-            self._calibration,
+            self.calibration,
             logits,
             (counts.top1[checked], counts.top5[checked]),
-            self._evaluator.precision,
+            self.evaluator.precision,
         )
         return counts
 
     def _give_way(self, error: Exception, images: int) -> None:
         """Try the next walk in another way than this one of so many images, or raise."""
-        variant, is_memory = self._evaluator.variant, is_out_of_memory(error)
+        variant, is_memory = self.evaluator.variant, is_out_of_memory(error)
         if is_memory and images > 1:
-            self._size = images // 2
-            logger.warning(
-                "out of memory with %d images a walk: from here on %d, with the same results; a "
-                "lower chunk_size tries no more than that (%s)",
-                images,
-                self._size,
-                word_of(error),
-            )
+            self.size = images // 2
+            how = f"{self.size} images a walk, not {images}, and the same results"
         elif may_be_refusal(variant, error):
-            plain = usual_variant(variant.precision)
-            self._evaluator.compute(plain)
-            logger.warning("from here on the walk computes in %s: %s", plain, word_of(error))
+            self.evaluator.compute(usual_variant(variant.precision))
+            how = f"the walk computes in {self.evaluator.variant}"
         elif is_memory:
-            carried = self._evaluator.calibration_images
             raise UserError(
-                f"out of memory with one image a walk and {carried} to re-calibrate with: "
-                f"{word_of(error)}; end what else takes memory, or give --amp O1"
-                + (", or lower --bn_calibration_images" if carried else "")
+                f"out of memory with one image a walk: {word_of(error)}; end what else takes "
+                "memory, or give --amp O1 or fewer --bn_calibration_images"
             ) from error
         else:
             raise error
+        logger.warning("from here on %s: %s", how, word_of(error))
 
 
 def wanted_variant(

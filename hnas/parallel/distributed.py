@@ -21,14 +21,7 @@ from contextlib import contextmanager
 import paddle
 import paddle.distributed as dist
 
-from hnas.base.errors import (
-    PADDLE_ERRORS,
-    SIGNALS,
-    Stopped,
-    UserError,
-    is_out_of_memory,
-    word_of,
-)
+from hnas.base.errors import PADDLE_ERRORS, SIGNALS, Stopped, UserError, is_out_of_memory, word_of
 from hnas.parallel.rollcall import LostRankError, RollCall
 
 logger = logging.getLogger(__name__)

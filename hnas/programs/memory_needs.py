@@ -22,12 +22,10 @@ PREFETCHED = 2
 """Batches that Paddle's loader keeps under way for each of its processes."""
 
 IN_TRAINING = (
-    "halve --batch_size, or give --accumulate 2, which computes it in two parts, or, on a GPU, "
-    "--amp O1"
+    "halve --batch_size, or give --accumulate 2 to compute it in parts, or --amp O1 on a GPU"
 )
 IN_SCORING = (
-    "give a smaller --chunk_size, as 128, or --batch_size with --eval_engine reference, or "
-    "--cache_gb 1, or --amp O1"
+    "give --chunk_size 128 or less (reference engine: --batch_size), --cache_gb 1 or --amp O1"
 )
 """What to do where memory runs out all the same."""
 
