@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import gpu_fakes
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import noise_images
+from entry_scripts import ROOT, noise_images
 from independent import Images, supernet
 
 from hnas.architecture_file import submission
@@ -28,7 +27,6 @@ from hnas.evaluation.shared import SharedEvaluator
 from hnas.ranking.agreement import Agreement, read_estimates
 from hnas.search_space import RESNET48_MINI
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
 
@@ -170,16 +168,6 @@ def test_no_memory_for_a_single_image_is_one_line(network, archs, tmp_path, monk
         evaluate_shared(network, archs, Images(24, CLASSES), tmp_path, IDENTITY, settings)
 
 
-def command(folder, tmp_path, name):
-    return [
-        *(sys.executable, "-u", str(ROOT / "train_supernet.py"), "run"),
-        *("--backbone", "resnet48_mini", "--image_size", "32", "--image_dir", str(folder)),
-        *("--ckpt_dir", str(tmp_path / "net"), "--modelarch_file", str(tmp_path / "archs.json")),
-        *("--save_dir", str(tmp_path / name), "--num_workers", "0", "--chunk_size", "2"),
-        *("--bn_calibration_images", "0"),
-    ]
-
-
 @pytest.mark.slow
 def test_killed_evaluations_end_in_the_same_file(network, tmp_path):
     folder = noise_images(tmp_path / "images")
@@ -188,10 +176,14 @@ def test_killed_evaluations_end_in_the_same_file(network, tmp_path):
     archs = {f"n{i}": RESNET48_MINI.sample(rng) for i in range(40)}
     write_json(tmp_path / "archs.json", submission(archs, [0.0] * 40))
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    flags = f"--backbone resnet48_mini --image_size 32 --image_dir {folder} --num_workers 0"
+    flags += f" --ckpt_dir {tmp_path}/net --modelarch_file {tmp_path}/archs.json --chunk_size 2"
+    program = [sys.executable, "-u", str(ROOT / "train_supernet.py"), "run", *flags.split()]
+    program += ["--bn_calibration_images", "0", "--save_dir"]
 
     def run(name, seconds=None):
         process = subprocess.Popen(
-            command(folder, tmp_path, name), env=environment, stderr=subprocess.PIPE
+            [*program, str(tmp_path / name)], env=environment, stderr=subprocess.PIPE
         )
         if seconds is not None:
             state = tmp_path / name / STATE_FILE

@@ -4,7 +4,6 @@ computations and copies are a CPU's."""
 import contextlib
 import dataclasses
 import errno
-import itertools
 import logging
 import os
 import re
@@ -12,7 +11,6 @@ import runpy
 import sys
 
 import gpu_fakes
-import numpy as np
 import paddle
 import pytest
 from entry_scripts import ROOT
@@ -25,6 +23,7 @@ from hnas.base.command_line import OneLineParser
 from hnas.base.device import Arithmetic, peak_memory, set_tf32
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
+from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.evaluation import gpu_kernels
 from hnas.evaluation.engine import wanted_variant
 from hnas.evaluation.results import evaluation_identity
@@ -36,9 +35,8 @@ from hnas.programs import parsing, runtime
 from hnas.programs.flags import Stage
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
-from hnas.search_space import RESNET48_MINI
 from hnas.tools.check_device import rows
-from hnas.utils.hapi_wrapper import GradientStep, StandaloneModel, momentum_optimizer
+from hnas.utils.hapi_wrapper import ResumableModel, momentum_optimizer
 from hnas.utils.training import TrainLogger
 
 V100 = {"name": "Tesla V100-SXM2-32GB", "major": 7, "gib": 32}
@@ -286,68 +284,36 @@ def test_errors_are_an_exchanges_or_a_disks_where_they_may_be(kind, monkeypatch,
         device.choose_device("auto")
 
 
-# --- what the host copies to and from the device in a step, for which it would have to wait
-
-
-READS = ("numpy", "tolist", "item", "__float__", "__int__", "__bool__", "__array__")
-
-
-@pytest.fixture
-def events(monkeypatch):
-    """Copies and passes, in their order; copies may call each other."""
-    seen = []
-
-    def note(owner, name, event):
-        function = getattr(owner, name)
-        run = lambda *given, **named: seen.append(event) or function(*given, **named)  # noqa: E731
-        monkeypatch.setattr(owner, name, run)
-
-    for name in READS:
-        note(paddle.Tensor, name, "read")
-    note(paddle, "to_tensor", "write")
-    note(paddle.Tensor, "backward", "backward")
-    return seen
-
-
-def trained(events):
-    """Train an epoch of four steps; whether the ranks know of a signal when each has ended."""
-    rng = np.random.default_rng(0)
-    images = paddle.to_tensor(rng.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8))
-    labels = paddle.to_tensor(np.arange(4) % 3)
-
-    class Loader(list):
-        def epoch(self, epoch, first):
-            for batch in self:
-                events.append("step")
-                yield batch
-
-    network = nn.Sequential(
-        nn.Conv2D(3, 4, 3), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(4, 3)
-    )
-    network.register_forward_pre_hook(lambda *_: events.append("forward"))
-    model = StandaloneModel(network, RESNET48_MINI.largest().code)
-    optimizer = momentum_optimizer(network, 0.05, 0.9, 1e-4)
-    model.prepare(optimizer, GradientStep(optimizer))
-    model.exchange = GradientExchange(network.parameters(), StopSignals())
-    return [model.exchange.received for _ in model.train_epoch(Loader([(images, labels)] * 4), 0)]
+# --- what ranks exchange
 
 
 @pytest.mark.parametrize("told", [None, 1], ids=str)
-def test_ranks_read_notices_before_the_forward_pass_and_nothing_else(events, told, monkeypatch):
-    """Two, of which the other may be told to stop in a step; all know when the next has ended."""
-    steps = itertools.count()
+def test_ranks_read_notices_before_a_step_and_nothing_within_it(told, monkeypatch):
+    """Of two the other may be told to stop in a step; all know when the next one has ended.
+
+    What a step of one process copies is looked at in test_training.py.
+    """
+
+    class Model(ResumableModel):
+        def train_batch(self, inputs):
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("numpy", "tolist", "item", "__float__", "__int__", "__bool__"):
+                    patch.setattr(paddle.Tensor, name, raising(AssertionError("a wait")))
+                patch.setattr(paddle, "to_tensor", raising(AssertionError("a wait")))
+                self.network(inputs).sum().backward()
+                self.update()
+            return {}
 
     def all_reduce(flat):
-        flat[0] = flat[0] + (next(steps) == told)  # the first of SIGNALS, before the gradients
+        flat[0] = flat[0] + (model.step == told)  # the first of SIGNALS, before the gradients
 
+    model = Model(nn.Linear(2, 2))
+    model.prepare(momentum_optimizer(model.network, 0.05, 0.9, 1e-4))
+    model.exchange = GradientExchange(model.network.parameters(), StopSignals())
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "_collective", contextlib.nullcontext)
     monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
-    known = trained(events)
+    loader = EpochLoader(ImageDataset(range(4), None, 0), 1)
+    loader.epoch = lambda *_: (paddle.ones([1, 2]) for _ in range(4))
+    known = [model.exchange.received for _ in model.train_epoch(loader, 0)]
     assert known == [None, None] + [told and distributed.SIGNALS[0]] * 2
-    happened = [event for event, _ in itertools.groupby(events[events.index("step") :])]
-    first, *rest = " ".join(happened).split("step ")[1:]
-    # Of the first step there was none before, and normalising makes its constants once.
-    assert [word for word in first.split() if word != "write"] == ["forward", "backward"]
-    for later, before in zip(rest, known, strict=False):
-        assert later.split() == ["read"] * (before is None) + ["forward", "backward"]
