@@ -1,23 +1,13 @@
-"""Chunks, estimates, early stopping, and resuming after a kill."""
+"""Chunks, estimates, early stopping, memory that is too small, and resuming."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import gpu_fakes
 import numpy as np
-import paddle
 import pytest
-from entry_scripts import ROOT, noise_images
 from independent import Images, supernet
 
-from hnas.architecture_file import submission
 from hnas.base.errors import UserError
-from hnas.base.files import write_json
 from hnas.evaluation import ledger
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.images import balanced_order
@@ -166,42 +156,3 @@ def test_no_memory_for_a_single_image_is_one_line(network, archs, tmp_path, monk
     with pytest.raises(UserError, match="^out of memory with one image a walk: .*--amp O1"):
         settings = ScoringSettings(chunk=5)
         evaluate_shared(network, archs, Images(24, CLASSES), tmp_path, IDENTITY, settings)
-
-
-@pytest.mark.slow
-def test_killed_evaluations_end_in_the_same_file(network, tmp_path):
-    folder = noise_images(tmp_path / "images")
-    paddle.save(network.state_dict(), str(tmp_path / "net.pdparams"))
-    rng = np.random.default_rng(2)
-    archs = {f"n{i}": RESNET48_MINI.sample(rng) for i in range(40)}
-    write_json(tmp_path / "archs.json", submission(archs, [0.0] * 40))
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    flags = f"--backbone resnet48_mini --image_size 32 --image_dir {folder} --num_workers 0"
-    flags += f" --ckpt_dir {tmp_path}/net --modelarch_file {tmp_path}/archs.json --chunk_size 2"
-    program = [sys.executable, "-u", str(ROOT / "train_supernet.py"), "run", *flags.split()]
-    program += ["--bn_calibration_images", "0", "--save_dir"]
-
-    def run(name, seconds=None):
-        process = subprocess.Popen(
-            [*program, str(tmp_path / name)], env=environment, stderr=subprocess.PIPE
-        )
-        if seconds is not None:
-            state = tmp_path / name / STATE_FILE
-            deadline = time.monotonic() + 60
-            while not state.is_file() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(seconds)
-            process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
-        return process.returncode, errors.decode()
-
-    code, errors = run("whole")
-    assert code == 0, errors[-2000:]
-    random.seed(5)
-    killed = sum(run("parts", random.uniform(0, 1.5))[0] == -signal.SIGKILL for _ in range(3))
-    assert killed >= 1
-    code, errors = run("parts")
-    assert code == 0, errors[-2000:]
-    assert "continuing after" in errors
-    whole = (tmp_path / "whole/submission.json").read_bytes()
-    assert (tmp_path / "parts/submission.json").read_bytes() == whole

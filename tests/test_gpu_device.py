@@ -199,11 +199,6 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
     assert "epoch 1: peak memory 3.00 GiB on the GPU, " in caplog.text
 
 
-def test_free_memory_is_the_cards_and_what_paddle_holds_unused(monkeypatch):
-    gpu_fakes.fake_card(monkeypatch, gib=40, used_gib=15)
-    assert device.free_bytes() == 26 * 2**30
-
-
 def test_cpus_score_in_bfloat16_if_they_have_it_and_train_in_float32(monkeypatch, tmp_path):
     options = Options(device="cpu", amp="O1", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="--amp O1 needs a GPU; CPUs train in float32"):
