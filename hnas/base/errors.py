@@ -32,7 +32,9 @@ PADDLE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, OSError, Memor
 NO_MEMORY = re.compile(r"No valid plan|out of memory|ALLOC_FAILED|Cannot allocate memory")
 """In an error's text: of cuDNN's frontend, which tries its plans until memory allows one, of CUDA,
 of its libraries, and of the system."""
-_SUMMARY = re.compile(r"Error Message Summary:[\s-]*|(?=\([A-Z][A-Za-z]+\)\s)")
+_KINDS = "InvalidArgument|NotFound|OutOfRange|AlreadyExists|ResourceExhausted|PreconditionNotMet"
+_KINDS += "|PermissionDenied|ExecutionTimeout|Unimplemented|Unavailable|Fatal|External|InvalidType"
+_SUMMARY = re.compile(rf"Error Message Summary:[\s-]*|(?=\((?:{_KINDS})\)\s)")
 _REST = re.compile(r"\s(?:\[Hint|\(at /|\[operator|Please )")
 LONGEST_WORD = 300
 AFTER_FAILURE = (
@@ -136,12 +138,12 @@ def run_main(
     try:
         main()
     except (UserError, *PADDLE_ERRORS) as error:
-        if is_out_of_memory(error):
+        if isinstance(error, UserError):
+            told = str(error)
+        elif is_out_of_memory(error):
             told = f"out of memory: {word_of(error)}; {memory}"
         elif isinstance(error, SystemError) or "(External)" in str(error):
             told = f"the device or a library failed: {word_of(error)}; {AFTER_FAILURE}"
-        elif isinstance(error, UserError):
-            told = str(error)
         else:
             raise
         # Without line breaks, which a path or a flag may hold.
