@@ -25,6 +25,7 @@ from hnas.tools.check_device import checks, networks, ranks, rows
 from hnas.tools.check_device.networks import BFLOAT16, FLOAT16, FLOAT32, TF32
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result
 from hnas.utils.hapi_wrapper import GradientStep
+from hnas.weights import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +373,14 @@ def test_tf32_in_the_backward_pass_is_found_and_allowed_where_meant(first_step, 
     monkeypatch.setattr(networks, "use_onednn", lambda *_: False)
     assert against(first_step, "stage 2") == ["stage 2, first gradient in float32"]
     assert not against(first_step, "stage 2", TF32)
+
+
+@pytest.mark.parametrize("lost", ["restore_optimizer", "load_weights"])
+def test_what_is_not_restored_is_found(monkeypatch, tmp_path, lost):
+    monkeypatch.setattr(checkpoint, lost, lambda *_: None)
+    monkeypatch.setattr(networks, "STAGES", ["stage 2"])
+    (row,) = networks.check_repeat(Machine(str(tmp_path)))
+    assert row.state == FAILED and row.value > 100
 
 
 # --- loaders and ranks

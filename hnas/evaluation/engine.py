@@ -93,7 +93,7 @@ def evaluate_shared(
     ledger = Ledger(save_dir, identity, archs, len(images), *how)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
-    walks = Walks(network, [*archs.items()], images, calibration, evaluator, ledger.chunk)
+    walks = Walks(network, [*archs.items()], images, calibration, evaluator)
     for chunk in ledger.chunks():
         began = time.perf_counter()
         title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.starts())}"
@@ -116,8 +116,7 @@ class Walks:
     archs: list[tuple[str, Architecture]]
     images: ImagesOnDemand
     calibration: paddle.Tensor | None
-    evaluator: SharedEvaluator  # of the network, for ``archs``
-    size: int  # images of a walk
+    evaluator: SharedEvaluator  # of the network, for ``archs``; it keeps what the device can
 
     def score(self, chunk: range, title: str) -> Counts:
         """The counts over a chunk, which the progress bar calls ``title``.
@@ -127,7 +126,7 @@ class Walks:
         """
         counts = Counts.zeros(len(self.archs))
         while counts.images < len(chunk):
-            part = chunk[counts.images : counts.images + self.size]
+            part = chunk[counts.images : counts.images + self.evaluator.most_images]
             try:
                 counts.add(self._walk(part, chunk.start % len(self.archs), title))
             except PADDLE_ERRORS as error:
@@ -155,8 +154,8 @@ class Walks:
         """Try the next walk in another way than this one of so many images, or raise."""
         variant, is_memory = self.evaluator.variant, is_out_of_memory(error)
         if is_memory and images > 1:
-            self.size = images // 2
-            how = f"{self.size} images a walk, not {images}, and the same results"
+            self.evaluator.most_images = images // 2
+            how = f"{images // 2} images a walk, not {images}, and the same results"
         elif may_be_refusal(variant, error):
             self.evaluator.compute(usual_variant(variant.precision))
             how = f"the walk computes in {self.evaluator.variant}"

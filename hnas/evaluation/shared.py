@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import paddle
@@ -36,7 +37,10 @@ class SharedEvaluator:
         variant: how it computes.
         kernels: what computes.
         tree: their prefix tree.
+        most_images: that a walk should take, as far as memory has shown.
     """
+
+    most_images = sys.maxsize
 
     def __init__(
         self,

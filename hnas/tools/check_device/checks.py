@@ -171,6 +171,7 @@ CHECKS = {
     "norms": check_norms,
     "walk": networks.check_walk,
     "steps": networks.check_steps,
+    "repeat": networks.check_repeat,
     "loaders": check_loaders,
     "collectives": ranks.check_collectives,
 }

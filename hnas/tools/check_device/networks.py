@@ -6,11 +6,13 @@ Networks, images and labels are the same on every device and need no files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle import nn
 
+from hnas.base.device import set_deterministic
 from hnas.base.errors import PADDLE_ERRORS, is_out_of_memory, word_of
 from hnas.base.onednn import has_bfloat16
 from hnas.evaluation.counts import Counts
@@ -32,6 +34,7 @@ from hnas.utils.hapi_wrapper import (
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import FirstPlaceSampler, RandomSampler
+from hnas.weights.checkpoint import load_training, save_training
 
 FLOAT32, TF32, FLOAT16, BFLOAT16 = Precision
 CLASSES = 10
@@ -184,7 +187,7 @@ def compare_walk(
 # --- training steps
 
 STAGES = ("stage 1", "stage 2")
-STEPS, QUICK_STEPS = range(20), range(4)
+STEPS, QUICK_STEPS, REPEATED = range(20), range(4), range(4)
 BATCH, SIZE = 8, 32
 SCALE = 1024.0
 """Of losses in float16: low enough that no step is passed over for an overflow."""
@@ -295,3 +298,22 @@ def compare_steps(
     yield rows.at_most(f"{stage}, first gradient {how}", turned, gradient, "relative, by norms")
     note = "largest relative difference"
     yield rows.at_most(f"{stage}, {len(curve)} losses {how}", errors.max(), any_loss, note)
+
+
+def check_repeat(machine: rows.Machine) -> Iterator[rows.Result]:
+    """Steps that are saved and resumed give the same bits, with ``--deterministic True``."""
+    set_deterministic()
+    saved = Path(machine.folder, "saved")
+    for stage, precision, amp in ways(machine):
+        whole, begun, resumed = models = [trainer(stage, amp=amp) for _ in range(3)]
+        run(whole, REPEATED)
+        run(begun, REPEATED[:2])
+        progress = {"run_id": "", "scaler": begun.gradients.state()}
+        save_training(saved, begun.network, begun.optimizer, progress)
+        progress = load_training(saved, resumed.network, resumed.optimizer)
+        resumed.gradients.restore(progress["scaler"])
+        run(resumed, REPEATED[2:])
+        states = [[part.numpy() for part in each.network.state_dict().values()] for each in models]
+        different = rows.differing(states[0], states[2])
+        row = f"{stage} in {precision.value}, saved and resumed"
+        yield rows.at_most(row, different, 0, "numbers that differ")
