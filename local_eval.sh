@@ -19,6 +19,7 @@ target_tau=${target_tau:-0}                                     # stop early abo
 images_part=${images_part:-None}                                # as 2/8: a part of the images
 cache_gb=${cache_gb:-8}                                         # GiB for decoded images
 amp=${amp:-O0}                                                  # O1: half precision, if there is
+fused=${fused:-auto}                                            # off: no fused operator on GPUs
 eval_sample_num=${eval_sample_num:-0}                           # first N only; 0: all
 seed=${seed:-0}
 device=${device:-auto}
@@ -30,6 +31,6 @@ launch train_supernet.py run \
     --bn_calibration_images "$bn_calibration_images" \
     --eval_engine "$eval_engine" --eval_images "$eval_images" --chunk_size "$chunk_size" \
     --target_tau "$target_tau" --images_part "$images_part" \
-    --cache_gb "$cache_gb" --amp "$amp" \
+    --cache_gb "$cache_gb" --amp "$amp" --fused "$fused" \
     --eval_sample_num "$eval_sample_num" --image_dir "$image_dir" --save_dir "$save_dir" \
     --seed "$seed" --device "$device" "$@"

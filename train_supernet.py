@@ -44,7 +44,7 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.programs.flags import Stage
-from hnas.programs.memory_needs import check_chunk
+from hnas.programs.memory_needs import IN_SCORING, check_chunk
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import (
@@ -148,7 +148,7 @@ def score(
         calibration,
         options.chunk_size,
         options.target_tau,
-        wanted_variant(arithmetic, calibration),
+        wanted_variant(arithmetic, calibration, options.fused == "auto"),
         part,
         copies=list_hash(images, order, options.image_size, times=False),
     )
@@ -187,4 +187,4 @@ def architectures(options: Options, space: SearchSpace) -> dict[str, Architectur
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, IN_SCORING)

@@ -17,7 +17,7 @@ from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import world_size
 from hnas.programs.flags import AUTO, Stage
-from hnas.programs.memory_needs import check_queue
+from hnas.programs.memory_needs import IN_TRAINING, check_queue
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import require, space_of, start, training_images, training_loader
 from hnas.search_space import find_backbone
@@ -89,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, IN_TRAINING)

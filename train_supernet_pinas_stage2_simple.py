@@ -18,6 +18,7 @@ from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import leave
 from hnas.programs.flags import Stage
+from hnas.programs.memory_needs import IN_TRAINING
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import require, space_of, start, training_images, training_loader
@@ -90,4 +91,4 @@ def check_flags(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, IN_TRAINING)

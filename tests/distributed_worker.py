@@ -12,8 +12,8 @@ from unittest import mock
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from independent import calm
 
-from hnas.bench.speed_training import calm
 from hnas.models.elastic import ElasticBatchNorm2D, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.parallel.distributed import (

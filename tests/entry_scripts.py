@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from independent import calm
 from PIL import Image
 
-from hnas.bench.speed_training import calm
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, normalize

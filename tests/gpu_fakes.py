@@ -6,13 +6,38 @@ below compute in float32 and round what they are given and what they give, as a 
 accumulators are float32.
 """
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
+from paddle.base import core
 from paddle.nn import functional as F  # noqa: N812
 
+HINT = " \n  [Hint: Please search for the error code on website.] (at /paddle/phi/a.cu:79)\n"
+ERRORS = {  # Paddle 3.3.1's kinds of errors and texts: where a device fails, and where memory does
+    "cuDNN": (OSError, "(External) CUDNN error(3000), CUDNN_STATUS_NOT_SUPPORTED." + HINT),
+    "NCCL": (OSError, "(External) NCCL error(2), unhandled system error." + HINT),
+    "Fatal": (SystemError, "(Fatal) Operator has raised an exception." + HINT),
+    "kind": (IndexError, "(OutOfRange) axis is out of range." + HINT),
+    "memory": (MemoryError, "(ResourceExhausted) \n\nOut of memory error on GPU 0. Cannot allocate "
+               "2.0GB memory on GPU 0, available memory is only 1.0GB.\n\nPlease check "
+               "whether there is any other process using GPU 0.\n"),
+    "no plan": (ValueError, "(InvalidArgument) [CUDNN Frontend API] No valid plan could be found "
+                "to execute. Try setting FLAGS_conv_workspace_size_limit higher. (at /c.h:450)"),
+    "CUDA memory": (OSError, "(External) CUDA error(2), out of memory." + HINT),
+}  # fmt: skip
+DEVICE, MEMORY = [*ERRORS][:4], [*ERRORS][4:]
 HALVES = (paddle.float16, paddle.bfloat16)
+
+
+def raising(kind):
+    """A function that raises an error as Paddle does: of ``ERRORS``, or the one given."""
+
+    def run(*_, **__):
+        raise kind if isinstance(kind, Exception) else ERRORS[kind][0](ERRORS[kind][1])
+
+    return run
 
 
 def rounded_to_tf32(x):
@@ -103,6 +128,8 @@ def fake_card(monkeypatch, name="NVIDIA A100-SXM4-80GB", major=8, gib=80, used_g
             raise ValueError(f"Flag {unknown} cannot set its value through this function.")
         flags.update(new)
 
+    for switch in ("set_cudnn_switch", "set_cublas_switch"):
+        monkeypatch.setattr(core, switch, functools.partial(flags.__setitem__, switch))
     monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
     monkeypatch.setattr(paddle, "set_flags", set_flags)
     monkeypatch.setattr(paddle, "get_flags", lambda names: {flag: flags[flag] for flag in names})

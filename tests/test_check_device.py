@@ -16,6 +16,7 @@ import paddle
 import pytest
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.base.errors import word_of
 from hnas.evaluation import gpu_kernels, kernels
 from hnas.evaluation.variants import Variant
 from hnas.models import elastic
@@ -153,18 +154,6 @@ def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, tmp_path):
     assert [(row["check"], row["state"]) for row in found] == [(n, NOT_HERE) for n in sys.argv[2:]]
 
 
-def test_an_exception_is_a_failed_row_with_its_last_line():
-    def check():
-        yield rows.fact("first", "a")
-        raise RuntimeError("a stack\n  of C++\nCUDA error(700), an illegal address  \n")
-
-    first, second = rows.guarded("walk", check)
-    assert first.state == PASSED
-    assert second == Result(
-        "walk", FAILED, note="RuntimeError: CUDA error(700), an illegal address"
-    )
-
-
 def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
     output = tmp_path / "out.jsonl"
     results = [
@@ -185,6 +174,7 @@ def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
         run(*results)
     assert end.value.code == 1
     *shown, last = capsys.readouterr().out.splitlines()
+    assert shown.pop() == "not checked: NCCL"
     assert [line.split()[:2] for line in shown] == [[s, "check"] for s in ("ok", "FAILED", "-")]
     assert last.startswith("1 passed, 1 failed, 1 not on this machine")
     assert "nan (at most 0.0001) - of it" in shown[1]
@@ -335,6 +325,23 @@ def test_a_faulty_walk_is_found(card, monkeypatch, fault):
         emulate_fused(monkeypatch, relu_before_the_shortcut)
     right = np.load(f"{card.folder}/walk.npz")[scene[0]]
     assert failed(networks.compare_walk("row", scene, variant, right)) == ["row"]
+
+
+@pytest.mark.parametrize("kind", [*gpu_fakes.ERRORS, "trial"])
+def test_a_fused_operator_that_refuses_is_not_used_and_memory_is_named(card, monkeypatch, kind):
+    emulate_fused(monkeypatch, gpu_fakes.raising(kind))
+    if kind == "trial":
+        monkeypatch.setattr(networks, "fused_fault", lambda *_: "fails: (NotFound) no kernels")
+        row, note = next(networks.check_walk(card)), "not used: fails: (NotFound) no kernels"
+    else:
+        scene, _ = networks.scenes(card)
+        (row,) = rows.guarded("row", networks.compare_walk, "row", scene, Variant(fused=True), None)
+        error, text = gpu_fakes.ERRORS[kind]
+        word = word_of(error(text))
+        note = f"not used: {word}"
+        if kind in gpu_fakes.MEMORY:
+            note = f"{error.__name__}: {word}; {rows.MEMORY}"
+    assert (row.state, row.note) == (FAILED if kind in gpu_fakes.MEMORY else NOT_HERE, note)
 
 
 # --- training

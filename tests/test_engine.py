@@ -1,22 +1,13 @@
-"""Chunks, estimates, early stopping, and resuming after a kill."""
+"""Chunks, estimates, early stopping, memory that is too small, and resuming."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import gpu_fakes
 import numpy as np
-import paddle
 import pytest
-from entry_scripts import noise_images
 from independent import Images, supernet
 
-from hnas.architecture_file import submission
-from hnas.base.files import write_json
+from hnas.base.errors import UserError
 from hnas.evaluation import ledger
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.images import balanced_order
@@ -26,7 +17,6 @@ from hnas.evaluation.shared import SharedEvaluator
 from hnas.ranking.agreement import Agreement, read_estimates
 from hnas.search_space import RESNET48_MINI
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
 
@@ -119,7 +109,11 @@ def test_what_is_slow_or_in_vain_is_told(network, archs, tmp_path, caplog):
         caplog.clear()
 
 
-def test_interrupted_evaluation_continues_to_the_same_file(network, archs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory", ["", *gpu_fakes.MEMORY])
+def test_interrupted_evaluation_continues_to_the_same_file(
+    network, archs, tmp_path, monkeypatch, caplog, memory
+):
+    """Also where memory is too small for walks of more than two images of a chunk's five."""
     images = Images(24, CLASSES)
     uninterrupted = evaluate_shared(
         network, archs, images, tmp_path / "a", IDENTITY, ScoringSettings(chunk=5)
@@ -127,11 +121,14 @@ def test_interrupted_evaluation_continues_to_the_same_file(network, archs, tmp_p
     calls = []
     original = SharedEvaluator.evaluate
 
-    def failing(self, *arguments, **named):
-        calls.append(1)
-        if len(calls) == 3:
+    def failing(self, pixels, labels, counts, *arguments, **named):
+        calls.append(len(labels))
+        if len(calls) == (8 if memory else 3):
             raise KeyboardInterrupt
-        return original(self, *arguments, **named)
+        if memory and len(labels) > 2:
+            original(self, pixels[:1], labels[:1], counts, *arguments, **named)
+            gpu_fakes.raising(memory)()
+        return original(self, pixels, labels, counts, *arguments, **named)
 
     monkeypatch.setattr(SharedEvaluator, "evaluate", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -142,52 +139,20 @@ def test_interrupted_evaluation_continues_to_the_same_file(network, archs, tmp_p
     resumed = evaluate_shared(
         network, archs, images, tmp_path / "b", IDENTITY, ScoringSettings(chunk=7)
     )
-    assert len(calls) == 3 + 3
+    halved = [5, 2, 2, 1, 2, 2, 1, 2]
+    assert calls == (halved + halved + [2] if memory else [5, 5, 5] + [5, 5, 4])
+    lines = [text for text in caplog.messages if "2 images a walk, not 5" in text]
+    assert len(lines) == (2 if memory else 0)  # of both runs
     for one, other in zip(resumed.columns(), uninterrupted.columns(), strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(resumed.folds, uninterrupted.folds)
+    files = [(tmp_path / run / "estimates.json").read_bytes() for run in "ab"]
+    assert files[0] == files[1]
 
 
-def command(folder, tmp_path, name):
-    return [
-        *(sys.executable, "-u", str(ROOT / "train_supernet.py"), "run"),
-        *("--backbone", "resnet48_mini", "--image_size", "32", "--image_dir", str(folder)),
-        *("--ckpt_dir", str(tmp_path / "net"), "--modelarch_file", str(tmp_path / "archs.json")),
-        *("--save_dir", str(tmp_path / name), "--num_workers", "0", "--chunk_size", "2"),
-        *("--bn_calibration_images", "0"),
-    ]
-
-
-@pytest.mark.slow
-def test_killed_evaluations_end_in_the_same_file(network, tmp_path):
-    folder = noise_images(tmp_path / "images")
-    paddle.save(network.state_dict(), str(tmp_path / "net.pdparams"))
-    rng = np.random.default_rng(2)
-    archs = {f"n{i}": RESNET48_MINI.sample(rng) for i in range(40)}
-    write_json(tmp_path / "archs.json", submission(archs, [0.0] * 40))
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-
-    def run(name, seconds=None):
-        process = subprocess.Popen(
-            command(folder, tmp_path, name), env=environment, stderr=subprocess.PIPE
-        )
-        if seconds is not None:
-            state = tmp_path / name / STATE_FILE
-            deadline = time.monotonic() + 60
-            while not state.is_file() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(seconds)
-            process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
-        return process.returncode, errors.decode()
-
-    code, errors = run("whole")
-    assert code == 0, errors[-2000:]
-    random.seed(5)
-    killed = sum(run("parts", random.uniform(0, 1.5))[0] == -signal.SIGKILL for _ in range(3))
-    assert killed >= 1
-    code, errors = run("parts")
-    assert code == 0, errors[-2000:]
-    assert "continuing after" in errors
-    whole = (tmp_path / "whole/submission.json").read_bytes()
-    assert (tmp_path / "parts/submission.json").read_bytes() == whole
+@pytest.mark.parametrize("kind", gpu_fakes.MEMORY)
+def test_no_memory_for_a_single_image_is_one_line(network, archs, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(SharedEvaluator, "evaluate", gpu_fakes.raising(kind))
+    with pytest.raises(UserError, match="^out of memory with one image a walk: .*--amp O1"):
+        settings = ScoringSettings(chunk=5)
+        evaluate_shared(network, archs, Images(24, CLASSES), tmp_path, IDENTITY, settings)

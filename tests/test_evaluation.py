@@ -139,22 +139,6 @@ def test_full_size_network_equals_reference_twice():
         assert np.all(np.abs(counts.top5 - expected.top5) <= counts.near5)
 
 
-def test_chunks_add_up():
-    net = supernet(RESNET48_MINI)
-    archs = family(RESNET48_MINI, 5)
-    images, labels = images_for(32, 12)
-    evaluator = SharedEvaluator(net, archs)
-    whole, parts = Counts.zeros(len(archs)), Counts.zeros(len(archs))
-    evaluator.evaluate(images, labels, whole)
-    finished = []
-    for start, stop in ((0, 5), (5, 6), (6, 12)):
-        evaluator.evaluate(images[start:stop], labels[start:stop], parts, finished.append)
-    assert sum(finished) == 3 * len(archs)
-    assert parts.images == 12
-    assert np.all(np.abs(whole.top1 - parts.top1) <= whole.near1)
-    assert np.all(np.abs(whole.folds - parts.folds).sum(axis=1) <= whole.near1)
-
-
 def test_hits_and_near_ties():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 40, 12)).astype("float32")

@@ -3,32 +3,40 @@ computations and copies are a CPU's."""
 
 import contextlib
 import dataclasses
+import errno
 import logging
+import os
+import re
+import runpy
 import sys
-from types import SimpleNamespace
 
 import gpu_fakes
-import numpy as np
 import paddle
 import pytest
+from entry_scripts import ROOT
+from gpu_fakes import ERRORS, raising
 from paddle import nn
 
 import train_supernet
-from hnas.base import device, onednn
+from hnas.base import device, errors, onednn
+from hnas.base.command_line import OneLineParser
 from hnas.base.device import Arithmetic, peak_memory, set_tf32
 from hnas.base.errors import UserError
+from hnas.base.files import replacing
+from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.evaluation import gpu_kernels
 from hnas.evaluation.engine import wanted_variant
 from hnas.evaluation.results import evaluation_identity
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.parallel import distributed
 from hnas.parallel.distributed import GradientExchange, StopSignals
-from hnas.programs import runtime
+from hnas.parallel.rollcall import LostRankError
+from hnas.programs import parsing, runtime
 from hnas.programs.flags import Stage
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
-from hnas.search_space import RESNET48_MINI
-from hnas.utils.hapi_wrapper import GradientStep, StandaloneModel, momentum_optimizer
+from hnas.tools.check_device import rows
+from hnas.utils.hapi_wrapper import ResumableModel, momentum_optimizer
 from hnas.utils.training import TrainLogger
 
 V100 = {"name": "Tesla V100-SXM2-32GB", "major": 7, "gib": 32}
@@ -37,7 +45,11 @@ CONVOLUTIONS, PRODUCTS = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch):
-    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    gpu_kernels.fused_fault.cache_clear()
+    yield
+    gpu_kernels.fused_fault.cache_clear()
 
 
 # --- TF32
@@ -65,6 +77,13 @@ def test_tf32_sets_paddles_flags(
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
     assert set_tf32(mode) == expected and device.has_tf32()
     assert (found[CONVOLUTIONS], found[PRODUCTS]) == (convolutions, products)
+    # Older convolutions and the fused operator read no flags; NVIDIA's libraries a variable.
+    switches = [found.get(f"set_{name}_switch") for name in ("cudnn", "cublas")]
+    assert switches == ([None] * 2 if mode == "auto" else [convolutions, products])
+    assert os.environ.get("NVIDIA_TF32_OVERRIDE") == ("0" if mode == "off" else override)
+    for name in device.SWITCHES:  # builds without them
+        monkeypatch.delattr(device.core, name)
+    assert set_tf32(mode) == expected
 
 
 @pytest.mark.parametrize(
@@ -83,10 +102,11 @@ def test_tf32_that_is_not_to_be_had_is_refused(card, mode, override, message, mo
         set_tf32(mode)
 
 
-def test_cpus_and_cards_without_tf32_compute_in_float32(monkeypatch):
-    assert not set_tf32("auto") and not set_tf32("off")
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_cpus_and_cards_without_tf32_compute_in_float32(monkeypatch, mode):
+    assert not set_tf32(mode)
     gpu_fakes.fake_card(monkeypatch, **V100)
-    assert not set_tf32("auto") and not set_tf32("off") and not device.has_tf32()
+    assert not set_tf32(mode) and not device.has_tf32()
 
 
 @pytest.mark.parametrize("stage", list(Stage), ids=str)
@@ -140,9 +160,9 @@ def test_all_of_the_arithmetic_is_in_the_setting_of_a_state(tmp_path):
     assert len(set(settings)) == 6
 
 
-def test_stage_3_computes_as_the_flags_say(monkeypatch):
+def test_stage_3_computes_as_the_flags_say(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(gpu_kernels, "fused_convolution", gpu_fakes.fused_operator)
-    gpu_kernels.fused_fault.cache_clear()
     plain, tf32 = (Arithmetic("card", on) for on in (False, True))
     half = Arithmetic("card", True, "O1")
     assert wanted_variant(plain, None) is None  # a CPU
@@ -151,7 +171,9 @@ def test_stage_3_computes_as_the_flags_say(monkeypatch):
     assert wanted_variant(plain, None) == Variant(Precision.FLOAT32, "NCHW", True)
     assert wanted_variant(tf32, None) == Variant(Precision.TF32, "NCHW", True)
     assert wanted_variant(tf32, seen) == Variant(Precision.TF32, "NCHW", False)
-    monkeypatch.setattr(gpu_kernels, "fused_fault", lambda *_: "no kernel")
+    assert wanted_variant(tf32, None, fuses=False) == Variant(Precision.TF32, "NCHW", False)
+    assert ", not fused: --fused off" in caplog.text and "TF32, NCHW, fused" in caplog.text
+    monkeypatch.setattr(gpu_kernels, "fused_convolution", raising("cuDNN"))
     assert wanted_variant(half, None) == Variant(Precision.FLOAT16, "NHWC", False)
 
 
@@ -177,11 +199,6 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
     assert "epoch 1: peak memory 3.00 GiB on the GPU, " in caplog.text
 
 
-def test_free_memory_is_the_cards_and_what_paddle_holds_unused(monkeypatch):
-    gpu_fakes.fake_card(monkeypatch, gib=40, used_gib=15)
-    assert device.free_bytes() == 26 * 2**30
-
-
 def test_cpus_score_in_bfloat16_if_they_have_it_and_train_in_float32(monkeypatch, tmp_path):
     options = Options(device="cpu", amp="O1", save_dir=str(tmp_path))
     with pytest.raises(UserError, match="--amp O1 needs a GPU; CPUs train in float32"):
@@ -198,89 +215,100 @@ def test_cpus_score_in_bfloat16_if_they_have_it_and_train_in_float32(monkeypatch
     assert wanted_variant(Arithmetic("CPU", False), None) is None
 
 
-# --- what the host copies to and from the device in a step, for which it would have to wait
+# --- errors
 
 
-READS = ("numpy", "tolist", "item", "__float__", "__int__", "__bool__", "__array__")
+TRAINING = "halve --batch_size, .*--accumulate 2 .*--amp O1"
+SCORING = "--chunk_size 128 .*--cache_gb 1 .*--amp O1"
+PROGRAMS = {  # and what they say of memory
+    "train_supernet_pinas_stage1": TRAINING,
+    "train_supernet_pinas_stage2_simple": TRAINING,
+    "hnas/tools/pretrain": TRAINING,
+    "hnas/tools/train_standalone": TRAINING,
+    "train_supernet": SCORING,
+    "hnas/tools/search": SCORING,
+    "hnas/tools/export": "lower --batch_size",
+    "hnas/tools/latency": "lower --batch_size",
+    "hnas/tools/check_device/checks": "--quick True",
+    "hnas/tools/check_device/ranks": "--quick True",
+}
+CASES = [(name, "memory") for name in PROGRAMS] + [("train_supernet", kind) for kind in ERRORS]
 
 
-@pytest.fixture
-def events(monkeypatch):
-    """Copies and passes, in their order."""
-    seen, under_way = [], set()
-
-    def noting(function, name):
-        def run(*arguments, **named):
-            if name in under_way:  # one calls another
-                return function(*arguments, **named)
-            seen.append(name)
-            under_way.add(name)
-            try:
-                return function(*arguments, **named)
-            finally:
-                under_way.remove(name)
-
-        return run
-
-    for name in READS:
-        monkeypatch.setattr(paddle.Tensor, name, noting(getattr(paddle.Tensor, name), "read"))
-    monkeypatch.setattr(paddle, "to_tensor", noting(paddle.to_tensor, "write"))
-    backward = noting(paddle.Tensor.backward, "backward")
-    monkeypatch.setattr(paddle.Tensor, "backward", backward)
-    return seen
+@pytest.mark.parametrize(("program", "kind"), CASES)
+def test_a_device_that_fails_is_one_line_in_every_program(program, kind, monkeypatch, capsys):
+    for module, name in ((errors, "hold_signals"), (errors, "end_on_signals")):
+        monkeypatch.setattr(module, name, lambda: None)
+    for module, name in ((parsing, "parse_options"), (OneLineParser, "parse_args")):
+        monkeypatch.setattr(module, name, raising(kind))
+    monkeypatch.setattr(rows, "Machine", raising(kind))
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["program", "{}"])
+    # Other kinds may be mistakes of the program.
+    with pytest.raises(IndexError if kind == "kind" else SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{program}.py"), run_name="__main__")
+    if kind != "kind":
+        words = f"out of memory: .*{PROGRAMS[program]}"
+        if kind not in gpu_fakes.MEMORY:
+            words = "the device or a library failed: .*check_device tells"
+        (line,) = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and re.match(f"error: {words}", line), line
+        assert not re.search("Hint|Please|/paddle", line)
 
 
-@pytest.fixture
-def exchange(monkeypatch):
-    """Two ranks of which the other is told to stop in step ``told``."""
-    other = SimpleNamespace(told=None, steps=0)
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_are_an_exchanges_or_a_disks_where_they_may_be(kind, monkeypatch, tmp_path):
+    error, text = ERRORS[kind]
+    word, is_memory = re.escape(errors.word_of(error(text))), kind in gpu_fakes.MEMORY
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "init_parallel_env", raising(kind))
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "NCCL")
+    monkeypatch.setattr(distributed.dist, "all_reduce", raising(kind))
+    with pytest.raises(UserError, match=f"rank 0 cannot join the others: {word}$"):
+        distributed.join_processes(cpu=False)
+    lost = "" if is_memory else rf"lost another process \({word}\); see"
+    with pytest.raises(error if is_memory else LostRankError, match=lost):
+        distributed.sum_over_ranks(paddle.ones([2]))
+    with pytest.raises(error), replacing(tmp_path / "file"):
+        raising(kind)()
+    with pytest.raises(UserError, match="cannot write .*: No space"), replacing(tmp_path / "file"):
+        raising(OSError(errno.ENOSPC, "No space left on device"))()
+    monkeypatch.setattr(device, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(paddle, "set_device", raising(kind))
+    with pytest.raises(UserError, match=f"the GPU cannot be used: {word}; see nvidia-smi"):
+        device.choose_device("auto")
+
+
+# --- what ranks exchange
+
+
+@pytest.mark.parametrize("told", [None, 1], ids=str)
+def test_ranks_read_notices_before_a_step_and_nothing_within_it(told, monkeypatch):
+    """Of two the other may be told to stop in a step; all know when the next one has ended.
+
+    What a step of one process copies is looked at in test_training.py.
+    """
+
+    class Model(ResumableModel):
+        def train_batch(self, inputs):
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("numpy", "tolist", "item", "__float__", "__int__", "__bool__"):
+                    patch.setattr(paddle.Tensor, name, raising(AssertionError("a wait")))
+                patch.setattr(paddle, "to_tensor", raising(AssertionError("a wait")))
+                self.network(inputs).sum().backward()
+                self.update()
+            return {}
 
     def all_reduce(flat):
-        if other.steps == other.told:
-            flat[0] = flat[0] + 1  # the first of SIGNALS, in front of the gradients
-        other.steps += 1
+        flat[0] = flat[0] + (model.step == told)  # the first of SIGNALS, before the gradients
 
+    model = Model(nn.Linear(2, 2))
+    model.prepare(momentum_optimizer(model.network, 0.05, 0.9, 1e-4))
+    model.exchange = GradientExchange(model.network.parameters(), StopSignals())
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "_collective", contextlib.nullcontext)
     monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
-    return other
-
-
-def trained(events):
-    """Train an epoch of four steps; whether the ranks know of a signal when each has ended."""
-    rng = np.random.default_rng(0)
-    images = paddle.to_tensor(rng.integers(0, 256, (4, 3, 8, 8), dtype=np.uint8))
-    labels = paddle.to_tensor(np.arange(4) % 3)
-
-    class Loader(list):
-        def epoch(self, epoch, first):
-            for batch in self:
-                events.append("step")
-                yield batch
-
-    network = nn.Sequential(
-        nn.Conv2D(3, 4, 3), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(4, 3)
-    )
-    network.register_forward_pre_hook(lambda *_: events.append("forward"))
-    model = StandaloneModel(network, RESNET48_MINI.largest().code)
-    optimizer = momentum_optimizer(network, 0.05, 0.9, 1e-4)
-    model.prepare(optimizer, GradientStep(optimizer))
-    model.exchange = GradientExchange(network.parameters(), StopSignals())
-    return [model.exchange.received for _ in model.train_epoch(Loader([(images, labels)] * 4), 0)]
-
-
-def test_notices_are_read_before_the_forward_pass_and_nothing_else(events, exchange):
-    assert trained(events) == [None] * 4
-    first = events.index("step")
-    steps = " ".join(events[first:]).split("step ")[1:]
-    # Of the first step there was none before, and normalising makes its constants once.
-    assert steps[0].replace("write ", "").split() == ["forward", "backward"]
-    for later in steps[1:]:
-        assert later.split() == ["read", "forward", "backward"]
-
-
-def test_ranks_know_of_a_signal_when_the_step_after_it_ends(events, exchange):
-    exchange.told = 1
-    known = trained(events)
-    assert known[:2] == [None, None]
-    assert known[2] == known[3] == distributed.SIGNALS[0]
+    loader = EpochLoader(ImageDataset(range(4), None, 0), 1)
+    loader.epoch = lambda *_: (paddle.ones([1, 2]) for _ in range(4))
+    known = [model.exchange.received for _ in model.train_epoch(loader, 0)]
+    assert known == [None, None] + [told and distributed.SIGNALS[0]] * 2

@@ -7,10 +7,11 @@ import gpu_fakes
 import numpy as np
 import paddle
 import pytest
+from gpu_fakes import raising
 from independent import Images, supernet
 
 from hnas.base.onednn import has_bfloat16
-from hnas.evaluation import gpu_kernels, spot_check
+from hnas.evaluation import engine, gpu_kernels, spot_check
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, default_chunk, evaluate_shared
 from hnas.evaluation.gpu_kernels import choose_variant, fused_fault
@@ -153,17 +154,17 @@ def map_tensors(function, arguments):
     return [function(part) if isinstance(part, paddle.Tensor) else part for part in arguments]
 
 
-def raising(error):
-    def operator(*_):
-        raise error
-
-    return operator
-
-
 BROKEN = {
     "no such operator": (raising(AttributeError("no attribute")), "fails: no attribute"),
     "a static one": (raising(TypeError("\nmust be Value, but got Tensor")), "must be Value"),
     "no kernel": (raising(RuntimeError("(NotFound) no kernels")), "no kernels"),
+    "cuDNN refuses": (raising("cuDNN"), "fails: (External) CUDNN error(3000), CUDNN_STATUS_NOT_S"),
+    "fatal": (raising("Fatal"), "fails: (Fatal) Operator has raised an exception"),
+    "no memory": (
+        raising("memory"),
+        "fails: (ResourceExhausted) Out of memory error on GPU 0. Cannot",
+    ),
+    "another kind": (raising("kind"), "fails: (OutOfRange) axis is out of range"),
     "loses the shortcut": (changed(shortcut=lambda _: None), "differs by"),
     "loses the bias": (changed(bias=lambda b: b * 0), "differs by"),
     "ReLU always": (changed(activation=lambda _: "relu"), "differs by"),
@@ -182,12 +183,30 @@ def test_a_broken_operator_is_not_used_and_the_log_says_why(case, fuse, caplog):
     assert reason in caplog.text and "not fused" in caplog.text
 
 
-def test_an_operator_that_works_is_used_without_re_calibration(fuse, caplog):
+@pytest.mark.parametrize("kind", gpu_fakes.DEVICE)
+def test_an_operator_that_fails_later_is_given_up_from_that_chunk_on(
+    network, archs, kind, fuse, tmp_path, monkeypatch, caplog
+):
+    """It passes its trial and the first chunk; the spot check looks at every chunk."""
     fuse(gpu_fakes.fused_operator)
-    caplog.set_level(logging.INFO)
-    assert choose_variant(Precision.TF32, 0) == Variant(Precision.TF32, "NCHW", True)
-    assert "TF32, NCHW, fused" in caplog.text
-    assert choose_variant(Precision.TF32, 64) == Variant(Precision.TF32)
+    fused, walked, checked = choose_variant(Precision.FLOAT32, 0), [], []
+    walk, check = SharedEvaluator.evaluate, engine.spot_check
+
+    def evaluate(self, *arguments, **named):
+        walked.append(self.variant)
+        if len(walked) == 2:
+            monkeypatch.setattr(self.kernels, "_fused", raising(kind))
+        return walk(self, *arguments, **named)
+
+    monkeypatch.setattr(SharedEvaluator, "evaluate", evaluate)
+    monkeypatch.setattr(engine, "spot_check", lambda *a: checked.append(a) or check(*a))
+    assert evaluated(network, archs, tmp_path, 5, fused).images == 12
+    assert fused.fused and walked == [fused] * 2 + [Variant()] * 2 and len(checked) == 3
+    word = gpu_fakes.ERRORS[kind][1].splitlines()[0].rstrip(". ")
+    assert f"from here on the walk computes in float32, NCHW, not fused: {word}" in caplog.messages
+    monkeypatch.setattr(SharedEvaluator, "evaluate", raising(kind))
+    with pytest.raises(gpu_fakes.ERRORS[kind][0]):  # of the plain one it is no refusal
+        evaluated(network, archs, tmp_path / "plain", 5, Variant())
 
 
 def test_this_paddle_is_asked_for_the_operator_as_it_is_called():

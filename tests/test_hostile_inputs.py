@@ -62,8 +62,6 @@ HOSTILE_TOOLS = [
     ("tools.rank_report", f"--pred macs --gt x --out OUT --resamples {LONG}", "--resamples"),
     ("tools.digits_folder", f"--output {NAME}", "--output: .* 300 bytes"),
     ("tools.demo_summary", "--demo_dir=", "--demo_dir: the path is empty"),
-    ("bench.speed_scoring", f"--modelarch_file x --n_images {LONG}", "--n_images"),
-    ("bench.speed_training", f"--num_workers {LONG}", "--num_workers"),
 ]
 
 

@@ -52,7 +52,7 @@ PLANTED = {  # by contract: where, and what
         ("base.files", "from hnas.search_space import RATIOS", "search_space"),
         ("models.resnet", "import hnas.evaluation.engine", "evaluation.engine"),
         ("utils.SampleMethod", "def f():\n    from hnas.tools import plan", "tools.plan"),
-        ("tools.plan", "from hnas.bench import speed_scoring", "bench.speed_scoring"),
+        ("tools.plan", "from hnas.bench import rank", "bench.rank"),
         ("dataset.loader", "import hnas.parallel.rollcall", "parallel.rollcall"),
     ],
     "Nothing imports an entry script": [("tools.plan", "import train_supernet", "")],

@@ -249,7 +249,7 @@ def test_flags_that_make_no_part_are_one_line(flags, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
-def test_the_target_reaches_the_engine(tmp_path, monkeypatch):
+def test_flags_reach_the_engine(tmp_path, monkeypatch):
     seen = []
 
     def evaluate(network, archs, images, save_dir, identity, settings):
@@ -257,10 +257,11 @@ def test_the_target_reaches_the_engine(tmp_path, monkeypatch):
         return counts_of(np.ones((len(archs), len(images))))
 
     monkeypatch.setattr(train_supernet, "evaluate_shared", evaluate)
+    monkeypatch.setattr(train_supernet, "wanted_variant", lambda *given: seen.append(given[-1]))
     flags = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "eval_sample_num": 2}
-    flags |= {"bn_calibration_images": 0, "target_tau": 0.8}
+    flags |= {"bn_calibration_images": 0, "target_tau": 0.8, "fused": "off"}
     run(train_supernet, monkeypatch, noise_images(tmp_path, 1), tmp_path / "out", **flags)
-    assert seen == [0.8]
+    assert seen == [False, 0.8]
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.data())

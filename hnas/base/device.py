@@ -9,11 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import paddle
+from paddle.base import core
 
-from hnas.base.errors import UserError
+from hnas.base.errors import PADDLE_ERRORS, UserError, word_of
 
 CUDNN_TF32, CUBLAS_TF32 = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
 """Paddle 3.3.1's, of GPU builds alone: convolutions, on by default; matrix products, off."""
+SWITCHES = "set_cudnn_switch", "set_cublas_switch"
+"""Of the older convolutions and the fused operator, and of products, which read no flags."""
 DETERMINISTIC = "FLAGS_cudnn_deterministic"
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 """The environment's: 0 forbids TF32 to NVIDIA's libraries, 1 makes them use it."""
@@ -29,12 +32,15 @@ def choose_device(wanted: str) -> None:
     """Compute on ``cpu``, on ``gpu``, or, for ``auto``, on a GPU if there is one.
 
     Raises:
-        UserError: ``gpu``, and Paddle sees none.
+        UserError: ``gpu``, and Paddle sees none, or one that cannot be used.
     """
     has_gpu = visible_gpus() > 0
     if wanted == "gpu" and not has_gpu:
         raise UserError("--device gpu, but this Paddle sees no GPU; use --device cpu or see README")
-    paddle.set_device("cpu" if wanted == "cpu" or not has_gpu else "gpu")
+    try:
+        paddle.set_device("cpu" if wanted == "cpu" or not has_gpu else "gpu")
+    except PADDLE_ERRORS as error:
+        raise UserError(f"the GPU cannot be used: {word_of(error)}; see nvidia-smi") from error
 
 
 def on_gpu() -> bool:
@@ -54,6 +60,8 @@ def has_tf32() -> bool:
 
 def set_tf32(mode: str) -> bool:
     """Decide whether float32 convolutions round their inputs to TF32; before the first of them.
+
+    NVIDIA's libraries read their variable when they are loaded, so ``off`` sets it, too.
 
     Args:
         mode: ``on`` and ``off`` hold for matrix products, too; ``auto`` leaves Paddle's settings:
@@ -78,6 +86,11 @@ def set_tf32(mode: str) -> bool:
         raise UserError(f"--tf32 on, but {kind} has no TF32; give auto or off")
     if mode != "auto":
         paddle.set_flags({CUDNN_TF32: mode == "on", CUBLAS_TF32: mode == "on"})
+        for switch in (getattr(core, name, None) for name in SWITCHES):
+            if switch is not None:
+                switch(mode == "on")
+    if mode == "off":
+        os.environ[OVERRIDE] = "0"
     allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
     return has_tf32() and override != "0" and (bool(allowed) or override == "1")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,37 @@ LAUNCHER = "PINAS_LAUNCHER"
 
 class UserError(Exception):
     """Wrong input. The message is one line: what is wrong, where, and what to do."""
+
+
+PADDLE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, OSError, MemoryError, SystemError)
+"""What Paddle raises, by its own table of kinds: External, an error of CUDA, cuDNN or NCCL, is
+``OSError`` without an ``errno``, ResourceExhausted ``MemoryError``, Fatal ``SystemError``."""
+NO_MEMORY = re.compile(r"No valid plan|out of memory|ALLOC_FAILED|Cannot allocate memory")
+"""In an error's text: of cuDNN's frontend, which tries its plans until memory allows one, of CUDA,
+of its libraries, and of the system."""
+_KINDS = "InvalidArgument|NotFound|OutOfRange|AlreadyExists|ResourceExhausted|PreconditionNotMet"
+_KINDS += "|PermissionDenied|ExecutionTimeout|Unimplemented|Unavailable|Fatal|External|InvalidType"
+_SUMMARY = re.compile(rf"Error Message Summary:[\s-]*|(?=\((?:{_KINDS})\)\s)")
+_REST = re.compile(r"\s(?:\[Hint|\(at /|\[operator|Please )")
+LONGEST_WORD = 300
+AFTER_FAILURE = (
+    "run again to go on with what is saved; python -m hnas.tools.check_device tells what works here"
+)
+
+
+def word_of(error: BaseException) -> str:
+    """What an error says, in one line: of Paddle's without stack and hints, else its last line."""
+    text = str(error).strip()
+    start = _SUMMARY.search(text)
+    text = _REST.split(text[start.end() :])[0] if start else text.rpartition("\n")[2]
+    return " ".join(text.split()).rstrip(".")[:LONGEST_WORD] or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the machine, whoever says so."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, PADDLE_ERRORS) and bool(NO_MEMORY.search(str(error)))
 
 
 class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
@@ -104,10 +136,13 @@ def _watch_launcher(launcher: int) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(
+    main: Callable[[], None], memory: str = "give it less, or a machine with more memory"
+) -> None:
     """Run a program's ``main``; end with exit code 2 and one line for a :class:`UserError`.
 
-    SIGTERM and Ctrl-C end it with 143 and 130.
+    So it does where memory runs out, with ``memory``, what to do then, and where a GPU or one of
+    its libraries fails. SIGTERM and Ctrl-C end it with 143 and 130.
     """
     end_on_signals()
     end_with_launcher()
@@ -116,9 +151,17 @@ def run_main(main: Callable[[], None]) -> None:
     )
     try:
         main()
-    except UserError as error:
+    except (UserError, *PADDLE_ERRORS) as error:
+        if isinstance(error, UserError):
+            told = str(error)
+        elif is_out_of_memory(error):
+            told = f"out of memory: {word_of(error)}; {memory}"
+        elif isinstance(error, SystemError) or "(External)" in str(error):
+            told = f"the device or a library failed: {word_of(error)}; {AFTER_FAILURE}"
+        else:
+            raise
         # Without line breaks, which a path or a flag may hold.
-        line = f"error: {' '.join(str(error).split())}\n"
+        line = f"error: {' '.join(told.split())}\n"
         if is_one_of_several():
             line = f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: {line}"
         sys.stderr.write(line)

@@ -50,7 +50,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         except BaseException as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError):
+            # Without an errno it is Paddle's, of a device, and no disk's.
+            if isinstance(error, OSError) and error.errno:
                 raise UserError(f"cannot write {path}: {error.strerror or error}") from error
             raise
 

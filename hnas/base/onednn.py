@@ -28,6 +28,7 @@ BFLOAT16, FLOAT32 = 2, 3
 FORWARD_TRAINING, FORWARD_INFERENCE = 64, 96
 DIRECT_CONVOLUTION, RELU, MAX_POOLING, MEAN_POOLING = 0x1, 0x20, 0x1FF, 0x3FF
 QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 131, 132
+OUT_OF_MEMORY = 1
 SRC, DST, WEIGHTS, BIAS = 1, 17, 33, 41
 MEAN, VARIANCE, SCALE, SHIFT = 49, 50, 51, 52
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
@@ -77,7 +78,8 @@ class Library:
         """Call a function; :class:`OneDNNError` if it refuses."""
         status = getattr(self._functions, function)(*arguments)
         if status:
-            raise OneDNNError(f"{function} returned {status}")
+            why = " (out of memory)" if status == OUT_OF_MEMORY else ""
+            raise OneDNNError(f"{function} returned {status}{why}")
 
     def description(self, shape, strides=None, dtype: int = FLOAT32) -> c_void_p:
         """A memory descriptor; without ``strides`` the primitive chooses the format."""

@@ -12,15 +12,15 @@ import paddle
 from tqdm import tqdm
 
 from hnas.base.device import Arithmetic, free_bytes, on_gpu, peak_memory
-from hnas.base.errors import UserError
+from hnas.base.errors import PADDLE_ERRORS, UserError, is_out_of_memory, word_of
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.gpu_kernels import choose_variant
+from hnas.evaluation.gpu_kernels import choose_variant, may_be_refusal
 from hnas.evaluation.images import ImagesOnDemand
 from hnas.evaluation.ledger import Ledger, Part, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
 from hnas.evaluation.tree import naive_macs
-from hnas.evaluation.variants import Precision, Variant, cpu_variant
+from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
@@ -93,34 +93,89 @@ def evaluate_shared(
     ledger = Ledger(save_dir, identity, archs, len(images), *how)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
+    walks = Walks(network, [*archs.items()], images, calibration, evaluator)
     for chunk in ledger.chunks():
         began = time.perf_counter()
         title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.starts())}"
-        batch = images.batch(chunk.start, chunk.stop)
-        counts = Counts.zeros(len(archs))
-        checked = chunk.start % len(archs)
-        with tqdm(total=len(archs), desc=title, unit="arch", mininterval=1) as progress:
-            logits = evaluator.evaluate(*batch, counts, progress.update, watch=checked)
-        spot_check(
-            network,
-            list(archs.items())[checked],
-            batch,
-            calibration,
-            logits,
-            (counts.top1[checked], counts.top5[checked]),
-            evaluator.precision,
-        )
+        counts = walks.score(chunk, title)
         ledger.add(chunk.start, counts)
         if is_main_process():
             report(title, ledger, counts, time.perf_counter() - began)
     return ledger.complete()
 
 
-def wanted_variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) -> Variant | None:
+@dataclass
+class Walks:
+    """Scores chunks of images by walks, each of which is checked.
+
+    A chunk is one walk; where the device cannot, it is several of fewer images, or in a plainer
+    variant, from then on, and the log says so. Counts are sums over images: they stay the same.
+    """
+
+    network: ElasticResNet
+    archs: list[tuple[str, Architecture]]
+    images: ImagesOnDemand
+    calibration: paddle.Tensor | None
+    evaluator: SharedEvaluator  # of the network, for ``archs``; it keeps what the device can
+
+    def score(self, chunk: range, title: str) -> Counts:
+        """The counts over a chunk, which the progress bar calls ``title``.
+
+        Raises:
+            UserError: out of memory with a single image.
+        """
+        counts = Counts.zeros(len(self.archs))
+        while counts.images < len(chunk):
+            part = chunk[counts.images : counts.images + self.evaluator.most_images]
+            try:
+                counts.add(self._walk(part, chunk.start % len(self.archs), title))
+            except PADDLE_ERRORS as error:
+                self._give_way(error, len(part))
+        return counts
+
+    def _walk(self, part: range, checked: int, title: str) -> Counts:
+        """The counts over some images; the architecture numbered ``checked`` is checked."""
+        counts = Counts.zeros(len(self.archs))
+        batch = self.images.batch(part.start, part.stop)
+        with tqdm(total=len(self.archs), desc=title, unit="arch", mininterval=1) as progress:
+            logits = self.evaluator.evaluate(*batch, counts, progress.update, watch=checked)
+        spot_check(
+            self.network,
+            self.archs[checked],
+            batch,
+            self.calibration,
+            logits,
+            (counts.top1[checked], counts.top5[checked]),
+            self.evaluator.precision,
+        )
+        return counts
+
+    def _give_way(self, error: Exception, images: int) -> None:
+        """Try the next walk in another way than this one of so many images, or raise."""
+        variant, is_memory = self.evaluator.variant, is_out_of_memory(error)
+        if is_memory and images > 1:
+            self.evaluator.most_images = images // 2
+            how = f"{images // 2} images a walk, not {images}, and the same results"
+        elif may_be_refusal(variant, error):
+            self.evaluator.compute(usual_variant(variant.precision))
+            how = f"the walk computes in {self.evaluator.variant}"
+        elif is_memory:
+            raise UserError(
+                f"out of memory with one image a walk: {word_of(error)}; end what else takes "
+                "memory, or give --amp O1 or fewer --bn_calibration_images"
+            ) from error
+        else:
+            raise error
+        logger.warning("from here on %s: %s", how, word_of(error))
+
+
+def wanted_variant(
+    arithmetic: Arithmetic, calibration: paddle.Tensor | None, fuses: bool = True
+) -> Variant | None:
     """How the walk computes; None: on CPUs in float32, by what works there.
 
-    Half precision is float16 on GPUs, eight times as fine as bfloat16, which CPUs have. What
-    overflows is found.
+    ``fuses`` says whether GPUs may use the fused operator. Half precision is float16 on GPUs, eight
+    times as fine as bfloat16, which CPUs have. What overflows is found.
 
     Raises:
         UserError: bfloat16 with re-calibration.
@@ -128,7 +183,8 @@ def wanted_variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) ->
     if on_gpu():
         rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
         precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
-        return choose_variant(precision, 0 if calibration is None else len(calibration))
+        images = 0 if calibration is None else len(calibration)
+        return choose_variant(precision, images, fuses)
     if arithmetic.amp == "O0":
         return None
     if calibration is not None:

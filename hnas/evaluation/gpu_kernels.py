@@ -45,24 +45,29 @@ def fused_fault(precision: Precision, layout: str) -> str:
     return f"fused_conv2d_add_act {reason}" if reason else ""
 
 
+def may_be_refusal(variant: Variant, error: Exception) -> bool:
+    """Whether an error of a walk may be the fused operator's, so that one without it may work."""
+    return variant.fused and not variant.onednn and not getattr(error, "errno", None)
+
+
 def gpu_kernels(variant: Variant, calibration: int) -> Kernels:
     """Paddle's operators in a variant; of a GPU, or one by one of a CPU."""
     return Kernels(variant, calibration, fused_convolution if variant.fused else None)
 
 
-def choose_variant(precision: Precision, calibration: int) -> Variant:
+def choose_variant(precision: Precision, calibration: int, fuses: bool = True) -> Variant:
     """The fastest variant of a precision that works on this GPU; the log says which, and why.
 
     Args:
         precision: to compute in.
         calibration: images that BatchNorm is re-calibrated with.
+        fuses: whether the fused operator may be used, if it works.
     """
+    chosen = usual_variant(precision)
     if calibration:
-        chosen, reason = usual_variant(precision), "re-calibration needs each operator's output"
+        reason = "re-calibration needs each operator's output"
     else:
-        chosen = usual_variant(precision, fused=True)
-        reason = fused_fault(precision, chosen.layout)
-        if reason:
-            chosen = usual_variant(precision)
+        reason = fused_fault(precision, chosen.layout) if fuses else "--fused off"
+        chosen = chosen if reason else usual_variant(precision, fused=True)
     logger.info("the walk computes in %s%s", chosen, f": {reason}" if reason else "")
     return chosen

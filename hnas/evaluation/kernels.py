@@ -14,7 +14,7 @@ from typing import NamedTuple
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.base.errors import UserError
+from hnas.base.errors import PADDLE_ERRORS, UserError, word_of
 from hnas.evaluation.variants import Precision, Variant
 from hnas.models.convolution import ramp
 from hnas.models.elastic import ElasticResNet, batch_statistics
@@ -309,9 +309,8 @@ def fault_of(make: Callable[[], Kernels], trials: Iterable[Trial]) -> str:
     try:
         kernels = make()
         worst = max(largest_difference(kernels, trial) for trial in trials)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"fails: {lines[0] if lines else type(error).__name__}"
+    except (AttributeError, *PADDLE_ERRORS) as error:
+        return f"fails: {word_of(error)}"
     allowed = TRIAL_TOLERANCE[kernels.variant.precision]
     return "" if worst < allowed else f"differs by {worst:.2g} of the largest value"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import paddle
@@ -36,7 +37,10 @@ class SharedEvaluator:
         variant: how it computes.
         kernels: what computes.
         tree: their prefix tree.
+        most_images: that a walk should take, as far as memory has shown.
     """
+
+    most_images = sys.maxsize
 
     def __init__(
         self,
@@ -48,12 +52,17 @@ class SharedEvaluator:
         self._space = network.space
         self.take(archs)
         self._calibration = None if calibration is None else normalize(calibration)
+        self._network = network
         usual = usual_variant(Precision.FLOAT32) if on_gpu() else cpu_variant()
-        self.variant = variant or usual
-        make = cpu_kernels if self.variant.onednn else gpu_kernels
-        self.kernels = make(self.variant, self.calibration_images)
-        self.weights = SlicedWeights(network, self.kernels)
-        head = network.head.fc.fn
+        self.compute(variant or usual)
+
+    def compute(self, variant: Variant) -> None:
+        """Compute in ``variant`` from now on; programs and weights are prepared anew."""
+        self.variant = variant
+        make = cpu_kernels if variant.onednn else gpu_kernels
+        self.kernels = make(variant, self.calibration_images)
+        self.weights = SlicedWeights(self._network, self.kernels)
+        head = self._network.head.fc.fn
         self.classifier = self.kernels.classifier(head.weight.detach(), head.bias.detach())
 
     def take(self, archs: Sequence[Architecture]) -> None:

@@ -14,6 +14,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn import functional as F  # noqa: N812
 
+from hnas.base.errors import PADDLE_ERRORS, word_of
 from hnas.base.onednn import (
     DIFF_DST,
     DIFF_SRC,
@@ -25,7 +26,6 @@ from hnas.base.onednn import (
     QUERY_WEIGHTS,
     SRC,
     WEIGHTS,
-    OneDNNError,
     channels_last,
     dense,
     dimensions,
@@ -67,8 +67,8 @@ def use_onednn(*networks: nn.Layer) -> bool:
     try:
         difference = _largest_difference()
         fault = "" if difference < TOLERANCE else f"oneDNN's differ by {difference:g}"
-    except OneDNNError as error:
-        fault = str(error)
+    except PADDLE_ERRORS as error:
+        fault = word_of(error)
     if fault:
         logger.warning("convolutions run on Paddle's slower operators: %s", fault)
         return False

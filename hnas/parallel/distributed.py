@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import paddle
 import paddle.distributed as dist
 
-from hnas.base.errors import SIGNALS, Stopped, UserError
+from hnas.base.errors import PADDLE_ERRORS, SIGNALS, Stopped, UserError, is_out_of_memory, word_of
 from hnas.parallel.rollcall import LostRankError, RollCall
 
 logger = logging.getLogger(__name__)
@@ -58,9 +58,8 @@ def join_processes(cpu: bool) -> None:
         os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
     try:
         dist.init_parallel_env()
-    except (RuntimeError, ValueError) as error:
-        why = str(error).strip().rpartition("\n")[2]
-        raise UserError(f"rank {rank()} cannot join the others: {why}") from error
+    except PADDLE_ERRORS as error:
+        raise UserError(f"rank {rank()} cannot join the others: {word_of(error)}") from error
     host = os.environ["PADDLE_MASTER"].rpartition(":")[0]
     _roll_call = RollCall.connect(rank(), world_size(), host, from_main_process)
 
@@ -127,10 +126,12 @@ def _collective() -> Iterator[None]:
         barrier()
     try:
         yield
-    except RuntimeError as error:
-        why = str(error).strip().rpartition("\n")[2]
+    except PADDLE_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         raise LostRankError(
-            f"rank {rank()} has lost another process ({why}); see the others' logs, then resume"
+            f"rank {rank()} has lost another process ({word_of(error)}); see the others' logs, "
+            "then resume"
         ) from error
 
 

@@ -21,6 +21,14 @@ EMBEDDING = 128  # numbers of a key
 PREFETCHED = 2
 """Batches that Paddle's loader keeps under way for each of its processes."""
 
+IN_TRAINING = (
+    "halve --batch_size, or give --accumulate 2 to compute it in parts, or --amp O1 on a GPU"
+)
+IN_SCORING = (
+    "give --chunk_size 128 or less (reference engine: --batch_size), --cache_gb 1 or --amp O1"
+)
+"""What to do where memory runs out all the same."""
+
 
 def device_bytes() -> int:
     """Memory for this process: free of the machine's, or all of its GPU's."""

@@ -184,6 +184,9 @@ class Options:
         "images", high=MANY, stages=SCORE | SEARCH)
     cache_gb: float = scoring(8.0, "most memory for decoded images; more go to a file in save_dir",
         "GiB", high=MANY, stages=SCORE | SEARCH)
+    fused: str = scoring("auto",
+        "convolution, bias, shortcut and ReLU as one operator on GPUs: auto, if it works, or off",
+        "name", choices=("auto", "off"), stages=SCORE | SEARCH)
     target_tau: float = scoring(0.0,
         "stop when the ranking's tau with that by all images is at least this, at the lower end of "
         "its interval; 0: never", high=1)

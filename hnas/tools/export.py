@@ -197,4 +197,4 @@ def open_source(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "lower --batch_size, or end what else takes memory")

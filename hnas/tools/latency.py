@@ -284,4 +284,4 @@ def report(check: Mapping, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "lower --batch_size, or end what else takes memory")

@@ -22,6 +22,7 @@ from hnas.evaluation.results import warn_if_guessing
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import is_main_process
 from hnas.programs.flags import Stage
+from hnas.programs.memory_needs import IN_TRAINING
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import (
     require,
@@ -66,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, IN_TRAINING)

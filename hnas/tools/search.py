@@ -48,7 +48,7 @@ from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import barrier, from_main_process, is_main_process, leave
 from hnas.programs.flags import Stage
-from hnas.programs.memory_needs import check_chunk
+from hnas.programs.memory_needs import IN_SCORING, check_chunk
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import (
@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_dir,
         {**whose, **search_identity(options, budget)},
         ScoringSettings(
-            calibration, options.chunk_size, variant=wanted_variant(arithmetic, calibration)
+            calibration,
+            options.chunk_size,
+            variant=wanted_variant(arithmetic, calibration, options.fused == "auto"),
         ),
     )
     if is_main_process():
@@ -245,4 +247,4 @@ def summary(
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, IN_SCORING)

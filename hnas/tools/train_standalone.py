@@ -35,6 +35,7 @@ from hnas.exporting.formats import FILES
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.programs.flags import Stage, default_of
+from hnas.programs.memory_needs import IN_TRAINING
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import (
@@ -235,4 +236,4 @@ def remove_sets(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, IN_TRAINING)

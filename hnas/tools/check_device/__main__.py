@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from hnas.base.command_line import OneLineParser, read_bool, read_path
 from hnas.base.device import visible_gpus
-from hnas.base.errors import UserError, run_main
+from hnas.base.errors import run_main
 from hnas.base.files import check_output
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result, tell
 
@@ -76,23 +76,23 @@ def main(argv=None) -> None:
         description="Check that the project computes right on this machine's devices: on the GPUs "
         "that CUDA_VISIBLE_DEVICES leaves, or else on the CPU.",
     )
-    parser.add_argument("--full", type=read_bool, default=False, help="at 224 px, too")
     parser.add_argument("--quick", type=read_bool, default=False, help="less of everything, for CI")
     parser.add_argument("--output", type=read_path, default=DEFAULT_OUTPUT, help="file of the rows")
     options = parser.parse_args(argv)
-    if options.full and options.quick:
-        raise UserError("--full and --quick are both True; give one of them")
     check_output(options.output, "--output")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text("")
     with tempfile.TemporaryDirectory(prefix="pinas-check-", ignore_cleanup_errors=True) as folder:
-        given = (visible_gpus(), options.quick, options.full)
-        run_jobs(Machine(folder, str(options.output), *given))
-    lines = options.output.read_text(encoding="utf-8").splitlines()
-    states = Counter(json.loads(line)["state"] for line in lines)
-    counts = ", ".join(f"{states[state]} {state}" for state in (PASSED, FAILED, NOT_HERE))
+        run_jobs(Machine(folder, str(options.output), visible_gpus(), options.quick))
+    found = map(json.loads, options.output.read_text(encoding="utf-8").splitlines())
+    named = defaultdict(list)
+    for row in found:
+        named[row["state"]].append(row["name"])
+    if named[NOT_HERE]:
+        sys.stdout.write(f"not checked: {'; '.join(named[NOT_HERE])}\n")
+    counts = ", ".join(f"{len(named[state])} {state}" for state in (PASSED, FAILED, NOT_HERE))
     sys.stdout.write(f"{counts}; as JSON lines: {options.output}\n")
-    if states[FAILED]:
+    if named[FAILED]:
         sys.exit(1)
 
 

@@ -10,7 +10,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from hnas.base.errors import is_out_of_memory, word_of
+
 PASSED, FAILED, NOT_HERE = "passed", "failed", "not on this machine"
+MEMORY = "end what else takes memory of the device, or give --quick True"
+"""What to do where it runs out."""
 SHOWN = {PASSED: "ok", FAILED: "FAILED", NOT_HERE: "-"}
 
 
@@ -22,7 +26,6 @@ class Machine:
     output: str = ""  # the file of its rows
     gpus: int = 0  # the first is checked, all exchange; 0: the CPU is checked
     quick: bool = False  # fewer and smaller of everything, for continuous integration
-    full: bool = False  # larger images and more architectures
     tf32: str = "off"  # of this process: ``off``, ``on``, or Paddle's setting, ``auto``
 
 
@@ -76,8 +79,8 @@ def guarded(name: str, check: Callable[..., Iterable[Result]], *arguments) -> It
     try:
         yield from check(*arguments)
     except Exception as error:  # whatever a device does wrong is a result
-        lines = str(error).strip().splitlines() or ["no word"]
-        yield Result(name, FAILED, note=f"{type(error).__name__}: {lines[-1].strip()}")
+        note = f"{type(error).__name__}: {word_of(error)}"
+        yield Result(name, FAILED, note=f"{note}; {MEMORY}" if is_out_of_memory(error) else note)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
