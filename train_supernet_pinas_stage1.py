@@ -24,6 +24,7 @@ from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 from hnas.utils.starting import (
+    INITIAL,
     pretrained_network,
     start_contrast_from_checkpoint,
     start_from_pretrained,
@@ -56,10 +57,10 @@ def main() -> None:
         temperature=options.temperature,
     )
     if options.initial_weights:
-        start_contrast_from_checkpoint(network, options.initial_weights, images.classes)
+        digest = start_contrast_from_checkpoint(network, options.initial_weights, images.classes)
     else:
         require(options, "pretrained")
-        teacher = pretrained_network(options, images.classes, space)
+        teacher, digest = pretrained_network(options, images.classes, space)
         start_from_pretrained(network.backbone, teacher)
         network.reset_key_encoder()
     if options.freeze_bn:
@@ -79,7 +80,7 @@ def main() -> None:
     views = TwoViews(strong if options.stage1_views == "two_kinds" else crop, crop)
     loader = training_loader(options, images, views)
     prepare(model, options, len(loader))
-    fit(model, options, loader)
+    fit(model, options, loader, files={INITIAL: digest})
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_pretrained_and_ckpt_dir_take_files_of_both_stages(layout, nets, tmp_pat
     left = f"left {len(whole) - len(expected)} tensors of neck, key encoder and queue"
     assert (left in caplog.text) == (layout == "public, stage 1")
     options = Options(backbone=MINI, pretrained=str(path))
-    assert_same_bits(arrays_of(pretrained_network(options, CLASSES, RESNET48_MINI)), expected)
+    assert_same_bits(arrays_of(pretrained_network(options, CLASSES, RESNET48_MINI)[0]), expected)
 
 
 # --- stage one goes on from them
@@ -454,7 +454,7 @@ def test_damage_is_noticed_by_the_digest(suffix, nets, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert f"is damaged: its SHA-256 is not the one in a{suffix}.sha256" in refused(path)
+    assert f"is damaged: its SHA-256 is not the one in {path}.sha256" in refused(path)
 
 
 def test_missing_checkpoints_say_where_to_look(tmp_path):

@@ -59,7 +59,7 @@ class ImageList:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def select(self, indices: list[int] | np.ndarray) -> ImageList:
+    def select(self, indices: Sequence[int] | np.ndarray) -> ImageList:
         """The images at ``indices``, in that order."""
         paths = tuple(self.paths[index] for index in indices)
         return ImageList(self.folder, self.classes, paths, self.labels[indices])
@@ -239,25 +239,35 @@ def check_class_names(
 
 
 def list_hash(
-    images: ImageList, order: Sequence[int] | np.ndarray, about: object, times: bool = True
+    images: ImageList,
+    order: Sequence[int] | np.ndarray,
+    about: object,
+    times: bool = True,
+    stamps: Sequence[list[int]] | None = None,
 ) -> str:
     """Hash of which images are taken, in which order; ``about``, e.g. their size, is part of it.
 
     An image is its name, its size and its modification time: one that was replaced is another.
-    Without ``times``, copies of the images on several machines are the same.
+    Without ``times``, copies of the images on several machines are the same. ``stamps`` are those
+    of the images in that order, where they were taken already.
 
     Raises:
         DataError: an image is gone, or a link to nothing.
     """
     digest = hashlib.sha256(f"{about}\n".encode())
-    for index in order:
-        path = images.paths[index]
-        try:
-            stamp = stamp_of(path)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    taken = images.select(order)
+    for path, stamp in zip(taken.paths, stamps or stamps_of(taken), strict=True):
         digest.update(os.fsencode(f"{images.name(path)}\0{stamp if times else stamp[1]}\n"))
     return digest.hexdigest()
+
+
+def stamps_of(images: ImageList) -> Iterator[list[int]]:
+    """:func:`stamp_of` each image; raises as :func:`list_hash`."""
+    for path in images.paths:
+        try:
+            yield stamp_of(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def decode_image(path: Path) -> Image.Image:

@@ -1,13 +1,14 @@
 """Decoded images in a file: decoded once, read without a copy.
 
-The file's name stands for the images (names, sizes, modification times) and for what was made of
-them, so other images get another file. It is mapped into memory, which all loader processes share,
-and may be larger than memory. Its SHA-256 beside it is checked whenever it is opened; a damaged
-file is made anew.
+The file's name stands for the images (folder, names, sizes, modification times, pixels of some) and
+for what was made of them, so other images get another file. It is mapped into memory, which all
+loader processes share, and may be larger than memory. Its SHA-256 beside it is checked whenever it
+is opened; a damaged file is made anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,21 @@ import numpy as np
 from PIL import Image
 
 from hnas.base.files import is_whole, remove_leftovers, replacing, write_digest
-from hnas.dataset.image_folder import ImageList, decode_image, list_hash, on_all_cores
+from hnas.dataset.image_folder import (
+    DataError,
+    ImageList,
+    decode_image,
+    list_hash,
+    on_all_cores,
+)
 
 logger = logging.getLogger(__name__)
 
 STORED = ".pixels"
 """Suffix of the files."""
+SAMPLED = 16
+"""Images whose pixels tell a list from another one."""
+CHANGED = "images of {} changed while they were decoded; start again when they stay as they are"
 Make = Callable[[Image.Image], Image.Image]
 """What becomes of an image before it is kept; its ``repr`` says all of it."""
 
@@ -34,6 +44,21 @@ def decoded(images: ImageList, make: Make, bar: bool = True) -> Iterator[np.ndar
     """
     title = f"decoding {images.folder}" if bar else ""
     return on_all_cores(lambda path: np.asarray(make(decode_image(path))), images.paths, title)
+
+
+def sample_digest(images: ImageList) -> str:
+    """SHA-256 of the pixels of some of the images, evenly spread over the list.
+
+    Another folder's images may have the same names, sizes and times.
+
+    Raises:
+        DataError: one of them cannot be decoded.
+    """
+    digest = hashlib.sha256()
+    for index in np.linspace(0, len(images) - 1, min(SAMPLED, len(images)), dtype=int):
+        image = decode_image(images.paths[index])
+        digest.update(f"{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()
 
 
 class ImageStore:
@@ -55,12 +80,12 @@ class ImageStore:
 
     def __init__(self, images: ImageList, make: Make, folder: Path):
         remove_leftovers(folder)
-        key = list_hash(images, range(len(images)), repr(make))
+        key = _key(images, make)
         self.path = folder / f"{key[:32]}{STORED}"
         if not is_whole(self.path):
             if self.path.exists():
                 logger.warning("%s is damaged: decoding the images again", self.path)
-            self._build(images, make)
+            self._build(images, make, key)
         content = np.memmap(self.path, dtype=np.uint8, mode="r")
         self.pixels, tail = np.split(content, [-16 * len(images)])
         self._sizes = np.frombuffer(tail.tobytes(), np.int64).reshape(-1, 2)
@@ -75,11 +100,21 @@ class ImageStore:
         end = int(self._ends[index])
         return self.pixels[end - 3 * height * width : end].reshape(height, width, 3)
 
-    def _build(self, images: ImageList, make: Make) -> None:
-        sizes = []
+    def _build(self, images: ImageList, make: Make, key: str) -> None:
+        sizes, digest = [], hashlib.sha256()
         with replacing(self.path) as temporary, open(temporary, "wb") as file:
             for pixels in decoded(images, make):
                 file.write(pixels.tobytes())
+                digest.update(pixels)
                 sizes.append(pixels.shape[:2])
-            file.write(np.array(sizes, dtype=np.int64).tobytes())
-        write_digest(self.path)
+            tail = np.array(sizes, dtype=np.int64).tobytes()
+            file.write(tail)
+            digest.update(tail)
+            if _key(images, make) != key:
+                raise DataError(CHANGED.format(images.folder))
+        write_digest(self.path, digest.hexdigest())
+
+
+def _key(images: ImageList, make: Make) -> str:
+    about = f"{make} {str(images.folder.resolve())!r} {sample_digest(images)}"
+    return list_hash(images, range(len(images)), about)

@@ -15,7 +15,7 @@ from hnas.base.device import Arithmetic, free_bytes, on_gpu, peak_memory
 from hnas.base.errors import UserError
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.gpu_kernels import choose_variant
-from hnas.evaluation.images import ImagesOnDemand
+from hnas.evaluation.images import ScoredImages
 from hnas.evaluation.ledger import Ledger, Part, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
@@ -57,7 +57,7 @@ class ScoringSettings:
 def evaluate_shared(
     network: ElasticResNet,
     archs: Mapping[str, Architecture],
-    images: ImagesOnDemand,
+    images: ScoredImages,
     save_dir: Path,
     identity: Mapping[str, str],
     settings: ScoringSettings,
@@ -141,7 +141,7 @@ def wanted_variant(arithmetic: Arithmetic, calibration: paddle.Tensor | None) ->
     return chosen
 
 
-def default_chunk(space: SearchSpace, images: ImagesOnDemand, evaluator: SharedEvaluator) -> int:
+def default_chunk(space: SearchSpace, images: ScoredImages, evaluator: SharedEvaluator) -> int:
     """Images a walk: what the memory allows, in as many chunks for every process."""
     free = free_bytes() if on_gpu() else free_bytes() / local_ranks()
     memory = free * (GPU_SHARE if on_gpu() else CPU_SHARE)
@@ -177,7 +177,7 @@ def describe(
     evaluator: SharedEvaluator,
     space: SearchSpace,
     archs: Mapping[str, Architecture],
-    images: ImagesOnDemand,
+    images: ScoredImages,
     ledger: Ledger,
 ) -> None:
     """Log what is going to be done, and what makes it slow."""

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
-from hnas.base.files import file_digest, read_json
+from hnas.base.files import read_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import normalize
 from hnas.exporting.export_folder import CARD, PROGRAM, describe, write_folder
@@ -59,7 +59,7 @@ from hnas.programs.runtime import (
 )
 from hnas.search_space import Architecture
 from hnas.utils.starting import start_from_checkpoint
-from hnas.weights.loading import Checkpoint, find_checkpoint, read_checkpoint
+from hnas.weights.loading import Checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def main(argv=None) -> None:
         "image_size": size,
         "bn_calibration_images": options.bn_calibration_images,
         "seed": options.seed,
-        "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
+        "checkpoint": checkpoint.digest,
     }
     if card_path.is_file():
         earlier = read_json(card_path).get("identity")
@@ -178,7 +178,7 @@ def open_source(
         shared = ResNet(space.plan(arch), len(classes))
     else:
         shared = build_network(options.backbone, len(classes), space)
-    start_from_checkpoint(shared, options.ckpt_dir, classes)
+    start_from_checkpoint(shared, options.ckpt_dir, classes, checkpoint)
     shared.eval()
     if is_alone:
         return Source(shared, shared, None, "its own")

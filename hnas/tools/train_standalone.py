@@ -25,7 +25,7 @@ from pathlib import Path
 import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
-from hnas.base.files import file_digest, read_json, remove_leftovers, write_json
+from hnas.base.files import read_json, remove_leftovers, write_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
@@ -54,7 +54,6 @@ from hnas.weights.checkpoint import RUN_NOTE, SET_NAME, remove_set
 from hnas.weights.loading import (
     Checkpoint,
     check_classes,
-    find_checkpoint,
     load_weights,
     read_checkpoint,
 )
@@ -134,7 +133,7 @@ def initial_weights(options: Options) -> tuple[Checkpoint | None, str | None]:
     own = checkpoint.about.get("arch", options.arch)
     if Architecture.from_code(own) != Architecture.from_code(options.arch):
         raise UserError(f"--init {options.init} is the network {own}, not --arch {options.arch}")
-    return checkpoint, file_digest(find_checkpoint(path))
+    return checkpoint, checkpoint.digest
 
 
 class Results:

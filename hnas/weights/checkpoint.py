@@ -24,8 +24,8 @@ from hnas.weights.loading import (
     PARAMS,
     check_finite,
     load_weights,
+    read_checkpoint,
     read_state,
-    read_weights,
     write_state,
 )
 from hnas.weights.public_files import NAME_TABLE, CheckpointError
@@ -64,16 +64,23 @@ def save_training(
     write_state(f"{stem}{STATES}", {**progress, "digests": digests, "number": number})
 
 
-def load_training(stem: str | Path, network: nn.Layer, optimizer) -> dict:
+def load_training(
+    stem: str | Path, network: nn.Layer, optimizer, progress: dict | None = None
+) -> dict:
     """Restore what :func:`save_training` wrote; gives the progress back.
+
+    ``progress`` is :func:`read_progress`'s, where it was read already.
 
     Raises:
         CheckpointError: of another network, or files that are not of one set.
     """
-    progress = read_progress(stem)
-    _check_whole(Path(stem), progress)
-    load_weights(network, read_weights(f"{stem}{PARAMS}"), f"{stem}{PARAMS}")
-    restore_optimizer(network, optimizer, read_state(f"{stem}{OPTIMIZER}"), f"{stem}{OPTIMIZER}")
+    progress = progress or read_progress(stem)
+    params, moving = f"{stem}{PARAMS}", f"{stem}{OPTIMIZER}"
+    checkpoint, (velocities, digest) = read_checkpoint(params), read_state(moving)
+    _check_digest(stem, progress, PARAMS, checkpoint.digest)
+    _check_digest(stem, progress, OPTIMIZER, digest)
+    load_weights(network, checkpoint.weights, params)
+    restore_optimizer(network, optimizer, velocities, moving)
     return progress
 
 
@@ -83,7 +90,7 @@ def read_progress(stem: str | Path) -> dict:
     Raises:
         CheckpointError: not a state of this program.
     """
-    progress = read_state(f"{stem}{STATES}")
+    progress, _ = read_state(f"{stem}{STATES}")
     found = progress if isinstance(progress, dict) else {}
     digests = found.get("digests")
     whole = isinstance(digests, dict) and set(digests) == {PARAMS, OPTIMIZER}
@@ -123,12 +130,16 @@ def _sets(folder: str | Path, log: bool = False) -> Iterator[tuple[Path, dict]]:
 
 
 def _check_whole(stem: Path, progress: Mapping) -> None:
-    for suffix, digest in progress["digests"].items():
+    for suffix in progress["digests"]:
         path = Path(f"{stem}{suffix}")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if file_digest(path) != digest:
-            raise CheckpointError(f"{path} is damaged or not of the same set as {stem}{STATES}")
+        _check_digest(stem, progress, suffix, file_digest(path))
+
+
+def _check_digest(stem: str | Path, progress: Mapping, suffix: str, digest: str) -> None:
+    if digest != progress["digests"][suffix]:
+        raise CheckpointError(f"{stem}{suffix} is damaged or not of the set {stem}{STATES}")
 
 
 def remove_set(stem: str | Path) -> None:
