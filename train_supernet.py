@@ -29,7 +29,6 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import (
     architectures_hash,
     evaluation_identity,
-    shared_images,
     warn_if_guessing,
     write_results,
 )
@@ -136,15 +135,13 @@ def score(
 
     ``digest`` is the SHA-256 of the file that ``network``'s weights were read from.
     """
-    seen = shared_images(decoded)
-    whose = evaluation_identity(digest, seen, options.backbone, arithmetic, calibration)
+    whose = evaluation_identity(digest, decoded, options.backbone, arithmetic, calibration)
     settings = ScoringSettings(
         calibration,
         options.chunk_size,
         options.target_tau,
         wanted_variant(arithmetic, calibration),
         part,
-        copies=decoded.copies,
     )
     whose["architecture_list"] = architectures_hash(archs)
     return evaluate_shared(network, archs, decoded, Path(options.save_dir), whose, settings)

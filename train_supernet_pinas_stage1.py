@@ -24,7 +24,6 @@ from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
 from hnas.utils.starting import (
-    INITIAL,
     pretrained_network,
     start_contrast_from_checkpoint,
     start_from_pretrained,
@@ -80,7 +79,7 @@ def main() -> None:
     views = TwoViews(strong if options.stage1_views == "two_kinds" else crop, crop)
     loader = training_loader(options, images, views)
     prepare(model, options, len(loader))
-    fit(model, options, loader, files={INITIAL: digest})
+    fit(model, options, loader, files={"initial_weights": digest})
 
 
 if __name__ == "__main__":

@@ -23,13 +23,7 @@ from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import require, space_of, start, training_images, training_loader
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
-from hnas.utils.starting import (
-    INITIAL,
-    TEACHER,
-    pretrained_network,
-    start_from_checkpoint,
-    start_from_pretrained,
-)
+from hnas.utils.starting import pretrained_network, start_from_checkpoint, start_from_pretrained
 from hnas.utils.training import fit, prepare
 from hnas.utils.validation import figures_text, measurement
 
@@ -46,13 +40,11 @@ def main() -> None:
     space = space_of(options)
     network = build_network(options.backbone, len(images.classes), space)
     teacher, digest = pretrained_network(options, images.classes, space)
-    files = {INITIAL: digest}
-    if not options.in_place_distillation:
-        files[TEACHER] = digest
+    files = {"initial_weights": digest, "teacher": digest}
     frozen = False
     if options.initial_weights:
         initial = start_from_checkpoint(network, options.initial_weights, images.classes)
-        frozen, files[INITIAL] = initial.freeze_bn, initial.digest
+        frozen, files["initial_weights"] = initial.freeze_bn, initial.digest
     else:
         start_from_pretrained(network, teacher)
     if options.train_flag:
@@ -76,6 +68,8 @@ def main() -> None:
     if options.eval_freq or not options.train_flag:
         measure = measurement(options, network, teacher, frozen, images)
     if options.train_flag:
+        if options.in_place_distillation:
+            del files["teacher"]
         fit(model, options, loader, measure, files)
     else:
         logger.info("validation: %s", figures_text(measure()))

@@ -31,15 +31,20 @@ LAUNCHERS = {
 }
 
 
-def noise_images(root: Path, number: int = 2) -> Path:
-    """So many training and validation images in each of ten classes."""
-    rng = np.random.default_rng(0)
+def noise_images(root: Path, number: int = 2, seed: int = 0, suffix: str = ".png") -> Path:
+    """So many training and validation images in each of ten classes, all of one time.
+
+    Those of other seeds have the same names and, as ``.bmp``, the same sizes.
+    """
+    rng = np.random.default_rng(seed)
     for split in ("train", "val"):
         for name in CLASSES:
             (root / split / name).mkdir(parents=True)
             for index in range(number):
                 pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+                path = root / split / name / f"{index}{suffix}"
+                Image.fromarray(pixels).save(path)
+                os.utime(path, (1_600_000_000, 1_600_000_000))
     return root
 
 
@@ -76,12 +81,13 @@ class Runs:
     work: Path
     flags: dict = field(default_factory=dict)
 
-    def start(self, stage: int, name: str, processes: int = 0, **flags) -> subprocess.Popen:
+    def given(self, stage: int, save_dir: Path, **flags) -> dict[str, str]:
+        """All flags of a run, as a command line has them."""
         flags = {
             "backbone": "resnet48pinasv2_mini" if stage == 1 else "resnet48_mini",
             "image_dir": self.work / "images",
             "pretrained": self.work / "pretrained.pdparams",
-            "save_dir": self.work / name,
+            "save_dir": save_dir,
             "image_size": 32,
             "batch_size": 4,
             "dyna_batch_size": 2,
@@ -94,7 +100,10 @@ class Runs:
             **self.flags,
             **flags,
         }
-        flags = {key: str(value) for key, value in flags.items()}
+        return {key: str(value) for key, value in flags.items()}
+
+    def start(self, stage: int, name: str, processes: int = 0, **flags) -> subprocess.Popen:
+        flags = self.given(stage, self.work / name, **flags)
         environment = {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         if processes:
             command = ["sh", LAUNCHERS[stage]]

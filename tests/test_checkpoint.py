@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ from safetensors.numpy import load_file
 
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
+from hnas.weights import loading
 from hnas.weights.checkpoint import (
     generators_state,
     load_training,
     newest_set,
+    read_progress,
     remove_set,
     restore_generators,
     save_training,
@@ -115,7 +118,8 @@ def trained(steps: int):
 def test_a_set_restores_weights_and_velocity(tmp_path):
     network = save_at(tmp_path, "0-3", 3)
     other, optimizer = trained(0)
-    progress = load_training(tmp_path / "0-3", other, optimizer)
+    progress = read_progress(tmp_path / "0-3")
+    load_training(tmp_path / "0-3", other, optimizer, progress)
     assert progress["step"] == 3
     assert_equal(arrays_of(other), arrays_of(network))
     # The learning rate follows from the position, which fit sets.
@@ -129,7 +133,8 @@ def test_a_set_restores_weights_and_velocity(tmp_path):
 def test_a_resumed_set_keeps_velocities_that_no_step_has_used_since(tmp_path):
     save_at(tmp_path, "0-3", 3)
     network, optimizer = trained(0)
-    progress = load_training(tmp_path / "0-3", network, optimizer)
+    progress = read_progress(tmp_path / "0-3")
+    load_training(tmp_path / "0-3", network, optimizer, progress)
     network[0](paddle.ones([3, 4])).sum().backward()
     optimizer.step()
     save_training(tmp_path / "0-4", network, optimizer, progress)
@@ -180,7 +185,25 @@ def test_a_crash_between_the_files_never_mixes_sets(written, tmp_path):
     network, optimizer = trained(0)
     before = arrays_of(network)
     with pytest.raises(UserError):
-        load_training(tmp_path / "0", network, optimizer)
+        load_training(tmp_path / "0", network, optimizer, read_progress(tmp_path / "0"))
+    assert_equal(arrays_of(network), before)
+
+
+def test_a_set_that_is_replaced_while_it_is_read_is_not_mixed(tmp_path, monkeypatch):
+    save_at(tmp_path, "0", 1)
+    save_at(tmp_path / "new", "0", 3)
+    load, progress = loading.load_pickle, read_progress(tmp_path / "0")
+
+    def read(*args):
+        for piece in (".pdopt", ".pdopt.sha256"):
+            shutil.copy(tmp_path / f"new/0{piece}", tmp_path)
+        return load(*args)
+
+    monkeypatch.setattr(loading, "load_pickle", read)
+    network, optimizer = trained(0)
+    before = arrays_of(network)
+    with pytest.raises(UserError, match=r"0\.pdopt and .*0\.pdstates are not of one set"):
+        load_training(tmp_path / "0", network, optimizer, progress)
     assert_equal(arrays_of(network), before)
 
 

@@ -21,7 +21,11 @@ from hnas.evaluation.results import STATE_FILE, StateError, save_state
 from hnas.programs.options import Options
 from hnas.ranking.agreement import Agreement
 from hnas.search_space import RESNET48_MINI
+from hnas.tools import export, search, train_standalone
+from hnas.weights import loading
+from hnas.weights.loading import load_supernet, write_state
 
+DEMO = Path(__file__).parents[1] / "checkpoint_files/demo_stage2.pdparams"
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
 ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
 
@@ -210,9 +214,86 @@ def test_chunks_are_even(limit, images, processes):
         assert -(-chunks // processes) <= -(-images // (limit * processes))
 
 
+# --- whose counts they are
+
+REAL = {"backbone": "resnet48_mini", "bn_calibration_images": 0, "chunk_size": 7}
+LARGEST = RESNET48_MINI.largest()
+
+
+def state_of(folder, name):
+    return str(np.load(folder / STATE_FILE)[f"identity_{name}"])
+
+
+def said_by(name, key):
+    return lambda out: json.loads((out / name).read_text())[key]
+
+
+PROGRAMS = {  # flags, and where the result says whose it is
+    train_supernet: (
+        {**REAL, "ckpt_dir": "W", "eval_sample_num": 2}, lambda out: state_of(out, "checkpoint")),
+    search: (
+        {**REAL, "ckpt_dir": "W", "generations": 0, "population": 2, "max_macs": 1e9},
+        lambda out: state_of(out / "generation_0000", "checkpoint")),
+    export: (
+        {**REAL, "ckpt_dir": "W", "arch": LARGEST.code},
+        lambda out: said_by("card.json", "identity")(out)["checkpoint"]),
+    train_standalone: (
+        {"backbone": "resnet48_mini", "init": "W", "arch": LARGEST.code, "max_epoch": 1},
+        said_by("run.json", "initial_weights")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_the_weights_that_were_read_are_named_though_others_took_their_place(
+    program, tmp_path, monkeypatch
+):
+    path, (flags, whose) = tmp_path / "weights.pdparams", PROGRAMS[program]
+    network = load_supernet(DEMO)
+    network = network.extract(LARGEST) if "init" in flags else network
+    digest, load = write_state(path, network.state_dict()), loading.load_pickle
+
+    def read(*args):
+        found = load(*args)
+        write_state(path, {name: 2 * value for name, value in network.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(loading, "load_pickle", read)
+    flags = {name: path if value == "W" else value for name, value in flags.items()}
+    run(program, monkeypatch, noise_images(tmp_path / "images"), tmp_path / "out", **flags)
+    assert whose(tmp_path / "out") == digest
+
+
+def test_counts_of_images_of_other_pixels_are_none_of_these(tmp_path, monkeypatch, caplog):
+    """Of equal names, sizes and times; images that were moved are the same."""
+    images = noise_images(tmp_path / "images", seed=0, suffix=".bmp")
+    twin = noise_images(tmp_path / "twin", seed=1, suffix=".bmp")
+    flags = {**REAL, "ckpt_dir": DEMO, "eval_sample_num": 3}
+
+    def score(images, name="out", **more):
+        run(train_supernet, monkeypatch, images, tmp_path / name, **flags, **more)
+
+    for number, where in ((1, images), (2, twin)):
+        score(where, "parts", images_part=f"{number}/2")
+    score(images)
+    images.rename(tmp_path / "moved")
+    twin.rename(images)
+    for name in ("parts", "out"):
+        with pytest.raises(StateError, match=r"of other settings: image pixels \w+ instead of"):
+            score(images, name)
+    with np.load(tmp_path / "out" / STATE_FILE) as file:
+        older = {name: file[name] for name in file.files if name != "identity_image_pixels"}
+    before = (tmp_path / "out/submission.json").read_bytes()
+    for told in (False, True):
+        caplog.clear()
+        score(tmp_path / "moved")
+        assert ("does not say which pixels" in caplog.text) == told
+        assert "continuing after 20 of 20 images" in caplog.text
+        assert (tmp_path / "out/submission.json").read_bytes() == before
+        np.savez(tmp_path / "out" / STATE_FILE, **older)
+
+
 # --- parts of the images
 
-DEMO = Path(__file__).parents[1] / "checkpoint_files/demo_stage2.pdparams"
 FILES = ("submission.json", "submission_top5.json", "channel_sample.txt", "estimates.json")
 COPIES = "k" * 64
 PARTS_IDENTITY = {**IDENTITY, "image_list": COPIES}

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 import train_supernet_pinas_stage1
 from hnas.base.errors import UserError
+from hnas.base.files import digest_path
 from hnas.models.elastic import plain_name
 from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.programs.options import Options
@@ -29,6 +30,7 @@ from hnas.weights.loading import (
     load_weights,
     looks_like,
     read_checkpoint,
+    read_state,
     read_weights,
     write_state,
 )
@@ -454,9 +456,30 @@ def test_damage_is_noticed_by_the_digest(suffix, nets, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert f"is damaged: its SHA-256 is not the one in {path}.sha256" in refused(path)
+    assert "is damaged: its SHA-256 is not the one beside it" in refused(path)
+
+
+DIGESTS = {  # as other tools write them
+    "upper case": lambda digest: digest.upper().encode(),
+    "a byte order mark": lambda digest: f"{digest}  a".encode("utf-8-sig"),
+    "PowerShell": lambda digest: f"{digest.upper()}\r\n".encode("utf-16"),
+    "sha256sum --tag": lambda digest: f"SHA256 (a.pdparams) = {digest}".encode(),
+}
+
+
+@pytest.mark.parametrize("case", DIGESTS)
+def test_a_digest_of_any_form_beside_the_file_that_a_link_means(case, nets, tmp_path):
+    path, link = tmp_path / "far/a.pdparams", tmp_path / "latest.pdparams"
+    digest = write_state(path, tensors(nets.plain))
+    digest_path(path).write_bytes(DIGESTS[case](digest))
+    link.symlink_to(path)
+    assert read_checkpoint(path).digest == read_checkpoint(link).digest == digest
+    digest_path(path).write_bytes(DIGESTS[case](digest[::-1]))
+    assert "is damaged: its SHA-256 is not the one beside it" in refused(link)
 
 
 def test_missing_checkpoints_say_where_to_look(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read .*none: No such file"):
+        read_state(tmp_path / "none")
     assert f"none does not exist (nor {tmp_path}/none.pdparams)" in refused(tmp_path / "none")
     assert f"is a folder; name the file, e.g. {tmp_path}/0.pdparams" in refused(tmp_path)

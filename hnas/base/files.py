@@ -141,15 +141,11 @@ def write_digest(path: str | Path, digest: str = "") -> None:
         temporary.write_text(line, encoding="utf-8")
 
 
-def recorded_in(path: str | Path) -> Path:
-    """What holds the SHA-256 of a file: beside it or, of a link, beside what it links to."""
-    own = digest_path(path)
-    return own if own.is_file() else digest_path(Path(path).resolve())
-
-
 def recorded_digest(path: str | Path) -> str | None:
-    """The SHA-256 that :func:`recorded_in` holds, in lower case; None: there is none."""
-    recorded = recorded_in(path)
+    """The SHA-256 that stands beside a file or what it links to; None: there is none."""
+    recorded = digest_path(path)
+    if not recorded.is_file():
+        recorded = digest_path(Path(path).resolve())
     if not recorded.is_file():
         return None
     # Tools of Windows write upper case, in UTF-16 or after a byte order mark.

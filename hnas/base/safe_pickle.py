@@ -48,24 +48,19 @@ class _RefusedError(Exception):
     """The file asks for something that no state dict needs."""
 
 
-def load_pickle(path: str | Path, content: bytes | None = None):
+def load_pickle(path: str | Path, content: bytes):
     """The object that ``paddle.save`` wrote to ``path``, with NumPy arrays for tensors.
-
-    ``content`` is the file's, where it was read already.
 
     Raises:
         UnsafePickleError: anything else than arrays, dicts, lists, tuples, strings, bytes and
             numbers, or a broken file. Nothing that the file names is executed.
     """
     try:
-        content = Path(path).read_bytes() if content is None else content
         if content[:1] != b"\x80":
             raise UnsafePickleError(f"{path} is not a Paddle checkpoint (no pickle header)")
         return _Unpickler(content).load()
     except _RefusedError as error:
         raise UnsafePickleError(f"refused to load {path}: it {error}") from None
-    except OSError as error:
-        raise UnsafePickleError(f"cannot read {path}: {error.strerror or error}") from None
     except UnsafePickleError:
         raise
     except Exception as error:

@@ -16,14 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hnas.base.files import is_whole, remove_leftovers, replacing, write_digest
-from hnas.dataset.image_folder import (
-    DataError,
-    ImageList,
-    decode_image,
-    list_hash,
-    on_all_cores,
-)
+from hnas.base.files import file_digest, is_whole, remove_leftovers, replacing, write_digest
+from hnas.dataset.image_folder import ImageList, decode_image, list_hash, on_all_cores
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +25,6 @@ STORED = ".pixels"
 """Suffix of the files."""
 SAMPLED = 16
 """Images whose pixels tell a list from another one."""
-CHANGED = "images of {} changed while they were decoded; start again when they stay as they are"
 Make = Callable[[Image.Image], Image.Image]
 """What becomes of an image before it is kept; its ``repr`` says all of it."""
 
@@ -80,12 +73,14 @@ class ImageStore:
 
     def __init__(self, images: ImageList, make: Make, folder: Path):
         remove_leftovers(folder)
-        key = _key(images, make)
+        # Before they are decoded, so that one that changes meanwhile is another to later runs.
+        about = f"{make} {str(images.folder.resolve())!r} {sample_digest(images)}"
+        key = list_hash(images, range(len(images)), about)
         self.path = folder / f"{key[:32]}{STORED}"
         if not is_whole(self.path):
             if self.path.exists():
                 logger.warning("%s is damaged: decoding the images again", self.path)
-            self._build(images, make, key)
+            self._build(images, make)
         content = np.memmap(self.path, dtype=np.uint8, mode="r")
         self.pixels, tail = np.split(content, [-16 * len(images)])
         self._sizes = np.frombuffer(tail.tobytes(), np.int64).reshape(-1, 2)
@@ -100,21 +95,13 @@ class ImageStore:
         end = int(self._ends[index])
         return self.pixels[end - 3 * height * width : end].reshape(height, width, 3)
 
-    def _build(self, images: ImageList, make: Make, key: str) -> None:
-        sizes, digest = [], hashlib.sha256()
+    def _build(self, images: ImageList, make: Make) -> None:
+        sizes = []
         with replacing(self.path) as temporary, open(temporary, "wb") as file:
             for pixels in decoded(images, make):
                 file.write(pixels.tobytes())
-                digest.update(pixels)
                 sizes.append(pixels.shape[:2])
-            tail = np.array(sizes, dtype=np.int64).tobytes()
-            file.write(tail)
-            digest.update(tail)
-            if _key(images, make) != key:
-                raise DataError(CHANGED.format(images.folder))
-        write_digest(self.path, digest.hexdigest())
-
-
-def _key(images: ImageList, make: Make) -> str:
-    about = f"{make} {str(images.folder.resolve())!r} {sample_digest(images)}"
-    return list_hash(images, range(len(images)), about)
+            file.write(np.array(sizes, dtype=np.int64).tobytes())
+            file.flush()
+            digest = file_digest(temporary)
+        write_digest(self.path, digest)

@@ -43,7 +43,6 @@ class ScoringSettings:
         target_tau: see :class:`Ledger`.
         variant: how the walk computes; None as in :class:`SharedEvaluator`.
         part: of the chunks, to be done without results; None: all.
-        copies: see :class:`Ledger`.
     """
 
     calibration: paddle.Tensor | None = None
@@ -51,7 +50,6 @@ class ScoringSettings:
     target_tau: float = 0.0
     variant: Variant | None = None
     part: Part | None = None
-    copies: str = ""
 
 
 def evaluate_shared(
@@ -89,7 +87,7 @@ def evaluate_shared(
         evaluator = SharedEvaluator(network, list(archs.values()), calibration, settings.variant)
     else:
         evaluator.take(list(archs.values()))
-    how = settings.target_tau, is_main_process(), settings.part, settings.copies
+    how = settings.target_tau, is_main_process(), settings.part, images.copies
     ledger = Ledger(save_dir, identity, archs, len(images), *how)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)

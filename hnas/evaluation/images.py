@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from hnas.dataset.image_folder import DataError, ImageList, list_hash, stamps_of
-from hnas.dataset.image_store import CHANGED, ImageStore, decoded, sample_digest
+from hnas.dataset.image_folder import ImageList, list_hash
+from hnas.dataset.image_store import ImageStore, decoded, sample_digest
 from hnas.dataset.transforms import CentreCrop
 
 
@@ -52,7 +52,7 @@ class ScoredImages:
         labels: int64, in that order.
 
     Raises:
-        DataError: an image cannot be decoded, or changed while they were.
+        DataError: an image cannot be decoded.
     """
 
     def __init__(
@@ -64,37 +64,26 @@ class ScoredImages:
         limit_gb: float = 0.0,
     ):
         self._images, self._crop = images.select(order), CentreCrop(size)
-        self._stamps = [*stamps_of(self._images)]
-        self.hash = list_hash(images, order, size, stamps=self._stamps)
-        self.copies = list_hash(images, order, size, times=False, stamps=self._stamps)
+        # Before they are decoded, so that one that changes meanwhile is another to later runs.
+        self.hash = list_hash(images, order, size)
+        self.copies = list_hash(images, order, size, times=False)
         self.sample = sample_digest(self._images)
         self.labels = images.labels[order]
         self.size = size
-        self._kept = None
-        if folder is not None:
-            self._kept = self._all(folder, limit_gb)
-            self._check_unchanged(slice(None))
+        self._kept = None if folder is None else self._all(folder, limit_gb)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, start: int, stop: int) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Images [N, 3, S, S] uint8 and labels [N] of the positions from ``start`` to ``stop``."""
-        wanted = slice(start, stop)
         if self._kept is None:
-            chosen = self._images.select(np.arange(len(self))[wanted])
+            chosen = self._images.select(np.arange(start, min(stop, len(self))))
             pixels = np.stack([*decoded(chosen, self._crop, bar=False)])
-            self._check_unchanged(wanted)
         else:
-            pixels = self._kept[wanted]
+            pixels = self._kept[start:stop]
         pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        return paddle.to_tensor(pixels), paddle.to_tensor(self.labels[wanted])
-
-    def _check_unchanged(self, part: slice) -> None:
-        """Refuse images that ``hash`` does not stand for any more."""
-        chosen = self._images.select(np.arange(len(self))[part])
-        if [*stamps_of(chosen)] != self._stamps[part]:
-            raise DataError(CHANGED.format(chosen.folder))
+        return paddle.to_tensor(pixels), paddle.to_tensor(self.labels[start:stop])
 
     def _all(self, folder: Path, limit_gb: float) -> np.ndarray:
         """The crops, uint8 [N, S, S, 3]."""

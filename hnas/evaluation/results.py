@@ -44,7 +44,7 @@ class StateError(UserError):
 
 def evaluation_identity(
     checkpoint: str,
-    images: Mapping[str, str],
+    images: ScoredImages,
     backbone: str,
     arithmetic: Arithmetic,
     calibration: paddle.Tensor | None,
@@ -55,31 +55,23 @@ def evaluation_identity(
 
     Args:
         checkpoint: SHA-256 of the supernet's weights' file.
-        images: what :func:`shared_images` says of the images to score on.
+        images: to score on. Their hash is the main process's: modification times may differ where
+            every machine has its own copy. Names, sizes and pixels must be the same.
         backbone, arithmetic: what computes.
         calibration: uint8 images for BatchNorm re-calibration, or None.
     """
+    same = images.copies, images.sample
+    agree([int(digest[:15], 16) for digest in same], "the validation images")
     setting = f"{backbone}, {arithmetic}"
     agree([int(hashlib.sha256(setting.encode()).hexdigest()[:15], 16)], "device or Paddle")
     pixels = None if calibration is None else calibration.numpy().tobytes()
     return {
         "checkpoint": checkpoint,
-        **images,
+        "image_list": bytes(from_main_process(list(bytes.fromhex(images.hash)))).hex(),
+        PIXELS: images.sample,
         "setting": setting,
         "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
     }
-
-
-def shared_images(images: ScoredImages) -> dict[str, str]:
-    """What counts on the images belong to: the main process's hash, and the pixels of some.
-
-    The hash holds modification times, which may differ where every machine has its own copy of the
-    images; names, sizes and pixels must be the same.
-    """
-    same = (images.copies, images.sample)
-    agree([int(digest[:15], 16) for digest in same], "the validation images")
-    own = bytes(from_main_process(list(bytes.fromhex(images.hash)))).hex()
-    return {"image_list": own, PIXELS: images.sample}
 
 
 def architectures_hash(archs: Mapping[str, Architecture]) -> str:

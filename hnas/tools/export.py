@@ -22,7 +22,6 @@ import difflib
 import logging
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,9 +127,11 @@ def find_architecture(
             require(options, "arch")
         return Architecture.from_code(own), "", None
     if options.modelarch_file:
-        archs = read_architectures(options.modelarch_file)
-        with suppress(UserError):  # a list of codes alone
-            stated = dict(zip(archs, read_accuracies(options.modelarch_file)[1], strict=True))
+        try:
+            archs, accuracies = read_accuracies(options.modelarch_file)
+            stated = dict(zip(archs, accuracies, strict=True))
+        except UserError:  # a list of codes alone
+            archs = read_architectures(options.modelarch_file)
     if options.arch not in archs and not options.arch.isdigit():
         if not archs:
             raise UserError(

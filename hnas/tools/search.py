@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnas.base.files import file_digest, remove_leftovers, write_json
+from hnas.base.files import remove_leftovers, write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
 from hnas.evaluation.evolution import Budget, Evolution
@@ -39,7 +39,6 @@ from hnas.evaluation.results import (
     estimates,
     evaluation_identity,
     load_state,
-    shared_images,
     warn_if_guessing,
     write_results,
 )
@@ -99,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     barrier()
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     decoded = decoded_images(options, images, order)
-    seen, setting = shared_images(decoded), (options.backbone, arithmetic, calibration)
-    whose = evaluation_identity(checkpoint.digest, seen, *setting)
+    setting = options.backbone, arithmetic, calibration
+    whose = evaluation_identity(checkpoint.digest, decoded, *setting)
     logger.info("at most %s", budget)
     scored = search(
         network,
@@ -190,7 +189,7 @@ def search_identity(options: Options, budget: Budget) -> dict[str, str]:
     return {
         **{name: str(getattr(options, name)) for name in names},
         "budget": str(budget),
-        "latency": file_digest(options.latency) if options.latency else "none",
+        "latency": budget.latency.digest if options.latency else "none",
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from paddle import nn
 
-from hnas.base.settings import changed_settings, check_same_settings
+from hnas.base.settings import changed_settings
 from hnas.dataset.image_store import sample_digest
 from hnas.dataset.loader import EpochLoader
 from hnas.models.elastic import ElasticResNet, plain_name
@@ -140,15 +140,11 @@ NEUTRAL_FLAGS = frozenset((
 # fmt: on
 # What decides which images a step of an epoch sees.
 DATA_ORDER = frozenset({"images", "image_pixels", "total_batch", "seed"})
-TEACHER, INITIAL = "teacher", "initial_weights"
 
 
-def describe_run(
-    options: Options, loader: EpochLoader, files: Mapping[str, str] | None = None
-) -> dict:
+def describe_run(options: Options, loader: EpochLoader) -> dict:
     """What a run's result depends on: settings and images, with which, the epoch and the step
-    samplers and augmentations draw; and the digests of the weights' ``files`` that enter it, by
-    ``TEACHER`` and ``INITIAL``."""
+    samplers and augmentations draw."""
     settings = {
         option.name: getattr(options, option.name)
         for option in dataclasses.fields(options)
@@ -156,7 +152,7 @@ def describe_run(
     }
     images = loader.dataset.images
     data = {"images": images.digest(), "image_pixels": sample_digest(images)}
-    return {**settings, "total_batch": loader.total_batch, **data, **(files or {})}
+    return {**settings, "total_batch": loader.total_batch, **data}
 
 
 def resume(
@@ -190,11 +186,10 @@ def resume(
             told = "%s does not say what it had as %s: taken to be as now"
             logger.info(told, stem, ", ".join(unknown))
         changed = changed_settings({**run, **before}, run)
-        if TEACHER in changed:
-            check_same_settings(
-                *(stem, before, {TEACHER: run[TEACHER]}),
-                "give the same --pretrained, or start anew with another --save_dir",
-                CheckpointError,
+        if "teacher" in changed:
+            raise CheckpointError(
+                f"{stem} is of another teacher than {options.pretrained}; give the same as "
+                "--pretrained, or start anew"
             )
         if step and set(changed) & DATA_ORDER:
             raise CheckpointError(
@@ -211,8 +206,8 @@ def resume(
             f"{stem}{STATES} is not what this program saves: {type(error).__name__}, {error}; "
             "start anew"
         ) from None
-    if INITIAL in changed:
-        changed.remove(INITIAL)
+    if "initial_weights" in changed:
+        changed.remove("initial_weights")
         logger.info("other weights to start from than before: no matter, the set's are taken")
     if changed:
         logger.warning("resumed with other values than before: %s", ", ".join(changed))

@@ -46,7 +46,7 @@ def save_training(
     """Write the set ``stem``, a path without suffix.
 
     Args:
-        progress: what :func:`load_training` gives back: plain values and arrays, with the run's
+        progress: what :func:`read_progress` gives back: plain values and arrays, with the run's
             ``run_id``.
         about: how the weights are trained; see :class:`hnas.weights.loading.Checkpoint`.
 
@@ -64,24 +64,18 @@ def save_training(
     write_state(f"{stem}{STATES}", {**progress, "digests": digests, "number": number})
 
 
-def load_training(
-    stem: str | Path, network: nn.Layer, optimizer, progress: dict | None = None
-) -> dict:
-    """Restore what :func:`save_training` wrote; gives the progress back.
-
-    ``progress`` is :func:`read_progress`'s, where it was read already.
+def load_training(stem: str | Path, network: nn.Layer, optimizer, progress: Mapping) -> None:
+    """Restore weights and velocities of the set whose :func:`read_progress` is ``progress``.
 
     Raises:
-        CheckpointError: of another network, or files that are not of one set.
+        CheckpointError: of another network, or files that are not of that set.
     """
-    progress = progress or read_progress(stem)
     params, moving = f"{stem}{PARAMS}", f"{stem}{OPTIMIZER}"
     checkpoint, (velocities, digest) = read_checkpoint(params), read_state(moving)
-    _check_digest(stem, progress, PARAMS, checkpoint.digest)
-    _check_digest(stem, progress, OPTIMIZER, digest)
+    if progress["digests"] != {PARAMS: checkpoint.digest, OPTIMIZER: digest}:
+        raise CheckpointError(f"{params}, {moving} and {stem}{STATES} are not of one set")
     load_weights(network, checkpoint.weights, params)
     restore_optimizer(network, optimizer, velocities, moving)
-    return progress
 
 
 def read_progress(stem: str | Path) -> dict:
@@ -130,16 +124,12 @@ def _sets(folder: str | Path, log: bool = False) -> Iterator[tuple[Path, dict]]:
 
 
 def _check_whole(stem: Path, progress: Mapping) -> None:
-    for suffix in progress["digests"]:
+    for suffix, digest in progress["digests"].items():
         path = Path(f"{stem}{suffix}")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        _check_digest(stem, progress, suffix, file_digest(path))
-
-
-def _check_digest(stem: str | Path, progress: Mapping, suffix: str, digest: str) -> None:
-    if digest != progress["digests"][suffix]:
-        raise CheckpointError(f"{stem}{suffix} is damaged or not of the set {stem}{STATES}")
+        if file_digest(path) != digest:
+            raise CheckpointError(f"{path} is damaged or not of the same set as {stem}{STATES}")
 
 
 def remove_set(stem: str | Path) -> None:

@@ -22,11 +22,11 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from hnas.base.files import (
+    DIGEST,
     digest_path,
     file_digest,
     reason_of,
     recorded_digest,
-    recorded_in,
     replacing,
     write_digest,
 )
@@ -81,8 +81,7 @@ def read_state(path: str | Path) -> tuple[object, str]:
         UnsafePickleError: broken, or holds something else than a state dict.
     """
     path = Path(path)
-    # Right before the file, which a running stage may be about to replace.
-    recorded, beside = recorded_digest(path), recorded_in(path)
+    recorded = recorded_digest(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -90,8 +89,8 @@ def read_state(path: str | Path) -> tuple[object, str]:
     digest = hashlib.sha256(content).hexdigest()
     if recorded not in (None, digest):
         raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is not the one in {beside}; copy it again, "
-            f"or remove {beside} if the change is yours"
+            f"{path} is damaged: its SHA-256 is not the one beside it; copy it again, or remove "
+            f"the {DIGEST} file if the change is yours"
         )
     read = _read_safetensors if path.suffix == SAFETENSORS else load_pickle
     return read(path, content), digest
