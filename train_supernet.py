@@ -133,8 +133,7 @@ def score(
 ) -> Counts:
     """Hits of all architectures on the images; complete in the main process.
 
-    ``digest`` is the SHA-256 of the file that ``network``'s weights were read from.
-    """
+    ``digest`` is that of the file of ``network``'s weights."""
     whose = evaluation_identity(digest, decoded, options.backbone, arithmetic, calibration)
     settings = ScoringSettings(
         calibration,

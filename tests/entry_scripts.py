@@ -81,13 +81,12 @@ class Runs:
     work: Path
     flags: dict = field(default_factory=dict)
 
-    def given(self, stage: int, save_dir: Path, **flags) -> dict[str, str]:
-        """All flags of a run, as a command line has them."""
+    def start(self, stage: int, name: str, processes: int = 0, **flags) -> subprocess.Popen:
         flags = {
             "backbone": "resnet48pinasv2_mini" if stage == 1 else "resnet48_mini",
             "image_dir": self.work / "images",
             "pretrained": self.work / "pretrained.pdparams",
-            "save_dir": save_dir,
+            "save_dir": self.work / name,
             "image_size": 32,
             "batch_size": 4,
             "dyna_batch_size": 2,
@@ -100,10 +99,7 @@ class Runs:
             **self.flags,
             **flags,
         }
-        return {key: str(value) for key, value in flags.items()}
-
-    def start(self, stage: int, name: str, processes: int = 0, **flags) -> subprocess.Popen:
-        flags = self.given(stage, self.work / name, **flags)
+        flags = {key: str(value) for key, value in flags.items()}
         environment = {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         if processes:
             command = ["sh", LAUNCHERS[stage]]

@@ -401,10 +401,9 @@ def endless():
 
 
 HOSTILE = {
-    "name twice": ({"model.a.w": np.ones(1), "model._layers.a.w": np.ones(1)}, "holds a.w twice"),
-    "name twice, by fn": (
+    "name twice": (
         {"a.w": np.ones(1), "_layers.a.fn.w": np.ones(1)},
-        "holds a.w twice, once as _layers.a.fn.w",
+        "twice, once as _layers.a.fn",
     ),
     "endless nests": (endless(), "'model' is a dict, not an array"),
     "deep nests": ({"model": {"model": {"model": {"model": {}}}}}, "'model' is a dict"),
@@ -415,12 +414,9 @@ HOSTILE = {
     "number for a name": ({7: np.ones(1)}, "7 is no name"),
     "endless name": ({"a" * 10_000: np.ones(1)}, "is no name"),
     "list": ([np.ones(1)], "holds a list, not a state dict"),
-    "number": (3, "holds a int"),
     "about is no JSON": ({"about@pinas": "{freeze"}, "'about@pinas' is not what"),
-    "about is a list": ({"about@pinas": "[]"}, "'about@pinas' is not what"),
     "about is deep": ({"about@pinas": "[" * 200_000}, "'about@pinas' is not what"),
     "freeze_bn maybe": ({"about@pinas": '{"freeze_bn": "maybe"}'}, "freeze_bn in 'about@pinas'"),
-    "classes text": ({"about@pinas": '{"classes": "abc"}'}, "classes in 'about@pinas'"),
     "classes of numbers": ({"about@pinas": '{"classes": [1, 2]}'}, "classes in 'about@pinas'"),
 }
 BROKEN_SAFETENSORS = [b"", b"x" * 100, b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0{}x"]
@@ -449,17 +445,8 @@ def test_broken_safetensors_are_refused_in_one_line(content, tmp_path):
     assert "cannot read" in refused(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
-def test_damage_is_noticed_by_the_digest(suffix, nets, tmp_path):
-    path = tmp_path / f"a{suffix}"
-    write_state(path, tensors(nets.plain))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert "is damaged: its SHA-256 is not the one beside it" in refused(path)
-
-
-DIGESTS = {  # as other tools write them
+DIGESTS = {  # as this program and others write them
+    "sha256sum": lambda digest: f"{digest}  a.pdparams\n".encode(),
     "upper case": lambda digest: digest.upper().encode(),
     "a byte order mark": lambda digest: f"{digest}  a".encode("utf-8-sig"),
     "PowerShell": lambda digest: f"{digest.upper()}\r\n".encode("utf-16"),
@@ -467,15 +454,19 @@ DIGESTS = {  # as other tools write them
 }
 
 
+@pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
 @pytest.mark.parametrize("case", DIGESTS)
-def test_a_digest_of_any_form_beside_the_file_that_a_link_means(case, nets, tmp_path):
-    path, link = tmp_path / "far/a.pdparams", tmp_path / "latest.pdparams"
-    digest = write_state(path, tensors(nets.plain))
+def test_damage_is_noticed_by_the_digest_beside_a_file_or_what_a_link_means(case, suffix, tmp_path):
+    path, link = tmp_path / f"far/a{suffix}", tmp_path / f"latest{suffix}"
+    digest = write_state(path, {"a": np.ones(100, np.float32)})
     digest_path(path).write_bytes(DIGESTS[case](digest))
     link.symlink_to(path)
     assert read_checkpoint(path).digest == read_checkpoint(link).digest == digest
-    digest_path(path).write_bytes(DIGESTS[case](digest[::-1]))
-    assert "is damaged: its SHA-256 is not the one beside it" in refused(link)
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+    for each in (path, link):
+        assert "is damaged: its SHA-256 is not the one beside it" in refused(each)
 
 
 def test_missing_checkpoints_say_where_to_look(tmp_path):

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 STORED = ".pixels"
 """Suffix of the files."""
 SAMPLED = 16
-"""Images whose pixels tell a list from another one."""
+"""Images whose pixels tell a list from another one of the same names, sizes and times."""
 Make = Callable[[Image.Image], Image.Image]
 """What becomes of an image before it is kept; its ``repr`` says all of it."""
 
@@ -41,8 +41,6 @@ def decoded(images: ImageList, make: Make, bar: bool = True) -> Iterator[np.ndar
 
 def sample_digest(images: ImageList) -> str:
     """SHA-256 of the pixels of some of the images, evenly spread over the list.
-
-    Another folder's images may have the same names, sizes and times.
 
     Raises:
         DataError: one of them cannot be decoded.

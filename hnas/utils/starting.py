@@ -60,9 +60,8 @@ def pretrained_network(
 def start_from_checkpoint(
     network: nn.Layer, path: str, classes: Sequence[str], checkpoint: Checkpoint | None = None
 ) -> Checkpoint:
-    """Give a plain network or a supernet the weights of a checkpoint of any stage, and return it.
-
-    ``checkpoint`` is what ``path`` holds, where it was read already.
+    """Give a plain network or a supernet the weights of a checkpoint of any stage, and return it:
+    of ``path``, or a ``checkpoint`` that was read from it already.
 
     Raises:
         CheckpointError: it is of another network or other classes.
@@ -167,8 +166,7 @@ def resume(
 
     Raises:
         CheckpointError: a folder was named and holds nothing to resume from, or the checkpoint is
-            of another teacher, within an epoch of other images, batches or seed, or none of this
-            program.
+            of another teacher, within an epoch of other images, batches or seed, or foreign.
     """
     stem = find_set(options)
     if stem is None:
@@ -183,14 +181,11 @@ def resume(
         # A flag that did not exist then was off, as it is by default.
         unknown = [name for name in run if name not in before]
         if unknown:
-            told = "%s does not say what it had as %s: taken to be as now"
-            logger.info(told, stem, ", ".join(unknown))
+            logger.info("%s does not say %s: taken to be as now", stem, ", ".join(unknown))
         changed = changed_settings({**run, **before}, run)
         if "teacher" in changed:
-            raise CheckpointError(
-                f"{stem} is of another teacher than {options.pretrained}; give the same as "
-                "--pretrained, or start anew"
-            )
+            told = f"{stem} is of another teacher than --pretrained {options.pretrained}"
+            raise CheckpointError(f"{told}; give the same, or start anew")
         if step and set(changed) & DATA_ORDER:
             raise CheckpointError(
                 f"{stem} is in the middle of an epoch, and {', '.join(changed)} differ now; resume "

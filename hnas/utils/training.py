@@ -106,13 +106,13 @@ def fit(
         Stopped: SIGTERM or Ctrl-C, after saving.
         UserError: the loss is not finite any more.
     """
-    files = files or {}
     run = Run(model, options, loader, measure, files)
     folder = options.visualdl_dir if is_main_process() else ""
     with StopSignals() as run.stop, curves_in(folder) as run.log.curves:
         if world_size() > 1:
             agree((run.begun, run.first), "the epoch and step to start from")
-            agree([int(digest[:15], 16) for digest in files.values()], "the weights that are given")
+            digests = [int(run.settings[name][:15], 16) for name in files or ()]
+            agree(digests, "the weights that are given")
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             run.stop = model.exchange = GradientExchange(trained, run.stop)
@@ -139,7 +139,7 @@ class Run:
         self.model, self.options, self.loader, self.measure = model, options, loader, measure
         self.folder = Path(options.save_dir)
         self.about = about_weights(options, loader)
-        self.settings = {**describe_run(options, loader), **files}
+        self.settings = {**describe_run(options, loader), **(files or {})}
         self.log = TrainLogger(options.log_freq, options.max_epoch, len(loader), loader.total_batch)
         found = resume(model, options, self.settings, len(loader))
         self.begun, self.first, self.run_id, losses = found

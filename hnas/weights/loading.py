@@ -22,7 +22,6 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from hnas.base.files import (
-    DIGEST,
     digest_path,
     file_digest,
     reason_of,
@@ -90,7 +89,7 @@ def read_state(path: str | Path) -> tuple[object, str]:
     if recorded not in (None, digest):
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 is not the one beside it; copy it again, or remove "
-            f"the {DIGEST} file if the change is yours"
+            "the .sha256 file if the change is yours"
         )
     read = _read_safetensors if path.suffix == SAFETENSORS else load_pickle
     return read(path, content), digest
