@@ -80,8 +80,8 @@ def read_state(path: str | Path) -> tuple[object, str]:
         UnsafePickleError: broken, or holds something else than a state dict.
     """
     path = Path(path)
-    recorded = recorded_digest(path)
     try:
+        recorded = recorded_digest(path)
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
