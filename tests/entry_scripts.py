@@ -44,7 +44,7 @@ def noise_images(root: Path, number: int = 2, seed: int = 0, suffix: str = ".png
                 pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
                 path = root / split / name / f"{index}{suffix}"
                 Image.fromarray(pixels).save(path)
-                os.utime(path, (1_600_000_000, 1_600_000_000))
+                os.utime(path, (1_500_000_000, 1_500_000_000))
     return root
 
 
