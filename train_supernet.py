@@ -22,16 +22,14 @@ from tqdm import tqdm
 from hnas.architecture_file import read_architectures
 from hnas.base.device import Arithmetic
 from hnas.base.files import remove_leftovers
-from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
-from hnas.evaluation.images import Batches, list_hash
+from hnas.evaluation.images import Batches, ScoredImages
 from hnas.evaluation.ledger import Part
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import (
     architectures_hash,
     evaluation_identity,
-    shared_hash,
     warn_if_guessing,
     write_results,
 )
@@ -58,7 +56,6 @@ from hnas.programs.runtime import (
 )
 from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.starting import start_from_checkpoint
-from hnas.weights.loading import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +90,8 @@ def main() -> None:
                 network, list(archs.values()), batches, calibration, progress.update
             )
     else:
-        counts = score(options, network, archs, images, order, calibration, arithmetic, part)
+        decoded, digest = decoded_images(options, images, order), checkpoint.digest
+        counts = score(options, network, archs, decoded, digest, calibration, arithmetic, part)
     if is_main_process() and part is None:
         write_results(save_dir, archs, counts)
         warn_if_guessing(counts, len(images.classes), "the best sub-network")
@@ -133,24 +131,22 @@ def score(
     options: Options,
     network: ElasticResNet,
     archs: dict[str, Architecture],
-    images: ImageList,
-    order: np.ndarray,
+    decoded: ScoredImages,
+    digest: str,
     calibration: paddle.Tensor | None,
     arithmetic: Arithmetic,
     part: Part | None,
 ) -> Counts:
-    """Hits of all architectures on the images of ``order``; complete in the main process."""
-    decoded = decoded_images(options, images, order)
-    names = shared_hash(decoded.hash, images.select(order))
-    checkpoint = find_checkpoint(options.ckpt_dir)
-    whose = evaluation_identity(checkpoint, names, options.backbone, arithmetic, calibration)
+    """Hits of all architectures on the images; complete in the main process.
+
+    ``digest`` is that of the file of ``network``'s weights."""
+    whose = evaluation_identity(digest, decoded, options.backbone, arithmetic, calibration)
     settings = ScoringSettings(
         calibration,
         options.chunk_size,
         options.target_tau,
         wanted_variant(arithmetic, calibration, options.fused == "auto"),
         part,
-        copies=list_hash(images, order, options.image_size, times=False),
     )
     whose["architecture_list"] = architectures_hash(archs)
     return evaluate_shared(network, archs, decoded, Path(options.save_dir), whose, settings)

@@ -58,10 +58,10 @@ def main() -> None:
         temperature=options.temperature,
     )
     if options.initial_weights:
-        start_contrast_from_checkpoint(network, options.initial_weights, images.classes)
+        digest = start_contrast_from_checkpoint(network, options.initial_weights, images.classes)
     else:
         require(options, "pretrained")
-        teacher = pretrained_network(options, images.classes, space)
+        teacher, digest = pretrained_network(options, images.classes, space)
         start_from_pretrained(network.backbone, teacher, reorder=options.recipe == "own")
         network.reset_key_encoder()
     if options.freeze_bn:
@@ -85,7 +85,7 @@ def main() -> None:
     }[options.stage1_views]
     loader = training_loader(options, images, views)
     prepare(model, options, len(loader))
-    fit(model, options, loader)
+    fit(model, options, loader, files={"initial_weights": digest})
 
 
 if __name__ == "__main__":

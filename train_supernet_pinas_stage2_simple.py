@@ -40,10 +40,12 @@ def main() -> None:
     images = training_images(options)
     space = space_of(options)
     network = build_network(options.backbone, len(images.classes), space)
-    teacher = pretrained_network(options, images.classes, space)
+    teacher, digest = pretrained_network(options, images.classes, space)
+    files = {"initial_weights": digest, "teacher": digest}
     frozen = False
     if options.initial_weights:
-        frozen = start_from_checkpoint(network, options.initial_weights, images.classes).freeze_bn
+        initial = start_from_checkpoint(network, options.initial_weights, images.classes)
+        frozen, files["initial_weights"] = initial.freeze_bn, initial.digest
     else:
         start_from_pretrained(network, teacher)
     if options.train_flag:
@@ -67,7 +69,9 @@ def main() -> None:
     if options.eval_freq or not options.train_flag:
         measure = measurement(options, network, teacher, frozen, images)
     if options.train_flag:
-        fit(model, options, loader, measure)
+        if options.in_place_distillation:
+            del files["teacher"]
+        fit(model, options, loader, measure, files)
     else:
         logger.info("validation: %s", figures_text(measure()))
     leave()

@@ -26,7 +26,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Indices of image folders go to a folder of the tests', not to the user's."""
+    """Decoded images go to a folder of the tests', not to the user's."""
     # Matplotlib says so when it lists the fonts; programs under test find the list made here.
     import matplotlib.font_manager
 

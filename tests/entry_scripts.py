@@ -31,15 +31,20 @@ LAUNCHERS = {
 }
 
 
-def noise_images(root: Path, number: int = 2) -> Path:
-    """So many training and validation images in each of ten classes."""
-    rng = np.random.default_rng(0)
+def noise_images(root: Path, number: int = 2, seed: int = 0, suffix: str = ".png") -> Path:
+    """So many training and validation images in each of ten classes, all of one time.
+
+    Those of other seeds have the same names and, as ``.bmp``, the same sizes.
+    """
+    rng = np.random.default_rng(seed)
     for split in ("train", "val"):
         for name in CLASSES:
             (root / split / name).mkdir(parents=True)
             for index in range(number):
                 pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+                path = root / split / name / f"{index}{suffix}"
+                Image.fromarray(pixels).save(path)
+                os.utime(path, (1_500_000_000, 1_500_000_000))
     return root
 
 

@@ -158,9 +158,9 @@ def images_for(size, number, classes=10, seed=1):
 
 
 class Images:
-    """What the engine takes of :class:`hnas.evaluation.images.ImagesOnDemand`: noise of 32 px."""
+    """What the engine takes of :class:`hnas.evaluation.images.ScoredImages`: noise of 32 px."""
 
-    size = 32
+    size, copies = 32, ""
 
     def __init__(self, number, classes):
         self.batches = images_for(self.size, number, classes, seed=2)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import ROOT
 from safetensors.numpy import load_file
 
 from hnas.base.errors import UserError
-from hnas.base.files import replacing
+from hnas.weights import loading
 from hnas.weights.checkpoint import (
     generators_state,
     load_training,
     newest_set,
+    optimizer_state,
+    read_progress,
     remove_set,
     restore_generators,
     save_training,
@@ -54,48 +55,20 @@ def test_what_is_written_is_read_back_by_others(suffix, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.sha256"]
 
 
-# A process whose files may not grow beyond a limit sees the same as on a full disk.
-FULL_DISK = """
-import resource, sys
-import numpy as np
-from hnas.base.errors import UserError
-from hnas.weights.loading import write_state
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for path in sys.argv[1:]:
-    try:
-        write_state(path, {"a": np.zeros(1_000_000, np.float32)})
-    except UserError as error:
-        print(error)
-"""
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
-    paths = [tmp_path / f"0{suffix}" for suffix in (".pdparams", ".safetensors")]
-    for path in paths:
-        write_state(path, {"a": paddle.ones([3])})
+@pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
+def test_a_full_disk_leaves_the_previous_checkpoint(suffix, tmp_path):
+    path, limits = tmp_path / f"0{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_state(path, {"a": paddle.ones([3])})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    command = [sys.executable, "-c", FULL_DISK, *map(str, paths)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == [f"cannot write {path}: File too large" for path in paths]
+    # A process whose files may not grow beyond a limit sees the same as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot write {path}: File too large"):
+            write_state(path, {"a": np.zeros(1_000_000, np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    for path in paths:
-        np.testing.assert_array_equal(read_weights(path)["a"], np.ones(3, np.float32))
-
-
-def test_an_error_while_writing_leaves_the_previous_file(tmp_path):
-    path = tmp_path / "a"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*file/a: "), replacing(tmp_path / "file/a"):
-        pass
+    np.testing.assert_array_equal(read_weights(path)["a"], np.ones(3, np.float32))
 
 
 def trained(steps: int):
@@ -115,7 +88,8 @@ def trained(steps: int):
 def test_a_set_restores_weights_and_velocity(tmp_path):
     network = save_at(tmp_path, "0-3", 3)
     other, optimizer = trained(0)
-    progress = load_training(tmp_path / "0-3", other, optimizer)
+    progress = read_progress(tmp_path / "0-3")
+    load_training(tmp_path / "0-3", other, optimizer, progress)
     assert progress["step"] == 3
     assert_equal(arrays_of(other), arrays_of(network))
     # The learning rate follows from the position, which fit sets.
@@ -129,11 +103,12 @@ def test_a_set_restores_weights_and_velocity(tmp_path):
 def test_a_resumed_set_keeps_velocities_that_no_step_has_used_since(tmp_path):
     save_at(tmp_path, "0-3", 3)
     network, optimizer = trained(0)
-    progress = load_training(tmp_path / "0-3", network, optimizer)
+    progress = read_progress(tmp_path / "0-3")
+    load_training(tmp_path / "0-3", network, optimizer, progress)
     network[0](paddle.ones([3, 4])).sum().backward()
     optimizer.step()
     save_training(tmp_path / "0-4", network, optimizer, progress)
-    before, after = (read_state(tmp_path / f"{name}.pdopt") for name in ("0-3", "0-4"))
+    before, after = (read_state(tmp_path / f"{name}.pdopt")[0] for name in ("0-3", "0-4"))
     assert np.abs(before["1.weight@_velocity_0"]).max() > 0
     np.testing.assert_array_equal(after["1.weight@_velocity_0"], before["1.weight@_velocity_0"])
     assert (after["0.weight@_velocity_0"] != before["0.weight@_velocity_0"]).any()
@@ -180,8 +155,22 @@ def test_a_crash_between_the_files_never_mixes_sets(written, tmp_path):
     network, optimizer = trained(0)
     before = arrays_of(network)
     with pytest.raises(UserError):
-        load_training(tmp_path / "0", network, optimizer)
+        load_training(tmp_path / "0", network, optimizer, read_progress(tmp_path / "0"))
     assert_equal(arrays_of(network), before)
+
+
+def test_a_set_that_is_replaced_while_it_is_read_is_not_mixed(tmp_path, monkeypatch):
+    save_at(tmp_path, "0", 1)
+    load, progress = loading.load_pickle, read_progress(tmp_path / "0")
+
+    def read(*args):
+        if args[0] == Path(f"{tmp_path}/0.pdparams"):
+            write_state(tmp_path / "0.pdopt", optimizer_state(*trained(3)))
+        return load(*args)
+
+    monkeypatch.setattr(loading, "load_pickle", read)
+    with pytest.raises(UserError, match=r"0\.pdopt and .*0\.pdstates are not of one set"):
+        load_training(tmp_path / "0", *trained(0), progress)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -215,5 +204,5 @@ def test_generators_go_on_where_they_were(tmp_path):
     write_state(tmp_path / "a.pdstates", {"generators": generators_state()})
     expected = draw()
     assert draw() != expected
-    restore_generators(read_state(tmp_path / "a.pdstates")["generators"])
+    restore_generators(read_state(tmp_path / "a.pdstates")[0]["generators"])
     assert draw() == expected

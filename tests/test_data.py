@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import noise_images
 from paddle.vision.transforms import CenterCrop, Resize
 from PIL import Image
 
@@ -32,7 +33,7 @@ from hnas.dataset.transforms import (
     normalize,
     shift_hue,
 )
-from hnas.evaluation.images import Batches, DecodedImages, ImagesOnDemand
+from hnas.evaluation.images import Batches, ScoredImages
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images
 
@@ -313,15 +314,22 @@ def test_a_damaged_file_is_made_anew(case, folder, tmp_path, caplog):
 
 
 def test_the_file_is_used_again_until_something_changes(folder, tmp_path, monkeypatch):
-    shutil.copytree(folder, tmp_path / "images")
-    images, cache = scan_images(tmp_path / "images", "train"), tmp_path / "cache"
+    images, cache = scan_images(folder, "train"), tmp_path / "cache"
     first = ImageStore(images, Shrink(32), cache)
     assert ImageStore(images, Shrink(33), cache).path != first.path
-    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(images.paths[0])
-    changed = ImageStore(images, Shrink(32), cache)
-    assert changed.path != first.path and not changed[0].any()
-    monkeypatch.setattr(image_store, "decode_image", None)
-    np.testing.assert_array_equal(ImageStore(images, Shrink(32), cache).pixels, changed.pixels)
+    monkeypatch.setattr(image_store, "decoded", None)
+    np.testing.assert_array_equal(ImageStore(images, Shrink(32), cache).pixels, first.pixels)
+
+
+def test_a_common_cache_knows_whose_images_it_holds(tmp_path, monkeypatch):
+    """Names, sizes and times are equal; as in containers the path, too, or the sampled pixels."""
+    for seed, sample, name in ((0, 16, "moved"), (1, 16, "one"), (2, 0, "two"), (3, 0, "three")):
+        place = noise_images(tmp_path / f"data{max(seed, 1)}", seed=seed, suffix=".bmp")
+        monkeypatch.setattr(image_store, "SAMPLED", sample)
+        images = scan_images(place, "train")
+        store = ImageStore(images, Shrink(64), tmp_path / "cache")
+        np.testing.assert_array_equal(store[3], np.asarray(Image.open(images.paths[3])))
+        place.rename(tmp_path / name)
 
 
 def test_what_cannot_be_decoded_or_written_leaves_no_file(bad, folder, tmp_path):
@@ -341,9 +349,9 @@ def test_what_cannot_be_decoded_or_written_leaves_no_file(bad, folder, tmp_path)
 def test_images_to_score_on_are_the_same_in_memory_in_a_file_and_on_demand(folder, tmp_path):
     images, order = scan_images(folder, "train"), np.array([7, 0, 11, 3, 4])
     ways = [
-        DecodedImages(images, order, 32, 1.0, tmp_path / "memory"),
-        DecodedImages(images, order, 32, 0.0, tmp_path / "file"),
-        ImagesOnDemand(images, order, 32),
+        ScoredImages(images, order, 32, tmp_path / "memory", 1.0),
+        ScoredImages(images, order, 32, tmp_path / "file", 0.0),
+        ScoredImages(images, order, 32),
     ]
     expected = np.stack([EvalTransform(32)(Image.open(images.paths[i])) for i in order])
     for way in ways:
@@ -354,7 +362,7 @@ def test_images_to_score_on_are_the_same_in_memory_in_a_file_and_on_demand(folde
         labels = np.concatenate([labels for _, labels in batches])
         np.testing.assert_array_equal(labels, images.labels[order])
     assert not (tmp_path / "memory").exists() and len([*(tmp_path / "file").glob("*.pixels")]) == 1
-    assert DecodedImages(images, order[::-1], 32, 1.0, tmp_path).hash != ways[0].hash
+    assert ScoredImages(images, order[::-1], 32).hash != ways[0].hash
 
 
 # --- calibration

@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import sys
+from types import SimpleNamespace
 
 import gpu_fakes
 import paddle
@@ -145,15 +146,14 @@ def test_device_and_rounding_are_logged(monkeypatch, caplog, tmp_path):
     assert str(off) == f"NVIDIA A100-SXM4-80GB, float32, amp O0, Paddle {paddle.__version__}"
 
 
-def test_all_of_the_arithmetic_is_in_the_setting_of_a_state(tmp_path):
-    checkpoint = tmp_path / "net.pdparams"
-    checkpoint.write_bytes(b"weights")
+def test_all_of_the_arithmetic_is_in_the_setting_of_a_state():
+    images = SimpleNamespace(hash="1" * 64, copies="2" * 64, sample="3" * 64)
     ran = Arithmetic("NVIDIA H100", True, "O0", False, "3.3.1")
     changes = {"device": "NVIDIA A100", "tf32": False, "amp": "O1", "deterministic": True}
     changes["paddle"] = "3.4.0"
     others = [dataclasses.replace(ran, **{name: value}) for name, value in changes.items()]
     settings = [
-        evaluation_identity(checkpoint, "i" * 64, "resnet48_mini", each, None)["setting"]
+        evaluation_identity("c" * 64, images, "resnet48_mini", each, None)["setting"]
         for each in (ran, *others)
     ]
     assert settings[0] == "resnet48_mini, NVIDIA H100, TF32, amp O0, Paddle 3.3.1"

@@ -21,7 +21,11 @@ from hnas.evaluation.results import STATE_FILE, StateError, save_state
 from hnas.programs.options import Options
 from hnas.ranking.agreement import Agreement
 from hnas.search_space import RESNET48_MINI
+from hnas.tools import export, search, train_standalone
+from hnas.weights import loading
+from hnas.weights.loading import load_supernet, write_state
 
+DEMO = Path(__file__).parents[1] / "checkpoint_files/demo_stage2.pdparams"
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
 ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
 
@@ -169,14 +173,6 @@ def test_a_stop_by_the_ranking_is_the_same_whoever_did_which_chunk(tmp_path):
     assert whole.complete().images == 1000 and whole.agreement == Agreement(1, 1, 1)
 
 
-def test_counts_add_up_by_fold():
-    whole, together = counts_of(np.eye(3, 50, 20)), Counts.zeros(3)
-    for start, stop in ((0, 7), (7, 8), (8, 40), (40, 50)):
-        together.add(counts_of(np.eye(3, 50, 20)[:, start:stop]))
-    np.testing.assert_array_equal(together.folds, whole.folds)
-    assert together.images == 50 and together.top1.tolist() == whole.top1.tolist()
-
-
 def test_the_main_process_waits_for_chunks_of_others(tmp_path, monkeypatch):
     main, helper = begun(tmp_path, monkeypatch, 2)
     for chunk in main.chunks():
@@ -210,9 +206,70 @@ def test_chunks_are_even(limit, images, processes):
         assert -(-chunks // processes) <= -(-images // (limit * processes))
 
 
+# --- whose counts they are
+
+REAL = {"backbone": "resnet48_mini", "bn_calibration_images": 0}
+LARGEST = RESNET48_MINI.largest()
+PROGRAMS = [  # flags, and what says whose the result is
+    (train_supernet, {"eval_sample_num": 2, "target_tau": 0.8}, STATE_FILE),
+    (search, {"generations": 0, "population": 2, "max_macs": 1e9}, f"generation_0000/{STATE_FILE}"),
+    (export, {"arch": LARGEST.code}, "card.json"),
+    (train_standalone, {"arch": LARGEST.code, "max_epoch": 1}, "run.json"),
+]
+
+
+@pytest.mark.parametrize(("program", "flags", "file"), PROGRAMS)
+def test_what_was_read_is_named_though_other_weights_took_its_place(
+    program, flags, file, tmp_path, monkeypatch, caplog
+):
+    path, network = tmp_path / "weights.pdparams", load_supernet(DEMO)
+    network = network.extract(LARGEST) if program is train_standalone else network
+    digest, load = write_state(path, network.state_dict()), loading.load_pickle
+
+    def read(*args):
+        found = load(*args)
+        write_state(path, {name: 2 * value for name, value in network.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(loading, "load_pickle", read)
+    flags = {**REAL, "ckpt_dir": path, "init": path, **flags}
+    run(program, monkeypatch, noise_images(tmp_path / "images"), tmp_path / "out", **flags)
+    assert ("there is nowhere to stop" in caplog.text) == ("target_tau" in flags)
+    # NumPy writes four bytes a letter.
+    assert digest.encode() in (tmp_path / "out" / file).read_bytes().replace(b"\0", b"")
+
+
+def test_counts_of_images_of_other_pixels_are_none_of_these(tmp_path, monkeypatch, caplog):
+    """Of equal names, sizes and times; images that were moved are the same."""
+    caplog.set_level("INFO")
+    images = noise_images(tmp_path / "images", seed=0, suffix=".bmp")
+    twin = noise_images(tmp_path / "twin", seed=1, suffix=".bmp")
+    flags = {**REAL, "ckpt_dir": DEMO, "eval_sample_num": 3, "chunk_size": 7}
+
+    def score(images, name="out", **more):
+        run(train_supernet, monkeypatch, images, tmp_path / name, **flags, **more)
+
+    score(images, "parts", images_part="1/2")
+    score(images)
+    images.rename(tmp_path / "moved")
+    twin.rename(images)
+    for name in ("parts", "out"):
+        with pytest.raises(StateError, match=r"of other settings: image pixels \w+ instead of"):
+            score(images, name)
+    with np.load(tmp_path / "out" / STATE_FILE) as file:
+        older = {name: file[name] for name in file.files if name != "identity_image_pixels"}
+    before = (tmp_path / "out/submission.json").read_bytes()
+    for told in (False, True):
+        caplog.clear()
+        score(tmp_path / "moved")
+        assert ("does not say which pixels" in caplog.text) == told
+        assert "continuing after 20 of 20 images" in caplog.text
+        assert (tmp_path / "out/submission.json").read_bytes() == before
+        np.savez(tmp_path / "out" / STATE_FILE, **older)
+
+
 # --- parts of the images
 
-DEMO = Path(__file__).parents[1] / "checkpoint_files/demo_stage2.pdparams"
 FILES = ("submission.json", "submission_top5.json", "channel_sample.txt", "estimates.json")
 COPIES = "k" * 64
 PARTS_IDENTITY = {**IDENTITY, "image_list": COPIES}
@@ -301,42 +358,23 @@ def gathered(folder: Path, starts=(0, 5, 10, 15, 20), **changes) -> None:
         save_state(folder / f"eval_chunk_{start:08d}.npz", whose, 5, counts, start)
 
 
-def copied(folder, name):
-    gathered(folder)
-    shutil.copy(folder / "eval_chunk_00000005.npz", folder / name)
-
-
 def other_size(folder):
     gathered(folder)
     save_state(folder / "eval_chunk_00000004.npz", PARTS_IDENTITY, 4, chunk_counts(4, 8), 4)
 
 
-def cut(folder):
-    gathered(folder)
-    path = folder / "eval_chunk_00000010.npz"
-    path.write_bytes(path.read_bytes()[:-30])
+# Words of the error, what is in the folder. Others are in test_hostile_scores.
+NOT_GATHERED = {
+    "has chunks of ": other_size,
+    "checkpoint dddd": lambda f: gathered(f, checkpoint="d" * 64),
+    "image list jjjj": lambda f: gathered(f, image_list="j" * 64),
+    "00000010.* image list": lambda f: [gathered(f), gathered(f, (10,), image_list="j" * 64)],
+}
 
 
-NOT_GATHERED = {  # what is in the folder, words of the error
-    "a double": (lambda f: copied(f, "eval_chunk_00000005_of_part_2.npz"), "none of this program"),
-    "a double in another's place": (lambda f: copied(f, "eval_chunk_00000010.npz"), "copied or"),
-    "chunks that overlap": (other_size, "has chunks of "),
-    "a broken file": (cut, "is broken"),
-    "another checkpoint": (lambda f: gathered(f, checkpoint="d" * 64), "checkpoint dddd"),
-    "other images": (lambda f: gathered(f, image_list="j" * 64), "image list jjjj"),
-    "one with other images": (
-        lambda f: [gathered(f), gathered(f, (10,), image_list="j" * 64)], "00000010.* image list"),
-    "more images": (
-        lambda f: [gathered(f), save_state(
-            f / "eval_chunk_00000020.npz", PARTS_IDENTITY, 5, chunk_counts(20, 25), 20)],
-        "cannot of 23"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", NOT_GATHERED)
-def test_what_does_not_belong_together_is_refused(case, tmp_path):
-    gather, words = NOT_GATHERED[case]
-    gather(tmp_path)
+@pytest.mark.parametrize("words", NOT_GATHERED)
+def test_what_does_not_belong_together_is_refused(words, tmp_path):
+    NOT_GATHERED[words](tmp_path)
     with pytest.raises(StateError, match=words) as error:
         Ledger(tmp_path, IDENTITY, ARCHS, 23, copies=COPIES)
     assert "\n" not in str(error.value) and "eval_chunk_" in str(error.value)

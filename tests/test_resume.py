@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
+import tempfile
 import time
 
 import pytest
 from entry_scripts import TIMEOUT, Runs, write_inputs
 
 from hnas.parallel.distributed import StopSignals
+from hnas.utils.starting import NEUTRAL_FLAGS
+from hnas.weights.loading import write_state
 
 CLASSES, IMAGES, BATCH = 10, 2, 4
 STEPS = CLASSES * IMAGES // BATCH
@@ -42,6 +46,54 @@ def test_training_changes_weights_and_leaves_what_resuming_needs(runs, undisturb
         assert len(runs.losses(folder)) == 2
         assert {path.name for path in (runs.work / folder).iterdir()} == expected
     assert runs.weights(undisturbed[1], "0")["queue_pointer"].tolist() == [STEPS * BATCH % 16]
+
+
+NEUTRAL = {
+    "save_freq": 2,
+    "save_steps": 1,
+    "keep": 1,
+    "log_freq": 7,
+    "eval_freq": 1,
+    "num_workers": 1,
+    "bn_calibration_images": 3,
+    "device": "auto",
+    "verify_images": True,
+    "bad_images": "skip",
+    "image_dir": "./images",
+    "pretrained": "./pretrained",
+    "ckpt_dir": "./none",
+    "cache_dir": "C",
+    "modelarch_file": "M",
+    "init": "I",
+}
+# What test_validation tries, or what has to be as it is here.
+ELSEWHERE = {"rank_gt", "save_dir", "save_dir_new", "resume", "train_flag", "visualdl_dir"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "told", "code"),
+    [
+        (1, NEUTRAL, "resumed from", 0),
+        (2, NEUTRAL, "resumed from", 0),
+        (1, {"pretrained": "./other"}, "other weights to start from than before: no matter", 0),
+        (2, {"use_ckpt": True, "ckpt_dir": "./other"}, "other values than before: use_ckpt", 0),
+        (2, {"pretrained": "./other"}, "is of another teacher than --pretrained .*other; give", 2),
+    ],
+)
+def test_what_differs_on_resume_is_neutral_named_or_refused(
+    stage, changes, told, code, runs, undisturbed
+):
+    assert {*NEUTRAL} | ELSEWHERE == NEUTRAL_FLAGS
+    weights = runs.weights(".", "pretrained")
+    write_state(runs.work / "other.pdparams", {k: 2 * value for k, value in weights.items()})
+    before, after = runs.work / undisturbed[stage], tempfile.mkdtemp(dir=runs.work)
+    for path in (*before.glob("0.*"), before / "run_id.json"):
+        shutil.copy(path, after)
+    changes = {k: str(v).replace("./", f"{runs.work}/./") for k, v in changes.items()}
+    output = runs.run(stage, after, code=code, resume="auto", **changes)
+    assert re.search(told, output) and ("other values" in told) == ("other values" in output)
+    if code == 0 and "use_ckpt" not in changes:
+        runs.assert_same(after, undisturbed[stage])
 
 
 @pytest.mark.slow

@@ -18,14 +18,14 @@ import pytest
 from hnas.base import files
 from hnas.base.errors import UserError
 from hnas.base.files import read_json, write_json
-from hnas.base.safe_pickle import load_pickle
 from hnas.programs.options import Options
-from hnas.utils import training
+from hnas.utils import starting, training
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.weights.checkpoint import OPTIMIZER, RUN_NOTE, STATES, generators_state, noted_run
-from hnas.weights.loading import file_digest, read_weights, write_state
+from hnas.weights.loading import file_digest, read_state, read_weights, write_state
 
 IMAGES, EPOCHS, WARMUP, LR = 64, 4, 1, 0.5
+PIXELS = "p" * 64
 
 
 class Killed(Exception):  # noqa: N818 (as a signal is no error)
@@ -72,7 +72,7 @@ class Recorder(ResumableModel):
         return {**logs, "parts": [("code", logs["loss"])]}
 
 
-def train_to(folder, batch, processes=1, kill_at=None, measure=None, **flags):
+def train_to(folder, batch, processes=1, kill_at=None, measure=None, pixels=PIXELS, **flags):
     """Train ``EPOCHS`` epochs with a batch and processes; gives the model, killed or not."""
     flags = {"lr": LR, "warmup": WARMUP, "max_epoch": EPOCHS, "momentum": 0.0} | flags
     flags = {"save_dir": str(folder), "onednn": False, "weight_decay": 0.0, "save_steps": 0} | flags
@@ -80,6 +80,7 @@ def train_to(folder, batch, processes=1, kill_at=None, measure=None, **flags):
     with paddle.utils.unique_name.guard(), pytest.MonkeyPatch.context() as patch:
         # These tests kill no machine.
         patch.setattr(files, "_flush", lambda path: None)
+        patch.setattr(starting, "sample_digest", lambda images: pixels)
         model = Recorder()
         loader = Loader(batch * processes, kill_at)
         with patch.context() as prepared:
@@ -165,20 +166,13 @@ def test_the_rate_follows_the_position_whatever_the_batches_were(
 
 
 def test_a_run_that_was_killed_is_the_same_to_the_bit(train, tmp_path):
-    flags = {"momentum": 0.9, "save_steps": 3}
+    """Also after an epoch that save_freq leaves out: within epochs a set is due at each end."""
+    flags = {"momentum": 0.9, "save_freq": 3, "save_steps": 4}
     whole = train(8, save_dir=str(tmp_path / "whole"), **flags)
     train(8, kill_at=(0, 5), **flags)
     train(8, kill_at=(2, 1), resume="auto", **flags)
-    assert same_weights(train(8, resume="auto", **flags), whole)
-
-
-def test_an_epoch_that_is_not_due_is_saved_after_its_last_step(train, tmp_path):
-    """save_freq 3 leaves out epoch 1; within epochs a set is due at each end."""
-    flags = {"save_freq": 3, "save_steps": 8}
-    train(8, kill_at=(2, 1), **flags)
     resumed = train(8, resume="auto", **flags)
-    assert min(resumed.rates) == (2, 0)
-    assert same_weights(resumed, train(8, save_dir=str(tmp_path / "whole")))
+    assert min(resumed.rates) == (2, 0) and same_weights(resumed, whole)
 
 
 # --- whose run a set is
@@ -230,6 +224,8 @@ def test_within_an_epoch_other_batches_are_refused_and_another_rate_holds_at_onc
     message = "middle of an epoch, and batch_size, total_batch differ now; resume with the same"
     with pytest.raises(UserError, match=message):
         train(16, resume="auto")
+    with pytest.raises(UserError, match="middle of an epoch, and image_pixels differ now"):
+        train(8, resume="auto", pixels="q" * 64)
     model = train(8, resume="auto", lr=LR / 3)
     assert "resumed with other values than before: lr" in caplog.messages
     assert min(model.rates) == (1, 2)
@@ -443,8 +439,8 @@ def put(content, path, value):
 
 def forge(folder, *changes, suffix=STATES):
     """Change what a file of the set holds, and the digests that vouch for it."""
-    state = load_pickle(folder / f"1{STATES}")
-    content = state if suffix == STATES else load_pickle(folder / f"1{suffix}")
+    state, _ = read_state(folder / f"1{STATES}")
+    content = state if suffix == STATES else read_state(folder / f"1{suffix}")[0]
     for path, value in changes:
         content = put(content, path, value)
     write_state(folder / f"1{suffix}", content)
@@ -476,6 +472,15 @@ def test_a_forged_state_is_one_line_and_nothing_of_it_is_kept(
     assert bool(passed) == ("no whole set" in message)
     if path in ("epoch", "step", "losses"):
         assert np.random.get_state()[1].tobytes() == before
+
+
+def test_what_an_older_set_does_not_say_is_named(train, killed, tmp_path, caplog):
+    shutil.copytree(killed, tmp_path / "run")
+    forge(tmp_path / "run", ("run/image_pixels", MISSING), ("run/use_ckpt", MISSING))
+    with caplog.at_level(logging.INFO):
+        train(8, resume="auto")
+    told = "run/1 does not say use_ckpt, image_pixels: taken to be as now"
+    assert told in caplog.text and "other values" not in caplog.text
 
 
 @pytest.mark.parametrize(("path", "value"), cases(FORGED_OPTIMIZERS))

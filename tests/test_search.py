@@ -17,7 +17,7 @@ from hnas.architecture_file import read_accuracies
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import scan_images
 from hnas.evaluation.evolution import Budget, Evolution, crossed, mutated
-from hnas.evaluation.images import DecodedImages, balanced_order
+from hnas.evaluation.images import ScoredImages, balanced_order
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.pinasv2 import build_network
@@ -189,7 +189,7 @@ def test_accuracies_are_the_reference_engines(whole, digits):
     start_from_checkpoint(network, str(CHECKPOINT), [str(label) for label in range(10)])
     images = scan_images(digits, "val")
     order = balanced_order(images.labels, 0)[:IMAGES]
-    batch = DecodedImages(images, order, 32, 1.0, whole).batch(0, IMAGES)
+    batch = ScoredImages(images, order, 32).batch(0, IMAGES)
     options = search.parse_options(search.Stage.SEARCH, flags(digits, whole))
     calibration = search.calibration_images(options, False)
     for (name, arch), accuracy in list(zip(archs.items(), accuracies, strict=True))[::4]:

@@ -257,9 +257,13 @@ def test_results_of_other_images_are_not_mixed(work, tmp_path):
     for split in ("train", "val"):
         shutil.rmtree(tmp_path / "images", ignore_errors=True)
         shutil.copytree(work / "images", tmp_path / "images")
-        sorted((tmp_path / "images" / split / "3").iterdir())[0].unlink()
+        image, kind = tmp_path / "images" / split / "0/0.png", split.removeprefix("train")
+        Image.new("RGB", (40, 40)).save(image)
         message = refusal(work, image_dir=tmp_path / "images")
-        assert f"settings: {'images' if split == 'train' else 'val images'} " in message
+        assert f"settings: {kind or 'image'} pixels " in message
+        image.unlink()
+        message = refusal(work, image_dir=tmp_path / "images")
+        assert f"settings: {f'{kind} images'.strip()} " in message
 
 
 def test_results_of_unknown_origin(work, tmp_path):

@@ -20,6 +20,7 @@ import numpy as np
 from hnas.base.errors import UserError
 
 DIGEST = ".sha256"
+SHA256 = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 KINDS = "biufU"
 """Of arrays: booleans, whole numbers, floats and text."""
 # Of temporary files: process number and a random one.
@@ -142,12 +143,15 @@ def write_digest(path: str | Path, digest: str = "") -> None:
 
 
 def recorded_digest(path: str | Path) -> str | None:
-    """The SHA-256 that stands beside a file; None: there is none."""
+    """The SHA-256 that stands beside a file or what it links to; None: there is none."""
     recorded = digest_path(path)
     if not recorded.is_file():
+        recorded = digest_path(Path(path).resolve())
+    if not recorded.is_file():
         return None
-    words = recorded.read_text(encoding="utf-8", errors="replace").split()
-    return words[0] if words else ""
+    # Tools of Windows write upper case, in UTF-16 or after a byte order mark.
+    found = SHA256.search(recorded.read_bytes().replace(b"\0", b"").lower())
+    return found[0].decode() if found else ""
 
 
 def is_whole(path: str | Path) -> bool:

@@ -10,8 +10,8 @@ It is the unpickler that Python itself is written in: the one in C takes 32 GB f
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -48,7 +48,7 @@ class _RefusedError(Exception):
     """The file asks for something that no state dict needs."""
 
 
-def load_pickle(path: str | Path):
+def load_pickle(path: str | Path, content: bytes):
     """The object that ``paddle.save`` wrote to ``path``, with NumPy arrays for tensors.
 
     Raises:
@@ -56,15 +56,11 @@ def load_pickle(path: str | Path):
             numbers, or a broken file. Nothing that the file names is executed.
     """
     try:
-        with open(path, "rb") as file:
-            if file.read(1) != b"\x80":
-                raise UnsafePickleError(f"{path} is not a Paddle checkpoint (no pickle header)")
-            file.seek(0)
-            return _Unpickler(file).load()
+        if content[:1] != b"\x80":
+            raise UnsafePickleError(f"{path} is not a Paddle checkpoint (no pickle header)")
+        return _Unpickler(content).load()
     except _RefusedError as error:
         raise UnsafePickleError(f"refused to load {path}: it {error}") from None
-    except OSError as error:
-        raise UnsafePickleError(f"cannot read {path}: {error.strerror or error}") from None
     except UnsafePickleError:
         raise
     except Exception as error:
@@ -75,9 +71,9 @@ def load_pickle(path: str | Path):
 class _BoundedFile:
     """A file that never allocates more than it holds, whatever length the pickle claims."""
 
-    def __init__(self, file):
-        self._file = file
-        self._size = os.fstat(file.fileno()).st_size
+    def __init__(self, content: bytes):
+        self._file = file = io.BytesIO(content)
+        self._size = len(content)
         self._reads = 0
         self.readline = file.readline
         self.tell = file.tell
@@ -142,8 +138,8 @@ class _Unpickler(pickle._Unpickler):
         for (code,) in (getattr(pickle, name) for name in INSTRUCTIONS)
     )
 
-    def __init__(self, file):
-        self._bounded = _BoundedFile(file)
+    def __init__(self, content: bytes):
+        self._bounded = _BoundedFile(content)
         super().__init__(self._bounded)
         self._copied = 0
         self._empty: dict[int, np.ndarray] = {}  # Arrays whose state is still to come.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hnas.base.errors import UserError
-from hnas.base.files import check_regular, is_whole, write_digest, write_json
+from hnas.base.files import check_regular
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -30,8 +28,6 @@ IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 MAX_ASPECT = 100
 """Longer side over shorter side. Resizing makes the shorter side some 256 px, whatever it was."""
-SETTLED_NS = 2 * 10**9
-"""A file may change again within its clock's tick without a new modification time."""
 AHEAD_PER_CORE = 8
 """Images that wait, decoded, for their turn."""
 
@@ -132,42 +128,17 @@ def _is_image_name(name: str) -> bool:
 
 
 def _bad_images(images: ImageList) -> dict[Path, str]:
-    """Why an image cannot be decoded, by its path, for those that cannot.
-
-    What was found is kept in the user's cache folder, since decoding ImageNet takes minutes of all
-    cores: an image is decoded again when its size or modification time changed, or when the kept
-    file is not there or not whole.
-    """
-    folder = hashlib.sha256(os.fsencode(images.folder.resolve())).hexdigest()[:24]
-    kept = cache_folder() / f"{folder}-decoded.json"
-    earlier = json.loads(kept.read_text(encoding="utf-8")) if is_whole(kept) else {}
-    found = {}
+    """Why an image cannot be decoded, by its path, for those that cannot."""
 
     def check(path: Path) -> str:
-        name = images.name(path)
         try:
-            stamp = stamp_of(path)
-            before, reason = earlier.get(name, (None, ""))
-            if before != stamp:
-                reason = ""
-                decode_image(path)
+            decode_image(path)
         except DataError as error:
-            reason = str(error).removeprefix(f"cannot decode image {path}: ")
-        except OSError as error:
-            return error.strerror or str(error)
-        if before == stamp or time.time_ns() - stamp[0] > SETTLED_NS:
-            found[name] = [stamp, reason]
-        return reason
+            return str(error).removeprefix(f"cannot decode image {path}: ")
+        return ""
 
     reasons = on_all_cores(check, images.paths, f"verifying {images.folder}")
-    bad = {path: reason for path, reason in zip(images.paths, reasons, strict=True) if reason}
-    try:
-        if found != earlier:
-            write_json(kept, found)
-            write_digest(kept)
-    except UserError as error:
-        logger.info("scan not cached: %s", error)
-    return bad
+    return {path: reason for path, reason in zip(images.paths, reasons, strict=True) if reason}
 
 
 def cache_folder() -> Path:

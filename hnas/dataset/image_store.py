@@ -1,13 +1,14 @@
 """Decoded images in a file: decoded once, read without a copy.
 
-The file's name stands for the images (names, sizes, modification times) and for what was made of
-them, so other images get another file. It is mapped into memory, which all loader processes share,
-and may be larger than memory. Its SHA-256 beside it is checked whenever it is opened; a damaged
-file is made anew.
+The file's name stands for the images (folder, names, sizes, modification times, pixels of some) and
+for what was made of them, so other images get another file. It is mapped into memory, which all
+loader processes share, and may be larger than memory. Its SHA-256 beside it is checked whenever it
+is opened; a damaged file is made anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +16,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hnas.base.files import is_whole, remove_leftovers, replacing, write_digest
+from hnas.base.files import file_digest, is_whole, remove_leftovers, replacing, write_digest
 from hnas.dataset.image_folder import ImageList, decode_image, list_hash, on_all_cores
 
 logger = logging.getLogger(__name__)
 
 STORED = ".pixels"
 """Suffix of the files."""
+SAMPLED = 16
+"""Images whose pixels tell a list from another one of the same names, sizes and times."""
 Make = Callable[[Image.Image], Image.Image]
 """What becomes of an image before it is kept; its ``repr`` says all of it."""
 
@@ -34,6 +37,19 @@ def decoded(images: ImageList, make: Make, bar: bool = True) -> Iterator[np.ndar
     """
     title = f"decoding {images.folder}" if bar else ""
     return on_all_cores(lambda path: np.asarray(make(decode_image(path))), images.paths, title)
+
+
+def sample_digest(images: ImageList) -> str:
+    """SHA-256 of the pixels of some of the images, evenly spread over the list.
+
+    Raises:
+        DataError: one of them cannot be decoded.
+    """
+    digest = hashlib.sha256()
+    for index in np.linspace(0, len(images) - 1, min(SAMPLED, len(images)), dtype=int):
+        image = decode_image(images.paths[index])
+        digest.update(f"{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()
 
 
 class ImageStore:
@@ -55,7 +71,9 @@ class ImageStore:
 
     def __init__(self, images: ImageList, make: Make, folder: Path):
         remove_leftovers(folder)
-        key = list_hash(images, range(len(images)), repr(make))
+        # Before they are decoded, so that one that changes meanwhile is another to later runs.
+        about = f"{make} {str(images.folder.resolve())!r} {sample_digest(images)}"
+        key = list_hash(images, range(len(images)), about)
         self.path = folder / f"{key[:32]}{STORED}"
         if not is_whole(self.path):
             if self.path.exists():
@@ -82,4 +100,6 @@ class ImageStore:
                 file.write(pixels.tobytes())
                 sizes.append(pixels.shape[:2])
             file.write(np.array(sizes, dtype=np.int64).tobytes())
-        write_digest(self.path)
+            file.flush()
+            digest = file_digest(temporary)
+        write_digest(self.path, digest)

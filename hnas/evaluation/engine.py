@@ -15,7 +15,7 @@ from hnas.base.device import Arithmetic, free_bytes, on_gpu, peak_memory
 from hnas.base.errors import PADDLE_ERRORS, UserError, is_out_of_memory, word_of
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.gpu_kernels import choose_variant, may_be_refusal
-from hnas.evaluation.images import ImagesOnDemand
+from hnas.evaluation.images import ScoredImages
 from hnas.evaluation.ledger import Ledger, Part, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
@@ -43,7 +43,6 @@ class ScoringSettings:
         target_tau: see :class:`Ledger`.
         variant: how the walk computes; None as in :class:`SharedEvaluator`.
         part: of the chunks, to be done without results; None: all.
-        copies: see :class:`Ledger`.
     """
 
     calibration: paddle.Tensor | None = None
@@ -51,13 +50,12 @@ class ScoringSettings:
     target_tau: float = 0.0
     variant: Variant | None = None
     part: Part | None = None
-    copies: str = ""
 
 
 def evaluate_shared(
     network: ElasticResNet,
     archs: Mapping[str, Architecture],
-    images: ImagesOnDemand,
+    images: ScoredImages,
     save_dir: Path,
     identity: Mapping[str, str],
     settings: ScoringSettings,
@@ -89,7 +87,7 @@ def evaluate_shared(
         evaluator = SharedEvaluator(network, list(archs.values()), calibration, settings.variant)
     else:
         evaluator.take(list(archs.values()))
-    how = settings.target_tau, is_main_process(), settings.part, settings.copies
+    how = settings.target_tau, is_main_process(), settings.part, images.copies
     ledger = Ledger(save_dir, identity, archs, len(images), *how)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
@@ -114,7 +112,7 @@ class Walks:
 
     network: ElasticResNet
     archs: list[tuple[str, Architecture]]
-    images: ImagesOnDemand
+    images: ScoredImages
     calibration: paddle.Tensor | None
     evaluator: SharedEvaluator  # of the network, for ``archs``; it keeps what the device can
 
@@ -197,7 +195,7 @@ def wanted_variant(
     return chosen
 
 
-def default_chunk(space: SearchSpace, images: ImagesOnDemand, evaluator: SharedEvaluator) -> int:
+def default_chunk(space: SearchSpace, images: ScoredImages, evaluator: SharedEvaluator) -> int:
     """Images a walk: what the memory allows, in as many chunks for every process."""
     free = free_bytes() if on_gpu() else free_bytes() / local_ranks()
     memory = free * (GPU_SHARE if on_gpu() else CPU_SHARE)
@@ -233,7 +231,7 @@ def describe(
     evaluator: SharedEvaluator,
     space: SearchSpace,
     archs: Mapping[str, Architecture],
-    images: ImagesOnDemand,
+    images: ScoredImages,
     ledger: Ledger,
 ) -> None:
     """Log what is going to be done, and what makes it slow."""

@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 
 from hnas.dataset.image_folder import ImageList, list_hash
-from hnas.dataset.image_store import ImageStore, decoded
+from hnas.dataset.image_store import ImageStore, decoded, sample_digest
 from hnas.dataset.transforms import CentreCrop
 
 
@@ -32,73 +32,75 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     return np.lexsort((position, turn))
 
 
-class ImagesOnDemand:
-    """Centre crops of images in a given order, decoded when a batch is asked for, and not kept.
+class ScoredImages:
+    """Centre crops of images in a given order.
 
-    For one of several processes, which goes once through the images of its own chunks.
+    They are decoded now; or, without a ``folder``, when a batch is asked for, and not kept: for one
+    of several processes, which goes once through the images of its own chunks.
 
     Args:
         images: where they come from.
         order: indices into ``images``.
         size: height and width in px.
+        folder: for a file, which a later run with the same images uses again.
+        limit_gb: most memory to take, GiB; more images go to that file.
 
     Attributes:
         hash: of which images these are, see :func:`list_hash`.
+        copies: the same without times, which copies of the images have as well.
+        sample: of the pixels of some, see :func:`sample_digest`.
         labels: int64, in that order.
+
+    Raises:
+        DataError: an image cannot be decoded.
     """
 
-    def __init__(self, images: ImageList, order: np.ndarray, size: int):
+    def __init__(
+        self,
+        images: ImageList,
+        order: np.ndarray,
+        size: int,
+        folder: Path | None = None,
+        limit_gb: float = 0.0,
+    ):
+        self._images, self._crop = images.select(order), CentreCrop(size)
+        # Before they are decoded, so that one that changes meanwhile is another to later runs.
         self.hash = list_hash(images, order, size)
+        self.copies = list_hash(images, order, size, times=False)
+        self.sample = sample_digest(self._images)
         self.labels = images.labels[order]
         self.size = size
-        self._images, self._crop = images.select(order), CentreCrop(size)
+        self._kept = None if folder is None else self._all(folder, limit_gb)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, start: int, stop: int) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Images [N, 3, S, S] uint8 and labels [N] of the positions from ``start`` to ``stop``."""
-        pixels = np.ascontiguousarray(self._pixels(start, stop))
+        if self._kept is None:
+            chosen = self._images.select(np.arange(start, min(stop, len(self))))
+            pixels = np.stack([*decoded(chosen, self._crop, bar=False)])
+        else:
+            pixels = self._kept[start:stop]
+        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         return paddle.to_tensor(pixels), paddle.to_tensor(self.labels[start:stop])
 
-    def _pixels(self, start: int, stop: int) -> np.ndarray:
-        chosen = self._images.select(np.arange(start, min(stop, len(self))))
-        return np.stack([*decoded(chosen, self._crop, bar=False)]).transpose(0, 3, 1, 2)
-
-
-class DecodedImages(ImagesOnDemand):
-    """As :class:`ImagesOnDemand`, but all are decoded now.
-
-    Args:
-        limit_gb: most memory to take, GiB; more images go to a file in ``folder``.
-        folder: for that file, which a later run with the same images uses again.
-
-    Attributes:
-        pixels: uint8 [N, 3, S, S].
-    """
-
-    def __init__(
-        self, images: ImageList, order: np.ndarray, size: int, limit_gb: float, folder: Path
-    ):
-        super().__init__(images, order, size)
-        shape = len(order), size, size, 3
-        if math.prod(shape) <= limit_gb * 2**30:
-            pixels = np.empty(shape, dtype=np.uint8)
-            for index, crop in enumerate(decoded(self._images, self._crop)):
-                pixels[index] = crop
-        else:
-            pixels = ImageStore(self._images, self._crop, folder).pixels.reshape(shape)
-        self.pixels = pixels.transpose(0, 3, 1, 2)
-
-    def _pixels(self, start: int, stop: int) -> np.ndarray:
-        return self.pixels[start:stop]
+    def _all(self, folder: Path, limit_gb: float) -> np.ndarray:
+        """The crops, uint8 [N, S, S, 3]."""
+        shape = len(self), self.size, self.size, 3
+        if math.prod(shape) > limit_gb * 2**30:
+            return ImageStore(self._images, self._crop, folder).pixels.reshape(shape)
+        pixels = np.empty(shape, dtype=np.uint8)
+        for index, crop in enumerate(decoded(self._images, self._crop)):
+            pixels[index] = crop
+        return pixels
 
 
 @dataclass(frozen=True)
 class Batches:
     """All images in their order, ``size`` at a time, as often as it is iterated."""
 
-    images: ImagesOnDemand
+    images: ScoredImages
     size: int
 
     def __iter__(self) -> Iterator[tuple[paddle.Tensor, paddle.Tensor]]:

@@ -15,10 +15,10 @@ import paddle
 from hnas.architecture_file import submission
 from hnas.base.device import Arithmetic
 from hnas.base.errors import UserError
-from hnas.base.files import ArraysError, file_digest, read_arrays, replacing, write_json
+from hnas.base.files import ArraysError, read_arrays, replacing, write_json
 from hnas.base.settings import check_same_settings
-from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
+from hnas.evaluation.images import ScoredImages
 from hnas.parallel.distributed import agree, from_main_process
 from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes, fold_text
 from hnas.search_space import Architecture
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 ESTIMATES_FILE = "estimates.json"
 STATE_FILE = "eval_state.npz"
 CHUNK_FILES = "eval_chunk_*.npz"
+PIXELS = "image_pixels"
+"""Of an identity; states before 1 December 2026 do not have it."""
 FIELDS = ("top1", "top5", "near1", "near5")
 # A state of 45,000 architectures takes 7.2 MB.
 MOST_BYTES = 2**28
@@ -41,8 +43,8 @@ class StateError(UserError):
 
 
 def evaluation_identity(
-    checkpoint: Path,
-    images: str,
+    checkpoint: str,
+    images: ScoredImages,
     backbone: str,
     arithmetic: Arithmetic,
     calibration: paddle.Tensor | None,
@@ -52,30 +54,24 @@ def evaluation_identity(
     All processes compute with the same ``backbone`` and ``arithmetic``.
 
     Args:
-        checkpoint: file of the supernet's weights.
-        images: hash of the images to score on.
+        checkpoint: SHA-256 of the supernet's weights' file.
+        images: to score on. Their hash is the main process's: modification times may differ where
+            every machine has its own copy. Names, sizes and pixels must be the same.
         backbone, arithmetic: what computes.
         calibration: uint8 images for BatchNorm re-calibration, or None.
     """
+    same = images.copies, images.sample
+    agree([int(digest[:15], 16) for digest in same], "the validation images")
     setting = f"{backbone}, {arithmetic}"
     agree([int(hashlib.sha256(setting.encode()).hexdigest()[:15], 16)], "device or Paddle")
     pixels = None if calibration is None else calibration.numpy().tobytes()
     return {
-        "checkpoint": file_digest(checkpoint),
-        "image_list": images,
+        "checkpoint": checkpoint,
+        "image_list": bytes(from_main_process(list(bytes.fromhex(images.hash)))).hex(),
+        PIXELS: images.sample,
         "setting": setting,
         "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
     }
-
-
-def shared_hash(own: str, images: ImageList) -> str:
-    """The main process's hash of the images.
-
-    It holds modification times, which may differ where every machine has its own copy of the
-    images; names must be the same.
-    """
-    agree([int(images.digest()[:15], 16)], "the validation images")
-    return bytes(from_main_process(list(bytes.fromhex(own)))).hex()
 
 
 def architectures_hash(archs: Mapping[str, Architecture]) -> str:
@@ -135,6 +131,9 @@ def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Sav
     remedy = "remove it to start anew"
     try:
         state = read_arrays(path, MOST_BYTES)
+        if f"identity_{PIXELS}" not in state and PIXELS in identity:
+            state[f"identity_{PIXELS}"] = identity[PIXELS]
+            logger.info("%s does not say which pixels it has seen: taken to be these images'", path)
         found = {name: str(state.pop(f"identity_{name}")) for name in identity}
         if copies and found["image_list"] == copies:
             found["image_list"] = identity["image_list"]

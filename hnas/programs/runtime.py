@@ -38,7 +38,7 @@ from hnas.dataset.image_folder import (
 from hnas.dataset.image_store import STORED, ImageStore
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import EvalTransform, Shrink, shorter_side
-from hnas.evaluation.images import DecodedImages, ImagesOnDemand, balanced_order
+from hnas.evaluation.images import ScoredImages, balanced_order
 from hnas.parallel.distributed import (
     barrier,
     is_main_process,
@@ -283,12 +283,12 @@ def scored_order(options: Options, images: ImageList) -> np.ndarray:
     return balanced_order(images.labels, options.seed)[: options.eval_images or None]
 
 
-def decoded_images(options: Options, images: ImageList, order: np.ndarray) -> ImagesOnDemand:
+def decoded_images(options: Options, images: ImageList, order: np.ndarray) -> ScoredImages:
     """The images in that order; who scores a part of them decodes those of its chunks only.
 
     What memory has no room for goes to a file, whatever ``cache_gb`` says.
     """
     if world_size() > 1 or options.images_part:
-        return ImagesOnDemand(images, order, options.image_size)
+        return ScoredImages(images, order, options.image_size)
     limit_gb = min(options.cache_gb, available_bytes() / 2**30)
-    return DecodedImages(images, order, options.image_size, limit_gb, Path(options.save_dir))
+    return ScoredImages(images, order, options.image_size, Path(options.save_dir), limit_gb)

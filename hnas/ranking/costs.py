@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from hnas.base.errors import UserError
-from hnas.base.files import read_json
+from hnas.base.files import file_digest, read_json
 from hnas.base.settings import check_same_settings
 from hnas.search_space import (
     SAMPLE_SPACES,
@@ -81,6 +81,7 @@ class LatencyTable:
     space: SearchSpace
     about: Mapping[str, str | int]  # the file's other values: ``TEXTS`` and ``NUMBERS``
     milliseconds: Mapping[str, float]  # of a batch, by the parts' names
+    digest: str = ""  # of the file, when it was read
 
     def of(self, arch: Architecture) -> float:
         """Milliseconds that ``arch`` takes for a batch.
@@ -146,7 +147,7 @@ def read_latency(path: str | Path) -> LatencyTable:
         UserError: missing or broken file.
     """
     path = Path(path)
-    content = read_json(path)
+    content, digest = read_json(path), file_digest(path)
     kinds = {**dict.fromkeys(TEXTS, str), **dict.fromkeys(NUMBERS, int), "milliseconds": dict}
     wrong = {name for name, kind in kinds.items() if type(content.get(name)) is not kind}
     if content.get("format") != FORMAT:
@@ -159,7 +160,7 @@ def read_latency(path: str | Path) -> LatencyTable:
         times = [parts.get(name) for name in {*parts, *(part.name for part in all_parts(space))}]
         if all(type(time) in (int, float) and 0 <= time < math.inf for time in times):
             about = {name: content[name] for name in TEXTS + NUMBERS}
-            return LatencyTable(path, space, about, parts)
+            return LatencyTable(path, space, about, parts, digest)
         wrong = {"milliseconds"}
     raise UserError(
         f"{path}: {min(wrong)!r} is missing or wrong; it is no file of python -m hnas.tools.latency"

@@ -22,7 +22,6 @@ import difflib
 import logging
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from typing import NamedTuple
 import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
-from hnas.base.files import file_digest, read_json
+from hnas.base.files import read_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.reference import watched_logits
@@ -61,7 +60,7 @@ from hnas.programs.runtime import (
 )
 from hnas.search_space import Architecture
 from hnas.utils.starting import start_from_checkpoint
-from hnas.weights.loading import Checkpoint, find_checkpoint, read_checkpoint
+from hnas.weights.loading import Checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def main(argv=None) -> None:
         "image_size": size,
         "bn_calibration_images": options.bn_calibration_images,
         "seed": options.seed,
-        "checkpoint": file_digest(find_checkpoint(options.ckpt_dir)),
+        "checkpoint": checkpoint.digest,
     }
     if card_path.is_file():
         earlier = read_json(card_path).get("identity")
@@ -130,9 +129,11 @@ def find_architecture(
             require(options, "arch")
         return Architecture.from_code(own), "", None
     if options.modelarch_file:
-        archs = read_architectures(options.modelarch_file)
-        with suppress(UserError):  # a list of codes alone
-            stated = dict(zip(archs, read_accuracies(options.modelarch_file)[1], strict=True))
+        try:
+            archs, accuracies = read_accuracies(options.modelarch_file)
+            stated = dict(zip(archs, accuracies, strict=True))
+        except UserError:  # a list of codes alone
+            archs = read_architectures(options.modelarch_file)
     if options.arch not in archs and not options.arch.isdigit():
         if not archs:
             raise UserError(
@@ -180,7 +181,7 @@ def open_source(
         shared = ResNet(space.plan(arch), len(classes))
     else:
         shared = build_network(options.backbone, len(classes), space)
-    start_from_checkpoint(shared, options.ckpt_dir, classes)
+    start_from_checkpoint(shared, options.ckpt_dir, classes, checkpoint)
     shared.eval()
     if is_alone:
         return Source(shared, shared, None, "its own")

@@ -27,11 +27,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnas.base.files import file_digest, remove_leftovers, write_json
+from hnas.base.files import remove_leftovers, write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
 from hnas.evaluation.evolution import Budget, Evolution
-from hnas.evaluation.images import DecodedImages, ImagesOnDemand
+from hnas.evaluation.images import ScoredImages
 from hnas.evaluation.results import (
     ESTIMATES_FILE,
     STATE_FILE,
@@ -39,7 +39,6 @@ from hnas.evaluation.results import (
     estimates,
     evaluation_identity,
     load_state,
-    shared_hash,
     warn_if_guessing,
     write_results,
 )
@@ -65,7 +64,6 @@ from hnas.ranking.costs import UNITS, open_latency
 from hnas.search_space import Architecture
 from hnas.tools.choose import Scores, choose, conclusions, table
 from hnas.utils.starting import start_from_checkpoint
-from hnas.weights.loading import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     barrier()
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     decoded = decoded_images(options, images, order)
-    names = shared_hash(decoded.hash, images.select(order))
-    checkpoint_file = find_checkpoint(options.ckpt_dir)
-    whose = evaluation_identity(checkpoint_file, names, options.backbone, arithmetic, calibration)
+    setting = options.backbone, arithmetic, calibration
+    whose = evaluation_identity(checkpoint.digest, decoded, *setting)
     logger.info("at most %s", budget)
     scored = search(
         network,
@@ -134,7 +131,7 @@ def search(
     network: ElasticResNet,
     evolution: Evolution,
     generations: int,
-    images: DecodedImages | ImagesOnDemand,
+    images: ScoredImages,
     folder: Path,
     identity: Mapping[str, str],
     settings: ScoringSettings,
@@ -194,7 +191,7 @@ def search_identity(options: Options, budget: Budget) -> dict[str, str]:
     return {
         **{name: str(getattr(options, name)) for name in names},
         "budget": str(budget),
-        "latency": file_digest(options.latency) if options.latency else "none",
+        "latency": budget.latency.digest if options.latency else "none",
     }
 
 

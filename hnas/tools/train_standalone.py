@@ -25,8 +25,9 @@ from pathlib import Path
 import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
-from hnas.base.files import file_digest, read_json, remove_leftovers, write_json
+from hnas.base.files import read_json, remove_leftovers, write_json
 from hnas.base.settings import check_same_settings
+from hnas.dataset.image_store import sample_digest
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
@@ -55,7 +56,6 @@ from hnas.weights.checkpoint import RUN_NOTE, SET_NAME, remove_set
 from hnas.weights.loading import (
     Checkpoint,
     check_classes,
-    find_checkpoint,
     load_weights,
     read_checkpoint,
 )
@@ -71,7 +71,7 @@ def main(argv=None) -> None:
             "a --save_dir of its own"
         )
     archs = architectures(options)
-    initial, digest = initial_weights(options)
+    initial = initial_weights(options)
     start(options)
     train = training_images(options)
     if initial is not None:
@@ -82,7 +82,8 @@ def main(argv=None) -> None:
     settings = {
         **describe_run(replace(options, arch=""), loader),
         "val_images": val.digest(),
-        "initial_weights": digest,
+        "val_pixels": sample_digest(val),
+        "initial_weights": initial.digest if initial else None,
     }
     folder = Path(options.save_dir)
     results = Results(folder, archs, settings)
@@ -114,14 +115,14 @@ def architectures(options: Options) -> dict[str, Architecture]:
     return read_architectures(options.modelarch_file)
 
 
-def initial_weights(options: Options) -> tuple[Checkpoint | None, str | None]:
-    """What ``--init`` names, and its SHA-256: a file, or the weights in the folder of an export.
+def initial_weights(options: Options) -> Checkpoint | None:
+    """What ``--init`` names: a file, or the weights in the folder of an export.
 
     Raises:
         UserError: there is none, or no ``--arch``, or the weights say that they are of another one.
     """
     if not options.init:
-        return None, None
+        return None
     if not options.arch:
         raise UserError("--init gives one network's weights; give its code as --arch")
     path = Path(options.init)
@@ -135,7 +136,7 @@ def initial_weights(options: Options) -> tuple[Checkpoint | None, str | None]:
     own = checkpoint.about.get("arch", options.arch)
     if Architecture.from_code(own) != Architecture.from_code(options.arch):
         raise UserError(f"--init {options.init} is the network {own}, not --arch {options.arch}")
-    return checkpoint, file_digest(find_checkpoint(path))
+    return checkpoint
 
 
 class Results:
@@ -155,8 +156,12 @@ class Results:
         if run.is_file():
             # Flags that did not exist then were off, as they are by default.
             defaults = {flag.name: default_of(flag, Stage.STANDALONE) for flag in fields(Options)}
+            found = {**defaults, **read_json(run)}
+            for name in [name for name in ("image_pixels", "val_pixels") if name not in found]:
+                logger.info("%s does not say %s: taken to be as now", run, name)
+                found[name] = settings[name]
             remedy = "give the same as before, or choose another --save_dir"
-            check_same_settings(self.path, {**defaults, **read_json(run)}, settings, remedy)
+            check_same_settings(self.path, found, settings, remedy)
         elif self.path.is_file():
             raise UserError(f"{self.path} is there without run.json; choose another --save_dir")
         else:
@@ -211,7 +216,7 @@ def train_one(
             load_weights(network, initial.weights, options.init)
         model = StandaloneModel(network, code)
         prepare(model, own, len(loader))
-        fit(model, own, loader)
+        fit(model, own, loader, files=initial and {"initial_weights": initial.digest})
     counts = evaluate_network(network, val)
     warn_if_guessing(counts, classes, "the network")
     return {

@@ -13,6 +13,7 @@ import numpy as np
 from paddle import nn
 
 from hnas.base.settings import changed_settings
+from hnas.dataset.image_store import sample_digest
 from hnas.dataset.loader import EpochLoader
 from hnas.models.elastic import ElasticResNet, plain_name
 from hnas.models.pinasv2 import PiNASv2, build_network
@@ -42,25 +43,30 @@ from hnas.weights.public_files import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def pretrained_network(options: Options, classes: Sequence[str], space: SearchSpace) -> ResNet:
-    """The plain largest network with the weights of ``--pretrained``.
+def pretrained_network(
+    options: Options, classes: Sequence[str], space: SearchSpace
+) -> tuple[ResNet, str]:
+    """The plain largest network with the weights of ``--pretrained``, and their file's SHA-256.
 
     Raises:
         CheckpointError: missing or of another network, e.g. for another number of classes.
     """
     network = build_network(options.backbone, len(classes), space, elastic=False)
-    start_from_checkpoint(network, options.pretrained, classes)
+    digest = start_from_checkpoint(network, options.pretrained, classes).digest
     network.eval()
-    return network
+    return network, digest
 
 
-def start_from_checkpoint(network: nn.Layer, path: str, classes: Sequence[str]) -> Checkpoint:
-    """Give a plain network or a supernet the weights of a checkpoint of any stage, and return it.
+def start_from_checkpoint(
+    network: nn.Layer, path: str, classes: Sequence[str], checkpoint: Checkpoint | None = None
+) -> Checkpoint:
+    """Give a plain network or a supernet the weights of a checkpoint of any stage, and return it:
+    of ``path``, or a ``checkpoint`` that was read from it already.
 
     Raises:
         CheckpointError: it is of another network or other classes.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = checkpoint or read_checkpoint(path)
     weights = backbone_weights(checkpoint.weights)
     check_classes(dataclasses.replace(checkpoint, weights=weights), classes, path)
     load_weights(network, weights, path)
@@ -84,8 +90,8 @@ CONTRAST_PARTS = ("neck.", "key_backbone.", "key_neck.", "queue")
 """What stage one has besides the backbone, by the start of the names."""
 
 
-def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequence[str]) -> None:
-    """Give stage one's model the weights of a checkpoint.
+def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequence[str]) -> str:
+    """Give stage one's model the weights of a checkpoint; gives back the file's SHA-256.
 
     Of stage one's own, or of public code's stage one, everything is taken: neck, key encoder and
     queue too. A part that a file has not (weights of another stage have the backbone only; public
@@ -102,7 +108,7 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
         load_weights(network.backbone, found, path)
         network.reset_key_encoder()
         logger.info("weights from %s", path)
-        return
+        return checkpoint.digest
     own = {plain_name(name): tensor.numpy() for name, tensor in network.state_dict().items()}
     shape, wanted = found.get("queue", own["queue"]).shape, own["queue"].shape
     if shape[:-1] == wanted[:-1] and shape != wanted:
@@ -119,19 +125,21 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
             start[name] = found.get(name.removeprefix("key_"), own[name])
     load_weights(network, start, path)
     logger.info("stage 1 goes on with %d tensors of %s", len(found), path)
+    return checkpoint.digest
 
 
-# Flags that do not change what is computed; paths may differ on another machine.
+# Flags that do not change what is computed: a test changes all of them. Paths may differ on another
+# machine; what they lead to is in the set by its digest. Of another device the log tells.
 # fmt: off
 NEUTRAL_FLAGS = frozenset((
     "save_dir", "save_dir_new", "save_freq", "save_steps", "keep", "log_freq", "eval_freq",
-    "bn_calibration_images", "resume", "train_flag", "image_dir", "pretrained", "use_ckpt",
+    "bn_calibration_images", "resume", "train_flag", "image_dir", "pretrained",
     "ckpt_dir", "num_workers", "device", "verify_images", "bad_images", "cache_dir",
     "visualdl_dir", "modelarch_file", "init", "rank_gt",
 ))
 # fmt: on
 # What decides which images a step of an epoch sees.
-DATA_ORDER = frozenset({"images", "total_batch", "seed"})
+DATA_ORDER = frozenset({"images", "image_pixels", "total_batch", "seed"})
 
 
 def describe_run(options: Options, loader: EpochLoader) -> dict:
@@ -142,8 +150,9 @@ def describe_run(options: Options, loader: EpochLoader) -> dict:
         for option in dataclasses.fields(options)
         if option.name not in NEUTRAL_FLAGS and option.metadata["stages"] & TRAINING
     }
-    images = loader.dataset.images.digest()
-    return {**settings, "total_batch": loader.total_batch, "images": images}
+    images = loader.dataset.images
+    data = {"images": images.digest(), "image_pixels": sample_digest(images)}
+    return {**settings, "total_batch": loader.total_batch, **data}
 
 
 def resume(
@@ -157,8 +166,8 @@ def resume(
         The next step's epoch and number, from 0, the run's id, and the state of its log, if any.
 
     Raises:
-        CheckpointError: a folder was named and holds nothing to resume from, or the checkpoint
-            is within an epoch of other images, batches or seed, or is none of this program.
+        CheckpointError: a folder was named and holds nothing to resume from, or the checkpoint is
+            of another teacher, within an epoch of other images, batches or seed, or foreign.
     """
     stem = find_set(options)
     if stem is None:
@@ -171,7 +180,13 @@ def resume(
             # Checkpoints of times when one process was all there was.
             before = {"total_batch": before["batch_size"], **before}
         # A flag that did not exist then was off, as it is by default.
+        unknown = [name for name in run if name not in before]
+        if unknown:
+            logger.info("%s does not say %s: taken to be as now", stem, ", ".join(unknown))
         changed = changed_settings({**run, **before}, run)
+        if "teacher" in changed:
+            told = f"{stem} is of another teacher than --pretrained {options.pretrained}"
+            raise CheckpointError(f"{told}; give the same, or start anew")
         if step and set(changed) & DATA_ORDER:
             raise CheckpointError(
                 f"{stem} is in the middle of an epoch, and {', '.join(changed)} differ now; resume "
@@ -179,7 +194,7 @@ def resume(
             )
         if step > steps:
             raise ValueError(f"step {step} of an epoch of {steps}")
-        load_training(stem, model.network, model.optimizer)
+        load_training(stem, model.network, model.optimizer, progress)
         restore_generators(progress["generators"])
         model.gradients.restore(progress.get("scaler", {}))
     except NONSENSE as error:
@@ -187,6 +202,9 @@ def resume(
             f"{stem}{STATES} is not what this program saves: {type(error).__name__}, {error}; "
             "start anew"
         ) from None
+    if "initial_weights" in changed:
+        changed.remove("initial_weights")
+        logger.info("other weights to start from than before: no matter, the set's are taken")
     if changed:
         logger.warning("resumed with other values than before: %s", ", ".join(changed))
     logger.info("resumed from %s", stem)

@@ -97,21 +97,25 @@ def fit(
     options: Options,
     loader: EpochLoader,
     measure: Callable[[], Figures] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Train from the start or from where ``--resume`` says, save, and record the losses.
 
     ``SAVE_DIR/final.pdparams`` holds the last weights, ``SAVE_DIR/history.json`` the mean loss of
-    each epoch and what ``measure`` found after it, which all processes call.
+    each epoch and what ``measure`` found after it, which all processes call. ``files`` has the
+    digests of the weights that enter training: ``teacher`` and ``initial_weights``.
 
     Raises:
         Stopped: SIGTERM or Ctrl-C, after saving.
         UserError: the loss is not finite any more.
     """
-    run = Run(model, options, loader, measure)
+    run = Run(model, options, loader, measure, files)
     folder = options.visualdl_dir if is_main_process() else ""
     with StopSignals() as run.stop, curves_in(folder) as run.log.curves:
         if world_size() > 1:
             agree((run.begun, run.first), "the epoch and step to start from")
+            digests = [int(run.settings[name][:15], 16) for name in files or ()]
+            agree(digests, "the weights that are given")
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             run.stop = model.exchange = GradientExchange(trained, run.stop)
@@ -134,11 +138,11 @@ class Run:
 
     stop: StopSignals | GradientExchange
 
-    def __init__(self, model, options, loader, measure):
+    def __init__(self, model, options, loader, measure, files):
         self.model, self.options, self.loader, self.measure = model, options, loader, measure
         self.folder = Path(options.save_dir)
         self.about = about_weights(options, loader)
-        self.settings = describe_run(options, loader)
+        self.settings = {**describe_run(options, loader), **(files or {})}
         self.log = TrainLogger(options.log_freq, options.max_epoch, len(loader), loader.total_batch)
         self.log.guess_loss = model.guess_loss
         found = resume(model, options, self.settings, len(loader))

@@ -24,8 +24,8 @@ from hnas.weights.loading import (
     PARAMS,
     check_finite,
     load_weights,
+    read_checkpoint,
     read_state,
-    read_weights,
     write_state,
 )
 from hnas.weights.public_files import NAME_TABLE, CheckpointError
@@ -46,7 +46,7 @@ def save_training(
     """Write the set ``stem``, a path without suffix.
 
     Args:
-        progress: what :func:`load_training` gives back: plain values and arrays, with the run's
+        progress: what :func:`read_progress` gives back: plain values and arrays, with the run's
             ``run_id``.
         about: how the weights are trained; see :class:`hnas.weights.loading.Checkpoint`.
 
@@ -64,17 +64,18 @@ def save_training(
     write_state(f"{stem}{STATES}", {**progress, "digests": digests, "number": number})
 
 
-def load_training(stem: str | Path, network: nn.Layer, optimizer) -> dict:
-    """Restore what :func:`save_training` wrote; gives the progress back.
+def load_training(stem: str | Path, network: nn.Layer, optimizer, progress: Mapping) -> None:
+    """Restore weights and velocities of the set whose :func:`read_progress` is ``progress``.
 
     Raises:
-        CheckpointError: of another network, or files that are not of one set.
+        CheckpointError: of another network, or files that are not of that set.
     """
-    progress = read_progress(stem)
-    _check_whole(Path(stem), progress)
-    load_weights(network, read_weights(f"{stem}{PARAMS}"), f"{stem}{PARAMS}")
-    restore_optimizer(network, optimizer, read_state(f"{stem}{OPTIMIZER}"), f"{stem}{OPTIMIZER}")
-    return progress
+    params, moving = f"{stem}{PARAMS}", f"{stem}{OPTIMIZER}"
+    checkpoint, (velocities, digest) = read_checkpoint(params), read_state(moving)
+    if progress["digests"] != {PARAMS: checkpoint.digest, OPTIMIZER: digest}:
+        raise CheckpointError(f"{params}, {moving} and {stem}{STATES} are not of one set")
+    load_weights(network, checkpoint.weights, params)
+    restore_optimizer(network, optimizer, velocities, moving)
 
 
 def read_progress(stem: str | Path) -> dict:
@@ -83,7 +84,7 @@ def read_progress(stem: str | Path) -> dict:
     Raises:
         CheckpointError: not a state of this program.
     """
-    progress = read_state(f"{stem}{STATES}")
+    progress, _ = read_state(f"{stem}{STATES}")
     found = progress if isinstance(progress, dict) else {}
     digests = found.get("digests")
     whole = isinstance(digests, dict) and set(digests) == {PARAMS, OPTIMIZER}

@@ -7,6 +7,7 @@ read under this project's plain names; see ``public_files.py``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle import nn
-from safetensors import safe_open
+from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from hnas.base.files import (
@@ -69,29 +70,37 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"checkpoint {path} does not exist (nor {path}{PARAMS})")
 
 
-def read_state(path: str | Path):
-    """What a file holds, without running anything that it says; see :func:`load_pickle`.
+def read_state(path: str | Path) -> tuple[object, str]:
+    """What a file holds, without running anything that it says, and the SHA-256 of what was read.
+
+    The file may be replaced at any time, so nothing of it is read again; see :func:`load_pickle`.
 
     Raises:
         CheckpointError: its SHA-256 is not the one that stands beside it.
         UnsafePickleError: broken, or holds something else than a state dict.
     """
     path = Path(path)
-    recorded = recorded_digest(path)
-    if recorded is not None and recorded != file_digest(path):
-        beside = digest_path(path).name
-        raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is not the one in {beside}; copy it again, "
-            f"or remove {beside} if the change is yours"
-        )
-    return _read_safetensors(path) if path.suffix == SAFETENSORS else load_pickle(path)
-
-
-def _read_safetensors(path: Path) -> dict:
     try:
-        with safe_open(path, framework="np") as file:
-            said = {name: text for name, text in (file.metadata() or {}).items() if name == ABOUT}
-            return {name: file.get_tensor(name) for name in file.keys()} | said  # noqa: SIM118
+        recorded = recorded_digest(path)
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    digest = hashlib.sha256(content).hexdigest()
+    if recorded not in (None, digest):
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one beside it; copy it again, or remove "
+            "the .sha256 file if the change is yours"
+        )
+    read = _read_safetensors if path.suffix == SAFETENSORS else load_pickle
+    return read(path, content), digest
+
+
+def _read_safetensors(path: Path, content: bytes) -> dict:
+    try:
+        arrays = load_safetensors(content)
+        head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        said = head.get("__metadata__", {})
+        return arrays | ({ABOUT: said[ABOUT]} if ABOUT in said else {})
     except Exception as error:
         # A broken file can make its reader fail in any way.
         raise CheckpointError(f"cannot read {path}: {reason_of(error)}") from None
@@ -100,10 +109,11 @@ def _read_safetensors(path: Path) -> dict:
 @dataclass(frozen=True)
 class Checkpoint:
     """What a file of weights holds: arrays by plain name, and how they were trained, as
-    :func:`write_state` was told; empty if the file does not say."""
+    :func:`write_state` was told; empty if the file does not say. ``digest`` is its SHA-256."""
 
     weights: dict[str, np.ndarray]
     about: dict
+    digest: str
 
     @property
     def freeze_bn(self) -> bool:
@@ -121,7 +131,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         UnsafePickleError: broken, or holds something else than a state dict.
     """
     path = find_checkpoint(path)
-    state = state_dict_of(read_state(path), path)
+    content, digest = read_state(path)
+    state = state_dict_of(content, path)
     about = _read_about(state.pop(ABOUT, "{}"), path)
     arrays = {}
     for name, value in state.items():
@@ -137,7 +148,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     weights, is_public = plain_weights(arrays, path)
     _check_values(weights, path)
     # Public Track 1 code trains at frozen statistics, whatever its users meant to do.
-    return Checkpoint(weights, about or ({"freeze_bn": True} if is_public else {}))
+    about = about or ({"freeze_bn": True} if is_public else {})
+    return Checkpoint(weights, about, digest)
 
 
 def _check_values(weights: Mapping[str, np.ndarray], source: Path) -> None:

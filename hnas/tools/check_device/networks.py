@@ -34,7 +34,7 @@ from hnas.utils.hapi_wrapper import (
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import FirstPlaceSampler, RandomSampler
-from hnas.weights.checkpoint import load_training, save_training
+from hnas.weights.checkpoint import load_training, read_progress, save_training
 
 FLOAT32, TF32, FLOAT16, BFLOAT16 = Precision
 CLASSES = 10
@@ -310,7 +310,8 @@ def check_repeat(machine: rows.Machine) -> Iterator[rows.Result]:
         run(begun, REPEATED[:2])
         progress = {"run_id": "", "scaler": begun.gradients.state()}
         save_training(saved, begun.network, begun.optimizer, progress)
-        progress = load_training(saved, resumed.network, resumed.optimizer)
+        progress = read_progress(saved)
+        load_training(saved, resumed.network, resumed.optimizer, progress)
         resumed.gradients.restore(progress["scaler"])
         run(resumed, REPEATED[2:])
         states = [[part.numpy() for part in each.network.state_dict().values()] for each in models]
