@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from hnas.base.command_line import (
 )
 from hnas.base.device import cpu_threads, processor
 from hnas.base.errors import UserError, run_main
+from hnas.base.files import print_text
 from hnas.bench.speed_training import settle, smooth_noise
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader, ImageDataset
@@ -67,7 +67,7 @@ def main(argv=None) -> None:
     paddle.seed(options.seed)
     with tempfile.TemporaryDirectory(prefix="pinas-bench-") as folder:
         result |= measure(options, archs, Path(folder), rng)
-    sys.stdout.write(json.dumps(result) + "\n")
+    print_text(json.dumps(result) + "\n")
 
 
 def parse(argv):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -34,6 +33,7 @@ from PIL import Image
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, read_bool, whole_number
 from hnas.base.device import cpu_threads, processor
 from hnas.base.errors import run_main
+from hnas.base.files import print_text
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, ImageDataset
@@ -72,7 +72,7 @@ def main(argv=None) -> None:
         make_images(options, Path(folder))
         results = [compare(options, stage, folder) for stage in (1, 2)]
     for result in results:
-        sys.stdout.write(json.dumps(result) + "\n")
+        print_text(json.dumps(result) + "\n")
 
 
 def make_images(options, folder: Path) -> None:

@@ -16,6 +16,7 @@ from hnas.base.files import (
     replacing,
     write_digest,
     write_json,
+    write_text,
 )
 from hnas.dataset.transforms import IMAGENET_MEAN, IMAGENET_STD, shorter_side
 from hnas.exporting.formats import FILES, INPUT, OUTPUT, Found
@@ -176,7 +177,6 @@ def write_folder(folder: Path, made: Path, form: str, card: Mapping) -> None:
             shutil.copyfile(made / name, temporary)
             digest_path(folder / name).unlink(missing_ok=True)
         write_digest(folder / name, digests[name])
-    with replacing(folder / PROGRAM) as temporary:
-        temporary.write_text(program(form), encoding="utf-8")
+    write_text(folder / PROGRAM, program(form))
     versions = {"pinas": hnas.__version__, "paddle": paddle.__version__}
     write_json(folder / CARD, {**card, "files": digests, "versions": versions})

@@ -24,13 +24,9 @@ class Stage(enum.Enum):
 
 
 ALL = frozenset(Stage)
-PRETRAIN = frozenset({Stage.PRETRAIN})
-CONTRAST = frozenset({Stage.CONTRAST})
-DISTILL = frozenset({Stage.DISTILL})
-SCORE = frozenset({Stage.SCORE})
-STANDALONE = frozenset({Stage.STANDALONE})
-EXPORT = frozenset({Stage.EXPORT})
-SEARCH = frozenset({Stage.SEARCH})
+PRETRAIN, CONTRAST, DISTILL, SCORE, STANDALONE, EXPORT, SEARCH = (
+    frozenset({stage}) for stage in Stage
+)
 SUPERNET = CONTRAST | DISTILL
 TRAINING = ALL - SCORE - EXPORT - SEARCH
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from hnas.base.command_line import OneLineParser, read_bool, read_path
 from hnas.base.device import visible_gpus
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_output
+from hnas.base.files import check_output, print_text, write_text
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result, tell
 
 DEFAULT_OUTPUT = Path("output/check_device.jsonl")
@@ -83,15 +83,14 @@ def main(argv=None) -> None:
     if options.full and options.quick:
         raise UserError("--full and --quick are both True; give one of them")
     check_output(options.output, "--output")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("")
+    write_text(options.output, "")
     with tempfile.TemporaryDirectory(prefix="pinas-check-", ignore_cleanup_errors=True) as folder:
         given = (visible_gpus(), options.quick, options.full)
         run_jobs(Machine(folder, str(options.output), *given))
     lines = options.output.read_text(encoding="utf-8").splitlines()
     states = Counter(json.loads(line)["state"] for line in lines)
     counts = ", ".join(f"{states[state]} {state}" for state in (PASSED, FAILED, NOT_HERE))
-    sys.stdout.write(f"{counts}; as JSON lines: {options.output}\n")
+    print_text(f"{counts}; as JSON lines: {options.output}\n")
     if states[FAILED]:
         sys.exit(1)
 
