@@ -59,10 +59,14 @@ FULL_DISK = """
 import resource, sys
 import numpy as np
 from hnas.base.errors import UserError
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.results import save_state
 from hnas.weights.loading import write_state
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for path in sys.argv[1:]:
     try:
+        if path.endswith(".npz"):
+            save_state(path, {}, 1, Counts.zeros(100_000))
         write_state(path, {"a": np.zeros(1_000_000, np.float32)})
     except UserError as error:
         print(error)
@@ -74,9 +78,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     for path in paths:
         write_state(path, {"a": paddle.ones([3])})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    command = [sys.executable, "-c", FULL_DISK, *map(str, paths)]
+    every = [*paths, tmp_path / "eval_state.npz"]
+    command = [sys.executable, "-c", FULL_DISK, *map(str, every)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == [f"cannot write {path}: File too large" for path in paths]
+    assert run.stdout.splitlines() == [f"cannot write {path}: File too large" for path in every]
+    assert "Exception ignored" not in run.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     for path in paths:
         np.testing.assert_array_equal(read_weights(path)["a"], np.ones(3, np.float32))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import importlib
 import json
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +26,10 @@ from hnas import architecture_file
 from hnas.architecture_file import read_architectures
 from hnas.base import device
 from hnas.base.errors import UserError
+from hnas.base.files import claim_folder, is_whole
 from hnas.base.settings import check_same_settings
 from hnas.dataset.image_folder import ImageList
+from hnas.evaluation.results import architectures_hash
 from hnas.programs import memory_needs
 from hnas.programs.memory_needs import (
     check_batch,
@@ -35,7 +41,10 @@ from hnas.programs.options import Options
 from hnas.programs.runtime import scored_order
 from hnas.ranking.findings import notes_on_ranking
 from hnas.search_space import RESNET48, RESNET48_MINI, SearchSpace
+from hnas.tools import draw_architectures
+from hnas.tools.choose import axis_label
 from hnas.utils.SampleMethod import build_sampler
+from hnas.weights.loading import read_weights, write_state
 
 ROOT = Path(__file__).parents[1]
 LONG, NAME = "9" * 30, "n" * 300
@@ -64,6 +73,8 @@ HOSTILE_TOOLS = [
     ("tools.demo_summary", "--demo_dir=", "--demo_dir: the path is empty"),
     ("bench.speed_scoring", f"--modelarch_file x --n_images {LONG}", "--n_images"),
     ("bench.speed_training", f"--num_workers {LONG}", "--num_workers"),
+    ("tools.choose", "--submission x --out ~whom/x", "--out: '~whom/x': nobody's home"),
+    ("tools.choose", "--submission x --top 1_0", "--top: '1_0' is not a whole number"),
 ]
 
 
@@ -265,6 +276,155 @@ def test_what_has_no_end_is_refused_at_once(tmp_path):
     assert len(messages) == 2 * len(paths), done
     for number, message in enumerate(messages):
         assert str(paths[number // 2]) in message
+
+
+# --- outputs
+
+
+def null_device(path: Path) -> None:
+    """The null device's numbers, under a name of its own."""
+    if os.getuid():
+        pytest.skip("only root makes devices")
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, open_socket, null_device])
+def test_what_is_no_file_is_not_replaced(make, tmp_path):
+    path, link = tmp_path / "out.json", tmp_path / "link.json"
+    make(path)
+    link.symlink_to(path)
+    kind = path.stat().st_mode
+    for output in map(str, (path, link)):
+        with pytest.raises(UserError, match="a pipe, socket or device"):
+            draw_architectures.main(["--number", "2", "--output", output])
+        with pytest.raises(UserError, match="a pipe, socket or device"):
+            write_state(output, {})
+    assert path.stat().st_mode == kind and link.is_symlink() and len(os.listdir(tmp_path)) == 2
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    real, link = tmp_path / "disk/real.pdparams", tmp_path / "a.pdparams"
+    link.symlink_to(real)
+    for value in (1.0, 2.0):
+        write_state(link, {"a": np.full(3, value, np.float32)})
+        assert read_weights(link)["a"][0] == read_weights(real)["a"][0] == value
+    assert link.is_symlink() and is_whole(link) and is_whole(real)
+
+
+BYTES = os.fsdecode(b"\xc8\xa8.pdparams")  # a name in GBK
+
+
+def test_text_that_is_none_is_written(tmp_path):
+    write_state(tmp_path / BYTES, {"a": np.ones(3, np.float32)})
+    assert is_whole(tmp_path / BYTES)
+    archs = {name: RESNET48.largest() for name in ("\ud800", "\udcff")}
+    one, other = (architectures_hash({name: arch}) for name, arch in archs.items())
+    assert one != other
+    table = SimpleNamespace(about={"processor": "\ud800", "batch_size": 1, "threads": 1})
+    assert axis_label("latency", table) == "latency, ms (\\ud800, batch 1, 1 threads)"
+
+
+# What a program says at its end: a name of 5 MB in a warning and in an error.
+END = """
+import logging
+from hnas.base.errors import UserError, run_main
+from hnas.base.files import print_text
+def main():
+    logging.warning("%s is odd", "n" * 5_000_000)
+    print_text("found \\ud800\\n")
+    raise UserError("n" * 5_000_000 + "; mend it")
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_lines_are_short_and_a_full_disk_is_one(full):
+    with open("/dev/full" if full else os.devnull, "w") as out:
+        ends = [[sys.executable, "-c", END], [sys.executable, "-m", "hnas.tools.flops", "--help"]]
+        run, help_text = (
+            subprocess.run(end, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+            for end in ends
+        )
+    refused = "error: cannot write to the standard output: No space left on device\n"
+    warning, error = run.stderr.splitlines()
+    assert len(warning) < 2000 and warning.endswith("n is odd")
+    assert len(error) < 2000 and error.endswith(refused.strip() if full else "n; mend it")
+    assert (help_text.returncode, help_text.stderr) == ((2, refused) if full else (0, ""))
+    assert run.returncode == 2
+
+
+# --- two runs in one folder
+
+HOLD = """
+import sys, time
+from hnas.base.files import claim_folder
+claim_folder(sys.argv[1], "--save_dir", *sys.argv[2:])
+print("here", flush=True)
+time.sleep(600)
+"""
+PART = "train_supernet --images_part {} --chunk_size 2"
+RUNS = [
+    "train_supernet_pinas_stage1",
+    "train_supernet_pinas_stage2_simple",
+    "train_supernet",
+    PART.format("2/2"),
+    "hnas.tools.pretrain",
+    f"hnas.tools.train_standalone --arch {RESNET48.largest().code}",
+    "hnas.tools.export --ckpt_dir x",
+    "hnas.tools.search",
+    "hnas.bench.rank.__main__",
+]
+
+
+@contextmanager
+def held(folder: Path, *part: str):
+    """Another process that has the folder."""
+    command = [sys.executable, "-c", HOLD, str(folder), *part]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "here\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def start_program(line: str, folder: Path, monkeypatch) -> None:
+    name, *flags = line.split()
+    own = ["--out", folder] if "rank" in name else ["--save_dir", folder, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [name, *map(str, own), *flags])
+    importlib.import_module(name).main()
+
+
+def test_a_second_run_in_a_folder_is_refused_by_name(tmp_path, monkeypatch):
+    with held(tmp_path / "out") as process:
+        owner = f"pid {process.pid} on {socket.gethostname()}, -c, since 20"
+        for line in RUNS:
+            with pytest.raises(UserError, match=f"out is in use: {owner}.*; wait ") as error:
+                start_program(line, tmp_path / "out", monkeypatch)
+            one_line(str(error.value))
+    # Killed, it has nothing any more: what is wrong now is something else.
+    with pytest.raises(UserError, match="--ckpt_dir is missing"):
+        start_program("train_supernet", tmp_path / "out", monkeypatch)
+
+
+def test_parts_share_a_folder_each_once(tmp_path, monkeypatch):
+    with held(tmp_path, "1/2"):
+        for line, words in (
+            (PART.format("1/2"), "part 1/2 in --save_dir .* is in use"),
+            ("train_supernet", "--save_dir .* is in use"),
+            (PART.format("2/2"), "--ckpt_dir is missing"),
+        ):
+            with pytest.raises(UserError, match=words):
+                start_program(line, tmp_path, monkeypatch)
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    claim_folder(tmp_path, "--save_dir")
+    assert f"no lock on --save_dir {tmp_path} (No locks available)" in caplog.text
 
 
 # --- too many architectures

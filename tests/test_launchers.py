@@ -97,9 +97,10 @@ def test_processes_on_cpus_have_no_gpu_each(processes, devices, tmp_path):
     fake.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES"\n')
     fake.chmod(0o755)
     variables = {"CUDA_VISIBLE_DEVICES": "0", "processes": str(processes), "device": "cpu"}
-    variables |= {"python": str(fake), "save_dir": str(tmp_path / "out")}
+    variables |= {"python": str(fake), "save_dir": "~/out", "HOME": str(tmp_path)}
     done = run("sh", "local_eval.sh", **variables)
     assert (done.returncode, done.stdout) == (0, f"{devices}\n"), done.stderr
+    assert (tmp_path / "out/log").is_dir() == (processes > 1)
 
 
 # --- what they refuse

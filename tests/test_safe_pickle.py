@@ -178,8 +178,9 @@ HUNGRY = {
     "text of 2**31": (b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"abc.", "expected"),
     "number of 2**31 bytes": (
         b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"abc.",
-        "expected",
+        "instruction b'\\x8b'",
     ),
+    "key of 5,000 digits": (pickle.dumps({10**5000: 1}, 2), "instruction b'\\x8b'"),
     "array of 2**40": (array_claiming((2**40,), b"\0\0\0\0"), "with 4 bytes"),
     "array of a negative size": (array_claiming((-1, -1), b"\0\0\0\0"), "impossible shape"),
     "array of many axes": (array_claiming((1,) * 100, b"\0\0\0\0"), "impossible shape"),

@@ -127,6 +127,7 @@ sys.stderr.write(json.dumps({"loaded": loaded, "mib": peak / 1024}))
 def files(tmp_path):
     """A file of architectures with accuracies, estimates beside it, and a folder to write to."""
     archs = RESNET48.sample_distinct(np.random.default_rng(0), 50)
+    archs = {f"{name}\ud800": arch for name, arch in archs.items()}  # no character
     content = estimates(archs, counts_of(first_ones(np.arange(50), 50)), None, 50)
     path = tmp_path / "archs.json"
     path.write_text(json.dumps(content["architectures"]))

@@ -37,16 +37,11 @@ class OneLineParser(argparse.ArgumentParser):
         print_text(self.format_help())
 
 
-LARGEST = 2**32 - 1
-"""Of whole numbers that nothing else bounds: of seeds, too."""
-LARGEST_SIDE = 8192
-"""Of images, px."""
-MOST_ARCHITECTURES = 1_000_000
-"""Of a file; each takes a few kilobytes while it is handled."""
-LONGEST_NAME, LONGEST_PATH = 255, 4095
-"""Bytes that Linux allows."""
-SHOWN = 60
-"""Characters of a value that a message repeats."""
+LARGEST = 2**32 - 1  # of whole numbers that nothing else bounds: of seeds, too
+LARGEST_SIDE = 8192  # of images, px
+MOST_ARCHITECTURES = 1_000_000  # of a file; each takes a few kilobytes while it is handled
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes that Linux allows
+SHOWN = 60  # characters of a value that a message repeats
 
 
 def shown(value: object) -> str:

@@ -72,8 +72,7 @@ def main(argv=None) -> None:
 
 def parse(argv):
     parser = OneLineParser(
-        prog="python -m hnas.bench.speed_scoring",
-        description=__doc__.splitlines()[0],
+        prog="python -m hnas.bench.speed_scoring", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--modelarch_file", type=path_text, required=True, help="to draw from")
     most = whole_number(0, MOST_ARCHITECTURES)

@@ -57,8 +57,7 @@ WARM_UP = 2
 
 def main(argv=None) -> None:
     parser = OneLineParser(
-        prog="python -m hnas.bench.speed_training",
-        description=__doc__.splitlines()[0],
+        prog="python -m hnas.bench.speed_training", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--backbone", default="resnet48_mini", help="of stage 2")
     parser.add_argument("--image_size", type=whole_number(32, LARGEST_SIDE), default=32, help="px")

@@ -30,10 +30,8 @@ PRETRAIN, CONTRAST, DISTILL, SCORE, STANDALONE, EXPORT, SEARCH = (
 SUPERNET = CONTRAST | DISTILL
 TRAINING = ALL - SCORE - EXPORT - SEARCH
 
-AUTO = -1
-"""``auto`` as a number: the program decides, and says so in the log."""
-PATHS = frozenset({"file", "folder"})
-"""Units of flags that are paths."""
+AUTO = -1  # ``auto`` as a number: the program decides, and says so in the log
+PATHS = frozenset({"file", "folder"})  # units of flags that are paths
 
 
 def flag(

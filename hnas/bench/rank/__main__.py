@@ -53,10 +53,7 @@ def main(argv=None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    parser = OneLineParser(
-        prog="python -m hnas.bench.rank",
-        description=__doc__.splitlines()[0],
-    )
+    parser = OneLineParser(prog="python -m hnas.bench.rank", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=read_path, required=True, help="folder of all results")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to train")
     parser.add_argument(
