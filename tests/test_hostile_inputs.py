@@ -57,6 +57,13 @@ def one_line(message: str) -> str:
     return message
 
 
+def refused(check, *arguments) -> str:
+    """What is said, in one line."""
+    with pytest.raises(UserError) as error:
+        check(*arguments)
+    return one_line(str(error.value))
+
+
 # --- flags of the tools
 
 
@@ -66,11 +73,15 @@ HOSTILE_TOOLS = [
     ("tools.plan", "--gmacs_per_s nan", "--gmacs_per_s: 'nan' is not a finite number"),
     ("tools.plan", "--gmacs_per_s 1e300", "--gmacs_per_s: 1e.300 is out of bounds"),
     ("tools.flops", "--modelarch_file=", "--modelarch_file: the path is empty"),
+    ("tools.flops", "--modelarch_file nowhere.json", "nowhere.json: No such file"),
+    ("tools.flops", "--modelarch_file x --backbone resnet84", "invalid choice: 'resnet84'"),
+    ("tools.flops", "--modelarch_file x --imgae_size 64", "--imgae_size"),
     ("tools.choose", f"--submission x --image_size {LONG}", "--image_size"),
     ("tools.rank_report", "--pred macs --gt= --out OUT", "--gt: the path is empty"),
     ("tools.rank_report", f"--pred macs --gt x --out OUT --resamples {LONG}", "--resamples"),
     ("tools.digits_folder", f"--output {NAME}", "--output: .* 300 bytes"),
     ("tools.demo_summary", "--demo_dir=", "--demo_dir: the path is empty"),
+    ("tools.demo_summary", "--demo_dir x", "submission.json is missing; run sh run_demo.sh"),
     ("bench.speed_scoring", f"--modelarch_file x --n_images {LONG}", "--n_images"),
     ("bench.speed_training", f"--num_workers {LONG}", "--num_workers"),
     ("tools.choose", "--submission x --out ~whom/x", "--out: '~whom/x': nobody's home"),
@@ -124,25 +135,20 @@ def test_more_architectures_than_exist_are_refused():
 @pytest.mark.parametrize("number", [1, 0])
 def test_a_sandwich_of_fewer_than_two_is_refused(number):
     options = Options(sample_method="sandwich", dyna_batch_size=number)
-    with pytest.raises(UserError, match="the largest and the smallest network are two") as error:
-        build_sampler(options, RESNET48, 0)
-    one_line(str(error.value))
+    message = refused(build_sampler, options, RESNET48, 0)
+    assert "the largest and the smallest network are two" in message
 
 
-def test_more_images_than_the_set_has_are_refused():
+def test_more_than_there_are_is_refused(tmp_path):
     images = ImageList(Path("val"), ["a"], [Path("x")] * 10, np.zeros(10, np.int64))
-    with pytest.raises(UserError, match="--eval_images 11, but val has 10; lower it, or give 0"):
-        scored_order(Options(eval_images=11), images)
-
-
-def test_more_architectures_than_the_file_has_are_refused(tmp_path):
+    message = refused(scored_order, Options(eval_images=11), images)
+    assert "--eval_images 11, but val has 10; lower it, or give 0" in message
     path = tmp_path / "archs.txt"
     path.write_text(RESNET48.largest().code + "\n")
-    options = Options(modelarch_file=str(path), eval_sample_num=2)
-    with pytest.raises(UserError, match="--eval_sample_num 2, but .* has 1 architectures"):
-        train_supernet.architectures(options, RESNET48)
-    archs = train_supernet.architectures(dataclasses.replace(options, eval_sample_num=1), RESNET48)
-    assert len(archs) == 1
+    one, two = (Options(modelarch_file=str(path), eval_sample_num=number) for number in (1, 2))
+    message = refused(train_supernet.architectures, two, RESNET48)
+    assert f"--eval_sample_num 2, but {path} has 1 architectures" in message
+    assert len(train_supernet.architectures(one, RESNET48)) == 1
 
 
 # --- memory
@@ -159,12 +165,6 @@ def free(monkeypatch):
         monkeypatch.setattr(device.os, "statvfs", lambda path: found)
 
     return say
-
-
-def refused(check, *arguments):
-    with pytest.raises(UserError) as error:
-        check(*arguments)
-    return one_line(str(error.value))
 
 
 def test_a_chunk_that_memory_cannot_hold_is_refused(free):
@@ -290,20 +290,19 @@ def null_device(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [os.mkfifo, open_socket, null_device])
 def test_what_is_no_file_is_not_replaced(make, tmp_path):
-    path, link = tmp_path / "out.json", tmp_path / "link.json"
+    path, link = tmp_path / "out", tmp_path / "link"
     make(path)
     link.symlink_to(path)
     kind = path.stat().st_mode
     for output in map(str, (path, link)):
-        with pytest.raises(UserError, match="a pipe, socket or device"):
-            draw_architectures.main(["--number", "2", "--output", output])
-        with pytest.raises(UserError, match="a pipe, socket or device"):
-            write_state(output, {})
+        assert "a pipe, socket or device" in refused(draw_architectures.main, ["--output", output])
+        assert "a pipe, socket or device" in refused(write_state, output, {})
     assert path.stat().st_mode == kind and link.is_symlink() and len(os.listdir(tmp_path)) == 2
 
 
 def test_what_a_link_leads_to_is_written(tmp_path):
-    real, link = tmp_path / "disk/real.pdparams", tmp_path / "a.pdparams"
+    name = os.fsdecode(b"\xc8\xa8.pdparams")  # in GBK
+    real, link = tmp_path / "disk" / name, tmp_path / "a.pdparams"
     link.symlink_to(real)
     for value in (1.0, 2.0):
         write_state(link, {"a": np.full(3, value, np.float32)})
@@ -311,20 +310,13 @@ def test_what_a_link_leads_to_is_written(tmp_path):
     assert link.is_symlink() and is_whole(link) and is_whole(real)
 
 
-BYTES = os.fsdecode(b"\xc8\xa8.pdparams")  # a name in GBK
-
-
-def test_text_that_is_none_is_written(tmp_path):
-    write_state(tmp_path / BYTES, {"a": np.ones(3, np.float32)})
-    assert is_whole(tmp_path / BYTES)
-    archs = {name: RESNET48.largest() for name in ("\ud800", "\udcff")}
-    one, other = (architectures_hash({name: arch}) for name, arch in archs.items())
+def test_names_that_are_no_text():
+    one, other = (architectures_hash({n: RESNET48.largest()}) for n in ("\ud800", "\udcff"))
     assert one != other
     table = SimpleNamespace(about={"processor": "\ud800", "batch_size": 1, "threads": 1})
     assert axis_label("latency", table) == "latency, ms (\\ud800, batch 1, 1 threads)"
 
 
-# What a program says at its end: a name of 5 MB in a warning and in an error.
 END = """
 import logging
 from hnas.base.errors import UserError, run_main
@@ -335,22 +327,20 @@ def main():
     raise UserError("n" * 5_000_000 + "; mend it")
 run_main(main)
 """
+FULL = "error: cannot write to the standard output: No space left on device"
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_lines_are_short_and_a_full_disk_is_one(full):
-    with open("/dev/full" if full else os.devnull, "w") as out:
-        ends = [[sys.executable, "-c", END], [sys.executable, "-m", "hnas.tools.flops", "--help"]]
-        run, help_text = (
-            subprocess.run(end, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-            for end in ends
+@pytest.mark.parametrize(("disk", "last"), [("null", "; mend it"), ("full", FULL)])
+def test_lines_are_short_and_a_full_disk_is_one(disk, last):
+    with open(f"/dev/{disk}", "w") as out:
+        run, told = (
+            subprocess.run([sys.executable, *end], stdout=out, stderr=subprocess.PIPE, cwd=ROOT)
+            for end in (["-c", END], ["-m", "hnas.tools.flops", "--help"])
         )
-    refused = "error: cannot write to the standard output: No space left on device\n"
-    warning, error = run.stderr.splitlines()
-    assert len(warning) < 2000 and warning.endswith("n is odd")
-    assert len(error) < 2000 and error.endswith(refused.strip() if full else "n; mend it")
-    assert (help_text.returncode, help_text.stderr) == ((2, refused) if full else (0, ""))
-    assert run.returncode == 2
+    warning, error = run.stderr.decode().splitlines()
+    assert max(len(warning), len(error)) < 2000
+    assert warning.endswith("n is odd") and error.endswith(last) and run.returncode == 2
+    assert told.stderr.decode() == (f"{FULL}\n" if disk == "full" else "")
 
 
 # --- two runs in one folder
@@ -362,60 +352,51 @@ claim_folder(sys.argv[1], "--save_dir", *sys.argv[2:])
 print("here", flush=True)
 time.sleep(600)
 """
-PART = "train_supernet --images_part {} --chunk_size 2"
 RUNS = [
-    "train_supernet_pinas_stage1",
-    "train_supernet_pinas_stage2_simple",
-    "train_supernet",
-    PART.format("2/2"),
-    "hnas.tools.pretrain",
-    f"hnas.tools.train_standalone --arch {RESNET48.largest().code}",
-    "hnas.tools.export --ckpt_dir x",
-    "hnas.tools.search",
+    *("train_supernet_pinas_stage1", "train_supernet_pinas_stage2_simple", "train_supernet"),
+    *(f"hnas.tools.{tool}" for tool in ("pretrain", "search", "train_standalone", "export")),
     "hnas.bench.rank.__main__",
 ]
+MORE = f"--device cpu --ckpt_dir x --arch {RESNET48.largest().code}"
 
 
 @contextmanager
 def held(folder: Path, *part: str):
     """Another process that has the folder."""
     command = [sys.executable, "-c", HOLD, str(folder), *part]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "here\n"
-            yield process
-        finally:
-            process.kill()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        yield process
+        process.kill()
 
 
-def start_program(line: str, folder: Path, monkeypatch) -> None:
-    name, *flags = line.split()
-    own = ["--out", folder] if "rank" in name else ["--save_dir", folder, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [name, *map(str, own), *flags])
-    importlib.import_module(name).main()
+@pytest.fixture
+def refusal(tmp_path, monkeypatch):
+    """What a program says that is to write to the test's folder."""
+
+    def refusal(name: str, more: str = "") -> str:
+        flags = f"--out {tmp_path}" if "rank" in name else f"--save_dir {tmp_path} {MORE} {more}"
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+        return refused(importlib.import_module(name).main)
+
+    return refusal
 
 
-def test_a_second_run_in_a_folder_is_refused_by_name(tmp_path, monkeypatch):
-    with held(tmp_path / "out") as process:
+def test_a_second_run_in_a_folder_is_refused_by_name(tmp_path, refusal):
+    with held(tmp_path) as process:
         owner = f"pid {process.pid} on {socket.gethostname()}, -c, since 20"
-        for line in RUNS:
-            with pytest.raises(UserError, match=f"out is in use: {owner}.*; wait ") as error:
-                start_program(line, tmp_path / "out", monkeypatch)
-            one_line(str(error.value))
-    # Killed, it has nothing any more: what is wrong now is something else.
-    with pytest.raises(UserError, match="--ckpt_dir is missing"):
-        start_program("train_supernet", tmp_path / "out", monkeypatch)
+        for name in RUNS:
+            assert f"{tmp_path} is in use: {owner}" in refusal(name), name
+    # Killed, it has nothing any more, and something else is wrong.
+    assert "--modelarch_file is missing" in refusal("train_supernet")
 
 
-def test_parts_share_a_folder_each_once(tmp_path, monkeypatch):
+def test_parts_share_a_folder_each_once(tmp_path, refusal):
+    part = "--chunk_size 2 --images_part"
     with held(tmp_path, "1/2"):
-        for line, words in (
-            (PART.format("1/2"), "part 1/2 in --save_dir .* is in use"),
-            ("train_supernet", "--save_dir .* is in use"),
-            (PART.format("2/2"), "--ckpt_dir is missing"),
-        ):
-            with pytest.raises(UserError, match=words):
-                start_program(line, tmp_path, monkeypatch)
+        assert "part 1/2 in --save_dir" in refusal("train_supernet", f"{part} 1/2")
+        assert "is in use" in refusal("train_supernet")
+        assert "--modelarch_file is missing" in refusal("train_supernet", f"{part} 2/2")
 
 
 def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):

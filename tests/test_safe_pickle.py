@@ -62,12 +62,6 @@ LIVE = {
     ),
     "instruction b'i'": lambda m: b"\x80\x02(" + shell(m) + b"ios\nsystem\n.",
     "os.system, by OBJ": lambda m: b"\x80\x02(cos\nsystem\n" + shell(m) + b"o.",
-    "os.system, by STACK_GLOBAL": lambda m: (
-        b"\x80\x04" + text("os") + text("system") + b"\x93" + shell(m) + b"\x85R."
-    ),
-    "builtins.eval, in an OrderedDict": lambda m: pickle.dumps(
-        Call(OrderedDict, Call(eval, f"open({str(m)!r}, 'w') and []")), 4
-    ),
     "os.system, as a state": lambda m: (
         b"\x80\x02ccollections\nOrderedDict\n)Rcos\nsystem\n" + shell(m) + b"\x85Rb."
     ),
@@ -123,9 +117,7 @@ BROKEN = {
     "unknown memo": b"\x80\x02h\x07.",
     "mark in a container": b"\x80\x02](a.",
     "persistent id": b"\x80\x02X\x01\x00\x00\x00aQ.",
-    "persistent id as text": b"\x80\x02Pabc\n.",
     "extension registry": b"\x80\x02\x82\x01.",
-    "set": pickle.dumps({"a": {1, 2}}, 4),
     "function without a call": b"\x80\x02ccollections\nOrderedDict\n.",
     "call of a string": b"\x80\x02X\x01\x00\x00\x00a)R.",
     "array that was never filled": (
@@ -176,10 +168,6 @@ NESTED = b"K\x01" + b"q\x01h\x01\x86" * 100
 HUNGRY = {
     "bytes of 2**60": (b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"abc.", "expected"),
     "text of 2**31": (b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"abc.", "expected"),
-    "number of 2**31 bytes": (
-        b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"abc.",
-        "instruction b'\\x8b'",
-    ),
     "key of 5,000 digits": (pickle.dumps({10**5000: 1}, 2), "instruction b'\\x8b'"),
     "array of 2**40": (array_claiming((2**40,), b"\0\0\0\0"), "with 4 bytes"),
     "array of a negative size": (array_claiming((-1, -1), b"\0\0\0\0"), "impossible shape"),
@@ -193,10 +181,6 @@ HUNGRY = {
     "a type of nested tuples": (
         b"\x80\x02cnumpy\ndtype\n" + NESTED + b"\x85R.",
         "no attribute 'decode'",
-    ),
-    "bytearray of 2**40": (
-        b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"abc.",
-        "instruction b'\\x96'",
     ),
     "many instructions": (b"\x80\x02" + b"}" * 1_010_000 + b".", "1000000 parts"),
 }
@@ -218,18 +202,11 @@ def test_a_small_file_costs_little(name, load):
     assert seconds < 60
 
 
-def test_memo_numbers_cost_nothing(load):
-    """Python's unpickler allocates up to the number, 32 GB here."""
+def test_large_claims_and_deep_nests_cost_nothing(load):
+    # Python's unpickler allocates up to a memo's number, 32 GB here.
     assert load(b"\x80\x02}r\xff\xff\xff\xff.") == {}
-
-
-def test_a_frame_may_claim_any_length(load):
-    assert load(b"\x80\x04\x95" + (2**60).to_bytes(8, "little") + b"}.") == {}
-
-
-def test_deep_nesting_is_no_crash(load):
-    value = load(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
-    assert isinstance(value, list)
+    assert load(b"\x80\x04\x95" + (2**60).to_bytes(8, "little") + b"}.") == {}  # a frame
+    assert load(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
 
 
 def layouts(state: dict) -> dict[str, bytes]:
@@ -253,6 +230,7 @@ STATE = OrderedDict(
         "scalar": np.float32(0.1),
         "zero axes": np.array(7, np.int64),
         "empty": np.zeros((0, 5), np.float32),
+        "twice": [np.ones(5, np.float32)] * 2,
         "flags": np.array([True, False]),
         "StructuredToParameterName@@": {"weight": "conv2d_0.w_0"},
         "LR_Scheduler": {"last_epoch": 3, "last_lr": np.float64(0.25)},
@@ -284,13 +262,6 @@ def test_paddles_own_files(protocol, nested, tmp_path):
     for name, tensor in state.items():
         array = loaded[name][1] if nested else loaded[name]
         np.testing.assert_array_equal(array, tensor.numpy())
-
-
-def test_an_array_used_twice_is_one(load):
-    array = np.ones(5, np.float32)
-    first, second = load(pickle.dumps([array, array], 4))
-    np.testing.assert_array_equal(first, array)
-    np.testing.assert_array_equal(second, array)
 
 
 @st.composite
