@@ -205,11 +205,8 @@ def test_numbers_have_bounds_which_are_allowed_themselves(option):
     flag, reader = option.name, {"int": int, "float": float}[option.type]
     huge = "9" * 30 if option.type == "int" else "1e300"
     for value in (huge, f"-{huge}"):
-        found = re.fullmatch(
-            rf"argument --{flag}: .* is out of bounds; allowed: (\S+) to (\S+)",
-            refusal(f"--{flag}={value}"),
-        )
-        for bound in found.groups():
+        words = rf"argument --{flag}: .* is out of bounds; allowed: (\S+) to (\S+)"
+        for bound in re.fullmatch(words, refusal(f"--{flag}={value}")).groups():
             assert getattr(parse(DISTILL, f"--{flag}={reader(float(bound))}"), flag) == float(bound)
     wrong = ("", " ", "nan", "-nan", "-inf", "1e999", "9" * 5000, "0x10", "1,5", NAME)
     for text in (*wrong, "1_0", "\uff11", "\u0661"):  # Python takes these three

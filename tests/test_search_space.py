@@ -214,7 +214,6 @@ RELEASED_SAMPLE = RESNET48.sample(np.random.default_rng(1)).code
         pytest.param(RESNET48, NOT_SHAREABLE, 64, 10, id="not shareable"),
         pytest.param(RESNET48, MIXED, 33, 10, id="mixed"),
         pytest.param(RESNET48_MINI, MIXED, 45, 7, id="mini"),
-        pytest.param(RESNET48_MINI, NOT_SHAREABLE, 32, 10, id="mini not shareable"),
     ],
 )
 def test_macs_and_parameters_equal_those_of_the_network(space, code, image_size, classes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -69,10 +70,9 @@ def _number(kind: type, what: str, low: float, high: float) -> Callable[[str], i
             with suppress(ValueError):
                 value = kind(text)
         if not abs(value) < math.inf:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not {what}")
+            raise ArgumentTypeError(f"{shown(text)} is not {what}")
         if not low <= value <= high:
-            told = f"{shown(value)} is out of bounds; allowed: {low} to {high}"
-            raise argparse.ArgumentTypeError(told)
+            raise ArgumentTypeError(f"{shown(value)} is out of bounds; allowed: {low} to {high}")
         return value
 
     return read
@@ -81,7 +81,7 @@ def _number(kind: type, what: str, low: float, high: float) -> Callable[[str], i
 def path_text(text: str) -> str:
     """The path of a file or folder, see :func:`expand_path`; an empty one is refused."""
     if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
+        raise ArgumentTypeError("the path is empty")
     return expand_path(text)
 
 
@@ -98,14 +98,13 @@ def expand_path(text: str) -> str:
     """
     text, given = os.path.expanduser(text), text
     if text == given and text.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{shown(text)}: nobody's home; write ./~ for such a name")
+        raise ArgumentTypeError(f"{shown(text)}: nobody's home; write ./~ for such a name")
     longest = max(len(os.fsencode(name)) for name in text.split("/"))
     if longest > LONGEST_NAME:
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)}: a name of {longest} bytes; {LONGEST_NAME} are allowed"
-        )
+        told = f"{shown(text)}: a name of {longest} bytes; {LONGEST_NAME} are allowed"
+        raise ArgumentTypeError(told)
     if len(os.fsencode(text)) >= LONGEST_PATH:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: a path of more than {LONGEST_PATH} bytes")
+        raise ArgumentTypeError(f"{shown(text)}: a path of more than {LONGEST_PATH} bytes")
     return text
 
 
@@ -115,4 +114,4 @@ def read_bool(text: str) -> bool:
         return True
     if text.lower() in ("false", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"{shown(text)} is neither True nor False")
+    raise ArgumentTypeError(f"{shown(text)} is neither True nor False")

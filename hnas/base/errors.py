@@ -119,8 +119,7 @@ def run_main(main: Callable[[], None]) -> None:
         line = f"error: {shortened(' '.join(str(error).split()))}\n"
         if is_one_of_several():
             line = f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: {line}"
-        with suppress(OSError):
-            sys.stderr.write(line)
+        sys.stderr.write(line)
         # The launcher shows what is in this file; this process's messages go to a log.
         if ERRORS in os.environ:
             with suppress(OSError), open(os.environ[ERRORS], "ab") as file:

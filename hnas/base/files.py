@@ -27,8 +27,7 @@ from hnas.base.errors import UserError
 logger = logging.getLogger(__name__)
 
 DIGEST = ".sha256"
-KINDS = "biufU"
-"""Of arrays: booleans, whole numbers, floats and text."""
+KINDS = "biufU"  # of arrays: booleans, whole numbers, floats and text
 # Of temporary files: process number and a random one.
 TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{16}\.tmp")
 
@@ -125,17 +124,15 @@ def check_output(path: str | Path, flag: str) -> None:
     """As :func:`check_writable`, for a file that a flag names; what is none is refused, too."""
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_file():
-        kind = "folder; name a file in it" if real.is_dir() else "pipe, socket or device"
-        raise UserError(f"{flag} {path} is a {kind}")
+        raise UserError(f"{flag} {path} is a folder, a pipe, socket or device; name a file")
     check_writable(real.parent, flag)
 
 
 def claim_folder(folder: str | Path, flag: str, part: str = "") -> None:
     """Keep other runs out of a folder of results, which a flag names, until this process ends.
 
-    Runs of several ``part``s of an evaluation share it, each part once. The lock is POSIX's: it
-    ends with its process, however that ends, and loader processes do not inherit it. Where a disk
-    refuses locks, the log says so.
+    Several ``part``s of an evaluation share it, each once. The lock, POSIX's, ends with its process
+    however that ends; loader processes do not inherit it. A disk that refuses locks is logged.
 
     Raises:
         UserError: another run is there; tells which.

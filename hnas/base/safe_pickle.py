@@ -27,8 +27,7 @@ MAX_READS = 1_000_000
 MAX_AXES = 32
 MAX_SIZE = 2**48
 PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
-# Of protocols 2 to 4, without those for other objects, for sets, for dicts of any keys, and for
-# whole numbers of more than 255 bytes, which Python does not write out.
+# Of protocols 2 to 4, without those for other objects, sets, dicts of any keys and huge numbers.
 # fmt: off
 INSTRUCTIONS = (
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1",

@@ -18,7 +18,7 @@ import numpy as np
 
 from hnas.architecture_file import in_percent, in_shares, read_accuracies, read_scores, read_truth
 from hnas.base.command_line import OneLineParser, path_text, read_path, whole_number
-from hnas.base.errors import UserError, run_main
+from hnas.base.errors import UserError, run_main, shortened
 from hnas.base.files import check_writable, print_text, write_json, write_text
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES
@@ -89,7 +89,7 @@ def report_scores(options) -> tuple[dict, str]:
     try:
         known, rows = estimates_beside(options.pred, list(archs.values()), in_shares(accuracy))
     except UserError as reason:
-        unknown = [f"Standard errors are not known: {reason}."]
+        unknown = [f"Standard errors are not known: {shortened(str(reason))}."]
     accuracy, costs = in_percent(accuracy), _costs(archs.values(), options)
     found = analyse_scores(archs, accuracy, costs, known, rows)
     report = {
