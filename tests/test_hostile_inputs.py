@@ -381,6 +381,9 @@ def test_a_second_run_in_a_folder_is_refused_by_name(tmp_path, refusal):
         owner = f"pid {process.pid} on {socket.gethostname()}, -c, since 20"
         for name in RUNS:
             assert f"{tmp_path} is in use: {owner}" in refusal(name), name
+        end = HOLD.replace("time.sleep", "")
+        subprocess.run([sys.executable, "-c", end, str(tmp_path / "new")], cwd=ROOT, check=True)
+        assert not (tmp_path / "new").exists()
     # Killed, it has nothing any more, and something else is wrong.
     assert "--modelarch_file is missing" in refusal("train_supernet")
 

@@ -93,8 +93,7 @@ def read_path(text: str) -> Path:
 def expand_path(text: str) -> str:
     """A path with the home folder for ``~``, which shells leave as it is in ``--flag=~/x``.
 
-    Refuses a home that nobody has, and what is too long, in a name or whole, before some system
-    call does.
+    Refuses a home that nobody has and, before a system call does, what is too long.
     """
     text, given = os.path.expanduser(text), text
     if text == given and text.startswith("~"):

@@ -24,8 +24,6 @@ import numpy as np
 
 from hnas.base.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 DIGEST = ".sha256"
 KINDS = "biufU"  # of arrays: booleans, whole numbers, floats and text
 # Of temporary files: process number and a random one.
@@ -147,7 +145,7 @@ def claim_folder(folder: str | Path, flag: str, part: str = "") -> None:
 def _claim(path: Path, what: str, kind: int) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     owner = f"pid {os.getpid()} on {socket.gethostname()}, {Path(sys.argv[0]).name}, since {since}"
-    descriptor, is_there = 0, False
+    descriptor, is_there, is_new = 0, False, not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while not is_there:  # Who ends deletes the file, maybe just now.
@@ -157,19 +155,22 @@ def _claim(path: Path, what: str, kind: int) -> None:
             is_there = path.exists() and os.path.samefile(path, descriptor)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, os.fsencode(owner))
-        atexit.register(_give_up, path, descriptor)
+        atexit.register(_give_up, path, descriptor, is_new)
     except BlockingIOError:
         owner = os.read(descriptor, 500).decode(errors="replace") or "another run"
         raise UserError(f"{what} is in use: {owner}; wait for its end, or choose another") from None
     except OSError as error:
-        logger.warning("no lock on %s (%s): start no second run there", what, error.strerror)
+        told = "no lock on %s (%s): start no second run there"
+        logging.getLogger(__name__).warning(told, what, error.strerror)
 
 
-def _give_up(path: Path, descriptor: int) -> None:
-    with suppress(OSError):  # Others share it.
+def _give_up(path: Path, descriptor: int, with_folder: bool) -> None:
+    with suppress(OSError):  # Others share it, or there are results in the folder.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samefile(path, descriptor):
             path.unlink()
+            if with_folder:
+                path.parent.rmdir()
 
 
 def digest_path(path: str | Path) -> Path:
