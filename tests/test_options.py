@@ -154,13 +154,24 @@ def test_calibration_images_may_be_left_to_the_checkpoint():
 # --- what is refused
 
 
+NEAREST = {
+    "--imgae_dir": "image_dir",
+    "--batchsize": "batch_size",
+    "--cktp_dir": "ckpt_dir",
+    "--largest_net_in_stage": "largest_net_in_stage1",
+}
+
+
+@pytest.mark.parametrize("wrong", NEAREST)
+def test_unknown_flag_suggests_the_nearest(wrong):
+    expected = f"unknown flag {wrong}; did you mean --{NEAREST[wrong]}?"
+    assert refusal(wrong, "1") == expected
+    assert refusal("--lr", "1", f"{wrong}=1", stage=SCORE) == expected
+
+
 NAME = "n" * 300
 PATH = r"argument --{}: .* a name of 300 bytes"
 REFUSED = [  # arguments of stage 2, and the message
-    ("--imgae_dir 1", r"unknown flag --imgae_dir; did you mean --image_dir\?"),
-    ("--batchsize=1", r"unknown flag --batchsize; did you mean --batch_size\?"),
-    ("--lr 1 --cktp_dir 1", r"unknown flag --cktp_dir; did you mean --ckpt_dir\?"),
-    ("--lr=1 --largest_net_in_stage=1", ".*; did you mean --largest_net_in_stage1\\?"),
     ("--xyzzyqqq 1", "unknown flag --xyzzyqqq; see --help"),
     ("--json_path x", "unknown flag --json_path; give --modelarch_file"),
     ("--phase=2", "unknown flag --phase; each stage has its script: .*_stage1.py, .*"),

@@ -101,21 +101,6 @@ def test_every_invalid_digit_is_named_by_its_position(code, dropped):
     assert refused > 51 * 3
 
 
-@pytest.mark.parametrize(
-    "code",
-    [None, LARGEST.encode(), [LARGEST], int(LARGEST)]
-    + [(LARGEST * 100)[:length] for length in (0, 1, 50, 53, 5000)]
-    + [MIXED[:20] + wrong + MIXED[21:] for wrong in (*"x -\0\n", "\u00b2", "\u0663", "\uff11")],
-)
-def test_what_is_not_a_string_of_52_digits(code):
-    with pytest.raises(ArchitectureError, match="digits") as error:
-        Architecture.from_code(code)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 250
-    if isinstance(code, str) and code.isascii() and code.isdigit():
-        assert f"has {len(code)} digits; 52 or" in message and "51" in message
-
-
 @given(sampled())
 def test_sampled_architectures_are_shareable(drawn):
     space, arch = drawn
