@@ -149,17 +149,17 @@ def _claim(path: Path, what: str, kind: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while not is_there:  # Who ends deletes the file, maybe just now.
-            # Never closed, which would end the lock.
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)  # closing it ends the lock
             fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
             is_there = path.exists() and os.path.samefile(path, descriptor)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, os.fsencode(owner))
         atexit.register(_give_up, path, descriptor, is_new)
-    except BlockingIOError:
-        owner = os.read(descriptor, 500).decode(errors="replace") or "another run"
-        raise UserError(f"{what} is in use: {owner}; wait for its end, or choose another") from None
     except OSError as error:
+        if descriptor and error.errno in (errno.EACCES, errno.EAGAIN):
+            told = os.read(descriptor, 500).decode(errors="replace") or "another run"
+            told = f"{what} is in use: {told}; wait for its end, or choose another"
+            raise UserError(told) from None
         told = "no lock on %s (%s): start no second run there"
         logging.getLogger(__name__).warning(told, what, error.strerror)
 
