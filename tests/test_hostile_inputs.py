@@ -290,7 +290,7 @@ def test_what_is_no_file_is_not_replaced(make, tmp_path):
 
 
 def test_what_a_link_leads_to_is_written(tmp_path):
-    name = os.fsdecode(b"\xc8\xa8.pdparams")  # in GBK
+    name = os.fsdecode(b"\xc8\xa8\xd6\xd8.pdparams")  # in GBK
     real, link = tmp_path / "disk" / name, tmp_path / "a.pdparams"
     link.symlink_to(real)
     for value in (1.0, 2.0):
