@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hnas.base.command_line import shown
 from hnas.base.errors import UserError
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -53,10 +54,10 @@ class Architecture:
         if not isinstance(code, str):
             raise ArchitectureError("architecture code must be a string of digits")
         if not (code.isascii() and code.isdigit()):
-            raise ArchitectureError(f"architecture code {_shorten(code)} holds more than digits")
+            raise ArchitectureError(f"architecture code {shown(code)} holds more than digits")
         if len(code) not in (CODE_LENGTH, CODE_LENGTH - 1):
             raise ArchitectureError(
-                f"architecture code {_shorten(code)} has {len(code)} digits; "
+                f"architecture code {shown(code)} has {len(code)} digits; "
                 f"{CODE_LENGTH} or, without the image size, {CODE_LENGTH - 1} are allowed"
             )
         places = iter(range(len(code)))
@@ -66,7 +67,7 @@ class Architecture:
             digit = int(code[place])
             if not low <= digit <= high:
                 raise ArchitectureError(
-                    f"architecture code {_shorten(code)}: digit {place + 1} ({what}) is {digit}; "
+                    f"architecture code {shown(code)}: digit {place + 1} ({what}) is {digit}; "
                     f"allowed: {allowed or f'{low} to {high}'}"
                 )
             return digit
@@ -102,10 +103,6 @@ class Architecture:
 
     def __str__(self) -> str:
         return self.code
-
-
-def _shorten(code: str) -> str:
-    return repr(code if len(code) <= 60 else code[:57] + "...")
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,11 @@ def test_an_architecture_that_stands_twice(write, form, again):
     ("code", "reason"),
     [
         *((code, "must be a string of digits") for code in (None, int(LARGEST), [LARGEST], {})),
-        *(((LARGEST * 2000)[:n], f"has {n} digits") for n in (1, 100_000)),
+        *(((LARGEST * 2000)[:n], f"has {n} digits") for n in (1, 50, 53, 100_000)),
+        *(
+            (SMALL[:20] + x + SMALL[21:], "holds more than digits")
+            for x in "x-\n\u00b2\u0663\uff11"
+        ),
         (SMALL[:1] + "6" + SMALL[2:], "digit 2 (depth of stage 1) is 6; allowed: 2 to 5"),
         (SMALL[1:-1] + "1", "digit 51 (stage 4, block 5, conv2) is 1; allowed: 0, since"),
         (" " + SMALL, "holds more than digits"),

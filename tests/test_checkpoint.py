@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import ROOT
 from safetensors.numpy import load_file
 
 from hnas.base.errors import UserError
@@ -55,20 +56,38 @@ def test_what_is_written_is_read_back_by_others(suffix, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.sha256"]
 
 
-@pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
-def test_a_full_disk_leaves_the_previous_checkpoint(suffix, tmp_path):
-    path, limits = tmp_path / f"0{suffix}", resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_state(path, {"a": paddle.ones([3])})
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    # A process whose files may not grow beyond a limit sees the same as on a full disk.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+# A process whose files may not grow beyond a limit sees the same as on a full disk.
+FULL_DISK = """
+import resource, sys
+import numpy as np
+from hnas.base.errors import UserError
+from hnas.evaluation.counts import Counts
+from hnas.evaluation.results import save_state
+from hnas.weights.loading import write_state
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for path in sys.argv[1:]:
     try:
-        with pytest.raises(UserError, match=f"cannot write {path}: File too large"):
-            write_state(path, {"a": np.zeros(1_000_000, np.float32)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if path.endswith(".npz"):
+            save_state(path, {}, 1, Counts.zeros(100_000))
+        write_state(path, {"a": np.zeros(1_000_000, np.float32)})
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    paths = [tmp_path / f"0{suffix}" for suffix in (".pdparams", ".safetensors")]
+    for path in paths:
+        write_state(path, {"a": paddle.ones([3])})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    every = [*paths, tmp_path / "eval_state.npz"]
+    command = [sys.executable, "-c", FULL_DISK, *map(str, every)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [f"cannot write {path}: File too large" for path in every]
+    assert "Exception ignored" not in run.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    np.testing.assert_array_equal(read_weights(path)["a"], np.ones(3, np.float32))
+    for path in paths:
+        np.testing.assert_array_equal(read_weights(path)["a"], np.ones(3, np.float32))
 
 
 def trained(steps: int):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import importlib
 import json
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +26,10 @@ from hnas import architecture_file
 from hnas.architecture_file import read_architectures
 from hnas.base import device
 from hnas.base.errors import UserError
+from hnas.base.files import claim_folder, is_whole
 from hnas.base.settings import check_same_settings
 from hnas.dataset.image_folder import ImageList
+from hnas.evaluation.results import architectures_hash
 from hnas.programs import memory_needs
 from hnas.programs.memory_needs import (
     check_batch,
@@ -35,17 +41,25 @@ from hnas.programs.options import Options
 from hnas.programs.runtime import scored_order
 from hnas.ranking.findings import notes_on_ranking
 from hnas.search_space import RESNET48, RESNET48_MINI, SearchSpace
-from hnas.utils.SampleMethod import build_sampler
+from hnas.tools import draw_architectures
+from hnas.tools.choose import axis_label
+from hnas.weights.loading import read_weights, write_state
 
 ROOT = Path(__file__).parents[1]
 LONG, NAME = "9" * 30, "n" * 300
-FEW_SECONDS = 20
 
 
 def one_line(message: str) -> str:
     """The message, which a terminal shows in a few rows."""
     assert "\n" not in message and 0 < len(message) < 400
     return message
+
+
+def refused(check, *arguments) -> str:
+    """What is said, in one line."""
+    with pytest.raises(UserError) as error:
+        check(*arguments)
+    return one_line(str(error.value))
 
 
 # --- flags of the tools
@@ -57,11 +71,15 @@ HOSTILE_TOOLS = [
     ("tools.plan", "--gmacs_per_s nan", "--gmacs_per_s: 'nan' is not a finite number"),
     ("tools.plan", "--gmacs_per_s 1e300", "--gmacs_per_s: 1e.300 is out of bounds"),
     ("tools.flops", "--modelarch_file=", "--modelarch_file: the path is empty"),
+    ("tools.flops", "--modelarch_file nowhere.json", "nowhere.json: No such file"),
+    ("tools.flops", "--modelarch_file x --backbone resnet84", "invalid choice: 'resnet84'"),
     ("tools.choose", f"--submission x --image_size {LONG}", "--image_size"),
     ("tools.rank_report", "--pred macs --gt= --out OUT", "--gt: the path is empty"),
     ("tools.rank_report", f"--pred macs --gt x --out OUT --resamples {LONG}", "--resamples"),
     ("tools.digits_folder", f"--output {NAME}", "--output: .* 300 bytes"),
     ("tools.demo_summary", "--demo_dir=", "--demo_dir: the path is empty"),
+    ("tools.choose", "--submission x --out ~whom/x", "--out: '~whom/x': nobody's home"),
+    ("tools.choose", "--submission x --top 1_0", "--top: '1_0' is not a whole number"),
 ]
 
 
@@ -108,28 +126,16 @@ def test_more_architectures_than_exist_are_refused():
 # --- settings that do not fit what they are for
 
 
-@pytest.mark.parametrize("number", [1, 0])
-def test_a_sandwich_of_fewer_than_two_is_refused(number):
-    options = Options(sample_method="sandwich", dyna_batch_size=number)
-    with pytest.raises(UserError, match="the largest and the smallest network are two") as error:
-        build_sampler(options, RESNET48, 0)
-    one_line(str(error.value))
-
-
-def test_more_images_than_the_set_has_are_refused():
+def test_more_than_there_are_is_refused(tmp_path):
     images = ImageList(Path("val"), ["a"], [Path("x")] * 10, np.zeros(10, np.int64))
-    with pytest.raises(UserError, match="--eval_images 11, but val has 10; lower it, or give 0"):
-        scored_order(Options(eval_images=11), images)
-
-
-def test_more_architectures_than_the_file_has_are_refused(tmp_path):
+    message = refused(scored_order, Options(eval_images=11), images)
+    assert "--eval_images 11, but val has 10; lower it, or give 0" in message
     path = tmp_path / "archs.txt"
     path.write_text(RESNET48.largest().code + "\n")
-    options = Options(modelarch_file=str(path), eval_sample_num=2)
-    with pytest.raises(UserError, match="--eval_sample_num 2, but .* has 1 architectures"):
-        train_supernet.architectures(options, RESNET48)
-    archs = train_supernet.architectures(dataclasses.replace(options, eval_sample_num=1), RESNET48)
-    assert len(archs) == 1
+    one, two = (Options(modelarch_file=str(path), eval_sample_num=number) for number in (1, 2))
+    message = refused(train_supernet.architectures, two, RESNET48)
+    assert f"--eval_sample_num 2, but {path} has 1 architectures" in message
+    assert len(train_supernet.architectures(one, RESNET48)) == 1
 
 
 # --- memory
@@ -146,12 +152,6 @@ def free(monkeypatch):
         monkeypatch.setattr(device.os, "statvfs", lambda path: found)
 
     return say
-
-
-def refused(check, *arguments):
-    with pytest.raises(UserError) as error:
-        check(*arguments)
-    return one_line(str(error.value))
 
 
 def test_a_chunk_that_memory_cannot_hold_is_refused(free):
@@ -258,11 +258,145 @@ def test_what_has_no_end_is_refused_at_once(tmp_path):
         make(path)
     # In a process of its own, which can be ended when it hangs.
     command = [sys.executable, "-c", READ, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=FEW_SECONDS, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
     messages = done.stdout.splitlines()
     assert len(messages) == 2 * len(paths), done
     for number, message in enumerate(messages):
         assert str(paths[number // 2]) in message
+
+
+# --- outputs
+
+
+def null_device(path: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root makes devices")
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # /dev/null's
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, open_socket, null_device])
+def test_what_is_no_file_is_not_replaced(make, tmp_path):
+    path, link = tmp_path / "out", tmp_path / "link"
+    make(path)
+    link.symlink_to(path)
+    kind = path.stat().st_mode
+    for output in map(str, (path, link)):
+        assert "a pipe, socket or device" in refused(draw_architectures.main, ["--output", output])
+        assert "a pipe, socket or device" in refused(write_state, output, {})
+    assert path.stat().st_mode == kind and link.is_symlink() and len(os.listdir(tmp_path)) == 2
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    name = os.fsdecode(b"\xc8\xa8\xd6\xd8.pdparams")  # in GBK
+    real, link = tmp_path / "disk" / name, tmp_path / "a.pdparams"
+    link.symlink_to(real)
+    for value in (1.0, 2.0):
+        write_state(link, {"a": np.full(3, value, np.float32)})
+        assert read_weights(link)["a"][0] == read_weights(real)["a"][0] == value
+    assert link.is_symlink() and is_whole(link) and is_whole(real)
+
+
+def test_names_that_are_no_text():
+    one, other = (architectures_hash({n: RESNET48.largest()}) for n in ("\ud800", "\udcff"))
+    assert one != other
+    table = SimpleNamespace(about={"processor": "\ud800", "batch_size": 1, "threads": 1})
+    assert axis_label("latency", table) == "latency, ms (\\ud800, batch 1, 1 threads)"
+
+
+END = """
+import logging
+from hnas.base.errors import UserError, run_main
+from hnas.base.files import print_text
+def main():
+    logging.warning("%s is odd", "n" * 5_000_000)
+    print_text("found \\ud800\\n")
+    raise UserError("n" * 5_000_000 + "; mend it")
+run_main(main)
+"""
+FULL = "error: cannot write to the standard output: No space left on device"
+
+
+@pytest.mark.parametrize(("disk", "last"), [("null", "; mend it"), ("full", FULL)])
+def test_lines_are_short_and_a_full_disk_is_one(disk, last):
+    with open(f"/dev/{disk}", "w") as out:
+        run, told = (
+            subprocess.run([sys.executable, *end], stdout=out, stderr=subprocess.PIPE, cwd=ROOT)
+            for end in (["-c", END], ["-m", "hnas.tools.flops", "--help"])
+        )
+    warning, error = run.stderr.decode().splitlines()
+    assert max(len(warning), len(error)) < 2000
+    assert warning.endswith("n is odd") and error.endswith(last) and run.returncode == 2
+    assert told.stderr.decode() == (f"{FULL}\n" if disk == "full" else "")
+
+
+# --- two runs in one folder
+
+HOLD = """
+import sys, time
+from hnas.base.files import claim_folder
+claim_folder(sys.argv[1], "--save_dir", *sys.argv[2:])
+print("here", flush=True)
+time.sleep(600)
+"""
+RUNS = [
+    *("train_supernet_pinas_stage1", "train_supernet_pinas_stage2_simple", "train_supernet"),
+    *(f"hnas.tools.{tool}" for tool in ("pretrain", "search", "train_standalone", "export")),
+    "hnas.bench.rank.__main__",
+]
+MORE = f"--device cpu --ckpt_dir x --arch {RESNET48.largest().code}"
+
+
+@contextmanager
+def held(folder: Path, *part: str):
+    """Another process that has the folder."""
+    command = [sys.executable, "-c", HOLD, str(folder), *part]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"here\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch):
+    """What a program says that is to write to the test's folder."""
+
+    def refusal(name: str, more: str = "") -> str:
+        flags = f"--out {tmp_path}" if "rank" in name else f"--save_dir {tmp_path} {MORE} {more}"
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+        return refused(importlib.import_module(name).main)
+
+    return refusal
+
+
+def test_a_second_run_in_a_folder_is_refused_by_name(tmp_path, refusal):
+    with held(tmp_path) as process:
+        owner = f"pid {process.pid} on {socket.gethostname()}, -c, since 20"
+        for name in RUNS:
+            assert f"{tmp_path} is in use: {owner}" in refusal(name), name
+        end = HOLD.replace("time.sleep", "")
+        subprocess.run([sys.executable, "-c", end, str(tmp_path / "new")], cwd=ROOT, check=True)
+        assert not (tmp_path / "new").exists()
+    # Killed, it has nothing any more, and something else is wrong.
+    assert "--modelarch_file is missing" in refusal("train_supernet")
+
+
+def test_parts_share_a_folder_each_once(tmp_path, refusal):
+    part = "--chunk_size 2 --images_part"
+    with held(tmp_path, "1/2"):
+        assert "part 1/2 in --save_dir" in refusal("train_supernet", f"{part} 1/2")
+        assert "is in use" in refusal("train_supernet")
+        assert "--modelarch_file is missing" in refusal("train_supernet", f"{part} 2/2")
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    claim_folder(tmp_path, "--save_dir")
+    assert f"no lock on --save_dir {tmp_path} (No locks available)" in caplog.text
 
 
 # --- too many architectures
@@ -277,7 +411,6 @@ def test_what_has_no_end_is_refused_at_once(tmp_path):
         "1," * 101,
         "1\n" * 101,
     ],
-    ids=["lists", "codes", "objects", "commas", "lines"],
 )
 def test_too_many_architectures(text, tmp_path, monkeypatch):
     """Refused before anything is built of them: 48 MB of ``[],`` took 3.8 GB."""

@@ -109,8 +109,10 @@ def launch(folder, line, **changes):
 )
 def test_cards_are_counted_among_the_visible_and_mean_a_gpu(line, visible, device, tmp_path):
     program(tmp_path / "python", 'echo "$CUDA_VISIBLE_DEVICES" "$@"')
-    done = launch(tmp_path, line, python=f"{tmp_path}/python", save_dir=f"{tmp_path}/out")
+    home = {"save_dir": "~/out", "HOME": str(tmp_path)}
+    done = launch(tmp_path, line, python=f"{tmp_path}/python", **home)
     assert re.fullmatch(rf"{visible} .* --device {device}\n", done.stdout), done.stderr
+    assert (tmp_path / "out/log").is_dir() == ("," in visible)
 
 
 # --- what they refuse

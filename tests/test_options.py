@@ -10,7 +10,7 @@ import pytest
 
 from hnas.base.errors import UserError
 from hnas.programs import runtime
-from hnas.programs.flags import AUTO, Stage, default_of
+from hnas.programs.flags import AUTO, PATHS, Stage, default_of
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import start
@@ -132,6 +132,13 @@ def test_a_path_that_is_not_there(flag, text):
     assert getattr(parse(DISTILL, f"--{flag}", text), flag) == ""
 
 
+def test_every_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [name for name, option in FIELDS.items() if option.metadata["unit"] in PATHS]
+    options = parse(DISTILL, *(f"--{name}=~/x" for name in paths))
+    assert len(paths) > 10 and {getattr(options, name) for name in paths} == {"/home/me/x"}
+
+
 def test_flags_without_effect_are_named_in_the_log(caplog):
     with caplog.at_level(logging.INFO):
         for stage in Stage:
@@ -158,11 +165,12 @@ REFUSED = [  # arguments of stage 2, and the message
     (f"--{NAME}=1", "unknown flag '--nnn.*; see --help"),
     ("--lr 1 2", "unexpected argument '2'; flags are written --name value"),
     ("--batch_size 1.5", "argument --batch_size: '1.5' is not a whole number"),
-    ("--bn_calibration_images=-1", "argument --bn_calibration_images: -1 is too small; .* is 0"),
+    ("--bn_calibration_images=-1", "argument --bn_calibration_images: -1 is out of bounds; .*"),
     ("--lr fast", "argument --lr: 'fast' is not a finite number"),
     ("--use_ckpt yes", "argument --use_ckpt: 'yes' is neither True nor False"),
-    (f"--device {NAME}", "--device 'nnn.*; allowed: auto, cpu, gpu"),
+    (f"--device {NAME}", "argument --device: 'nnn.*; allowed: auto, cpu, gpu"),
     ("--save_dir=", "--save_dir is missing: results need a folder"),
+    ("--image_dir=~whom/x", "argument --image_dir: '~whom/x': nobody's home; write ./~ .*"),
     (f"--save_dir {NAME}", PATH.format("save_dir") + "; 255 are allowed"),
     (f"--image_dir /a/{NAME}/b", PATH.format("image_dir") + ".*"),
     (f"--cache_dir {'é' * 150}", PATH.format("cache_dir") + ".*"),
@@ -187,12 +195,13 @@ NUMBERS = [option for option in FIELDS.values() if option.type in ("int", "float
 def test_numbers_have_bounds_which_are_allowed_themselves(option):
     flag, reader = option.name, {"int": int, "float": float}[option.type]
     huge = "9" * 30 if option.type == "int" else "1e300"
-    for value, word in ((huge, "large"), (f"-{huge}", "small")):
-        message = refusal(f"--{flag}={value}")
-        bound = re.fullmatch(rf"--{flag} .* is too {word}; the (least|most) is (\S+)", message)[2]
-        assert getattr(parse(DISTILL, f"--{flag}={reader(float(bound))}"), flag) == float(bound)
-    for text in ("", " ", "nan", "-nan", "-inf", "1e999", "9" * 5000, "0x10", "1,5", NAME):
-        assert refusal(f"--{flag}={text}").startswith((f"argument --{flag}: ", f"--{flag} "))
+    for value in (huge, f"-{huge}"):
+        words = rf"argument --{flag}: .* is out of bounds; allowed: (\S+) to (\S+)"
+        for bound in re.fullmatch(words, refusal(f"--{flag}={value}")).groups():
+            assert getattr(parse(DISTILL, f"--{flag}={reader(float(bound))}"), flag) == float(bound)
+    wrong = ("", " ", "nan", "-nan", "-inf", "1e999", "9" * 5000, "0x10", "1,5", NAME)
+    for text in (*wrong, "1_0", "\uff11", "\u0661"):  # Python takes these three
+        assert refusal(f"--{flag}={text}").startswith(f"argument --{flag}: {text[:50]!r}"[:-1])
 
 
 def test_the_largest_seed_works():

@@ -187,6 +187,8 @@ def test_fair_orders_are_random_and_independent_of_each_other():
     ("settings", "message"),
     [
         ({"sample_method": "evolution"}, "'evolution'; there are random, sandwich, fair, and"),
+        ({"sample_method": "sandwich", "dyna_batch_size": 1}, "and the smallest network are two"),
+        ({"sample_method": "sandwich", "dyna_batch_size": 0}, "and the smallest network are two"),
         (
             {"bias_sample_flag": True, "stage1_sample_num": 3},
             "--stage1_sample_num 3 is fewer than --dyna_batch_size 4",

@@ -101,35 +101,9 @@ def test_every_invalid_digit_is_named_by_its_position(code, dropped):
     assert refused > 51 * 3
 
 
-def test_depth_and_blocks_must_agree():
-    with pytest.raises(
-        ArchitectureError, match="digit 37 .stage 3, block 6, conv1. is 0; allowed: 1"
-    ):
-        Architecture.from_code(MIXED[:3] + "8" + MIXED[4:])
-    with pytest.raises(ArchitectureError, match="is 2; allowed: 0, since stage 4 has 3 blocks"):
-        Architecture.from_code(MIXED[:4] + "3" + MIXED[5:])
-
-
-@pytest.mark.parametrize(
-    "code",
-    [None, LARGEST.encode(), [LARGEST], int(LARGEST)]
-    + [(LARGEST * 100)[:length] for length in (0, 1, 50, 53, 5000)]
-    + [MIXED[:20] + wrong + MIXED[21:] for wrong in (*"x -\0\n", "\u00b2", "\u0663", "\uff11")],
-)
-def test_what_is_not_a_string_of_52_digits(code):
-    with pytest.raises(ArchitectureError, match="digits") as error:
-        Architecture.from_code(code)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 250
-    if isinstance(code, str) and code.isascii() and code.isdigit():
-        assert f"has {len(code)} digits; 52 or" in message and "51" in message
-
-
 @given(sampled())
-def test_sampled_architectures_round_trip_and_are_shareable(drawn):
+def test_sampled_architectures_are_shareable(drawn):
     space, arch = drawn
-    assert len(arch.code) == 52
-    assert Architecture.from_code(arch.code) == arch
     assert space.shared_plan(arch) == space.plan(arch)
 
 
@@ -225,7 +199,6 @@ RELEASED_SAMPLE = RESNET48.sample(np.random.default_rng(1)).code
         pytest.param(RESNET48, NOT_SHAREABLE, 64, 10, id="not shareable"),
         pytest.param(RESNET48, MIXED, 33, 10, id="mixed"),
         pytest.param(RESNET48_MINI, MIXED, 45, 7, id="mini"),
-        pytest.param(RESNET48_MINI, NOT_SHAREABLE, 32, 10, id="mini not shareable"),
     ],
 )
 def test_macs_and_parameters_equal_those_of_the_network(space, code, image_size, classes):
@@ -238,12 +211,6 @@ def test_macs_and_parameters_equal_those_of_the_network(space, code, image_size,
     macs, params = count(network, image_size)
     assert space.macs(arch, image_size, classes) == macs
     assert space.params(arch, classes) == params
-
-
-def test_figures_of_the_largest_network():
-    largest = RESNET48.largest()
-    assert largest.code == LARGEST
-    assert (RESNET48.macs(largest), RESNET48.params(largest)) == (5_282_238_464, 34_043_688)
 
 
 @pytest.fixture(scope="module")
@@ -303,4 +270,4 @@ def test_smallest_of_the_released_and_of_the_full_space():
     assert RESNET48.smallest().code == SMALLEST
     narrowest = SMALLEST.translate(str.maketrans("35", "77"))
     assert search_space("resnet48", "full").smallest().code == narrowest
-    assert search_space("resnet48", "full").largest().code == LARGEST
+    assert search_space("resnet48", "full").largest().code == RESNET48.largest().code == LARGEST

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from independent import counts_of, first_ones
 
-from hnas.base.errors import UserError
 from hnas.evaluation.results import estimates
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools import demo_summary, flops
@@ -46,22 +45,6 @@ def test_counts_are_printed_or_written(arch_file, tmp_path, capsys):
     small = RESNET48_MINI.smallest()
     macs, params = RESNET48_MINI.macs(small, 33, 10), RESNET48_MINI.params(small, 10)
     assert counts["small"] == {"arch": SMALL, "macs": macs, "params": params}
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--modelarch_file", "nowhere.json", "nowhere.json: No such file"),
-        ("--backbone", "resnet84", "invalid choice: 'resnet84'"),
-        ("--image_size", "0", "--image_size"),
-        ("--num_classes", "-1", "--num_classes"),
-        ("--imgae_size", "64", "--imgae_size"),
-    ],
-)
-def test_a_wrong_command_line_is_one_line(arch_file, flag, value, message):
-    with pytest.raises(UserError, match=message) as error:
-        flops.main(["--modelarch_file", str(arch_file), flag, value])
-    assert "\n" not in str(error.value)
 
 
 # --- the demo's closing words
@@ -102,12 +85,6 @@ def test_the_table_is_right_and_the_report_works_as_printed(demo, capsys):
     assert (demo / "macs/report.html").is_file()
 
 
-def test_an_unfinished_demo_is_refused(demo):
-    (demo / "seconds.txt").unlink()
-    with pytest.raises(UserError, match=r"seconds.txt is missing; run sh run_demo.sh"):
-        demo_summary.main(["--demo_dir", str(demo)])
-
-
 # --- without Paddle
 
 MOST_MIB = 200
@@ -127,6 +104,7 @@ sys.stderr.write(json.dumps({"loaded": loaded, "mib": peak / 1024}))
 def files(tmp_path):
     """A file of architectures with accuracies, estimates beside it, and a folder to write to."""
     archs = RESNET48.sample_distinct(np.random.default_rng(0), 50)
+    archs = {f"{name}\ud800": arch for name, arch in archs.items()}  # no character
     content = estimates(archs, counts_of(first_ones(np.arange(50), 50)), None, 50)
     path = tmp_path / "archs.json"
     path.write_text(json.dumps(content["architectures"]))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from hnas.base.errors import UserError
+from hnas.base.files import print_text
 
 
 class _WithDefaults(argparse.HelpFormatter):
@@ -31,17 +34,15 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
+    def print_help(self, file=None):
+        print_text(self.format_help())
 
-LARGEST = 2**32 - 1
-"""Of whole numbers that nothing else bounds: of seeds, too."""
-LARGEST_SIDE = 8192
-"""Of images, px."""
-MOST_ARCHITECTURES = 1_000_000
-"""Of a file; each takes a few kilobytes while it is handled."""
-LONGEST_NAME, LONGEST_PATH = 255, 4095
-"""Bytes that Linux allows."""
-SHOWN = 60
-"""Characters of a value that a message repeats."""
+
+LARGEST = 2**32 - 1  # of whole numbers that nothing else bounds: of seeds, too
+LARGEST_SIDE = 8192  # of images, px
+MOST_ARCHITECTURES = 1_000_000  # of a file; each takes a few kilobytes while it is handled
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes that Linux allows
+SHOWN = 60  # characters of a value that a message repeats
 
 
 def shown(value: object) -> str:
@@ -53,28 +54,35 @@ def shown(value: object) -> str:
 
 def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
     """An argparse type: an integer from ``low`` to ``high``."""
-    return lambda text: _within(read_int(text), low, high)
+    return _number(int, "a whole number", low, high)
 
 
 def real_number(low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a finite number from ``low`` to ``high``."""
-    return lambda text: _within(read_float(text), low, high)
+    return _number(float, "a finite number", low, high)
 
 
-def _within(value, low: float, high: float):
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(
-            f"{shown(value)} is out of bounds; allowed: {low} to {high}"
-        )
-    return value
+def _number(kind: type, what: str, low: float, high: float) -> Callable[[str], int | float]:
+    def read(text: str) -> int | float:
+        value = math.nan
+        # Python takes 1_0 and the digits of other scripts, too.
+        if text.isascii() and "_" not in text:
+            with suppress(ValueError):
+                value = kind(text)
+        if not abs(value) < math.inf:
+            raise ArgumentTypeError(f"{shown(text)} is not {what}")
+        if not low <= value <= high:
+            raise ArgumentTypeError(f"{shown(value)} is out of bounds; allowed: {low} to {high}")
+        return value
+
+    return read
 
 
 def path_text(text: str) -> str:
-    """The path of a file or folder; an empty one, or one that no system could have, is refused."""
+    """The path of a file or folder, see :func:`expand_path`; an empty one is refused."""
     if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    check_path(text)
-    return text
+        raise ArgumentTypeError("the path is empty")
+    return expand_path(text)
 
 
 def read_path(text: str) -> Path:
@@ -82,15 +90,21 @@ def read_path(text: str) -> Path:
     return Path(path_text(text))
 
 
-def check_path(text: str) -> None:
-    """Refuse what is too long for a path, in a name or whole, before some system call does."""
+def expand_path(text: str) -> str:
+    """A path with the home folder for ``~``, which shells leave as it is in ``--flag=~/x``.
+
+    Refuses a home that nobody has and, before a system call does, what is too long.
+    """
+    text, given = os.path.expanduser(text), text
+    if text == given and text.startswith("~"):
+        raise ArgumentTypeError(f"{shown(text)}: nobody's home; write ./~ for such a name")
     longest = max(len(os.fsencode(name)) for name in text.split("/"))
     if longest > LONGEST_NAME:
-        raise argparse.ArgumentTypeError(
-            f"{shown(text)}: a name of {longest} bytes; {LONGEST_NAME} are allowed"
-        )
+        told = f"{shown(text)}: a name of {longest} bytes; {LONGEST_NAME} are allowed"
+        raise ArgumentTypeError(told)
     if len(os.fsencode(text)) >= LONGEST_PATH:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: a path of more than {LONGEST_PATH} bytes")
+        raise ArgumentTypeError(f"{shown(text)}: a path of more than {LONGEST_PATH} bytes")
+    return text
 
 
 def read_bool(text: str) -> bool:
@@ -99,23 +113,4 @@ def read_bool(text: str) -> bool:
         return True
     if text.lower() in ("false", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"{shown(text)} is neither True nor False")
-
-
-def read_int(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from None
-
-
-def read_float(text: str) -> float:
-    """A finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a finite number")
-    return value
+    raise ArgumentTypeError(f"{shown(text)} is neither True nor False")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 
 import paddle
 from paddle.base import core
 
+from hnas.base.command_line import shown
 from hnas.base.errors import PADDLE_ERRORS, UserError, word_of
 
 CUDNN_TF32, CUBLAS_TF32 = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
@@ -184,7 +186,10 @@ def peak_memory() -> str:
 def cpu_threads() -> int:
     """``PINAS_THREADS``, which the launchers set, or ``OMP_NUM_THREADS``, or one a core."""
     given = os.environ.get("PINAS_THREADS") or os.environ.get("OMP_NUM_THREADS")
-    return int(given or os.cpu_count() or 1)
+    first = (given or str(os.cpu_count() or 1)).partition(",")[0]  # OpenMP: of each nested level
+    if not re.fullmatch("[1-9][0-9]{0,3}", first):
+        raise UserError(f"PINAS_THREADS or OMP_NUM_THREADS is {shown(given)}, no number of threads")
+    return int(first)
 
 
 def processor() -> str:

@@ -14,10 +14,10 @@ from contextlib import suppress
 
 ERRORS = "PINAS_ERRORS"
 """The environment variable in which hnas.parallel.launcher names its file for users' errors."""
-LOG_FORMAT = "[%(asctime)s] %(message)s"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ENDING_SECONDS = 20
 """Launchers and cluster managers kill what has not ended after 30."""
+LONGEST_LINE = 1500
 LAUNCHER = "PINAS_LAUNCHER"
 """The environment variable in which hnas.parallel.launcher hands its process id on."""
 
@@ -62,6 +62,18 @@ class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error
 
     def __init__(self, number: int):
         super().__init__(128 + number)
+
+
+def shortened(line: str) -> str:
+    """A line for users: a name in it may have megabytes, and what is said stands at its ends."""
+    half = LONGEST_LINE // 2
+    cut = f"{line[:half]} [... {len(line):,} characters ...] {line[-half:]}"
+    return line if len(line) <= LONGEST_LINE else cut
+
+
+class _ShortLines(logging.Formatter):
+    def formatMessage(self, record):  # noqa: N802 (logging's name)
+        return shortened(super().formatMessage(record))
 
 
 def hold_signals() -> None:
@@ -146,9 +158,9 @@ def run_main(
     """
     end_on_signals()
     end_with_launcher()
-    logging.basicConfig(
-        level=logging.INFO, format=LOG_FORMAT, datefmt="%Y/%m/%d %H:%M:%S", force=True
-    )
+    log = logging.StreamHandler()
+    log.setFormatter(_ShortLines("[%(asctime)s] %(message)s", "%Y/%m/%d %H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
     try:
         main()
     except (UserError, *PADDLE_ERRORS) as error:
@@ -161,7 +173,7 @@ def run_main(
         else:
             raise
         # Without line breaks, which a path or a flag may hold.
-        line = f"error: {' '.join(told.split())}\n"
+        line = f"error: {shortened(' '.join(told.split()))}\n"
         if is_one_of_several():
             line = f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: {line}"
         sys.stderr.write(line)

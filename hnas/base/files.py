@@ -1,15 +1,20 @@
-"""Files: written so that a kill or a full disk leaves the previous content; digests; reading."""
+"""Files: written so that a kill or a full disk leaves the old content; locks; digests; reading."""
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
+import socket
 import stat
+import sys
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,33 +26,34 @@ from hnas.base.errors import UserError
 
 DIGEST = ".sha256"
 SHA256 = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
-KINDS = "biufU"
-"""Of arrays: booleans, whole numbers, floats and text."""
+KINDS = "biufU"  # of arrays: booleans, whole numbers, floats and text
 # Of temporary files: process number and a random one.
-TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{16}\.tmp")
+TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{16}\.tmp")
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of ``path`` when the block ends.
 
-    The content is on the disk before it does; if the block fails, ``path`` stays as it was. The
-    temporary file is there, empty, and locked while the block runs, so that
-    :func:`remove_leftovers` knows that its writer lives.
+    The content is on the disk before it does; if the block fails, ``path`` stays as it was. Where
+    it is a link, what it leads to is written. The temporary file is there, empty, and locked while
+    the block runs, so that :func:`remove_leftovers` knows that its writer lives.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or is a pipe, socket or device.
     """
-    path = Path(path)
-    temporary = _temporary(path)
+    real = Path(os.path.realpath(path))
+    temporary = _temporary(real)
     with ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            real.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                check_regular(real)
             stack.callback(os.close, _create_locked(temporary))
             yield temporary
             _flush(temporary)
-            os.replace(temporary, path)
-            _flush(path.parent)
+            os.replace(temporary, real)
+            _flush(real.parent)
         except BaseException as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -115,15 +121,63 @@ def check_writable(folder: str | Path, flag: str) -> None:
 
 
 def check_output(path: str | Path, flag: str) -> None:
-    """As :func:`check_writable`, for a file that a flag names; folders are refused, too."""
-    if Path(path).is_dir():
-        raise UserError(f"{flag} {path} is a folder; name a file in it")
-    check_writable(Path(path).parent, flag)
+    """As :func:`check_writable`, for a file that a flag names; what is none is refused, too."""
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():
+        raise UserError(f"{flag} {path} is a folder, a pipe, socket or device; name a file")
+    check_writable(real.parent, flag)
+
+
+def claim_folder(folder: str | Path, flag: str, part: str = "") -> None:
+    """Keep other runs out of a folder of results, which a flag names, until this process ends.
+
+    Several ``part``s of an evaluation share it, each once. The lock, POSIX's, ends with its process
+    however that ends; loader processes do not inherit it. A disk that refuses locks is logged.
+
+    Raises:
+        UserError: another run is there; tells which.
+    """
+    where, what = Path(os.path.realpath(folder)), f"{flag} {folder}"
+    _claim(where / ".run.lock", what, fcntl.LOCK_SH if part else fcntl.LOCK_EX)
+    if part:
+        own = where / f".part_{part.replace('/', '_of_')}.lock"
+        _claim(own, f"part {part} in {what}", fcntl.LOCK_EX)
+
+
+def _claim(path: Path, what: str, kind: int) -> None:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    owner = f"pid {os.getpid()} on {socket.gethostname()}, {Path(sys.argv[0]).name}, since {since}"
+    descriptor, is_there, is_new = 0, False, not path.parent.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not is_there:  # Who ends deletes the file, maybe just now.
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)  # closing it ends the lock
+            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
+            is_there = path.exists() and os.path.samefile(path, descriptor)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, os.fsencode(owner))
+        atexit.register(_give_up, path, descriptor, is_new)
+    except OSError as error:
+        if descriptor and error.errno in (errno.EACCES, errno.EAGAIN):
+            told = os.read(descriptor, 500).decode(errors="replace") or "another run"
+            told = f"{what} is in use: {told}; wait for its end, or choose another"
+            raise UserError(told) from None
+        told = "no lock on %s (%s): start no second run there"
+        logging.getLogger(__name__).warning(told, what, error.strerror)
+
+
+def _give_up(path: Path, descriptor: int, with_folder: bool) -> None:
+    with suppress(OSError):  # Others share it, or there are results in the folder.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samefile(path, descriptor):
+            path.unlink()
+            if with_folder:
+                path.parent.rmdir()
 
 
 def digest_path(path: str | Path) -> Path:
-    """Where the SHA-256 of a file stands: beside it."""
-    return Path(f"{path}{DIGEST}")
+    """Where the SHA-256 of a file stands: beside it; of a link, beside what it leads to."""
+    return Path(f"{os.path.realpath(path)}{DIGEST}")
 
 
 def file_digest(path: str | Path) -> str:
@@ -137,16 +191,15 @@ def file_digest(path: str | Path) -> str:
 
 def write_digest(path: str | Path, digest: str = "") -> None:
     """Write the SHA-256 of a file beside it; ``digest`` if that is known already."""
-    with replacing(digest_path(path)) as temporary:
-        line = f"{digest or file_digest(path)}  {Path(path).name}\n"
-        temporary.write_text(line, encoding="utf-8")
+    beside = digest_path(path)
+    write_text(beside, f"{digest or file_digest(path)}  {beside.stem}\n")
 
 
 def recorded_digest(path: str | Path) -> str | None:
-    """The SHA-256 that stands beside a file or what it links to; None: there is none."""
+    """The SHA-256 that stands beside a file, or else beside a link to it; None: there is none."""
     recorded = digest_path(path)
     if not recorded.is_file():
-        recorded = digest_path(Path(path).resolve())
+        recorded = Path(f"{path}{DIGEST}")
     if not recorded.is_file():
         return None
     # Tools of Windows write upper case, in UTF-16 or after a byte order mark.
@@ -160,6 +213,28 @@ def is_whole(path: str | Path) -> bool:
         recorded = recorded_digest(path)
         return recorded is not None and recorded == file_digest(path)
     return False
+
+
+def plain_text(text: str, encoding: str = "utf-8") -> str:
+    """Text that can be written: what is no character, as in names that are not UTF-8, escaped."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write :func:`plain_text` as :func:`replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(plain_text(text), encoding="utf-8")
+
+
+def print_text(text: str) -> None:
+    """Write results to the standard output at once; :class:`UserError` if it takes no more."""
+    try:
+        sys.stdout.write(plain_text(text, sys.stdout.encoding or "utf-8"))
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError):  # Python tries again when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"cannot write to the standard output: {error.strerror}") from None
 
 
 def write_json(path: str | Path, content) -> None:

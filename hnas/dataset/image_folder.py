@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hnas.base.errors import UserError
-from hnas.base.files import check_regular
+from hnas.base.files import check_regular, reason_of
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -250,8 +250,7 @@ def decode_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:
         # A broken image can make its decoder fail in any way.
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        reason = reason or type(error).__name__
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise DataError(f"cannot decode image {path}: {reason}; replace or remove it") from None
 
 

@@ -50,7 +50,7 @@ from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
 
-CHUNK_NAME = re.compile(r"eval_chunk_(\d{8,18})\.npz")
+CHUNK_NAME = re.compile(r"eval_chunk_([0-9]{8,18})\.npz")
 POLL_SECONDS = 0.2
 NAMED = 10
 """Missing chunks that a message names at most."""

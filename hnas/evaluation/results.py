@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import math
 from collections.abc import Mapping
@@ -78,7 +79,7 @@ def architectures_hash(archs: Mapping[str, Architecture]) -> str:
     """SHA-256 of names and codes in their order."""
     digest = hashlib.sha256()
     for name, arch in archs.items():
-        digest.update(f"{name} {arch.code}\n".encode())
+        digest.update(f"{name} {arch.code}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 
@@ -113,8 +114,11 @@ def save_state(
     columns = dict(zip(FIELDS, counts.columns(), strict=True))
     whose = {f"identity_{name}": np.array(value) for name, value in identity.items()}
     position = {"start": start, "chunk": chunk, "images": counts.images}
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **position, **columns, folds=counts.folds, **whose)
+    # An archive that a full disk has cut off tries again when it is deleted: not one on the disk.
+    content = io.BytesIO()
+    np.savez(content, **position, **columns, folds=counts.folds, **whose)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Saved | None:

@@ -24,20 +24,14 @@ class Stage(enum.Enum):
 
 
 ALL = frozenset(Stage)
-PRETRAIN = frozenset({Stage.PRETRAIN})
-CONTRAST = frozenset({Stage.CONTRAST})
-DISTILL = frozenset({Stage.DISTILL})
-SCORE = frozenset({Stage.SCORE})
-STANDALONE = frozenset({Stage.STANDALONE})
-EXPORT = frozenset({Stage.EXPORT})
-SEARCH = frozenset({Stage.SEARCH})
+PRETRAIN, CONTRAST, DISTILL, SCORE, STANDALONE, EXPORT, SEARCH = (
+    frozenset({stage}) for stage in Stage
+)
 SUPERNET = CONTRAST | DISTILL
 TRAINING = ALL - SCORE - EXPORT - SEARCH
 
-AUTO = -1
-"""``auto`` as a number: the program decides, and says so in the log."""
-PATHS = frozenset({"file", "folder"})
-"""Units of flags that are paths."""
+AUTO = -1  # ``auto`` as a number: the program decides, and says so in the log
+PATHS = frozenset({"file", "folder"})  # units of flags that are paths
 
 
 def flag(

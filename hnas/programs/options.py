@@ -23,10 +23,8 @@ from hnas.programs.flags import (
 )
 
 MOST_EPOCHS = 100_000
-LARGEST_RATE = 1e30
-"""A float32 holds it, times any batch / 256."""
-MOST_COST = 1e15
-"""Of an architecture, in any unit."""
+LARGEST_RATE = 1e30  # a float32 holds it, times any batch / 256
+MOST_COST = 1e15  # of an architecture, in any unit
 MANY = 1_000_000
 
 files = partial(flag, group="Files and folders", stages=ALL)

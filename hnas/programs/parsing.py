@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from hnas.base.command_line import (
     SHOWN,
     OneLineParser,
-    check_path,
+    expand_path,
     read_bool,
-    read_float,
-    read_int,
+    real_number,
     shown,
+    whole_number,
 )
 from hnas.base.errors import UserError
 from hnas.programs.flags import AUTO, PATHS, Stage, default_of, default_text
@@ -60,10 +60,8 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
         **{name: default_of(option, stage) for name, option in fields.items()} | given
     )
     for name, option in fields.items():
-        if name in given:
-            _check_value(option, given[name])
-            if stage not in option.metadata["stages"]:
-                logger.info("--%s has no effect in %s", name, stage)
+        if name in given and stage not in option.metadata["stages"]:
+            logger.info("--%s has no effect in %s", name, stage)
     _follow_recipe(options, stage, given)
     if stage is Stage.CONTRAST and options.save_dir_new:
         options.save_dir = options.save_dir_new
@@ -122,17 +120,19 @@ def _help_text(option: dataclasses.Field, stage: Stage) -> str:
 
 
 def _reader(option: dataclasses.Field) -> Callable[[str], object]:
-    readers = {"bool": read_bool, "int": read_int, "float": read_float, "str": _read_text}
-    reader = readers[option.type]
+    about = option.metadata
+    bounds, choices = (about["low"], about["high"]), about["choices"]
+    readers = {"bool": read_bool, "int": whole_number(*bounds), "float": real_number(*bounds)}
 
     def read(text: str) -> object:
-        if option.metadata["unit"] in PATHS:
-            check_path(text)
-        if option.metadata["auto"] and text == "auto":
+        if about["unit"] in PATHS:
+            text = expand_path(text)
+        if about["auto"] and text == "auto":
             return AUTO
-        if option.metadata["auto"] and reader(text) == AUTO:
-            raise ArgumentTypeError(f"{text} is too small; the least is {option.metadata['low']}")
-        return reader(text)
+        value = readers.get(option.type, _read_text)(text)
+        if choices and value not in choices:
+            raise ArgumentTypeError(f"{shown(value)}; allowed: {', '.join(choices)}")
+        return value
 
     return read
 
@@ -151,15 +151,3 @@ def _explain_unknown(argument: str, names: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean --{nearest[0]}?" if nearest else "see --help"
     return f"unknown flag --{name}; {INSTEAD.get(name, hint)}"
-
-
-def _check_value(option: dataclasses.Field, value: object) -> None:
-    what, about = f"--{option.name} {shown(value)}", option.metadata
-    if about["choices"] and value not in about["choices"]:
-        raise UserError(f"{what}; allowed: {', '.join(about['choices'])}")
-    if option.type not in ("int", "float") or about["auto"] and value == AUTO:
-        return
-    if value < about["low"]:
-        raise UserError(f"{what} is too small; the least is {about['low']}")
-    if value > about["high"]:
-        raise UserError(f"{what} is too large; the most is {about['high']}")

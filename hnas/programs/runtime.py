@@ -25,7 +25,7 @@ from hnas.base.device import (
     visible_gpus,
 )
 from hnas.base.errors import UserError
-from hnas.base.files import check_writable
+from hnas.base.files import check_writable, claim_folder
 from hnas.base.onednn import refuse_without_bfloat16
 from hnas.dataset.image_folder import (
     DataError,
@@ -65,7 +65,8 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
 
     Raises:
         UserError: a GPU is asked for and Paddle has none, or fewer than processes; the device
-            cannot round as asked for; other processes cannot be reached, or ``save_dir`` written.
+            cannot round as asked for; other processes cannot be reached; or ``save_dir`` cannot be
+            written, or is in use.
     """
     if not is_main_process():
         logging.getLogger().setLevel(logging.WARNING)
@@ -87,6 +88,8 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
         if options.visualdl_dir:
             check_writable(options.visualdl_dir, "--visualdl_dir")
     join_processes(cpu=not on_gpu())
+    if writes and is_main_process():
+        claim_folder(options.save_dir, "--save_dir", options.images_part if scores else "")
     seed_generators(options.seed)
     logger.info("device %s (%s), seed %d", paddle.get_device(), arithmetic, options.seed)
     if world_size() > 1:

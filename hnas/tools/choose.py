@@ -9,7 +9,6 @@ budget) and front.svg.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import numpy as np
 from hnas.architecture_file import in_shares, read_scores
 from hnas.base.command_line import OneLineParser, path_text, read_path, real_number, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, replacing, write_json
+from hnas.base.files import check_writable, plain_text, print_text, write_json, write_text
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.costs import UNITS, LatencyTable, costs_of, open_latency
 from hnas.ranking.front import (
@@ -191,8 +190,7 @@ def main(argv=None) -> None:
 
         label, percent = axis_label(cost, latency), 100 * scores.accuracy
         panel = choice_panel(costs[cost], percent, chosen, cost, label, budget.get(cost))
-        with replacing(options.out / "front.svg") as temporary:
-            temporary.write_text(panel.svg(alone=True))
+        write_text(options.out / "front.svg", panel.svg(alone=True))
         content = {
             "submission": options.submission,
             "latency": options.latency,
@@ -208,7 +206,7 @@ def main(argv=None) -> None:
         }
         write_json(options.out / "choice.json", content)
     shown = table(chosen, options.top, list(costs))
-    sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
+    print_text(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
 
 
 def axis_label(kind: str, latency: LatencyTable | None) -> str:
@@ -217,7 +215,7 @@ def axis_label(kind: str, latency: LatencyTable | None) -> str:
         return UNITS[kind]
     about = latency.about
     machine = f"{about['processor']}, batch {about['batch_size']}, {about['threads']} threads"
-    return f"latency, ms ({machine})"
+    return plain_text(f"latency, ms ({machine})")
 
 
 if __name__ == "__main__":

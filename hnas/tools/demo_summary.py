@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hnas.base.command_line import OneLineParser, read_path
 from hnas.base.errors import UserError, run_main
+from hnas.base.files import print_text
 from hnas.search_space import Architecture, search_space
 
 BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
@@ -62,7 +63,7 @@ def main(argv=None) -> None:
         "--demo_dir", type=read_path, default=Path("output/demo"), help="demo's folder"
     )
     options = parser.parse_args(argv)
-    sys.stdout.write(f"{table(options.demo_dir)}\n\n{next_steps(options.demo_dir)}\n")
+    print_text(f"{table(options.demo_dir)}\n\n{next_steps(options.demo_dir)}\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hnas.base.command_line import OneLineParser
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import replacing
+from hnas.base.files import write_text
 from hnas.programs.flags import ALL, EXPORT, TRAINING, Stage, default_of, default_text
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
@@ -99,8 +99,7 @@ def main(argv=None) -> None:
         text = page(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{error.filename} is missing; run this in the checkout") from error
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ prints (or writes to --output) {"arch1": {"arch": code, "macs": per image, "para
 from __future__ import annotations
 
 import json
-import sys
 
 from hnas.architecture_file import read_architectures
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, path_text, whole_number
 from hnas.base.errors import run_main
-from hnas.base.files import check_output, write_json
+from hnas.base.files import check_output, print_text, write_json
 from hnas.ranking.costs import costs_of
 from hnas.search_space import BACKBONES, search_space
 
@@ -53,8 +52,7 @@ def main(argv=None) -> None:
     if options.output:
         write_json(options.output, counts)
     else:
-        json.dump(counts, sys.stdout, indent=1)
-        sys.stdout.write("\n")
+        print_text(json.dumps(counts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,7 +46,7 @@ from hnas.base.device import (
     processor,
     set_tf32,
 )
-from hnas.base.files import check_output, read_json, write_json
+from hnas.base.files import check_output, print_text, read_json, write_json
 from hnas.base.settings import check_same_settings
 from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.parallel.distributed import finished_before_stopping
@@ -98,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check = compare(LatencyTable(options.output, space, settings, milliseconds), drawn, times)
     content = {"format": FORMAT, **settings, "milliseconds": milliseconds, "check": check}
     write_json(options.output, content)
-    unfinished.unlink()
+    unfinished.unlink(missing_ok=True)
     report(check, options.output)
 
 
@@ -280,7 +279,7 @@ def report(check: Mapping, path: Path) -> None:
             100 * check["mean_absolute_error"],
         )
     told = {name: value for name, value in check.items() if name != "networks"}
-    sys.stdout.write(json.dumps({**told, "output": str(path)}) + "\n")
+    print_text(json.dumps({**told, "output": str(path)}) + "\n")
 
 
 if __name__ == "__main__":

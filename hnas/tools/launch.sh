@@ -135,6 +135,10 @@ node_rank=0, 1, ..."
     if [ "$local_processes" = 1 ] && [ "$nnodes" = 1 ]; then
         exec "$python" -u "$@"
     fi
+    # As the programs do with what a shell has left.
+    case $save_dir in
+        "~/"*) save_dir=$HOME/${save_dir#"~/"} ;;
+    esac
     logs="$save_dir/log"
     if [ "$nnodes" != 1 ]; then
         # Each machine numbers its logs from 0.

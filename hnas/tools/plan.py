@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from hnas.base.command_line import (
     whole_number,
 )
 from hnas.base.errors import UserError, run_main
+from hnas.base.files import print_text
 from hnas.evaluation.engine import GPU_SHARE, choose_chunk, path_numbers
 from hnas.evaluation.ledger import even_chunk
 from hnas.evaluation.tree import PrefixTree
@@ -225,7 +225,7 @@ def main(argv=None) -> None:
         **estimate(space, archs, options, precision, rates),
         "assumptions": assumptions(options, precision, rates),
     }
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    print_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ gets report.html (all of it) and report.json. The last line printed is a JSON ob
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from hnas.architecture_file import in_percent, in_shares, read_accuracies, read_scores, read_truth
 from hnas.base.command_line import OneLineParser, path_text, read_path, whole_number
-from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, replacing, write_json
+from hnas.base.errors import UserError, run_main, shortened
+from hnas.base.files import check_writable, print_text, write_json, write_text
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES
 from hnas.ranking.costs import costs_of
@@ -90,7 +89,7 @@ def report_scores(options) -> tuple[dict, str]:
     try:
         known, rows = estimates_beside(options.pred, list(archs.values()), in_shares(accuracy))
     except UserError as reason:
-        unknown = [f"Standard errors are not known: {reason}."]
+        unknown = [f"Standard errors are not known: {shortened(str(reason))}."]
     accuracy, costs = in_percent(accuracy), _costs(archs.values(), options)
     found = analyse_scores(archs, accuracy, costs, known, rows)
     report = {
@@ -144,9 +143,8 @@ def main(argv=None) -> None:
     report, page = report_ranking(options) if options.gt else report_scores(options)
     write_json(options.out / "report.json", report)
     written = options.out / "report.html"
-    with replacing(written) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    sys.stdout.write(json.dumps({**summary(report), "report": str(written)}) + "\n")
+    write_text(written, page)
+    print_text(json.dumps({**summary(report), "report": str(written)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnas.base.files import remove_leftovers, write_json
+from hnas.base.files import print_text, remove_leftovers, write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
 from hnas.evaluation.evolution import Budget, Evolution
@@ -215,7 +214,7 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
     logger.info("%d networks: %s", len(archs), folder / "search.json")
     shown = table(chosen, LISTED, list(costs))
-    sys.stdout.write(f"{shown}\n\n{conclusions(chosen, len(archs), cost)}\n")
+    print_text(f"{shown}\n\n{conclusions(chosen, len(archs), cost)}\n")
 
 
 def summary(

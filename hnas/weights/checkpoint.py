@@ -36,7 +36,7 @@ OPTIMIZER, STATES = ".pdopt", ".pdstates"
 # Which run began last in a folder and writes there; every set holds its run's id.
 RUN_NOTE = "run_id.json"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
-SET_NAME = re.compile(r"(\d+)(?:-(\d+))?")
+SET_NAME = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 VELOCITY = "_velocity_0"
 
 

@@ -44,8 +44,8 @@ ABOUT_TYPES = {"backbone": str, "arch": str, "freeze_bn": bool, "classes": list}
 BACKBONE_PREFIX = "backbone."
 # Stage one's own tensors, which stage two does not take over.
 CONTRASTIVE = re.compile(r"(key_backbone|neck|key_neck)\..+|queue|queue_pointer")
-CLASSIFIER = re.compile(r"(backbone\.)?blocks\.\d+\.fc\.bias")
-LAST_NORM = re.compile(r"(backbone\.)?blocks\.\d+\.bn2\.weight")
+CLASSIFIER = re.compile(r"(backbone\.)?blocks\.[0-9]+\.fc\.bias")
+LAST_NORM = re.compile(r"(backbone\.)?blocks\.[0-9]+\.bn2\.weight")
 VARIANCE = "._variance"
 LONGEST_NAME = 300
 

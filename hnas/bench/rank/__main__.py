@@ -15,13 +15,12 @@ goes to OUT/summary.json, and is the last line printed. Everything is trained on
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
 from hnas.base.command_line import OneLineParser, read_bool, read_path, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, write_json
+from hnas.base.files import check_writable, claim_folder, print_text, write_json
 from hnas.bench.rank.jobs import SPLITS, Bench, Scale
 from hnas.bench.rank.methods import METHODS
 from hnas.bench.rank.verdict import choose_rates, compare, final_jobs, truth_jobs, tuning_jobs
@@ -33,6 +32,7 @@ PARTS = ("truth", "tune", "final")
 def main(argv=None) -> None:
     options = parse(argv)
     check_writable(options.out, "--out")
+    claim_folder(options.out, "--out")
     bench = Bench(options.out, Scale.quick() if options.quick else Scale())
     if "truth" in options.parts:
         run_all(bench, truth_jobs(bench, SPLITS), options.workers)
@@ -49,14 +49,11 @@ def main(argv=None) -> None:
         run_all(bench, final_jobs(bench, rates), options.workers)
     found = {"rates": rates, "final": compare(bench, rates)}
     write_json(options.out / "summary.json", found)
-    sys.stdout.write(json.dumps(found) + "\n")
+    print_text(json.dumps(found) + "\n")
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    parser = OneLineParser(
-        prog="python -m hnas.bench.rank",
-        description=__doc__.splitlines()[0],
-    )
+    parser = OneLineParser(prog="python -m hnas.bench.rank", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=read_path, required=True, help="folder of all results")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to train")
     parser.add_argument(

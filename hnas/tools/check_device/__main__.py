@@ -19,7 +19,7 @@ from pathlib import Path
 from hnas.base.command_line import OneLineParser, read_bool, read_path
 from hnas.base.device import visible_gpus
 from hnas.base.errors import run_main
-from hnas.base.files import check_output
+from hnas.base.files import check_output, print_text, write_text
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result, tell
 
 DEFAULT_OUTPUT = Path("output/check_device.jsonl")
@@ -80,8 +80,7 @@ def main(argv=None) -> None:
     parser.add_argument("--output", type=read_path, default=DEFAULT_OUTPUT, help="file of the rows")
     options = parser.parse_args(argv)
     check_output(options.output, "--output")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("")
+    write_text(options.output, "")
     with tempfile.TemporaryDirectory(prefix="pinas-check-", ignore_cleanup_errors=True) as folder:
         run_jobs(Machine(folder, str(options.output), visible_gpus(), options.quick))
     found = map(json.loads, options.output.read_text(encoding="utf-8").splitlines())
@@ -89,9 +88,9 @@ def main(argv=None) -> None:
     for row in found:
         named[row["state"]].append(row["name"])
     if named[NOT_HERE]:
-        sys.stdout.write(f"not checked: {'; '.join(named[NOT_HERE])}\n")
+        print_text(f"not checked: {'; '.join(named[NOT_HERE])}\n")
     counts = ", ".join(f"{len(named[state])} {state}" for state in (PASSED, FAILED, NOT_HERE))
-    sys.stdout.write(f"{counts}; as JSON lines: {options.output}\n")
+    print_text(f"{counts}; as JSON lines: {options.output}\n")
     if named[FAILED]:
         sys.exit(1)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from hnas.base.errors import is_out_of_memory, word_of
+from hnas.base.files import print_text
 
 PASSED, FAILED, NOT_HERE = "passed", "failed", "not on this machine"
 MEMORY = "end what else takes memory of the device, or give --quick True"
@@ -54,8 +54,7 @@ def tell(check: str, result: Result, output: str) -> None:
     if result.note:
         parts.append(f"- {result.note}" if parts[0] else result.note)
     line = f"{SHOWN[result.state]:6} {check:11} {result.name:52} {' '.join(parts)}"
-    sys.stdout.write(f"{line.rstrip()}\n")
-    sys.stdout.flush()
+    print_text(f"{line.rstrip()}\n")
 
 
 def fact(name: str, value: float | str, note: str = "") -> Result:
