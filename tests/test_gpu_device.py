@@ -237,7 +237,7 @@ def exchange(monkeypatch):
 
     def all_reduce(flat):
         if other.steps == other.told:
-            flat[0] = flat[0] + 1  # the first of SIGNALS, in front of the gradients
+            flat[0] = flat[0] + 1  # the first of TOLD, in front of the gradients
         other.steps += 1
 
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -283,4 +283,4 @@ def test_ranks_know_of_a_signal_when_the_step_after_it_ends(events, exchange):
     exchange.told = 1
     known = trained(events)
     assert known[:2] == [None, None]
-    assert known[2] == known[3] == distributed.SIGNALS[0]
+    assert known[2] == known[3] == distributed.TOLD[0]

@@ -1,4 +1,4 @@
-"""How programs end: errors that a user can mend, SIGTERM and Ctrl-C, the launcher's death."""
+"""How programs end: errors that a user can mend, signals, the launcher's death."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 ERRORS = "PINAS_ERRORS"
 """The environment variable in which hnas.parallel.launcher names its file for users' errors."""
 LOG_FORMAT = "[%(asctime)s] %(message)s"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Of Ctrl-C, of cluster managers, of a terminal or ssh that is gone."""
 ENDING_SECONDS = 20
 """Launchers and cluster managers kill what has not ended after 30."""
 LAUNCHER = "PINAS_LAUNCHER"
@@ -24,46 +25,91 @@ LAUNCHER = "PINAS_LAUNCHER"
 class UserError(Exception):
     """Wrong input. The message is one line: what is wrong, where, and what to do."""
 
+    code = 2
+    """The program's exit code."""
+
+
+class LostProcessError(UserError):
+    """A process of the run has died. Nothing is wrong with the input."""
+
+    code = 1
+
 
 class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
-    """Ends the program with the exit code that shells give to a signal: 130 or 143."""
+    """Ends the program with the exit code that shells give to a signal: 130, 143 or 129."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
 
 
 def hold_signals() -> None:
-    """Let SIGTERM and Ctrl-C wait for :func:`end_on_signals`: for programs that import Paddle.
+    """Let signals wait for :func:`end_on_signals`: for programs that import Paddle.
 
     Paddle sets handlers when it is imported, and imports take seconds.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
+def heard_signals() -> list[signal.Signals]:
+    """``SIGNALS``, without SIGHUP where ``nohup`` has had it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+
+
 def end_on_signals() -> None:
-    """From now on the first SIGTERM or Ctrl-C raises :class:`Stopped` in the main thread.
+    """From now on the first of ``SIGNALS`` raises :class:`Stopped` in the main thread.
 
     The next one kills at once; so does the end of 20 seconds, whatever the program still does.
     Paddle's own handlers, which are replaced, format a report inside the handler: it may wait for
     ever for a lock of malloc that the interrupted code holds.
     """
-    for number in SIGNALS:
+    for number in heard_signals():
         signal.signal(number, _stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+_stopped_by: int | None = None
+
+
 def _stop(number: int, frame) -> None:
+    global _stopped_by
+    _stopped_by = number
     # Paddle's launcher sends SIGTERM several times within a second, and SIGKILL after 30.
     next_one = signal.SIG_IGN if is_one_of_several() else signal.SIG_DFL
-    for each in SIGNALS:
+    for each in heard_signals():
         signal.signal(each, next_one)
     # The exception may be lost in a destructor, or wait for a thread: exit in any case.
     timer = threading.Timer(ENDING_SECONDS, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()
-    # Not print: the handler may have interrupted one.
-    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    say(f"stopped by {signal.Signals(number).name}")
     raise Stopped(number)
+
+
+def end_at_once(number: int) -> None:
+    """In a handler of the second signal: not by an exception, which Paddle may run into anywhere.
+
+    What was saved is whole: files are replaced, see :func:`hnas.base.files.replacing`.
+    """
+    say(f"stopped by {signal.Signals(number).name} at once, without saving")
+    os._exit(128 + number)
+
+
+def say(line: str) -> None:
+    """Write a line for the user from a signal's handler, which may have interrupted a print."""
+    with suppress(OSError):  # of a terminal that is gone
+        os.write(2, f"{line}\n".encode())
+
+
+@contextmanager
+def _stopped_whatever_comes_of_it() -> Iterator[None]:
+    """Paddle turns an exception in what it calls, as :class:`Stopped`, into one of its own."""
+    try:
+        yield
+    except Exception:
+        if _stopped_by is None:
+            raise
+        raise Stopped(_stopped_by) from None
 
 
 def is_one_of_several() -> bool:
@@ -84,7 +130,7 @@ def end_with_launcher() -> None:
 def _watch_launcher(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(2)
-    os.write(2, b"the launcher is gone, so this process ends too\n")
+    say("the launcher is gone, so this process ends too")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ENDING_SECONDS)
     os._exit(128 + signal.SIGTERM)
@@ -93,7 +139,7 @@ def _watch_launcher(launcher: int) -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Run a program's ``main``; end with exit code 2 and one line for a :class:`UserError`.
 
-    SIGTERM and Ctrl-C end it with 143 and 130.
+    SIGTERM, Ctrl-C and SIGHUP end it with 143, 130 and 129.
     """
     end_on_signals()
     end_with_launcher()
@@ -101,7 +147,8 @@ def run_main(main: Callable[[], None]) -> None:
         level=logging.INFO, format=LOG_FORMAT, datefmt="%Y/%m/%d %H:%M:%S", force=True
     )
     try:
-        main()
+        with _stopped_whatever_comes_of_it():
+            main()
     except UserError as error:
         # Without line breaks, which a path or a flag may hold.
         line = f"error: {' '.join(str(error).split())}\n"
@@ -112,4 +159,4 @@ def run_main(main: Callable[[], None]) -> None:
         if ERRORS in os.environ:
             with suppress(OSError), open(os.environ[ERRORS], "ab") as file:
                 file.write(line.encode(errors="backslashreplace"))
-        sys.exit(2)
+        sys.exit(error.code)

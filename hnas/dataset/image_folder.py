@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +25,18 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 LISTED = 10
-IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+JPEG_SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif")
+NETPBM_SUFFIXES = (".ppm", ".pgm", ".pbm", ".pnm")
+IMAGE_SUFFIXES = frozenset(
+    (*JPEG_SUFFIXES, *NETPBM_SUFFIXES, ".png", ".apng", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+)
 # Pillow would open far more than images, e.g. EPS by running Ghostscript. Many an image of the web
 # has another format than its suffix says.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+BACKGROUND = "white"
+"""What shows through where an image is transparent."""
+HEADERS = 10_000
+"""Most images that are opened at the start, to say how many have transparency."""
 MAX_ASPECT = 100
 """Longer side over shorter side. Resizing makes the shorter side some 256 px, whatever it was."""
 SETTLED_NS = 2 * 10**9
@@ -98,6 +107,7 @@ def scan_images(
         raise DataError(f"image_dir {root} has no folder {split}/ (expected {split}/CLASS/*.jpg)")
     try:
         images = _list_images(folder)
+        _tell_transparent(images)
         if verify or bad_images == "skip":
             images = _leave_out_bad(images, _bad_images(images), bad_images)
     except OSError as error:
@@ -109,6 +119,7 @@ def scan_images(
 
 def _list_images(folder: Path) -> ImageList:
     classes, paths, labels = [], [], []
+    left_out: Counter[str] = Counter()
     for name in sorted(os.listdir(folder)):
         path = folder / name
         if name.startswith("."):
@@ -116,19 +127,54 @@ def _list_images(folder: Path) -> ImageList:
         if path.is_symlink() and not os.path.exists(path):
             logger.warning("left out %s: a symbolic link in a loop or to nothing", path)
         elif path.is_dir():
-            images = sorted(filter(_is_image_name, os.listdir(path)))
+            shown = sorted(file for file in os.listdir(path) if not file.startswith("."))
+            images = [file for file in shown if _ending(file) in IMAGE_SUFFIXES]
+            others = Counter(map(_ending, set(shown) - set(images)))
             if not images:
-                raise DataError(f"class folder {path} has no images; fill or remove it")
+                but = f", but {_told(others)}" if others else ""
+                raise DataError(f"class folder {path} has no images{but}; fill or remove it")
+            left_out += others
             paths += [path / image for image in images]
             labels += [len(classes)] * len(images)
             classes.append(name)
     if not classes:
         raise DataError(f"{folder} has no class folders (expected {folder.name}/CLASS/*.jpg)")
+    if left_out:
+        number, read = sum(left_out.values()), " ".join(sorted(IMAGE_SUFFIXES))
+        told = f"left out {number} files or folders within classes: {_told(left_out)}; read are"
+        logger.warning("%s: %s %s", folder, told, read)
     return ImageList(folder, tuple(classes), tuple(paths), np.asarray(labels, dtype=np.int64))
 
 
-def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _told(endings: Counter[str]) -> str:
+    """How many files have which ending; of many endings the most frequent."""
+    found = [
+        f"{number} of {repr(ending[:10]) if ending else 'none'}"
+        for ending, number in endings.most_common(LISTED)
+    ]
+    return ", ".join(found) + (", ..." if len(endings) > LISTED else "")
+
+
+def _tell_transparent(images: ImageList) -> None:
+    """Log how many images have transparency, as their headers say; of very many, of a part."""
+    paths = [path for path in images.paths if not str(path).lower().endswith(JPEG_SUFFIXES)]
+    paths = paths[:: 1 + len(paths) // HEADERS]
+    if number := sum(on_all_cores(_has_transparency, paths)):
+        told = f"{number} of {len(paths)} images that are no JPEG have transparency"
+        logger.info("%s: %s; they are put on %s", images.folder, told, BACKGROUND)
+
+
+def _has_transparency(path: Path) -> bool:
+    try:
+        check_regular(path)
+        with Image.open(path, formats=FORMATS) as image:
+            return image.has_transparency_data
+    except Exception:
+        return False  # what is wrong with it is said when it is decoded
 
 
 def _bad_images(images: ImageList) -> dict[Path, str]:
@@ -263,7 +309,7 @@ def list_hash(
 def decode_image(path: Path) -> Image.Image:
     """Read an image as RGB, 8 bits a channel; of colours with 16 bits the upper 8.
 
-    An orientation in its EXIF data is ignored, as by ``paddle.vision``.
+    Transparency shows white. An orientation in its EXIF data is ignored, as by ``paddle.vision``.
 
     Raises:
         DataError: unreadable, truncated, larger than Pillow's limit against bombs, more than 100
@@ -276,12 +322,21 @@ def decode_image(path: Path) -> Image.Image:
             if image.mode.startswith(("I", "F")):
                 # Pillow would cut at 255 whatever range the numbers have.
                 raise DataError(f"grey of more than 8 bits (mode {image.mode}); convert it")
-            return image.convert("RGB")
+            return _on_background(image)
     except Exception as error:
         # A broken image can make its decoder fail in any way.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         reason = reason or type(error).__name__
         raise DataError(f"cannot decode image {path}: {reason}; replace or remove it") from None
+
+
+def _on_background(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # Exact where it is opaque, and where nothing is left of it.
+    image = image.convert("RGBA")
+    behind = Image.new("RGBA", image.size, BACKGROUND)
+    return Image.alpha_composite(behind, image).convert("RGB")
 
 
 def _check_size(width: int, height: int) -> None:

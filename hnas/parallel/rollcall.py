@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from hnas.base.errors import UserError
+from hnas.base.errors import LostProcessError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ KEEPALIVE = (
 """A machine that is switched off is noticed after 10 + 5 * 4 seconds."""
 
 
-class LostRankError(UserError):
+class LostRankError(LostProcessError):
     """Another process of the run has died."""
 
 

@@ -101,7 +101,7 @@ def fit(
     each epoch and what ``measure`` found after it, which all processes call.
 
     Raises:
-        Stopped: SIGTERM or Ctrl-C, after saving.
+        Stopped: by a signal, after saving.
         UserError: the loss is not finite any more.
     """
     run = Run(model, options, loader, measure)
@@ -145,9 +145,10 @@ class Run:
     def train(self) -> None:
         """Make all steps that are left."""
         begun, first, epochs = self.begun, self.first, self.options.max_epoch
-        logger.info("training from epoch %d step %d", begun + 1, first + 1)
         if begun >= epochs:
             logger.info("all %d epochs are done already: nothing is left to train", epochs)
+        else:
+            logger.info("training from epoch %d step %d", begun + 1, first + 1)
         if is_main_process():
             remove_leftovers(self.folder)
             write_json(self.folder / RUN_NOTE, {"run_id": self.run_id})
@@ -183,7 +184,8 @@ class Run:
             # The launcher ends the others soon after the first: let rank 0 save before.
             barrier()
             if is_main_process():
-                logger.warning("stopped by %s after %s; continue with --resume auto", name, where)
+                again = "--resume auto" if options.resume != "auto" else "the same command"
+                logger.warning("stopped by %s after %s; continue with %s", name, where, again)
             leave()
             raise Stopped(stopped_by)
 
