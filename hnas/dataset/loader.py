@@ -14,6 +14,7 @@ from multiprocessing.sharedctypes import RawValue
 
 import numpy as np
 import paddle
+from paddle.base import core
 from paddle.io import DataLoader
 from PIL import Image
 
@@ -262,4 +263,5 @@ def _obey_main_only(leaving, worker: int) -> None:
 def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
+    core._cleanup_mmap_fds()  # else the batches under way stay in /dev/shm
     os._exit(1)
