@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import subprocess
@@ -70,10 +71,11 @@ def names(images) -> list[str]:
 # --- what is listed
 
 LATIN = b"caf\xe9/\xff.png"
+ENDINGS = ["x.jfif", "x.JPE", "x.gif", "x.pgm", "x.apng"]
 HIDDEN = ["cat/._1.png", "cat/.hidden.jpg", ".ipynb_checkpoints/1-checkpoint.png", "._dog/1.png"]
 
 
-def test_images_are_listed_by_class_and_name(root):
+def test_images_are_listed_by_class_and_name(root, caplog):
     for name in HIDDEN:
         write_image(root / "train" / name, 0)
     (root / "train/.DS_Store").write_bytes(b"\0")
@@ -81,6 +83,17 @@ def test_images_are_listed_by_class_and_name(root):
     assert images.classes == CLASSES
     assert names(images) == [f"{name}/{index}.png" for name in CLASSES for index in range(4)]
     assert images.labels.tolist() == [0] * 4 + [1] * 4
+    for name in ENDINGS:
+        (root / "train/cat" / name).write_bytes((root / "train/cat/0.png").read_bytes())
+    (root / "train/dog/deeper").mkdir()
+    (root / "train/dog/x.avif").touch()
+    assert sorted(names(scan_images(root, "train", verify=True)))[4:9] == sorted(
+        f"cat/{name}" for name in ENDINGS
+    )
+    left_out = "left out 4 files or folders within classes: 2 of '.txt', 1 of none, 1 of '.avif'; "
+    assert caplog.messages[-1].partition(": ")[2].startswith(left_out + "read are .apng .bmp ")
+    for name in ENDINGS:
+        (root / "train/cat" / name).unlink()
     (root / "train/dog/0.png").rename(root / "train/dog/x.png")
     assert names(scan_images(root, "train"))[4:] == [f"dog/{name}.png" for name in "123x"]
     assert scan_images(root, "train").digest() != images.digest()
@@ -93,7 +106,9 @@ def test_images_are_listed_by_class_and_name(root):
         (lambda root: (root, "val"), r"has no folder val/ \(expected val/CLASS/\*\.jpg\)"),
         (lambda root: ((root / "empty/train").mkdir(parents=True), (root / "empty", "train"))[1],
          "has no class folders"),
-        (lambda root: ((root / "train/emu").mkdir(), (root, "train"))[1], "emu has no images"),
+        (lambda root: ((root / "train/emu").mkdir(), (root, "train"))[1], "emu has no images;"),
+        (lambda root: ((root / "train/emu/a.avif").mkdir(parents=True), (root, "train"))[1],
+         r"emu has no images, but 1 of '\.avif';"),
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_used(make, reason, root):
@@ -243,6 +258,60 @@ def test_eight_bits_stay_as_they_are(tmp_path):
     for name in ("grey.png", "grey.tif"):
         Image.fromarray(values).save(tmp_path / name)
         np.testing.assert_array_equal(np.asarray(decode_image(tmp_path / name))[..., 1], values)
+
+
+# Four colours and where they are; of each how much of it shows.
+COLOURS = np.array([(200, 60, 20), (10, 20, 30), (90, 90, 90), (255, 0, 0)], dtype=np.uint8)
+WHERE = np.arange(120).reshape(10, 12) % 4
+TRANSPARENT = [
+    *[("RGBA", kind, (0, 255, 128, 7)) for kind in ("png", "tiff", "webp")],
+    ("LA", "png", (0, 255, 128, 7)),
+    ("P", "png", (0, 255, 128, 7)),
+    *[(mode, "png", (0, 255, 255, 255)) for mode in ("P", "RGB", "L")],
+    ("P", "gif", (0, 255, 255, 255)),
+]
+
+
+def see_through(mode: str, kind: str, shows: np.ndarray) -> bytes:
+    """The four colours, of which so much shows, where only the first may be hidden by its name."""
+    pixels, options = COLOURS[WHERE], {}
+    if mode in ("L", "LA"):
+        pixels = pixels[..., :1]
+    if mode in ("RGBA", "LA"):
+        pixels = np.dstack([pixels, shows[WHERE]])
+    elif shows.min() < 255:
+        first = {"P": 0, "L": int(COLOURS[0, 0]), "RGB": tuple(COLOURS[0].tolist())}[mode]
+        options["transparency"] = bytes(shows) if 128 in shows else first
+    if mode == "P":
+        image = Image.fromarray(WHERE.astype(np.uint8))
+        image.putpalette(COLOURS.tobytes())
+    else:
+        image = Image.fromarray(pixels.squeeze())
+    assert image.mode == mode
+    file = BytesIO()
+    image.save(
+        file, kind, **options, **({"lossless": True, "exact": True} if kind == "webp" else {})
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("mode", "kind", "shows"), TRANSPARENT)
+def test_white_is_seen_through_what_is_transparent(mode, kind, shows, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for name, parts in (("part", shows), ("all", (255,) * 4)):
+        path = tmp_path / "train" / "a" / f"{name}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(see_through(mode, kind, np.array(parts, np.uint8)))
+        colours = COLOURS[:, [0, 0, 0]] if "L" in mode else COLOURS
+        weights = np.array(parts)[:, None] / 255
+        expected = (colours * weights + 255 * (1 - weights))[WHERE]
+        found = np.asarray(decode_image(path))
+        assert np.abs(found - expected).max() < (1 if name == "part" else 1e-9)
+        with Image.open(path) as image:
+            assert name == "part" or np.array_equal(found, np.asarray(image.convert("RGB")))
+    scan_images(tmp_path, "train")
+    number = 2 if mode in ("RGBA", "LA") and kind != "webp" else 1
+    assert f"{number} of 2 images that are no JPEG have transparency" in caplog.messages[-1]
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"

@@ -43,8 +43,9 @@ ENDS = {
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen:
-    # One thread, as the launchers have it: of more Paddle warns when it is imported.
+    # As the launchers have it: of more threads Paddle warns when it is imported.
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    own["GLOG_minloglevel"] = "2"
     return subprocess.Popen(
         [sys.executable, *(["-c", code] if code else []), *arguments],
         cwd=ROOT,
@@ -66,7 +67,10 @@ def program(main: str, paddle: bool = False) -> str:
     return f"{BEGIN}{first}errors.ENDING_SECONDS = 1\ndef main():\n{main}\nrun_main(main)\n"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
 @pytest.mark.parametrize("kind", ENDS)
 def test_the_first_signal_ends_a_program_with_its_code(kind, number, code):
     process = start(program(ENDS[kind], paddle=kind == "with Paddle"))
@@ -96,6 +100,67 @@ def test_the_second_signal_kills():
         process.send_signal(signal.SIGTERM)
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == -signal.SIGTERM  # 143 in a shell
+
+
+STEPS = """
+import random, signal
+from contextlib import nullcontext
+import paddle
+from hnas.models.convolution import onednn_conv2d
+from hnas.parallel.distributed import StopSignals
+
+def main():
+    image, filters = paddle.ones([2, 3, 8, 8]), paddle.ones([8, 3, 3, 3])
+    filters.stop_gradient = False
+    with StopSignals() if noted else nullcontext():
+        os.write(begun[1], b".")
+        while True:
+            onednn_conv2d(image, filters, 8, 1, 1).sum().backward()
+
+noted, numbers = len(sys.argv) > 2, [int(number) for number in sys.argv[1:]]
+begun, errors, codes = os.pipe(), os.pipe(), []
+os.dup2(errors[1], 2)
+said = os.fdopen(errors[0])
+for _ in range(30):
+    child = os.fork()
+    if not child:
+        try:
+            run_main(main)
+        except SystemExit as end:
+            os._exit(end.code)
+    os.read(begun[0], 1)
+    for number in numbers:
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(child, number)
+        print(said.readline(), end="")
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(*codes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "lines"),
+    [
+        ([signal.SIGTERM], ["stopped by SIGTERM"]),
+        *[
+            (
+                [signal.SIGTERM, second],
+                [
+                    "SIGTERM: the program ends when it has saved what is under way; again: at once",
+                    f"stopped by {second.name} at once, without saving",
+                ],
+            )
+            for second, _ in CODES
+        ],
+    ],
+)
+def test_signals_at_random_moments_of_training_are_a_line_each(numbers, lines):
+    """Also where Paddle, which turns exceptions into its own, calls Python: in backward passes."""
+    process = start(BEGIN + STEPS, *map(str, map(int, numbers)))
+    output, _ = process.communicate(timeout=TIMEOUT)
+    *printed, codes = output.splitlines()
+    assert printed == lines * 30
+    assert codes.split() == [str(128 + numbers[-1])] * 30
 
 
 # --- stage 3
@@ -189,26 +254,41 @@ def test_a_users_error_is_shown_with_the_rank_that_found_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
-)
+@pytest.mark.parametrize(("number", "code"), [*CODES, (signal.SIGKILL, -9)])
 def test_ranks_save_and_end_with_their_launcher(number, code, tmp_path):
     process = launch(tmp_path, "none")
-    here = [tmp_path / f"here{rank}" for rank in range(2)]
-    began = time.monotonic()
-    while not all(path.exists() and path.read_text() for path in here):
-        assert time.monotonic() - began < TIMEOUT
-        time.sleep(0.05)
+    pids = ranks_of(tmp_path)
     began = time.monotonic()
     process.send_signal(number)
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == code
-    for path in here:
-        pid = int(path.read_text())
+    for pid in pids:
         while Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid):
             assert time.monotonic() - began < 60
             time.sleep(0.1)
     assert {path.name for path in tmp_path.glob("saved*")} == {"saved0", "saved1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGKILL, 1, "rank 1 was killed by SIGKILL; "), (signal.SIGTERM, 143, "")],
+)
+def test_a_rank_that_is_killed_is_named(number, code, said, tmp_path):
+    process = launch(tmp_path, "none")
+    os.kill(ranks_of(tmp_path)[1], number)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == code and said in output.splitlines()[-1]
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """The process numbers of both ranks, when they are there."""
+    here = [folder / f"here{rank}" for rank in range(2)]
+    began = time.monotonic()
+    while not all(path.exists() and path.read_text() for path in here):
+        assert time.monotonic() - began < TIMEOUT
+        time.sleep(0.05)
+    return [int(path.read_text()) for path in here]
 
 
 def state_of(pid: int) -> str:

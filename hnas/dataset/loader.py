@@ -238,8 +238,8 @@ class _Numbers:
 def _obey_main_only(leaving, worker: int) -> None:
     """Set up a loader process: it ends when the main process says so or is gone.
 
-    Ctrl-C, hang-ups and cluster managers signal a whole process group; the main process finishes and saves
-    its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
+    Ctrl-C, hang-ups and cluster managers signal a whole process group; the main process finishes
+    and saves its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
 
     Args:
         leaving: shared with the main process; its ``value`` is 1 when it needs no more.

@@ -184,7 +184,7 @@ class Run:
             # The launcher ends the others soon after the first: let rank 0 save before.
             barrier()
             if is_main_process():
-                again = "--resume auto" if options.resume != "auto" else "the same command"
+                again = "the same command" if options.arch else "--resume auto"
                 logger.warning("stopped by %s after %s; continue with %s", name, where, again)
             leave()
             raise Stopped(stopped_by)
