@@ -195,6 +195,17 @@ def test_a_bad_image_ends_loading_with_its_path(workers, bad):
         assert str(caught.value).startswith(f"cannot decode image {path}: ")
 
 
+def test_a_loader_process_that_is_killed_is_one_line_at_the_next_batch(folder):
+    """Not an error of Paddle's in the middle of a step; the other process ends, too."""
+    batches = EpochLoader(loaders(folder)[0].dataset, 1, 2).epoch(0)
+    next(batches)
+    multiprocessing.active_children()[0].kill()
+    time.sleep(1)
+    with pytest.raises(UserError, match="a loader process was killed by SIGKILL; where"):
+        list(batches)
+    assert multiprocessing.active_children() == []
+
+
 def test_closing_early_ends_the_workers(folder):
     train, _ = loaders(folder, 2)
     batches = train.epoch(0)

@@ -8,14 +8,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 ERRORS = "PINAS_ERRORS"
 """The environment variable in which hnas.parallel.launcher names its file for users' errors."""
 LOG_FORMAT = "[%(asctime)s] %(message)s"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Of Ctrl-C, of cluster managers, of a terminal or ssh that is gone."""
+HANG_UP = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ()
+"""What a terminal or ssh sends that is gone; none where ``nohup`` has it ignored."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *HANG_UP)
 ENDING_SECONDS = 20
 """Launchers and cluster managers kill what has not ended after 30."""
 LAUNCHER = "PINAS_LAUNCHER"
@@ -24,15 +25,6 @@ LAUNCHER = "PINAS_LAUNCHER"
 
 class UserError(Exception):
     """Wrong input. The message is one line: what is wrong, where, and what to do."""
-
-    code = 2
-    """The program's exit code."""
-
-
-class LostProcessError(UserError):
-    """A process of the run has died. Nothing is wrong with the input."""
-
-    code = 1
 
 
 class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
@@ -50,12 +42,6 @@ def hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
-def heard_signals() -> list[signal.Signals]:
-    """``SIGNALS``, without SIGHUP where ``nohup`` has had it ignored."""
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
-
-
 def end_on_signals() -> None:
     """From now on the first of ``SIGNALS`` raises :class:`Stopped` in the main thread.
 
@@ -63,7 +49,7 @@ def end_on_signals() -> None:
     Paddle's own handlers, which are replaced, format a report inside the handler: it may wait for
     ever for a lock of malloc that the interrupted code holds.
     """
-    for number in heard_signals():
+    for number in SIGNALS:
         signal.signal(number, _stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -76,7 +62,7 @@ def _stop(number: int, frame) -> None:
     _stopped_by = number
     # Paddle's launcher sends SIGTERM several times within a second, and SIGKILL after 30.
     next_one = signal.SIG_IGN if is_one_of_several() else signal.SIG_DFL
-    for each in heard_signals():
+    for each in SIGNALS:
         signal.signal(each, next_one)
     # The exception may be lost in a destructor, or wait for a thread: exit in any case.
     timer = threading.Timer(ENDING_SECONDS, os._exit, (128 + number,))
@@ -86,30 +72,10 @@ def _stop(number: int, frame) -> None:
     raise Stopped(number)
 
 
-def end_at_once(number: int) -> None:
-    """In a handler of the second signal: not by an exception, which Paddle may run into anywhere.
-
-    What was saved is whole: files are replaced, see :func:`hnas.base.files.replacing`.
-    """
-    say(f"stopped by {signal.Signals(number).name} at once, without saving")
-    os._exit(128 + number)
-
-
 def say(line: str) -> None:
-    """Write a line for the user from a signal's handler, which may have interrupted a print."""
+    """Write a line for the user; by a signal's handler, which may have interrupted a print."""
     with suppress(OSError):  # of a terminal that is gone
         os.write(2, f"{line}\n".encode())
-
-
-@contextmanager
-def _stopped_whatever_comes_of_it() -> Iterator[None]:
-    """Paddle turns an exception in what it calls, as :class:`Stopped`, into one of its own."""
-    try:
-        yield
-    except Exception:
-        if _stopped_by is None:
-            raise
-        raise Stopped(_stopped_by) from None
 
 
 def is_one_of_several() -> bool:
@@ -147,9 +113,13 @@ def run_main(main: Callable[[], None]) -> None:
         level=logging.INFO, format=LOG_FORMAT, datefmt="%Y/%m/%d %H:%M:%S", force=True
     )
     try:
-        with _stopped_whatever_comes_of_it():
-            main()
-    except UserError as error:
+        main()
+    except Exception as error:
+        if _stopped_by is not None:
+            # Paddle turns an exception in what it calls, as Stopped, into one of its own.
+            raise Stopped(_stopped_by) from None
+        if not isinstance(error, UserError):
+            raise
         # Without line breaks, which a path or a flag may hold.
         line = f"error: {' '.join(str(error).split())}\n"
         if is_one_of_several():
@@ -159,4 +129,4 @@ def run_main(main: Callable[[], None]) -> None:
         if ERRORS in os.environ:
             with suppress(OSError), open(os.environ[ERRORS], "ab") as file:
                 file.write(line.encode(errors="backslashreplace"))
-        sys.exit(error.code)
+        sys.exit(2)

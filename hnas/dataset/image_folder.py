@@ -25,16 +25,11 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 LISTED = 10
-JPEG_SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif")
-NETPBM_SUFFIXES = (".ppm", ".pgm", ".pbm", ".pnm")
-IMAGE_SUFFIXES = frozenset(
-    (*JPEG_SUFFIXES, *NETPBM_SUFFIXES, ".png", ".apng", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-)
+ENDINGS = ".jpeg .jpg .jpe .jfif .png .apng .bmp .webp .gif .tif .tiff .ppm .pgm .pbm .pnm"
+IMAGE_SUFFIXES = frozenset(ENDINGS.split())
 # Pillow would open far more than images, e.g. EPS by running Ghostscript. Many an image of the web
 # has another format than its suffix says.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
-BACKGROUND = "white"
-"""What shows through where an image is transparent."""
 HEADERS = 10_000
 """Most images that are opened at the start, to say how many have transparency."""
 MAX_ASPECT = 100
@@ -129,20 +124,18 @@ def _list_images(folder: Path) -> ImageList:
         elif path.is_dir():
             shown = sorted(file for file in os.listdir(path) if not file.startswith("."))
             images = [file for file in shown if _ending(file) in IMAGE_SUFFIXES]
-            others = Counter(map(_ending, set(shown) - set(images)))
             if not images:
-                but = f", but {_told(others)}" if others else ""
-                raise DataError(f"class folder {path} has no images{but}; fill or remove it")
-            left_out += others
+                raise DataError(f"class folder {path} has no images ({ENDINGS}); fill or remove it")
+            left_out.update(end for end in map(_ending, shown) if end not in IMAGE_SUFFIXES)
             paths += [path / image for image in images]
             labels += [len(classes)] * len(images)
             classes.append(name)
     if not classes:
         raise DataError(f"{folder} has no class folders (expected {folder.name}/CLASS/*.jpg)")
     if left_out:
-        number, read = sum(left_out.values()), " ".join(sorted(IMAGE_SUFFIXES))
-        told = f"left out {number} files or folders within classes: {_told(left_out)}; read are"
-        logger.warning("%s: %s %s", folder, told, read)
+        kinds = [f"{number} {end[:10] or 'none'!r}" for end, number in left_out.most_common(LISTED)]
+        told = f"left out of its class folders by their endings: {', '.join(kinds)}"
+        logger.warning("%s: %s; read are %s", folder, told, ENDINGS)
     return ImageList(folder, tuple(classes), tuple(paths), np.asarray(labels, dtype=np.int64))
 
 
@@ -150,22 +143,13 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _told(endings: Counter[str]) -> str:
-    """How many files have which ending; of many endings the most frequent."""
-    found = [
-        f"{number} of {repr(ending[:10]) if ending else 'none'}"
-        for ending, number in endings.most_common(LISTED)
-    ]
-    return ", ".join(found) + (", ..." if len(endings) > LISTED else "")
-
-
 def _tell_transparent(images: ImageList) -> None:
     """Log how many images have transparency, as their headers say; of very many, of a part."""
-    paths = [path for path in images.paths if not str(path).lower().endswith(JPEG_SUFFIXES)]
+    paths = [path for path in images.paths if not str(path).lower().endswith((".jpeg", ".jpg"))]
     paths = paths[:: 1 + len(paths) // HEADERS]
     if number := sum(on_all_cores(_has_transparency, paths)):
-        told = f"{number} of {len(paths)} images that are no JPEG have transparency"
-        logger.info("%s: %s; they are put on %s", images.folder, told, BACKGROUND)
+        told = "%s: %d of %d images that are no JPEG have transparency, behind which is white"
+        logger.info(told, images.folder, number, len(paths))
 
 
 def _has_transparency(path: Path) -> bool:
@@ -322,21 +306,17 @@ def decode_image(path: Path) -> Image.Image:
             if image.mode.startswith(("I", "F")):
                 # Pillow would cut at 255 whatever range the numbers have.
                 raise DataError(f"grey of more than 8 bits (mode {image.mode}); convert it")
-            return _on_background(image)
+            if image.has_transparency_data:
+                # Exact where it is opaque, and where nothing is left of it.
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
     except Exception as error:
         # A broken image can make its decoder fail in any way.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         reason = reason or type(error).__name__
         raise DataError(f"cannot decode image {path}: {reason}; replace or remove it") from None
-
-
-def _on_background(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    # Exact where it is opaque, and where nothing is left of it.
-    image = image.convert("RGBA")
-    behind = Image.new("RGBA", image.size, BACKGROUND)
-    return Image.alpha_composite(behind, image).convert("RGB")
 
 
 def _check_size(width: int, height: int) -> None:

@@ -18,7 +18,7 @@ from paddle.base import core
 from paddle.io import DataLoader
 from PIL import Image
 
-from hnas.base.errors import LostProcessError
+from hnas.base.errors import UserError
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
 
 WORKER_GRACE_SECONDS = 20
@@ -144,7 +144,7 @@ def load_batches(
 
     Raises:
         DataError: an image cannot be read.
-        LostProcessError: a loader process was killed.
+        UserError: a loader process was killed.
     """
     if not num_workers:
         for batch in batches:
@@ -188,16 +188,14 @@ def _next_batch(iterator: Iterator, workers: Sequence[multiprocessing.Process]) 
     try:
         return next(iterator, None)
     except Exception:
-        dead = [worker for worker in workers if worker.exitcode]
-        if not dead:
+        killed = [-worker.exitcode for worker in workers if worker.exitcode]
+        if not killed:
             raise
         for worker in workers:
             worker.kill()  # else one might wait for what the dead one held
-        code = dead[0].exitcode
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        raise LostProcessError(
-            f"a loader process (pid {dead[0].pid}) was ended {how}; where memory is short, give a "
-            "lower --num_workers; what is saved can be resumed"
+        raise UserError(
+            f"a loader process was killed by {signal.Signals(killed[0]).name}; where memory is "
+            "short, lower --num_workers; what is saved can be resumed"
         ) from None
 
 

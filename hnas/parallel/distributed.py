@@ -21,21 +21,14 @@ from contextlib import contextmanager
 import paddle
 import paddle.distributed as dist
 
-from hnas.base.errors import (
-    Stopped,
-    UserError,
-    end_at_once,
-    heard_signals,
-    is_one_of_several,
-    say,
-)
+from hnas.base.errors import SIGNALS, Stopped, UserError, say
 from hnas.parallel.rollcall import LostRankError, RollCall
 
 logger = logging.getLogger(__name__)
 _roll_call: RollCall | None = None
 
 TOLD = (signal.SIGINT, signal.SIGTERM)
-"""What ranks tell each other of signals: SIGHUP as SIGTERM."""
+"""Of which signals ranks tell each other; of SIGHUP as of SIGTERM."""
 
 
 def rank() -> int:
@@ -102,7 +95,7 @@ class StopSignals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in heard_signals():
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -111,12 +104,14 @@ class StopSignals:
             signal.signal(*self._previous.popitem())
 
     def _note(self, number: int, frame) -> None:
+        name = signal.Signals(number).name
         if self.received is None:
             self.received = number
-            name = signal.Signals(number).name
             say(f"{name}: the program ends when it has saved what is under way; again: at once")
-        elif not is_one_of_several():
-            end_at_once(number)
+        elif world_size() < 2:
+            # Not by an exception: Paddle, where it calls Python, would make another one of it.
+            say(f"stopped by {name} at once, without saving")
+            os._exit(128 + number)
 
 
 @contextmanager

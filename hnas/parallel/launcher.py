@@ -3,7 +3,7 @@
     python -m hnas.parallel.launcher --nproc_per_node N --log_dir DIR SCRIPT FLAGS...
 
 A user's error in any process of this machine becomes the last line, with its rank, and exit code
-2. A signal gives 143, 130 or 129, after the processes have saved. A process that dies gives 1.
+2. A signal gives 143, 130 or 129, after the processes have saved; a process that is killed 1.
 """
 
 from __future__ import annotations
@@ -11,30 +11,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from paddle.distributed.launch import controllers
 from paddle.distributed.launch.context import Context
 from paddle.distributed.launch.job.pod import Pod
 
-from hnas.base.errors import ERRORS, LAUNCHER, heard_signals
+from hnas.base.errors import ERRORS, HANG_UP, LAUNCHER
 
 
 class NotingPod(Pod):
-    """The processes; notes how some ended before the others were told to.
+    """The processes; notes those that failed before the others were told to end."""
 
-    Attributes:
-        ended: exit codes by rank, of those that failed first; minus a signal's number.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.ended: dict[str, int] = {}
+    failed = ()
 
     def stop(self, *args, **kwargs):
-        failed = self.failed_container()
-        self.ended = self.ended or {c.env["PADDLE_TRAINER_ID"]: c.exit_code for c in failed}
+        self.failed = self.failed or self.failed_container()
         return super().stop(*args, **kwargs)
 
 
@@ -45,9 +37,9 @@ def main() -> None:
     os.environ |= {LAUNCHER: str(os.getpid()), ERRORS: str(errors.absolute())}
     context.envs |= {name: os.environ[name] for name in (LAUNCHER, ERRORS)}
     controller = controllers.init(context)
-    controller.pod = NotingPod()
-    if signal.SIGHUP in heard_signals():
-        signal.signal(signal.SIGHUP, controller.signal_handler)
+    controller.pod = pod = NotingPod()
+    for number in HANG_UP:
+        signal.signal(number, controller.signal_handler)
     try:
         controller.run()
         controller.finalize()
@@ -55,19 +47,16 @@ def main() -> None:
         number = getattr(controller, "sigint", None)
         if number:
             sys.exit(128 + number)
-        if errors.is_file():
+        if not end.code:
+            raise
+        if told := errors.is_file():
             sys.stderr.write(errors.read_text(encoding="utf-8", errors="replace"))
-        sys.exit(exit_code(controller.pod.ended) if end.code else 0)
-
-
-def exit_code(ended: Mapping[str, int]) -> int:
-    """The launcher's, from those of :class:`NotingPod`; a line for each rank that was killed."""
-    for rank, code in ended.items():
-        if code < 0:
-            name = signal.Signals(-code).name
-            sys.stderr.write(f"rank {rank} was killed by {name}; what is saved can be resumed\n")
-    codes = [*ended.values()] or [1]
-    return max(codes) if min(codes) > 0 else 1
+        for one in pod.failed:
+            if one.exit_code < 0:
+                name, rank = signal.Signals(-one.exit_code).name, one.env["PADDLE_TRAINER_ID"]
+                sys.exit(f"rank {rank} was killed by {name}; what is saved can be resumed")
+        # Below 0 for one that did not end when it was told to.
+        sys.exit(2 if told else max(end.code, 1))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from hnas.base.errors import LostProcessError
+from hnas.base.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ KEEPALIVE = (
 """A machine that is switched off is noticed after 10 + 5 * 4 seconds."""
 
 
-class LostRankError(LostProcessError):
+class LostRankError(UserError):
     """Another process of the run has died."""
 
 
