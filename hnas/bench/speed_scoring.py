@@ -10,6 +10,11 @@ and an image's label is what the largest network says, so that hits are neither 
 
 from __future__ import annotations
 
+from hnas.base.errors import UserError, hold_signals, run_main
+
+if __name__ == "__main__":
+    hold_signals()  # before Paddle is imported below
+
 import json
 import logging
 import sys
@@ -29,7 +34,6 @@ from hnas.base.command_line import (
     whole_number,
 )
 from hnas.base.device import cpu_threads, processor
-from hnas.base.errors import UserError, run_main
 from hnas.bench.speed_training import settle, smooth_noise
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader, ImageDataset

@@ -16,6 +16,11 @@ two the first place's law samples, without its extra network.
 
 from __future__ import annotations
 
+from hnas.base.errors import hold_signals, run_main
+
+if __name__ == "__main__":
+    hold_signals()  # before Paddle is imported below
+
 import json
 import logging
 import sys
@@ -33,7 +38,6 @@ from PIL import Image
 
 from hnas.base.command_line import LARGEST_SIDE, OneLineParser, read_bool, whole_number
 from hnas.base.device import cpu_threads, processor
-from hnas.base.errors import run_main
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, ImageDataset
