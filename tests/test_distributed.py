@@ -10,10 +10,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import paddle
 import pytest
 from entry_scripts import ROOT, TIMEOUT, Runs, write_inputs
 
@@ -21,9 +19,7 @@ from hnas.base.files import write_json
 from hnas.dataset.image_folder import scan_images
 from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.parallel.rollcall import LostRankError, RollCall
-from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
-from hnas.utils import training
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -136,15 +132,6 @@ def test_ranks_share_the_batches_of_one_process(work):
         joined = zip(*(share.batches(epoch) for share in shares), strict=True)
         for batch, parts in zip(whole.batches(epoch), joined, strict=True):
             np.testing.assert_array_equal(np.concatenate(parts), batch)
-
-
-def test_learning_rate_follows_the_total_batch(monkeypatch):
-    monkeypatch.setattr(training, "world_size", lambda: 4)
-    model = SimpleNamespace(network=paddle.nn.Linear(1, 1))
-    model.prepare = lambda optimizer, *_: setattr(model, "optimizer", optimizer)
-    options = Options(lr=0.1, batch_size=128, warmup=0, max_epoch=1)
-    training.prepare(model, options, steps_per_epoch=10)
-    assert model.optimizer.get_lr() == pytest.approx(0.1 * 128 * 4 / 256)
 
 
 # --- runs

@@ -19,7 +19,6 @@ from hnas.utils.hapi_wrapper import (
     GradientStep,
     momentum_optimizer,
     relative_sizes,
-    swinging_rate,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler, SandwichSampler
@@ -238,16 +237,3 @@ def test_steps_of_the_optimizer_that_flags_describe_are_those_of_numpy(limit):
         for parameter, value in zip(trained, values, strict=True):
             np.testing.assert_allclose(parameter.numpy(), value, rtol=1e-4, atol=1e-5)
             assert parameter.grad is None
-
-
-def test_the_swing_is_the_cosine_of_public_code_stepped_per_batch():
-    """Paddle's, made for epochs, whose half period is their number. (More: test_run_state.py.)"""
-    peak, rates = 0.0008 * 512 / 256, []
-    theirs = paddle.optimizer.lr.CosineAnnealingDecay(peak, T_max=10)
-    ours = swinging_rate(0.0008, total_batch=512, half_period=10)
-    for _ in range(65):
-        assert ours() == pytest.approx(theirs(), rel=1e-9, abs=1e-12)
-        rates.append(ours())
-        ours.step()
-        theirs.step()
-    assert rates[0] == rates[20] == peak and np.mean(rates[:20]) == pytest.approx(peak / 2)

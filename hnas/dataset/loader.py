@@ -246,7 +246,6 @@ def _obey_main_only(leaving, worker: int) -> None:
 
     def end(*_):
         if leaving.value:
-            # Of another exit code Paddle would raise an error in the main process.
             os._exit(0)
         signal.alarm(WORKER_GRACE_SECONDS)
 
