@@ -27,7 +27,6 @@ from hnas.dataset.transforms import (
     Shrink,
     StrongTransform,
     TrainTransform,
-    TwoViews,
     normalize,
     shift_hue,
 )
@@ -109,15 +108,6 @@ def test_weak_view_keeps_colours_and_strong_view_changes_them():
     assert grey == pytest.approx(0.2, abs=0.06)
     pixel = np.asarray(shift_hue(Image.new("RGB", (1, 1), (255, 0, 0)), 1 / 3))[0, 0]
     assert np.abs(pixel.astype(int) - (0, 255, 0)).max() <= 6  # red to green
-
-
-def test_two_views_differ_but_repeat():
-    image, views = gradient_image(), TwoViews(StrongTransform(32), TrainTransform(32))
-    first, second = views(image, np.random.default_rng(1))
-    assert not np.array_equal(first, second)
-    again = views(image, np.random.default_rng(1))
-    np.testing.assert_array_equal(first, again[0])
-    np.testing.assert_array_equal(second, again[1])
 
 
 # --- loaders

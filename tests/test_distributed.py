@@ -22,6 +22,7 @@ from hnas.parallel.rollcall import LostRankError, RollCall
 from hnas.search_space import RESNET48_MINI
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+KILLED = "rank 1 was killed by SIGKILL; what is saved can be resumed\n"
 
 
 # --- steps
@@ -185,6 +186,7 @@ def test_a_dead_rank_ends_the_run_which_resumes_exactly(runs, stage, machines):
     output = "".join(launcher.communicate(timeout=60)[0] for launcher in launchers)
     assert time.monotonic() - began < 60
     assert all(launcher.returncode for launcher in launchers)
+    assert launchers[-1].returncode == 1 and output.endswith(KILLED)
     # The launcher tells of the dead one, or of the other, which says why it ends.
     told = output + runs.log(parts)
     assert "Container failed" in output and "Traceback" not in told
@@ -231,7 +233,8 @@ def test_scores_are_one_processs_byte_for_byte(runs, work):
         time.sleep(0.01)
     kill_last_rank(process)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0, output[-3000:]
+    assert process.returncode == 1, output[-3000:]
+    assert output.endswith(KILLED)
     assert not (work / "scores/submission.json").is_file()
     runs.run(3, "scores", 3, **variables)
     assert "continuing after" in runs.log("scores")

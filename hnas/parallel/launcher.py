@@ -49,6 +49,7 @@ def main() -> None:
             sys.exit(128 + number)
         if not end.code:
             raise
+        sys.stdout.flush()  # the processes' logs come before what they say
         if told := errors.is_file():
             sys.stderr.write(errors.read_text(encoding="utf-8", errors="replace"))
         for one in pod.failed:
