@@ -48,6 +48,12 @@ def main() -> None:
     if options.key_momentum == AUTO:
         options.key_momentum = scaled_key_momentum(options.batch_size * world_size())
     images = training_images(options)
+    if options.queue_size > len(images):
+        logger.warning(
+            "--queue_size %d, but %d training images: the keys of an image's own earlier views "
+            "are among its negatives; give a third of the images at most",
+            *(options.queue_size, len(images)),
+        )
     space = space_of(options)
     network = build_network(
         options.backbone,

@@ -300,7 +300,7 @@ def test_ranks_read_notices_before_a_step_and_nothing_within_it(told, monkeypatc
             return {}
 
     def all_reduce(flat):
-        flat[0] = flat[0] + (model.step == told)  # the first of SIGNALS, before the gradients
+        flat[0] = flat[0] + (model.step == told)  # the first of TOLD, before the gradients
 
     model = Model(nn.Linear(2, 2))
     model.prepare(momentum_optimizer(model.network, 0.05, 0.9, 1e-4))
@@ -311,4 +311,4 @@ def test_ranks_read_notices_before_a_step_and_nothing_within_it(told, monkeypatc
     loader = EpochLoader(ImageDataset(range(4), None, 0), 1)
     loader.epoch = lambda *_: (paddle.ones([1, 2]) for _ in range(4))
     known = [model.exchange.received for _ in model.train_epoch(loader, 0)]
-    assert known == [None, None] + [told and distributed.SIGNALS[0]] * 2
+    assert known == [None, None] + [told and distributed.TOLD[0]] * 2

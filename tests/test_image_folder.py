@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import subprocess
@@ -54,10 +55,11 @@ def names(images) -> list[str]:
 # --- what is listed
 
 LATIN = b"caf\xe9/\xff.png"
+ENDINGS = ["z.JPE", "z.apng", "z.gif", "z.jfif", "z.pgm"]
 HIDDEN = ["cat/._1.png", "cat/.hidden.jpg", ".ipynb_checkpoints/1-checkpoint.png", "._dog/1.png"]
 
 
-def test_images_are_listed_by_class_and_name(root):
+def test_images_are_listed_by_class_and_name(root, caplog):
     for name in HIDDEN:
         write_image(root / "train" / name, 0)
     (root / "train/.DS_Store").write_bytes(b"\0")
@@ -68,6 +70,13 @@ def test_images_are_listed_by_class_and_name(root):
     (root / "train/dog/0.png").rename(root / "train/dog/x.png")
     assert names(scan_images(root, "train"))[4:] == [f"dog/{name}.png" for name in "123x"]
     assert scan_images(root, "train").digest() != images.digest()
+    for name in ENDINGS:
+        (root / "train/dog" / name).write_bytes((root / "train/cat/0.png").read_bytes())
+    (root / "train/dog/deeper").mkdir()
+    (root / "train/dog/x.avif").touch()
+    assert names(scan_images(root, "train", verify=True))[8:] == [f"dog/{name}" for name in ENDINGS]
+    left_out = "left out of its class folders by their endings: 2 '.txt', 1 'none', 1 '.avif'; read"
+    assert caplog.messages[-1].startswith(f"{root / 'train'}: {left_out}")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +86,8 @@ def test_images_are_listed_by_class_and_name(root):
         (lambda root: (root, "val"), r"has no folder val/ \(expected val/CLASS/\*\.jpg\)"),
         (lambda root: ((root / "empty/train").mkdir(parents=True), (root / "empty", "train"))[1],
          "has no class folders"),
-        (lambda root: ((root / "train/emu").mkdir(), (root, "train"))[1], "emu has no images"),
+        (lambda root: ((root / "train/emu").mkdir(), (root, "train"))[1],
+         r"emu has no images \(\.jpeg "),
     ],
 )  # fmt: skip
 def test_folders_that_cannot_be_used(make, reason, root):
@@ -85,8 +95,10 @@ def test_folders_that_cannot_be_used(make, reason, root):
         scan_images(*make(root))
 
 
-def test_link_loops_are_survived(root, caplog):
+def test_links_are_followed_and_loops_of_them_survived(root, tmp_path, caplog):
     train = root / "train"
+    (train / "cat").rename(tmp_path / "elsewhere")
+    (train / "cat").symlink_to(tmp_path / "elsewhere")
     (train / "loop").symlink_to("loop")
     (train / "gone").symlink_to("/nowhere")
     (train / "cat" / "up").symlink_to(train)
@@ -100,12 +112,6 @@ def test_link_loops_are_survived(root, caplog):
     with pytest.raises(DataError, match=r"cannot read .*/cat/self\.png: "):
         list_hash(images, range(len(images)), 8)
     assert len(scan_images(root, "train", bad_images="skip")) == 8
-
-
-def test_links_to_class_folders_are_followed(root, tmp_path):
-    (root / "train" / "cat").rename(tmp_path / "elsewhere")
-    (root / "train" / "cat").symlink_to(tmp_path / "elsewhere")
-    assert len(scan_images(root, "train")) == 8
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -198,11 +204,39 @@ def test_colours_of_sixteen_bits_are_scaled_to_eight(tmp_path):
     assert np.abs(pixels - COLOUR / 65535 * 255).max() <= 1
 
 
-def test_eight_bits_stay_as_they_are(tmp_path):
-    values = (RAMP >> 8).astype(np.uint8)
-    for name in ("grey.png", "grey.tif"):
-        Image.fromarray(values).save(tmp_path / name)
-        np.testing.assert_array_equal(np.asarray(decode_image(tmp_path / name))[..., 1], values)
+# Four greys and where they are; of each how much shows, and how that is told without an alpha.
+SHADES = np.array([200, 10, 90, 255], dtype=np.uint8)
+WHERE = (np.arange(120) % 4).astype(np.uint8).reshape(10, 12)
+PART, KEY, ALL = np.array([(0, 255, 128, 7), (0, 255, 255, 255), [255] * 4], dtype=np.uint8)
+SEE_THROUGH = [
+    *(("RGBA", kind, PART, None) for kind in ("png", "tiff", "webp")),
+    *(("LA", kind, PART, None) for kind in ("png", "tiff")),
+    *(("P", "png", PART, bytes(PART)), ("P", "gif", KEY, 0)),
+    *(("RGB", "png", KEY, (200, 200, 200)), ("L", "png", KEY, 200)),
+]
+
+
+@pytest.mark.parametrize(("mode", "kind", "shows", "key"), SEE_THROUGH)
+def test_white_is_seen_through_what_is_transparent(mode, kind, shows, key, tmp_path, caplog):
+    """Opaque pixels stay as they are."""
+    caplog.set_level(logging.INFO)
+    (tmp_path / "train/a").mkdir(parents=True)
+    for name, weights, option in (("part", shows, key), ("all", ALL, None)):
+        path = tmp_path / f"train/a/{name}.{kind}"
+        image = Image.fromarray(SHADES[WHERE]).convert(mode)
+        if mode == "P":
+            image = Image.fromarray(WHERE)
+            image.putpalette(SHADES.repeat(3).tobytes())
+        elif mode.endswith("A"):
+            image.putalpha(Image.fromarray(weights[WHERE]))
+        image.save(path, lossless=True, **({"transparency": option} if option is not None else {}))
+        found = np.asarray(decode_image(path)).astype(float)
+        expected = (255 - weights / 255 * (255 - SHADES))[WHERE][..., None]
+        assert found.shape == (10, 12, 3) and np.abs(found - expected).max() < 1
+        assert np.array_equal(found, np.asarray(Image.open(path).convert("RGB"))) == (name == "all")
+    scan_images(tmp_path, "train")
+    number = 2 if mode.endswith("A") and kind != "webp" else 1
+    assert f"{number} of 2 images that are no JPEG have transparency" in caplog.messages[-1]
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"

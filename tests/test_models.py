@@ -313,20 +313,25 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
     assert len(first) == (not train) and all(type(network) is ResNet for network in first)
 
 
-@pytest.mark.parametrize("freeze_bn", [True, False])
-def test_one_process_that_does_not_freeze_is_told_what_is_given_away(
-    freeze_bn, plain, folder, tmp_path, monkeypatch, caplog
+@pytest.mark.parametrize(
+    ("freeze_bn", "queue", "told"),
+    [
+        (True, 20, []),
+        (False, 20, ["--freeze_bn False in one process: keys and queries are normalised by the "]),
+        (True, 30, ["--queue_size 30, but 20 training images: "]),
+    ],
+)
+def test_stage_one_warns_of_what_is_given_away_and_of_a_queue_beyond_the_images(
+    freeze_bn, queue, told, plain, folder, tmp_path, monkeypatch, caplog
 ):
     write_state(tmp_path / "start.pdparams", plain)
     models = []
     monkeypatch.setattr(stage1, "fit", lambda model, *_: models.append(model))
     flags = {"pretrained": tmp_path / "start.pdparams", "backbone": "resnet48pinasv2_mini"}
-    flags |= {"queue_size": 20, "freeze_bn": freeze_bn}
+    flags |= {"queue_size": queue, "freeze_bn": freeze_bn}
     run(stage1, monkeypatch, folder, tmp_path / "out", **flags)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == (not freeze_bn)
-    told = "--freeze_bn False in one process: keys and queries are normalised by the same batch"
-    assert all(warning.startswith(told) for warning in warnings)
+    assert [found[: len(said)] for found, said in zip(warnings, told, strict=True)] == told
     (model,) = models
     assert model.shuffle is not freeze_bn
     for encoder in (model.network.backbone, model.network.key_backbone):

@@ -13,7 +13,6 @@ import time
 import pytest
 from entry_scripts import TIMEOUT, Runs, write_inputs
 
-from hnas.parallel.distributed import StopSignals
 from hnas.utils.starting import NEUTRAL_FLAGS
 from hnas.weights.loading import write_state
 
@@ -116,19 +115,6 @@ def test_signals_save_and_end_with_their_code(stage, number, code, workers, runs
     assert "training from epoch 1 step " in resumed
     assert "training from epoch 1 step 1\n" not in resumed
     runs.assert_same(folder, undisturbed[stage])
-
-
-def test_the_second_signal_acts_at_once():
-    # What is started in a shell's background ignores SIGINT.
-    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-    assert signal.signal(signal.SIGINT, kept) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.slow

@@ -310,14 +310,16 @@ def test_figures_are_in_the_log_and_in_history(train, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("killed", range(EPOCHS))
-def test_what_a_kill_in_a_measurement_loses_is_measured_again(train, tmp_path, killed):
+def test_what_a_kill_in_a_measurement_loses_is_measured_again(train, tmp_path, killed, caplog):
     values = [0.5, 0.25, 0.125, 1.0]
     train(8, measure=measures(*values[:killed], Killed()))
     train(8, measure=measures(*values[killed:]), resume="auto")
     assert rows_of(tmp_path / "run") == list(enumerate(values))
     # The last epoch's checkpoint was written before its measurement.
+    caplog.set_level(logging.INFO)
     train(8, measure=measures(values[-1]), resume="auto")
     assert rows_of(tmp_path / "run") == list(enumerate(values))
+    assert "training from" not in caplog.text and "nothing is left to train" in caplog.text
 
 
 @pytest.mark.skipif(

@@ -43,8 +43,9 @@ ENDS = {
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen:
-    # One thread, as the launchers have it: of more Paddle warns when it is imported.
+    # As the launchers have it: of more threads Paddle warns when it is imported.
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    own["GLOG_minloglevel"] = "2"
     return subprocess.Popen(
         [sys.executable, *(["-c", code] if code else []), *arguments],
         cwd=ROOT,
@@ -66,7 +67,10 @@ def program(main: str, paddle: bool = False) -> str:
     return f"{BEGIN}{first}errors.ENDING_SECONDS = 1\ndef main():\n{main}\nrun_main(main)\n"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
 @pytest.mark.parametrize("kind", ENDS)
 def test_the_first_signal_ends_a_program_with_its_code(kind, number, code):
     process = start(program(ENDS[kind], paddle=kind == "with Paddle"))
@@ -96,6 +100,59 @@ def test_the_second_signal_kills():
         process.send_signal(signal.SIGTERM)
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == -signal.SIGTERM  # 143 in a shell
+
+
+TIMES = 30
+STEPS = f"""
+TIMES = {TIMES}
+import random, signal
+from contextlib import nullcontext
+import paddle
+from hnas.models.convolution import onednn_conv2d
+from hnas.parallel.distributed import StopSignals
+
+def main():
+    image, filters = paddle.ones([2, 3, 8, 8]), paddle.ones([8, 3, 3, 3])
+    filters.stop_gradient = False
+    with StopSignals() if noted else nullcontext():
+        os.write(begun[1], b".")
+        while True:
+            onednn_conv2d(image, filters, 8, 1, 1).sum().backward()
+
+noted, numbers = len(sys.argv) > 2, [int(number) for number in sys.argv[1:]]
+begun, errors, codes = os.pipe(), os.pipe(), []
+os.dup2(errors[1], 2)
+said = os.fdopen(errors[0])
+for _ in range(TIMES):
+    child = os.fork()
+    if not child:
+        try:
+            run_main(main)
+        except SystemExit as end:
+            os._exit(end.code)
+    os.read(begun[0], 1)
+    for number in numbers:
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(child, number)
+        print(said.readline(), end="")
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(*codes)
+"""
+
+
+NOTED = "the program ends when it has saved what is under way; again: at once"
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGHUP] * 2, [signal.SIGINT] * 2])
+def test_signals_at_random_moments_of_training_are_a_line_each(numbers):
+    """Also where Paddle, which turns exceptions into its own, calls Python: in backward passes."""
+    process = start(BEGIN + STEPS, *map(str, map(int, numbers)))
+    output, _ = process.communicate(timeout=TIMEOUT)
+    *printed, codes = output.splitlines()
+    name, noted = numbers[0].name, len(numbers) > 1
+    at_once = [f"{name}: {NOTED}", f"stopped by {name} at once, without saving"]
+    assert printed == (at_once if noted else [f"stopped by {name}"]) * TIMES
+    assert codes.split() == [str(128 + numbers[0])] * TIMES
 
 
 # --- stage 3
@@ -190,25 +247,32 @@ def test_a_users_error_is_shown_with_the_rank_that_found_it(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+    ("number", "code", "rank"),
+    [
+        *((*one, None) for one in (*CODES, (signal.SIGKILL, -9))),
+        *((signal.SIGTERM, 143, 1), (signal.SIGKILL, 1, 1)),
+    ],
 )
-def test_ranks_save_and_end_with_their_launcher(number, code, tmp_path):
+def test_ranks_save_and_end_with_their_launcher_or_each_other(number, code, rank, tmp_path):
     process = launch(tmp_path, "none")
     here = [tmp_path / f"here{rank}" for rank in range(2)]
     began = time.monotonic()
     while not all(path.exists() and path.read_text() for path in here):
         assert time.monotonic() - began < TIMEOUT
         time.sleep(0.05)
+    pids = [int(path.read_text()) for path in here]
     began = time.monotonic()
-    process.send_signal(number)
-    process.communicate(timeout=TIMEOUT)
+    os.kill(process.pid if rank is None else pids[rank], number)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code
-    for path in here:
-        pid = int(path.read_text())
+    for pid in pids:
         while Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid):
             assert time.monotonic() - began < 60
             time.sleep(0.1)
-    assert {path.name for path in tmp_path.glob("saved*")} == {"saved0", "saved1"}
+    saved = {path.name for path in tmp_path.glob("saved*")}
+    assert saved == {"saved0", "saved1"} - ({"saved1"} if code == 1 else set())
+    killed = "rank 1 was killed by SIGKILL; what is saved can be resumed"
+    assert (output.splitlines()[-1:] == [killed]) == (code == 1)
 
 
 def state_of(pid: int) -> str:

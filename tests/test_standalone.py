@@ -207,8 +207,9 @@ def test_a_killed_run_that_is_continued_ends_in_the_same_bytes(
         if line in printed and printed.rstrip().endswith([*CODES.values()][finished]):
             process.send_signal(number)
             break
-    process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=120)
     assert process.returncode == code
+    assert number == signal.SIGKILL or "; continue with the same command\n" in rest
     assert list(results(tmp_path)) == list(CODES)[:finished]
 
     done = subprocess.run(**command(work, save_dir=tmp_path), capture_output=True, timeout=120)

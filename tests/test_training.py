@@ -20,7 +20,6 @@ from hnas.utils.hapi_wrapper import (
     GradientStep,
     momentum_optimizer,
     relative_sizes,
-    swinging_rate,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler, SandwichSampler
@@ -285,16 +284,3 @@ def test_a_run_that_breaks_is_told_once_within_its_epoch(rows, guess, warnings, 
     told = [message for message in caplog.messages if "training is breaking" in message]
     assert len(told) == warnings and (rows[1][0] != 68 or told[0].startswith(RISING))
     assert all("clip_norm 10, a longer warmup or a lower lr" in message for message in told)
-
-
-def test_the_swing_is_the_cosine_of_public_code_stepped_per_batch():
-    """Paddle's, made for epochs, whose half period is their number. (More: test_run_state.py.)"""
-    peak, rates = 0.0008 * 512 / 256, []
-    theirs = paddle.optimizer.lr.CosineAnnealingDecay(peak, T_max=10)
-    ours = swinging_rate(0.0008, total_batch=512, half_period=10)
-    for _ in range(65):
-        assert ours() == pytest.approx(theirs(), rel=1e-9, abs=1e-12)
-        rates.append(ours())
-        ours.step()
-        theirs.step()
-    assert rates[0] == rates[20] == peak and np.mean(rates[:20]) == pytest.approx(peak / 2)

@@ -1,4 +1,4 @@
-"""How programs end: errors that a user can mend, SIGTERM and Ctrl-C, the launcher's death."""
+"""How programs end: errors that a user can mend, signals, the launcher's death."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from contextlib import suppress
 
 ERRORS = "PINAS_ERRORS"
 """The environment variable in which hnas.parallel.launcher names its file for users' errors."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANG_UP = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ()
+"""What a terminal or ssh sends that is gone; none where ``nohup`` has it ignored."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *HANG_UP)
 ENDING_SECONDS = 20
 """Launchers and cluster managers kill what has not ended after 30."""
 LONGEST_LINE = 1500
@@ -58,7 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Stopped(SystemExit):  # noqa: N818 (an exit that was asked for is no error)
-    """Ends the program with the exit code that shells give to a signal: 130 or 143."""
+    """Ends the program with the exit code that shells give to a signal: 130, 143 or 129."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -77,7 +79,7 @@ class _ShortLines(logging.Formatter):
 
 
 def hold_signals() -> None:
-    """Let SIGTERM and Ctrl-C wait for :func:`end_on_signals`: for programs that import Paddle.
+    """Let signals wait for :func:`end_on_signals`: for programs that import Paddle.
 
     Paddle sets handlers when it is imported, and imports take seconds.
     """
@@ -86,7 +88,7 @@ def hold_signals() -> None:
 
 
 def end_on_signals() -> None:
-    """From now on the first SIGTERM or Ctrl-C raises :class:`Stopped` in the main thread.
+    """From now on the first of ``SIGNALS`` raises :class:`Stopped` in the main thread.
 
     The next one kills at once; so does the end of 20 seconds, whatever the program still does.
     Paddle's own handlers, which are replaced, format a report inside the handler: it may wait for
@@ -97,7 +99,12 @@ def end_on_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+_stopped_by: int | None = None
+
+
 def _stop(number: int, frame) -> None:
+    global _stopped_by
+    _stopped_by = number
     # Paddle's launcher sends SIGTERM several times within a second, and SIGKILL after 30.
     next_one = signal.SIG_IGN if is_one_of_several() else signal.SIG_DFL
     for each in SIGNALS:
@@ -106,9 +113,14 @@ def _stop(number: int, frame) -> None:
     timer = threading.Timer(ENDING_SECONDS, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()
-    # Not print: the handler may have interrupted one.
-    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    say(f"stopped by {signal.Signals(number).name}")
     raise Stopped(number)
+
+
+def say(line: str) -> None:
+    """Write a line for the user; by a signal's handler, which may have interrupted a print."""
+    with suppress(OSError):  # of a terminal that is gone
+        os.write(2, f"{line}\n".encode())
 
 
 def is_one_of_several() -> bool:
@@ -142,7 +154,7 @@ def end_with_launcher() -> None:
 def _watch_launcher(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(2)
-    os.write(2, b"the launcher is gone, so this process ends too\n")
+    say("the launcher is gone, so this process ends too")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ENDING_SECONDS)
     os._exit(128 + signal.SIGTERM)
@@ -154,7 +166,7 @@ def run_main(
     """Run a program's ``main``; end with exit code 2 and one line for a :class:`UserError`.
 
     So it does where memory runs out, with ``memory``, what to do then, and where a GPU or one of
-    its libraries fails. SIGTERM and Ctrl-C end it with 143 and 130.
+    its libraries fails. SIGTERM, Ctrl-C and SIGHUP end it with 143, 130 and 129.
     """
     end_on_signals()
     end_with_launcher()
@@ -163,7 +175,10 @@ def run_main(
     logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
     try:
         main()
-    except (UserError, *PADDLE_ERRORS) as error:
+    except Exception as error:
+        if _stopped_by is not None:
+            # Paddle turns an exception in what it calls, as Stopped, into one of its own.
+            raise Stopped(_stopped_by) from None
         if isinstance(error, UserError):
             told = str(error)
         elif is_out_of_memory(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 LISTED = 10
-IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+ENDINGS = ".jpeg .jpg .jpe .jfif .png .apng .bmp .webp .gif .tif .tiff .ppm .pgm .pbm .pnm"
+IMAGE_SUFFIXES = frozenset(ENDINGS.split())
 # Pillow would open far more than images, e.g. EPS by running Ghostscript. Many an image of the web
 # has another format than its suffix says.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+HEADERS = 10_000
+"""Most images that are opened at the start, to say how many have transparency."""
 MAX_ASPECT = 100
 """Longer side over shorter side. Resizing makes the shorter side some 256 px, whatever it was."""
 AHEAD_PER_CORE = 8
@@ -94,6 +98,7 @@ def scan_images(
         raise DataError(f"image_dir {root} has no folder {split}/ (expected {split}/CLASS/*.jpg)")
     try:
         images = _list_images(folder)
+        _tell_transparent(images)
         if verify or bad_images == "skip":
             images = _leave_out_bad(images, _bad_images(images), bad_images)
     except OSError as error:
@@ -105,6 +110,7 @@ def scan_images(
 
 def _list_images(folder: Path) -> ImageList:
     classes, paths, labels = [], [], []
+    left_out: Counter[str] = Counter()
     for name in sorted(os.listdir(folder)):
         path = folder / name
         if name.startswith("."):
@@ -112,19 +118,43 @@ def _list_images(folder: Path) -> ImageList:
         if path.is_symlink() and not os.path.exists(path):
             logger.warning("left out %s: a symbolic link in a loop or to nothing", path)
         elif path.is_dir():
-            images = sorted(filter(_is_image_name, os.listdir(path)))
+            shown = sorted(file for file in os.listdir(path) if not file.startswith("."))
+            images = [file for file in shown if _ending(file) in IMAGE_SUFFIXES]
             if not images:
-                raise DataError(f"class folder {path} has no images; fill or remove it")
+                raise DataError(f"class folder {path} has no images ({ENDINGS}); fill or remove it")
+            left_out.update(end for end in map(_ending, shown) if end not in IMAGE_SUFFIXES)
             paths += [path / image for image in images]
             labels += [len(classes)] * len(images)
             classes.append(name)
     if not classes:
         raise DataError(f"{folder} has no class folders (expected {folder.name}/CLASS/*.jpg)")
+    if left_out:
+        kinds = [f"{number} {end[:10] or 'none'!r}" for end, number in left_out.most_common(LISTED)]
+        told = f"left out of its class folders by their endings: {', '.join(kinds)}"
+        logger.warning("%s: %s; read are %s", folder, told, ENDINGS)
     return ImageList(folder, tuple(classes), tuple(paths), np.asarray(labels, dtype=np.int64))
 
 
-def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _tell_transparent(images: ImageList) -> None:
+    """Log how many images have transparency, as their headers say; of very many, of a part."""
+    paths = [path for path in images.paths if not str(path).lower().endswith((".jpeg", ".jpg"))]
+    paths = paths[:: 1 + len(paths) // HEADERS]
+    if number := sum(on_all_cores(_has_transparency, paths)):
+        told = "%s: %d of %d images that are no JPEG have transparency, behind which is white"
+        logger.info(told, images.folder, number, len(paths))
+
+
+def _has_transparency(path: Path) -> bool:
+    try:
+        check_regular(path)
+        with Image.open(path, formats=FORMATS) as image:
+            return image.has_transparency_data
+    except Exception:
+        return False  # what is wrong with it is said when it is decoded
 
 
 def _bad_images(images: ImageList) -> dict[Path, str]:
@@ -234,7 +264,7 @@ def list_hash(
 def decode_image(path: Path) -> Image.Image:
     """Read an image as RGB, 8 bits a channel; of colours with 16 bits the upper 8.
 
-    An orientation in its EXIF data is ignored, as by ``paddle.vision``.
+    Transparency shows white. An orientation in its EXIF data is ignored, as by ``paddle.vision``.
 
     Raises:
         DataError: unreadable, truncated, larger than Pillow's limit against bombs, more than 100
@@ -247,6 +277,11 @@ def decode_image(path: Path) -> Image.Image:
             if image.mode.startswith(("I", "F")):
                 # Pillow would cut at 255 whatever range the numbers have.
                 raise DataError(f"grey of more than 8 bits (mode {image.mode}); convert it")
+            if image.has_transparency_data:
+                # Exact where it is opaque, and where nothing is left of it.
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             return image.convert("RGB")
     except Exception as error:
         # A broken image can make its decoder fail in any way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,9 +14,11 @@ from multiprocessing.sharedctypes import RawValue
 
 import numpy as np
 import paddle
+from paddle.base import core
 from paddle.io import DataLoader
 from PIL import Image
 
+from hnas.base.errors import UserError
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
 
 WORKER_GRACE_SECONDS = 20
@@ -146,6 +149,7 @@ def load_batches(
 
     Raises:
         DataError: an image cannot be read.
+        UserError: a loader process was killed.
     """
     if not num_workers:
         for batch in batches:
@@ -162,9 +166,12 @@ def load_batches(
         worker_init_fn=functools.partial(_obey_main_only, leaving),
     )
     iterator = iter(loader)
+    workers = multiprocessing.active_children()
+    # Paddle's handler would raise wherever the step under way is; its iterator notices as well.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         noted.value = numbers.given
-        for parts in iterator:
+        while parts := _next_batch(iterator, workers):
             noted.value = numbers.given
             try:
                 if len(parts) == 1:
@@ -173,12 +180,28 @@ def load_batches(
             except BaseException:
                 # Nobody wants the rest. The workers only end when theirs does.
                 numbers.stopped = True
-                for _ in iterator:
+                while _next_batch(iterator, workers):
                     pass
                 raise
     finally:
         # Also when a signal has interrupted the iterator itself, which may not be used any more.
         leaving.value = 1
+
+
+def _next_batch(iterator: Iterator, workers: Sequence[multiprocessing.Process]) -> list | None:
+    """The next batch of Paddle's loader, None after the last; an error that says who died."""
+    try:
+        return next(iterator, None)
+    except Exception:
+        killed = [-worker.exitcode for worker in workers if worker.exitcode]
+        if not killed:
+            raise
+        for worker in workers:
+            worker.kill()  # else one might wait for what the dead one held
+        raise UserError(
+            f"a loader process was killed by {signal.Signals(killed[0]).name}; where memory is "
+            "short, lower --num_workers; what is saved can be resumed"
+        ) from None
 
 
 def _load_or_message(
@@ -218,8 +241,8 @@ class _Numbers:
 def _obey_main_only(leaving, worker: int) -> None:
     """Set up a loader process: it ends when the main process says so or is gone.
 
-    Ctrl-C and cluster managers signal a whole process group; the main process finishes and saves
-    its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
+    Ctrl-C, hang-ups and cluster managers signal a whole process group; the main process finishes
+    and saves its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
 
     Args:
         leaving: shared with the main process; its ``value`` is 1 when it needs no more.
@@ -228,11 +251,11 @@ def _obey_main_only(leaving, worker: int) -> None:
 
     def end(*_):
         if leaving.value:
-            # Of another exit code Paddle would raise an error in the main process.
             os._exit(0)
         signal.alarm(WORKER_GRACE_SECONDS)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
     # Paddle's workers look for their parent only between batches, which never come when it is
     # killed.
@@ -242,4 +265,5 @@ def _obey_main_only(leaving, worker: int) -> None:
 def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
+    core._cleanup_mmap_fds()  # else the batches under way stay in /dev/shm
     os._exit(1)

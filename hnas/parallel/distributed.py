@@ -21,11 +21,22 @@ from contextlib import contextmanager
 import paddle
 import paddle.distributed as dist
 
-from hnas.base.errors import PADDLE_ERRORS, SIGNALS, Stopped, UserError, is_out_of_memory, word_of
+from hnas.base.errors import (
+    PADDLE_ERRORS,
+    SIGNALS,
+    Stopped,
+    UserError,
+    is_out_of_memory,
+    say,
+    word_of,
+)
 from hnas.parallel.rollcall import LostRankError, RollCall
 
 logger = logging.getLogger(__name__)
 _roll_call: RollCall | None = None
+
+TOLD = (signal.SIGINT, signal.SIGTERM)
+"""Of which signals ranks tell each other; of SIGHUP as of SIGTERM."""
 
 
 def rank() -> int:
@@ -79,7 +90,7 @@ def leave() -> None:
 
 
 class StopSignals:
-    """Within the context, the first SIGTERM or Ctrl-C is noted only; the next one acts at once.
+    """Within the context the first signal is noted only; the next one ends the program at once.
 
     Of several processes later ones are noted only, too: Paddle's launcher sends SIGTERM several
     times within a second, and SIGKILL after 30.
@@ -100,14 +111,19 @@ class StopSignals:
             signal.signal(*self._previous.popitem())
 
     def _note(self, number: int, frame) -> None:
-        self.received = number
-        if world_size() < 2:
-            self.__exit__()
+        name = signal.Signals(number).name
+        if self.received is None:
+            self.received = number
+            say(f"{name}: the program ends when it has saved what is under way; again: at once")
+        elif world_size() < 2:
+            # Not by an exception: Paddle, where it calls Python, would make another one of it.
+            say(f"stopped by {name} at once, without saving")
+            os._exit(128 + number)
 
 
 @contextmanager
 def finished_before_stopping() -> Iterator[None]:
-    """Within the context the first SIGTERM or Ctrl-C is noted only; :class:`Stopped` after it.
+    """Within the context the first signal is noted only; :class:`Stopped` after it.
 
     Of several processes the others go on: each ends its own piece of work on its own signal.
     """
@@ -221,15 +237,16 @@ class GradientExchange:
         GPU has been given.
         """
         if self._notices is not None and self.received is None:
-            counts = zip(SIGNALS, self._notices.tolist(), strict=True)
+            counts = zip(TOLD, self._notices.tolist(), strict=True)
             self.received = max((number for number, count in counts if count), default=None)
         self._notices = None
 
     def run(self) -> None:
         """To be called after the backward passes and before the optimizer's step."""
         if self._stop.received is None:
-            own = paddle.zeros([len(SIGNALS)])  # filled on the device, not copied to it
+            own = paddle.zeros([len(TOLD)])  # filled on the device, not copied to it
         else:
-            own = paddle.to_tensor([float(self._stop.received == number) for number in SIGNALS])
+            interrupt = float(self._stop.received == signal.SIGINT)
+            own = paddle.to_tensor([interrupt, 1 - interrupt])
         _exchange([own, *(p.grad for p in self._parameters if p.grad is not None)], mean=True)
         self._notices = own

@@ -3,19 +3,31 @@
     python -m hnas.parallel.launcher --nproc_per_node N --log_dir DIR SCRIPT FLAGS...
 
 A user's error in any process of this machine becomes the last line, with its rank, and exit code
-2. A signal gives 143 or 130, after the processes have saved.
+2. A signal gives 143, 130 or 129, after the processes have saved; a process that is killed 1.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 from paddle.distributed.launch import controllers
 from paddle.distributed.launch.context import Context
+from paddle.distributed.launch.job.pod import Pod
 
-from hnas.base.errors import ERRORS, LAUNCHER
+from hnas.base.errors import ERRORS, HANG_UP, LAUNCHER
+
+
+class NotingPod(Pod):
+    """The processes; notes those that failed before the others were told to end."""
+
+    failed = ()
+
+    def stop(self, *args, **kwargs):
+        self.failed = self.failed or self.failed_container()
+        return super().stop(*args, **kwargs)
 
 
 def main() -> None:
@@ -25,6 +37,9 @@ def main() -> None:
     os.environ |= {LAUNCHER: str(os.getpid()), ERRORS: str(errors.absolute())}
     context.envs |= {name: os.environ[name] for name in (LAUNCHER, ERRORS)}
     controller = controllers.init(context)
+    controller.pod = pod = NotingPod()
+    for number in HANG_UP:
+        signal.signal(number, controller.signal_handler)
     try:
         controller.run()
         controller.finalize()
@@ -32,10 +47,17 @@ def main() -> None:
         number = getattr(controller, "sigint", None)
         if number:
             sys.exit(128 + number)
-        if end.code and errors.is_file():
+        if not end.code:
+            raise
+        sys.stdout.flush()  # the processes' logs come before what they say
+        if told := errors.is_file():
             sys.stderr.write(errors.read_text(encoding="utf-8", errors="replace"))
-            sys.exit(2)
-        raise
+        for one in pod.failed:
+            if one.exit_code < 0:
+                name, rank = signal.Signals(-one.exit_code).name, one.env["PADDLE_TRAINER_ID"]
+                sys.exit(f"rank {rank} was killed by {name}; what is saved can be resumed")
+        # Below 0 for one that did not end when it was told to.
+        sys.exit(2 if told else max(end.code, 1))
 
 
 if __name__ == "__main__":

@@ -206,7 +206,8 @@ def train_one(
     classes = len(loader.dataset.images.classes)
     space = space_of(options)
     code = folder.name
-    own = replace(options, arch=code, save_dir=str(folder), resume="auto")
+    begun = "auto" if folder.exists() else ""
+    own = replace(options, arch=code, save_dir=str(folder), resume=begun)
     seed_generators(options.seed)
     # Paddle numbers the layers and velocities that a process makes and saves them by these
     # names; here they begin anew for every network.

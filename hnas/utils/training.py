@@ -106,7 +106,7 @@ def fit(
     digests of the weights that enter training: ``teacher`` and ``initial_weights``.
 
     Raises:
-        Stopped: SIGTERM or Ctrl-C, after saving.
+        Stopped: by a signal, after saving.
         UserError: the loss is not finite any more.
     """
     run = Run(model, options, loader, measure, files)
@@ -153,9 +153,10 @@ class Run:
     def train(self) -> None:
         """Make all steps that are left."""
         begun, first, epochs = self.begun, self.first, self.options.max_epoch
-        logger.info("training from epoch %d step %d", begun + 1, first + 1)
         if begun >= epochs:
             logger.info("all %d epochs are done already: nothing is left to train", epochs)
+        else:
+            logger.info("training from epoch %d step %d", begun + 1, first + 1)
         if is_main_process():
             remove_leftovers(self.folder)
             write_json(self.folder / RUN_NOTE, {"run_id": self.run_id})
@@ -191,7 +192,8 @@ class Run:
             # The launcher ends the others soon after the first: let rank 0 save before.
             barrier()
             if is_main_process():
-                logger.warning("stopped by %s after %s; continue with --resume auto", name, where)
+                again = "the same command" if options.arch else "--resume auto"
+                logger.warning("stopped by %s after %s; continue with %s", name, where, again)
             leave()
             raise Stopped(stopped_by)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -68,7 +69,9 @@ def _hand_out(bench: Bench, pending: list[Job], pool: ProcessPoolExecutor, worke
 
 
 def _begin(threads: int) -> None:
-    """A worker's first act, before Paddle is imported."""
+    """A worker's first act, before Paddle is imported: Ctrl-C is the main process's alone."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     threading.Thread(target=_end_with_main_process, daemon=True).start()
 
