@@ -11,11 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from hnas.base.command_line import shown
 from hnas.base.errors import UserError
 from hnas.base.files import check_regular
 from hnas.search_space import Architecture, ArchitectureError
 
 MAX_BYTES = 256 * 2**20
+NEAR = 1e-9
+"""A share of 1 that was worked out as a mean may be above 1 by less."""
+GAP, SLACK = 5, 1.25
+"""Of what tells units apart; see :func:`check_one_unit`."""
 MAX_ENTRIES = 500_000
 """Some ten times those of the competition's file; Python's lists need many times a file's bytes."""
 
@@ -48,16 +53,43 @@ def read_scores(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
     """As :func:`read_accuracies`, of accuracies in percent or, where all are at most 1, shares.
 
     Raises:
-        UserError: a wrong file, or an accuracy outside of 0 to 100.
+        UserError: a wrong file, an accuracy outside of 0 to 100, or some in percent and some not.
     """
     archs, accuracies = read_accuracies(path)
     for name, value in zip(archs, accuracies, strict=True):
-        if not 0 <= value <= 100:
+        if not 0 <= value <= 100 * (1 + NEAR):
             raise UserError(
                 f"{path}: entry {name!r}: accuracy {value:g}; accuracies are 0 to 1, or 0 to 100 "
                 "in percent"
             )
+    check_one_unit(path, list(archs), accuracies)
     return archs, accuracies
+
+
+def check_one_unit(path: str | Path, names: Sequence[str], accuracies: np.ndarray) -> None:
+    """Refuse accuracies [n] of which some are shares of 1 and the others in percent.
+
+    There are values on both sides of 1, none between, the gap being ``GAP``-fold; 0 is neither.
+    Then those of at most 1 are shares, unless they are few, less than half, and what they would be
+    as shares lies well below all others, by more than ``SLACK``: a network that broke, and guesses
+    among many classes, has 0.4 % where others have 60.
+
+    Raises:
+        UserError: names one of either kind.
+    """
+    is_share = (accuracies > 0) & (accuracies <= 1 + NEAR)
+    is_percent = accuracies > 1 + NEAR
+    if not is_share.any() or not is_percent.any():
+        return
+    share = np.argmax(np.where(is_share, accuracies, 0))
+    percent = np.argmin(np.where(is_percent, accuracies, np.inf))
+    most, least = float(accuracies[share]), float(accuracies[percent])
+    few = is_share.sum() < is_percent.sum()
+    if least > GAP * most and not (few and least > SLACK * 100 * most):
+        raise UserError(
+            f"{path}: entry {shown(names[share])} has {most:.6g} and {shown(names[percent])} "
+            f"{least:.6g}: are some shares of 1 and some percent? Give all as shares of 1"
+        )
 
 
 def read_truth(path: str | Path) -> dict[Architecture, float]:
@@ -68,12 +100,12 @@ def read_truth(path: str | Path) -> dict[Architecture, float]:
 
 def in_percent(accuracies: np.ndarray) -> np.ndarray:
     """Accuracies in percent, of accuracies in percent or as shares of 1."""
-    return accuracies * 100 if accuracies.max() <= 1 else accuracies
+    return accuracies * 100 if accuracies.max() <= 1 + NEAR else accuracies
 
 
 def in_shares(accuracies: np.ndarray) -> np.ndarray:
     """Accuracies as shares of 1, of accuracies in percent or as shares of 1."""
-    return accuracies if accuracies.max() <= 1 else accuracies / 100
+    return accuracies if accuracies.max() <= 1 + NEAR else accuracies / 100
 
 
 def _read(path: Path, with_accuracies: bool) -> tuple[dict[str, Architecture], np.ndarray]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hnas.base.command_line import shown
 from hnas.base.errors import UserError
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -346,8 +347,19 @@ def find_backbone(name: str) -> Backbone:
     if name not in BACKBONES:
         nearest = difflib.get_close_matches(name, BACKBONES, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise UserError(f"unknown backbone {name!r}; {hint}there are {', '.join(BACKBONES)}")
+        raise UserError(f"unknown backbone {shown(name)}; {hint}there are {', '.join(BACKBONES)}")
     return BACKBONES[name]
+
+
+def supernet_name(space: SearchSpace) -> str | None:
+    """The name of the supernet of these widths, whichever of them are sampled; None: it has none.
+
+    Stage one's model has a name of its own, but nothing scores it.
+    """
+    for name, (own, contrastive) in BACKBONES.items():
+        if not contrastive and replace(own, max_digits=space.max_digits) == space:
+            return name
+    return None
 
 
 def search_space(name: str, sample_space: str = "released") -> SearchSpace:

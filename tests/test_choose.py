@@ -13,6 +13,7 @@ from scipy import stats
 
 from hnas.base.errors import UserError
 from hnas.evaluation.results import estimates
+from hnas.ranking.costs import Network
 from hnas.ranking.front import critical_value, not_worse, pareto_front
 from hnas.search_space import RESNET48_MINI
 from hnas.tools.choose import main
@@ -81,15 +82,16 @@ def scored(tmp_path):
     space = RESNET48_MINI
     archs = space.sample_distinct(rng, 40, (space.largest(), space.smallest()))
     macs = np.array([space.macs(arch, 32, 10) for arch in archs.values()])
+    network = Network("resnet48_mini", 32, 10)
     hits = np.clip(300 + 8e-6 * (macs - macs.min()) + rng.normal(0, 6, 40), 0, IMAGES).astype(int)
-    found = estimates(archs, counts_of(right_about(hits)), None, IMAGES)
+    found = estimates(archs, counts_of(right_about(hits)), None, IMAGES, network)
     (tmp_path / "estimates.json").write_text(json.dumps(found))
     (tmp_path / "submission.json").write_text(json.dumps(found["architectures"]))
     return tmp_path, archs, hits
 
 
 def run(folder, *arguments, capsys=None):
-    main(["--submission", str(folder / "submission.json"), *MINI, *map(str, arguments)])
+    main(["--submission", str(folder / "submission.json"), *map(str, arguments)])
     return capsys.readouterr().out if capsys else None
 
 
@@ -99,6 +101,9 @@ def test_what_is_chosen(scored, capsys):
     text = run(folder, "--max_macs", budget, "--top", 3, "--out", folder / "out", capsys=capsys)
     choice = json.loads((folder / "out/choice.json").read_text())
     assert choice["budget"] == {"macs": budget} and choice["scored"] == 40
+    assert [choice[name] for name in ("backbone", "image_size", "num_classes")] == [
+        "resnet48_mini", 32, 10
+    ]  # fmt: skip
     found = choice["networks"]
 
     macs = {name: RESNET48_MINI.macs(arch, 32, 10) for name, arch in archs.items()}
@@ -114,6 +119,7 @@ def test_what_is_chosen(scored, capsys):
     first = found[0]["name"]
     right = dict(zip(archs, right_about(hits), strict=True))
     most = stats.t.isf(stats.norm.sf(critical_value(len(fits))), 15)
+    assert choice["critical_value"] == pytest.approx(most, abs=1e-6)
     kept = {
         name
         for name in fits
@@ -191,10 +197,74 @@ def test_a_latency_budget(scored, capsys):
     front = [row["latency"] for row in choice["networks"] if row["front"]]
     assert len(front) > 1 and np.all(np.diff(front) < 0)
     assert f"{expected[choice['networks'][0]['name']]:.3f} ms" in text
-    with pytest.raises(UserError, match="image size 32 instead of 64; measure again"):
-        run(folder, "--latency", path, "--image_size", 64)
+    assert "accuracy and latency, ms (" in text and "batch 1, " in text
+    for flags, words in (
+        ({"image_size": 64}, "image size 64 instead of 32; measure again"),
+        ({"num_classes": 100}, "num classes 100 instead of 10; measure again"),
+    ):
+        (folder / "other").mkdir(exist_ok=True)
+        other = independent.latency_file(folder / "other", **flags)
+        with pytest.raises(UserError, match=words):
+            run(folder, "--latency", other)
+    with pytest.raises(UserError, match="batch size 1 instead of 64; measure again"):
+        run(folder, "--latency", path, "--batch_size", 64)
     run(folder, "--latency", path, "--cost", "macs", "--out", folder / "macs", capsys=capsys)
     assert json.loads((folder / "macs/choice.json").read_text())["cost"] == "macs"
+
+
+def test_the_group_does_not_hang_on_the_files_order(scored, capsys):
+    """Several are the best; which of them comes first once decided who else is as good."""
+    folder, archs, hits = scored
+    hits = np.minimum(hits, np.sort(hits)[-6])
+    right = right_about(hits)
+    groups = []
+    for order in (np.arange(40), np.arange(40)[::-1]):
+        named = {list(archs)[i]: list(archs.values())[i] for i in order}
+        found = estimates(named, counts_of(right[order]), None, IMAGES)
+        for name in ("estimates.json", "submission.json"):
+            content = found["architectures"] if name == "submission.json" else found
+            (folder / name).write_text(json.dumps(content))
+        run(folder, *MINI, "--out", folder / "out", capsys=capsys)
+        rows = json.loads((folder / "out/choice.json").read_text())["networks"]
+        groups.append({row["name"] for row in rows if row["group"]})
+    assert groups[0] == groups[1] and len(groups[0]) > 6
+    # Those that are not worse than any of the best.
+    most = stats.t.isf(stats.norm.sf(critical_value(40)), 15)
+    best = np.flatnonzero(hits == hits.max())
+    assert groups[0] == {
+        name
+        for name, own, number in zip(archs, right, hits, strict=True)
+        if all(hits.max() - number <= most * IMAGES * paired_error(own, right[i]) for i in best)
+    }
+
+
+@pytest.mark.parametrize(
+    ("known", "flags", "words"),
+    [
+        (True, (), None),
+        (True, ("--image_size", "32"), None),
+        (True, ("--backbone", "resnet48"), "backbone resnet48_mini instead of resnet48; leave out"),
+        (True, ("--image_size", "64"), "image size 32 instead of 64; leave out the flags that"),
+        (True, ("--num_classes", "11"), "num classes 10 instead of 11; leave out"),
+        (False, MINI, None),
+        (False, MINI[:2], "taken: --backbone resnet48_mini --image_size 224 --num_classes 1000"),
+    ],
+)
+def test_the_network_is_what_stage_3_noted(scored, capsys, caplog, known, flags, words):
+    folder, archs, _ = scored
+    content = json.loads((folder / "estimates.json").read_text())
+    if not known:
+        content.pop("network")
+        (folder / "estimates.json").write_text(json.dumps(content))
+    if words and known:
+        with pytest.raises(UserError, match=words):
+            run(folder, *flags)
+        return
+    run(folder, *flags, "--out", folder / "out", capsys=capsys)
+    assert (words or "taken:") in caplog.text if words else "taken:" not in caplog.text
+    size = (224, 1000) if words else (32, 10)
+    for row in json.loads((folder / "out/choice.json").read_text())["networks"]:
+        assert row["macs"] == RESNET48_MINI.macs(archs[row["name"]], *size)
 
 
 def test_some_networks_in_percent_are_found_in_the_estimates(scored, capsys):
@@ -246,6 +316,11 @@ def changed(change):
             lambda folder: (folder / "estimates.json").write_text("{}"),
             "",
             "is not an estimates.json of this version",
+        ),
+        (
+            changed(lambda c, n: c[n].update(acc=97.0)),
+            "",
+            "are some shares of 1 and some percent",
         ),
         (None, "--max_macs 1000", "none of 40 networks is within 1,000 MACs; .* [0-9,]+ MACs$"),
         (None, "--max_macs 9e6 --max_params 7", "within 9,000,000 MACs, 7 parameters"),

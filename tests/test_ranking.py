@@ -20,8 +20,9 @@ from hnas.ranking.correlations import (
     rank_errors,
     spearman,
     top_k,
+    with_ties,
 )
-from hnas.ranking.findings import attribute, by_option, choices, clear_effects, holm
+from hnas.ranking.effects import attribute, by_option, choices, clear_effects, holm
 from hnas.search_space import RESNET48, Architecture
 
 CODE = "1" + "2345" + "2" + "1232000000" + "232323" + "0000" + "5141" * 2 + "0" * 8 + "7464546474"
@@ -83,9 +84,38 @@ def test_an_example_by_hand():
 def test_large_lists_agree_with_scipy():
     rng = np.random.default_rng(0)
     x = rng.normal(size=3000).round(2)
-    y = x + rng.normal(size=3000).round(1)
+    y = (x + rng.normal(size=3000).round(1)).round(2)  # without errors of the sum
     assert kendall_tau_b(x, y) == stats.kendalltau(x, y).statistic
     assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+
+
+HITS, TENTHS = np.arange(356), np.arange(30) // 3 / 10
+FIFTHS = HITS[:, None] // 5 + (np.arange(5) < HITS[:, None] % 5)  # hits of five parts
+TIES = {  # accuracies, each worked out in two ways
+    "of five parts": (HITS / 355, (FIFTHS / 71).mean(axis=1)),
+    "in percent": (HITS / 355, (FIFTHS / 0.71).mean(axis=1)),
+    "near in chains": (TENTHS, TENTHS + np.arange(30) % 3 * 6e-10),
+    "at steps' borders": (np.arange(1025) / 1024, np.arange(1025) / 1024 * (1 - 2e-16)),
+}
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_what_only_rounding_tells_apart_is_a_tie(case):
+    one, other = TIES[case]
+    assert (one != other).any()
+    for statistic in (kendall_tau_b, spearman):
+        assert statistic(one, other) == pytest.approx(1, abs=1e-12)
+        assert bootstrap_interval(statistic, one, other, 0, 20) == pytest.approx((1, 1), abs=1e-12)
+    assert not rank_errors(one, other).any()
+    assert top_k(one, other, len(one) // 3)["precision"] == 1
+    assert math.isnan(pearson(one[:1].repeat(3) + 1 + [0, 2e-16, 4e-16], [1, 2, 3]))
+
+
+def test_scores_of_any_scale_are_told_apart():
+    for scale in (1e-300, 1e-12, 1, 100, 1e300):
+        values = np.linspace(-1, 1, 21) * scale
+        assert with_ties(values).tolist() == values.tolist()
+    assert with_ties([]).tolist() == []
 
 
 @EVERY

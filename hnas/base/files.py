@@ -167,11 +167,29 @@ def write_json(path: str | Path, content) -> None:
 def read_json(path: str | Path) -> dict:
     """A JSON object that a program of this project wrote; a :class:`UserError` otherwise."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not what this program saves; name another file or folder")
+    return content
+
+
+def parse_json(text: str | bytes):
+    """What JSON says; of a name that stands twice in an object nobody knows which is meant.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON, or has such a name.
+    """
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: Sequence[tuple]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:60]!r} stands twice")
     return content
 
 

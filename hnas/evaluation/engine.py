@@ -23,7 +23,8 @@ from hnas.evaluation.tree import naive_macs
 from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
-from hnas.search_space import Architecture, SearchSpace, feature_sizes
+from hnas.ranking.costs import Network
+from hnas.search_space import Architecture, SearchSpace, feature_sizes, supernet_name
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,9 @@ def evaluate_shared(
     else:
         evaluator.take(list(archs.values()))
     how = settings.target_tau, is_main_process(), settings.part, settings.copies
-    ledger = Ledger(save_dir, identity, archs, len(images), *how)
+    name = supernet_name(network.space)
+    scored = Network(name, images.size, network.num_classes) if name else None
+    ledger = Ledger(save_dir, identity, archs, len(images), *how, network=scored)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
     for chunk in ledger.chunks():

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,15 @@ from hnas.base.settings import check_same_settings
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
 from hnas.parallel.distributed import agree, from_main_process
-from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes, fold_text
+from hnas.ranking.agreement import (
+    FOLDS,
+    MOST_IMAGES,
+    Agreement,
+    agreement_record,
+    fold_sizes,
+    fold_text,
+)
+from hnas.ranking.costs import Network
 from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
@@ -167,7 +175,7 @@ def _saved(state: Mapping[str, np.ndarray]) -> Saved:
     if any(number.shape for number in numbers) or shapes != {rows[:1]} or folds.shape != rows:
         raise ArraysError("arrays of wrong shapes")
     start, chunk, images = map(int, numbers)
-    if start < 0 or chunk < 1 or images < 1:
+    if not (0 <= start < MOST_IMAGES and 1 <= chunk < MOST_IMAGES and 1 <= images < MOST_IMAGES):
         raise ArraysError(f"start {start}, chunk {chunk}, images {images}")
     top1, top5, near1, near5 = columns
     if any((column < 0).any() or (column > images).any() for column in columns):
@@ -185,7 +193,11 @@ def _saved(state: Mapping[str, np.ndarray]) -> Saved:
 
 
 def estimates(
-    archs: Mapping[str, Architecture], counts: Counts, agreement: Agreement | None, of_images: int
+    archs: Mapping[str, Architecture],
+    counts: Counts,
+    agreement: Agreement | None,
+    of_images: int,
+    network: Network | None = None,
 ) -> dict:
     """What ``estimates.json`` holds, which :func:`hnas.ranking.agreement.read_estimates` reads.
 
@@ -194,11 +206,13 @@ def estimates(
         counts: of their hits so far.
         agreement: of their ranking with that by all images.
         of_images: how many these are.
+        network: what was scored; None where it has no name.
     """
     accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
     rows = zip(archs.items(), accuracy, error, counts.folds.tolist(), strict=True)
     return {
         "images": counts.images,
+        **({"network": asdict(network)} if network else {}),
         "agreement": agreement_record(agreement, of_images),
         "architectures": {
             name: {"acc": acc, "se": round(se, 6), "arch": arch.code, "folds": fold_text(folds)}

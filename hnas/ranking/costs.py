@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from hnas.base.command_line import LARGEST, LARGEST_SIDE, shown
 from hnas.base.errors import UserError
 from hnas.base.files import read_json
 from hnas.base.settings import check_same_settings
 from hnas.search_space import (
+    BACKBONES,
     SAMPLE_SPACES,
     STAGE_STRIDES,
     Architecture,
@@ -27,8 +29,41 @@ from hnas.search_space import (
 UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
 """The kinds of cost, and how one says it."""
 FORMAT = 1
+MOST_MS = 1e9
+"""Of a part, which is twelve days."""
 TEXTS = ("backbone", "sample_space", "device", "processor", "engine", "paddle")
 NUMBERS = ("image_size", "num_classes", "batch_size", "threads")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What costs depend on besides a code; by default what the competition scored."""
+
+    backbone: str = "resnet48"
+    image_size: int = 224  # px
+    num_classes: int = 1000
+
+    @classmethod
+    def read(cls, content: Mapping) -> Network:
+        """From a file's values.
+
+        Raises:
+            ValueError: they are none.
+        """
+        found = cls(*(content[field.name] for field in fields(cls)))
+        numbers = (found.image_size, LARGEST_SIDE), (found.num_classes, LARGEST)
+        if not isinstance(found.backbone, str) or found.backbone not in BACKBONES:
+            raise ValueError(f"unknown backbone {shown(found.backbone)}")
+        if not all(type(value) is int and 0 < value <= most for value, most in numbers):
+            raise ValueError("image_size or num_classes is out of bounds")
+        return found
+
+    def costs(
+        self, archs: Iterable[Architecture], latency: LatencyTable | None = None
+    ) -> dict[str, np.ndarray]:
+        """As :func:`costs_of` has them."""
+        space = search_space(self.backbone)
+        return costs_of(archs, space, self.image_size, self.num_classes, latency)
 
 
 @dataclass(frozen=True)
@@ -82,6 +117,15 @@ class LatencyTable:
     about: Mapping[str, str | int]  # the file's other values: ``TEXTS`` and ``NUMBERS``
     milliseconds: Mapping[str, float]  # of a batch, by the parts' names
 
+    def check(self, wanted: Mapping[str, object]) -> None:
+        """Refuse to serve other settings than what was measured.
+
+        Raises:
+            UserError: names what differs.
+        """
+        measure = "measure again with python -m hnas.tools.latency"
+        check_same_settings(self.path, self.about, wanted, measure)
+
     def of(self, arch: Architecture) -> float:
         """Milliseconds that ``arch`` takes for a batch.
 
@@ -117,9 +161,9 @@ def costs_of(
 
 
 def open_latency(
-    path: str | None, backbone: str, image_size: int, sample_space: str = "", asked_by: str = ""
+    path: str | None, wanted: Mapping[str, object], asked_by: str = ""
 ) -> LatencyTable | None:
-    """What ``--latency`` names, for these settings; ``asked_by`` is a flag that needs it.
+    """What ``--latency`` names, measured as ``wanted``; ``asked_by`` is a flag that needs it.
 
     Raises:
         UserError: it is missing, broken, or of something else.
@@ -131,12 +175,13 @@ def open_latency(
             )
         return None
     table = read_latency(path)
-    wanted = {"backbone": backbone, "image_size": image_size}
-    if sample_space == "full":  # that of all architectures serves the released ones, too
-        wanted["sample_space"] = sample_space
-    measure = "measure again with python -m hnas.tools.latency"
-    check_same_settings(path, table.about, wanted, measure)
+    table.check(wanted)
     return table
+
+
+def is_time(value: object) -> bool:
+    """Whether it is a part's milliseconds."""
+    return type(value) in (int, float) and 0 <= value <= MOST_MS
 
 
 def read_latency(path: str | Path) -> LatencyTable:
@@ -149,6 +194,7 @@ def read_latency(path: str | Path) -> LatencyTable:
     content = read_json(path)
     kinds = {**dict.fromkeys(TEXTS, str), **dict.fromkeys(NUMBERS, int), "milliseconds": dict}
     wrong = {name for name, kind in kinds.items() if type(content.get(name)) is not kind}
+    wrong |= {name for name in NUMBERS if name not in wrong and not 0 < content[name] <= LARGEST}
     if content.get("format") != FORMAT:
         wrong = {"format"}
     elif not wrong and content["sample_space"] not in SAMPLE_SPACES:
@@ -157,7 +203,7 @@ def read_latency(path: str | Path) -> LatencyTable:
         parts = content["milliseconds"]
         space = search_space(content["backbone"], content["sample_space"])
         times = [parts.get(name) for name in {*parts, *(part.name for part in all_parts(space))}]
-        if all(type(time) in (int, float) and 0 <= time < math.inf for time in times):
+        if all(map(is_time, times)):
             about = {name: content[name] for name in TEXTS + NUMBERS}
             return LatencyTable(path, space, about, parts)
         wrong = {"milliseconds"}

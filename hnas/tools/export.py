@@ -22,13 +22,12 @@ import difflib
 import logging
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import paddle
 
-from hnas.architecture_file import read_accuracies, read_architectures
+from hnas.architecture_file import in_shares, read_architectures, read_scores
 from hnas.base.files import file_digest, read_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import normalize
@@ -129,8 +128,11 @@ def find_architecture(
         return Architecture.from_code(own), "", None
     if options.modelarch_file:
         archs = read_architectures(options.modelarch_file)
-        with suppress(UserError):  # a list of codes alone
-            stated = dict(zip(archs, read_accuracies(options.modelarch_file)[1], strict=True))
+        try:
+            accuracies = in_shares(read_scores(options.modelarch_file)[1])
+            stated = dict(zip(archs, accuracies.tolist(), strict=True))
+        except UserError as reason:  # a list of codes alone, among others
+            logger.info("scores are not compared: %s", reason)
     if options.arch not in archs and not options.arch.isdigit():
         if not archs:
             raise UserError(
@@ -146,9 +148,8 @@ def find_architecture(
             "weights, or a supernet's"
         )
     name = next((name for name, each in archs.items() if each == arch), "")
-    accuracy = float(stated.get(name, 0))
     # 0 stands for none in files that are still to be scored.
-    return arch, name, (accuracy if accuracy <= 1 else accuracy / 100) or None
+    return arch, name, stated.get(name) or None
 
 
 class Source(NamedTuple):

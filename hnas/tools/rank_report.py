@@ -13,23 +13,31 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 
 import numpy as np
 
-from hnas.architecture_file import in_percent, in_shares, read_accuracies, read_scores, read_truth
+from hnas.architecture_file import (
+    check_one_unit,
+    in_percent,
+    in_shares,
+    read_accuracies,
+    read_scores,
+    read_truth,
+)
 from hnas.base.command_line import OneLineParser, path_text, read_path, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, replacing, write_json
+from hnas.base.files import check_writable, read_json, replacing, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES
-from hnas.ranking.costs import costs_of
+from hnas.ranking.costs import Network
 from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
-from hnas.search_space import Architecture, search_space
-from hnas.tools.flops import add_network_flags
+from hnas.tools.flops import add_network_flags, network_of
 
 COUNTED = {"macs": "MACs", "params": "parameters"}
 PRINTED = (
@@ -49,19 +57,21 @@ PRINTED = (
 """Of a report, where it has them."""
 
 
-def _costs(archs: Iterable[Architecture], options) -> dict[str, np.ndarray]:
-    space = search_space(options.backbone)
-    return costs_of(archs, space, options.image_size, options.num_classes)
-
-
 def report_ranking(options) -> tuple[dict, str]:
     """The report on predictions and a truth, and its page."""
     gt = read_truth(options.gt)
     if options.pred in COUNTED:
-        archs, predicted = list(gt), _costs(gt, options)[options.pred]
+        archs, known = list(gt), None
+        with suppress(UserError):  # unless the truth is stage 3's
+            known, _ = estimates_beside(options.gt, archs, np.array([*gt.values()]) / 100)
+        network = network_of(options, known and known.network, options.gt)
+        predicted = network.costs(archs)[options.pred]
+        check_counted(options, network, predicted.tolist())
     else:
         named, predicted = read_accuracies(options.pred)
         archs = list(named.values())
+        if predicted.min() >= 0 and predicted.max() <= 100:
+            check_one_unit(options.pred, list(named), predicted)
     pred = dict(zip(archs, predicted.tolist(), strict=True))
     found = analyse_ranking(pred, gt, options.seed, options.resamples)
     report = {"pred": options.pred, "gt": options.gt, **found}
@@ -75,6 +85,21 @@ def report_ranking(options) -> tuple[dict, str]:
     scatter.points(true, values)
     breakdown = option_panels(report["by_option"], "rank error, %")
     return report, ranking_page(report, scatter, breakdown)
+
+
+def check_counted(options, network: Network, counts: Sequence[int]) -> None:
+    """Refuse to count another network than the one of which ``--gt`` has counts of its own.
+
+    Raises:
+        UserError: ``train_standalone`` has noted other MACs or parameters in it.
+    """
+    noted = [entry.get(options.pred) for entry in read_json(options.gt).values()]
+    if any(own not in (None, count) for own, count in zip(noted, counts, strict=True)):
+        raise UserError(
+            f"{options.gt} is not of {network.backbone} at {network.image_size} px with "
+            f"{network.num_classes} classes, by its {options.pred}; give --backbone, --image_size "
+            "and --num_classes as they were"
+        )
 
 
 def report_scores(options) -> tuple[dict, str]:
@@ -91,13 +116,12 @@ def report_scores(options) -> tuple[dict, str]:
         known, rows = estimates_beside(options.pred, list(archs.values()), in_shares(accuracy))
     except UserError as reason:
         unknown = [f"Standard errors are not known: {reason}."]
-    accuracy, costs = in_percent(accuracy), _costs(archs.values(), options)
+    network = network_of(options, known and known.network, options.pred)
+    accuracy, costs = in_percent(accuracy), network.costs(archs.values())
     found = analyse_scores(archs, accuracy, costs, known, rows)
     report = {
         "pred": options.pred,
-        "backbone": options.backbone,
-        "image_size": options.image_size,
-        "num_classes": options.num_classes,
+        **asdict(network),
         **found,
         "notes": [*found["notes"], *unknown],
     }
@@ -131,7 +155,7 @@ def main(argv=None) -> None:
         "--gt", type=path_text, help="true accuracies: JSON [none: the scores alone]"
     )
     parser.add_argument("--out", required=True, type=read_path, help="folder to write")
-    add_network_flags(parser)
+    add_network_flags(parser, "what estimates.json says, ")
     parser.add_argument(
         "--resamples",
         type=whole_number(1, 1_000_000),
