@@ -290,6 +290,7 @@ def changed(**changes):
     return change
 
 
+MINI = {"backbone": "resnet48_mini", "image_size": 32, "num_classes": 10}
 SIXTEEN = "1 " * 15 + "1"
 BROKEN = {  # what becomes of the content, words of the error
     "of an earlier version": (
@@ -302,11 +303,19 @@ BROKEN = {  # what becomes of the content, words of the error
     "true images": (lambda c: c.update(images=True), "no number of images"),
     "too many images": (lambda c: [part.update(images=2**52) for part in (c, c["agreement"])],
                         "do not add up"),
+    "1e400 images": (lambda c: c.update(images=10**400), "no number of images"),
+    "a list of 1e30": (lambda c: c["agreement"].update(images=10**30), "no number of images"),
+    "an agreement of 1e400": (lambda c: c["agreement"].update(tau=10**400), "too large"),
+    "another network": (lambda c: c.update(network=MINI | {"backbone": "x" * 10**6}), "'xxx"),
+    "a network of no size": (lambda c: c.update(network=MINI | {"image_size": 10**400}), "bounds"),
+    "half a network": (lambda c: c.update(network={"backbone": "resnet48"}), "is missing"),
     "no architectures": (lambda c: c.update(architectures={}), "no architectures"),
     "a list": (lambda c: c.update(architectures=[1]), "not an estimates.json"),
     "an error of text": (changed(se="0.1"), "from 0 to 1"),
     "an error of NaN": (changed(se=math.nan), "from 0 to 1"),
     "another accuracy": (changed(acc=0.5001), "do not add up"),
+    "an accuracy of 1e400": (changed(acc=10**400), "do not add up"),
+    "an error of 1e400": (changed(se=10**400), "from 0 to 1"),
     "an accuracy of text": (changed(acc="0.5"), "do not add up"),
     "folds of a list": (changed(folds=[1] * 16), "not an estimates.json"),
     "15 folds": (changed(folds=SIXTEEN[2:]), "16 whole numbers"),
@@ -326,6 +335,7 @@ def test_estimates_are_not_believed(case, tmp_path):
     with pytest.raises(UserError, match=words) as error:
         read_estimates(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < len(str(path)) + 300
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"images": 1}'])

@@ -17,7 +17,9 @@ from hnas.architecture_file import (
     submission,
 )
 from hnas.base.errors import UserError
-from hnas.base.files import write_json
+from hnas.base.files import read_json, write_json
+from hnas.ranking.agreement import read_estimates
+from hnas.ranking.costs import read_latency
 from hnas.search_space import RESNET48, Architecture
 
 LARGEST = "1558511111111111111111111111111111111111111111111111"
@@ -219,6 +221,27 @@ def test_any_content_is_read_or_refused_in_one_line(scratch, content):
     else:
         assert archs and len(set(archs.values())) == len(archs)
         assert all(arch.code.encode() in content for arch in archs.values())
+
+
+# --- other JSON files
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"images": 1, "images": 2}', "the name 'images' stands twice"),
+        ('{"a": {"b": [{"images": 1, "images": 1}]}}', "the name 'images' stands twice"),
+        ('{"' + "a" * 10**6 + '": 1, "' + "a" * 10**6 + '": 2}', "aaa' stands twice"),
+        ('{"images": ' + "1" * 5000 + "}", "4300 digits"),
+        ("[1]", "is not what this program saves"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_file_that_no_program_wrote_is_refused(write, text, words):
+    path = write(text)
+    for read in (read_json, read_estimates, read_latency):
+        message = refusal(path, read)
+        assert words in message and len(message) < 300
 
 
 # --- writing

@@ -18,6 +18,7 @@ from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
 from hnas.ranking.agreement import Agreement
 from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b
+from hnas.ranking.costs import Network
 from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.ranking.findings import budgets
 from hnas.search_space import RESNET48, RESNET48_MINI
@@ -125,6 +126,17 @@ def test_figures_are_those_of_scipy(report, files, tmp_path, archs, truth, predi
         assert row["precision"] == pytest.approx(len(best & set(chosen)) / k)
 
 
+def test_upside_down_is_said_beside_pearson(report, files, tmp_path, archs, predicted):
+    pred = write(tmp_path / "pred.json", archs, 1 - predicted)
+    found, _ = report("--pred", pred, *files[2:])
+    assert found["pearson"]["value"] == -found["abs_pearson"]["value"] < -0.5
+    text = text_of((tmp_path / "out/report.html").read_text())
+    assert "It ranks upside down: what it prefers is worse" in text
+    shown = f"{found['abs_pearson']['value']:.3f}"
+    assert f"|Pearson|, without its sign{shown}" in text
+    assert f"Pearson\N{MINUS SIGN}{shown}" in text
+
+
 @pytest.mark.parametrize(("kind", "size"), [("macs", (32, 10)), ("params", (10,))])
 def test_counts_as_predictions(report, files, kind, size, archs, truth):
     for space, sizes, flags in ((RESNET48, (), ()), (RESNET48_MINI, size, MINI)):
@@ -132,6 +144,28 @@ def test_counts_as_predictions(report, files, kind, size, archs, truth):
         found, _ = report("--pred", kind, *files[2:], *flags)
         tau = stats.kendalltau(counts, truth).statistic
         assert found["pred"] == kind and found["kendall_tau_b"]["value"] == pytest.approx(tau)
+    # Of accuracies that stage 3 or train_standalone left, their network's.
+    content = json.loads(files[3].read_text())
+    for entry, count in zip(content.values(), counts, strict=True):
+        entry[kind] = count
+    files[3].write_text(json.dumps(content))
+    assert report("--pred", kind, *files[2:], *MINI)[0]["kendall_tau_b"] == found["kendall_tau_b"]
+    with pytest.raises(UserError, match="is not of resnet48 at 224 px with 1000 classes, by its"):
+        report("--pred", kind, *files[2:])
+
+
+def test_the_costs_are_of_the_network_that_was_scored(report, stage3, caplog):
+    scores = stage3 / "submission.json"
+    for arguments in (("--pred", scores), ("--pred", "macs", "--gt", scores)):
+        found = [report(*arguments, *flags)[1] for flags in ((), MINI)]
+        assert found[0] == found[1] and not caplog.text
+        with pytest.raises(
+            UserError, match="json is of other settings: image size 32 instead of 6"
+        ):
+            report(*arguments, "--image_size", 64)
+    (stage3 / "estimates.json").unlink()
+    report("--pred", scores, "--num_classes", 10)
+    assert "taken: --backbone resnet48 --image_size 224 --num_classes 10" in caplog.text
 
 
 def test_the_breakdown_names_the_choice_that_is_missing(report, files):
@@ -168,7 +202,7 @@ def test_constant_values_are_null_and_noted(report, tmp_path, archs, truth, whic
     pred = write(tmp_path / "pred.json", archs, truth if which == "gt" else constant)
     gt = write(tmp_path / "gt.json", archs, truth if which == "pred" else constant)
     found, _ = report("--pred", pred, "--gt", gt)
-    for name in ("kendall_tau_b", "spearman", "abs_pearson"):
+    for name in ("kendall_tau_b", "spearman", "pearson", "abs_pearson"):
         assert found[name] == {"value": None, "low": None, "high": None}
     assert any("are equal" in note for note in found["notes"])
     text = text_of((tmp_path / "out/report.html").read_text())
@@ -206,14 +240,15 @@ def hits(archs):
 def stage3(tmp_path, archs, hits):
     """What stage 3 leaves."""
     named = {f"arch{i}": arch for i, arch in enumerate(archs)}
-    content = estimates(named, counts_of(hits), Agreement(0.875, 0.8125, 0.9375), 5000)
+    agreement, network = Agreement(0.875, 0.8125, 0.9375), Network("resnet48_mini", 32, 10)
+    content = estimates(named, counts_of(hits), agreement, 5000, network)
     write_json(tmp_path / "stage3/estimates.json", content)
     write_json(tmp_path / "stage3/submission.json", content["architectures"])
     return tmp_path / "stage3"
 
 
 def test_figures_are_those_of_numpy(report, stage3, archs, hits, tmp_path):
-    printed, found = report("--pred", stage3 / "submission.json", *MINI)
+    printed, found = report("--pred", stage3 / "submission.json")
     assert told("scores fields") == set(printed) - {"pred", "report"}
     accuracy = hits.sum(axis=1) / IMAGES * 100
     macs = np.array([RESNET48_MINI.macs(arch, 32, 10) for arch in archs])
@@ -255,10 +290,11 @@ def test_budgets_are_round_and_reach_the_dearest():
 def test_an_agreement_of_all_images_or_none_is_not_told(report, stage3, tmp_path, more):
     content = json.loads((stage3 / "estimates.json").read_text())
     content["agreement"] |= more
+    content.pop("network")  # as earlier versions wrote it
     write_json(stage3 / "estimates.json", content)
     printed, _ = report("--pred", stage3 / "submission.json", *MINI)
     assert printed["standard_error"] is not None
-    assert (printed["agreement"] is None) == ("tau" in more)
+    assert printed["agreement"] is None
     assert "expected to agree" not in (tmp_path / "out/report.html").read_text()
 
 
@@ -309,6 +345,9 @@ def test_few_or_equal_scores(report, archs, tmp_path, values):
         ("--pred macs", "--pred macs needs --gt"),
         ("--pred two.json", "has 2 architectures; a report needs at least 3"),
         ("--pred high.json", "accuracy 100.5"),
+        ("--pred mixed.json", "are some shares of 1 and some percent? Give all as shares"),
+        ("--pred mixed.json --gt gt.json", "are some shares of 1 and some percent?"),
+        ("--pred gt.json --gt mixed.json", "are some shares of 1 and some percent?"),
     ],
 )
 def test_what_is_refused(report, tmp_path, monkeypatch, archs, truth, arguments, message):
@@ -317,6 +356,7 @@ def test_what_is_refused(report, tmp_path, monkeypatch, archs, truth, arguments,
     write(tmp_path / "two.json", archs[:2], truth[:2])
     write(tmp_path / "low.json", archs[:3], [5, 50, -0.1])
     write(tmp_path / "high.json", archs[:3], [5, 50, 100.5])
+    write(tmp_path / "mixed.json", archs, np.where(np.arange(NUMBER) == 9, 97.0, truth))
     Path("codes.txt").write_text(archs[0].code)
     with pytest.raises(UserError) as error:
         report(*arguments.split())

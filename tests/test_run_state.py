@@ -313,6 +313,29 @@ def test_figures_are_in_the_log_and_in_history(train, tmp_path, caplog):
         assert rows_of(tmp_path / "run") == rows
 
 
+def test_the_best_epoch_is_the_best_on_validation_images():
+    """Losses of training fall to the end, also where the ranking is best before."""
+    log = training.TrainLogger(1, 3, 1, 1)
+    assert (log.history()["best_epoch"], log.history()["best_by"]) == (None, "epoch_losses")
+    log.epoch_losses = [3.0, 2.0, 1.0]
+    for figures, best, by in (
+        ([{}, {"smallest_top1": 0.9}, {}], 2, "epoch_losses"),
+        ([{"largest_top1": top1} for top1 in (0.2, 0.7, 0.7)], 1, "largest_top1"),
+        (
+            [{"kendall_tau_b": tau, "largest_top1": -tau} for tau in (0.25, -0.5, 0.125)],
+            0,
+            "kendall_tau_b",
+        ),
+        (
+            [{"kendall_tau_b": None, "largest_top1": top1} for top1 in (0.9, 0.5, 0.1)],
+            0,
+            "largest_top1",
+        ),
+    ):
+        log.validation = dict(enumerate(figures))
+        assert (log.history()["best_epoch"], log.history()["best_by"]) == (best, by)
+
+
 @pytest.mark.parametrize("killed", range(EPOCHS))
 def test_what_a_kill_in_a_measurement_loses_is_measured_again(train, tmp_path, killed):
     values = [0.5, 0.25, 0.125, 1.0]
