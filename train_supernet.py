@@ -55,6 +55,7 @@ from hnas.programs.runtime import (
     start,
     validation_images,
 )
+from hnas.ranking.costs import Network
 from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.starting import start_from_checkpoint
 from hnas.weights.loading import find_checkpoint
@@ -145,6 +146,7 @@ def score(
         wanted_variant(arithmetic, calibration),
         part,
         copies=list_hash(images, order, options.image_size, times=False),
+        network=Network(options.backbone, options.image_size, network.num_classes),
     )
     whose["architecture_list"] = architectures_hash(archs)
     return evaluate_shared(network, archs, decoded, Path(options.save_dir), whose, settings)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.base.command_line import shown
 from hnas.base.errors import UserError
 from hnas.base.files import check_regular
 from hnas.search_space import Architecture, ArchitectureError
@@ -62,33 +61,28 @@ def read_scores(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
                 f"{path}: entry {name!r}: accuracy {value:g}; accuracies are 0 to 1, or 0 to 100 "
                 "in percent"
             )
-    check_one_unit(path, list(archs), accuracies)
+    check_one_unit(path, accuracies)
     return archs, accuracies
 
 
-def check_one_unit(path: str | Path, names: Sequence[str], accuracies: np.ndarray) -> None:
+def check_one_unit(path: str | Path, accuracies: np.ndarray) -> None:
     """Refuse accuracies [n] of which some are shares of 1 and the others in percent.
 
-    There are values on both sides of 1, none between, the gap being ``GAP``-fold; 0 is neither.
-    Then those of at most 1 are shares, unless they are few, less than half, and what they would be
-    as shares lies well below all others, by more than ``SLACK``: a network that broke, and guesses
-    among many classes, has 0.4 % where others have 60.
+    There are values on both sides of 1 with a ``GAP``-fold gap between; 0 is neither. Those below
+    may be percents where they are few, and well below all others if they were shares: a network
+    that broke, and guesses among many classes, has 0.4 % where others have 60.
 
     Raises:
-        UserError: names one of either kind.
+        UserError: with the two values next to the gap.
     """
-    is_share = (accuracies > 0) & (accuracies <= 1 + NEAR)
-    is_percent = accuracies > 1 + NEAR
-    if not is_share.any() or not is_percent.any():
-        return
-    share = np.argmax(np.where(is_share, accuracies, 0))
-    percent = np.argmin(np.where(is_percent, accuracies, np.inf))
-    most, least = float(accuracies[share]), float(accuracies[percent])
-    few = is_share.sum() < is_percent.sum()
-    if least > GAP * most and not (few and least > SLACK * 100 * most):
+    low = accuracies[(accuracies > 0) & (accuracies <= 1 + NEAR)]
+    high = accuracies[accuracies > 1 + NEAR]
+    most, least = low.max(initial=0), high.min(initial=np.inf)
+    broke = len(low) < len(high) and least > SLACK * 100 * most
+    if most and GAP * most < least < np.inf and not broke:
         raise UserError(
-            f"{path}: entry {shown(names[share])} has {most:.6g} and {shown(names[percent])} "
-            f"{least:.6g}: are some shares of 1 and some percent? Give all as shares of 1"
+            f"{path} has accuracies of {most:.6g} and of {least:.6g}: are some shares of 1 and "
+            "some percent? Give all as shares of 1"
         )
 
 

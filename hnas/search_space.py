@@ -54,10 +54,10 @@ class Architecture:
         if not isinstance(code, str):
             raise ArchitectureError("architecture code must be a string of digits")
         if not (code.isascii() and code.isdigit()):
-            raise ArchitectureError(f"architecture code {_shorten(code)} holds more than digits")
+            raise ArchitectureError(f"architecture code {shown(code)} holds more than digits")
         if len(code) not in (CODE_LENGTH, CODE_LENGTH - 1):
             raise ArchitectureError(
-                f"architecture code {_shorten(code)} has {len(code)} digits; "
+                f"architecture code {shown(code)} has {len(code)} digits; "
                 f"{CODE_LENGTH} or, without the image size, {CODE_LENGTH - 1} are allowed"
             )
         places = iter(range(len(code)))
@@ -67,7 +67,7 @@ class Architecture:
             digit = int(code[place])
             if not low <= digit <= high:
                 raise ArchitectureError(
-                    f"architecture code {_shorten(code)}: digit {place + 1} ({what}) is {digit}; "
+                    f"architecture code {shown(code)}: digit {place + 1} ({what}) is {digit}; "
                     f"allowed: {allowed or f'{low} to {high}'}"
                 )
             return digit
@@ -103,10 +103,6 @@ class Architecture:
 
     def __str__(self) -> str:
         return self.code
-
-
-def _shorten(code: str) -> str:
-    return repr(code if len(code) <= 60 else code[:57] + "...")
 
 
 @dataclass(frozen=True)
@@ -349,17 +345,6 @@ def find_backbone(name: str) -> Backbone:
         hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise UserError(f"unknown backbone {shown(name)}; {hint}there are {', '.join(BACKBONES)}")
     return BACKBONES[name]
-
-
-def supernet_name(space: SearchSpace) -> str | None:
-    """The name of the supernet of these widths, whichever of them are sampled; None: it has none.
-
-    Stage one's model has a name of its own, but nothing scores it.
-    """
-    for name, (own, contrastive) in BACKBONES.items():
-        if not contrastive and replace(own, max_digits=space.max_digits) == space:
-            return name
-    return None
 
 
 def search_space(name: str, sample_space: str = "released") -> SearchSpace:

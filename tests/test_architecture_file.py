@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnas import architecture_file
-from hnas.architecture_file import (
-    read_accuracies,
-    read_architectures,
-    read_scores,
-    read_truth,
-    submission,
-)
+from hnas.architecture_file import read_accuracies, read_architectures, read_truth, submission
 from hnas.base.errors import UserError
 from hnas.base.files import read_json, write_json
 from hnas.ranking.agreement import read_estimates
@@ -284,53 +278,39 @@ def test_an_accuracy_that_is_not_a_number(write, value):
     assert len(read_architectures(path)) == 2
 
 
-HIGH = [0.9 + i / 100 for i in range(8)]
-WEAK = [20 + 5 * i for i in range(10)]
+SHARES, PERCENTS, WEAK = ([start + i * step for i in range(9)] for start, step in (
+    (0.9, 0.01), (90, 1), (20, 5)
+))  # fmt: skip
+TWO_UNITS = [
+    [*SHARES, 97.0],  # in percent among shares
+    [*PERCENTS, 0.97],  # a share among percents
+    [*PERCENTS, 0.4, 0.97],
+    [*WEAK, 0, 0.97],
+    [*SHARES[:4], *PERCENTS[4:8]],  # half in percent
+    [0.5, 0.55, 0.6, 0, 97.0],
+    [0.2, 0.25, 0.98, 5.0],
+]
+ONE_UNIT = [
+    SHARES,
+    [0.0, 0.004, 0.1, 1.0],
+    [*SHARES, 1 + 2e-16],  # a mean that rounding put above 1
+    [*PERCENTS, 100 * (1 + 2e-16)],
+    [0, *PERCENTS],
+    [0.4, 60.5, 70, 72, 75],  # of 256 classes, a network that broke
+    [0.1, 0.1, 0, *WEAK],
+    [0.1, 0.3, 0.9, 2, 5, 9, 20],  # of a supernet that has just begun
+]
 
 
-def scores(values):
-    rng = np.random.default_rng(0)
-    archs = RESNET48.sample_distinct(rng, len(values))
-    return submission(archs, [float(value) for value in values])
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        [*HIGH, 97.0],  # in percent among shares
-        [*WEAK, 97.0, 0.97],
-        [100 * value for value in HIGH] + [0.97],  # a share among percents
-        [100 * value for value in HIGH] + [0.4, 0.97],
-        [*HIGH[:4], 94.5, 95.5, 96, 97],  # half in percent
-        [0.5, 0.55, 0.6, 0, 97.0],
-        [0.2, 0.25, 0.98, 5.0],
-    ],
-)
-@pytest.mark.parametrize("read", [read_scores, read_truth])
-def test_accuracies_of_two_units(write, values, read):
-    for order in (values, values[::-1]):
-        message = refusal(write(scores(order)), read)
-        assert "are some shares of 1 and some percent? Give all as shares of 1" in message
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        HIGH,
-        [0.0, 0.004, 0.1, 1.0],
-        [*HIGH, 1 + 2e-16],  # a mean that rounding put above 1
-        [100 * value for value in HIGH],
-        [100 * value for value in HIGH] + [100 * (1 + 2e-16)],
-        [0.0, *WEAK],
-        [0.4, 60.5, 70, 72, 75],  # of 256 classes, a network that broke
-        [0.1, 0.1, 0, *WEAK],
-        [0.1, 0.3, 0.9, 2, 5, 9, 20],  # of a supernet that has just begun
-        [0.9, 1.1, 1.3],
-    ],
-)
-def test_accuracies_of_one_unit(write, values):
-    expected = np.array(values) * (100 if max(values) < 1.1 else 1)
-    assert list(read_truth(write(scores(values))).values()) == pytest.approx(expected.tolist())
+@pytest.mark.parametrize("values", [*TWO_UNITS, *ONE_UNIT])
+def test_accuracies_are_of_one_unit(write, values):
+    archs = RESNET48.sample_distinct(np.random.default_rng(0), len(values))
+    path = write(submission(archs, [float(value) for value in values]))
+    if values in TWO_UNITS:
+        assert "are some shares of 1 and some percent? Give all as" in refusal(path, read_truth)
+    else:
+        expected = np.array(values) * (100 if max(values) < 1.1 else 1)
+        assert list(read_truth(path).values()) == pytest.approx(expected.tolist())
 
 
 @pytest.mark.parametrize(

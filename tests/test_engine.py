@@ -56,7 +56,8 @@ def test_every_prefix_of_the_order_is_balanced():
 
 def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, tmp_path):
     images = Images(24, CLASSES)
-    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings(chunk=5))
+    settings = ScoringSettings(chunk=5, network=Network("resnet48_mini", 32, CLASSES))
+    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, settings)
     assert counts.images == 24
     batches = [images.batch(0, 24)]
     expected = evaluate_reference(network, list(archs.values()), batches)
@@ -70,7 +71,7 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, tmp_
         assert entry["se"] == pytest.approx((rate * (1 - rate) / 24) ** 0.5, abs=1e-6)
     assert told["agreement"] == {"images": 24, "tau": 1.0, "low": 1.0, "high": 1.0}
     read = read_estimates(tmp_path / "estimates.json")
-    assert read.network == Network("resnet48_mini", images.size, CLASSES)
+    assert read.network == settings.network
     np.testing.assert_array_equal(read.folds, counts.folds)
     np.testing.assert_array_equal(read.folds.sum(axis=1), counts.top1)
     assert np.all(np.abs(read.folds - expected.folds).sum(axis=1) <= counts.near1)

@@ -6,7 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-import independent
 import numpy as np
 import paddle
 import pytest
@@ -53,21 +52,6 @@ def test_every_drawn_network_is_made_of_them(seed, backbone, sample_space):
     assert set(parts) <= set(all_parts(space))
     assert len(parts) == sum(arch.depths) + 2
     assert [part.stride for part in parts[1:-1]].count(2) == 3
-
-
-def test_latency_is_the_sum_of_the_parts(tmp_path):
-    path = latency_file(tmp_path)
-    table = open_latency(path, {"backbone": "resnet48_mini", "image_size": 32})
-    times = json.loads(path.read_text())["milliseconds"]
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        arch = MINI.sample(rng)
-        stem, blocks = independent.layers(arch.code, (20, 32, 64, 128), 1)
-        total, cin = times[f"stem {stem}"], stem
-        for stage, _, mid, out, stride in blocks:
-            total += times[f"block {stage + 1} {cin}-{mid}-{out} /{stride}"]
-            cin = out
-        assert table.of(arch) == pytest.approx(total + times[f"head {cin}"], rel=1e-12)
 
 
 def test_what_was_not_measured_is_named(tmp_path):

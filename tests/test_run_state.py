@@ -316,23 +316,19 @@ def test_figures_are_in_the_log_and_in_history(train, tmp_path, caplog):
 def test_the_best_epoch_is_the_best_on_validation_images():
     """Losses of training fall to the end, also where the ranking is best before."""
     log = training.TrainLogger(1, 3, 1, 1)
-    assert (log.history()["best_epoch"], log.history()["best_by"]) == (None, "epoch_losses")
-    log.epoch_losses = [3.0, 2.0, 1.0]
-    for figures, best, by in (
-        ([{}, {"smallest_top1": 0.9}, {}], 2, "epoch_losses"),
-        ([{"largest_top1": top1} for top1 in (0.2, 0.7, 0.7)], 1, "largest_top1"),
+    taus, top1s = (0.25, -0.5, 0.125), (0.0, 0.7, 0.7)
+    for losses, validation, best, by in (
+        ([], {}, None, "epoch_losses"),
+        ([3.0, 2.0, 1.0], {1: {"tau": 0.9}}, 2, "epoch_losses"),
+        ([3.0, 2.0, 1.0], {1: {"largest_top1": 0.7}, 0: {"largest_top1": 0.0}}, 1, "largest_top1"),
         (
-            [{"kendall_tau_b": tau, "largest_top1": -tau} for tau in (0.25, -0.5, 0.125)],
+            [3.0, 2.0, 1.0],
+            {e: {"kendall_tau_b": taus[e], "largest_top1": top1s[e]} for e in range(3)},
             0,
             "kendall_tau_b",
         ),
-        (
-            [{"kendall_tau_b": None, "largest_top1": top1} for top1 in (0.9, 0.5, 0.1)],
-            0,
-            "largest_top1",
-        ),
     ):
-        log.validation = dict(enumerate(figures))
+        log.epoch_losses, log.validation = losses, validation
         assert (log.history()["best_epoch"], log.history()["best_by"]) == (best, by)
 
 

@@ -251,6 +251,9 @@ def test_a_flag_that_is_new_was_off_before(work, tmp_path):
     main(flags(work, save_dir=folder))
     message = refusal(work, save_dir=folder, deterministic=True)
     assert "other settings: deterministic False instead of True" in message
+    # And what is gone, training an export on, was on.
+    (folder / "run.json").write_text(json.dumps(settings | {"initial_weights": "d" * 64}))
+    assert "initial weights dddddddddddddddd instead of none" in refusal(work, save_dir=folder)
 
 
 def test_results_of_other_images_are_not_mixed(work, tmp_path):
@@ -288,11 +291,3 @@ def test_an_edited_result_is_not_taken_over(work, tmp_path, changes):
     message = refusal(work, save_dir=folder)
     assert "results.json: entry 'wide' has acc" in message or "not a finite number" in message
     assert results(folder) == content
-
-
-def test_results_from_other_initial_weights_are_not_mixed(work, tmp_path):
-    folder = tmp_path / "exported"
-    shutil.copytree(work / "undisturbed", folder)
-    settings = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(settings | {"initial_weights": "d" * 64}))
-    assert "initial weights dddddddddddddddd instead of none" in refusal(work, save_dir=folder)

@@ -11,6 +11,7 @@ import re
 import secrets
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -167,7 +168,8 @@ def write_json(path: str | Path, content) -> None:
 def read_json(path: str | Path) -> dict:
     """A JSON object that a program of this project wrote; a :class:`UserError` otherwise."""
     try:
-        content = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=distinct)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
@@ -175,20 +177,11 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
-def parse_json(text: str | bytes):
-    """What JSON says; of a name that stands twice in an object nobody knows which is meant.
-
-    Raises:
-        ValueError, RecursionError: it is no JSON, or has such a name.
-    """
-    return json.loads(text, object_pairs_hook=_distinct)
-
-
-def _distinct(pairs: Sequence[tuple]) -> dict:
+def distinct(pairs: Sequence[tuple]) -> dict:
+    """A JSON object of its pairs; a ValueError where a name stands twice: which is meant?"""
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the name {twice[:60]!r} stands twice")
     return content
 

@@ -24,7 +24,7 @@ from hnas.evaluation.variants import Precision, Variant, cpu_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
 from hnas.ranking.costs import Network
-from hnas.search_space import Architecture, SearchSpace, feature_sizes, supernet_name
+from hnas.search_space import Architecture, SearchSpace, feature_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ScoringSettings:
         target_tau: see :class:`Ledger`.
         variant: how the walk computes; None as in :class:`SharedEvaluator`.
         part: of the chunks, to be done without results; None: all.
-        copies: see :class:`Ledger`.
+        copies, network: see :class:`Ledger`.
     """
 
     calibration: paddle.Tensor | None = None
@@ -53,6 +53,7 @@ class ScoringSettings:
     variant: Variant | None = None
     part: Part | None = None
     copies: str = ""
+    network: Network | None = None
 
 
 def evaluate_shared(
@@ -91,9 +92,7 @@ def evaluate_shared(
     else:
         evaluator.take(list(archs.values()))
     how = settings.target_tau, is_main_process(), settings.part, settings.copies
-    name = supernet_name(network.space)
-    scored = Network(name, images.size, network.num_classes) if name else None
-    ledger = Ledger(save_dir, identity, archs, len(images), *how, network=scored)
+    ledger = Ledger(save_dir, identity, archs, len(images), *how, settings.network)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
     for chunk in ledger.chunks():

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,7 @@ from hnas.base.settings import check_same_settings
 from hnas.dataset.image_folder import ImageList
 from hnas.evaluation.counts import Counts
 from hnas.parallel.distributed import agree, from_main_process
-from hnas.ranking.agreement import (
-    FOLDS,
-    MOST_IMAGES,
-    Agreement,
-    agreement_record,
-    fold_sizes,
-    fold_text,
-)
+from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes, fold_text
 from hnas.ranking.costs import Network
 from hnas.search_space import Architecture
 
@@ -39,6 +32,7 @@ CHUNK_FILES = "eval_chunk_*.npz"
 FIELDS = ("top1", "top5", "near1", "near5")
 # A state of 45,000 architectures takes 7.2 MB.
 MOST_BYTES = 2**28
+MOST_IMAGES = 2**53
 
 
 # --- what it goes on from
@@ -175,7 +169,7 @@ def _saved(state: Mapping[str, np.ndarray]) -> Saved:
     if any(number.shape for number in numbers) or shapes != {rows[:1]} or folds.shape != rows:
         raise ArraysError("arrays of wrong shapes")
     start, chunk, images = map(int, numbers)
-    if not (0 <= start < MOST_IMAGES and 1 <= chunk < MOST_IMAGES and 1 <= images < MOST_IMAGES):
+    if start < 0 or chunk < 1 or images < 1 or max(start, chunk, images) >= MOST_IMAGES:
         raise ArraysError(f"start {start}, chunk {chunk}, images {images}")
     top1, top5, near1, near5 = columns
     if any((column < 0).any() or (column > images).any() for column in columns):
@@ -206,13 +200,13 @@ def estimates(
         counts: of their hits so far.
         agreement: of their ranking with that by all images.
         of_images: how many these are.
-        network: what was scored; None where it has no name.
+        network: what was scored, where that is known.
     """
     accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
     rows = zip(archs.items(), accuracy, error, counts.folds.tolist(), strict=True)
     return {
         "images": counts.images,
-        **({"network": asdict(network)} if network else {}),
+        **({"network": network._asdict()} if network else {}),
         "agreement": agreement_record(agreement, of_images),
         "architectures": {
             name: {"acc": acc, "se": round(se, 6), "arch": arch.code, "folds": fold_text(folds)}

@@ -52,8 +52,6 @@ FOLDS = 16
 """Folds of the images; a power of two."""
 FEWEST_IMAGES = 2 * FOLDS
 """With fewer, nothing is said."""
-MOST_IMAGES = 2**53
-"""Hits of fewer are exact, as float64 too."""
 STUDENT = 2.1448
 """Student's t, two-sided 95 %, 14 degrees of freedom."""
 
@@ -194,7 +192,7 @@ def read_estimates(path: str | Path) -> Estimates:
 
 def _estimates(content: Mapping) -> Estimates:
     images, of_images = content["images"], content["agreement"]["images"]
-    if not type(images) is type(of_images) is int or not 0 < images <= of_images < MOST_IMAGES:
+    if not type(images) is type(of_images) is int or not 0 < images <= of_images < 2**53:
         raise ValueError("images is no number of images")
     names, entries = tuple(content["architectures"]), content["architectures"].values()
     if not names:

@@ -24,11 +24,9 @@ Statistic = Callable[[np.ndarray, np.ndarray], float]
 def with_ties(values: ArrayLike) -> np.ndarray:
     """Values [n], float64, of which those that only rounding tells apart are made equal.
 
-    A share of hits and the mean of its five parts' shares may be a hair apart. Neighbours in order
-    are one value, the least of them, where they are nearer than ``NEAR`` times their size, or times
-    the largest's where that is below 1: accuracies in percent tie like shares, and small scores of
-    another scale are told apart. Rounding to steps would do neither, and would part neighbours at
-    the border of two steps.
+    Neighbours in order are one value, the least of them, where they are nearer than ``NEAR`` times
+    their size, or times the largest's where that is below 1. So percents tie as shares do, scores
+    of a small scale are told apart, and no two are parted by the border of a step of rounding.
     """
     values = np.asarray(values, np.float64)
     ordered = np.sort(values)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from hnas.base.command_line import LARGEST, LARGEST_SIDE, shown
+from hnas.base.command_line import LARGEST
 from hnas.base.errors import UserError
 from hnas.base.files import read_json
 from hnas.base.settings import check_same_settings
@@ -35,8 +36,7 @@ TEXTS = ("backbone", "sample_space", "device", "processor", "engine", "paddle")
 NUMBERS = ("image_size", "num_classes", "batch_size", "threads")
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """What costs depend on besides a code; by default what the competition scored."""
 
     backbone: str = "resnet48"
@@ -45,25 +45,11 @@ class Network:
 
     @classmethod
     def read(cls, content: Mapping) -> Network:
-        """From a file's values.
-
-        Raises:
-            ValueError: they are none.
-        """
-        found = cls(*(content[field.name] for field in fields(cls)))
-        numbers = (found.image_size, LARGEST_SIDE), (found.num_classes, LARGEST)
-        if not isinstance(found.backbone, str) or found.backbone not in BACKBONES:
-            raise ValueError(f"unknown backbone {shown(found.backbone)}")
-        if not all(type(value) is int and 0 < value <= most for value, most in numbers):
-            raise ValueError("image_size or num_classes is out of bounds")
+        """From a file's values; a KeyError, TypeError or ValueError where they are none."""
+        found = cls(*(content[name] for name in cls._fields))
+        if found.backbone not in BACKBONES or not all(map(is_count, found[1:])):
+            raise ValueError("its network is none")
         return found
-
-    def costs(
-        self, archs: Iterable[Architecture], latency: LatencyTable | None = None
-    ) -> dict[str, np.ndarray]:
-        """As :func:`costs_of` has them."""
-        space = search_space(self.backbone)
-        return costs_of(archs, space, self.image_size, self.num_classes, latency)
 
 
 @dataclass(frozen=True)
@@ -118,11 +104,7 @@ class LatencyTable:
     milliseconds: Mapping[str, float]  # of a batch, by the parts' names
 
     def check(self, wanted: Mapping[str, object]) -> None:
-        """Refuse to serve other settings than what was measured.
-
-        Raises:
-            UserError: names what differs.
-        """
+        """Refuse to serve other settings; the :class:`UserError` names them."""
         measure = "measure again with python -m hnas.tools.latency"
         check_same_settings(self.path, self.about, wanted, measure)
 
@@ -179,6 +161,11 @@ def open_latency(
     return table
 
 
+def is_count(value: object) -> bool:
+    """Whether it is a size, a number of classes, and the like."""
+    return type(value) is int and 0 < value <= LARGEST
+
+
 def is_time(value: object) -> bool:
     """Whether it is a part's milliseconds."""
     return type(value) in (int, float) and 0 <= value <= MOST_MS
@@ -192,9 +179,9 @@ def read_latency(path: str | Path) -> LatencyTable:
     """
     path = Path(path)
     content = read_json(path)
-    kinds = {**dict.fromkeys(TEXTS, str), **dict.fromkeys(NUMBERS, int), "milliseconds": dict}
+    kinds = {**dict.fromkeys(TEXTS, str), "milliseconds": dict}
     wrong = {name for name, kind in kinds.items() if type(content.get(name)) is not kind}
-    wrong |= {name for name in NUMBERS if name not in wrong and not 0 < content[name] <= LARGEST}
+    wrong |= {name for name in NUMBERS if not is_count(content.get(name))}
     if content.get("format") != FORMAT:
         wrong = {"format"}
     elif not wrong and content["sample_space"] not in SAMPLE_SPACES:

@@ -54,7 +54,7 @@ def match(
             f"--pred and --gt share {len(archs)} architectures ({len(pred)} and {len(gt)} are in "
             f"them); a ranking needs at least {FEWEST}"
         )
-    predicted, true = (np.array([named[arch] for arch in archs], float) for named in (pred, gt))
+    predicted, true = (with_ties([named[arch] for arch in archs]) for named in (pred, gt))
     return archs, predicted, true
 
 
@@ -106,7 +106,7 @@ def notes_on_ranking(pred: np.ndarray, gt: np.ndarray) -> list[str]:
     """What a reader must know before trusting the figures of predictions and accuracies [n]."""
     found = []
     for source, values in (("predictions", pred), ("true accuracies", gt)):
-        distinct, counts = np.unique(with_ties(values), return_counts=True)
+        distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) == 1:
             found.append(
                 f"All {source} are equal: they rank nothing, and no correlation is defined."
@@ -225,7 +225,7 @@ def analyse_scores(
             {"macs": most, "best": row(front[np.searchsorted(macs[front], most, side="right") - 1])}
             for most in budgets(macs)
         ],
-        "best": [row(index) for index in np.argsort(-with_ties(accuracy), kind="stable")[:LISTED]],
+        "best": [row(index) for index in np.argsort(-accuracy, kind="stable")[:LISTED]],
         "by_option": {name: by_option(chosen[name], accuracy) for name in DISCRETE},
         "attribution": attribute(chosen, accuracy),
     }
@@ -273,7 +273,7 @@ def interpret_scores(report: Mapping) -> list[str]:
 
 def notes_on_scores(accuracy: np.ndarray) -> list[str]:
     """What a reader must know before trusting the figures."""
-    distinct = len(np.unique(with_ties(accuracy)))
+    distinct = len(np.unique(accuracy))
     if distinct == 1:
         return [f"All scores are {accuracy[0]:g} %: they rank nothing."]
     if distinct < len(accuracy) / 2:

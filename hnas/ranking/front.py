@@ -9,7 +9,6 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 from hnas.ranking.agreement import FEWEST_IMAGES, FOLDS, fold_sizes
-from hnas.ranking.correlations import with_ties
 
 CONFIDENCE = 0.95
 NODES = 4001
@@ -24,7 +23,6 @@ def pareto_front(accuracy: np.ndarray, cost: np.ndarray) -> np.ndarray:
     By rising cost, so by rising accuracy too; of networks that are equal in both the first stands
     for all.
     """
-    accuracy = with_ties(accuracy)
     order = np.lexsort((-accuracy, cost))
     best_before = np.maximum.accumulate(accuracy[order])[:-1]
     rises = np.concatenate([[True], accuracy[order][1:] > best_before])
@@ -74,42 +72,20 @@ def not_worse(accuracy: np.ndarray, difference_error: np.ndarray) -> np.ndarray:
     Returns:
         bool [n]; the best is always in.
     """
-    accuracy = with_ties(accuracy)
     below = accuracy.max() - accuracy
     # The best's own error is 0 and others' may be infinite: nothing is known of them.
     return (below <= 0) | (below <= student_value(len(accuracy)) * difference_error)
 
 
-def as_good_as_the_best(accuracy: np.ndarray, folds: np.ndarray, images: int) -> np.ndarray:
-    """Which networks are :func:`not_worse` than any of the best; bool [n].
-
-    Where several are the best, none of them is preferred, so the order of the networks is of no
-    matter; a best one is always in.
-
-    Args:
-        accuracy: of all that compete [n].
-        folds, images: as in :func:`difference_errors`.
-    """
-    best = np.flatnonzero(with_ties(accuracy) == with_ties(accuracy).max())
-    # Of those that are right in the same folds one stands for all.
-    _, firsts = np.unique(folds[best], axis=0, return_index=True)
-    group = np.full(len(accuracy), True)
-    for index in best[firsts]:
-        group &= not_worse(accuracy, difference_errors(folds, images, index))
-    return group
-
-
 def student_value(networks: int) -> float:
-    """The d of :func:`not_worse`, for errors that are known from ``FOLDS`` folds.
-
-    What Student's t exceeds as rarely as a normal variable exceeds :func:`critical_value`.
-    """
+    """The d of :func:`not_worse`: what Student's t exceeds as rarely as a normal variable the
+    :func:`critical_value`, since errors are known from ``FOLDS`` folds."""
     return float(-stdtrit(FOLDS - 1, ndtr(-critical_value(networks))))
 
 
 @cache
 def critical_value(networks: int) -> float:
-    """The d for errors that are known: Gupta's constant over the square root of 2.
+    """The d where errors are known exactly: Gupta's constant over the square root of 2.
 
     Solves P(max of n - 1 standard normal variables - another one <= d sqrt 2) = CONFIDENCE.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,9 +21,15 @@ from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import with_ties
-from hnas.ranking.costs import UNITS, LatencyTable, Network, open_latency
-from hnas.ranking.front import CONFIDENCE, as_good_as_the_best, pareto_front, student_value
-from hnas.search_space import Architecture
+from hnas.ranking.costs import UNITS, LatencyTable, Network, costs_of, open_latency
+from hnas.ranking.front import (
+    CONFIDENCE,
+    difference_errors,
+    not_worse,
+    pareto_front,
+    student_value,
+)
+from hnas.search_space import Architecture, search_space
 from hnas.tools.flops import add_network_flags, network_of
 
 MOST = 1e15
@@ -91,9 +97,13 @@ def choose(
         accuracy and this kind of ``cost`` are Pareto-optimal among them, and ``group``: whether it
         is not worse than the best by more than their noise.
     """
-    accuracy, error = scores.accuracy[fits], scores.error[fits]
+    accuracy, error = with_ties(scores.accuracy[fits]), scores.error[fits]
     front = set(pareto_front(accuracy, costs[cost][fits]).tolist())
-    group = as_good_as_the_best(accuracy, scores.folds[fits], scores.images)
+    group = np.full(len(accuracy), True)
+    # Where several are the best, worse than none of them: the file's order is of no matter.
+    for best in np.flatnonzero(accuracy == accuracy.max()):
+        errors = difference_errors(scores.folds[fits], scores.images, best)
+        group &= not_worse(accuracy, errors)
     own = {kind: values[fits].tolist() for kind, values in costs.items()}
     names = np.array(list(scores.archs), object)[fits]
     return [
@@ -107,7 +117,7 @@ def choose(
             "front": int(i) in front,
             "group": bool(group[i]),
         }
-        for i in np.lexsort((costs[cost][fits], -with_ties(accuracy)))
+        for i in np.lexsort((costs[cost][fits], -accuracy))
     ]
 
 
@@ -166,7 +176,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=read_path, help="folder for choice.json and front.svg [none]")
     batch = whole_number(1, 100_000)
     parser.add_argument("--batch_size", type=batch, help="that --latency must be of [any]")
-    add_network_flags(parser, "what estimates.json says, ")
+    add_network_flags(parser)
     options = parser.parse_args(argv)
     if options.out:
         check_writable(options.out, "--out")
@@ -177,9 +187,10 @@ def main(argv=None) -> None:
     scores = scores_of(options.submission)
     network = network_of(options, scores.network, options.submission)
     wanted = {"batch_size": options.batch_size} if options.batch_size else {}
-    latency = open_latency(options.latency, asdict(network) | wanted, asked_by)
+    latency = open_latency(options.latency, network._asdict() | wanted, asked_by)
     cost = options.cost or ("macs" if latency is None else "latency")
-    costs = network.costs(scores.archs.values(), latency)
+    space = search_space(network.backbone)
+    costs = costs_of(scores.archs.values(), space, *network[1:], latency)
     limits = zip(UNITS, (options.max_macs, options.max_params, options.max_latency_ms), strict=True)
     budget = {kind: most for kind, most in limits if most is not None}
     chosen = choose(scores, costs, within(costs, budget), cost)
@@ -194,7 +205,7 @@ def main(argv=None) -> None:
         content = {
             "submission": options.submission,
             "latency": options.latency,
-            **asdict(network),
+            **network._asdict(),
             "scored": len(scores.archs),
             "budget": budget,
             "cost": cost,

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 
 import numpy as np
 
@@ -29,14 +28,15 @@ from hnas.architecture_file import (
 )
 from hnas.base.command_line import OneLineParser, path_text, read_path, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, read_json, replacing, write_json
+from hnas.base.files import check_writable, replacing, write_json
 from hnas.ranking.agreement import estimates_beside
-from hnas.ranking.correlations import RESAMPLES
-from hnas.ranking.costs import Network
+from hnas.ranking.correlations import RESAMPLES, with_ties
+from hnas.ranking.costs import costs_of
 from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
+from hnas.search_space import search_space
 from hnas.tools.flops import add_network_flags, network_of
 
 COUNTED = {"macs": "MACs", "params": "parameters"}
@@ -65,13 +65,13 @@ def report_ranking(options) -> tuple[dict, str]:
         with suppress(UserError):  # unless the truth is stage 3's
             known, _ = estimates_beside(options.gt, archs, np.array([*gt.values()]) / 100)
         network = network_of(options, known and known.network, options.gt)
-        predicted = network.costs(archs)[options.pred]
-        check_counted(options, network, predicted.tolist())
+        costs = costs_of(archs, search_space(network.backbone), *network[1:])
+        predicted = costs[options.pred]
     else:
         named, predicted = read_accuracies(options.pred)
         archs = list(named.values())
         if predicted.min() >= 0 and predicted.max() <= 100:
-            check_one_unit(options.pred, list(named), predicted)
+            check_one_unit(options.pred, predicted)
     pred = dict(zip(archs, predicted.tolist(), strict=True))
     found = analyse_ranking(pred, gt, options.seed, options.resamples)
     report = {"pred": options.pred, "gt": options.gt, **found}
@@ -85,21 +85,6 @@ def report_ranking(options) -> tuple[dict, str]:
     scatter.points(true, values)
     breakdown = option_panels(report["by_option"], "rank error, %")
     return report, ranking_page(report, scatter, breakdown)
-
-
-def check_counted(options, network: Network, counts: Sequence[int]) -> None:
-    """Refuse to count another network than the one of which ``--gt`` has counts of its own.
-
-    Raises:
-        UserError: ``train_standalone`` has noted other MACs or parameters in it.
-    """
-    noted = [entry.get(options.pred) for entry in read_json(options.gt).values()]
-    if any(own not in (None, count) for own, count in zip(noted, counts, strict=True)):
-        raise UserError(
-            f"{options.gt} is not of {network.backbone} at {network.image_size} px with "
-            f"{network.num_classes} classes, by its {options.pred}; give --backbone, --image_size "
-            "and --num_classes as they were"
-        )
 
 
 def report_scores(options) -> tuple[dict, str]:
@@ -117,11 +102,12 @@ def report_scores(options) -> tuple[dict, str]:
     except UserError as reason:
         unknown = [f"Standard errors are not known: {reason}."]
     network = network_of(options, known and known.network, options.pred)
-    accuracy, costs = in_percent(accuracy), network.costs(archs.values())
+    accuracy = with_ties(in_percent(accuracy))
+    costs = costs_of(archs.values(), search_space(network.backbone), *network[1:])
     found = analyse_scores(archs, accuracy, costs, known, rows)
     report = {
         "pred": options.pred,
-        **asdict(network),
+        **network._asdict(),
         **found,
         "notes": [*found["notes"], *unknown],
     }
@@ -155,7 +141,7 @@ def main(argv=None) -> None:
         "--gt", type=path_text, help="true accuracies: JSON [none: the scores alone]"
     )
     parser.add_argument("--out", required=True, type=read_path, help="folder to write")
-    add_network_flags(parser, "what estimates.json says, ")
+    add_network_flags(parser)
     parser.add_argument(
         "--resamples",
         type=whole_number(1, 1_000_000),

@@ -29,7 +29,7 @@ from hnas.base.settings import check_same_settings
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
-from hnas.evaluation.results import warn_if_guessing
+from hnas.evaluation.results import MOST_IMAGES, warn_if_guessing
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.programs.flags import Stage, default_of
@@ -44,7 +44,6 @@ from hnas.programs.runtime import (
     validation_images,
     validation_loader,
 )
-from hnas.ranking.agreement import MOST_IMAGES
 from hnas.search_space import Architecture
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.starting import describe_run
@@ -148,25 +147,15 @@ class Results:
 
 
 def check_finished(path: Path, name: str, entry: Mapping) -> None:
-    """Refuse what no training has written: an accuracy that so many images cannot give.
-
-    Raises:
-        UserError: names the entry.
-    """
-    images, shares = entry.get("images"), [entry.get(key) for key in ("acc", "top5")]
-    numbers = type(images) is int and all(type(share) in (int, float) for share in shares)
-    possible = (
-        numbers
-        and 0 < images < MOST_IMAGES
-        and 0 <= shares[0] <= shares[1] <= 1
-        and all(abs(share * images - round(share * images)) <= 1e-6 for share in shares)
-    )
-    if not possible:
-        acc, top5 = map(shown, shares)
+    """Refuse an accuracy that no training gives; the :class:`UserError` names the entry."""
+    acc, top5, images = (entry.get(key) for key in ("acc", "top5", "images"))
+    numbers = type(images) is int and {type(acc), type(top5)} <= {int, float}
+    possible = numbers and 0 <= acc <= top5 <= 1 and 0 < images < MOST_IMAGES
+    if not possible or abs(acc * images - round(acc * images)) > 1e-6:
         raise UserError(
-            f"{path}: entry {shown(name)} has acc {acc} and top5 {top5} of {shown(images)} images, "
-            "which no training gives; remove the entry to train it again, or choose another "
-            "--save_dir"
+            f"{path}: entry {shown(name)} has acc {shown(acc)} and top5 {shown(top5)} of "
+            f"{shown(images)} images, which no training gives; remove the entry to train it again, "
+            "or choose another --save_dir"
         )
 
 

@@ -53,8 +53,6 @@ from hnas.weights.loading import PARAMS, NotFiniteError, write_state
 
 logger = logging.getLogger(__name__)
 
-BEST_BY = ("kendall_tau_b", "largest_top1")
-"""What tells on validation images which epoch is the best, and what tells more first."""
 LARGEST = RESNET48.largest().code
 """Of every search space; log lines of steps that train it alone leave it out."""
 
@@ -288,19 +286,17 @@ class TrainLogger:
 
     def history(self) -> dict:
         """What ``history.json`` holds; epochs count from 0, as the names of checkpoints do."""
-        found = {"epoch_losses": self.epoch_losses, **self._best_epoch()}
+        losses, by = self.epoch_losses, "epoch_losses"
+        best = int(np.argmin(losses)) if losses else None
+        # Validation images tell more than losses, and their ranking tells most.
+        for name in ("largest_top1", "kendall_tau_b"):
+            figures = [(row.get(name), -epoch) for epoch, row in self.validation.items()]
+            known = [figure for figure in figures if figure[0] is not None]
+            if known:
+                best, by = -max(known)[1], name
+        found = {"epoch_losses": losses, "best_epoch": best, "best_by": by}
         found["seconds"] = round(self._seconds(), 1)
         return {**found, "validation": self._validation_rows()} if self.validation else found
-
-    def _best_epoch(self) -> dict:
-        """By the first of ``BEST_BY`` that was measured after any, else by the training loss."""
-        for name in BEST_BY:
-            figures = {epoch: row.get(name) for epoch, row in sorted(self.validation.items())}
-            known = {epoch: value for epoch, value in figures.items() if value is not None}
-            if known:
-                return {"best_epoch": max(known, key=known.get), "best_by": name}
-        losses = self.epoch_losses
-        return {"best_epoch": int(np.argmin(losses)) if losses else None, "best_by": "epoch_losses"}
 
     def _seconds(self) -> float:
         """Time spent on this run, the parts before resuming included."""
