@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,8 @@ from hnas.search_space import Architecture, ArchitectureError
 MAX_BYTES = 256 * 2**20
 NEAR = 1e-9
 """A share of 1 that was worked out as a mean may be above 1 by less."""
+MOST = 1e300
+"""Of a prediction's size: sums and distances of such are finite."""
 GAP, SLACK = 5, 1.25
 """Of what tells units apart; see :func:`check_one_unit`."""
 MAX_ENTRIES = 500_000
@@ -131,8 +132,8 @@ def _accuracy(where: str, accuracies: Sequence[object]) -> float:
     value = accuracies[0]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Whole numbers may be too large for a float; comparing them is exact.
-    if not is_number or not abs(value) <= sys.float_info.max:
-        raise UserError(f'{where}: "acc" is {json.dumps(value):.30}, not a finite number')
+    if not is_number or not abs(value) <= MOST:
+        raise UserError(f'{where}: "acc" is {json.dumps(value):.30}, no number within +-{MOST:g}')
     return float(value)
 
 
