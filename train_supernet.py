@@ -54,6 +54,7 @@ from hnas.programs.runtime import (
     start,
     validation_images,
 )
+from hnas.ranking.costs import Network
 from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.starting import start_from_checkpoint
 
@@ -147,6 +148,7 @@ def score(
         options.target_tau,
         wanted_variant(arithmetic, calibration, options.fused == "auto"),
         part,
+        network=Network(options.backbone, options.image_size, network.num_classes),
     )
     whose["architecture_list"] = architectures_hash(archs)
     return evaluate_shared(network, archs, decoded, Path(options.save_dir), whose, settings)

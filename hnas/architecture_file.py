@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,12 @@ from hnas.base.files import check_regular
 from hnas.search_space import Architecture, ArchitectureError
 
 MAX_BYTES = 256 * 2**20
+NEAR = 1e-9
+"""A share of 1 that was worked out as a mean may be above 1 by less."""
+MOST = 1e300
+"""Of a prediction's size: sums and distances of such are finite."""
+GAP, SLACK = 5, 1.25
+"""Of what tells units apart; see :func:`check_one_unit`."""
 MAX_ENTRIES = 500_000
 """Some ten times those of the competition's file; Python's lists need many times a file's bytes."""
 
@@ -48,16 +53,38 @@ def read_scores(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
     """As :func:`read_accuracies`, of accuracies in percent or, where all are at most 1, shares.
 
     Raises:
-        UserError: a wrong file, or an accuracy outside of 0 to 100.
+        UserError: a wrong file, an accuracy outside of 0 to 100, or some in percent and some not.
     """
     archs, accuracies = read_accuracies(path)
     for name, value in zip(archs, accuracies, strict=True):
-        if not 0 <= value <= 100:
+        if not 0 <= value <= 100 * (1 + NEAR):
             raise UserError(
                 f"{path}: entry {name!r}: accuracy {value:g}; accuracies are 0 to 1, or 0 to 100 "
                 "in percent"
             )
+    check_one_unit(path, accuracies)
     return archs, accuracies
+
+
+def check_one_unit(path: str | Path, accuracies: np.ndarray) -> None:
+    """Refuse accuracies [n] of which some are shares of 1 and the others in percent.
+
+    There are values on both sides of 1 with a ``GAP``-fold gap between; 0 is neither. Those below
+    may be percents where they are few, and well below all others if they were shares: a network
+    that broke, and guesses among many classes, has 0.4 % where others have 60.
+
+    Raises:
+        UserError: with the two values next to the gap.
+    """
+    low = accuracies[(accuracies > 0) & (accuracies <= 1 + NEAR)]
+    high = accuracies[accuracies > 1 + NEAR]
+    most, least = low.max(initial=0), high.min(initial=np.inf)
+    broke = len(low) < len(high) and least > SLACK * 100 * most
+    if most and GAP * most < least < np.inf and not broke:
+        raise UserError(
+            f"{path} has accuracies of {most:.6g} and of {least:.6g}: are some shares of 1 and "
+            "some percent? Give all as shares of 1"
+        )
 
 
 def read_truth(path: str | Path) -> dict[Architecture, float]:
@@ -68,12 +95,12 @@ def read_truth(path: str | Path) -> dict[Architecture, float]:
 
 def in_percent(accuracies: np.ndarray) -> np.ndarray:
     """Accuracies in percent, of accuracies in percent or as shares of 1."""
-    return accuracies * 100 if accuracies.max() <= 1 else accuracies
+    return accuracies * 100 if accuracies.max() <= 1 + NEAR else accuracies
 
 
 def in_shares(accuracies: np.ndarray) -> np.ndarray:
     """Accuracies as shares of 1, of accuracies in percent or as shares of 1."""
-    return accuracies if accuracies.max() <= 1 else accuracies / 100
+    return accuracies if accuracies.max() <= 1 + NEAR else accuracies / 100
 
 
 def _read(path: Path, with_accuracies: bool) -> tuple[dict[str, Architecture], np.ndarray]:
@@ -105,8 +132,8 @@ def _accuracy(where: str, accuracies: Sequence[object]) -> float:
     value = accuracies[0]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Whole numbers may be too large for a float; comparing them is exact.
-    if not is_number or not abs(value) <= sys.float_info.max:
-        raise UserError(f'{where}: "acc" is {json.dumps(value):.30}, not a finite number')
+    if not is_number or not abs(value) <= MOST:
+        raise UserError(f'{where}: "acc" is {json.dumps(value):.30}, no number within +-{MOST:g}')
     return float(value)
 
 

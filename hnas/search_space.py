@@ -343,7 +343,7 @@ def find_backbone(name: str) -> Backbone:
     if name not in BACKBONES:
         nearest = difflib.get_close_matches(name, BACKBONES, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise UserError(f"unknown backbone {name!r}; {hint}there are {', '.join(BACKBONES)}")
+        raise UserError(f"unknown backbone {shown(name)}; {hint}there are {', '.join(BACKBONES)}")
     return BACKBONES[name]
 
 

@@ -3,15 +3,18 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnas import architecture_file
-from hnas.architecture_file import read_accuracies, read_architectures, submission
+from hnas.architecture_file import read_accuracies, read_architectures, read_truth, submission
 from hnas.base.errors import UserError
-from hnas.base.files import write_json
-from hnas.search_space import Architecture
+from hnas.base.files import read_json, write_json
+from hnas.ranking.agreement import read_estimates
+from hnas.ranking.costs import read_latency
+from hnas.search_space import RESNET48, Architecture
 
 LARGEST = "1558511111111111111111111111111111111111111111111111"
 SMALL = "12222" + "3" + "3313000000" + "2212000000" + "5414" + "0" * 12 + "6727000000"
@@ -218,6 +221,27 @@ def test_any_content_is_read_or_refused_in_one_line(scratch, content):
         assert all(arch.code.encode() in content for arch in archs.values())
 
 
+# --- other JSON files
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"images": 1, "images": 2}', "the name 'images' stands twice"),
+        ('{"a": {"b": [{"images": 1, "images": 1}]}}', "the name 'images' stands twice"),
+        ('{"' + "a" * 10**6 + '": 1, "' + "a" * 10**6 + '": 2}', "aaa' stands twice"),
+        ('{"images": ' + "1" * 5000 + "}", "4300 digits"),
+        ("[1]", "is not what this program saves"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_file_that_no_program_wrote_is_refused(write, text, words):
+    path = write(text)
+    for read in (read_json, read_estimates, read_latency):
+        message = refusal(path, read)
+        assert words in message and len(message) < 300
+
+
 # --- writing
 
 
@@ -246,16 +270,52 @@ def test_accuracies_come_with_their_architectures(write):
 
 
 @pytest.mark.parametrize(
-    "value", ["null", "true", '"0.5"', "NaN", "Infinity", "-1e999", "1" + "0" * 400, "[1]", "{}"]
+    "value",
+    ["null", "true", '"0.5"', "NaN", "Infinity", "-1e999", "1e308", "1" + "0" * 400, "[1]", "{}"],
 )
 def test_an_accuracy_that_is_not_a_number(write, value):
     good = f'"good": {{"acc": 0.5, "arch": "{SMALL}"}}'
     path = write(f'{{{good}, "bad": {{"acc": {value}, "arch": "{LARGEST}"}}}}')
     message = refusal(path, read_accuracies)
     assert message.startswith("FILE: entry 2 ('bad'): \"acc\" is ")
-    assert message.endswith("not a finite number") and len(message) < 100
+    assert message.endswith("no number within +-1e+300") and len(message) < 100
     # Where accuracies are not asked for, they may be anything.
     assert len(read_architectures(path)) == 2
+
+
+SHARES, PERCENTS, WEAK = ([start + i * step for i in range(9)] for start, step in (
+    (0.9, 0.01), (90, 1), (20, 5)
+))  # fmt: skip
+TWO_UNITS = [
+    [*SHARES, 97.0],  # in percent among shares
+    [*PERCENTS, 0.97],  # a share among percents
+    [*PERCENTS, 0.4, 0.97],
+    [*WEAK, 0, 0.97],
+    [*SHARES[:4], *PERCENTS[4:8]],  # half in percent
+    [0.5, 0.55, 0.6, 0, 97.0],
+    [0.2, 0.25, 0.98, 5.0],
+]
+ONE_UNIT = [
+    SHARES,
+    [0.0, 0.004, 0.1, 1.0],
+    [*SHARES, 1 + 2e-16],  # a mean that rounding put above 1
+    [*PERCENTS, 100 * (1 + 2e-16)],
+    [0, *PERCENTS],
+    [0.4, 60.5, 70, 72, 75],  # of 256 classes, a network that broke
+    [0.1, 0.1, 0, *WEAK],
+    [0.1, 0.3, 0.9, 2, 5, 9, 20],  # of a supernet that has just begun
+]
+
+
+@pytest.mark.parametrize("values", [*TWO_UNITS, *ONE_UNIT])
+def test_accuracies_are_of_one_unit(write, values):
+    archs = RESNET48.sample_distinct(np.random.default_rng(0), len(values))
+    path = write(submission(archs, [float(value) for value in values]))
+    if values in TWO_UNITS:
+        assert "are some shares of 1 and some percent? Give all as" in refusal(path, read_truth)
+    else:
+        expected = np.array(values) * (100 if max(values) < 1.1 else 1)
+        assert list(read_truth(path).values()) == pytest.approx(expected.tolist())
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from scipy import stats
 
 from hnas.base.errors import UserError
 from hnas.evaluation.results import estimates
+from hnas.ranking.costs import Network
 from hnas.ranking.front import critical_value, not_worse, pareto_front
 from hnas.search_space import RESNET48_MINI
-from hnas.tools.choose import main
+from hnas.tools.choose import Scores, choose, main
 
 IMAGES = 355
 MINI = ["--backbone", "resnet48_mini", "--image_size", "32", "--num_classes", "10"]
@@ -81,15 +82,16 @@ def scored(tmp_path):
     space = RESNET48_MINI
     archs = space.sample_distinct(rng, 40, (space.largest(), space.smallest()))
     macs = np.array([space.macs(arch, 32, 10) for arch in archs.values()])
+    network = Network("resnet48_mini", 32, 10)
     hits = np.clip(300 + 8e-6 * (macs - macs.min()) + rng.normal(0, 6, 40), 0, IMAGES).astype(int)
-    found = estimates(archs, counts_of(right_about(hits)), None, IMAGES)
+    found = estimates(archs, counts_of(right_about(hits)), None, IMAGES, network)
     (tmp_path / "estimates.json").write_text(json.dumps(found))
     (tmp_path / "submission.json").write_text(json.dumps(found["architectures"]))
     return tmp_path, archs, hits
 
 
 def run(folder, *arguments, capsys=None):
-    main(["--submission", str(folder / "submission.json"), *MINI, *map(str, arguments)])
+    main(["--submission", str(folder / "submission.json"), *map(str, arguments)])
     return capsys.readouterr().out if capsys else None
 
 
@@ -99,6 +101,9 @@ def test_what_is_chosen(scored, capsys):
     text = run(folder, "--max_macs", budget, "--top", 3, "--out", folder / "out", capsys=capsys)
     choice = json.loads((folder / "out/choice.json").read_text())
     assert choice["budget"] == {"macs": budget} and choice["scored"] == 40
+    assert [choice[name] for name in ("backbone", "image_size", "num_classes")] == [
+        "resnet48_mini", 32, 10
+    ]  # fmt: skip
     found = choice["networks"]
 
     macs = {name: RESNET48_MINI.macs(arch, 32, 10) for name, arch in archs.items()}
@@ -114,6 +119,7 @@ def test_what_is_chosen(scored, capsys):
     first = found[0]["name"]
     right = dict(zip(archs, right_about(hits), strict=True))
     most = stats.t.isf(stats.norm.sf(critical_value(len(fits))), 15)
+    assert choice["critical_value"] == pytest.approx(most, abs=1e-6)
     kept = {
         name
         for name in fits
@@ -191,10 +197,52 @@ def test_a_latency_budget(scored, capsys):
     front = [row["latency"] for row in choice["networks"] if row["front"]]
     assert len(front) > 1 and np.all(np.diff(front) < 0)
     assert f"{expected[choice['networks'][0]['name']]:.3f} ms" in text
-    with pytest.raises(UserError, match="image size 32 instead of 64; measure again"):
-        run(folder, "--latency", path, "--image_size", 64)
+    assert "accuracy and latency, ms (" in text and "batch 1, " in text
+    for flags, words in (
+        ({"image_size": 64}, "image size 64 instead of 32; measure again"),
+        ({"num_classes": 100}, "num classes 100 instead of 10; measure again"),
+    ):
+        (folder / "other").mkdir(exist_ok=True)
+        other = independent.latency_file(folder / "other", **flags)
+        with pytest.raises(UserError, match=words):
+            run(folder, "--latency", other)
+    with pytest.raises(UserError, match="batch size 1 instead of 64; measure again"):
+        run(folder, "--latency", path, "--batch_size", 64)
     run(folder, "--latency", path, "--cost", "macs", "--out", folder / "macs", capsys=capsys)
     assert json.loads((folder / "macs/choice.json").read_text())["cost"] == "macs"
+
+
+def test_the_group_does_not_hang_on_the_files_order(scored):
+    """Several are the best; which of them comes first once decided who else is as good."""
+    _, archs, hits = scored
+    hits = np.minimum(hits, np.sort(hits)[-6])
+    right, names = right_about(hits), np.array(list(archs))
+    groups = []
+    for order in (np.arange(40), np.arange(40)[::-1]):
+        counts = counts_of(right[order])
+        own = counts.accuracy(), counts.standard_error(), IMAGES, counts.folds
+        scores = Scores({name: archs[name] for name in names[order]}, *own)
+        rows = choose(scores, {"macs": np.arange(40)}, np.full(40, True), "macs")
+        groups.append({row["name"] for row in rows if row["group"]})
+    # Those that are not worse than any of the best.
+    most = stats.t.isf(stats.norm.sf(critical_value(40)), 15)
+    margins = [
+        (hits.max() - hits) / IMAGES - most * np.array([paired_error(own, best) for own in right])
+        for best in right[hits == hits.max()]
+    ]
+    assert groups[0] == groups[1] == set(names[np.max(margins, axis=0) <= 0])
+
+
+@pytest.mark.parametrize("flags", [MINI, MINI[:2]])
+def test_an_earlier_versions_estimates_name_no_network(scored, capsys, caplog, flags):
+    folder, archs, _ = scored
+    changed_estimates(lambda c: c.pop("network"))(folder)
+    run(folder, *flags, "--out", folder / "out", capsys=capsys)
+    taken = "taken: --backbone resnet48_mini --image_size 224 --num_classes 1000"
+    assert (taken in caplog.text) == (flags is not MINI)
+    best = json.loads((folder / "out/choice.json").read_text())["networks"][0]
+    size = (32, 10) if flags is MINI else (224, 1000)
+    assert best["macs"] == RESNET48_MINI.macs(archs[best["name"]], *size)
 
 
 def test_some_networks_in_percent_are_found_in_the_estimates(scored, capsys):
@@ -211,15 +259,20 @@ def test_some_networks_in_percent_are_found_in_the_estimates(scored, capsys):
     )
 
 
-def changed(change):
-    """A change of the folder's submission, by name of the first entry."""
+def changed_estimates(change, name="estimates.json"):
+    """A change of a file in the folder."""
 
     def apply(folder):
-        content = json.loads((folder / "submission.json").read_text())
-        change(content, next(iter(content)))
-        (folder / "submission.json").write_text(json.dumps(content))
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
 
     return apply
+
+
+def changed(change):
+    """A change of the folder's submission, by name of the first entry."""
+    return changed_estimates(lambda c: change(c, next(iter(c))), "submission.json")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +300,13 @@ def changed(change):
             "",
             "is not an estimates.json of this version",
         ),
+        (
+            changed(lambda c, n: c[n].update(acc=97.0)),
+            "",
+            "are some shares of 1 and some percent",
+        ),
+        (None, "--backbone resnet48", "backbone resnet48_mini instead of resnet48; leave out"),
+        (None, "--num_classes 11", "num classes 10 instead of 11; leave out the flags that"),
         (None, "--max_macs 1000", "none of 40 networks is within 1,000 MACs; .* [0-9,]+ MACs$"),
         (None, "--max_macs 9e6 --max_params 7", "within 9,000,000 MACs, 7 parameters"),
         (None, "--max_macs nan", "'nan' is not a finite number"),

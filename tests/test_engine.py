@@ -15,6 +15,7 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import STATE_FILE, load_state
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.ranking.agreement import Agreement, read_estimates
+from hnas.ranking.costs import Network
 from hnas.search_space import RESNET48_MINI
 
 CLASSES = 10
@@ -45,7 +46,8 @@ def test_every_prefix_of_the_order_is_balanced():
 
 def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, tmp_path):
     images = Images(24, CLASSES)
-    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings(chunk=5))
+    settings = ScoringSettings(chunk=5, network=Network("resnet48_mini", 32, CLASSES))
+    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, settings)
     assert counts.images == 24
     batches = [images.batch(0, 24)]
     expected = evaluate_reference(network, list(archs.values()), batches)
@@ -59,6 +61,7 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, tmp_
         assert entry["se"] == pytest.approx((rate * (1 - rate) / 24) ** 0.5, abs=1e-6)
     assert told["agreement"] == {"images": 24, "tau": 1.0, "low": 1.0, "high": 1.0}
     read = read_estimates(tmp_path / "estimates.json")
+    assert read.network == settings.network
     np.testing.assert_array_equal(read.folds, counts.folds)
     np.testing.assert_array_equal(read.folds.sum(axis=1), counts.top1)
     assert np.all(np.abs(read.folds - expected.folds).sum(axis=1) <= counts.near1)
@@ -93,6 +96,7 @@ def test_engine_stops_when_the_ranking_stands_and_goes_on_without(
         assert words in caplog.text
     whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings())
     assert whole.images == 24
+    assert ", all that there are, " in caplog.text and "1.000 (1.000" not in caplog.text
 
 
 def test_what_is_slow_or_in_vain_is_told(network, archs, tmp_path, caplog):

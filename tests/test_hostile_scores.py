@@ -370,6 +370,8 @@ STATES = {  # name of the file, content, words of the error
     "folds without axes": (STATE_FILE, arrays(folds=np.array(5)), "wrong shapes"),
     "a chunk of nothing": (STATE_FILE, arrays(chunk=np.array(0)), "chunk 0"),
     "chunks of -5": (STATE_FILE, arrays(chunk=np.array(-5)), "chunk -5"),
+    "images that overflow": (STATE_FILE, arrays() | {"images": np.array(2**63 - 1)}, "images 9223"),
+    "a chunk beyond all": (STATE_FILE, arrays(chunk=np.array(2**62)), "chunk 46116"),
     "no images": (STATE_FILE, arrays(images=0), "images 0"),
     "images beyond the set": (STATE_FILE, arrays(images=25), "which it cannot of 23"),
     "half a chunk": (STATE_FILE, arrays(images=7), "which it cannot of 23"),

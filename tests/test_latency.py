@@ -6,7 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-import independent
 import numpy as np
 import paddle
 import pytest
@@ -55,36 +54,21 @@ def test_every_drawn_network_is_made_of_them(seed, backbone, sample_space):
     assert [part.stride for part in parts[1:-1]].count(2) == 3
 
 
-def test_latency_is_the_sum_of_the_parts(tmp_path):
-    path = latency_file(tmp_path)
-    table = open_latency(path, "resnet48_mini", 32)
-    times = json.loads(path.read_text())["milliseconds"]
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        arch = MINI.sample(rng)
-        stem, blocks = independent.layers(arch.code, (20, 32, 64, 128), 1)
-        total, cin = times[f"stem {stem}"], stem
-        for stage, _, mid, out, stride in blocks:
-            total += times[f"block {stage + 1} {cin}-{mid}-{out} /{stride}"]
-            cin = out
-        assert table.of(arch) == pytest.approx(total + times[f"head {cin}"], rel=1e-12)
-
-
 def test_what_was_not_measured_is_named(tmp_path):
     path = latency_file(tmp_path)
     narrow = search_space("resnet48_mini", "full").smallest()
     with pytest.raises(UserError, match=f"lacks 'stem 14' of architecture {narrow.code}.*full"):
         read_latency(path).of(narrow)
-    for wanted, words in (
-        (("resnet48", 32), "backbone resnet48_mini instead of resnet48;"),
-        (("resnet48_mini", 224), "image size 32 instead of 224;"),
-        (("resnet48_mini", 32, "full"), "sample space released instead of full;"),
+    for name, value, words in (
+        ("backbone", "resnet48", "backbone resnet48_mini instead of resnet48;"),
+        ("image_size", 224, "image size 32 instead of 224;"),
+        ("sample_space", "full", "sample space released instead of full;"),
     ):
         with pytest.raises(UserError, match=words):
-            open_latency(path, *wanted)
-    assert open_latency(None, "resnet48_mini", 32) is None
+            open_latency(path, {name: value})
+    assert open_latency(None, {}) is None
     with pytest.raises(UserError, match="--limit takes --latency FILE, which python -m"):
-        open_latency(None, "resnet48_mini", 32, asked_by="--limit")
+        open_latency(None, {}, asked_by="--limit")
 
 
 HOSTILE = [
@@ -94,11 +78,13 @@ HOSTILE = [
     ({"sample_space": "other"}, "'sample_space'"),
     ({"image_size": "32"}, "'image_size'"),
     ({"threads": True}, "'threads'"),
+    ({"batch_size": 10**400}, "'batch_size'"),
+    ({"num_classes": 0}, "'num_classes'"),
     ({"milliseconds": [1]}, "'milliseconds'"),
     ({"milliseconds": {"stem 20": 1.0}}, "'milliseconds'"),
     *(
         ({"milliseconds": {part.name: wrong for part in all_parts(MINI)}}, "'milliseconds'")
-        for wrong in (-1.0, float("nan"), "1")
+        for wrong in (-1.0, float("nan"), "1", 10**400, 1e308)
     ),
 ]
 
@@ -176,6 +162,12 @@ def test_a_killed_measurement_goes_on_where_it_was(
         latency.main(arguments)
     assert not path.exists()
     watch.fails_at = None
+    content = json.loads((tmp_path / "latency.json.partial").read_text())
+    for wrong in ({"stem 14": [10**400]}, {"stem 14": "1"}, {"stem 14": ["1"]}, [1]):
+        (tmp_path / "latency.json.partial").write_text(json.dumps(content | {"times": wrong}))
+        with pytest.raises(UserError, match="partial holds times that are none; remove it"):
+            latency.main(arguments)
+    (tmp_path / "latency.json.partial").write_text(json.dumps(content))
     with pytest.raises(UserError, match="partial is of other settings: batch size 1 instead"):
         latency.main([*arguments, "--batch_size", "2"])
     monkeypatch.setattr(latency, "GOOD_ERROR", 0.04)

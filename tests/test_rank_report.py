@@ -18,6 +18,7 @@ from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
 from hnas.ranking.agreement import Agreement
 from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b
+from hnas.ranking.costs import Network
 from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.ranking.findings import budgets
 from hnas.search_space import RESNET48, RESNET48_MINI
@@ -125,6 +126,17 @@ def test_figures_are_those_of_scipy(report, files, tmp_path, archs, truth, predi
         assert row["precision"] == pytest.approx(len(best & set(chosen)) / k)
 
 
+def test_upside_down_is_said_beside_pearson(report, files, tmp_path, archs, predicted):
+    pred = write(tmp_path / "pred.json", archs, 1 - predicted)
+    found, _ = report("--pred", pred, *files[2:])
+    assert found["pearson"]["value"] == -found["abs_pearson"]["value"] < -0.5
+    text = text_of((tmp_path / "out/report.html").read_text())
+    assert "It ranks upside down: what it prefers is worse" in text
+    shown = f"{found['abs_pearson']['value']:.3f}"
+    assert f"|Pearson|, without its sign{shown}" in text
+    assert f"Pearson\N{MINUS SIGN}{shown}" in text
+
+
 @pytest.mark.parametrize(("kind", "size"), [("macs", (32, 10)), ("params", (10,))])
 def test_counts_as_predictions(report, files, kind, size, archs, truth):
     for space, sizes, flags in ((RESNET48, (), ()), (RESNET48_MINI, size, MINI)):
@@ -132,6 +144,20 @@ def test_counts_as_predictions(report, files, kind, size, archs, truth):
         found, _ = report("--pred", kind, *files[2:], *flags)
         tau = stats.kendalltau(counts, truth).statistic
         assert found["pred"] == kind and found["kendall_tau_b"]["value"] == pytest.approx(tau)
+
+
+def test_the_costs_are_of_the_network_that_was_scored(report, stage3, caplog):
+    scores = stage3 / "submission.json"
+    for arguments in (("--pred", scores), ("--pred", "macs", "--gt", scores)):
+        found = [report(*arguments, *flags)[1] for flags in ((), MINI)]
+        assert found[0] == found[1] and not caplog.text
+        with pytest.raises(
+            UserError, match="json is of other settings: image size 32 instead of 6"
+        ):
+            report(*arguments, "--image_size", 64)
+    (stage3 / "estimates.json").unlink()
+    report("--pred", scores, "--num_classes", 10)
+    assert "taken: --backbone resnet48 --image_size 224 --num_classes 10" in caplog.text
 
 
 def test_the_breakdown_names_the_choice_that_is_missing(report, files):
@@ -168,7 +194,7 @@ def test_constant_values_are_null_and_noted(report, tmp_path, archs, truth, whic
     pred = write(tmp_path / "pred.json", archs, truth if which == "gt" else constant)
     gt = write(tmp_path / "gt.json", archs, truth if which == "pred" else constant)
     found, _ = report("--pred", pred, "--gt", gt)
-    for name in ("kendall_tau_b", "spearman", "abs_pearson"):
+    for name in ("kendall_tau_b", "spearman", "pearson", "abs_pearson"):
         assert found[name] == {"value": None, "low": None, "high": None}
     assert any("are equal" in note for note in found["notes"])
     text = text_of((tmp_path / "out/report.html").read_text())
@@ -206,14 +232,15 @@ def hits(archs):
 def stage3(tmp_path, archs, hits):
     """What stage 3 leaves."""
     named = {f"arch{i}": arch for i, arch in enumerate(archs)}
-    content = estimates(named, counts_of(hits), Agreement(0.875, 0.8125, 0.9375), 5000)
+    agreement, network = Agreement(0.875, 0.8125, 0.9375), Network("resnet48_mini", 32, 10)
+    content = estimates(named, counts_of(hits), agreement, 5000, network)
     write_json(tmp_path / "stage3/estimates.json", content)
     write_json(tmp_path / "stage3/submission.json", content["architectures"])
     return tmp_path / "stage3"
 
 
 def test_figures_are_those_of_numpy(report, stage3, archs, hits, tmp_path):
-    printed, found = report("--pred", stage3 / "submission.json", *MINI)
+    printed, found = report("--pred", stage3 / "submission.json")
     assert told("scores fields") == set(printed) - {"pred", "report"}
     accuracy = hits.sum(axis=1) / IMAGES * 100
     macs = np.array([RESNET48_MINI.macs(arch, 32, 10) for arch in archs])
@@ -255,10 +282,11 @@ def test_budgets_are_round_and_reach_the_dearest():
 def test_an_agreement_of_all_images_or_none_is_not_told(report, stage3, tmp_path, more):
     content = json.loads((stage3 / "estimates.json").read_text())
     content["agreement"] |= more
+    content.pop("network")  # as earlier versions wrote it
     write_json(stage3 / "estimates.json", content)
     printed, _ = report("--pred", stage3 / "submission.json", *MINI)
     assert printed["standard_error"] is not None
-    assert (printed["agreement"] is None) == ("tau" in more)
+    assert printed["agreement"] is None
     assert "expected to agree" not in (tmp_path / "out/report.html").read_text()
 
 
@@ -309,6 +337,9 @@ def test_few_or_equal_scores(report, archs, tmp_path, values):
         ("--pred macs", "--pred macs needs --gt"),
         ("--pred two.json", "has 2 architectures; a report needs at least 3"),
         ("--pred high.json", "accuracy 100.5"),
+        ("--pred mixed.json", "are some shares of 1 and some percent? Give all as shares"),
+        ("--pred mixed.json --gt gt.json", "are some shares of 1 and some percent?"),
+        ("--pred gt.json --gt mixed.json", "are some shares of 1 and some percent?"),
     ],
 )
 def test_what_is_refused(report, tmp_path, monkeypatch, archs, truth, arguments, message):
@@ -317,6 +348,7 @@ def test_what_is_refused(report, tmp_path, monkeypatch, archs, truth, arguments,
     write(tmp_path / "two.json", archs[:2], truth[:2])
     write(tmp_path / "low.json", archs[:3], [5, 50, -0.1])
     write(tmp_path / "high.json", archs[:3], [5, 50, 100.5])
+    write(tmp_path / "mixed.json", archs, np.where(np.arange(NUMBER) == 9, 97.0, truth))
     Path("codes.txt").write_text(archs[0].code)
     with pytest.raises(UserError) as error:
         report(*arguments.split())
@@ -380,26 +412,20 @@ def test_figures_of_rounding_errors_and_single_architectures():
 
 # --- in a browser
 
-# What a reader of the page has: how wide it is, and how large its text.
+# How wide a page is, how large its texts are, and whether they lie within their figures.
 PROBE = """
 <script>
-const frames = [...document.querySelectorAll("iframe")];
 onload = () => {
-  const found = frames.map(frame => {
-    const page = frame.contentDocument, root = page.documentElement;
+  const found = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => {
     const texts = [...page.querySelectorAll("svg text")].map(t => {
       const svg = t.ownerSVGElement, box = t.getBoundingClientRect();
       const frame = svg.getBoundingClientRect();
-      return [11 * frame.width / svg.viewBox.baseVal.width, box.width * box.height,
+      return [11 * frame.width / svg.viewBox.baseVal.width,
               box.left >= frame.left - 1 && box.right <= frame.right + 1];
     });
-    const columns = [...page.querySelectorAll(".many > div")].map(d => d.offsetLeft);
-    const ink = page.defaultView.getComputedStyle(page.querySelector("svg text"));
-    return {width: root.clientWidth, needed: root.scrollWidth, texts: texts.length,
-            smallest: Math.min(...texts.map(t => t[0])), drawn: texts.every(t => t[1] > 0),
-            inside: texts.every(t => t[2]), columns: new Set(columns).size, label: ink.fill,
-            ink: page.defaultView.getComputedStyle(page.body).color,
-            paper: page.defaultView.getComputedStyle(page.body).backgroundColor};
+    return {over: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+            smallest: Math.min(...texts.map(t => t[0])), inside: texts.every(t => t[1]),
+            ink: page.defaultView.getComputedStyle(page.body).color};
   });
   document.body.textContent = "FOUND" + JSON.stringify(found) + "END";
 };
@@ -407,35 +433,20 @@ onload = () => {
 """
 
 
-def look_at(pages, folder, *flags):
-    """What Chromium makes of pages: (text, width in px)."""
-    frames = [
-        f'<iframe style="border:0;width:{width}px;height:900px" '
-        f'srcdoc="{html.escape(text)}"></iframe>'
-        for text, width in pages
-    ]
-    (folder / "probe.html").write_text(f"<!DOCTYPE html><body>{''.join(frames)}{PROBE}")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", *flags]
-    command += [f"--user-data-dir={folder / 'profile'}", f"file://{folder / 'probe.html'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(re.search("FOUND(.*)END", done.stdout)[1])
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
-def test_pages_are_legible_at_any_width_in_light_and_dark(report, stage3, tmp_path):
-    report("--pred", stage3 / "submission.json", *MINI)
-    scores = (tmp_path / "out/report.html").read_text()
-    report("--pred", "macs", "--gt", stage3 / "submission.json")
-    rank = (tmp_path / "out/report.html").read_text()
-    light = look_at([(page, width) for page in (scores, rank) for width in (1280, 390)], tmp_path)
-    dark = look_at([(scores, 390)], tmp_path, "--blink-settings=preferredColorScheme=0")
-    for found, width in zip(light, (1280, 390) * 2, strict=True):
-        # A vertical scroll bar takes some of the width.
-        assert width - 20 <= found["width"] <= width and found["needed"] <= found["width"], found
-        assert found["texts"] > 80 and found["drawn"] and found["inside"], found
-        assert found["smallest"] > 8.5, found
-        assert found["columns"] == (4 if width == 1280 else 2)
-        assert (found["ink"], found["paper"]) == ("rgb(29, 35, 48)", "rgb(255, 255, 255)")
-        assert found["label"] == "rgb(85, 93, 107)"
-    assert (dark[0]["ink"], dark[0]["paper"]) == ("rgb(232, 234, 239)", "rgb(21, 24, 30)")
-    assert dark[0]["label"] == "rgb(164, 173, 186)"
+@pytest.mark.parametrize("dark", [False, True])
+def test_pages_are_legible_at_any_width_in_light_and_dark(report, stage3, tmp_path, dark):
+    pages = []
+    for arguments in ("--pred", "SCORES"), ("--pred", "macs", "--gt", "SCORES"):
+        report(*(stage3 / "submission.json" if word == "SCORES" else word for word in arguments))
+        text = html.escape((tmp_path / "out/report.html").read_text())
+        style = "border:0;height:900px;width:"
+        pages += [f'<iframe style="{style}{w}px" srcdoc="{text}"></iframe>' for w in (1280, 390)]
+    (tmp_path / "probe.html").write_text(f"<!DOCTYPE html><body>{''.join(pages)}{PROBE}")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--blink-settings=preferredColorScheme=0"] * dark
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'probe.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    for found in json.loads(re.search("FOUND(.*)END", done.stdout)[1]):
+        assert found["over"] <= 0 and found["smallest"] > 8.5 and found["inside"], found
+        assert found["ink"] == ("rgb(232, 234, 239)" if dark else "rgb(29, 35, 48)")

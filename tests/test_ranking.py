@@ -20,8 +20,9 @@ from hnas.ranking.correlations import (
     rank_errors,
     spearman,
     top_k,
+    with_ties,
 )
-from hnas.ranking.findings import attribute, by_option, choices, clear_effects, holm
+from hnas.ranking.effects import attribute, by_option, choices, clear_effects, holm
 from hnas.search_space import RESNET48, Architecture
 
 CODE = "1" + "2345" + "2" + "1232000000" + "232323" + "0000" + "5141" * 2 + "0" * 8 + "7464546474"
@@ -73,23 +74,40 @@ def test_spearman_and_pearson_are_their_definitions(pair):
     assert abs_pearson(*pair) == abs(pearson(*pair))
 
 
-def test_an_example_by_hand():
-    # 5 pairs agree and 1 does not (2, 3 against 3, 2).
-    assert kendall_tau_b([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    # 1 - 6 * (1 + 1) / (4 * 15)
-    assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+RNG = np.random.default_rng(3)
+HITS, TENTHS = RNG.integers(300, 340, 200), np.arange(30) // 3 / 10
+PARTS = np.array([RNG.multivariate_hypergeometric([71] * 5, hits) for hits in HITS])
+TIES = {  # accuracies, each worked out in two ways
+    "of five parts": (HITS / 355, (PARTS / 71).mean(axis=1)),
+    "in percent": (HITS / 355, (PARTS / 0.71).mean(axis=1)),
+    "near in chains": (TENTHS, TENTHS + np.arange(30) % 3 * 6e-10),
+    "at steps' borders": (HITS / 1024, HITS / 1024 * (1 + 2e-16 * RNG.integers(-1, 2, 200))),
+}
 
 
-def test_large_lists_agree_with_scipy():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=3000).round(2)
-    y = x + rng.normal(size=3000).round(1)
-    assert kendall_tau_b(x, y) == stats.kendalltau(x, y).statistic
-    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+@pytest.mark.parametrize("case", TIES)
+def test_what_only_rounding_tells_apart_is_a_tie(case):
+    one, other = TIES[case]
+    assert (one != other).any()
+    for statistic in (kendall_tau_b, spearman):
+        assert statistic(one, other) == pytest.approx(1, abs=1e-12)
+        assert bootstrap_interval(statistic, one, other, 0, 20) == pytest.approx((1, 1), abs=1e-12)
+    assert not rank_errors(one, other).any()
+    assert top_k(one, other, len(one) // 3)["precision"] == 1
+
+
+def test_scores_of_any_scale_are_told_apart():
+    for scale in (1e-300, 1e-12, 1, 100, 1e300):
+        values = np.linspace(-1, 1, 21) * scale
+        assert with_ties(values).tolist() == values.tolist()
+    assert with_ties([]).tolist() == []
 
 
 @EVERY
-@pytest.mark.parametrize("pair", [([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [2, 2, 2]), ([1], [1])])
+@pytest.mark.parametrize(
+    "pair",
+    [([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [2, 2, 2]), ([1], [1]), ([1, 1 + 4e-16, 1], [1, 2, 3])],
+)
 def test_constant_lists_have_no_correlation(statistic, pair):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

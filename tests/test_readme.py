@@ -13,7 +13,6 @@ import numpy as np
 import paddle
 import pytest
 from independent import counts_of
-from scipy.stats import t as student
 
 from hnas.architecture_file import submission
 from hnas.base.files import write_json
@@ -366,23 +365,6 @@ def test_the_ranking_benchs_figures_are_those_of_the_result_file():
         content["breaking"]["gradients clipped"]["tau"],
     ):
         assert ends(estimate) in text
-
-
-def test_training_on_is_told_as_it_was_measured():
-    content = json.loads((RESULTS / "train_on_resnet48_mini_32px.json").read_text())
-    seeds = len(content["seeds"])
-    t = student.ppf(0.975, seeds - 1)
-    expected = []
-    for epochs, scratch in content["accuracy"]["scratch"].items():
-        starts = 100 * np.array([scratch, content["accuracy"]["exported"][epochs]])
-        more = starts[1] - starts[0]
-        (*errors, wide) = np.std([*starts, more], axis=1, ddof=1) / np.sqrt(seeds)
-        told = [
-            f"{mean:.2f} ± {se:.2f}" for mean, se in zip(starts.mean(axis=1), errors, strict=True)
-        ]
-        low, high = more.mean() - t * wide, more.mean() + t * wide
-        expected.append([epochs, *told, f"{more.mean():.2f} ({low:.2f} to {high:.2f})"])
-    assert table_after("docs/choose-and-export.md", "training on") == expected
 
 
 def test_widths_and_costs_are_the_search_spaces():

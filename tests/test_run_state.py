@@ -309,6 +309,25 @@ def test_figures_are_in_the_log_and_in_history(train, tmp_path, caplog):
         assert rows_of(tmp_path / "run") == rows
 
 
+def test_the_best_epoch_is_the_best_on_validation_images():
+    """Losses of training fall to the end, also where the ranking is best before."""
+    log = training.TrainLogger(1, 3, 1, 1)
+    taus, top1s = (0.25, -0.5, 0.125), (0.0, 0.7, 0.7)
+    for losses, validation, best, by in (
+        ([], {}, None, "epoch_losses"),
+        ([3.0, 2.0, 1.0], {1: {"tau": 0.9}}, 2, "epoch_losses"),
+        ([3.0, 2.0, 1.0], {1: {"largest_top1": 0.7}, 0: {"largest_top1": 0.0}}, 1, "largest_top1"),
+        (
+            [3.0, 2.0, 1.0],
+            {e: {"kendall_tau_b": taus[e], "largest_top1": top1s[e]} for e in range(3)},
+            0,
+            "kendall_tau_b",
+        ),
+    ):
+        log.epoch_losses, log.validation = losses, validation
+        assert (log.history()["best_epoch"], log.history()["best_by"]) == (best, by)
+
+
 @pytest.mark.parametrize("killed", range(EPOCHS))
 def test_what_a_kill_in_a_measurement_loses_is_measured_again(train, tmp_path, killed, caplog):
     values = [0.5, 0.25, 0.125, 1.0]

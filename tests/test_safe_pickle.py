@@ -156,8 +156,13 @@ HUNGRY = {
     "text of 2**31": (b"\x80\x02X" + (2**31 - 1).to_bytes(4, "little") + b"abc.", "expected"),
     "number of 2**31 bytes": (
         b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b"abc.",
-        "expected",
+        "instruction b'\\x8b'",
     ),
+    "a key of 600 digits": (
+        b"\x80\x02}\x8a\xff" + b"\x01" * 255 + b"K\x01s.",
+        "number of 255 bytes",
+    ),
+    "a key of 4,300 digits": (pickle.dumps({10**4300: 1}, protocol=2), "instruction b'\\x8b'"),
     "array of 2**40": (array_claiming((2**40,), b"\0\0\0\0"), "with 4 bytes"),
     "array of a negative size": (array_claiming((-1, -1), b"\0\0\0\0"), "impossible shape"),
     "array of many axes": (array_claiming((1,) * 100, b"\0\0\0\0"), "impossible shape"),

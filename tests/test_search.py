@@ -283,6 +283,9 @@ def test_latency_limits(digits, tmp_path):
     assert best["latency"] == sum(times[part.name] for part in parts)
     with pytest.raises(UserError, match="sample space released instead of full; measure again"):
         search.main(flags(digits, tmp_path / "full", f"--latency {file} --sample_space full"))
+    latency_file(tmp_path, num_classes=100)
+    with pytest.raises(UserError, match="num classes 100 instead of 10; measure again"):
+        search.main(flags(digits, tmp_path / "classes", f"--latency {file}"))
 
 
 @pytest.mark.slow

@@ -134,6 +134,6 @@ def test_without_paddle_and_in_little_memory(files, tool, arguments, light):
         timeout=120,
         check=True,
     )
-    found = json.loads(done.stderr)
+    found = json.loads(done.stderr.splitlines()[-1])  # others say what was taken
     assert not ({"paddle", "paddleslim", "sklearn", "cv2"} | light) & set(found["loaded"])
     assert found["mib"] < MOST_MIB

@@ -19,10 +19,10 @@ from PIL import Image
 from hnas.base.errors import UserError
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
-from hnas.tools import export, rank_report
+from hnas.tools import rank_report
 from hnas.tools.train_standalone import main
 from hnas.utils.hapi_wrapper import StandaloneModel, momentum_optimizer
-from hnas.weights.loading import ABOUT, read_weights, write_state
+from hnas.weights.loading import ABOUT
 
 CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3
 SMALL = "122223" + "3313000000" + "2212000000" + "5414" + "0" * 12 + "6727000000"
@@ -252,6 +252,9 @@ def test_a_flag_that_is_new_was_off_before(work, tmp_path):
     main(flags(work, save_dir=folder))
     message = refusal(work, save_dir=folder, deterministic=True)
     assert "other settings: deterministic False instead of True" in message
+    # And what is gone, training an export on, was on.
+    (folder / "run.json").write_text(json.dumps(settings | {"initial_weights": "d" * 64}))
+    assert "initial weights dddddddddddddddd instead of none" in refusal(work, save_dir=folder)
 
 
 def test_results_of_other_images_are_not_mixed(work, tmp_path):
@@ -272,62 +275,24 @@ def test_results_of_unknown_origin(work, tmp_path):
     assert "results.json is there without run.json" in refusal(work, save_dir=tmp_path)
 
 
-# --- from exported weights
-
-
-@pytest.fixture(scope="module")
-def exported(work, tmp_path_factory):
-    """An export of one of the trained networks."""
-    folder = tmp_path_factory.mktemp("exported") / "small"
-    given = {"ckpt_dir": weights_path(work / "undisturbed", SMALL), "image_dir": work / "images"}
-    given |= {"backbone": "resnet48_mini", "image_size": 32, "num_workers": 0, "save_dir": folder}
-    export.main([f"--{name}={value}" for name, value in given.items()])
-    return folder
-
-
-ALONE = {"arch": SMALL, "modelarch_file": ""}
-
-
-def test_training_starts_from_exported_weights(work, exported, tmp_path):
-    # At rate 0 only BatchNorm's running statistics change.
-    main(flags(work, **ALONE, init=exported, lr=0, save_dir=tmp_path / "still"))
-    start = read_weights(weights_path(work / "undisturbed", SMALL))
-    still = read_weights(weights_path(tmp_path / "still", SMALL))
-    for name, value in start.items():
-        is_moved = not np.array_equal(still[name], value)
-        assert is_moved == name.endswith(("._mean", "._variance")), name
-    # The file or its folder, and as the seed says.
-    for name, init in (("folder", exported), ("file", exported / "network.pdparams")):
-        main(flags(work, **ALONE, init=init, save_dir=tmp_path / name))
-    assert results(tmp_path / "folder") == results(tmp_path / "file")
-    assert results(tmp_path / "file") != results(tmp_path / "still")
-    # Results of other initial weights are not mixed.
-    other = tmp_path / "other.pdparams"
-    write_state(other, {name: paddle.to_tensor(value) for name, value in start.items()})
-    for init, folder in (
-        ("", tmp_path / "file"),
-        (other, tmp_path / "file"),
-        (exported, work / "undisturbed"),
-    ):
-        message = refusal(work, **ALONE, init=init, save_dir=folder)
-        assert "is of other settings: initial weights" in message
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"arch": "", "modelarch_file": "CODES"}, "--init gives one network's weights; give its"),
-        ({"arch": PROJECTED}, f"is the network {SMALL}, not --arch {PROJECTED}"),
-        ({"init": "IMAGES"}, "holds no network.pdparams; export with --format pdparams"),
-        ({"init": "LETTERS"}, "was trained on other classes: 'a' where image_dir has"),
+        {"acc": 5},
+        {"acc": 10**400},
+        {"acc": 0.123, "top5": 0.5},
+        {"acc": 1.0, "top5": 0.5},
+        {"top5": None},
+        {"images": 10**30},
+        {"images": 0},
     ],
 )
-def test_wrong_initial_weights(work, exported, tmp_path, changes, message):
-    state = {n: paddle.to_tensor(v) for n, v in read_weights(exported / "network.pdparams").items()}
-    write_state(tmp_path / "letters.pdparams", state, {"classes": list("abcdefghij")})
-    places = {"CODES": work / "codes.json", "IMAGES": work / "images"}
-    places["LETTERS"] = tmp_path / "letters.pdparams"
-    given = {**ALONE, "init": exported, **changes}
-    given = {name: places.get(value, value) for name, value in given.items()}
-    assert re.search(message, refusal(work, **given, save_dir=tmp_path / "out"))
-    assert not (tmp_path / "out/results.json").exists()
+def test_an_edited_result_is_not_taken_over(work, tmp_path, changes):
+    folder = tmp_path / "edited"
+    shutil.copytree(work / "undisturbed", folder)
+    content = results(folder)
+    content["wide"] |= changes
+    (folder / "results.json").write_text(json.dumps(content))
+    message = refusal(work, save_dir=folder)
+    assert "results.json: entry 'wide' has acc" in message or "no number within" in message
+    assert results(folder) == content

@@ -16,6 +16,7 @@ import stat
 import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -247,11 +248,21 @@ def write_json(path: str | Path, content) -> None:
 def read_json(path: str | Path) -> dict:
     """A JSON object that a program of this project wrote; a :class:`UserError` otherwise."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=distinct)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not what this program saves; name another file or folder")
+    return content
+
+
+def distinct(pairs: Sequence[tuple]) -> dict:
+    """A JSON object of its pairs; a ValueError where a name stands twice: which is meant?"""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {twice[:60]!r} stands twice")
     return content
 
 

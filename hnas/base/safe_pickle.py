@@ -25,13 +25,14 @@ from hnas.base.files import reason_of
 # A state dict takes about thirty a tensor: of each instruction, and of what follows it.
 MAX_READS = 1_000_000
 MAX_AXES = 32
+MAX_LONG = 17
 MAX_SIZE = 2**48
 PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 # Of protocols 2 to 4, without those for other objects, for sets, and for dicts of any keys.
 # fmt: off
 INSTRUCTIONS = (
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1",
-    "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
     "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE1",
     "TUPLE2", "TUPLE3", "TUPLE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT",
     "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
@@ -171,6 +172,15 @@ class _Unpickler(pickle._Unpickler):
         self.read(8)
 
     dispatch[pickle.FRAME[0]] = load_frame
+
+    def load_long1(self):
+        """Generators' states have whole numbers of 128 bits, nothing has longer ones."""
+        (length,) = self.read(1)
+        if length > MAX_LONG:
+            raise _RefusedError(f"holds a whole number of {length} bytes")
+        self.append(pickle.decode_long(self.read(length)))
+
+    dispatch[pickle.LONG1[0]] = load_long1
 
     def find_class(self, module, name):
         found = self._known.get(f"{module}.{name}")

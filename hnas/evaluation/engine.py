@@ -23,6 +23,7 @@ from hnas.evaluation.tree import naive_macs
 from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
+from hnas.ranking.costs import Network
 from hnas.search_space import Architecture, SearchSpace, feature_sizes
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class ScoringSettings:
         target_tau: see :class:`Ledger`.
         variant: how the walk computes; None as in :class:`SharedEvaluator`.
         part: of the chunks, to be done without results; None: all.
+        network: see :class:`Ledger`.
     """
 
     calibration: paddle.Tensor | None = None
@@ -50,6 +52,7 @@ class ScoringSettings:
     target_tau: float = 0.0
     variant: Variant | None = None
     part: Part | None = None
+    network: Network | None = None
 
 
 def evaluate_shared(
@@ -88,7 +91,7 @@ def evaluate_shared(
     else:
         evaluator.take(list(archs.values()))
     how = settings.target_tau, is_main_process(), settings.part, images.copies
-    ledger = Ledger(save_dir, identity, archs, len(images), *how)
+    ledger = Ledger(save_dir, identity, archs, len(images), *how, settings.network)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
     describe(evaluator, network.space, archs, images, ledger)
     walks = Walks(network, [*archs.items()], images, calibration, evaluator)

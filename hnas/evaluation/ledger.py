@@ -46,6 +46,7 @@ from hnas.parallel.distributed import (
     world_size,
 )
 from hnas.ranking.agreement import Agreement, expected_agreement
+from hnas.ranking.costs import Network
 from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Ledger:
         is_main: whether this is the main process.
         part: to be done; None: all.
         copies: what parts have as ``image_list`` of the identity, and copies of the images too.
+        network: what is scored, for ``estimates.json``.
 
     Attributes:
         target_tau, part: as given.
@@ -115,6 +117,7 @@ class Ledger:
         is_main: bool = True,
         part: Part | None = None,
         copies: str = "",
+        network: Network | None = None,
     ):
         self._folder = folder
         self._identity = identity
@@ -122,7 +125,7 @@ class Ledger:
         self._images = images
         self.target_tau, self.part = target_tau, part
         self._is_main = is_main
-        self._copies = copies
+        self._copies, self._network = copies, network
         self._own: list[int] = []
         self._agreement: tuple[int, Agreement | None] = (0, None)
         self.chunk, self.counts = 0, Counts.zeros(len(archs))
@@ -234,11 +237,13 @@ class Ledger:
         """How far the prefix is, for the log."""
         if self.part:
             return f"part {self.part}"
-        text, found = "not known yet", self.agreement
-        if found is not None:
-            text = f"{found.tau:.3f} ({found.low:.3f} to {found.high:.3f})"
+        text, found = "ranking's agreement not known yet", self.agreement
+        if self.counts.images == self._images:
+            text = "all that there are"  # which agree with themselves
+        elif found is not None:
+            text = f"ranking's agreement {found.tau:.3f} ({found.low:.3f} to {found.high:.3f})"
         error = f"largest standard error {self.counts.standard_error().max():.4f}"
-        return f"{self.counts.images} images, {error}, ranking's agreement {text}"
+        return f"{self.counts.images} images, {error}, {text}"
 
     def starts(self) -> list[int]:
         """The position of each chunk's first image."""
@@ -286,7 +291,8 @@ class Ledger:
         """Add the prefix's next chunk, and write the prefix."""
         self.counts.add(counts)
         save_state(self._folder / STATE_FILE, self._identity, self.chunk, self.counts)
-        content = estimates(self._archs, self.counts, self.agreement, self._images)
+        found = self.counts, self.agreement, self._images
+        content = estimates(self._archs, *found, self._network)
         write_json(self._folder / ESTIMATES_FILE, content)
 
     # --- files

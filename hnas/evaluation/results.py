@@ -22,6 +22,7 @@ from hnas.evaluation.counts import Counts
 from hnas.evaluation.images import ScoredImages
 from hnas.parallel.distributed import agree, from_main_process
 from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes, fold_text
+from hnas.ranking.costs import Network
 from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ PIXELS = "image_pixels"
 FIELDS = ("top1", "top5", "near1", "near5")
 # A state of 45,000 architectures takes 7.2 MB.
 MOST_BYTES = 2**28
+MOST_IMAGES = 2**53
 
 
 # --- what it goes on from
@@ -170,7 +172,7 @@ def _saved(state: Mapping[str, np.ndarray]) -> Saved:
     if any(number.shape for number in numbers) or shapes != {rows[:1]} or folds.shape != rows:
         raise ArraysError("arrays of wrong shapes")
     start, chunk, images = map(int, numbers)
-    if start < 0 or chunk < 1 or images < 1:
+    if start < 0 or chunk < 1 or images < 1 or max(start, chunk, images) >= MOST_IMAGES:
         raise ArraysError(f"start {start}, chunk {chunk}, images {images}")
     top1, top5, near1, near5 = columns
     if any((column < 0).any() or (column > images).any() for column in columns):
@@ -188,7 +190,11 @@ def _saved(state: Mapping[str, np.ndarray]) -> Saved:
 
 
 def estimates(
-    archs: Mapping[str, Architecture], counts: Counts, agreement: Agreement | None, of_images: int
+    archs: Mapping[str, Architecture],
+    counts: Counts,
+    agreement: Agreement | None,
+    of_images: int,
+    network: Network | None = None,
 ) -> dict:
     """What ``estimates.json`` holds, which :func:`hnas.ranking.agreement.read_estimates` reads.
 
@@ -197,11 +203,13 @@ def estimates(
         counts: of their hits so far.
         agreement: of their ranking with that by all images.
         of_images: how many these are.
+        network: what was scored, where that is known.
     """
     accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
     rows = zip(archs.items(), accuracy, error, counts.folds.tolist(), strict=True)
     return {
         "images": counts.images,
+        **({"network": network._asdict()} if network else {}),
         "agreement": agreement_record(agreement, of_images),
         "architectures": {
             name: {"acc": acc, "se": round(se, 6), "arch": arch.code, "folds": fold_text(folds)}

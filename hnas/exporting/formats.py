@@ -190,7 +190,9 @@ def compare_with_scores(found: Found, name: str, stated: float, on_some: bool) -
         on_some: whether not all of the images were compared.
     """
     hits, images = int(found.counts.top1[0]), found.counts.images
-    if abs(stated * images - hits) <= found.near_ties + 1e-6:
+    # Of a figure that was rounded to 0.1 % or finer, what that may have changed.
+    digits = next((n for n in range(3, 10) if abs(round(stated, n) - stated) < 1e-12), 10)
+    if abs(stated * images - hits) <= found.near_ties + images * 0.5001 * 10**-digits + 1e-6:
         logger.info("%s: %d of %d hits, as the scores say", name, hits, images)
     elif on_some:
         logger.info("%s: the scores say %.4f, of other images", name, stated)

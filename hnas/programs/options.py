@@ -203,9 +203,6 @@ class Options:
         "sub-networks", low=1, high=100_000)
 
     arch: str = single("", "52 or 51 digits; to export, also a name in modelarch_file", "code")
-    init: str = single("",
-        "weights of arch to start from: what export wrote, its folder or the .pdparams in it",
-        "file", stages=STANDALONE)
     format: str = single("pdparams",
         "pdparams: weights; inference: program and weights for Paddle Inference; onnx", "name",
         choices=("pdparams", "inference", "onnx"), stages=EXPORT)

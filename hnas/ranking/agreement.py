@@ -45,6 +45,7 @@ from scipy.linalg import hadamard
 from hnas.base.errors import UserError
 from hnas.base.files import read_json
 from hnas.ranking.correlations import kendall_tau_b
+from hnas.ranking.costs import Network
 from hnas.search_space import Architecture
 
 FOLDS = 16
@@ -152,6 +153,7 @@ class Estimates:
     folds: np.ndarray  # top-1 hits by fold; int64 [architectures, FOLDS]
     agreement: Agreement | None  # with the ranking by all images; None where it is not defined
     of_images: int  # how many these are
+    network: Network | None = None  # what was scored; None where an earlier version wrote it
 
 
 def fold_text(folds: Sequence[int]) -> str:
@@ -180,7 +182,7 @@ def read_estimates(path: str | Path) -> Estimates:
     content = read_json(path)
     try:
         return _estimates(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(
             f"{path} is not an estimates.json of this version ({reason}); give one that "
@@ -210,7 +212,8 @@ def _estimates(content: Mapping) -> Estimates:
         agreement = Agreement(*map(float, ends))
         if not all(-1 <= end <= 1 for end in astuple(agreement)):
             raise ValueError("agreement is not from -1 to 1")
-    return Estimates(names, codes, accuracy, error, images, hits, agreement, of_images)
+    network = Network.read(content["network"]) if "network" in content else None
+    return Estimates(names, codes, accuracy, error, images, hits, agreement, of_images, network)
 
 
 def estimates_beside(

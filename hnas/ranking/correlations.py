@@ -1,7 +1,7 @@
 """How well predicted accuracies rank architectures: correlations, intervals, top-k choices.
 
 Everywhere larger means better, and a statistic that is not defined (fewer than two values, or
-all equal) is NaN.
+all equal) is NaN. What is a tie is said once, by :func:`with_ties`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,28 @@ from numpy.typing import ArrayLike
 RESAMPLES = 1000
 LEVEL = 0.95
 """Of the intervals."""
+NEAR = 1e-9
+"""Accuracies that are nearer, as shares of 1, differ by how they were worked out."""
 
 Statistic = Callable[[np.ndarray, np.ndarray], float]
+
+
+def with_ties(values: ArrayLike) -> np.ndarray:
+    """Values [n], float64, of which those that only rounding tells apart are made equal.
+
+    Neighbours in order are one value, the least of them, where they are nearer than ``NEAR`` times
+    their size, or times the largest's where that is below 1. So percents tie as shares do, scores
+    of a small scale are told apart, and no two are parted by the border of a step of rounding.
+    """
+    values = np.asarray(values, np.float64)
+    ordered = np.sort(values)
+    size = np.maximum(np.abs(ordered), min(1.0, np.abs(ordered).max(initial=0.0)))
+    # Halves, since the distance of two extreme numbers overflows.
+    gaps, near = np.diff(ordered / 2), NEAR / 2 * np.maximum(size[1:], size[:-1])
+    if ((gaps == 0) | (gaps > near)).all():
+        return values
+    firsts = ordered[np.concatenate([[True], gaps > near])]
+    return firsts[np.searchsorted(firsts, values, side="right") - 1]
 
 
 def kendall_tau_b(x: ArrayLike, y: ArrayLike) -> float:
@@ -24,7 +44,7 @@ def kendall_tau_b(x: ArrayLike, y: ArrayLike) -> float:
     # Takes a second to import, and what only counts or chooses does without.
     from scipy.stats import kendalltau
 
-    x, y = _pair(x, y)
+    x, y = map(with_ties, _pair(x, y))
     if _constant(x) or _constant(y):
         return math.nan
     return float(kendalltau(x, y).statistic)
@@ -55,6 +75,7 @@ def abs_pearson(x: ArrayLike, y: ArrayLike) -> float:
 CORRELATIONS: dict[str, Statistic] = {
     "kendall_tau_b": kendall_tau_b,
     "spearman": spearman,
+    "pearson": pearson,
     "abs_pearson": abs_pearson,
 }
 
@@ -69,7 +90,8 @@ def _pair(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _constant(values: np.ndarray) -> bool:
-    return len(values) < 2 or bool((values == values[0]).all())
+    """Whether there are no two values, or rounding alone tells them apart."""
+    return len(values) < 2 or values.max() / 2 - values.min() / 2 <= NEAR / 2 * abs(values).max()
 
 
 def bootstrap_interval(
@@ -82,7 +104,7 @@ def bootstrap_interval(
     are left out; if it is in none, both ends are NaN. The same seed draws the same resamples for
     every statistic.
     """
-    x, y = _pair(x, y)
+    x, y = map(with_ties, _pair(x, y))
     rng = np.random.default_rng(seed)
     values = np.empty(resamples)
     for index in range(resamples):
@@ -110,7 +132,7 @@ def top_k(pred: ArrayLike, gt: ArrayLike, k: int) -> dict[str, float]:
         ``k``; ``regret``: the best true accuracy less the best one among the chosen;
         ``precision``: the share of the chosen that are truly among the best k.
     """
-    pred, gt = _pair(pred, gt)
+    pred, gt = map(with_ties, _pair(pred, gt))
     threshold = np.sort(pred)[-k]
     sure, tied = pred > threshold, pred == threshold
     places = k - int(sure.sum())
@@ -139,9 +161,7 @@ def _best_of_draw(values: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarr
 
 def mean_ranks(values: ArrayLike) -> np.ndarray:
     """Rank of each of n values, 1 for the worst to n for the best; equal ones share their mean."""
-    _, option, counts = np.unique(
-        np.asarray(values, np.float64), return_inverse=True, return_counts=True
-    )
+    _, option, counts = np.unique(with_ties(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[option]
 
 

@@ -9,13 +9,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from hnas.base.command_line import LARGEST
 from hnas.base.errors import UserError
 from hnas.base.files import file_digest, read_json
 from hnas.base.settings import check_same_settings
 from hnas.search_space import (
+    BACKBONES,
     SAMPLE_SPACES,
     STAGE_STRIDES,
     Architecture,
@@ -27,8 +30,26 @@ from hnas.search_space import (
 UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
 """The kinds of cost, and how one says it."""
 FORMAT = 1
+MOST_MS = 1e9
+"""Of a part, which is twelve days."""
 TEXTS = ("backbone", "sample_space", "device", "processor", "engine", "paddle")
 NUMBERS = ("image_size", "num_classes", "batch_size", "threads")
+
+
+class Network(NamedTuple):
+    """What costs depend on besides a code; by default what the competition scored."""
+
+    backbone: str = "resnet48"
+    image_size: int = 224  # px
+    num_classes: int = 1000
+
+    @classmethod
+    def read(cls, content: Mapping) -> Network:
+        """From a file's values; a KeyError, TypeError or ValueError where they are none."""
+        found = cls(*(content[name] for name in cls._fields))
+        if found.backbone not in BACKBONES or not all(map(is_count, found[1:])):
+            raise ValueError("its network is none")
+        return found
 
 
 @dataclass(frozen=True)
@@ -83,6 +104,11 @@ class LatencyTable:
     milliseconds: Mapping[str, float]  # of a batch, by the parts' names
     digest: str = ""  # of the file, when it was read
 
+    def check(self, wanted: Mapping[str, object]) -> None:
+        """Refuse to serve other settings; the :class:`UserError` names them."""
+        measure = "measure again with python -m hnas.tools.latency"
+        check_same_settings(self.path, self.about, wanted, measure)
+
     def of(self, arch: Architecture) -> float:
         """Milliseconds that ``arch`` takes for a batch.
 
@@ -118,9 +144,9 @@ def costs_of(
 
 
 def open_latency(
-    path: str | None, backbone: str, image_size: int, sample_space: str = "", asked_by: str = ""
+    path: str | None, wanted: Mapping[str, object], asked_by: str = ""
 ) -> LatencyTable | None:
-    """What ``--latency`` names, for these settings; ``asked_by`` is a flag that needs it.
+    """What ``--latency`` names, measured as ``wanted``; ``asked_by`` is a flag that needs it.
 
     Raises:
         UserError: it is missing, broken, or of something else.
@@ -132,12 +158,18 @@ def open_latency(
             )
         return None
     table = read_latency(path)
-    wanted = {"backbone": backbone, "image_size": image_size}
-    if sample_space == "full":  # that of all architectures serves the released ones, too
-        wanted["sample_space"] = sample_space
-    measure = "measure again with python -m hnas.tools.latency"
-    check_same_settings(path, table.about, wanted, measure)
+    table.check(wanted)
     return table
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a size, a number of classes, and the like."""
+    return type(value) is int and 0 < value <= LARGEST
+
+
+def is_time(value: object) -> bool:
+    """Whether it is a part's milliseconds."""
+    return type(value) in (int, float) and 0 <= value <= MOST_MS
 
 
 def read_latency(path: str | Path) -> LatencyTable:
@@ -148,8 +180,9 @@ def read_latency(path: str | Path) -> LatencyTable:
     """
     path = Path(path)
     content, digest = read_json(path), file_digest(path)
-    kinds = {**dict.fromkeys(TEXTS, str), **dict.fromkeys(NUMBERS, int), "milliseconds": dict}
+    kinds = {**dict.fromkeys(TEXTS, str), "milliseconds": dict}
     wrong = {name for name, kind in kinds.items() if type(content.get(name)) is not kind}
+    wrong |= {name for name in NUMBERS if not is_count(content.get(name))}
     if content.get("format") != FORMAT:
         wrong = {"format"}
     elif not wrong and content["sample_space"] not in SAMPLE_SPACES:
@@ -158,7 +191,7 @@ def read_latency(path: str | Path) -> LatencyTable:
         parts = content["milliseconds"]
         space = search_space(content["backbone"], content["sample_space"])
         times = [parts.get(name) for name in {*parts, *(part.name for part in all_parts(space))}]
-        if all(type(time) in (int, float) and 0 <= time < math.inf for time in times):
+        if all(map(is_time, times)):
             about = {name: content[name] for name in TEXTS + NUMBERS}
             return LatencyTable(path, space, about, parts, digest)
         wrong = {"milliseconds"}

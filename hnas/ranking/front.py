@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
@@ -72,14 +73,19 @@ def not_worse(accuracy: np.ndarray, difference_error: np.ndarray) -> np.ndarray:
         bool [n]; the best is always in.
     """
     below = accuracy.max() - accuracy
-    # What Student's t exceeds as rarely as a normal variable exceeds d.
-    errors = -stdtrit(FOLDS - 1, ndtr(-critical_value(len(accuracy))))
     # The best's own error is 0 and others' may be infinite: nothing is known of them.
-    return (below <= 0) | (below <= errors * difference_error)
+    return (below <= 0) | (below <= student_value(len(accuracy)) * difference_error)
 
 
+def student_value(networks: int) -> float:
+    """The d of :func:`not_worse`: what Student's t exceeds as rarely as a normal variable the
+    :func:`critical_value`, since errors are known from ``FOLDS`` folds."""
+    return float(-stdtrit(FOLDS - 1, ndtr(-critical_value(networks))))
+
+
+@cache
 def critical_value(networks: int) -> float:
-    """The d of :func:`not_worse`: Gupta's constant over the square root of 2.
+    """The d where errors are known exactly: Gupta's constant over the square root of 2.
 
     Solves P(max of n - 1 standard normal variables - another one <= d sqrt 2) = CONFIDENCE.
     """

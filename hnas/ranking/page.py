@@ -36,7 +36,8 @@ figure {{ margin: .5rem 0; }}
 .plot {{ display: block; width: 100%; max-width: 27rem; height: auto; }}"""
 
 
-NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman", "abs_pearson": "|Pearson|"}
+NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman"}
+NAMES |= {"pearson": "Pearson", "abs_pearson": "|Pearson|, without its sign"}
 FRONT = "Orange: the Pareto front, the best score up to each cost; darker: more architectures."
 BARS = "bars are two standard errors, a hollow dot is a single architecture."
 

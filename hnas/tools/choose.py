@@ -19,16 +19,17 @@ from hnas.base.command_line import OneLineParser, path_text, read_path, real_num
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, plain_text, print_text, write_json, write_text
 from hnas.ranking.agreement import estimates_beside
-from hnas.ranking.costs import UNITS, LatencyTable, costs_of, open_latency
+from hnas.ranking.correlations import with_ties
+from hnas.ranking.costs import UNITS, LatencyTable, Network, costs_of, open_latency
 from hnas.ranking.front import (
     CONFIDENCE,
-    critical_value,
     difference_errors,
     not_worse,
     pareto_front,
+    student_value,
 )
 from hnas.search_space import Architecture, search_space
-from hnas.tools.flops import add_network_flags
+from hnas.tools.flops import add_network_flags, network_of
 
 MOST = 1e15
 
@@ -42,6 +43,7 @@ class Scores:
     error: np.ndarray  # standard errors of them as estimates for more such images [n]
     images: int  # that they were scored on
     folds: np.ndarray  # hits by fold [n, FOLDS]
+    network: Network | None = None  # that was scored, where that is known
 
 
 def scores_of(path: str) -> Scores:
@@ -51,14 +53,14 @@ def scores_of(path: str) -> Scores:
         UserError: a wrong file, accuracies that are none, or no such estimates.
     """
     archs, accuracy = read_scores(path)
-    if len(archs) > 1 and np.ptp(accuracy) == 0:
+    if len(archs) > 1 and np.ptp(with_ties(accuracy)) == 0:
         raise UserError(
             f"all accuracies of {path} are {accuracy[0]:g}: nothing to choose by; give stage 3's "
             "submission.json"
         )
-    accuracy = in_shares(accuracy)
-    found, rows = estimates_beside(path, list(archs.values()), accuracy)
-    return Scores(archs, accuracy, found.error[rows], found.images, found.folds[rows])
+    found, rows = estimates_beside(path, list(archs.values()), in_shares(accuracy))
+    own = found.accuracy[rows], found.error[rows], found.images, found.folds[rows]
+    return Scores(archs, *own, found.network)
 
 
 def figure(kind: str, value: float) -> str:
@@ -94,10 +96,13 @@ def choose(
         accuracy and this kind of ``cost`` are Pareto-optimal among them, and ``group``: whether it
         is not worse than the best by more than their noise.
     """
-    accuracy, error = scores.accuracy[fits], scores.error[fits]
+    accuracy, error = with_ties(scores.accuracy[fits]), scores.error[fits]
     front = set(pareto_front(accuracy, costs[cost][fits]).tolist())
-    best = int(np.argmax(accuracy))
-    group = not_worse(accuracy, difference_errors(scores.folds[fits], scores.images, best))
+    group = np.full(len(accuracy), True)
+    # Where several are the best, worse than none of them: the file's order is of no matter.
+    for best in np.flatnonzero(accuracy == accuracy.max()):
+        errors = difference_errors(scores.folds[fits], scores.images, best)
+        group &= not_worse(accuracy, errors)
     own = {kind: values[fits].tolist() for kind, values in costs.items()}
     names = np.array(list(scores.archs), object)[fits]
     return [
@@ -128,12 +133,13 @@ def table(chosen: Sequence[Mapping], top: int, costs: Sequence[str]) -> str:
     )
 
 
-def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
+def conclusions(
+    chosen: Sequence[Mapping], scored: int, cost: str, latency: LatencyTable | None
+) -> str:
     """What the table's marks mean, and the networks that one may want."""
     group = [row for row in chosen if row["group"]]
     front = sum(row["front"] for row in chosen)
     cheapest = min(group, key=lambda row: row[cost])
-    against = "latency" if cost == "latency" else UNITS[cost]
 
     def line(what: str, row: Mapping) -> str:
         spent = f"{figure(cost, row[cost])} {UNITS[cost]}"
@@ -142,8 +148,8 @@ def conclusions(chosen: Sequence[Mapping], scored: int, cost: str) -> str:
     return "\n".join(
         [
             f"{len(chosen):,} of {scored:,} networks within the budget; +- is the standard error",
-            f"* {front:,} are on the Pareto front of accuracy and {against}",
-            f"= {len(group):,} are not worse than the best by more than their noise: with "
+            f"* {front:,} are on the Pareto front of accuracy and {axis_label(cost, latency)}",
+            f"= {len(group):,} are not worse than the best by more than their noise: with about "
             f"{CONFIDENCE:.0%} the truly best is among them",
             line("best", chosen[0]),
             line("cheapest", cheapest) + " (of those marked =)",
@@ -167,6 +173,8 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--top", type=whole_number(1, 1_000_000), default=10, help="rows to print")
     parser.add_argument("--out", type=read_path, help="folder for choice.json and front.svg [none]")
+    batch = whole_number(1, 100_000)
+    parser.add_argument("--batch_size", type=batch, help="that --latency must be of [any]")
     add_network_flags(parser)
     options = parser.parse_args(argv)
     if options.out:
@@ -175,12 +183,13 @@ def main(argv=None) -> None:
     asked_by = "--cost latency" if options.cost == "latency" else ""
     if options.max_latency_ms is not None:
         asked_by = "--max_latency_ms"
-    size, classes = options.image_size, options.num_classes
-    latency = open_latency(options.latency, options.backbone, size, asked_by=asked_by)
-    cost = options.cost or ("macs" if latency is None else "latency")
     scores = scores_of(options.submission)
-    space = search_space(options.backbone)
-    costs = costs_of(scores.archs.values(), space, size, classes, latency)
+    network = network_of(options, scores.network, options.submission)
+    wanted = {"batch_size": options.batch_size} if options.batch_size else {}
+    latency = open_latency(options.latency, network._asdict() | wanted, asked_by)
+    cost = options.cost or ("macs" if latency is None else "latency")
+    space = search_space(network.backbone)
+    costs = costs_of(scores.archs.values(), space, *network[1:], latency)
     limits = zip(UNITS, (options.max_macs, options.max_params, options.max_latency_ms), strict=True)
     budget = {kind: most for kind, most in limits if most is not None}
     chosen = choose(scores, costs, within(costs, budget), cost)
@@ -194,19 +203,17 @@ def main(argv=None) -> None:
         content = {
             "submission": options.submission,
             "latency": options.latency,
-            "backbone": options.backbone,
-            "image_size": size,
-            "num_classes": classes,
+            **network._asdict(),
             "scored": len(scores.archs),
             "budget": budget,
             "cost": cost,
             "confidence": CONFIDENCE,
-            "critical_value": round(critical_value(len(chosen)), 6),
+            "critical_value": round(student_value(len(chosen)), 6),
             "networks": chosen,
         }
         write_json(options.out / "choice.json", content)
     shown = table(chosen, options.top, list(costs))
-    print_text(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost)}\n")
+    print_text(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost, latency)}\n")
 
 
 def axis_label(kind: str, latency: LatencyTable | None) -> str:

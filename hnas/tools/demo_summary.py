@@ -5,15 +5,15 @@ python -m hnas.tools.demo_summary --demo_dir output/demo
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 
+from hnas.architecture_file import in_shares, read_scores
 from hnas.base.command_line import OneLineParser, read_path
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import print_text
-from hnas.search_space import Architecture, search_space
+from hnas.search_space import search_space
 
 BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
 
@@ -26,14 +26,12 @@ def table(demo: Path) -> str:
     """
     space = search_space(BACKBONE)
     try:
-        scored = json.loads((demo / "stage3/submission.json").read_text()).values()
+        archs, accuracy = read_scores(demo / "stage3/submission.json")
         words = (demo / "seconds.txt").read_text().split()
     except OSError as error:
         raise UserError(f"{error.filename} is missing; run sh run_demo.sh to the end") from error
-    by_macs = sorted(
-        (space.macs(Architecture.from_code(entry["arch"]), IMAGE_SIZE, CLASSES), entry["acc"])
-        for entry in scored
-    )
+    costs = [space.macs(arch, IMAGE_SIZE, CLASSES) for arch in archs.values()]
+    by_macs = sorted(zip(costs, in_shares(accuracy).tolist(), strict=True))
     rows = [f"{'sub-network':<12}{'MACs':>12}{'top-1':>10}"]
     for name, index in (("largest", -1), ("median", len(by_macs) // 2), ("smallest", 0)):
         macs, accuracy = by_macs[index]

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import paddle
 
-from hnas.architecture_file import read_accuracies, read_architectures
+from hnas.architecture_file import in_shares, read_architectures, read_scores
 from hnas.base.files import read_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.transforms import normalize
@@ -129,11 +129,12 @@ def find_architecture(
             require(options, "arch")
         return Architecture.from_code(own), "", None
     if options.modelarch_file:
+        archs = read_architectures(options.modelarch_file)
         try:
-            archs, accuracies = read_accuracies(options.modelarch_file)
-            stated = dict(zip(archs, accuracies, strict=True))
-        except UserError:  # a list of codes alone
-            archs = read_architectures(options.modelarch_file)
+            accuracies = in_shares(read_scores(options.modelarch_file)[1])
+            stated = dict(zip(archs, accuracies.tolist(), strict=True))
+        except UserError as reason:  # a list of codes alone, among others
+            logger.info("scores are not compared: %s", reason)
     if options.arch not in archs and not options.arch.isdigit():
         if not archs:
             raise UserError(
@@ -149,9 +150,8 @@ def find_architecture(
             "weights, or a supernet's"
         )
     name = next((name for name, each in archs.items() if each == arch), "")
-    accuracy = float(stated.get(name, 0))
     # 0 stands for none in files that are still to be scored.
-    return arch, name, (accuracy if accuracy <= 1 else accuracy / 100) or None
+    return arch, name, stated.get(name) or None
 
 
 class Source(NamedTuple):

@@ -8,7 +8,7 @@ sum is compared with whole networks at the end. A run that is killed goes on fro
 
 from __future__ import annotations
 
-from hnas.base.errors import hold_signals, run_main
+from hnas.base.errors import UserError, hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
@@ -51,7 +51,7 @@ from hnas.base.settings import check_same_settings
 from hnas.models.resnet import BasicBlock, Head, ResNet, Stem
 from hnas.parallel.distributed import finished_before_stopping
 from hnas.programs.parsing import refuse_contrastive
-from hnas.ranking.costs import FORMAT, LatencyTable, Part, all_parts
+from hnas.ranking.costs import FORMAT, LatencyTable, Part, all_parts, is_time
 from hnas.search_space import (
     SAMPLE_SPACES,
     Architecture,
@@ -237,6 +237,10 @@ def measure(
         content = read_json(path)
         check_same_settings(path, content, settings, REMEDY)
         times = content.get("times", {})
+        rows = times.values() if isinstance(times, dict) else [None]
+        known = all(isinstance(row, list) and all(map(is_time, row)) for row in rows)
+        if not known:
+            raise UserError(f"{path} holds times that are none; {REMEDY}")
         logger.info("continuing with the %d programs of %s", len(times), path)
     logger.info("%d programs, %d times each, on %s", len(programs), rounds, settings["processor"])
     # Round after round, so that what slows the machine for a while slows no block in all of them.

@@ -12,23 +12,31 @@ gets report.html (all of it) and report.json. The last line printed is a JSON ob
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 
-from hnas.architecture_file import in_percent, in_shares, read_accuracies, read_scores, read_truth
+from hnas.architecture_file import (
+    check_one_unit,
+    in_percent,
+    in_shares,
+    read_accuracies,
+    read_scores,
+    read_truth,
+)
 from hnas.base.command_line import OneLineParser, path_text, read_path, whole_number
 from hnas.base.errors import UserError, run_main, shortened
 from hnas.base.files import check_writable, print_text, write_json, write_text
 from hnas.ranking.agreement import estimates_beside
-from hnas.ranking.correlations import RESAMPLES
+from hnas.ranking.correlations import RESAMPLES, with_ties
 from hnas.ranking.costs import costs_of
 from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
-from hnas.search_space import Architecture, search_space
-from hnas.tools.flops import add_network_flags
+from hnas.search_space import search_space
+from hnas.tools.flops import add_network_flags, network_of
 
 COUNTED = {"macs": "MACs", "params": "parameters"}
 PRINTED = (
@@ -48,19 +56,21 @@ PRINTED = (
 """Of a report, where it has them."""
 
 
-def _costs(archs: Iterable[Architecture], options) -> dict[str, np.ndarray]:
-    space = search_space(options.backbone)
-    return costs_of(archs, space, options.image_size, options.num_classes)
-
-
 def report_ranking(options) -> tuple[dict, str]:
     """The report on predictions and a truth, and its page."""
     gt = read_truth(options.gt)
     if options.pred in COUNTED:
-        archs, predicted = list(gt), _costs(gt, options)[options.pred]
+        archs, known = list(gt), None
+        with suppress(UserError):  # unless the truth is stage 3's
+            known, _ = estimates_beside(options.gt, archs, np.array([*gt.values()]) / 100)
+        network = network_of(options, known and known.network, options.gt)
+        costs = costs_of(archs, search_space(network.backbone), *network[1:])
+        predicted = costs[options.pred]
     else:
         named, predicted = read_accuracies(options.pred)
         archs = list(named.values())
+        if predicted.min() >= 0 and predicted.max() <= 100:
+            check_one_unit(options.pred, predicted)
     pred = dict(zip(archs, predicted.tolist(), strict=True))
     found = analyse_ranking(pred, gt, options.seed, options.resamples)
     report = {"pred": options.pred, "gt": options.gt, **found}
@@ -90,13 +100,13 @@ def report_scores(options) -> tuple[dict, str]:
         known, rows = estimates_beside(options.pred, list(archs.values()), in_shares(accuracy))
     except UserError as reason:
         unknown = [f"Standard errors are not known: {shortened(str(reason))}."]
-    accuracy, costs = in_percent(accuracy), _costs(archs.values(), options)
+    network = network_of(options, known and known.network, options.pred)
+    accuracy = with_ties(in_percent(accuracy))
+    costs = costs_of(archs.values(), search_space(network.backbone), *network[1:])
     found = analyse_scores(archs, accuracy, costs, known, rows)
     report = {
         "pred": options.pred,
-        "backbone": options.backbone,
-        "image_size": options.image_size,
-        "num_classes": options.num_classes,
+        **network._asdict(),
         **found,
         "notes": [*found["notes"], *unknown],
     }

@@ -59,7 +59,7 @@ from hnas.programs.runtime import (
     validation_images,
 )
 from hnas.ranking.agreement import expected_agreement
-from hnas.ranking.costs import UNITS, open_latency
+from hnas.ranking.costs import UNITS, Network, open_latency
 from hnas.search_space import Architecture
 from hnas.tools.choose import Scores, choose, conclusions, table
 from hnas.utils.starting import start_from_checkpoint
@@ -72,18 +72,18 @@ LISTED = 10
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Stage.SEARCH, argv, about=__doc__.splitlines()[0])
     refuse_contrastive(options.backbone, Stage.SEARCH)
-    latency = open_latency(
-        options.latency,
-        options.backbone,
-        options.image_size,
-        options.sample_space,
-        asked_by="--max_latency_ms" if options.max_latency_ms else "",
-    )
+    wanted = {"backbone": options.backbone, "image_size": options.image_size}
+    if options.sample_space == "full":  # that of all architectures serves the released ones, too
+        wanted["sample_space"] = options.sample_space
+    asked_by = "--max_latency_ms" if options.max_latency_ms else ""
+    latency = open_latency(options.latency, wanted, asked_by)
     arithmetic = start(options, scores=True)
     require(options, "ckpt_dir")
     check_chunk(options)
     space = space_of(options)
     images = validation_images(options)
+    if latency is not None:
+        latency.check({"num_classes": len(images.classes)})
     order = scored_order(options, images)
     network = build_network(options.backbone, len(images.classes), space)
     checkpoint = start_from_checkpoint(network, options.ckpt_dir, images.classes)
@@ -210,11 +210,13 @@ def write(folder: Path, options: Options, budget: Budget, scored: Scored) -> Non
     write_results(folder, archs, counts)
     warn_if_guessing(counts, budget.num_classes, "the best network")
     agreement = expected_agreement(counts.folds, counts.images, counts.images)
-    write_json(folder / ESTIMATES_FILE, estimates(archs, counts, agreement, counts.images))
+    network = Network(options.backbone, options.image_size, budget.num_classes)
+    found = estimates(archs, counts, agreement, counts.images, network)
+    write_json(folder / ESTIMATES_FILE, found)
     write_json(folder / "search.json", summary(options, budget, scored, chosen, cost))
     logger.info("%d networks: %s", len(archs), folder / "search.json")
     shown = table(chosen, LISTED, list(costs))
-    print_text(f"{shown}\n\n{conclusions(chosen, len(archs), cost)}\n")
+    print_text(f"{shown}\n\n{conclusions(chosen, len(archs), cost, budget.latency)}\n")
 
 
 def summary(

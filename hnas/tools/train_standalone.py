@@ -1,10 +1,8 @@
 """Train sub-networks from scratch, each as a network of its own: the ground truth of a ranking.
 
     python -m hnas.tools.train_standalone run --arch CODE --image_dir DIR
-    python -m hnas.tools.train_standalone run --arch CODE --init EXPORT --image_dir DIR
     python -m hnas.tools.train_standalone run --modelarch_file F --image_dir DIR --save_dir OUT
 
-With --init, training starts from weights that hnas.tools.export wrote.
 Takes the entry scripts' flags. OUT/results.json holds the accuracy of every architecture that is
 finished, in the organisers' form, so it can be a --gt of hnas.tools.rank_report. The same command
 continues after any kill.
@@ -25,14 +23,14 @@ from pathlib import Path
 import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
+from hnas.base.command_line import shown
 from hnas.base.files import read_json, remove_leftovers, write_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.image_store import sample_digest
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
 from hnas.evaluation.reference import evaluate_network
-from hnas.evaluation.results import warn_if_guessing
-from hnas.exporting.formats import FILES
+from hnas.evaluation.results import MOST_IMAGES, warn_if_guessing
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.programs.flags import Stage, default_of
@@ -53,12 +51,6 @@ from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.starting import describe_run
 from hnas.utils.training import fit, prepare
 from hnas.weights.checkpoint import RUN_NOTE, SET_NAME, remove_set
-from hnas.weights.loading import (
-    Checkpoint,
-    check_classes,
-    load_weights,
-    read_checkpoint,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +63,8 @@ def main(argv=None) -> None:
             "a --save_dir of its own"
         )
     archs = architectures(options)
-    initial = initial_weights(options)
     start(options)
     train = training_images(options)
-    if initial is not None:
-        check_classes(initial, train.classes, options.init)
     val = validation_images(options, train)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, train, crop)
@@ -83,7 +72,7 @@ def main(argv=None) -> None:
         **describe_run(replace(options, arch=""), loader),
         "val_images": val.digest(),
         "val_pixels": sample_digest(val),
-        "initial_weights": initial.digest if initial else None,
+        "initial_weights": None,  # earlier versions could start from others
     }
     folder = Path(options.save_dir)
     results = Results(folder, archs, settings)
@@ -92,7 +81,7 @@ def main(argv=None) -> None:
         own = folder / replace(arch, image_digit=True).code
         if arch not in results.entries:
             logger.info("architecture %d of %d: %s (%s)", number, len(archs), name, arch.code)
-            entry = train_one(options, arch, loader, val_loader, own, initial)
+            entry = train_one(options, arch, loader, val_loader, own)
             results.entries[arch] = entry
             results.write()
             logger.info("%s: validation top-1 %.4f", name, entry["acc"])
@@ -113,30 +102,6 @@ def architectures(options: Options) -> dict[str, Architecture]:
     if options.arch:
         return {options.arch: Architecture.from_code(options.arch)}
     return read_architectures(options.modelarch_file)
-
-
-def initial_weights(options: Options) -> Checkpoint | None:
-    """What ``--init`` names: a file, or the weights in the folder of an export.
-
-    Raises:
-        UserError: there is none, or no ``--arch``, or the weights say that they are of another one.
-    """
-    if not options.init:
-        return None
-    if not options.arch:
-        raise UserError("--init gives one network's weights; give its code as --arch")
-    path = Path(options.init)
-    if path.is_dir():
-        path = path / FILES["pdparams"][0]
-        if not path.is_file():
-            raise UserError(
-                f"--init {options.init} holds no {path.name}; export with --format pdparams"
-            )
-    checkpoint = read_checkpoint(path)
-    own = checkpoint.about.get("arch", options.arch)
-    if Architecture.from_code(own) != Architecture.from_code(options.arch):
-        raise UserError(f"--init {options.init} is the network {own}, not --arch {options.arch}")
-    return checkpoint
 
 
 class Results:
@@ -174,6 +139,7 @@ class Results:
                         f"{self.path} has another architecture of the name {name!r}; choose "
                         "another --save_dir"
                     )
+                check_finished(self.path, name, content[name])
                 self.names.setdefault(arch, name)
                 self.entries[arch] = content[name]
 
@@ -187,17 +153,25 @@ class Results:
         write_json(self.path, content)
 
 
+def check_finished(path: Path, name: str, entry: Mapping) -> None:
+    """Refuse an accuracy that no training gives; the :class:`UserError` names the entry."""
+    acc, top5, images = (entry.get(key) for key in ("acc", "top5", "images"))
+    numbers = type(images) is int and {type(acc), type(top5)} <= {int, float}
+    possible = numbers and 0 <= acc <= top5 <= 1 and 0 < images < MOST_IMAGES
+    if not possible or abs(acc * images - round(acc * images)) > 1e-6:
+        raise UserError(
+            f"{path}: entry {shown(name)} has acc {shown(acc)} and top5 {shown(top5)} of "
+            f"{shown(images)} images, which no training gives; remove the entry to train it again, "
+            "or choose another --save_dir"
+        )
+
+
 def train_one(
-    options: Options,
-    arch: Architecture,
-    loader: EpochLoader,
-    val: EvalLoader,
-    folder: Path,
-    initial: Checkpoint | None,
+    options: Options, arch: Architecture, loader: EpochLoader, val: EvalLoader, folder: Path
 ) -> dict:
     """Train one architecture, from the newest checkpoint in ``folder``, named by its code.
 
-    Without one, it starts from ``initial`` weights, or from new ones. The result depends on the
+    Without one, it starts from new weights. The result depends on the
     options and the images only, not on what was trained before.
 
     Returns:
@@ -213,11 +187,9 @@ def train_one(
     # names; here they begin anew for every network.
     with paddle.utils.unique_name.guard():
         network = ResNet(space.plan(arch), classes)
-        if initial is not None:
-            load_weights(network, initial.weights, options.init)
         model = StandaloneModel(network, code)
         prepare(model, own, len(loader))
-        fit(model, own, loader, files=initial and {"initial_weights": initial.digest})
+        fit(model, own, loader)
     counts = evaluate_network(network, val)
     warn_if_guessing(counts, classes, "the network")
     return {

@@ -135,7 +135,7 @@ NEUTRAL_FLAGS = frozenset((
     "save_dir", "save_dir_new", "save_freq", "save_steps", "keep", "log_freq", "eval_freq",
     "bn_calibration_images", "resume", "train_flag", "image_dir", "pretrained",
     "ckpt_dir", "num_workers", "device", "verify_images", "bad_images", "cache_dir",
-    "visualdl_dir", "modelarch_file", "init", "rank_gt",
+    "visualdl_dir", "modelarch_file", "rank_gt",
 ))
 # fmt: on
 # What decides which images a step of an epoch sees.

@@ -312,10 +312,17 @@ class TrainLogger:
 
     def history(self) -> dict:
         """What ``history.json`` holds; epochs count from 0, as the names of checkpoints do."""
-        losses = self.epoch_losses
+        losses, by = self.epoch_losses, "epoch_losses"
         best = int(np.argmin(losses)) if losses else None
+        # Validation images tell more than losses, and their ranking tells most.
+        for name in ("largest_top1", "kendall_tau_b"):
+            figures = [(row.get(name), -epoch) for epoch, row in self.validation.items()]
+            known = [figure for figure in figures if figure[0] is not None]
+            if known:
+                best, by = -max(known)[1], name
         norms = [None if math.isnan(norm) else norm for norm in self.epoch_norms]
         found = {"epoch_losses": losses, "epoch_gradient_norms": norms, "best_epoch": best}
+        found["best_by"] = by
         found["seconds"] = round(self._seconds(), 1)
         return {**found, "validation": self._validation_rows()} if self.validation else found
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save as save_safetensors
 
 from hnas.base.files import (
     digest_path,
+    distinct,
     file_digest,
     reason_of,
     recorded_digest,
@@ -178,7 +179,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 def _read_about(text, path: Path) -> dict:
     wrong = f"in {ABOUT!r} is not what this program writes"
     try:
-        about = json.loads(text)
+        about = json.loads(text, object_pairs_hook=distinct)
     except (TypeError, ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):
