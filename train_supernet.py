@@ -68,7 +68,7 @@ def main() -> None:
     options = parse_options(Stage.SCORE, about=__doc__.splitlines()[0])
     refuse_contrastive(options.backbone, Stage.SCORE)
     part = wanted_part(options)
-    arithmetic = start(options, scores=True)
+    arithmetic = start(options, part=options.images_part)
     if world_size() > 1 and options.eval_engine == "reference":
         raise UserError("--eval_engine reference runs in one process; shared runs in several")
     require(options, "ckpt_dir")

@@ -290,9 +290,6 @@ def test_a_process_walks_and_trains_in_its_own_precisions(card, here, monkeypatc
 
     tf32 = Machine("", gpus=1, tf32="on")
     assert walked(card) == [FLOAT32, FLOAT16] and walked(tf32) == [TF32]
-    monkeypatch.setattr(networks, "has_bfloat16", lambda: True)
-    assert walked(here) == [FLOAT32, BFLOAT16] and walked(here, True) == [FLOAT32]
-    monkeypatch.setattr(networks, "has_bfloat16", lambda: False)
     assert walked(here) == [FLOAT32]
     monkeypatch.setattr(paddle.amp, "is_bfloat16_supported", lambda: True)
     trained = [[way[1:] for way in networks.ways(m)][:2] for m in (card, tf32, here)]

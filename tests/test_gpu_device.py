@@ -19,7 +19,7 @@ from gpu_fakes import ERRORS, raising
 from paddle import nn
 
 import train_supernet
-from hnas.base import device, errors, onednn
+from hnas.base import device, errors
 from hnas.base.command_line import OneLineParser
 from hnas.base.device import Arithmetic, peak_memory, set_tf32
 from hnas.base.errors import UserError
@@ -28,7 +28,7 @@ from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.evaluation import gpu_kernels
 from hnas.evaluation.engine import wanted_variant
 from hnas.evaluation.results import evaluation_identity
-from hnas.evaluation.variants import Precision, Variant, cpu_variant
+from hnas.evaluation.variants import Precision, Variant
 from hnas.parallel import distributed
 from hnas.parallel.distributed import GradientExchange, StopSignals
 from hnas.parallel.rollcall import LostRankError
@@ -199,19 +199,9 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
     assert "epoch 1: peak memory 3.00 GiB on the GPU, " in caplog.text
 
 
-def test_cpus_score_in_bfloat16_if_they_have_it_and_train_in_float32(monkeypatch, tmp_path):
-    options = Options(device="cpu", amp="O1", save_dir=str(tmp_path))
-    with pytest.raises(UserError, match="--amp O1 needs a GPU; CPUs train in float32"):
-        runtime.start(options)
-    monkeypatch.setattr(onednn, "has_bfloat16", lambda: False)
-    with pytest.raises(UserError, match="--amp O1 on a CPU needs a processor with AVX512_BF16"):
-        runtime.start(options, scores=True)
-    monkeypatch.setattr(onednn, "has_bfloat16", lambda: True)
-    arithmetic = runtime.start(options, scores=True)
-    assert str(arithmetic).startswith("CPU, float32, amp O1")
-    assert wanted_variant(arithmetic, None) == cpu_variant(Precision.BFLOAT16)
-    with pytest.raises(UserError, match="re-calibration magnifies; give --amp O0"):
-        wanted_variant(arithmetic, paddle.zeros([4, 3, 8, 8], "uint8"))
+def test_cpus_compute_in_float32(tmp_path):
+    with pytest.raises(UserError, match="--amp O1 needs a GPU; CPUs compute in float32"):
+        runtime.start(Options(device="cpu", amp="O1", save_dir=str(tmp_path)))
     assert wanted_variant(Arithmetic("CPU", False), None) is None
 
 

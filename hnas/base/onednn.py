@@ -13,29 +13,20 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import Structure, byref, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import Structure, byref, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import paddle
 
-from hnas.base.errors import UserError
-
 # Values of the C interface's enumerations, oneDNN 3.
 CPU, ANY_FORMAT, IN_ORDER = 1, 1, 1
-BFLOAT16, FLOAT32 = 2, 3
-FORWARD_TRAINING, FORWARD_INFERENCE = 64, 96
-DIRECT_CONVOLUTION, RELU, MAX_POOLING, MEAN_POOLING = 0x1, 0x20, 0x1FF, 0x3FF
+FLOAT32, FORWARD_TRAINING, DIRECT_CONVOLUTION = 3, 64, 1
 QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 131, 132
 OUT_OF_MEMORY = 1
-SRC, DST, WEIGHTS, BIAS = 1, 17, 33, 41
-MEAN, VARIANCE, SCALE, SHIFT = 49, 50, 51, 52
+SRC, DST, WEIGHTS = 1, 17, 33
 DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 129, 145, 161
-GIVEN_STATISTICS, WITH_SCALE, WITH_SHIFT, THEN_RELU = 1, 2, 4, 8
-"""Flags of batch normalisation."""
-AVX512_BF16 = 0xE7
-"""Bits of the instruction sets that compute in bfloat16 and not by way of float32."""
 MAX_DIMENSIONS = 12
 LIBRARY = "libdnnl.so.3"
 """Named by its major version, whose documented C interface is all that is used."""
@@ -81,29 +72,12 @@ class Library:
             why = " (out of memory)" if status == OUT_OF_MEMORY else ""
             raise OneDNNError(f"{function} returned {status}{why}")
 
-    def description(self, shape, strides=None, dtype: int = FLOAT32) -> c_void_p:
+    def description(self, shape, strides=None) -> c_void_p:
         """A memory descriptor; without ``strides`` the primitive chooses the format."""
-        arguments = len(shape), dimensions(shape), dtype
+        arguments = len(shape), dimensions(shape), FLOAT32
         if strides is None:
             return self.make("dnnl_memory_desc_create_with_tag", *arguments, ANY_FORMAT)
         return self.make("dnnl_memory_desc_create_with_strides", *arguments, dimensions(strides))
-
-    def attributes(self, add: bool, relu: bool) -> c_void_p | None:
-        """What a primitive does to its result: add what its output holds, and ReLU."""
-        if not (add or relu):
-            return None
-        attributes = self.make("dnnl_primitive_attr_create")
-        then = self.make("dnnl_post_ops_create")
-        if add:
-            self.call("dnnl_post_ops_append_sum", then, c_float(1), 0, 0)
-        if relu:
-            self.call("dnnl_post_ops_append_eltwise", then, RELU, c_float(0), c_float(0))
-        self.call("dnnl_primitive_attr_set_post_ops", attributes, then)
-        return attributes
-
-    def has_bfloat16(self) -> bool:
-        """Whether it uses instructions that multiply in bfloat16: AVX512_BF16 or AMX."""
-        return self._functions.dnnl_get_effective_cpu_isa() & AVX512_BF16 == AVX512_BF16
 
     def size(self, description) -> int:
         """Bytes that a memory descriptor needs."""
@@ -157,10 +131,9 @@ def dense(shape) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def channels_last(shape, channels: int = 0) -> tuple[int, ...]:
-    """Strides of [N, C, H, W] that lies as [N, H, W, C], or as the first C of ``channels``."""
+def channels_last(shape) -> tuple[int, ...]:
+    """Strides of [N, C, H, W] that lies as [N, H, W, C]."""
     _, c, h, w = shape
-    c = channels or c
     return (c * h * w, 1, w * c, c)
 
 
@@ -179,19 +152,3 @@ def scratch(name: str, size: int) -> int:
     if held is None or held.shape[0] * 4 < size:
         held = _buffers[name] = paddle.empty([-(-size // 4)], "float32")
     return held.data_ptr()
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16 (AVX512_BF16, AMX), and oneDNN lets it."""
-    try:
-        return library().has_bfloat16()
-    except OneDNNError:
-        return False
-
-
-def refuse_without_bfloat16(what: str) -> None:
-    """Raise a :class:`UserError` where ``what`` asks for bfloat16 and the processor has none."""
-    if not has_bfloat16():
-        raise UserError(
-            f"{what} on a CPU needs a processor with AVX512_BF16 or AMX, and oneDNN; give --amp O0"
-        )

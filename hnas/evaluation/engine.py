@@ -20,7 +20,7 @@ from hnas.evaluation.ledger import Ledger, Part, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
 from hnas.evaluation.tree import naive_macs
-from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
+from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
 from hnas.ranking.costs import Network
@@ -173,29 +173,16 @@ class Walks:
 def wanted_variant(
     arithmetic: Arithmetic, calibration: paddle.Tensor | None, fuses: bool = True
 ) -> Variant | None:
-    """How the walk computes; None: on CPUs in float32, by what works there.
+    """How the walk computes; None: on CPUs, by what works there.
 
-    ``fuses`` says whether GPUs may use the fused operator. Half precision is float16 on GPUs, eight
-    times as fine as bfloat16, which CPUs have. What overflows is found.
-
-    Raises:
-        UserError: bfloat16 with re-calibration.
+    ``fuses`` says whether GPUs may use the fused operator. Half precision is float16, eight times
+    as fine as bfloat16. What overflows is found.
     """
-    if on_gpu():
-        rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
-        precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
-        images = 0 if calibration is None else len(calibration)
-        return choose_variant(precision, images, fuses)
-    if arithmetic.amp == "O0":
+    if not on_gpu():
         return None
-    if calibration is not None:
-        raise UserError(
-            "--amp O1 on a CPU is bfloat16, whose rounding re-calibration magnifies; give "
-            "--amp O0, or --bn_calibration_images 0 for weights trained with freeze_bn"
-        )
-    chosen = cpu_variant(Precision.BFLOAT16)
-    logger.info("the walk computes in %s", chosen)
-    return chosen
+    rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
+    precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
+    return choose_variant(precision, 0 if calibration is None else len(calibration), fuses)
 
 
 def default_chunk(space: SearchSpace, images: ScoredImages, evaluator: SharedEvaluator) -> int:

@@ -47,11 +47,11 @@ def fused_fault(precision: Precision, layout: str) -> str:
 
 def may_be_refusal(variant: Variant, error: Exception) -> bool:
     """Whether an error of a walk may be the fused operator's, so that one without it may work."""
-    return variant.fused and not variant.onednn and not getattr(error, "errno", None)
+    return variant.fused and not getattr(error, "errno", None)
 
 
-def gpu_kernels(variant: Variant, calibration: int) -> Kernels:
-    """Paddle's operators in a variant; of a GPU, or one by one of a CPU."""
+def kernels_of(variant: Variant, calibration: int) -> Kernels:
+    """What computes in a variant."""
     return Kernels(variant, calibration, fused_convolution if variant.fused else None)
 
 

@@ -1,6 +1,7 @@
-"""The convolutions of a walk: sliced out of the supernet, and computed by Paddle's operators.
+"""The convolutions of a walk: sliced out of the supernet, and computed.
 
-``cpu_kernels.py`` has faster ways of computing them on CPUs, ``gpu_kernels.py`` one on GPUs.
+By Paddle's operators; on CPUs the convolutions alone by oneDNN. ``gpu_kernels.py`` has a faster way
+on GPUs.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from itertools import count
 from typing import NamedTuple
 
 import paddle
@@ -16,7 +16,7 @@ from paddle.nn import functional as F  # noqa: N812
 
 from hnas.base.errors import PADDLE_ERRORS, UserError, word_of
 from hnas.evaluation.variants import Precision, Variant
-from hnas.models.convolution import ramp
+from hnas.models.convolution import channels_last_conv2d, ramp
 from hnas.models.elastic import ElasticResNet, batch_statistics
 
 STEM = (-1, 0, "stem")
@@ -40,16 +40,11 @@ class Convolution(NamedTuple):
         filters: of it, or the whole ones, whose leading part it uses.
         rest: (bias,), or with BatchNorm re-calibration (scale, shift).
         outputs: its output channels.
-        identity: a number that no other convolution of this process has.
     """
 
     filters: paddle.Tensor
     rest: tuple[paddle.Tensor, ...]
     outputs: int
-    identity: int
-
-
-new_identity = count().__next__
 
 
 class SlicedWeights:
@@ -85,7 +80,7 @@ class SlicedWeights:
         if (key, cin, cout) not in self._rest:
             axis = self._kernels.layout.index("C")
             narrow = tuple(leading_channels(part, cout, axis) for part in rest)
-            self._rest[key, cin, cout] = narrow, cout, new_identity()
+            self._rest[key, cin, cout] = narrow, cout
         if self._kernels.sliced:
             filters = self._narrow(key, filters, cin)[:cout]
         return Convolution(filters, *self._rest[key, cin, cout])
@@ -172,17 +167,15 @@ class Kernels:
         layout: of activations, ``NCHW`` or ``NHWC``.
         filters_last: whether filters are [O, K, K, I] instead of [O, I, K, K].
         dtype: of filters and biases; scales and shifts are float32.
+        sliced: whether filters are narrowed to the channels in use; oneDNN takes a part itself.
     """
-
-    sliced = True
-    """Whether filters are narrowed to the channels in use. If not, they are the whole."""
 
     def __init__(
         self, variant: Variant = PLAIN, calibration: int = 0, fused: Operator | None = None
     ):
         self.variant = variant
         self.calibration = calibration
-        self.layout = variant.layout
+        self.layout, self.sliced = variant.layout, not variant.onednn
         self.filters_last = fused is not None and self.layout == "NHWC"
         self.dtype = variant.precision.dtype
         self._spatial = [self.layout.index("H"), self.layout.index("W")]
@@ -219,15 +212,18 @@ class Kernels:
             activation, bias = "relu" if relu else "identity", conv.rest[0].flatten()
             given = x, conv.filters, bias, shortcut, stride, padding, self.layout, activation
             return self._fused(*given)
-        y = self.convolve(x, conv.filters, stride, padding)
+        y = self.convolve(x, conv, stride, padding)
         y = self._normalised(y, conv) if self.calibration else self._add_bias(y, conv.rest[0])
         if shortcut is not None:
             y = y + shortcut
         return F.relu(y) if relu else y
 
-    def convolve(self, x, filters, stride: int, padding: int):
+    def convolve(self, x, conv: Convolution, stride: int, padding: int):
         """A convolution without bias."""
-        return F.conv2d(x, filters, stride=stride, padding=padding, data_format=self.layout)
+        if self.variant.onednn:
+            return channels_last_conv2d(x, conv.filters, conv.outputs, stride, padding)
+        window = {"stride": stride, "padding": padding, "data_format": self.layout}
+        return F.conv2d(x, conv.filters, **window)
 
     def _add_bias(self, y, bias):
         if self.layout == "NCHW":
@@ -358,4 +354,4 @@ def _trial_convolution(
         filters = filters[:outputs, :inputs].contiguous()
     parts = 2 if kernels.calibration else 1
     rest = (kernels.vector(ramp([outputs]) + 1, is_bias=parts == 1),) * parts
-    return Convolution(kernels.arranged(filters), rest, outputs, new_identity())
+    return Convolution(kernels.arranged(filters), rest, outputs)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
 import paddle
 
-from hnas.base.device import on_gpu
+from hnas.base.device import keep_freed_memory, on_gpu
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
-from hnas.evaluation.cpu_kernels import cpu_kernels
-from hnas.evaluation.gpu_kernels import gpu_kernels
+from hnas.evaluation.gpu_kernels import kernels_of
 from hnas.evaluation.kernels import STEM, SlicedWeights
 from hnas.evaluation.tree import Child, Group, Node, PrefixTree
-from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
+from hnas.evaluation.variants import CPU_VARIANT, Precision, Variant, usual_variant
+from hnas.models.convolution import onednn_fault
 from hnas.models.elastic import ElasticResNet
 from hnas.search_space import Architecture
+
+logger = logging.getLogger(__name__)
 
 HEAD_ROWS = 2048
 """Feature vectors that are collected before the classifier multiplies them."""
@@ -53,14 +56,12 @@ class SharedEvaluator:
         self.take(archs)
         self._calibration = None if calibration is None else normalize(calibration)
         self._network = network
-        usual = usual_variant(Precision.FLOAT32) if on_gpu() else cpu_variant()
-        self.compute(variant or usual)
+        self.compute(variant or (usual_variant(Precision.FLOAT32) if on_gpu() else on_cpus()))
 
     def compute(self, variant: Variant) -> None:
         """Compute in ``variant`` from now on; programs and weights are prepared anew."""
         self.variant = variant
-        make = cpu_kernels if variant.onednn else gpu_kernels
-        self.kernels = make(variant, self.calibration_images)
+        self.kernels = kernels_of(variant, self.calibration_images)
         self.weights = SlicedWeights(self._network, self.kernels)
         head = self._network.head.fc.fn
         self.classifier = self.kernels.classifier(head.weight.detach(), head.bias.detach())
@@ -110,6 +111,14 @@ class SharedEvaluator:
         walk.run(x)
         counts.images += len(labels)
         return walk.watched
+
+
+def on_cpus() -> Variant:
+    """With oneDNN's convolutions; with Paddle's where they cannot be trusted, which is logged."""
+    keep_freed_memory()
+    if fault := onednn_fault():
+        logger.warning("scoring by Paddle's operators, several times slower: %s", fault)
+    return Variant() if fault else CPU_VARIANT
 
 
 class _Walk:

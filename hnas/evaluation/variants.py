@@ -54,7 +54,7 @@ class Variant:
         layout: of activations, ``NCHW`` or ``NHWC``.
         fused: convolution, bias, shortcut and ReLU are one operator, see ``gpu_kernels.py``.
             Not with BatchNorm re-calibration, which needs the convolution's output by itself.
-        onednn: by oneDNN's kernels, on CPUs, instead of by Paddle's operators.
+        onednn: convolutions by oneDNN, on CPUs, in float32 and NHWC.
     """
 
     precision: Precision = Precision.FLOAT32
@@ -77,6 +77,5 @@ def usual_variant(precision: Precision, fused: bool = False) -> Variant:
     return Variant(precision, "NHWC" if precision.is_half else "NCHW", fused)
 
 
-def cpu_variant(precision: Precision = Precision.FLOAT32) -> Variant:
-    """How CPUs compute."""
-    return Variant(precision, "NHWC", fused=True, onednn=True)
+CPU_VARIANT = Variant(layout="NHWC", onednn=True)
+"""How CPUs compute, where oneDNN can be trusted."""

@@ -1,4 +1,4 @@
-"""The convolutions of a network in training: oneDNN's on CPUs, Paddle's elsewhere.
+"""Convolutions on CPUs: oneDNN's, for training and for stage three's walk; Paddle's elsewhere.
 
 A network computes with Paddle's until :func:`use_onednn` is called on it.
 """
@@ -6,7 +6,7 @@ A network computes with Paddle's until :func:`use_onednn` is called on it.
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import paddle
@@ -26,6 +26,7 @@ from hnas.base.onednn import (
     QUERY_WEIGHTS,
     SRC,
     WEIGHTS,
+    Step,
     channels_last,
     dense,
     dimensions,
@@ -37,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Of a trial: relative to the largest value. Summing in another order differs by about 1e-6.
 TOLERANCE = 1e-4
-# Sub-networks of the released space need some 250 combinations of shapes.
-KEPT_CONVOLUTIONS = 1024
+# A walk over the released space needs some 1,500 combinations of shapes, training 250.
+KEPT_CONVOLUTIONS = 4096
 
 
 def convolve(conv: nn.Layer, x: paddle.Tensor, onednn: bool) -> paddle.Tensor:
@@ -59,17 +60,11 @@ def onednn_takes(x: paddle.Tensor) -> bool:
 def use_onednn(*networks: nn.Layer) -> bool:
     """Let networks compute their convolutions by oneDNN; whether that works here.
 
-    It relies on the library that Paddle ships, so it is tried before it is trusted. If it fails,
-    the log says why, and the networks stay as they are.
+    If it does not, the log says why, and the networks stay as they are.
     """
     if paddle.get_device() != "cpu":
         return False
-    try:
-        difference = _largest_difference()
-        fault = "" if difference < TOLERANCE else f"oneDNN's differ by {difference:g}"
-    except PADDLE_ERRORS as error:
-        fault = word_of(error)
-    if fault:
+    if fault := onednn_fault():
         logger.warning("convolutions run on Paddle's slower operators: %s", fault)
         return False
     for network in networks:
@@ -77,6 +72,18 @@ def use_onednn(*networks: nn.Layer) -> bool:
             if hasattr(layer, "onednn"):
                 layer.onednn = True
     return True
+
+
+def onednn_fault() -> str:
+    """What is wrong with oneDNN here; empty: nothing.
+
+    It is of the library that Paddle ships, so it is tried before it is trusted.
+    """
+    try:
+        difference = _largest_difference()
+    except PADDLE_ERRORS as error:
+        return word_of(error)
+    return "" if difference < TOLERANCE else f"oneDNN's differ by {difference:g}"
 
 
 def _largest_difference() -> float:
@@ -94,6 +101,9 @@ def _largest_difference() -> float:
             onednn_conv2d(x, weight, 8, **window),
         ):
             results.append([y, *paddle.grad(y, tensors, ramp(y.shape))])
+        last = channels_last_conv2d(x.detach().transpose([0, 2, 3, 1]), weight, 8, **window)
+        for result, y in zip(results, (results[0][0], last.transpose([0, 3, 1, 2])), strict=True):
+            result.append(y)
         for expected, found in zip(*results, strict=True):
             difference = (expected - found).abs().max() / expected.abs().max()
             worst = max(worst, float(difference))
@@ -116,6 +126,13 @@ def onednn_conv2d(x, weight, channels: int, stride: int, padding: int) -> paddle
     if paddle.is_grad_enabled():
         return _OneDNNConvolution.apply(x, weight, convolution)
     return convolution.forward(x, weight)[0]
+
+
+def channels_last_conv2d(x, weight, channels: int, stride: int, padding: int) -> paddle.Tensor:
+    """As :func:`onednn_conv2d`, of [N, H, W, C] to [N, H', W', ``channels``]; no gradient."""
+    n, height, width, inputs = x.shape
+    shapes = (n, inputs, height, width), tuple(weight.shape)
+    return convolution_of(*shapes, channels, stride, padding).forward_last(x, weight)
 
 
 class _OneDNNConvolution(PyLayer):
@@ -153,31 +170,41 @@ class Convolution:
         part = (channels, inputs, kernel, kernel)
         w_plain, w_any = lib.description(part, dense(weight_shape)), lib.description(part)
         window = [dimensions([number] * 2) for number in (stride, 0, padding, padding)]
-        forward = lib.make(
+        self._gradients_of = lib, x, w_plain, w_any, y, window
+        self._made = lib.make(
             "dnnl_convolution_forward_primitive_desc_create",
             *(lib.engine, FORWARD_TRAINING, DIRECT_CONVOLUTION, x, w_any, None, y, *window, None),
         )
+        w_forward = lib.chosen(self._made, QUERY_WEIGHTS)
+        self._x_last, self._x_first = lib.reorder(x_plain, x), lib.reorder(x, x_plain)
+        self._y_last, self._y_first = lib.reorder(y_plain, y), lib.reorder(y, y_plain)
+        self._pack = lib.reorder(w_plain, w_forward)
+        self._forward = lib.step(self._made, (SRC, x), (WEIGHTS, w_forward), (DST, y))
+        self._packed_bytes = lib.size(w_forward)
+        self._x_bytes, self._y_bytes = lib.size(x), lib.size(y)
+
+    @cached_property
+    def _gradients(self) -> tuple[int, tuple[Step, Step], tuple[Step, Step]]:
+        """Bytes of a packed weight; packing and computing for the input's gradient; computing and
+        unpacking for the weight's. A walk needs none of them."""
+        lib, x, w_plain, w_any, y, window = self._gradients_of
         to_input = lib.make(
             "dnnl_convolution_backward_data_primitive_desc_create",
-            *(lib.engine, DIRECT_CONVOLUTION, x, w_any, y, *window, forward, None),
+            *(lib.engine, DIRECT_CONVOLUTION, x, w_any, y, *window, self._made, None),
         )
         to_weight = lib.make(
             "dnnl_convolution_backward_weights_primitive_desc_create",
-            *(lib.engine, DIRECT_CONVOLUTION, x, w_any, None, y, *window, forward, None),
+            *(lib.engine, DIRECT_CONVOLUTION, x, w_any, None, y, *window, self._made, None),
         )
-        w_forward = lib.chosen(forward, QUERY_WEIGHTS)
         w_input = lib.chosen(to_input, QUERY_WEIGHTS)
         w_gradient = lib.chosen(to_weight, QUERY_DIFF_WEIGHTS)
-        self._x_last, self._x_first = lib.reorder(x_plain, x), lib.reorder(x, x_plain)
-        self._y_last, self._y_first = lib.reorder(y_plain, y), lib.reorder(y, y_plain)
-        self._pack_forward = lib.reorder(w_plain, w_forward)
-        self._pack_input = lib.reorder(w_plain, w_input)
-        self._unpack = lib.reorder(w_gradient, w_plain)
-        self._forward = lib.step(forward, (SRC, x), (WEIGHTS, w_forward), (DST, y))
-        self._to_input = lib.step(to_input, (DIFF_DST, y), (WEIGHTS, w_input), (DIFF_SRC, x))
-        self._to_weight = lib.step(to_weight, (SRC, x), (DIFF_DST, y), (DIFF_WEIGHTS, w_gradient))
-        self._packed_bytes = max(lib.size(each) for each in (w_forward, w_input, w_gradient))
-        self._x_bytes, self._y_bytes = lib.size(x), lib.size(y)
+        input_step = lib.step(to_input, (DIFF_DST, y), (WEIGHTS, w_input), (DIFF_SRC, x))
+        weight_step = lib.step(to_weight, (SRC, x), (DIFF_DST, y), (DIFF_WEIGHTS, w_gradient))
+        return (
+            max(lib.size(each) for each in (w_input, w_gradient)),
+            (lib.reorder(w_plain, w_input), input_step),
+            (weight_step, lib.reorder(w_gradient, w_plain)),
+        )
 
     def forward(self, x, weight) -> tuple[paddle.Tensor, paddle.Tensor]:
         """The output, and what the input's values are with channels last."""
@@ -185,26 +212,36 @@ class Convolution:
         y, last = paddle.empty(self.y_shape, "float32"), paddle.empty(self.x_shape, "float32")
         y_last = scratch("output", self._y_bytes)
         run(self._x_last, x.contiguous().data_ptr(), last.data_ptr())
-        run(self._pack_forward, weight.data_ptr(), pack)
+        run(self._pack, weight.data_ptr(), pack)
         run(self._forward, last.data_ptr(), pack, y_last)
         run(self._y_first, y_last, y.data_ptr())
         return y, last
+
+    def forward_last(self, x, weight) -> paddle.Tensor:
+        """The output [N, H', W', C'] of an input [N, H, W, C]: of what lies so already."""
+        run, pack = self._lib.run, scratch("weight", self._packed_bytes)
+        n, channels, height, width = self.y_shape
+        y = paddle.empty([n, height, width, channels], "float32")
+        run(self._pack, weight.data_ptr(), pack)
+        run(self._forward, x.contiguous().data_ptr(), pack, y.data_ptr())
+        return y
 
     def backward(self, last, weight, dy, wants_input: bool):
         """Gradients of the input, if wanted, and of the whole weight, from the output's.
 
         ``last`` is what :meth:`forward` gave with the output.
         """
-        run, pack = self._lib.run, scratch("weight", self._packed_bytes)
+        packed_bytes, (pack_input, to_input), (to_weight, unpack) = self._gradients
+        run, pack = self._lib.run, scratch("weight", packed_bytes)
         dy_last, dx = scratch("output", self._y_bytes), None
         dw = paddle.empty_like(weight) if self._uses_whole else paddle.zeros_like(weight)
         run(self._y_last, dy.contiguous().data_ptr(), dy_last)
-        run(self._to_weight, last.data_ptr(), dy_last, pack)
-        run(self._unpack, pack, dw.data_ptr())
+        run(to_weight, last.data_ptr(), dy_last, pack)
+        run(unpack, pack, dw.data_ptr())
         if wants_input:
             dx, dx_last = paddle.empty(self.x_shape, "float32"), scratch("input", self._x_bytes)
-            run(self._pack_input, weight.data_ptr(), pack)
-            run(self._to_input, dy_last, pack, dx_last)
+            run(pack_input, weight.data_ptr(), pack)
+            run(to_input, dy_last, pack, dx_last)
             run(self._x_first, dx_last, dx.data_ptr())
         return dx, dw
 

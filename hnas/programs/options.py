@@ -210,9 +210,8 @@ class Options:
     seed: int = machine(0, "of data order, augmentations, sub-networks and new weights")
     device: str = machine("auto", "auto, cpu or gpu", "name", choices=("auto", "cpu", "gpu"))
     amp: str = machine("O0",
-        "half precision: O0 (none), O1; stage 3 and search take O2 for O1; on CPUs only they, in "
-        "bfloat16, if the processor has AVX512_BF16 or AMX", "name", choices=("O0", "O1", "O2"),
-        stages=ALL - EXPORT)
+        "half precision on GPUs: O0 (none), O1; stage 3 and search take O2 for O1", "name",
+        choices=("O0", "O1", "O2"), stages=ALL - EXPORT)
     tf32: str = machine("auto",
         "float32 on GPUs with 10 bits of mantissa in convolutions and matrix products: on or off; "
         "auto: as Paddle has it, convolutions only", "name", choices=("auto", "on", "off"))

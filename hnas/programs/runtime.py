@@ -26,7 +26,6 @@ from hnas.base.device import (
 )
 from hnas.base.errors import UserError
 from hnas.base.files import check_writable, claim_folder
-from hnas.base.onednn import refuse_without_bfloat16
 from hnas.dataset.image_folder import (
     DataError,
     ImageList,
@@ -55,13 +54,13 @@ from hnas.search_space import SearchSpace, search_space
 logger = logging.getLogger(__name__)
 
 
-def start(options: Options, writes: bool = True, scores: bool = False) -> Arithmetic:
+def start(options: Options, writes: bool = True, part: str = "") -> Arithmetic:
     """Choose the device and how it rounds, meet the run's other processes, seed every generator.
 
     Args:
         options: of the run.
         writes: whether there will be results, for which ``save_dir`` is tried now.
-        scores: whether it walks over sub-networks, which some CPUs do in half precision.
+        part: of stage 3's images; each may have a process of its own in the folder.
 
     Raises:
         UserError: a GPU is asked for and Paddle has none, or fewer than processes; the device
@@ -74,9 +73,7 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
         raise UserError(f"{local_ranks()} processes, but {visible_gpus()} visible GPUs; lower gpus")
     choose_device(options.device)
     if options.amp != "O0" and not on_gpu():
-        if not scores:
-            raise UserError(f"--amp {options.amp} needs a GPU; CPUs train in float32")
-        refuse_without_bfloat16(f"--amp {options.amp}")
+        raise UserError(f"--amp {options.amp} needs a GPU; CPUs compute in float32")
     tf32 = set_tf32(options.tf32)
     if options.deterministic:
         set_deterministic()
@@ -89,7 +86,7 @@ def start(options: Options, writes: bool = True, scores: bool = False) -> Arithm
             check_writable(options.visualdl_dir, "--visualdl_dir")
     join_processes(cpu=not on_gpu())
     if writes and is_main_process():
-        claim_folder(options.save_dir, "--save_dir", options.images_part if scores else "")
+        claim_folder(options.save_dir, "--save_dir", part)
     seed_generators(options.seed)
     logger.info("device %s (%s), seed %d", paddle.get_device(), arithmetic, options.seed)
     if world_size() > 1:

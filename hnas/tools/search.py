@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted["sample_space"] = options.sample_space
     asked_by = "--max_latency_ms" if options.max_latency_ms else ""
     latency = open_latency(options.latency, wanted, asked_by)
-    arithmetic = start(options, scores=True)
+    arithmetic = start(options)
     require(options, "ckpt_dir")
     check_chunk(options)
     space = space_of(options)

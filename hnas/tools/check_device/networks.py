@@ -14,13 +14,12 @@ from paddle import nn
 
 from hnas.base.device import set_deterministic
 from hnas.base.errors import PADDLE_ERRORS, is_out_of_memory, word_of
-from hnas.base.onednn import has_bfloat16
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.gpu_kernels import fused_fault, may_be_refusal
 from hnas.evaluation.reference import network_logits
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import compare
-from hnas.evaluation.variants import Precision, Variant, cpu_variant, usual_variant
+from hnas.evaluation.variants import CPU_VARIANT, Precision, Variant, usual_variant
 from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.models.pinasv2 import build_network
@@ -125,10 +124,7 @@ def scenes(machine: rows.Machine) -> Iterator[Scene]:
 def variants(machine: rows.Machine, calibrates: bool) -> Iterator[Variant]:
     """The ways to walk that stage three may choose between."""
     if not machine.gpus:
-        yield cpu_variant()
-        # With re-calibration, which magnifies its rounding, half precision is refused there.
-        if has_bfloat16() and not calibrates:
-            yield cpu_variant(BFLOAT16)
+        yield CPU_VARIANT
         return
     for precision in (TF32,) if machine.tf32 == "on" else (FLOAT32, FLOAT16):
         usual = usual_variant(precision)
@@ -141,8 +137,6 @@ def check_walk(machine: rows.Machine) -> Iterator[rows.Result]:
     """Logits and hits of every architecture in every variant."""
     if not machine.gpus:
         yield rows.not_here("the fused convolution, float16 and TF32", "need a GPU")
-        if not has_bfloat16():
-            yield rows.not_here("the walk in bfloat16", "needs AVX512_BF16 or AMX")
     for variant in variants(machine, calibrates=True) if machine.gpus else ():
         reason = fused_fault(variant.precision, variant.layout)
         name = f"fused convolution in {variant.precision.value}"
