@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import noise_images
+from entry_scripts import ROOT, noise_images
+from independent import normalized
 from paddle.vision.transforms import CenterCrop, Resize
 from PIL import Image
 
@@ -35,8 +35,6 @@ from hnas.dataset.transforms import (
 from hnas.evaluation.images import Batches, ScoredImages
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images
-
-ROOT = Path(__file__).parents[1]
 
 
 def gradient_image(width=48, height=40):
@@ -61,12 +59,8 @@ def folder(tmp_path_factory):
 
 def test_normalize_is_imagenets():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8)
-    expected = np.empty((2, 3, 4, 5))
-    for channel, (mean, std) in enumerate(
-        zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
-    ):
-        expected[:, channel] = (images[:, channel] / 255 - mean) / std
-    np.testing.assert_allclose(normalize(paddle.to_tensor(images)).numpy(), expected, rtol=1e-4)
+    found = normalize(paddle.to_tensor(images)).numpy()
+    np.testing.assert_allclose(found, normalized(images), rtol=1e-4, atol=1e-6)
 
 
 def test_evaluation_gives_paddles_pixels():
@@ -149,10 +143,11 @@ def test_batches_depend_on_seed_and_epoch_only(folder):
     there, val_there = loaders(folder, workers=2)
     assert_same(collect(there.epoch(1)), reference)
     assert_same(collect(val_there), collect(val))
-    # The folder's order, class after class, where nothing is to be shuffled; by parts of a batch.
-    shares = [EpochLoader(train.dataset, 2, 0, rank, 2, shuffle=False) for rank in range(2)]
-    whole = zip(*(loader.batches(1) for loader in shares), strict=True)
-    assert np.concatenate([part for parts in whole for part in parts]).tolist() == [*range(12)]
+    # Ranks have the batches of one process, in parts.
+    for shuffle, whole in ((True, train.batches(1)), (False, np.arange(12).reshape(3, 4))):
+        shares = [EpochLoader(train.dataset, 2, 0, rank, 2, shuffle=shuffle) for rank in range(2)]
+        joined = zip(*(loader.batches(1) for loader in shares), strict=True)
+        np.testing.assert_array_equal([np.concatenate(parts) for parts in joined], whole)
     for other in (train.epoch(2), loaders(folder, seed=4)[0].epoch(1)):
         assert not np.array_equal(reference[0][0], next(iter(other))[0].numpy())
 

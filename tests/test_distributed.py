@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from entry_scripts import ROOT, TIMEOUT, Runs, write_inputs
 
+from hnas.architecture_file import submission
 from hnas.base.files import write_json
-from hnas.dataset.image_folder import scan_images
-from hnas.dataset.loader import EpochLoader, ImageDataset
 from hnas.parallel.rollcall import LostRankError, RollCall
 from hnas.search_space import RESNET48_MINI
 
@@ -36,13 +35,9 @@ def found(tmp_path_factory):
     launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", "4"]
     launcher += ["--log_dir", str(work / "log")]
     for how in ([], launcher):
-        done = subprocess.run(
-            [sys.executable, *how, str(WORKER), str(work)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
+        command = [sys.executable, *how, str(WORKER), str(work)]
+        kept = {"capture_output": True, "text": True, "timeout": TIMEOUT}
+        done = subprocess.run(command, env=environment, **kept)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     whole = dict(np.load(work / "0of1.npz"))
     return whole, [dict(np.load(work / f"{rank}of4.npz")) for rank in range(4)]
@@ -113,7 +108,7 @@ def test_a_step_reduces_gradients_once(found):
         assert found[0][f"{stage} calls"].tolist() == [0] * number
 
 
-# --- data
+# --- runs
 
 
 @pytest.fixture(scope="module")
@@ -122,20 +117,6 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder, 4)
     return folder
-
-
-def test_ranks_share_the_batches_of_one_process(work):
-    dataset = ImageDataset(scan_images(work / "images", "train"), lambda *_: (), seed=3)
-    whole = EpochLoader(dataset, 12)
-    shares = [EpochLoader(dataset, 3, rank=rank, world_size=4) for rank in range(4)]
-    assert {len(share) for share in shares} == {len(whole)} == {3}
-    for epoch in (0, 5):
-        joined = zip(*(share.batches(epoch) for share in shares), strict=True)
-        for batch, parts in zip(whole.batches(epoch), joined, strict=True):
-            np.testing.assert_array_equal(np.concatenate(parts), batch)
-
-
-# --- runs
 
 
 class LoggedRuns(Runs):
@@ -218,14 +199,9 @@ def test_a_stopped_run_resumes_on_another_number_of_ranks(runs):
 def test_scores_are_one_processs_byte_for_byte(runs, work):
     rng = np.random.default_rng(0)
     archs = {f"n{i}": RESNET48_MINI.sample(rng) for i in range(30)}
-    file = {name: {"acc": 0.0, "arch": arch.code} for name, arch in archs.items()}
-    write_json(work / "archs.json", file)
-    variables = {
-        "ckpt_dir": work / "pretrained.pdparams",
-        "modelarch_file": work / "archs.json",
-        "chunk_size": 3,
-        "eval_images": 37,
-    }
+    write_json(work / "archs.json", submission(archs, [0.0] * 30))
+    variables = {"ckpt_dir": work / "pretrained.pdparams", "modelarch_file": work / "archs.json"}
+    variables |= {"chunk_size": 3, "eval_images": 37}
     runs.run(3, "scores1", 1, **variables)
     process = runs.start(3, "scores", 2, **variables)
     deadline = time.monotonic() + TIMEOUT

@@ -113,8 +113,6 @@ def test_cpus_and_cards_without_tf32_compute_in_float32(monkeypatch, mode):
 @pytest.mark.parametrize("stage", list(Stage), ids=str)
 def test_every_program_takes_the_flags_and_refuses_tf32_on_cpus(stage, tmp_path):
     given = ["--save_dir", str(tmp_path), "--device", "cpu"]
-    with pytest.raises(UserError, match="--tf32: 'fast'; allowed: auto, on, off"):
-        parse_options(stage, [*given, "--tf32", "fast"])
     options = parse_options(stage, [*given, "--tf32", "on", "--deterministic", "True"])
     with pytest.raises(UserError, match="--tf32 on needs a GPU"):
         runtime.start(options)
@@ -202,7 +200,6 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
 def test_cpus_compute_in_float32(tmp_path):
     with pytest.raises(UserError, match="--amp O1 needs a GPU; CPUs compute in float32"):
         runtime.start(Options(device="cpu", amp="O1", save_dir=str(tmp_path)))
-    assert wanted_variant(Arithmetic("CPU", False), None) is None
 
 
 # --- errors

@@ -7,7 +7,7 @@ import gpu_fakes
 import numpy as np
 import paddle
 import pytest
-from gpu_fakes import raising
+from gpu_fakes import DEVICE, raising
 from independent import Images, supernet
 
 from hnas.evaluation import engine, gpu_kernels, spot_check
@@ -92,13 +92,6 @@ def test_half_precision_stays_half(network, archs, calibrated, monkeypatch):
     assert 2**-12 < found.relative < Precision.FLOAT16.tolerance / 2
 
 
-def test_bfloat16_rounds_several_times_as_much_as_float16(network, archs, monkeypatch):
-    gpu_fakes.half_operators(monkeypatch)
-    halves = Precision.FLOAT16, Precision.BFLOAT16
-    fine, coarse = (compared(network, archs, usual_variant(half)).relative for half in halves)
-    assert coarse > 3 * fine
-
-
 # --- the fused operator
 
 
@@ -135,26 +128,16 @@ def changed(**wrong):
 
 
 def rounding_operator(*arguments):
-    return gpu_fakes.rounded_to_tf32(
-        gpu_fakes.fused_operator(*map_tensors(gpu_fakes.rounded_to_tf32, arguments))
-    )
-
-
-def map_tensors(function, arguments):
-    return [function(part) if isinstance(part, paddle.Tensor) else part for part in arguments]
+    to_tf32 = gpu_fakes.rounded_to_tf32
+    rounded = (to_tf32(part) if isinstance(part, paddle.Tensor) else part for part in arguments)
+    return to_tf32(gpu_fakes.fused_operator(*rounded))
 
 
 BROKEN = {
     "no such operator": (raising(AttributeError("no attribute")), "fails: no attribute"),
     "a static one": (raising(TypeError("\nmust be Value, but got Tensor")), "must be Value"),
-    "no kernel": (raising(RuntimeError("(NotFound) no kernels")), "no kernels"),
-    "cuDNN refuses": (raising("cuDNN"), "fails: (External) CUDNN error(3000), CUDNN_STATUS_NOT_S"),
-    "fatal": (raising("Fatal"), "fails: (Fatal) Operator has raised an exception"),
-    "no memory": (
-        raising("memory"),
-        "fails: (ResourceExhausted) Out of memory error on GPU 0. Cannot",
-    ),
-    "another kind": (raising("kind"), "fails: (OutOfRange) axis is out of range"),
+    "no memory": (raising("memory"), "fails: (ResourceExhausted) Out of memory error on GPU 0. C"),
+    **{kind: (raising(kind), f"fails: {gpu_fakes.ERRORS[kind][1][:30]}") for kind in DEVICE},
     "loses the shortcut": (changed(shortcut=lambda _: None), "differs by"),
     "loses the bias": (changed(bias=lambda b: b * 0), "differs by"),
     "ReLU always": (changed(activation=lambda _: "relu"), "differs by"),
@@ -173,7 +156,7 @@ def test_a_broken_operator_is_not_used_and_the_log_says_why(case, fuse, caplog):
     assert reason in caplog.text and "not fused" in caplog.text
 
 
-@pytest.mark.parametrize("kind", gpu_fakes.DEVICE)
+@pytest.mark.parametrize("kind", DEVICE)
 def test_an_operator_that_fails_later_is_given_up_from_that_chunk_on(
     network, archs, kind, fuse, tmp_path, monkeypatch, caplog
 ):
@@ -295,15 +278,9 @@ def test_on_a_gpu_the_error_says_what_rounds_less(network, archs, precision, adv
     gpu_fakes.fake_card(monkeypatch)
     monkeypatch.setattr(spot_check, "network_logits", lambda *_: paddle.ones([3, 4]).cumsum(1))
     with pytest.raises(EngineError) as error:
-        spot_check.spot_check(
-            network,
-            ("n0", archs["n0"]),
-            ([], paddle.zeros([3], "int64")),
-            None,
-            paddle.zeros([3, 4]),
-            (0, 3),
-            precision,
-        )
+        batch, logits = ([], paddle.zeros([3], "int64")), paddle.zeros([3, 4])
+        arch = "n0", archs["n0"]
+        spot_check.spot_check(network, arch, batch, None, logits, (0, 3), precision)
     message = str(error.value)
     assert advice in message and "hnas.tools.check_device" in message
     assert "differ by up to 4, 3.6 of their standard deviation" in message
@@ -337,12 +314,3 @@ def test_a_walk_takes_60_percent_of_a_cards_free_memory_and_a_quarter_of_a_machi
     assert chunk(Precision.FLOAT16) == int(0.6 * 12 * 2**30 / (2 * numbers))
     gpu_fakes.fake_card(monkeypatch, gib=80)
     assert chunk(Precision.FLOAT16) == 1024
-
-
-def test_the_fake_rounds_to_tf32():
-    """Ten bits of mantissa, to nearest, ties to even."""
-    x = np.float32([1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, -(1 + 2**-11 + 2**-20), 3e38, 0])
-    found = gpu_fakes.rounded_to_tf32(paddle.to_tensor(x)).numpy()
-    wanted = [1 + 2**-10, 1, 1 + 2**-9, -(1 + 2**-10)]
-    np.testing.assert_array_equal(found[:4], np.float32(wanted))
-    assert found[4] == pytest.approx(3e38, rel=2**-11) and found[5] == 0

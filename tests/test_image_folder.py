@@ -14,13 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hnas.dataset.image_folder import (
-    MAX_ASPECT,
-    DataError,
-    decode_image,
-    list_hash,
-    scan_images,
-)
+from hnas.dataset.image_folder import MAX_ASPECT, DataError, decode_image, list_hash, scan_images
 from hnas.dataset.transforms import EvalTransform
 
 CLASSES = ("cat", "dog")
@@ -42,10 +36,6 @@ def root(tmp_path) -> Path:
             write_image(root / "train" / name / f"{index}.png", 10 * label + index)
         (root / "train" / name / "notes.txt").write_text("no image")
     return root
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:150])
 
 
 def names(images) -> list[str]:
@@ -160,7 +150,7 @@ def test_skipping_leaves_out_what_cannot_be_decoded_now(root):
 
 def test_a_class_without_a_good_image(root):
     for path in (root / "train" / "cat").glob("*.png"):
-        truncate(path)
+        path.write_bytes(path.read_bytes()[:150])
     with pytest.raises(DataError, match="no image of class 'cat' can be decoded"):
         scan_images(root, "train", bad_images="skip")
 
@@ -177,10 +167,9 @@ def colour_png(pixels: np.ndarray) -> bytes:
         return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    )
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + data
 
 
 def saved(pixels: np.ndarray, kind: str) -> bytes:

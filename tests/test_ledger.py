@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from entry_scripts import noise_images, run
+from entry_scripts import ROOT, noise_images, run
 from hypothesis import given
 from hypothesis import strategies as st
 from independent import counts_of
@@ -25,7 +25,7 @@ from hnas.tools import export, search, train_standalone
 from hnas.weights import loading
 from hnas.weights.loading import load_supernet, write_state
 
-DEMO = Path(__file__).parents[1] / "checkpoint_files/demo_stage2.pdparams"
+DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
 ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
 
@@ -147,11 +147,8 @@ def stopped_at(folder, order) -> tuple[int, bytes]:
 
 
 def test_a_stop_by_the_ranking_is_the_same_whoever_did_which_chunk(tmp_path):
-    orders = [
-        range(0, 1000, 50),
-        range(950, -1, -50),
-        [*range(50, 1000, 100), *range(0, 1000, 100)],
-    ]
+    mixed = [*range(50, 1000, 100), *range(0, 1000, 100)]
+    orders = [range(0, 1000, 50), range(950, -1, -50), mixed]
     found = {stopped_at(tmp_path / str(index), order) for index, order in enumerate(orders)}
     assert len(found) == 1
     ((images, told),) = found
@@ -315,8 +312,7 @@ def test_flags_reach_the_engine(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_supernet, "evaluate_shared", evaluate)
     monkeypatch.setattr(train_supernet, "wanted_variant", lambda *given: seen.append(given[-1]))
-    flags = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "eval_sample_num": 2}
-    flags |= {"bn_calibration_images": 0, "target_tau": 0.8, "fused": "off"}
+    flags = {**REAL, "ckpt_dir": DEMO, "eval_sample_num": 2, "target_tau": 0.8, "fused": "off"}
     run(train_supernet, monkeypatch, noise_images(tmp_path, 1), tmp_path / "out", **flags)
     assert seen == [False, 0.8]
 
@@ -350,22 +346,17 @@ def test_parts_deal_all_chunks_once(tmp_path_factory, images, chunk, of, process
     assert not (folder / STATE_FILE).exists()
 
 
-def gathered(folder: Path, starts=(0, 5, 10, 15, 20), **changes) -> None:
+def gathered(folder: Path, starts=(0, 5, 10, 15, 20), size=5, **changes) -> None:
     """What the parts of 23 images leave, in one folder."""
     for start in starts:
-        whose = {**PARTS_IDENTITY, **changes}
-        counts = chunk_counts(start, min(start + 5, 23))
-        save_state(folder / f"eval_chunk_{start:08d}.npz", whose, 5, counts, start)
-
-
-def other_size(folder):
-    gathered(folder)
-    save_state(folder / "eval_chunk_00000004.npz", PARTS_IDENTITY, 4, chunk_counts(4, 8), 4)
+        counts = chunk_counts(start, min(start + size, 23))
+        path = folder / f"eval_chunk_{start:08d}.npz"
+        save_state(path, {**PARTS_IDENTITY, **changes}, size, counts, start)
 
 
 # Words of the error, what is in the folder. Others are in test_hostile_scores.
 NOT_GATHERED = {
-    "has chunks of ": other_size,
+    "has chunks of ": lambda f: [gathered(f), gathered(f, (4,), size=4)],
     "checkpoint dddd": lambda f: gathered(f, checkpoint="d" * 64),
     "image list jjjj": lambda f: gathered(f, image_list="j" * 64),
     "00000010.* image list": lambda f: [gathered(f), gathered(f, (10,), image_list="j" * 64)],
@@ -392,13 +383,8 @@ def test_parts_of_a_run_are_the_run_byte_for_byte(tmp_path, monkeypatch, caplog)
     shutil.copytree(images, tmp_path / "copy", copy_function=shutil.copyfile)
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(11), 11)
     (tmp_path / "archs.json").write_text(json.dumps(submission(archs, [0.0] * 11)))
-    flags = {
-        "backbone": "resnet48_mini",
-        "ckpt_dir": DEMO,
-        "modelarch_file": tmp_path / "archs.json",
-        "bn_calibration_images": 10,
-        "chunk_size": 7,
-    }
+    flags = {**REAL, "ckpt_dir": DEMO, "modelarch_file": tmp_path / "archs.json"}
+    flags |= {"bn_calibration_images": 10, "chunk_size": 7}
     run(train_supernet, monkeypatch, images, tmp_path / "whole", **flags)
     whole = {name: (tmp_path / "whole" / name).read_bytes() for name in FILES}
     assert len({entry["acc"] for entry in json.loads(whole[FILES[0]]).values()}) > 3
@@ -415,9 +401,8 @@ def test_parts_of_a_run_are_the_run_byte_for_byte(tmp_path, monkeypatch, caplog)
             (together / lost).unlink()
         caplog.clear()
         run(train_supernet, monkeypatch, images, together, **flags)
-        assert ("1 are missing, and scored now: those of images 7 to 13" in caplog.text) == bool(
-            lost
-        )
+        told = "1 are missing, and scored now: those of images 7 to 13" in caplog.text
+        assert told == bool(lost)
         for name in FILES:
             assert (together / name).read_bytes() == whole[name], name
     # A part given another list is none of this run.

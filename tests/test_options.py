@@ -167,6 +167,7 @@ REFUSED = [  # arguments of stage 2, and the message
     ("--batch_size 1.5", "argument --batch_size: '1.5' is not a whole number"),
     ("--bn_calibration_images=-1", "argument --bn_calibration_images: -1 is out of bounds; .*"),
     ("--lr fast", "argument --lr: 'fast' is not a finite number"),
+    ("--tf32 fast", "argument --tf32: 'fast'; allowed: auto, on, off"),
     ("--use_ckpt yes", "argument --use_ckpt: 'yes' is neither True nor False"),
     (f"--device {NAME}", "argument --device: 'nnn.*; allowed: auto, cpu, gpu"),
     ("--save_dir=", "--save_dir is missing: results need a folder"),

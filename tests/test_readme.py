@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from entry_scripts import LAUNCHERS, ROOT
 from independent import counts_of
 
 from hnas.architecture_file import submission
@@ -20,18 +21,13 @@ from hnas.evaluation.results import estimates
 from hnas.models.pinasv2 import build_network
 from hnas.programs.options import Options
 from hnas.search_space import RESNET48, RESNET48_MINI
+from hnas.tools import flag_tables
 from hnas.weights.loading import write_state
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
 TWINS = ("README.md", "README_ch.md")
 DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*TWINS, "checkpoint_files/README.md", *DOCS]
-LAUNCHERS = (
-    "local_train_pinas1_wholenet.sh",
-    "local_train_pinas2_simple_wholenet_nof.sh",
-    "local_eval.sh",
-)
 # Of programs that are not ours.
 FOREIGN_FLAGS = {"help", "shm-size", "logdir", "port"}
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
@@ -76,15 +72,11 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-def launcher_text(name):
-    """A launcher with what it sources."""
-    text = text_of(name)
-    return "\n".join([text, *map(text_of, re.findall(r"^\. (\S+)$", text, re.M))])
-
-
 def launcher_variables(name):
-    """The names of ``name=${name:-default}`` lines."""
-    return set(re.findall(r"^(\w+)=\$\{\1:-", launcher_text(name), re.M))
+    """The names of the variables of a launcher and of what it sources."""
+    text = text_of(name)
+    sourced = map(text_of, re.findall(r"^\. (\S+)$", text, re.M))
+    return set(flag_tables.launcher_variables("\n".join([text, *sourced])))
 
 
 def option_names():
@@ -148,7 +140,7 @@ def test_commands_fit_the_programs_they_call(page):
             scripts = [word for word in words if word.endswith((".sh", ".py"))]
             written = [name for name in scripts if name.startswith("output/")]  # by a command
             assert all((ROOT / name).is_file() for name in scripts if name not in written), line
-            if scripts and scripts[0] in LAUNCHERS:
+            if scripts and scripts[0] in LAUNCHERS.values():
                 before = words[: words.index("sh")]
                 names = {re.fullmatch(r"(\w+)=.+", word)[1] for word in before}
                 assert names <= launcher_variables(scripts[0]), line
@@ -175,7 +167,7 @@ def test_what_the_prose_names_exists(page):
     flags = option_names().union(*(flags_of(path.read_text()) for path in programs))
     text = re.sub(r"unknown flag --\w+", "", text)  # quoted messages
     assert set(re.findall(r"(?<![-\w])--([A-Za-z][\w-]*)", text)) <= flags | FOREIGN_FLAGS
-    settings = option_names().union(*map(launcher_variables, LAUNCHERS))
+    settings = option_names().union(*map(launcher_variables, LAUNCHERS.values()))
     for code in re.findall(r"`([^`\n]+)`", prose_of(page)):
         if launcher := re.search(r" sh (local_\w+\.sh)", code):
             names = set(re.findall(r"(\w+)=", code.split(" sh ")[0]))
@@ -249,13 +241,10 @@ def test_the_page_on_scoring_finds_what_is_close_to_the_best(tmp_path, monkeypat
 # --- the two languages
 
 
-def test_readme_is_short():
-    assert len(text_of("README.md").splitlines()) <= 220
-
-
-def test_twins_are_alike():
+def test_twins_are_short_and_alike():
     """The same links, sections, commands and figures."""
     english, chinese = map(text_of, TWINS)
+    assert len(english.splitlines()) <= 220
     assert "](README_ch.md)" in english[:200] and "](README.md)" in chinese[:200]
     parts = [
         {
@@ -283,64 +272,42 @@ def lines_of(name):
     return [json.loads(line) for line in (RESULTS / f"{name}.json").read_text().splitlines()]
 
 
-def scored(run):
-    """What a line of the scoring bench is of."""
-    return f"{run['backbone']}, {run['n_images']} of {run['image_size']} px, {run['n_arch']}"
+RUN = "{backbone}, {n_images} of {image_size} px, {n_arch}"
+SPEED_TABLES = {  # columns of runs that have the number, in a result file
+    ("speed_scoring", "speed_scoring", "ratio"): (
+        RUN,
+        *("{reference_s:.1f}", "{first_s:.1f}", "{shared_s:.1f}"),
+        *("{ratio:.2f}", "{walk_over_limit:.2f}"),
+    ),
+    ("bfloat16", "speed_scoring", "bfloat16_walk_s"): (
+        RUN,
+        *("{walk_s:.2f}", "{bfloat16_walk_s:.2f}", "{bfloat16_speedup:.2f}"),
+        *("{bfloat16_tau:.3f}", "{bfloat16_logits_apart:.3f}"),
+    ),
+    ("speed_training", "speed_training", "ratio"): (
+        "{backbone}, {image_size} px, {batch_size}; {stage}",
+        *("{ours_sample_forwards_per_s:.1f}", "{straightforward_sample_forwards_per_s:.1f}"),
+        "{ratio:.2f} ({ratio_of_rounds[0]:.2f}–{ratio_of_rounds[1]:.2f})",
+        "{plain_sample_forwards_per_s:.1f}",
+    ),
+}
 
 
-def test_scoring_speeds_are_those_of_the_result_files():
-    runs = lines_of("speed_scoring")
-    expected = [
-        [
-            scored(run),
-            f"{run['reference_s']:.1f}",
-            f"{run['first_s']:.1f}",
-            f"{run['shared_s']:.1f}",
-            f"{run['ratio']:.2f}",
-            f"{run['walk_over_limit']:.2f}",
-        ]
-        for run in runs
-    ]
-    assert sorted(table_after("docs/speed.md", "speed_scoring table")) == sorted(expected)
-    for run in runs:
-        assert run["largest_difference_top1"] == 0 and run["processor"] in text_of("docs/speed.md")
+@pytest.mark.parametrize(("table", "file", "key"), SPEED_TABLES)
+def test_speeds_are_those_of_the_result_files(table, file, key):
+    runs, columns = [run for run in lines_of(file) if key in run], SPEED_TABLES[table, file, key]
+    expected = [[column.format(**run) for column in columns] for run in runs]
+    assert sorted(table_after("docs/speed.md", f"{table} table")) == sorted(expected)
+
+
+def test_what_is_said_of_scorings_speed_is_of_the_result_file():
+    text = text_of("docs/speed.md")
+    for run in lines_of("speed_scoring"):
+        assert run["largest_difference_top1"] == 0 and run["processor"] in text
         if run["backbone"] == "resnet48":
-            assert f"{run['macs_naive'] / run['macs_shared']:.2f}" in text_of("docs/speed.md")
-
-
-def test_other_walks_are_those_of_the_result_files():
-    runs = lines_of("speed_scoring")
-    for run in runs:
+            assert f"{run['macs_naive'] / run['macs_shared']:.2f}" in text
         if "calibrated_walk_s" in run:
-            assert f"{run['calibrated_over_plain']:.2f} times" in text_of("docs/speed.md")
-    half = [
-        [
-            scored(run),
-            f"{run['walk_s']:.2f}",
-            f"{run['bfloat16_walk_s']:.2f}",
-            f"{run['bfloat16_speedup']:.2f}",
-            f"{run['bfloat16_tau']:.3f}",
-            f"{run['bfloat16_logits_apart']:.3f}",
-        ]
-        for run in runs
-        if "bfloat16_walk_s" in run
-    ]
-    assert sorted(table_after("docs/speed.md", "bfloat16 table")) == sorted(half)
-
-
-def test_training_speeds_are_those_of_the_result_files():
-    expected = [
-        [
-            f"{run['backbone']}, {run['image_size']} px, {run['batch_size']}; {run['stage']}",
-            f"{run['ours_sample_forwards_per_s']:.1f}",
-            f"{run['straightforward_sample_forwards_per_s']:.1f}",
-            f"{run['ratio']:.2f} ({run['ratio_of_rounds'][0]:.2f}–{run['ratio_of_rounds'][1]:.2f})",
-            f"{run['plain_sample_forwards_per_s']:.1f}",
-        ]
-        for run in lines_of("speed_training")
-    ]
-    rows = table_after("docs/speed.md", "speed_training table")
-    assert sorted(rows) == sorted(expected)
+            assert f"{run['calibrated_over_plain']:.2f} times" in text
 
 
 def test_the_ranking_benchs_figures_are_those_of_the_result_file():
