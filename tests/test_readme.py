@@ -283,51 +283,6 @@ def lines_of(name):
     return [json.loads(line) for line in (RESULTS / f"{name}.json").read_text().splitlines()]
 
 
-def scored(run):
-    """What a line of the scoring bench is of."""
-    return f"{run['backbone']}, {run['n_images']} of {run['image_size']} px, {run['n_arch']}"
-
-
-def test_scoring_speeds_are_those_of_the_result_files():
-    runs = lines_of("speed_scoring")
-    expected = [
-        [
-            scored(run),
-            f"{run['reference_s']:.1f}",
-            f"{run['first_s']:.1f}",
-            f"{run['shared_s']:.1f}",
-            f"{run['ratio']:.2f}",
-            f"{run['walk_over_limit']:.2f}",
-        ]
-        for run in runs
-    ]
-    assert sorted(table_after("docs/speed.md", "speed_scoring table")) == sorted(expected)
-    for run in runs:
-        assert run["largest_difference_top1"] == 0 and run["processor"] in text_of("docs/speed.md")
-        if run["backbone"] == "resnet48":
-            assert f"{run['macs_naive'] / run['macs_shared']:.2f}" in text_of("docs/speed.md")
-
-
-def test_other_walks_are_those_of_the_result_files():
-    runs = lines_of("speed_scoring")
-    for run in runs:
-        if "calibrated_walk_s" in run:
-            assert f"{run['calibrated_over_plain']:.2f} times" in text_of("docs/speed.md")
-    half = [
-        [
-            scored(run),
-            f"{run['walk_s']:.2f}",
-            f"{run['bfloat16_walk_s']:.2f}",
-            f"{run['bfloat16_speedup']:.2f}",
-            f"{run['bfloat16_tau']:.3f}",
-            f"{run['bfloat16_logits_apart']:.3f}",
-        ]
-        for run in runs
-        if "bfloat16_walk_s" in run
-    ]
-    assert sorted(table_after("docs/speed.md", "bfloat16 table")) == sorted(half)
-
-
 def test_training_speeds_are_those_of_the_result_files():
     expected = [
         [
