@@ -49,7 +49,7 @@ files
   {demo}/stage3/submission.json   accuracies of all architectures, as submitted
   {demo}/stage2/final.pdparams    the supernet that predicted them
 
-next: the best within 5,000,000 MACs, and which others are as good within the noise; README exports it
+next: the best within 5,000,000 MACs, and what is as good within the noise (README then exports it)
   {os.path.relpath(sys.executable)} -m hnas.tools.choose \\
       --submission {demo}/stage3/submission.json --max_macs 5e6"""
 
