@@ -51,5 +51,5 @@ timed stage3 env backbone=resnet48_mini save_dir="$demo/stage3" \
 
 # What the scores say by themselves, as a page.
 "$python" -m hnas.tools.rank_report --pred "$demo/stage3/submission.json" --out "$demo/report" \
-    --backbone resnet48_mini --image_size "$image_size" --num_classes 10 >"$demo/report.txt"
+    >"$demo/report.txt"
 "$python" -m hnas.tools.demo_summary --demo_dir "$demo"

@@ -72,16 +72,11 @@ def main() -> None:
         network.reset_key_encoder()
     if options.freeze_bn:
         freeze_statistics(network)
-    elif world_size() == 1:
-        logger.warning(
-            "--freeze_bn False in one process: keys and queries are normalised by the same batch, "
-            "which gives away what belongs together; several processes shuffle the keys' images"
-        )
 
     sampler = LargestSampler(space, number=2)
     if not options.largest_net_in_stage1:
         sampler = RandomSampler(space, options.seed, number=2)
-    model = ContrastiveModel(network, sampler, not options.freeze_bn, options.seed)
+    model = ContrastiveModel(network, sampler)
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     strong = StrongTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     views = {

@@ -52,7 +52,7 @@ def contrastive(accumulate: int = 1, frozen: bool = False) -> ContrastiveModel:
     if frozen:
         freeze_statistics(network)
     sampler = RandomSampler(RESNET48_MINI, 1, 2)
-    return trained(ContrastiveModel(network, sampler, shuffle=not frozen, seed=5), accumulate)
+    return trained(ContrastiveModel(network, sampler), accumulate)
 
 
 def distilled() -> DistillationModel:

@@ -299,7 +299,7 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
 
     monkeypatch.setattr(validation, "extremes", extremes)
     monkeypatch.setattr(validation, "evaluate_network", lambda network, _: first.append(network))
-    monkeypatch.setattr(stage2, "fit", lambda model, *_: seen.append(model.network))
+    monkeypatch.setattr(stage2, "fit", lambda model, *_, **__: seen.append(model.network))
     weights = tmp_path / "start.pdparams"
     flags = {"pretrained": weights, "ckpt_dir": weights, "use_ckpt": True}
     flags |= {"backbone": "resnet48_mini", "bn_calibration_images": 0}
@@ -317,22 +317,21 @@ def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(
     ("freeze_bn", "queue", "told"),
     [
         (True, 20, []),
-        (False, 20, ["--freeze_bn False in one process: keys and queries are normalised by the "]),
+        (False, 20, []),
         (True, 30, ["--queue_size 30, but 20 training images: "]),
     ],
 )
-def test_stage_one_warns_of_what_is_given_away_and_of_a_queue_beyond_the_images(
+def test_stage_one_freezes_both_encoders_and_warns_of_a_queue_beyond_the_images(
     freeze_bn, queue, told, plain, folder, tmp_path, monkeypatch, caplog
 ):
     write_state(tmp_path / "start.pdparams", plain)
     models = []
-    monkeypatch.setattr(stage1, "fit", lambda model, *_: models.append(model))
+    monkeypatch.setattr(stage1, "fit", lambda model, *_, **__: models.append(model))
     flags = {"pretrained": tmp_path / "start.pdparams", "backbone": "resnet48pinasv2_mini"}
     flags |= {"queue_size": queue, "freeze_bn": freeze_bn}
     run(stage1, monkeypatch, folder, tmp_path / "out", **flags)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert [found[: len(said)] for found, said in zip(warnings, told, strict=True)] == told
     (model,) = models
-    assert model.shuffle is not freeze_bn
     for encoder in (model.network.backbone, model.network.key_backbone):
         assert encoder.stem.bn.frozen is freeze_bn

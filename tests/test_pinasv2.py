@@ -91,7 +91,8 @@ class Independent:
         }
         images = paddle.to_tensor(normalized(view.numpy()))
         space = RESNET48_MINI
-        x = features(part, arch.code, images, space.base_channels, space.divisor, self.training)
+        training = self.training and not prefix  # keys are normalised by running statistics
+        x = features(part, arch.code, images, space.base_channels, space.divisor, training)
         hidden = self.state[f"{prefix}neck.hidden.weight"][: x.shape[1]]
         x = x @ hidden + self.state[f"{prefix}neck.hidden.bias"]
         x = paddle.maximum(x, paddle.zeros_like(x)) @ self.state[f"{prefix}neck.project.weight"]

@@ -6,7 +6,6 @@ MoCo v2 (Chen et al., https://arxiv.org/abs/2003.04297) with the cross-path pass
 
 from __future__ import annotations
 
-import numpy as np
 import paddle
 from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
@@ -15,7 +14,6 @@ from paddleslim.nas.ofa.layers import SuperLinear
 from hnas.base.errors import UserError
 from hnas.models.elastic import ElasticResNet
 from hnas.models.resnet import ResNet
-from hnas.parallel.distributed import gather, rank, world_size
 from hnas.search_space import Architecture, SearchSpace, find_backbone
 
 
@@ -37,32 +35,6 @@ class MLPNeck(nn.Layer):
     def forward(self, x):
         x = self.avgpool(x).flatten(1)
         return F.normalize(self.project(self.relu(self.hidden(x))), axis=1)
-
-
-class ShuffledView:
-    """What the key encoder sees: images drawn from all ranks' batches, each on one rank.
-
-    MoCo's shuffling (He et al., https://arxiv.org/abs/1911.05722): were keys and queries of an
-    image normalised by the same batch, their statistics would give away which belong together.
-
-    The permutation depends on ``draw``: seed, epoch, step and part of the step. Of this rank's
-    images, uint8 [N, 3, H, W], it makes ``images``: this rank's share of all shuffled ones.
-    """
-
-    def __init__(self, draw: tuple[int, ...], view: paddle.Tensor):
-        images = len(view)
-        order = np.random.default_rng(draw).permutation(world_size() * images)
-        self._own = slice(rank() * images, (rank() + 1) * images)
-        self._back = paddle.to_tensor(np.argsort(order))
-        self.images = paddle.gather(gather(view), paddle.to_tensor(order[self._own]))
-
-    def restore(self, keys: paddle.Tensor) -> paddle.Tensor:
-        """Keys [world_size * N, D] of all, in the order of the images, of shuffled ones [N, D]."""
-        return paddle.gather(gather(keys), self._back)
-
-    def own(self, keys: paddle.Tensor) -> paddle.Tensor:
-        """The keys [N, D] of this rank's images, of all."""
-        return keys[self._own]
 
 
 class PiNASv2(nn.Layer):
@@ -143,7 +115,11 @@ class PiNASv2(nn.Layer):
 
     @paddle.no_grad()
     def embed_keys(self, images, path: Architecture) -> paddle.Tensor:
-        """Key embeddings [N, D], without gradient."""
+        """Key embeddings [N, D], without gradient.
+
+        At running statistics, never the batch's, which would give away what belongs together.
+        """
+        self.key_backbone.eval()
         self.key_backbone.activate(path)
         return self.key_neck(self.key_backbone.features(images))
 

@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 MINUS = "\N{MINUS SIGN}"
-W3 = "http://www.w3.org"
 SMALL = (200, 165)
 """Size in px, at which text is 11 px high, of a panel of which a figure has many."""
-MEDIUM, WIDE = (300, 250), (420, 320)
+MEDIUM = (300, 250)
 MANY, DENSE = 300, 3000
 """More points than these are drawn fainter, and as an image."""
 INK, MUTED, LINE, PAPER = "#1d2330", "#555d6b", "#dde1e7", "#ffffff"
@@ -96,8 +95,8 @@ class Panel:
         self.axes.step([*x, end], [*y, y[-1]], where="post", color=colour)
         self.axes.plot(x, y, "o", color=colour, markersize=7, markeredgewidth=0)
 
-    def svg(self, alone: bool = False) -> str:
-        """The drawing; ``alone``: as a file, with its own colours."""
+    def svg(self) -> str:
+        """The drawing, in the colours of the page around it."""
         file = io.BytesIO()
         with rc_context(STYLE):
             self.figure.savefig(file, format="svg", metadata={"Date": None})
@@ -108,12 +107,8 @@ class Panel:
         text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
         head, body = text.split(">", 1)
         size = re.search('viewBox="[^"]*"', head)[0]
-        spaces = own = ""
-        if alone:
-            spaces = f'xmlns="{W3}/2000/svg" xmlns:xlink="{W3}/1999/xlink" '
-            own = f"<style>{COLOURS}svg {{ background: var(--paper); }}</style>"
         label = f'class="plot" role="img" aria-label="{escape(self.label)}"'
-        return f"<svg {spaces}{label} {size}>{own}{body}"
+        return f"<svg {label} {size}>{body}"
 
 
 def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Panel]:
@@ -143,37 +138,3 @@ def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Pan
         if limits.min() < 0 < limits.max():
             panel.axes.axhline(0, color=INK, linestyle="--", linewidth=1)
     return panels
-
-
-def choice_panel(
-    cost: np.ndarray,
-    accuracy: np.ndarray,
-    chosen: Sequence[Mapping],
-    kind: str,
-    label: str,
-    budget: float | None,
-) -> Panel:
-    """All networks [n]; of those within a budget the best's equals and the Pareto front.
-
-    Args:
-        cost, accuracy: of all; the latter in percent.
-        chosen: those within the budget, as of :func:`hnas.tools.choose.choose`.
-        kind, label: of the cost, there and on its axis.
-        budget: drawn as a line; None: no limit.
-    """
-    scale, million = (1e6, "million ") if cost.max() >= 1e6 else (1, "")
-
-    def part(mark: str) -> np.ndarray:
-        rows = [row for row in sorted(chosen, key=lambda row: row[kind]) if row[mark]]
-        return np.array([(row[kind] / scale, 100 * row["acc"], 100 * row["se"]) for row in rows]).T
-
-    title = "orange: not worse than the best; line: Pareto front"
-    panel = Panel(f"{million}{label}", "top-1 accuracy, %", title, WIDE)
-    panel.points(cost / scale, accuracy)
-    panel.points(*part("group")[:2], ORANGE)
-    x, y, bars = part("front")
-    panel.front(x, y, BLUE)
-    panel.axes.errorbar(x, y, bars, fmt="none", ecolor=BLUE, capsize=3)
-    if budget is not None:
-        panel.axes.axvline(budget / scale, color=INK, linestyle="--", linewidth=1)
-    return panel

@@ -3,8 +3,8 @@
     python -m hnas.tools.choose --submission output/demo/stage3/submission.json --max_macs 5e6 \\
         --backbone resnet48_mini --image_size 32 --num_classes 10 [--out DIR]
 
-Nothing is evaluated, and Paddle is not needed. DIR gets choice.json (all networks within the
-budget) and front.svg.
+Nothing is evaluated, and Paddle is not needed. DIR gets choice.json: all networks within the
+budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from hnas.architecture_file import in_shares, read_scores
 from hnas.base.command_line import OneLineParser, path_text, read_path, real_number, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, plain_text, print_text, write_json, write_text
+from hnas.base.files import check_writable, plain_text, print_text, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import with_ties
 from hnas.ranking.costs import UNITS, LatencyTable, Network, costs_of, open_latency
@@ -148,7 +148,7 @@ def conclusions(
     return "\n".join(
         [
             f"{len(chosen):,} of {scored:,} networks within the budget; +- is the standard error",
-            f"* {front:,} are on the Pareto front of accuracy and {axis_label(cost, latency)}",
+            f"* {front:,} are on the Pareto front of accuracy and {cost_label(cost, latency)}",
             f"= {len(group):,} are not worse than the best by more than their noise: with about "
             f"{CONFIDENCE:.0%} the truly best is among them",
             line("best", chosen[0]),
@@ -172,7 +172,7 @@ def main(argv=None) -> None:
         help="the front's other axis [default: latency with --latency, else macs]",
     )
     parser.add_argument("--top", type=whole_number(1, 1_000_000), default=10, help="rows to print")
-    parser.add_argument("--out", type=read_path, help="folder for choice.json and front.svg [none]")
+    parser.add_argument("--out", type=read_path, help="folder for choice.json [none]")
     batch = whole_number(1, 100_000)
     parser.add_argument("--batch_size", type=batch, help="that --latency must be of [any]")
     add_network_flags(parser)
@@ -194,12 +194,6 @@ def main(argv=None) -> None:
     budget = {kind: most for kind, most in limits if most is not None}
     chosen = choose(scores, costs, within(costs, budget), cost)
     if options.out:
-        # Takes a second to import.
-        from hnas.ranking.figures import choice_panel
-
-        label, percent = axis_label(cost, latency), 100 * scores.accuracy
-        panel = choice_panel(costs[cost], percent, chosen, cost, label, budget.get(cost))
-        write_text(options.out / "front.svg", panel.svg(alone=True))
         content = {
             "submission": options.submission,
             "latency": options.latency,
@@ -216,8 +210,8 @@ def main(argv=None) -> None:
     print_text(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost, latency)}\n")
 
 
-def axis_label(kind: str, latency: LatencyTable | None) -> str:
-    """What a plot's axis of costs says."""
+def cost_label(kind: str, latency: LatencyTable | None) -> str:
+    """What the front's other axis is."""
     if kind != "latency":
         return UNITS[kind]
     about = latency.about

@@ -49,10 +49,9 @@ files
   {demo}/stage3/submission.json   accuracies of all architectures, as submitted
   {demo}/stage2/final.pdparams    the supernet that predicted them
 
-next: how far would MACs alone have ranked them the same way? See {demo}/macs/report.html
-  {os.path.relpath(sys.executable)} -m hnas.tools.rank_report \\
-      --pred macs --gt {demo}/stage3/submission.json \\
-      --backbone {BACKBONE} --image_size {IMAGE_SIZE} --num_classes {CLASSES} --out {demo}/macs"""
+next: the best within 5,000,000 MACs, and what is as good within the noise (README then exports it)
+  {os.path.relpath(sys.executable)} -m hnas.tools.choose \\
+      --submission {demo}/stage3/submission.json --max_macs 5e6"""
 
 
 def main(argv=None) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import paddle
 
 from hnas.dataset.transforms import normalize
-from hnas.models.pinasv2 import PiNASv2, ShuffledView
-from hnas.parallel.distributed import gather, world_size
+from hnas.models.pinasv2 import PiNASv2
+from hnas.parallel.distributed import gather
 from hnas.search_space import Architecture
 from hnas.utils.hapi_wrapper import ResumableModel
 from hnas.utils.SampleMethod import Sampler
@@ -22,13 +22,12 @@ class ContrastiveModel(ResumableModel):
     """Stage one: pull two views of an image together, push other images away.
 
     Batches hold the queries' view of each image, then the keys'. The sampler chooses two
-    sub-networks a step, path A and path B. ``shuffle`` has the key encoder's images shuffled over
-    ranks by ``seed``, which is needed where it normalises by the batch: see :class:`ShuffledView`.
+    sub-networks a step, path A and path B.
     """
 
-    def __init__(self, network: PiNASv2, sampler: Sampler, shuffle: bool = False, seed: int = 0):
+    def __init__(self, network: PiNASv2, sampler: Sampler):
         super().__init__(network)
-        self.sampler, self.shuffle, self.seed = sampler, shuffle, seed
+        self.sampler = sampler
         # The queue starts with random keys, which are easily told from images'.
         self.guess_loss = math.log(network.queue.shape[1] + 1)
 
@@ -45,7 +44,7 @@ class ContrastiveModel(ResumableModel):
         keys = []
         for path in reversed(paths):
             self.network.update_key_encoder()
-            keys.append([self.embed_keys(view, path, part) for part, (_, view) in enumerate(parts)])
+            keys.append([self.embed_keys(view, path) for _, view in parts])
         loss, hits = 0.0, 0.0
         for part, (view, _) in enumerate(parts):
             with self.gradients.autocast():
@@ -77,18 +76,11 @@ class ContrastiveModel(ResumableModel):
         }
         return [found[path] for path in paths]
 
-    def embed_keys(
-        self, view, path: Architecture, part: int
-    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def embed_keys(self, view, path: Architecture) -> tuple[paddle.Tensor, paddle.Tensor]:
         """A pass's keys of a part of the step: of this rank's images [N, D], and of all ranks'."""
         with self.gradients.autocast():
-            if not self.shuffle or world_size() < 2:
-                own = self.network.embed_keys(normalize(view), path)
-                return own, gather(own)
-            shuffled = ShuffledView((self.seed, self.epoch, self.step, part), view)
-            keys = self.network.embed_keys(normalize(shuffled.images), path)
-        keys = shuffled.restore(keys)
-        return shuffled.own(keys), keys
+            own = self.network.embed_keys(normalize(view), path)
+        return own, gather(own)
 
 
 def scaled_key_momentum(total_batch: int) -> float:
