@@ -197,10 +197,12 @@ def test_a_loader_process_that_is_killed_is_one_line_at_the_next_batch(folder):
     """Not an error of Paddle's in the middle of a step; the other process ends, too."""
     batches = EpochLoader(loaders(folder)[0].dataset, 1, 2).epoch(0)
     next(batches)
-    multiprocessing.active_children()[0].kill()
+    workers = multiprocessing.active_children()
+    workers[0].kill()
     time.sleep(1)
     with pytest.raises(UserError, match="a loader process was killed by SIGKILL; where"):
         list(batches)
+    workers[1].join(10)
     assert multiprocessing.active_children() == []
 
 
