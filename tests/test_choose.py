@@ -21,10 +21,8 @@ from hnas.tools.choose import Scores, choose, main
 IMAGES = 355
 MINI = ["--backbone", "resnet48_mini", "--image_size", "32", "--num_classes", "10"]
 
-points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=30)
 
-
-@given(points)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=30))
 def test_the_front_is_what_nothing_dominates(pairs):
     accuracy, cost = np.array(pairs).T
     found = pareto_front(accuracy, cost)
