@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 from hypothesis import settings
+from scipy.stats import chisquare
 
 # The same examples in every run, and no deadline, since machines are shared.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -36,7 +37,7 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def option_ranks(codes, max_digits):
+def option_ranks(codes, max_digits=(3, 3, 5, 7)):
     """The choices behind 52-digit codes, read by position.
 
     Returns a dict from each choice's name to the number n of its options and the ranks that
@@ -56,7 +57,8 @@ def option_ranks(codes, max_digits):
     return ranks
 
 
-def law(options, b):
-    """Probabilities of options k = 0 (small) .. n - 1, proportional to exp(b k / (n - 1))."""
-    weights = [np.exp(b * k / (options - 1)) for k in range(options)]
-    return np.array(weights) / sum(weights)
+def assert_uniform(codes, *max_digits):
+    for choice, (options, ranks) in option_ranks(map(str, codes), *max_digits).items():
+        counts = np.bincount(ranks, minlength=options)
+        assert len(counts) == options, choice
+        assert chisquare(counts).pvalue > 1e-4, choice

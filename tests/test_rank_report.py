@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from independent import counts_of
 from scipy import stats
+from test_readme import table_after
 
 from hnas.base.errors import UserError
 from hnas.base.files import write_json
@@ -70,7 +71,8 @@ def report(tmp_path, capsys):
         more = ("--out", tmp_path / "out", "--resamples", resamples)
         main([str(word) for word in (*arguments, *more)])
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == 1
+        page = (tmp_path / "out/report.html").read_text()
+        assert len(lines) == 1 and not re.search(r"\b(nan|NaN|inf|None)\b", page)
         # JSON has no NaN.
         texts = (lines[0], (tmp_path / "out/report.json").read_text())
         return [json.loads(text, parse_constant=pytest.fail) for text in texts]
@@ -90,9 +92,8 @@ def files(tmp_path, archs, truth, predicted):
 
 def told(table):
     """The fields in a table of the docs."""
-    text = (Path(__file__).parents[1] / "docs/ranking-report.md").read_text()
-    rows = text.split(f"<!-- {table} -->")[1].split("\n\n")[1].splitlines()[2:]
-    return {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    rows = table_after("docs/ranking-report.md", table)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
 
 
 # --- against a truth
@@ -151,9 +152,7 @@ def test_the_costs_are_of_the_network_that_was_scored(report, stage3, caplog):
     for arguments in (("--pred", scores), ("--pred", "macs", "--gt", scores)):
         found = [report(*arguments, *flags)[1] for flags in ((), MINI)]
         assert found[0] == found[1] and not caplog.text
-        with pytest.raises(
-            UserError, match="json is of other settings: image size 32 instead of 6"
-        ):
+        with pytest.raises(UserError, match="json is of other settings: image size 32 instead"):
             report(*arguments, "--image_size", 64)
     (stage3 / "estimates.json").unlink()
     report("--pred", scores, "--num_classes", 10)
@@ -197,8 +196,7 @@ def test_constant_values_are_null_and_noted(report, tmp_path, archs, truth, whic
     for name in ("kendall_tau_b", "spearman", "pearson", "abs_pearson"):
         assert found[name] == {"value": None, "low": None, "high": None}
     assert any("are equal" in note for note in found["notes"])
-    text = text_of((tmp_path / "out/report.html").read_text())
-    assert "are equal" in text and not re.search(r"\bnan\b", text, re.I)
+    assert "are equal" in text_of((tmp_path / "out/report.html").read_text())
 
 
 def test_no_resample_that_ranks_leaves_no_interval(report, tmp_path, archs):
@@ -207,7 +205,7 @@ def test_no_resample_that_ranks_leaves_no_interval(report, tmp_path, archs):
     found, _ = report("--pred", path, "--gt", path, "--seed", 3, resamples=2)
     assert found["kendall_tau_b"] == {"value": pytest.approx(1), "low": None, "high": None}
     text = (tmp_path / "out/report.html").read_text()
-    assert "to tell how far that can be trusted" in text and not re.search(r"\bnan\b", text, re.I)
+    assert "to tell how far that can be trusted" in text
 
 
 def test_three_architectures_are_enough(report, tmp_path, archs, truth):
@@ -315,7 +313,6 @@ def test_few_or_equal_scores(report, archs, tmp_path, values):
     names = [f"<b>{i}" for i in range(3)]
     printed, _ = report("--pred", write(tmp_path / "<b>&.json", archs[:3], values, names))
     text = (tmp_path / "out/report.html").read_text()
-    assert not re.search(r"\b(nan|inf|None)\b", text)
     assert "<b>" not in text and "&lt;b&gt;&amp;.json" in text
     assert ("they rank nothing" in " ".join(printed["notes"])) == (len(set(values)) == 1)
 
@@ -385,14 +382,13 @@ def test_the_page_needs_nothing_else_and_is_the_same_again(report, files, tmp_pa
     assert "stage 4: output width" in text_of(text)
 
 
-def test_a_figure_of_45_000_is_small_and_stands_alone():
+def test_a_figure_of_45_000_is_small_and_whole():
     cost, accuracy = np.random.default_rng(3).normal(size=(2, 45_000))
     panel = Panel("<cost>", "score, %")
     panel.points(cost, accuracy)
     panel.front(np.sort(cost)[-3:], accuracy[:3], ORANGE)
-    drawing = panel.svg(alone=True)
-    assert ElementTree.fromstring(drawing).tag == "{http://www.w3.org/2000/svg}svg"
-    assert len(drawing) < 200_000 and "prefers-color-scheme: dark" in drawing
+    drawing = panel.svg()
+    assert len(drawing) < 200_000 and drawing.rstrip().endswith("</svg>")
 
 
 def test_figures_of_rounding_errors_and_single_architectures():

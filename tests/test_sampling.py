@@ -5,13 +5,12 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import option_ranks
+from conftest import assert_uniform, option_ranks
 from independent import first_place_size
-from scipy.stats import chisquare
 
 from hnas.base.errors import UserError
 from hnas.programs.options import Options
-from hnas.search_space import RELEASED_DIGITS, SearchSpace
+from hnas.search_space import SearchSpace
 from hnas.utils.SampleMethod import (
     FirstPlaceSampler,
     build_sampler,
@@ -26,12 +25,6 @@ NUMBER = 2000
 def sampler_of(method, seed=3, number=1, **flags):
     options = Options(sample_method=method, dyna_batch_size=number, **flags)
     return build_sampler(options, SPACE, seed)
-
-
-def assert_uniform(archs):
-    for choice, (options, ranks) in option_ranks(map(str, archs), RELEASED_DIGITS).items():
-        counts = np.bincount(ranks, minlength=options)
-        assert chisquare(counts).pvalue > 1e-4, choice
 
 
 METHODS = {
@@ -159,12 +152,12 @@ def test_fair_trains_every_option_once_a_step(step):
     """A step of 420 sub-networks is a multiple of every choice's options: 3, 4, 5 and 7."""
     codes = [str(arch) for arch in sampler_of("fair", number=420).sample(1, step)]
     for options in (3, 4, 5, 7):
-        choices = option_ranks(codes[:options], RELEASED_DIGITS)
+        choices = option_ranks(codes[:options])
         for choice, (number, ranks) in choices.items():
             # Blocks that not all of them have are seen less often.
             if number == options and not choice.startswith("inner"):
                 assert sorted(ranks) == list(range(options)), choice
-    for choice, (options, ranks) in option_ranks(codes, RELEASED_DIGITS).items():
+    for choice, (options, ranks) in option_ranks(codes).items():
         counts = np.bincount(ranks, minlength=options)
         if choice.startswith("inner") and not choice.endswith((".1", ".2")):
             assert counts.min() > 0, choice
@@ -175,8 +168,8 @@ def test_fair_trains_every_option_once_a_step(step):
 def test_fair_orders_are_random_and_independent_of_each_other():
     steps = [sampler_of("fair", 0, number=4).sample(0, step) for step in range(600)]
     assert_uniform(own[0] for own in steps)
-    ranks = option_ranks([str(own[0]) for own in steps], RELEASED_DIGITS)
-    later = option_ranks([str(own[3]) for own in steps], RELEASED_DIGITS)
+    ranks = option_ranks([str(own[0]) for own in steps])
+    later = option_ranks([str(own[3]) for own in steps])
     # Choices with as many options do not move together, nor do a step's turns.
     for other in (ranks["output width 2"], later["output width 1"]):
         same = (ranks["output width 1"][1] == other[1]).mean()

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from conftest import option_ranks
+from conftest import assert_uniform, option_ranks
 from hypothesis import given
 from hypothesis import strategies as st
-from independent import nearest_multiple, width
+from independent import width
 from paddle import nn
-from scipy.stats import chi2_contingency, chisquare
+from scipy.stats import chi2_contingency
 
 from hnas.models.resnet import ResNet
 from hnas.search_space import (
-    RATIOS,
     RESNET48,
     RESNET48_MINI,
     Architecture,
@@ -101,16 +100,12 @@ def test_every_invalid_digit_is_named_by_its_position(code, dropped):
     assert refused > 51 * 3
 
 
-@given(sampled())
-def test_sampled_architectures_are_shareable(drawn):
-    space, arch = drawn
-    assert space.shared_plan(arch) == space.plan(arch)
-
-
 @given(sampled(), st.integers(0, 3), st.integers(0, 7), st.integers(1, 7))
 def test_shareable_means_one_output_width_a_stage(drawn, stage, block, digit):
+    space, arch = drawn
+    assert space.shared_plan(arch) == space.plan(arch)
     # In the mini space the seven widths differ, so that channels change wherever digits do.
-    code = list(drawn[1].code)
+    code = list(arch.code)
     depth = int(code[1 + stage])
     position = 6 + 2 * sum(DEEPEST[:stage]) + 2 * (block % depth) + 1
     unchanged = code[position] == str(digit)
@@ -142,21 +137,6 @@ def test_widths_are_the_nearest_multiples(bases, divisor):
     for stage, base in enumerate(bases):
         for digit in range(1, 8):
             assert space.channels(stage, digit) == width(base, digit, divisor), (base, digit)
-
-
-def test_truncating_before_rounding_changes_no_width():
-    # The organisers' and the winners' supernets round int(base * ratio) to multiples of 8.
-    for stage, base in enumerate(RESNET48.base_channels):
-        for digit, ratio in enumerate(RATIOS, 1):
-            assert nearest_multiple(int(base * ratio), 8) == RESNET48.channels(stage, digit)
-
-
-def test_mini_space_keeps_seven_ratios_apart():
-    for stage in range(4):
-        widths = [RESNET48_MINI.channels(stage, digit) for digit in range(1, 8)]
-        assert sorted(set(widths), reverse=True) == widths
-        ratios = np.array(widths) / widths[0]
-        np.testing.assert_allclose(ratios, np.arange(1, 0.69, -0.05), atol=0.05)
 
 
 # --- MACs and parameters
@@ -213,14 +193,9 @@ def test_macs_and_parameters_equal_those_of_the_network(space, code, image_size,
     assert space.params(arch, classes) == params
 
 
-@pytest.fixture(scope="module")
-def official():
-    if not OFFICIAL.is_file():
-        pytest.skip(f"no {OFFICIAL.name} beside the project")
-    return [entry["arch"] for entry in json.loads(OFFICIAL.read_text()).values()]
-
-
-def test_official_codes_parse_round_trip_and_are_shareable(official):
+@pytest.mark.skipif(not OFFICIAL.is_file(), reason=f"no {OFFICIAL.name} beside the project")
+def test_official_codes_parse_round_trip_and_are_shareable():
+    official = [entry["arch"] for entry in json.loads(OFFICIAL.read_text()).values()]
     archs = [Architecture.from_code(code) for code in official]
     assert [arch.code for arch in archs] == official
     assert len(set(archs)) == 45_000
@@ -235,13 +210,6 @@ def test_official_codes_parse_round_trip_and_are_shareable(official):
 
 
 # --- sampling
-
-
-def assert_uniform(codes, max_digits):
-    for choice, (options, ranks) in option_ranks(codes, max_digits).items():
-        counts = np.bincount(ranks, minlength=options)
-        assert len(counts) == options, choice
-        assert chisquare(counts).pvalue > 1e-4, choice
 
 
 def test_sampling_is_uniform_over_the_digits_of_the_full_space():

@@ -190,21 +190,19 @@ def test_what_is_finished_is_kept_also_under_other_names(work, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "line", "finished"),
-    [
-        (signal.SIGTERM, 143, "epoch 2/2 step 2/", 1),
-        (signal.SIGKILL, -9, "epoch 2/2 step 5/", 2),
-    ],
+    ("number", "code", "step", "finished"),
+    [(signal.SIGTERM, 143, 2, 1), (signal.SIGKILL, -9, 5, 2)],
 )
 def test_a_killed_run_that_is_continued_ends_in_the_same_bytes(
-    work, tmp_path, number, code, line, finished
+    work, tmp_path, number, code, step, finished
 ):
     """Stopped within the second architecture, or when the third's last step is just done."""
+    line, last = f"epoch 2/2 step {step}/", [*CODES.values()][finished]
     process = subprocess.Popen(
         **command(work, save_dir=tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     for printed in process.stdout:
-        if line in printed and printed.rstrip().endswith([*CODES.values()][finished]):
+        if line in printed and printed.rstrip().endswith(last):
             process.send_signal(number)
             break
     rest, _ = process.communicate(timeout=120)
@@ -275,18 +273,11 @@ def test_results_of_unknown_origin(work, tmp_path):
     assert "results.json is there without run.json" in refusal(work, save_dir=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"acc": 5},
-        {"acc": 10**400},
-        {"acc": 0.123, "top5": 0.5},
-        {"acc": 1.0, "top5": 0.5},
-        {"top5": None},
-        {"images": 10**30},
-        {"images": 0},
-    ],
-)
+EDITED = [{"acc": value, "top5": 0.5} for value in (5, 10**400, 0.123, 1.0)]
+EDITED += [{"top5": None}, {"images": 10**30}, {"images": 0}]
+
+
+@pytest.mark.parametrize("changes", EDITED)
 def test_an_edited_result_is_not_taken_over(work, tmp_path, changes):
     folder = tmp_path / "edited"
     shutil.copytree(work / "undisturbed", folder)
