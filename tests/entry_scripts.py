@@ -31,14 +31,20 @@ LAUNCHERS = {
 }
 
 
-def noise_images(root: Path, number: int = 2, seed: int = 0, suffix: str = ".png") -> Path:
-    """So many training and validation images in each of ten classes, all of one time.
+def text_of(path: str | Path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def noise_images(
+    root: Path, number: int = 2, seed: int = 0, suffix: str = ".png", classes=CLASSES
+) -> Path:
+    """So many training and validation images in each of ten or given classes, all of one time.
 
     Those of other seeds have the same names and, as ``.bmp``, the same sizes.
     """
     rng = np.random.default_rng(seed)
     for split in ("train", "val"):
-        for name in CLASSES:
+        for name in classes:
             (root / split / name).mkdir(parents=True)
             for index in range(number):
                 pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)

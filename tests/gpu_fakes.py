@@ -117,10 +117,8 @@ def fake_card(monkeypatch, name="NVIDIA A100-SXM4-80GB", major=8, gib=80, used_g
     """What Paddle says of a card; computations stay on the CPU. Returns Paddle's flags."""
     properties = SimpleNamespace(name=name, major=major, minor=0, total_memory=gib * 2**30)
     cuda = paddle.device.cuda
-    flags = {} if flags is None else flags
-    known = ("FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32", "FLAGS_cudnn_deterministic")
-    defaults = dict(zip(known, (True, False, False), strict=True))
-    flags.update({flag: flags.get(flag, value) for flag, value in defaults.items()})
+    off = dict.fromkeys(("FLAGS_cublas_allow_tf32", "FLAGS_cudnn_deterministic"), False)
+    flags = {"FLAGS_cudnn_allow_tf32": True, **off, **(flags or {})}
 
     def set_flags(new):
         unknown = set(new) - set(flags)

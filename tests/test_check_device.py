@@ -140,11 +140,8 @@ def test_cards_have_processes_with_tf32_too(monkeypatch):
 
 def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, tmp_path):
     gpu_fakes.fake_card(monkeypatch, name="Tesla V100", major=7)
-    for module, name in (
-        (paddle, "set_device"),
-        (checks, "set_num_threads"),
-        (logging.getLogger(), "setLevel"),
-    ):
+    setters = (paddle, "set_device"), (checks, "set_num_threads"), (logging.getLogger(), "setLevel")
+    for module, name in setters:
         monkeypatch.setattr(module, name, lambda _: None)
     output = tmp_path / "rows"
     text = json.dumps(asdict(Machine("", str(output), gpus=1, tf32="on")))
@@ -156,11 +153,8 @@ def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, tmp_path):
 
 def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
     output = tmp_path / "out.jsonl"
-    results = [
-        rows.fact("card", "H100"),
-        rows.at_most("error", float("nan"), 1e-4, "of it"),
-        rows.not_here("NCCL", "one card"),
-    ]
+    error = rows.at_most("error", float("nan"), 1e-4, "of it")
+    results = [rows.fact("card", "H100"), error, rows.not_here("NCCL", "one card")]
 
     def run(*results):
         def run_jobs(machine):

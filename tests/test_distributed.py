@@ -98,10 +98,7 @@ def test_frozen_ranks_train_as_one_process(found):
     moved = {key for key in of(found[0], "frozen moved") if found[0][key]}
     assert {"frozen moved queue", "frozen moved key_neck.project.weight"} <= moved
     assert not [key for key in moved if key.endswith(("._mean", "._variance"))]
-
-
-@pytest.mark.slow
-def test_a_step_reduces_gradients_once(found):
+    # A step reduces gradients once.
     steps = {"stage1": 12, "accumulated": 4, "frozen": 3, "stage2": 12}
     for stage, number in steps.items():
         assert found[1][0][f"{stage} calls"].tolist() == [1] * number

@@ -73,7 +73,7 @@ def own_environment(monkeypatch):
 def test_tf32_sets_paddles_flags(
     mode, flags, override, expected, convolutions, products, monkeypatch
 ):
-    found = gpu_fakes.fake_card(monkeypatch, flags=dict(flags))
+    found = gpu_fakes.fake_card(monkeypatch, flags=flags)
     if override:
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
     assert set_tf32(mode) == expected and device.has_tf32()
@@ -111,11 +111,12 @@ def test_cpus_and_cards_without_tf32_compute_in_float32(monkeypatch, mode):
 
 
 @pytest.mark.parametrize("stage", list(Stage), ids=str)
-def test_every_program_takes_the_flags_and_refuses_tf32_on_cpus(stage, tmp_path):
+def test_every_program_takes_the_flags_and_refuses_tf32_and_halves_on_cpus(stage, tmp_path):
     given = ["--save_dir", str(tmp_path), "--device", "cpu"]
-    options = parse_options(stage, [*given, "--tf32", "on", "--deterministic", "True"])
-    with pytest.raises(UserError, match="--tf32 on needs a GPU"):
-        runtime.start(options)
+    amp = "--amp O1 needs a GPU; CPUs compute in float32"
+    for flag, words in (("--tf32=on", "--tf32 on needs a GPU"), ("--amp=O1", amp)):
+        with pytest.raises(UserError, match=words):
+            runtime.start(parse_options(stage, [*given, flag]))
     options = parse_options(stage, [*given, "--tf32", "off", "--deterministic", "True"])
     assert runtime.start(options).deterministic
 
@@ -195,11 +196,6 @@ def test_the_devices_peak_memory_is_logged(monkeypatch, caplog):
     log.begin_epoch(0)
     log.end_epoch()
     assert "epoch 1: peak memory 3.00 GiB on the GPU, " in caplog.text
-
-
-def test_cpus_compute_in_float32(tmp_path):
-    with pytest.raises(UserError, match="--amp O1 needs a GPU; CPUs compute in float32"):
-        runtime.start(Options(device="cpu", amp="O1", save_dir=str(tmp_path)))
 
 
 # --- errors

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from entry_scripts import ROOT
+from entry_scripts import ROOT, text_of
 
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
@@ -25,10 +25,6 @@ def run(*command, cwd=ROOT, **changes):
     env = {**kept, "python": sys.executable, **changes}
     env = {name: value for name, value in env.items() if value is not None}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
-
-
-def text_of(path):
-    return (ROOT / path).read_text(encoding="utf-8")
 
 
 # --- what launchers hand on

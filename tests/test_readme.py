@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import LAUNCHERS, ROOT
+from entry_scripts import LAUNCHERS, ROOT, text_of
 from independent import counts_of
 
 from hnas.architecture_file import submission
@@ -32,10 +32,6 @@ PAGES = [*TWINS, "checkpoint_files/README.md", *DOCS]
 FOREIGN_FLAGS = {"help", "shm-size", "logdir", "port"}
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 each_page = pytest.mark.parametrize("page", PAGES)
-
-
-def text_of(path):
-    return (ROOT / path).read_text(encoding="utf-8")
 
 
 def prose_of(page):
