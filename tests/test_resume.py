@@ -48,7 +48,7 @@ def test_training_changes_weights_and_leaves_what_resuming_needs(runs, undisturb
 
 
 NEUTRAL = {"save_freq": 2, "save_steps": 1, "keep": 1, "log_freq": 7, "eval_freq": 1}
-NEUTRAL |= {"num_workers": 1, "bn_calibration_images": 3, "device": "auto", "init": "I"}
+NEUTRAL |= {"num_workers": 1, "bn_calibration_images": 3, "device": "auto"}
 NEUTRAL |= {"verify_images": True, "bad_images": "skip", "cache_dir": "C", "modelarch_file": "M"}
 NEUTRAL |= {"image_dir": "./images", "pretrained": "./pretrained", "ckpt_dir": "./none"}
 # What test_validation tries, or what has to be as it is here.
