@@ -21,8 +21,6 @@ from hnas.search_space import RESNET48_MINI
 
 SPARE = 3
 """Channels of a whole convolution's filters that are not in use."""
-FINE = 1e-5
-"""Of rounding, relative to the largest value."""
 
 
 def padded(x, padding):
@@ -176,7 +174,7 @@ def test_kernels_compute_what_is_written_out(variant, size, seen, images, cin, m
 
     def check(found, right):
         found = Kernels().accept(found, kernels.layout) if found.ndim == 4 else found
-        np.testing.assert_allclose(found.numpy(), right, rtol=0, atol=FINE * np.abs(right).max())
+        np.testing.assert_allclose(found.numpy(), right, rtol=0, atol=1e-5 * np.abs(right).max())
 
     x, y = (drawn(seen + images, channels, size, size) for channels in (cin, mid))
     pixels = drawn(seen + images, 3, 4 * size, 4 * size + 2)
