@@ -63,6 +63,17 @@ def run(script, monkeypatch, images, save_dir, **flags) -> None:
     script.main()
 
 
+def arrays_of(network) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+def assert_same_bits(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
 def write_inputs(work: Path, images_per_class: int) -> None:
     """Digits, and a network to start from: random weights, but fit to be trained frozen."""
     write_digits(work / "images")
@@ -139,8 +150,5 @@ class Runs:
 
     def assert_same(self, one: str, other: str) -> None:
         for file in ("0", "final"):
-            left, right = self.weights(one, file), self.weights(other, file)
-            assert left.keys() == right.keys()
-            for key in left:
-                assert left[key].tobytes() == right[key].tobytes(), (file, key)
+            assert_same_bits(self.weights(one, file), self.weights(other, file))
         assert self.losses(one) == self.losses(other)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import ROOT
+from entry_scripts import ROOT, arrays_of, assert_same_bits
 from safetensors.numpy import load_file
 
 from hnas.base.errors import UserError
@@ -30,16 +30,6 @@ from hnas.weights.checkpoint import (
 from hnas.weights.loading import NotFiniteError, read_state, read_weights, write_state
 
 
-def arrays_of(network) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-
-
-def assert_equal(left: dict, right: dict) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name])
-
-
 @pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
 def test_what_is_written_is_read_back_by_others(suffix, tmp_path):
     network, _ = trained(2)
@@ -48,7 +38,7 @@ def test_what_is_written_is_read_back_by_others(suffix, tmp_path):
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     loaded = load_file(path) if suffix == ".safetensors" else paddle.load(str(path))
     found = {name: np.asarray(tensor) for name, tensor in loaded.items()}
-    assert_equal(found, arrays_of(network))
+    assert_same_bits(found, arrays_of(network))
     check = subprocess.run(
         ["sha256sum", "-c", f"{path.name}.sha256"], cwd=tmp_path, capture_output=True, check=False
     )
@@ -110,13 +100,13 @@ def test_a_set_restores_weights_and_velocity(tmp_path):
     progress = read_progress(tmp_path / "0-3")
     load_training(tmp_path / "0-3", other, optimizer, progress)
     assert progress["step"] == 3
-    assert_equal(arrays_of(other), arrays_of(network))
+    assert_same_bits(arrays_of(other), arrays_of(network))
     # The learning rate follows from the position, which fit sets.
     assert optimizer.get_lr() == 0.1
     optimizer._learning_rate.step(progress["step"])
     other(paddle.full([3, 4], 0.4)).square().sum().backward()
     optimizer.step()
-    assert_equal(arrays_of(other), arrays_of(trained(4)[0]))
+    assert_same_bits(arrays_of(other), arrays_of(trained(4)[0]))
 
 
 def test_a_resumed_set_keeps_velocities_that_no_step_has_used_since(tmp_path):
@@ -175,7 +165,7 @@ def test_a_crash_between_the_files_never_mixes_sets(written, tmp_path):
     before = arrays_of(network)
     with pytest.raises(UserError):
         load_training(tmp_path / "0", network, optimizer, read_progress(tmp_path / "0"))
-    assert_equal(arrays_of(network), before)
+    assert_same_bits(arrays_of(network), before)
 
 
 def test_a_set_that_is_replaced_while_it_is_read_is_not_mixed(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from hnas.ranking.costs import Network
 from hnas.search_space import RESNET48_MINI
 
 CLASSES = 10
+IMAGES = Images(24, CLASSES)
 IDENTITY = {"checkpoint": "c" * 64, "image_list": "i" * 64}
 
 
@@ -33,6 +34,17 @@ def archs():
     return {f"n{i}": RESNET48_MINI.sample(rng) for i in range(6)}
 
 
+@pytest.fixture
+def score(network, archs):
+    """An evaluation of 24 images."""
+
+    def evaluate(folder, archs=archs, **settings):
+        settings = ScoringSettings(**settings)
+        return evaluate_shared(network, archs, IMAGES, folder, IDENTITY, settings)
+
+    return evaluate
+
+
 def test_every_prefix_of_the_order_is_balanced():
     labels = np.repeat([0, 1, 2, 3], [5, 9, 7, 9])
     order = balanced_order(labels, seed=3)
@@ -44,13 +56,11 @@ def test_every_prefix_of_the_order_is_balanced():
     np.testing.assert_array_equal(order, balanced_order(labels, seed=3))
 
 
-def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, tmp_path):
-    images = Images(24, CLASSES)
-    settings = ScoringSettings(chunk=5, network=Network("resnet48_mini", 32, CLASSES))
-    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, settings)
+def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, score, tmp_path):
+    whose = Network("resnet48_mini", 32, CLASSES)
+    counts = score(tmp_path, chunk=5, network=whose)
     assert counts.images == 24
-    batches = [images.batch(0, 24)]
-    expected = evaluate_reference(network, list(archs.values()), batches)
+    expected = evaluate_reference(network, list(archs.values()), [IMAGES.batches])
     assert np.all(np.abs(counts.top1 - expected.top1) <= counts.near1)
     told = json.loads((tmp_path / "estimates.json").read_text())
     assert told["images"] == 24
@@ -61,14 +71,14 @@ def test_engine_goes_through_all_chunks_and_tells_estimates(network, archs, tmp_
         assert entry["se"] == pytest.approx((rate * (1 - rate) / 24) ** 0.5, abs=1e-6)
     assert told["agreement"] == {"images": 24, "tau": 1.0, "low": 1.0, "high": 1.0}
     read = read_estimates(tmp_path / "estimates.json")
-    assert read.network == settings.network
+    assert read.network == whose
     np.testing.assert_array_equal(read.folds, counts.folds)
     np.testing.assert_array_equal(read.folds.sum(axis=1), counts.top1)
     assert np.all(np.abs(read.folds - expected.folds).sum(axis=1) <= counts.near1)
 
 
 def test_engine_stops_when_the_ranking_stands_and_goes_on_without(
-    network, archs, tmp_path, monkeypatch, caplog
+    score, tmp_path, monkeypatch, caplog
 ):
     """By an estimate that stands in for the real one, which needs more images than are here."""
     low = {5: None, 10: 0.7, 15: 0.8, 20: 0.9}
@@ -81,10 +91,7 @@ def test_engine_stops_when_the_ranking_stands_and_goes_on_without(
 
     monkeypatch.setattr(ledger, "expected_agreement", estimate)
     caplog.set_level("INFO")
-    settings = ScoringSettings(chunk=5, target_tau=0.8)
-    images = Images(24, CLASSES)
-    counts = evaluate_shared(network, archs, images, tmp_path, IDENTITY, settings)
-    assert counts.images == 15
+    assert score(tmp_path, chunk=5, target_tau=0.8).images == 15
     told = json.loads((tmp_path / "estimates.json").read_text())
     assert told["agreement"] == {"images": 24, "tau": 0.95, "low": 0.8, "high": 0.97}
     for words in (
@@ -94,19 +101,17 @@ def test_engine_stops_when_the_ranking_stands_and_goes_on_without(
         "stopped early",
     ):
         assert words in caplog.text
-    whole = evaluate_shared(network, archs, images, tmp_path, IDENTITY, ScoringSettings())
-    assert whole.images == 24
+    assert score(tmp_path).images == 24
     assert ", all that there are, " in caplog.text and "1.000 (1.000" not in caplog.text
 
 
-def test_what_is_slow_or_in_vain_is_told(network, archs, tmp_path, caplog):
+def test_what_is_slow_or_in_vain_is_told(score, archs, tmp_path, caplog):
     """A target with nowhere to stop; one architecture is not compared with itself."""
-    images, archs = Images(24, CLASSES), {"n0": archs["n0"]}
+    archs = {"n0": archs["n0"]}
     caplog.set_level("INFO")
     macs = RESNET48_MINI.macs(archs["n0"], 32, num_classes=0)
     for name, tau in (("with", 0.9), ("without", 0.0)):
-        settings = ScoringSettings(chunk=24, target_tau=tau)
-        evaluate_shared(network, archs, images, tmp_path / name, IDENTITY, settings)
+        score(tmp_path / name, archs, chunk=24, target_tau=tau)
         assert ("nowhere to stop: lower chunk_size" in caplog.text) == (name == "with")
         (line,) = [text for text in caplog.messages if "1 architectures, 24 images" in text]
         assert line.endswith(f"in chunks of 24: {macs / 1e6:.2f} MMAC an image") and macs < 1e7
@@ -115,15 +120,11 @@ def test_what_is_slow_or_in_vain_is_told(network, archs, tmp_path, caplog):
 
 @pytest.mark.parametrize("memory", ["", *gpu_fakes.MEMORY])
 def test_interrupted_evaluation_continues_to_the_same_file(
-    network, archs, tmp_path, monkeypatch, caplog, memory
+    score, tmp_path, monkeypatch, caplog, memory
 ):
     """Also where memory is too small for walks of more than two images of a chunk's five."""
-    images = Images(24, CLASSES)
-    uninterrupted = evaluate_shared(
-        network, archs, images, tmp_path / "a", IDENTITY, ScoringSettings(chunk=5)
-    )
-    calls = []
-    original = SharedEvaluator.evaluate
+    uninterrupted = score(tmp_path / "a", chunk=5)
+    calls, original = [], SharedEvaluator.evaluate
 
     def failing(self, pixels, labels, counts, *arguments, **named):
         calls.append(len(labels))
@@ -136,13 +137,10 @@ def test_interrupted_evaluation_continues_to_the_same_file(
 
     monkeypatch.setattr(SharedEvaluator, "evaluate", failing)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_shared(network, archs, images, tmp_path / "b", IDENTITY, ScoringSettings(chunk=5))
-    partial = load_state(tmp_path / "b" / STATE_FILE, IDENTITY)
-    assert partial.counts.images == 10
+        score(tmp_path / "b", chunk=5)
+    assert load_state(tmp_path / "b" / STATE_FILE, IDENTITY).counts.images == 10
     # Another chunk size asked for: the first run's is kept, so that the chunks are the same.
-    resumed = evaluate_shared(
-        network, archs, images, tmp_path / "b", IDENTITY, ScoringSettings(chunk=7)
-    )
+    resumed = score(tmp_path / "b", chunk=7)
     halved = [5, 2, 2, 1, 2, 2, 1, 2]
     assert calls == (halved + halved + [2] if memory else [5, 5, 5] + [5, 5, 4])
     lines = [text for text in caplog.messages if "2 images a walk, not 5" in text]
@@ -155,8 +153,7 @@ def test_interrupted_evaluation_continues_to_the_same_file(
 
 
 @pytest.mark.parametrize("kind", gpu_fakes.MEMORY)
-def test_no_memory_for_a_single_image_is_one_line(network, archs, tmp_path, monkeypatch, kind):
+def test_no_memory_for_a_single_image_is_one_line(score, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(SharedEvaluator, "evaluate", gpu_fakes.raising(kind))
     with pytest.raises(UserError, match="^out of memory with one image a walk: .*--amp O1"):
-        settings = ScoringSettings(chunk=5)
-        evaluate_shared(network, archs, Images(24, CLASSES), tmp_path, IDENTITY, settings)
+        score(tmp_path, chunk=5)

@@ -44,16 +44,8 @@ except SystemExit as ended:
     assert ended.code == 0
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
-onnx_is_there = all(
-    exporting.importlib.util.find_spec(name) for name in ("paddle2onnx", "onnxruntime")
-)
+onnx_is_there = all(map(exporting.importlib.util.find_spec, ("paddle2onnx", "onnxruntime")))
 needs_onnx = pytest.mark.skipif(not onnx_is_there, reason="needs pip install -e '.[onnx]'")
-EXPORTS = [
-    (True, "pdparams"),
-    (False, "pdparams"),
-    (False, "inference"),
-    pytest.param(False, "onnx", marks=needs_onnx),
-]
 
 
 def weights_of(path, freeze_bn, classes, arch=None):
@@ -118,7 +110,13 @@ def in_a_clean_process(folder, images):
     return dict(line.rsplit(" ", 1) for line in lines if line.startswith("/")), json.loads(modules)
 
 
-@pytest.mark.parametrize(("frozen", "form"), EXPORTS)
+@pytest.mark.parametrize(
+    ("frozen", "form"),
+    [
+        *((True, "pdparams"), (False, "pdparams"), (False, "inference")),
+        pytest.param(False, "onnx", marks=needs_onnx),
+    ],
+)
 def test_an_export_scores_what_stage_3_said(digits, scored, tmp_path, caplog, frozen, form):
     path, submission = scored(frozen)
     entries = json.loads(submission.read_text())
@@ -126,10 +124,8 @@ def test_an_export_scores_what_stage_3_said(digits, scored, tmp_path, caplog, fr
     folder = tmp_path / "out"
     # As it was written, in percent and rounded, or rounded.
     written = {"inference": lambda acc: round(100 * acc, 2), "onnx": lambda acc: round(acc, 4)}
-    told = {
-        own: {**entry, "acc": written.get(form, float)(entry["acc"])}
-        for own, entry in entries.items()
-    }
+    said = written.get(form, float)
+    told = {own: {**entry, "acc": said(entry["acc"])} for own, entry in entries.items()}
     (tmp_path / "told.json").write_text(json.dumps(told))
     flags = {"arch": name, "modelarch_file": tmp_path / "told.json", "seed": 5, "format": form}
     with caplog.at_level("INFO"):
@@ -168,12 +164,8 @@ def test_an_export_scores_what_stage_3_said(digits, scored, tmp_path, caplog, fr
     assert not unwanted & set(modules)
 
 
-def test_programs_prepare_images_as_scoring_does(digits, tmp_path):
-    arch = RESNET48_MINI.smallest()
-    folder = tmp_path / "out"
-    own = weights_of(tmp_path / "own.pdparams", False, "0123456789", arch)
-    export(digits, own, folder, eval_images=1)
-    how = json.loads((folder / "card.json").read_text())["preprocessing"]
+def test_programs_prepare_images_as_scoring_does(exported, tmp_path):
+    how = json.loads((exported / "card.json").read_text())["preprocessing"]
     rng = np.random.default_rng(0)
     for width, height in ((37, 37), (100, 53), (53, 101), (38, 37), (224, 41), (8, 8)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -388,9 +380,7 @@ def small(tmp_path_factory):
     weights_of(root / "letters.pdparams", True, "abcdefghij")
     broken = read_checkpoint(root / "supernet.pdparams")
     # Finite; within the network it gives NaN, which ReLU hides.
-    broken.weights["blocks.5.conv1.weight"][1] = 3e38 * np.where(np.arange(9) % 2, 1, -1).reshape(
-        3, 3
-    )
+    broken.weights["blocks.5.conv1.weight"][1] = -3e38 * (-1.0) ** np.arange(9).reshape(3, 3)
     write_state(root / "broken.pdparams", broken.weights, broken.about)
     largest = RESNET48_MINI.largest().code
     entries = {"big": {"acc": 0.0, "arch": largest}, "other": {"acc": 0.9, "arch": arch.code}}
@@ -400,8 +390,7 @@ def small(tmp_path_factory):
     return root
 
 
-SMALLEST = RESNET48_MINI.smallest().code
-LARGEST = RESNET48_MINI.largest().code
+SMALLEST, LARGEST = RESNET48_MINI.smallest().code, RESNET48_MINI.largest().code
 
 
 @pytest.mark.parametrize(

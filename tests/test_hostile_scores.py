@@ -17,12 +17,7 @@ from entry_scripts import CLASSES, noise_images
 from independent import Images, counts_of, first_ones, images_for, supernet
 
 from hnas.base.errors import UserError
-from hnas.base.files import (
-    check_output,
-    check_writable,
-    remove_leftovers,
-    replacing,
-)
+from hnas.base.files import check_output, check_writable, remove_leftovers, replacing
 from hnas.dataset.image_folder import list_hash, scan_images
 from hnas.evaluation.counts import LogitsError, count_hits
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
@@ -36,12 +31,7 @@ from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import draw_architectures, flops, rank_report, train_standalone
 from hnas.tools.digits_folder import main as digits_folder
-from hnas.weights.loading import (
-    CheckpointError,
-    read_checkpoint,
-    read_weights,
-    write_state,
-)
+from hnas.weights.loading import CheckpointError, read_checkpoint, read_weights, write_state
 
 NAN, INF = float("nan"), float("inf")
 ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
@@ -123,10 +113,6 @@ def test_engines_name_the_architecture_and_how_many_images(engine, net, tmp_path
     assert engine == "one network" or archs[0].code in text
 
 
-def signs(shape):
-    return 1 - 2 * (np.indices(shape).sum(axis=0) % 2)
-
-
 INSIDE = {  # of which tensor channel 1 becomes what, and what is named, re-calibrated or not
     "filters that add up to NaN": ("blocks.5.conv1.fn.weight", 3e38, "blocks.5.", "blocks.5.bn1"),
     "filters of the stem": ("blocks.0.conv.fn.weight", 3e38, "blocks.0.", "blocks.0.bn"),
@@ -144,7 +130,7 @@ def test_what_is_not_finite_inside_is_refused(case, engine, calibrated, net, tmp
     net.activate(RESNET48_MINI.largest())
     tensor = net.state_dict()[name]
     values = tensor.numpy()
-    values[1] = value * signs(values.shape[1:])
+    values[1] = value * (-1.0) ** np.indices(values.shape[1:]).sum(axis=0)
     tensor.set_value(values)
     archs = [RESNET48_MINI.smallest(), RESNET48_MINI.largest()]
     calibration = images_for(32, 24, seed=2)[0] if calibrated else None
@@ -196,20 +182,13 @@ WEIGHTS = {  # what one value becomes, of which tensor: what is said
 }
 
 
-def damaged_weights(case) -> tuple[dict, str, str]:
-    name, dtype, value, words = WEIGHTS[case]
-    array = np.ones(8, dtype)
-    array[3] = value
-    good = {"blocks.0.bn._mean": -np.ones(8, np.float32)}
-    return {**good, name: array}, name, words
-
-
 @pytest.mark.parametrize("suffix", [".pdparams", ".safetensors"])
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_are_looked_at_when_they_are_read(case, suffix, tmp_path):
-    weights, name, words = damaged_weights(case)
-    path = tmp_path / f"w{suffix}"
-    write_state(path, weights)
+    name, dtype, value, words = WEIGHTS[case]
+    array, path = np.ones(8, dtype), tmp_path / f"w{suffix}"
+    array[3] = value
+    write_state(path, {"blocks.0.bn._mean": -np.ones(8, np.float32), name: array})
     for read in (read_weights, read_checkpoint):
         with pytest.raises(CheckpointError, match=words) as error:
             read(path)
@@ -252,6 +231,9 @@ PROGRAMS = {  # what writes, and how: a folder or a file below something that is
     "curves": lambda path: runtime.start(
         Options(save_dir=str(path.parent / "fine"), visualdl_dir=str(path / "c"), device="cpu")
     ),
+    "cache": lambda path: runtime.training_images(  # before the images are looked for
+        Options(image_dir="none", use_tensor_dataset=True, cache_dir=str(path / "cache"))
+    ),
     "digits_folder": lambda path: digits_folder(["--output", str(path / "digits")]),
     "draw_architectures": lambda path: draw_architectures.main(["--output", str(path / "a.json")]),
     "flops": lambda path: flops.main(["--modelarch_file", "none", "--output", str(path / "f")]),
@@ -268,13 +250,6 @@ def test_folders_that_cannot_be_written_are_noticed_first(program, tmp_path):
     with pytest.raises(UserError, match="cannot write to --") as error:
         PROGRAMS[program](tmp_path / "file")
     assert "choose another folder" in one_line(error)
-
-
-def test_cache_dir_is_tried_before_the_images_are_scanned(root):
-    (root / "file").write_text("")
-    options = Options(image_dir=str(root), use_tensor_dataset=True, cache_dir=str(root / "file/c"))
-    with pytest.raises(UserError, match="cannot write to --cache_dir"):
-        runtime.training_images(options)
 
 
 def test_trying_a_folder_leaves_nothing(tmp_path):
@@ -329,11 +304,6 @@ def patched(content: bytes, offset: int, value: int) -> bytes:
     return bytes(found)
 
 
-def bomb() -> bytes:
-    """A hundred MB of zeros in a hundred kB."""
-    return as_npz(arrays(top1=np.zeros(12_500_000, np.int64)), np.savez_compressed)
-
-
 def two_start(content: bytes) -> bytes:
     file = io.BytesIO(content)
     with pytest.warns(UserWarning), zipfile.ZipFile(file, "a") as archive:
@@ -343,6 +313,7 @@ def two_start(content: bytes) -> bytes:
 
 GOOD_FOLDS = arrays()["folds"]
 GOOD, CHUNK = as_npz(arrays()), as_npz(arrays(10, 5))
+BOMB = as_npz(arrays(top1=np.zeros(12_500_000, int)), np.savez_compressed)  # 100 MB in 100 kB
 HUGE = "{'descr': '<i8', 'fortran_order': False, 'shape': (1125899906842624,), }"
 OBJECTS = "{'descr': '|O', 'fortran_order': False, 'shape': (2,), }"
 STATES = {  # name of the file, content, words of the error
@@ -353,7 +324,6 @@ STATES = {  # name of the file, content, words of the error
         STATE_FILE, arrays(folds=GOOD_FOLDS + np.eye(2, 16, 1, dtype=np.int64) * -9), "below 0"),
     "folds of other hits": (STATE_FILE, arrays(folds=GOOD_FOLDS[::-1]), "do not add up"),
     "fewer folds": (STATE_FILE, arrays(folds=GOOD_FOLDS[:, :8]), "wrong shapes"),
-    "folds of floats": (STATE_FILE, arrays(folds=GOOD_FOLDS * 1.0), "not int64"),
     "hits above the images": (STATE_FILE, arrays(top1=np.array([5, 11])), "above the 10 images"),
     "near ties above the images": (STATE_FILE, arrays(near5=np.array([0, 11])), "above the 10"),
     "negative hits": (STATE_FILE, arrays(top1=np.array([5, -1])), "below 0"),
@@ -383,8 +353,7 @@ STATES = {  # name of the file, content, words of the error
     "one array more": (STATE_FILE, arrays(more=np.zeros(2)), "unknown arrays"),
     "an array twice": (STATE_FILE, two_start, "an array twice"),
     "a copy of a chunk": ("eval_chunk_backup.npz", CHUNK, "none of this program's names"),
-    "a chunk of another notation": ("eval_chunk_10.npz", CHUNK, "none of this program's names"),
-    "a chunk with a sign": ("eval_chunk_-0000010.npz", CHUNK, "none of this program's names"),
+    "a chunk in nine digits": ("eval_chunk_000000010.npz", CHUNK, "none of this program's names"),
     "a chunk elsewhere": ("eval_chunk_00000015.npz", CHUNK, "copied or renamed"),
     "a chunk as state": (STATE_FILE, CHUNK, "copied or renamed"),
     "a state as chunk": ("eval_chunk_00000000.npz", GOOD, "copied or renamed"),
@@ -397,7 +366,7 @@ STATES = {  # name of the file, content, words of the error
     "a compression that is unknown": (STATE_FILE, lambda good: patched(good, 10, 99), "compressed"),
     "2**50 elements": (STATE_FILE, member("top1", HUGE, bytes(16)), "is broken"),
     "objects": (STATE_FILE, member("top1", OBJECTS, bytes(16)), "is broken"),
-    "a bomb": (STATE_FILE, lambda _: bomb(), "is broken"),
+    "a bomb": (STATE_FILE, BOMB, "is broken"),
     "no archive": (STATE_FILE, b"nonsense", "is broken"),
     "nothing": (STATE_FILE, b"", "is broken"),
     "half a file": (STATE_FILE, GOOD[: len(GOOD) // 2], "is broken"),

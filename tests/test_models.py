@@ -182,11 +182,9 @@ def test_batch_norm_trains_the_active_statistics_also_after_an_evaluation(mini):
 
 
 def test_supernet_refuses_an_architecture_without_shared_projection(mini):
-    arch = Architecture.from_code(NOT_SHAREABLE)
+    """Which stand-alone is a valid network: test_standalone trains one."""
     with pytest.raises(ArchitectureError, match="projection"):
-        mini.activate(arch)
-    # Stand-alone it is a valid network, with a projection where the channels change.
-    assert ResNet(RESNET48_MINI.plan(arch), CLASSES)(paddle.zeros([1, 3, 32, 32])).shape == [1, 10]
+        mini.activate(Architecture.from_code(NOT_SHAREABLE))
 
 
 def test_reorder_keeps_the_function_and_sorts_by_importance():
@@ -265,15 +263,14 @@ def test_calibration_follows_the_checkpoint(asked, frozen, number, level, told, 
 
 
 def test_calibration_takes_so_many_images(folder):
-    def number(asked, frozen):
+    def found(asked, frozen):
         options = Options(image_dir=str(folder), image_size=32, bn_calibration_images=asked)
-        found = calibration_images(options, frozen)
-        return None if found is None else len(found)
+        return calibration_images(options, frozen)
 
-    assert number(AUTO, True) is None and number(0, False) is None
-    assert number(5, True) == number(5, False) == 5
+    assert found(AUTO, True) is found(0, False) is None
+    assert len(found(5, True)) == len(found(5, False)) == 5
     with pytest.raises(DataError, match="--bn_calibration_images 64, but .* has 20"):
-        number(AUTO, False)
+        found(AUTO, False)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +323,7 @@ def test_stage_one_freezes_both_encoders_and_warns_of_a_queue_beyond_the_images(
 ):
     write_state(tmp_path / "start.pdparams", plain)
     models = []
-    monkeypatch.setattr(stage1, "fit", lambda model, *_, **__: models.append(model))
+    monkeypatch.setattr(stage1, "fit", lambda model, *_, files: models.append(model))
     flags = {"pretrained": tmp_path / "start.pdparams", "backbone": "resnet48pinasv2_mini"}
     flags |= {"queue_size": queue, "freeze_bn": freeze_bn}
     run(stage1, monkeypatch, folder, tmp_path / "out", **flags)

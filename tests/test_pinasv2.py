@@ -84,11 +84,8 @@ class Independent:
             tensor.stop_gradient = not trained or name.endswith(("_mean", "_variance"))
 
     def embed(self, prefix, view, arch):
-        part = {
-            name.removeprefix(f"{prefix}backbone."): tensor
-            for name, tensor in self.state.items()
-            if name.startswith(f"{prefix}backbone.")
-        }
+        own = f"{prefix}backbone."
+        part = {n.removeprefix(own): t for n, t in self.state.items() if n.startswith(own)}
         images = paddle.to_tensor(normalized(view.numpy()))
         space = RESNET48_MINI
         training = self.training and not prefix  # keys are normalised by running statistics
@@ -119,11 +116,7 @@ class Independent:
             loss.backward()
             losses.append(float(loss))
             keys.append(key.numpy())
-        gradients = {
-            name: tensor.grad.numpy()
-            for name, tensor in self.state.items()
-            if tensor.grad is not None
-        }
+        gradients = {n: t.grad.numpy() for n, t in self.state.items() if t.grad is not None}
         return losses, gradients, (keys[0] + keys[1]) / 2
 
 

@@ -47,24 +47,10 @@ def test_training_changes_weights_and_leaves_what_resuming_needs(runs, undisturb
     assert runs.weights(undisturbed[1], "0")["queue_pointer"].tolist() == [STEPS * BATCH % 16]
 
 
-NEUTRAL = {
-    "save_freq": 2,
-    "save_steps": 1,
-    "keep": 1,
-    "log_freq": 7,
-    "eval_freq": 1,
-    "num_workers": 1,
-    "bn_calibration_images": 3,
-    "device": "auto",
-    "verify_images": True,
-    "bad_images": "skip",
-    "image_dir": "./images",
-    "pretrained": "./pretrained",
-    "ckpt_dir": "./none",
-    "cache_dir": "C",
-    "modelarch_file": "M",
-    "init": "I",
-}
+NEUTRAL = {"save_freq": 2, "save_steps": 1, "keep": 1, "log_freq": 7, "eval_freq": 1}
+NEUTRAL |= {"num_workers": 1, "bn_calibration_images": 3, "device": "auto"}
+NEUTRAL |= {"verify_images": True, "bad_images": "skip", "cache_dir": "C", "modelarch_file": "M"}
+NEUTRAL |= {"image_dir": "./images", "pretrained": "./pretrained", "ckpt_dir": "./none"}
 # What test_validation tries, or what has to be as it is here.
 ELSEWHERE = {"rank_gt", "save_dir", "save_dir_new", "resume", "train_flag", "visualdl_dir"}
 
@@ -95,6 +81,10 @@ def test_what_differs_on_resume_is_neutral_named_or_refused(
         runs.assert_same(after, undisturbed[stage])
 
 
+def wait_for_step(process) -> None:
+    assert any("epoch 1/2 step 2/" in printed for printed in process.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "number", "code", "workers"),
@@ -103,10 +93,8 @@ def test_what_differs_on_resume_is_neutral_named_or_refused(
 def test_signals_save_and_end_with_their_code(stage, number, code, workers, runs, undisturbed):
     folder = f"signal{stage}{number}{workers}"
     process = runs.start(stage, folder, num_workers=workers)
-    for printed in process.stdout:
-        if "epoch 1/2 step 2/" in printed:
-            os.killpg(process.pid, number)
-            break
+    wait_for_step(process)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code, output
     assert f"stopped by {signal.Signals(number).name} after epoch 1 step " in output
@@ -120,9 +108,7 @@ def test_signals_save_and_end_with_their_code(stage, number, code, workers, runs
 @pytest.mark.slow
 def test_loader_processes_do_not_outlive_a_killed_run(runs):
     process = runs.start(2, "orphans", num_workers=2)
-    for printed in process.stdout:
-        if "epoch 1/2 step 2/" in printed:
-            break
+    wait_for_step(process)
     process.kill()
     process.wait()
     process.stdout.close()

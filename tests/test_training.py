@@ -38,13 +38,6 @@ def tensors(arrays):
     return [paddle.to_tensor(array) for array in arrays]
 
 
-def in_float64(*networks):
-    """New networks amplify rounding; normalisation gives float32 images."""
-    for network in networks:
-        network.to(dtype="float64")
-        network.forward = lambda x, run=network.forward: run(x.astype("float64"))
-
-
 # --- stage two's step
 
 
@@ -67,7 +60,9 @@ def test_a_step_equals_independent_gradients(expand, frozen, in_place):
             elif name.endswith("bn2.weight"):  # else nothing keeps the blocks from growing
                 tensor.set_value(rng.uniform(0.05, 0.2, tensor.shape).astype("float32"))
         freeze_statistics(net)
-    in_float64(net, teacher)
+    for each in (net, teacher):  # new networks amplify rounding
+        each.to(dtype="float64")
+        each.forward = lambda x, run=each.forward: run(x.astype("float64"))
     sampler = (SandwichSampler if in_place else RandomSampler)(RESNET48_MINI, seed=1, number=3)
     weights = relative_sizes(RESNET48_MINI) if expand else None
     model = DistillationModel(net, None if in_place else teacher, sampler, weights, in_place)
@@ -130,12 +125,11 @@ def test_blocks_that_a_step_does_not_run_are_left_alone():
     """Else a step would depend on which blocks ran before, which no checkpoint tells."""
     paddle.seed(0)
     net = build_network("resnet48_mini", CLASSES)
-    space = RESNET48_MINI
-    model = DistillationModel(net, None, LargestSampler(space))
+    model = DistillationModel(net, None, LargestSampler(RESNET48_MINI))
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, weight_decay=0.1))
     model.train_batch(tensors(batch(1, 4)))
     before = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    model.sampler = SimpleNamespace(sample=lambda epoch, step: [space.smallest()])
+    model.sampler = SimpleNamespace(sample=lambda epoch, step: [RESNET48_MINI.smallest()])
     model.train_batch(tensors(batch(1, 4)))
     active = {id(p) for block in net.active_blocks() for p in block.parameters()}
     blocks = [block for stage in range(4) for block in net.stage_blocks(stage)]
@@ -258,9 +252,6 @@ def test_norms_of_scaled_losses_are_those_of_the_gradients(accumulate):
     assert float(step.norm()) == pytest.approx(norm, rel=1e-5)
 
 
-RISING = "training is breaking: loss 68 and gradient norm 900 after 5.1 and 101 at the first step"
-
-
 @pytest.mark.parametrize(
     ("rows", "guess", "warnings"),
     [
@@ -282,5 +273,6 @@ def test_a_run_that_breaks_is_told_once_within_its_epoch(rows, guess, warnings, 
         figures = {"loss": loss, "top1": 0.5, "norm": norm, "lr": 0.1, "waited": 0.0}
         log.end_step(step, {**figures, "arch": "code", "parts": [("code", loss)]})
     told = [message for message in caplog.messages if "training is breaking" in message]
-    assert len(told) == warnings and (rows[1][0] != 68 or told[0].startswith(RISING))
+    rising = "training is breaking: loss 68 and gradient norm 900 after 5.1 and 101 at the first"
+    assert len(told) == warnings and (rows[1][0] != 68 or told[0].startswith(rising))
     assert all("clip_norm 10, a longer warmup or a lower lr" in message for message in told)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import CLASSES, noise_images, run
+from entry_scripts import CLASSES, arrays_of, assert_same_bits, noise_images, run
 from safetensors.numpy import save_file
 
 import train_supernet
@@ -39,10 +39,6 @@ from hnas.weights.public_files import CheckpointError
 
 MINI = "resnet48_mini"
 QUEUE, POINTER, BATCH = 40, 10, 20
-
-
-def arrays_of(network) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 
 def plain(state):
@@ -121,7 +117,6 @@ LAYOUTS = {  # what a file holds, and of which network that is
     "twice wrapped": lambda nets: (under("_layers._layers.", nets.plain), nets.plain),
     "PyTorch's DataParallel": lambda nets: (under("module.", nets.plain), nets.plain),
     "converted": lambda nets: (nets.supernet, nets.supernet),
-    "converted, DataParallel": lambda nets: (under("_layers.", nets.supernet), nets.supernet),
     "public, alone": lambda nets: (under(SEVERAL, nets.supernet), nets.supernet),
     "public, one card": lambda nets: (with_teacher(nets, ONE, nets.plain), nets.supernet),
     "public, several cards": lambda nets: (with_teacher(nets, SEVERAL, nets.plain), nets.supernet),
@@ -151,17 +146,10 @@ WRITERS = {
     "nested model": lambda state, path: paddle.save(
         {"model": tensors(state), "epoch": 3}, str(path), protocol=2
     ),
-    "nested state_dict": lambda state, path: pickled({"state_dict": paddle22(state)}, path),
-    "two nests": lambda state, path: pickled({"model": {"state_dict": state}}, path),
+    "nested, paddle 3": lambda state, path: paddle.save({"state_dict": tensors(state)}, str(path)),
+    "two nests": lambda state, path: pickled({"model": {"state_dict": paddle22(state)}}, path),
     "safetensors": lambda state, path: save_file(state, path.with_suffix(".safetensors")),
 }
-
-
-def assert_same_bits(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
-        assert found[name].tobytes() == value.tobytes(), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -303,7 +291,6 @@ def test_a_queue_of_another_size_starts_anew(nets, tmp_path, caplog):
         ({"queue_ptr": None}, "1 missing: queue_pointer"),
         ({"queue_pointer": np.ones(1)}, "holds queue_pointer twice"),
         ({"queue": np.ones((3, QUEUE), np.float32)}, "of another shape: queue [3, 40] instead"),
-        ({"queue": np.float32([1])}, "of another shape: queue [1] instead"),
         ({"queue": np.array(1, np.float32)}, "of another shape: queue [] instead"),
     ],
 )
@@ -350,11 +337,8 @@ def test_differences_are_counted_and_ten_are_listed(nets):
     with pytest.raises(CheckpointError) as caught:
         load_weights(network, weights, "F")
     message = str(caught.value)
-    assert f"F is of another network: {len(missing)} missing: {', '.join(missing[:10])}, ...;" in (
-        message
-    )
-    assert missing[10] not in message
-    assert "1 unexpected: extra;" in message
+    listed = f"{len(missing)} missing: {', '.join(missing[:10])}, ...; 1 unexpected: extra; 3 of"
+    assert f"F is of another network: {listed}" in message
     assert "3 of another shape: blocks.1.conv2.weight [5, 3, 7, 7] instead of [20, 20, " in message
     assert "blocks.3.bn2.weight [] instead of [20], blocks.3.bn2.bias [0, 3] instead" in message
     assert "2 of another type: blocks.0.bn.weight uint16 instead of float32, " in message
@@ -394,12 +378,8 @@ def test_training_says_it():
 
 
 TAKERS = {
-    "ckpt_dir of stage 1": lambda path, classes: start_contrast_from_checkpoint(
-        new_contrast(1), path, classes
-    ),
-    "ckpt_dir of stages 2 and 3": lambda path, classes: start_from_checkpoint(
-        build_network(MINI, 10), path, classes
-    ),
+    "stage 1": lambda path, classes: start_contrast_from_checkpoint(new_contrast(1), path, classes),
+    "others": lambda path, classes: start_from_checkpoint(build_network(MINI, 10), path, classes),
     "pretrained": lambda path, classes: pretrained_network(
         Options(backbone=MINI, pretrained=path), classes, RESNET48_MINI
     ),
@@ -412,12 +392,9 @@ def test_class_names_are_compared(taker, nets, tmp_path, caplog):
     write_state(path, state, {"classes": CLASSES})
     TAKERS[taker](path, tuple(CLASSES))
     swapped = ["0", "2", "1", *CLASSES[3:]]
-    with pytest.raises(CheckpointError) as caught:
+    other = "other classes: '1' where image_dir has '2'; use folders of the same names"
+    with pytest.raises(CheckpointError, match=f"^checkpoint {path} was trained on {other}$"):
         TAKERS[taker](path, swapped)
-    assert str(caught.value) == (
-        f"checkpoint {path} was trained on other classes: '1' where image_dir has '2'; use "
-        "folders of the same names"
-    )
     with pytest.raises(CheckpointError, match="classifies 10 classes, but image_dir has 9"):
         TAKERS[taker](path, CLASSES[:9])
     # As many names as classes.
@@ -441,10 +418,7 @@ def endless():
 
 
 HOSTILE = {
-    "name twice": (
-        {"a.w": np.ones(1), "_layers.a.fn.w": np.ones(1)},
-        "twice, once as _layers.a.fn",
-    ),
+    "name twice": ({"a.w": np.ones(1), "_layers.a.fn.w": np.ones(1)}, "twice, once as _layers.a."),
     "endless nests": (endless(), "'model' is a dict, not an array"),
     "two nests": ({"model": {"w": np.ones(1)}, "state_dict": {}}, "both 'state_dict' and 'model'"),
     "slices of a GiB": ({"UnpackBigParamInfor@@": {"w": {}}}, "Infor@@' is a dict, not an array"),
@@ -457,7 +431,6 @@ HOSTILE = {
     "freeze_bn maybe": ({"about@pinas": '{"freeze_bn": "maybe"}'}, "freeze_bn in 'about@pinas'"),
     "classes of numbers": ({"about@pinas": '{"classes": [1, 2]}'}, "classes in 'about@pinas'"),
 }
-BROKEN_SAFETENSORS = [b"", b"x" * 100, b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0{}x"]
 
 
 def refused(path) -> str:
@@ -477,7 +450,7 @@ def test_hostile_files_are_refused_in_one_line(name, tmp_path):
     assert told in refused(tmp_path / "a.pdparams")
 
 
-@pytest.mark.parametrize("content", BROKEN_SAFETENSORS)
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0{}x"])
 def test_broken_safetensors_are_refused_in_one_line(content, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(content)
     assert "cannot read" in refused(tmp_path / "a.safetensors")
