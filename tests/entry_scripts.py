@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ LAUNCHERS = {
     2: "local_train_pinas2_simple_wholenet_nof.sh",
     3: "local_eval.sh",
 }
+
+
+def launcher_variables(text: str) -> dict[str, str]:
+    """The defaults of the variables that a launcher's text takes from the environment."""
+    return dict(re.findall(r"^(\w+)=\$\{\1:-(.*)\}(?: +#.*)?$", text, re.M))
 
 
 def text_of(path: str | Path) -> str:

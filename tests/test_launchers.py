@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from entry_scripts import ROOT, text_of
+from entry_scripts import LAUNCHERS, ROOT, launcher_variables, text_of
 
+from hnas.programs.flags import Stage
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
-from hnas.tools.flag_tables import LAUNCHERS, PAGE, launcher_variables, page
+from hnas.tools.flag_tables import PAGE, page
 
 SHARED = "hnas/tools/launch.sh"
 # What the launchers give that a program alone does not: the paths of the recipe.
@@ -30,9 +31,12 @@ def run(*command, cwd=ROOT, **changes):
 # --- what launchers hand on
 
 
-@pytest.mark.parametrize("stage", LAUNCHERS, ids=str)
-def test_launchers_have_the_programs_defaults(stage):
-    text = text_of(LAUNCHERS[stage])
+STAGES = zip((Stage.CONTRAST, Stage.DISTILL, Stage.SCORE), LAUNCHERS.values(), strict=True)
+
+
+@pytest.mark.parametrize(("stage", "launcher"), STAGES)
+def test_launchers_have_the_programs_defaults(stage, launcher):
+    text = text_of(launcher)
     variables = launcher_variables(text)
     assert len(variables) == len(re.findall(r"^\w+=\$\{", text, re.M)) > 10
     passed = re.findall(r'--(\w+) "\$(\w+)"', text)

@@ -9,6 +9,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
+import entry_scripts
 import numpy as np
 import paddle
 import pytest
@@ -21,7 +22,6 @@ from hnas.evaluation.results import estimates
 from hnas.models.pinasv2 import build_network
 from hnas.programs.options import Options
 from hnas.search_space import RESNET48, RESNET48_MINI
-from hnas.tools import flag_tables
 from hnas.weights.loading import write_state
 
 RESULTS = ROOT / "docs/results"
@@ -72,7 +72,7 @@ def launcher_variables(name):
     """The names of the variables of a launcher and of what it sources."""
     text = text_of(name)
     sourced = map(text_of, re.findall(r"^\. (\S+)$", text, re.M))
-    return set(flag_tables.launcher_variables("\n".join([text, *sourced])))
+    return set(entry_scripts.launcher_variables("\n".join([text, *sourced])))
 
 
 def option_names():

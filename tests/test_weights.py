@@ -272,16 +272,6 @@ def test_a_key_encoder_that_is_missing_starts_as_the_query_encoder(keys, nets, t
     assert (f"as in a new run start {', '.join(missing)}\n" in caplog.text) == bool(missing)
 
 
-def test_a_queue_of_another_size_starts_anew(nets, tmp_path, caplog):
-    pickled(public_contrast(nets.contrast), tmp_path / "a.pdparams")
-    network = new_contrast(9, queue=2 * QUEUE)
-    queue = network.queue.numpy()
-    start_contrast_from_checkpoint(network, str(tmp_path / "a.pdparams"), CLASSES)
-    assert f"has a queue of {QUEUE} keys, not --queue_size {2 * QUEUE}: starting" in caplog.text
-    anew = {"queue": queue, "queue_pointer": np.zeros(1, np.int64)}
-    assert_same_bits(arrays_of(network), {**nets.contrast, **anew})
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

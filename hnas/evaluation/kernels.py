@@ -286,7 +286,6 @@ TRIAL_TOLERANCE = {
     Precision.FLOAT32: 5e-5,
     Precision.TF32: 5e-3,
     Precision.FLOAT16: 2e-2,
-    Precision.BFLOAT16: 5e-2,
 }
 """Of a trial, over the largest value; float32's is below what TF32 changes."""
 

@@ -1,8 +1,6 @@
-"""Write the table of docs/launchers-and-flags.md: all flags, and the launchers' variables.
+"""Write the table of docs/launchers-and-flags.md: all flags, from hnas/programs/options.py.
 
-    python -m hnas.tools.flag_tables
-
-It comes from Options (hnas/programs/options.py) and from the launchers themselves.
+python -m hnas.tools.flag_tables
 """
 
 from __future__ import annotations
@@ -17,22 +15,11 @@ from hnas.base.errors import UserError, run_main
 from hnas.base.files import write_text
 from hnas.programs.flags import ALL, EXPORT, TRAINING, Stage, default_of, default_text
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options
 
 ROOT = Path(__file__).parents[2]
 PAGE = Path("docs/launchers-and-flags.md")
-LAUNCHERS = {
-    Stage.CONTRAST: "local_train_pinas1_wholenet.sh",
-    Stage.DISTILL: "local_train_pinas2_simple_wholenet_nof.sh",
-    Stage.SCORE: "local_eval.sh",
-}
 SETS = {ALL: "all", ALL - EXPORT: "all but export", TRAINING: "training"}
 MARKER = "<!-- flags -->\n"
-
-
-def launcher_variables(text: str) -> dict[str, str]:
-    """The defaults of the variables that a launcher's text takes from the environment."""
-    return dict(re.findall(r"^(\w+)=\$\{\1:-(.*)\}(?: +#.*)?$", text, re.M))
 
 
 def page(text: str) -> str:
@@ -43,29 +30,17 @@ def page(text: str) -> str:
 
 def _table() -> str:
     """Every flag, group by group."""
-    launchers = {
-        stage: launcher_variables((ROOT / name).read_text()) for stage, name in LAUNCHERS.items()
-    }
-    given = {
-        stage: parse_options(stage, [f"--{name}={default}" for name, default in variables.items()])
-        for stage, variables in launchers.items()
-    }
-    heads = ["flag", "meaning", "unit", "default", "used by", "variable of"]
-    rows, group = [heads, ["---"] * 6], ""
+    heads = ["flag", "meaning", "unit", "default", "used by"]
+    rows, group = [heads, ["---"] * 5], ""
     for option in dataclasses.fields(Options):
         name, about = option.name, option.metadata
         if about["group"] != group:
             group = about["group"]
-            rows.append([f"**{group}**", "", "", "", "", ""])
+            rows.append([f"**{group}**", "", "", "", ""])
         own = {stage: default_of(option, stage) for stage in Stage if stage in about["stages"]}
-        handed_on = {s: getattr(given[s], name) for s in given if name in launchers[s]}
-        told = {
-            stage: "" if value == own.get(stage) else default_text(option, value)
-            for stage, value in handed_on.items()
-        }
         used = SETS.get(about["stages"]) or ", ".join(map(str, own))
         default = _defaults(option, own)
-        rows.append([f"`--{name}`", about["help"], about["unit"], default, used, _by_stage(told)])
+        rows.append([f"`--{name}`", about["help"], about["unit"], default, used])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
@@ -79,13 +54,11 @@ def _defaults(option: dataclasses.Field, own: Mapping[Stage, object]) -> str:
 
 
 def _by_stage(texts: Mapping[Stage, str]) -> str:
-    """As ``stage 1, stage 2: `value```, or without one."""
+    """As ``stage 1, stage 2: `value```."""
     stages: dict[str, list[str]] = {}
     for stage, text in texts.items():
         stages.setdefault(text, []).append(str(stage))
-    return "; ".join(
-        ", ".join(names) + (f": {_value(text)}" if text else "") for text, names in stages.items()
-    )
+    return "; ".join(f"{', '.join(names)}: {_value(text)}" for text, names in stages.items())
 
 
 def _value(text: str) -> str:

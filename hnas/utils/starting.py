@@ -96,7 +96,7 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
     Of stage one's own, or of public code's stage one, everything is taken: neck, key encoder and
     queue too. A part that a file has not (weights of another stage have the backbone only; public
     ones may lack the key encoder or its neck) starts as in a new run, the key encoder as a copy
-    of the query encoder; so does a queue of another size.
+    of the query encoder.
 
     Raises:
         CheckpointError: it is of another network or other classes.
@@ -110,12 +110,6 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
         logger.info("weights from %s", path)
         return checkpoint.digest
     own = {plain_name(name): tensor.numpy() for name, tensor in network.state_dict().items()}
-    shape, wanted = found.get("queue", own["queue"]).shape, own["queue"].shape
-    if shape[:-1] == wanted[:-1] and shape != wanted:
-        told = f"{path} has a queue of {shape[-1]} keys, not --queue_size {wanted[-1]}"
-        logger.warning("%s: starting with a new one", told)
-        del found["queue"]
-        found.pop("queue_pointer", None)
     absent = [part for part in CONTRAST_PARTS if not any(n.startswith(part) for n in found)]
     if absent:
         logger.info("%s: as in a new run start %s", path, ", ".join(absent).replace(".", ""))
