@@ -16,7 +16,6 @@ from hnas.base.errors import UserError
 from hnas.bench.rank import runs, workers
 from hnas.bench.rank.jobs import (
     SPLITS,
-    TASKS,
     Bench,
     Job,
     Scale,
@@ -223,13 +222,9 @@ def test_agreement_with_imagenet_is_scipys(tmp_path):
     assert found["accuracy"]["mean"] == pytest.approx(np.mean(hits) / 2)
     text = as_text({"task": "digits", **found}).splitlines()
     assert text[0].split()[1] == f"{found['tau_b']['value']:.3f}" and len(text) == 10
-    assert text[6].split() == [
-        "depth",
-        "of",
-        "stage",
-        "4",
-        *(f"{own:.3f}" for own in hangs_on["depth of stage 4"]),
-    ]
+    taus = hangs_on["depth of stage 4"]
+    assert text[6].startswith("depth of stage 4 ")
+    assert text[6].split()[4:] == [f"{own:.3f}" for own in taus]
 
 
 def command(out, *arguments):
@@ -276,9 +271,8 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_trains_the_thirty(task, tmp_path):
-    asked = command(tmp_path, "represent", "--task", task)
+def test_represent_trains_the_thirty(tmp_path):
+    asked = command(tmp_path, "represent", "--task", "large_digit")
     done = subprocess.run(**asked, capture_output=True, text=True, check=True)
     *table, last = done.stdout.splitlines()
     found = json.loads(last)
