@@ -348,7 +348,8 @@ def test_the_trials_of_small_tasks_are_those_of_their_log():
     expected = []
     for line in (RESULTS / "represent.jsonl").read_text().splitlines():
         trial = json.loads(line)
-        acc = [trial["accuracies"].get(depths) for depths in ("2222", "5222", "2282", "2225")]
+        probes = ("2222", "5222", "2522", "2282", "2225")
+        acc = [trial["accuracies"].get(depths) for depths in probes]
         row = [trial["trial"], *("–" if own is None else f"{own:.0f}" for own in acc)]
         thirty = trial.get("published", {})
         of = trial.get("of", len(thirty))

@@ -64,12 +64,8 @@ class DigitsTask:
         y, x = cos * y - sin * x, sin * y + cos * x
         # From -1 and 1 at the scan's edges to its pixels' centres; black outside.
         y, x = ((place + 1) * (SCAN_SIZE / 2) - 0.5 for place in (y, x))
-        return np.stack(
-            [
-                map_coordinates(*own, np.float32, 1, "grid-constant")
-                for own in zip(scans, np.stack([y, x], axis=1), strict=True)
-            ]
-        )
+        places = zip(scans, np.stack([y, x], axis=1), strict=True)
+        return np.stack([map_coordinates(*own, np.float32, 1, "grid-constant") for own in places])
 
     def expose(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Pixels [N, H, W] of values 0 to 1 with noise, as images: uint8 [N, 3, H, W]."""
