@@ -81,7 +81,8 @@ def test_views_show_the_same_scans_distorted_independently():
     assert not any((a == b).all() for a, b in zip(one, two, strict=True))
 
 
-def test_training_and_validation_show_different_scans():
+@pytest.mark.parametrize("number", [1, 2])
+def test_training_and_validation_show_different_scans(number):
     digits = load_digits()
     known = {(image / 16).astype("float32").tobytes(): i for i, image in enumerate(digits.images)}
     assert len(known) == len(digits.target)
@@ -93,15 +94,17 @@ def test_training_and_validation_show_different_scans():
             return super().place(scans, rng, columns)
 
     def seen(labels):
-        left, right = np.array(halves[-2:])
-        np.testing.assert_array_equal(digits.target[left] * 10 + digits.target[right], labels)
-        return {*left, *right}
+        drawn = np.array(halves[-number:])
+        named = ["".join(map(str, digits.target[own])) for own in drawn.T]
+        np.testing.assert_array_equal(np.array(named, int), labels)
+        return set(drawn.flat)
 
-    task, training = Recorder(size=8, validation_images=700), set()
+    task, training = Recorder(size=8, digits=number, validation_images=700), set()
+    assert task.classes == 10**number
     validation = seen(task.validation[1])
     for batch in range(12):
         training |= seen(task.training_batch(500, (0, 0, batch))[1])
-    assert 500 < len(validation) <= 597 and 1190 < len(training) <= 1200
+    assert 390 < len(validation) <= 597 and 1180 < len(training) <= 1200
     assert not validation & training
 
 

@@ -1,4 +1,4 @@
-"""The ranking bench: its budget, methods, jobs and files, what it compares, and a run of it."""
+"""The ranking bench: its budget, methods, jobs and files, what it finds, and a run of it."""
 
 import json
 import subprocess
@@ -10,13 +10,22 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, pearsonr
 
 from hnas.base.errors import UserError
-from hnas.bench.rank import __main__ as bench_rank
-from hnas.bench.rank import runs, verdict, workers
-from hnas.bench.rank.jobs import SPLITS, TUNING_SEED, Bench, Job, Scale
+from hnas.bench.rank import runs, workers
+from hnas.bench.rank.jobs import (
+    SPLITS,
+    Bench,
+    Job,
+    Scale,
+    published_jobs,
+    supernet_jobs,
+    truth_jobs,
+)
 from hnas.bench.rank.methods import METHODS
+from hnas.bench.rank.represent import as_text, represent
+from hnas.bench.rank.verdict import verdict
 from hnas.utils.SampleMethod import (
     FairSampler,
     FirstPlaceSampler,
@@ -26,7 +35,7 @@ from hnas.utils.SampleMethod import (
 
 ROOT = Path(__file__).parents[1]
 METHOD = "first_place"
-RATES = {METHOD: 0.02, "organisers": 0.02, "bignas": 0.06}
+NAMES, RATE = (METHOD, "organisers", "bignas"), 0.02
 
 
 def test_all_methods_cost_the_same():
@@ -76,19 +85,16 @@ def test_methods_train_as_they_are_called(
     assert (seen["lr"], seen["clip_norm"], result["hits"]) == (0.0067, clip_norm, [1, 2])
 
 
-def test_only_final_jobs_score_final_architectures():
+def test_supernets_come_in_whole_seeds_and_score_their_split():
     bench = Bench(Path(), Scale())
-    final = verdict.final_jobs(bench, dict.fromkeys(METHODS, 0.02))
-    tuning = verdict.tuning_jobs(METHODS)
-    # Whole seeds one after the other, and none that learning rates were chosen by.
-    assert [(job.kind, job.seed) for job in final] == [
-        ("final", seed) for seed in range(8) for _ in METHODS
-    ]
-    assert [(job.kind, job.seed) for job in tuning] == [("selection", 100)] * 3 * len(METHODS)
-    splits = [list(bench.of_split(split)) for split in ("selection", "final")]
+    splits = [list(bench.of_split(split)) for split in SPLITS]
     assert splits == [[*bench.archs][:16], [*bench.archs][16:]] and len(bench.archs) == 48
-    for job, number in ((final[0], 32), (tuning[0], 16)):
-        assert bench.settings(job)["architectures"] == number
+    for split, number in zip(SPLITS, (16, 32), strict=True):
+        jobs = supernet_jobs(bench, METHODS, 0.02, split)
+        assert [(job.kind, job.seed) for job in jobs] == [
+            (split, seed) for seed in range(8) for _ in METHODS
+        ]
+        assert bench.settings(jobs[0])["architectures"] == number
     quick = Bench(Path(), Scale.quick()).archs
     assert list(quick.items()) == list(bench.archs.items())[:11]
 
@@ -134,7 +140,7 @@ def test_a_damaged_line_is_told_and_left_alone(text, tmp_path):
 
 def test_results_of_other_settings_are_refused_in_one_line(tmp_path):
     bench = Bench(tmp_path, Scale.quick())
-    alone, supernet = Job("truth", 0, "arch1"), Job("selection", TUNING_SEED, METHOD, 0.02)
+    alone, supernet = Job("truth", 0, "arch1"), Job("selection", 1, METHOD, 0.02)
     for job in (alone, supernet):
         bench.put(job, {"hits": 4})
     # What a job does not depend on may differ; what it starts from may not.
@@ -143,21 +149,21 @@ def test_results_of_other_settings_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         other.results([supernet])
     assert str(error.value) == (
-        f"{bench.runs}: selection-first_place@0.02-100 is of other settings: stage1 lr 0.005 "
+        f"{bench.runs}: selection-first_place@0.02-1 is of other settings: stage1 lr 0.005 "
         "instead of 0.1; remove its line, or choose another --out"
     )
 
 
 @pytest.fixture
 def bench(tmp_path):
-    """A finished comparison of three methods, of which one of two supernets broke twice."""
+    """Finished supernets of three methods, two each, and their truth."""
     bench, rng = Bench(tmp_path, replace(Scale.quick(), final=12)), np.random.default_rng(0)
     quality = {name: int(own) for name, own in zip(bench.archs, rng.permutation(90), strict=False)}
-    for job in verdict.truth_jobs(bench, SPLITS):
+    for job in truth_jobs(bench, ["final"]):
         bench.put(job, {"hits": quality[job.what] + int(rng.integers(5)), "images": 100})
-    for seed in (0, 1, TUNING_SEED):
+    for seed in (0, 1):
         bench.put(Job("pretrain", seed), {"hits": 60, "images": 100})
-    for job in (job for name in RATES for job in verdict.final_jobs(bench, {name: RATES[name]})):
+    for job in supernet_jobs(bench, NAMES, RATE, "final"):
         order = -1 if job.what == "bignas" else 1
         hits = [50 + order * quality[arch] // 4 for arch in bench.of_split("final")]
         hits = (hits + rng.integers(0, 6, len(hits))).tolist()
@@ -165,97 +171,88 @@ def bench(tmp_path):
     return bench
 
 
-def test_taus_and_leads_are_scipys(bench):
-    found = verdict.compare(bench, RATES)
-    truth, taus = verdict.truth_of(bench, "final").mean(axis=0), {}
-    for name, rate in RATES.items():
-        results = bench.results(verdict.final_jobs(bench, {name: rate})).values()
-        taus[name] = own = np.array([kendalltau(r["hits"], truth).statistic for r in results])
-        method = found["methods"][name]
-        assert method["tau"]["value"] == pytest.approx(own.mean())
-        assert method["tau"]["low"] < own.mean() < method["tau"]["high"]
-        assert method["broken"]["value"] == 0 and method["supernets"] == 2
-    for name in ("organisers", "bignas"):
-        lead = found["methods"][name]["reference_leads_by"]
-        assert lead["value"] == pytest.approx((taus[METHOD] - taus[name]).mean())
-    assert found["methods"]["bignas"]["reference_leads_by"]["p"] < 0.01
-    macs = [bench.space.macs(arch, 48, 100) for arch in bench.of_split("final").values()]
-    expected = kendalltau(macs, truth).statistic
-    assert found["methods"]["macs"]["tau"]["value"] == pytest.approx(expected)
+def tau_of(bench, job):
+    results = bench.results(truth_jobs(bench, ["final"])).values()
+    truth = np.reshape([own["hits"] for own in results], [2, -1]).mean(axis=0)
+    return kendalltau(bench.entries()[job.name]["hits"], truth).statistic
+
+
+def test_taus_are_scipys(bench):
+    found = verdict(bench, NAMES, RATE, "final")
+    for name in NAMES:
+        jobs = supernet_jobs(bench, [name], RATE, "final")
+        expected = np.mean([tau_of(bench, job) for job in jobs])
+        assert found[name]["tau_b"]["value"] == pytest.approx(expected)
+        assert found[name]["tau_b"]["low"] < expected < found[name]["tau_b"]["high"]
+        assert found[name]["broken"]["value"] == 0
+    # A part of a truth is not told.
+    lines = bench.runs.read_text().splitlines(keepends=True)
+    bench.runs.write_text("".join(line for line in lines if '"truth-arch9-1"' not in line))
+    assert set(verdict(bench, NAMES, RATE, "final")[METHOD]) == {"broken"}
 
 
 @pytest.mark.parametrize("hits", [[], [29] * 12])
 def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
     """It diverged, or scores below half of the network that it began with."""
-    lost = Job("final", 1, "organisers", 0.02)
+    kept, lost = supernet_jobs(bench, ["organisers"], RATE, "final")
     bench.put(lost, {"hits": hits, "images": 100})
-    found = verdict.compare(bench, RATES)["methods"]
-    assert found["organisers"]["broken"]["value"] == 0.5 and found["organisers"]["supernets"] == 2
-    (scores, none) = verdict.scores_of(bench, [Job("final", 0, "organisers", 0.02), lost])
-    truth = verdict.truth_of(bench, "final").mean(axis=0)
-    assert none is None
-    assert found["organisers"]["tau"]["value"] == pytest.approx(kendalltau(scores, truth).statistic)
-    # Compared over the seeds that both have.
-    other = kendalltau(bench.entries()["final-first_place@0.02-0"]["hits"], truth).statistic
-    lead = found["organisers"]["reference_leads_by"]["value"]
-    assert lead == pytest.approx(other - found["organisers"]["tau"]["value"])
-    bench.put(Job("final", 0, "organisers", 0.02), {"hits": [], "images": 100})
-    found = verdict.compare(bench, RATES)["methods"]["organisers"]
-    assert found["tau"] is None and "reference_leads_by" not in found
+    found = verdict(bench, NAMES, RATE, "final")["organisers"]
+    assert found["broken"]["value"] == 0.5
+    assert found["tau_b"]["value"] == pytest.approx(tau_of(bench, kept))
+    bench.put(kept, {"hits": [], "images": 100})
+    assert verdict(bench, NAMES, RATE, "final")["organisers"]["tau_b"] is None
 
 
-def test_a_part_of_a_comparison_is_not_told(bench):
-    lines = bench.runs.read_text().splitlines(keepends=True)
-    for missing in ("final-bignas@0.06-1", "truth-arch9-1"):
-        bench.runs.write_text("".join(line for line in lines if f'"{missing}"' not in line))
-        assert verdict.compare(bench, RATES) == {"unfinished": 1}
-    assert verdict.choose_rates(bench, METHODS) == {}
-
-
-def test_the_rate_that_ranks_best_is_chosen(bench):
-    order = np.argsort(verdict.truth_of(bench, "selection").mean(axis=0)).argsort() + 50
-    hits = {
-        METHOD: [order[::-1], order, []],  # the last diverged
-        "organisers": [order, order, order - 49],  # the last broke; of equal ones the lowest
-        "bignas": [[50, 50, 50], order[::-1], []],  # scores that are all equal are worse
-        "fairnas": [[], [], []],
-    }
-    for job in verdict.tuning_jobs(hits):
-        rate = (0.0067, 0.02, 0.06).index(job.rate)
-        bench.put(job, {"hits": [int(own) for own in hits[job.what][rate]], "images": 100})
-    chosen = verdict.choose_rates(bench, [*hits, "single_path"])
-    assert chosen == {METHOD: 0.02, "organisers": 0.0067, "bignas": 0.02}
-    flags = ["--quick", "True", "--parts", "final", "--methods", "fairnas"]
-    with pytest.raises(UserError, match="fairnas has no learning rate"):
-        bench_rank.main(["--out", str(bench.folder), *flags])
+def test_agreement_with_imagenet_is_scipys(tmp_path):
+    bench, rng = Bench(tmp_path, Scale.quick()), np.random.default_rng(0)
+    archs, imagenet = bench.published
+    hits = (20 * (imagenet - 69) + rng.integers(0, 40, 30)).astype(int).tolist()
+    for job, own in zip(published_jobs(bench), hits, strict=True):
+        bench.put(job, {"hits": own, "images": 200})
+    found = represent(bench)
+    for name, statistic in (("tau_b", kendalltau), ("pearson", pearsonr)):
+        expected = statistic(hits, imagenet).statistic
+        assert found[name]["value"] == pytest.approx(expected)
+        assert 0.4 < found[name]["low"] < expected < found[name]["high"] < 1
+    hangs_on, depth = found["hangs_on"], [arch.depths[2] for arch in archs.values()]
+    assert hangs_on["depth of stage 3"][0] == pytest.approx(kendalltau(depth, hits).statistic)
+    # What is known of the thirty.
+    known = [-0.09, -0.02, 0.53, 0.52, 0.636, 0.591, 0.614]
+    assert [taus[1] for taus in hangs_on.values()] == pytest.approx(known, abs=5e-3)
+    assert found["accuracy"]["mean"] == pytest.approx(np.mean(hits) / 2)
+    text = as_text({"task": "digits", **found}).splitlines()
+    assert text[0].split()[1] == f"{found['tau_b']['value']:.3f}" and len(text) == 10
+    taus = hangs_on["depth of stage 4"]
+    assert text[6].startswith("depth of stage 4 ")
+    assert text[6].split()[4:] == [f"{own:.3f}" for own in taus]
 
 
 def command(out, *arguments):
-    program = [sys.executable, "-m", "hnas.bench.rank", "--out", str(out), "--quick", "True"]
-    return {"args": [*program, *arguments], "cwd": ROOT}
+    program = [sys.executable, "-m", "hnas.bench.rank", *arguments]
+    return {"args": [*program, "--out", str(out), "--quick", "True"], "cwd": ROOT}
 
 
 @pytest.mark.slow
 def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
     """Killed within its truth it loses no more than what was running."""
-    path, flags = tmp_path / "runs.jsonl", ["--methods", METHOD]
-    process = subprocess.Popen(**command(tmp_path, *flags), stderr=subprocess.DEVNULL)
+    path, flags = tmp_path / "runs.jsonl", ["supernets", "--methods", METHOD, "--split", "final"]
+    process = subprocess.Popen(**command(tmp_path, "truth"), stderr=subprocess.DEVNULL)
     while not path.exists() or len(path.read_text().splitlines()) < 3:
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()
     kept = path.read_bytes()
-    done = subprocess.run(**command(tmp_path, *flags), capture_output=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found == json.loads((tmp_path / "summary.json").read_text())
-    assert set(found["final"]["methods"]) == {METHOD, "macs", "params"}
+    for asked in (["truth"], flags):
+        done = subprocess.run(**command(tmp_path, *asked), capture_output=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found == json.loads((tmp_path / f"{asked[0]}.json").read_text())
+    assert set(found[METHOD]) == {"broken", "tau_b"}
     bench, entries = Bench(tmp_path, Scale.quick()), Bench(tmp_path, Scale.quick()).entries()
-    final = verdict.final_jobs(bench, found["rates"])
-    jobs = [*verdict.truth_jobs(bench, SPLITS), *verdict.tuning_jobs([METHOD]), *final]
-    needed = [Job(kind, seed) for kind in ("pretrain", "stage1") for seed in (0, 1, TUNING_SEED)]
+    final = supernet_jobs(bench, [METHOD], 0.0067, "final")
+    needed = [Job(kind, seed) for kind in ("pretrain", "stage1") for seed in (0, 1)]
     assert path.read_bytes().startswith(kept)
-    assert set(entries) == {job.name for job in (*jobs, *needed)}
+    assert set(entries) == {job.name for job in (*truth_jobs(bench, SPLITS), *final, *needed)}
     assert {own.name for own in (tmp_path / "weights").glob("*.pdparams")} == {
         bench.weights(job).name for job in needed
     }
@@ -273,6 +270,15 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
         assert entry | {"seconds": 0} == entries[name] | {"seconds": 0}, name
 
 
+@pytest.mark.slow
+def test_represent_trains_the_thirty(tmp_path):
+    asked = command(tmp_path, "represent", "--task", "large_digit")
+    done = subprocess.run(**asked, capture_output=True, text=True, check=True)
+    *table, last = done.stdout.splitlines()
+    found = json.loads(last)
+    assert found["finished"] == 30 and table == as_text(found).splitlines()
+
+
 def test_a_learning_rate_that_diverges_is_a_result(tmp_path):
     bench = Bench(tmp_path, Scale.quick())
     runs.run_alone(bench, Job("pretrain", 0))
@@ -282,7 +288,7 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path):
 
 def test_a_job_that_fails_ends_the_bench_with_one_line(tmp_path):
     (tmp_path / "weights").write_text("")  # where a folder should be
-    asked = command(tmp_path, "--parts", "tune", "--methods", "single_path")
+    asked = command(tmp_path, "supernets", "--methods", "single_path")
     done = subprocess.run(**asked, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot write ")

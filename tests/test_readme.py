@@ -15,6 +15,7 @@ import paddle
 import pytest
 from entry_scripts import LAUNCHERS, ROOT, text_of
 from independent import counts_of
+from scipy.stats import kendalltau
 
 from hnas.architecture_file import submission
 from hnas.base.files import write_json
@@ -283,28 +284,22 @@ def test_training_speeds_are_those_of_the_result_files():
     assert sorted(rows) == sorted(expected)
 
 
-def test_the_ranking_benchs_figures_are_those_of_the_result_file():
-    content = json.loads((RESULTS / "ranking_bench.json").read_text())
-
-    def ends(estimate):
-        return "{:.3f} [{:.3f}, {:.3f}]".format(*estimate)
-
+def test_the_trials_of_small_tasks_are_those_of_their_log():
     expected = []
-    for method in content["final"].values():
-        lead, p = method.get("reference_leads_by"), method.get("p_holm")
-        lost = f"{method.get('diverged')} of {method['seeds']} diverged"
-        row = [method["title"], lost if "diverged" in method else ends(method["tau"])]
-        row += [ends(lead) if lead else "–", "–" if p is None else f"{p:.3f}"]
-        expected.append(row + [str(method[key] or "–") for key in ("rate", "seeds")])
-    assert table_after("docs/ranking-bench.md", "final") == expected
-    text = " ".join(text_of("docs/ranking-bench.md").split())
-    improved = content["improved"]
-    for estimate in (
-        improved["improved"]["tau"],
-        improved["first_place"]["reference_leads_by"],
-        content["breaking"]["gradients clipped"]["tau"],
-    ):
-        assert ends(estimate) in text
+    for line in (RESULTS / "represent.jsonl").read_text().splitlines():
+        trial = json.loads(line)
+        probes = ("2222", "5222", "2522", "2282", "2225")
+        acc = [trial["accuracies"].get(depths) for depths in probes]
+        row = [trial["trial"], *("–" if own is None else f"{own:.0f}" for own in acc)]
+        thirty = trial.get("published", {})
+        of = trial.get("of", len(thirty))
+        expected.append([*row, f"{trial['tau_b']:.2f} ({of})" if "tau_b" in trial else "–"])
+        if thirty and "tau_b" in trial:
+            archs = json.loads((ROOT / "hnas/bench/rank/imagenet30.json").read_text())
+            imagenet = [archs[name]["acc"] for name in thirty]
+            found = kendalltau(list(thirty.values()), imagenet).statistic
+            assert trial["tau_b"] == pytest.approx(found, abs=1e-3)
+    assert table_after("docs/ranking-bench.md", "trials") == expected
 
 
 def test_widths_and_costs_are_the_search_spaces():

@@ -1,15 +1,15 @@
-"""How well supernets rank: their accuracies against those of networks trained alone.
+"""How well supernets rank: trains networks alone and supernets on a small task.
 
-    python -m hnas.bench.rank --out output/rank_quick --quick True
-    python -m hnas.bench.rank --out output/rank --parts truth tune
-    python -m hnas.bench.rank --out output/rank
+    python -m hnas.bench.rank represent --task digits --out output/represent
+    python -m hnas.bench.rank truth --out output/rank
+    python -m hnas.bench.rank supernets --methods organisers --lr 0.0067 --out output/rank
 
-Parts: ``truth`` trains architectures alone; ``tune`` a supernet of each method at every learning
-rate, of which the one that ranks the selection architectures best is taken; ``final`` those that
-are compared, the only ones that the final architectures are scored by. What is finished stands in
-OUT/runs.jsonl and is not done again, so the same command continues after any kill. The comparison
-goes to OUT/summary.json, and is the last line printed. Everything is trained on distorted digits
-(hnas/bench/rank/distorted_digits.py); docs/ranking-bench.md says what is known of that task.
+``represent`` trains thirty networks of published ImageNet accuracies alone, and tells how well the
+task's accuracies agree with them; ``truth`` trains drawn architectures alone; ``supernets`` trains
+supernets of each method, scores the architectures of a split by each, and tells how many broke and,
+once the split's truth is there, how the others rank. What is finished stands in OUT/runs.jsonl and
+is not done again, so the same command continues after any kill. The last line printed is JSON, and
+in OUT/WHAT.json. docs/ranking-bench.md says what is known of the tasks.
 """
 
 from __future__ import annotations
@@ -18,46 +18,59 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 
-from hnas.base.command_line import OneLineParser, read_bool, read_path, whole_number
-from hnas.base.errors import UserError, run_main
+from hnas.base.command_line import OneLineParser, read_bool, read_path, real_number, whole_number
+from hnas.base.errors import run_main
 from hnas.base.files import check_writable, claim_folder, print_text, write_json
-from hnas.bench.rank.jobs import SPLITS, Bench, Scale
+from hnas.bench.rank.jobs import (
+    SPLITS,
+    TASKS,
+    Bench,
+    Scale,
+    published_jobs,
+    supernet_jobs,
+    truth_jobs,
+)
 from hnas.bench.rank.methods import METHODS
-from hnas.bench.rank.verdict import choose_rates, compare, final_jobs, truth_jobs, tuning_jobs
+from hnas.bench.rank.represent import as_text, represent
+from hnas.bench.rank.verdict import verdict
 from hnas.bench.rank.workers import run_all
-
-PARTS = ("truth", "tune", "final")
 
 
 def main(argv=None) -> None:
     options = parse(argv)
     check_writable(options.out, "--out")
     claim_folder(options.out, "--out")
-    bench = Bench(options.out, Scale.quick() if options.quick else Scale())
-    if "truth" in options.parts:
-        run_all(bench, truth_jobs(bench, SPLITS), options.workers)
-    if "tune" in options.parts:
-        run_all(bench, tuning_jobs(options.methods), options.workers)
-    rates = choose_rates(bench, options.methods)
-    if "final" in options.parts:
-        missing = [name for name in options.methods if name not in rates]
-        if missing:
-            raise UserError(
-                f"{missing[0]} has no learning rate; do the parts truth and tune first, or, if it "
-                "broke at all of them, leave it out of --methods"
-            )
-        run_all(bench, final_jobs(bench, rates), options.workers)
-    found = {"rates": rates, "final": compare(bench, rates)}
-    write_json(options.out / "summary.json", found)
+    scale = Scale.quick() if options.quick else TASKS[options.task].scale
+    bench = Bench(options.out, scale, options.task)
+    jobs = {
+        "represent": published_jobs(bench),
+        "truth": truth_jobs(bench, SPLITS),
+        "supernets": supernet_jobs(bench, options.methods, options.lr, options.split),
+    }[options.what]
+    run_all(bench, jobs, options.workers)
+    found = {"task": bench.name, "finished": len(jobs)}
+    if options.what == "represent":
+        found |= represent(bench)
+        print_text(as_text(found))
+    if options.what == "supernets":
+        found |= verdict(bench, options.methods, options.lr, options.split)
+    write_json(options.out / f"{options.what}.json", found)
     print_text(json.dumps(found) + "\n")
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     parser = OneLineParser(prog="python -m hnas.bench.rank", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("represent", "truth", "supernets"), help="what is trained")
     parser.add_argument("--out", type=read_path, required=True, help="folder of all results")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to train")
+    parser.add_argument("--task", choices=TASKS, default="digits", help="what is trained on")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what is compared"
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the supernets"
+    )
+    parser.add_argument(
+        "--lr", type=real_number(1e-6, 10), default=0.0067, help="their peak learning rate"
+    )
+    parser.add_argument(
+        "--split", choices=SPLITS, default="selection", help="what they are scored on"
     )
     parser.add_argument(
         "--workers", type=whole_number(1, 1024), default=2, help="processes that share the cores"

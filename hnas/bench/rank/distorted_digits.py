@@ -1,9 +1,8 @@
-"""A small task on which rankings can be measured: pairs of handwritten digits, distorted anew.
+"""Small tasks on which rankings can be measured: handwritten digits, distorted anew.
 
-Two of scikit-learn's digits (real scans, UCI) side by side, each under a random rotation, scale
-and shift, grey on black with noise; the class is the two-digit number. Hard enough that networks
-differ by several points and size helps, small enough that hundreds of trainings fit into hours on
-two CPU cores.
+One of scikit-learn's digits (real scans, UCI), or two side by side, each under a random rotation,
+scale and shift, grey on black with noise; the class is the number. Small enough that hundreds of
+trainings fit into hours on two CPU cores.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from functools import cached_property
 import numpy as np
 from scipy.ndimage import map_coordinates
 
-CLASSES = 100
 SCAN_SIZE = 8
-# Where the two digits are; they may overlap.
-LEFT, RIGHT = (-1.0, -0.25), (0.25, 1.0)
+# Where the digits are, by their number; they may overlap.
+COLUMNS = {1: ((-1.0, 1.0),), 2: ((-1.0, -0.25), (0.25, 1.0))}
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class DigitsTask:
 
     Attributes:
         size: height and width of the images, px.
+        digits: in an image, 1 or 2.
         rotation: largest angle either way, radians.
         shrink: bounds of the factor by which a scan is smaller than the image.
         noise: standard deviation of the Gaussian noise; white is 1.
@@ -34,11 +33,16 @@ class DigitsTask:
     """
 
     size: int = 48
+    digits: int = 2
     rotation: float = 0.6
     shrink: tuple[float, float] = (1.6, 2.4)
     noise: float = 0.2
     train_scans: int = 1200
     validation_images: int = 4000
+
+    @property
+    def classes(self) -> int:
+        return 10**self.digits
 
     def place(
         self, scans: np.ndarray, rng: np.random.Generator, columns: tuple[float, float] = (-1, 1)
@@ -60,8 +64,8 @@ class DigitsTask:
         y, x = cos * y - sin * x, sin * y + cos * x
         # From -1 and 1 at the scan's edges to its pixels' centres; black outside.
         y, x = ((place + 1) * (SCAN_SIZE / 2) - 0.5 for place in (y, x))
-        which = np.broadcast_to(np.arange(number)[:, None, None], y.shape)
-        return map_coordinates(scans, [which, y, x], np.float32, 1, "grid-constant")
+        places = zip(scans, np.stack([y, x], axis=1), strict=True)
+        return np.stack([map_coordinates(*own, np.float32, 1, "grid-constant") for own in places])
 
     def expose(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Pixels [N, H, W] of values 0 to 1 with noise, as images: uint8 [N, 3, H, W]."""
@@ -81,14 +85,15 @@ class DigitsTask:
     def _draw(
         self, which: np.ndarray, size: int, views: int, rng: np.random.Generator
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Views [size, 3, H, W] of random pairs of the scans ``which``, and labels [size]."""
+        """Views [size, 3, H, W] of random scans of ``which`` side by side, and labels [size]."""
         scans, labels, _ = self._scans
-        left, right = which[rng.integers(0, len(which), (2, size))]
+        drawn = which[rng.integers(0, len(which), (self.digits, size))]
         images = []
         for _ in range(views):
-            halves = (self.place(scans[left], rng, LEFT), self.place(scans[right], rng, RIGHT))
-            images.append(self.expose(np.maximum(*halves), rng))
-        return images, labels[left] * 10 + labels[right]
+            places = zip(drawn, COLUMNS[self.digits], strict=True)
+            digits = [self.place(scans[own], rng, columns) for own, columns in places]
+            images.append(self.expose(np.max(digits, axis=0), rng))
+        return images, 10 ** np.arange(self.digits)[::-1] @ labels[drawn]
 
     @cached_property
     def validation(self) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +107,6 @@ class DigitsTask:
     def training_batch(
         self, size: int, seed: tuple[int, ...], views: int = 1
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Views of ``size`` random pairs of training scans, and labels [size]."""
+        """Views of ``size`` random images of training scans, and labels [size]."""
         which = self._scans[2][: self.train_scans]
         return self._draw(which, size, views, np.random.default_rng(seed))

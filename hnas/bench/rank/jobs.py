@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from hnas.architecture_file import read_accuracies
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
 from hnas.base.settings import check_same_settings
@@ -21,14 +22,16 @@ from hnas.bench.rank.distorted_digits import DigitsTask
 from hnas.bench.rank.methods import METHODS, STAGE1_FORWARDS, Method
 from hnas.search_space import Architecture, SearchSpace, search_space
 
-BACKBONE = "resnet48_mini"
+PUBLISHED = Path(__file__).with_name("imagenet30.json")
+"""Codes and ImageNet accuracies, in percent, that one competitor of the track published: a single
+training each, measured on the same 2,500 validation images."""
 ARCHITECTURES_SEED = 2022
 
 SPLITS = ("selection", "final")
 """Architectures to choose by, and those that only what is compared is scored on."""
 
-TUNING_SEED = 100
-"""Of the supernets that learning rates are chosen by. Those that are compared begin at 0."""
+TRAINED_ALONE = ("published", "truth", "pretrain")
+"""Kinds of jobs."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,34 @@ SUPERNET = (*ALONE, "stage1_steps", "stage1_lr", "queue_size", "budget", "calibr
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A task on which rankings may be measured, and how networks are trained on it."""
+
+    task: DigitsTask = DigitsTask()
+    base_channels: tuple[int, ...] = search_space("resnet48_mini").base_channels
+    scale: Scale = Scale()
+
+
+TASKS = {
+    "digits": Candidate(),
+    # One digit that fills the image, so that what tells it apart is large: stages 3 and 4 see it on
+    # maps of 10 and 5 px. So narrow that the network limits what is learnt.
+    "large_digit": Candidate(
+        DigitsTask(size=160, digits=1, rotation=0.9, shrink=(1.0, 1.3), noise=0.3),
+        base_channels=(8, 10, 14, 22),
+        scale=Scale(batch_size=16, alone_steps=500, validation_images=2000),
+    ),
+}
+"""By the names of ``--task``; docs/ranking-bench.md says how like ImageNet's their truths are."""
+
+
+@dataclass(frozen=True)
 class Job:
     """One training."""
 
     kind: str
-    """``truth``, ``pretrain``, ``stage1``, or of a supernet the split that it is scored on."""
+    """``published``, ``truth``, ``pretrain``, ``stage1``, or of a supernet the split that it is
+    scored on."""
     seed: int
     what: str = ""
     """An architecture's name, nothing, or a method's name."""
@@ -120,7 +146,7 @@ class Job:
     @property
     def needs(self) -> tuple[Job, ...]:
         """The jobs whose weights it starts from."""
-        if self.kind in ("truth", "pretrain"):
+        if self.kind in TRAINED_ALONE:
             return ()
         pretrained = Job("pretrain", self.seed)
         if self.kind == "stage1" or not self.method.stage1:
@@ -134,6 +160,8 @@ class Bench:
 
     folder: Path
     scale: Scale
+    name: str = "digits"
+    """Of the task."""
 
     @property
     def runs(self) -> Path:
@@ -141,11 +169,17 @@ class Bench:
 
     @cached_property
     def space(self) -> SearchSpace:
-        return search_space(BACKBONE)
+        channels = TASKS[self.name].base_channels
+        return replace(search_space("resnet48_mini"), base_channels=channels)
 
     @cached_property
     def task(self) -> DigitsTask:
-        return DigitsTask(validation_images=self.scale.validation_images)
+        return replace(TASKS[self.name].task, validation_images=self.scale.validation_images)
+
+    @cached_property
+    def published(self) -> tuple[dict[str, Architecture], np.ndarray]:
+        """Architectures by name, and their ImageNet accuracies in percent."""
+        return read_accuracies(PUBLISHED)
 
     @cached_property
     def archs(self) -> dict[str, Architecture]:
@@ -158,16 +192,22 @@ class Bench:
         every, first = list(self.archs.items()), self.scale.selection
         return dict(every[:first] if split == "selection" else every[first:])
 
+    def arch(self, job: Job) -> Architecture:
+        """Of a job that trains one alone."""
+        if job.kind == "pretrain":
+            return self.space.largest()
+        return (self.published[0] if job.kind == "published" else self.archs)[job.what]
+
     def weights(self, job: Job) -> Path:
         return self.folder / "weights" / f"{job.name}.pdparams"
 
     def settings(self, job: Job) -> dict:
         """All that a job's result depends on, as JSON gives it back."""
-        names = ALONE if job.kind in ("truth", "pretrain") else SUPERNET
+        names = ALONE if job.kind in TRAINED_ALONE else SUPERNET
         settings = {name: getattr(self.scale, name) for name in names}
-        settings |= {"backbone": BACKBONE, "task": asdict(self.task)}
-        if job.kind == "truth":
-            settings["arch"] = self.archs[job.what].code
+        settings |= {"base_channels": self.space.base_channels, "task": asdict(self.task)}
+        if job.kind in ("published", "truth"):
+            settings["arch"] = self.arch(job).code
         elif job.kind in SPLITS:
             settings["method"] = asdict(job.method)
             settings["lr"] = job.rate
@@ -239,3 +279,20 @@ class Bench:
         jobs = list(dict.fromkeys(jobs))
         found = self.results(jobs)
         return [job for job in jobs if job not in found]
+
+
+def published_jobs(bench: Bench) -> list[Job]:
+    """One training of each published architecture."""
+    return [Job("published", 0, name) for name in bench.published[0]]
+
+
+def truth_jobs(bench: Bench, splits: Iterable[str]) -> list[Job]:
+    """What the truth of some splits takes; whole seeds one after the other."""
+    archs = [name for split in splits for name in bench.of_split(split)]
+    return [Job("truth", seed, name) for seed in range(bench.scale.truth_seeds) for name in archs]
+
+
+def supernet_jobs(bench: Bench, methods: Iterable[str], rate: float, split: str) -> list[Job]:
+    """Supernets of methods, scored on a split; whole seeds one after the other."""
+    methods = list(methods)
+    return [Job(split, seed, name, rate) for seed in range(bench.scale.seeds) for name in methods]

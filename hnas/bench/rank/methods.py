@@ -11,9 +11,6 @@ from dataclasses import dataclass, replace
 STAGE1_FORWARDS = 4
 """Passes of a step of stage 1: two of the query encoder, two of the key encoder."""
 
-LEARNING_RATES = (0.0067, 0.02, 0.06)
-"""What each method's is chosen from: peaks, for the sum of the gradients of a step."""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -37,14 +34,10 @@ class Method:
         return self.subnetworks + extra + (self.teacher == "pretrained")
 
 
-REFERENCE = "first_place"
-"""What the others' differences are taken from: the launchers' defaults, but for stage 1's views,
-which are of one kind here, as the public code draws them."""
-
 FIRST_PLACE = Method(stage1=True, sampler="first_place", freeze_bn=True)
 
 METHODS = {
-    REFERENCE: FIRST_PLACE,
+    "first_place": FIRST_PLACE,
     "first_place_no_stage1": replace(FIRST_PLACE, stage1=False),
     "first_place_uniform": replace(FIRST_PLACE, sampler="random"),
     "first_place_clipped": replace(FIRST_PLACE, clip_norm=10.0),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import paddle
 
 from hnas.base.device import processor
-from hnas.bench.rank.distorted_digits import CLASSES, DigitsTask
+from hnas.bench.rank.distorted_digits import DigitsTask
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import Method
 from hnas.evaluation.counts import Counts
@@ -42,6 +42,7 @@ from hnas.weights.loading import (
 CHUNK = 1000
 # Jobs of one seed draw from different images.
 DATA_SEEDS = {"truth": 1000, "pretrain": 2000, "stage1": 3000, "selection": 4000, "final": 4000}
+DATA_SEEDS["published"] = 6000
 CALIBRATION_SEED = 5000
 
 
@@ -116,14 +117,13 @@ def run_alone(bench: Bench, job: Job) -> dict:
 
     ``pretrain`` is of the largest, start and teacher of all supernets of a seed.
     """
-    pretrain, scale = job.kind == "pretrain", bench.scale
-    arch = bench.space.largest() if pretrain else bench.archs[job.what]
-    network = ResNet(bench.space.plan(arch), CLASSES)
+    scale, arch = bench.scale, bench.arch(job)
+    network = ResNet(bench.space.plan(arch), bench.task.classes)
     # Without it deep networks come out worse in so few steps, the opposite of ImageNet.
     network.start_as_shortcuts()
     model = StandaloneModel(network, arch.code)
     train(bench, job, model, scale.alone_steps, scale.alone_lr)
-    if pretrain:
+    if job.kind == "pretrain":
         write_state(bench.weights(job), network.state_dict())
     counts = evaluate_network(network, validation_chunks(bench.task))
     return {"hits": int(counts.top1[0]), "images": counts.images}
@@ -141,7 +141,7 @@ def validation_chunks(task: DigitsTask) -> list[tuple[paddle.Tensor, paddle.Tens
 def start(bench: Bench, seed: int, supernet: ElasticResNet) -> ResNet:
     """Give a supernet the pretrained weights; the pretrained network is handed back."""
     path = bench.weights(Job("pretrain", seed))
-    network = ResNet(bench.space.plan(bench.space.largest()), CLASSES)
+    network = ResNet(bench.space.plan(bench.space.largest()), bench.task.classes)
     load_weights(network, read_weights(path), path)
     start_from_pretrained(supernet, network)
     return network
@@ -153,7 +153,7 @@ def run_stage1(bench: Bench, job: Job) -> dict:
     The supernet's weights are kept, neck and key encoder are not.
     """
     scale = bench.scale
-    network = PiNASv2(bench.space, CLASSES, queue_size=scale.queue_size, temperature=0.1)
+    network = PiNASv2(bench.space, bench.task.classes, queue_size=scale.queue_size, temperature=0.1)
     start(bench, job.seed, network.backbone)
     network.reset_key_encoder()
     freeze_statistics(network)
@@ -171,7 +171,7 @@ def run_supernet(bench: Bench, job: Job) -> dict:
     """
     method, scale = job.method, bench.scale
     result = {"steps": scale.steps(method), "images": scale.validation_images}
-    network = ElasticResNet(bench.space, CLASSES)
+    network = ElasticResNet(bench.space, bench.task.classes)
     teacher = start(bench, job.seed, network)
     if method.stage1:
         path = bench.weights(Job("stage1", job.seed))
@@ -219,6 +219,7 @@ def score_supernet(bench: Bench, job: Job, network: ElasticResNet) -> list[int]:
 
 
 RUN: dict[str, Callable[[Bench, Job], dict]] = {
+    "published": run_alone,
     "truth": run_alone,
     "pretrain": run_alone,
     "stage1": run_stage1,

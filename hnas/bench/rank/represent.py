@@ -1,0 +1,72 @@
+"""How like ImageNet's a task's truth is: networks of published accuracies, trained alone on it.
+
+A law or a method that ranks well by a truth that hangs on other stages than ImageNet's need not
+rank well there. So a task is chosen by this figure, before any supernet is trained on it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hnas.bench.rank.jobs import Bench, published_jobs
+from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b, none_if_nan, pearson
+from hnas.search_space import Architecture, search_space
+
+BOOTSTRAP_SEED = 0
+
+
+def represent(bench: Bench) -> dict:
+    """The agreement of the task's accuracies with ImageNet's, when all are trained.
+
+    Returns:
+        the task's ``accuracy`` in percent, ``tau_b`` and ``pearson`` between both with intervals
+        over architectures, and ``hangs_on``, tau-b of what describes a network with the accuracy:
+        here, on ImageNet.
+    """
+    jobs = published_jobs(bench)
+    found, (archs, imagenet) = bench.results(jobs), bench.published
+    own = np.array([100 * found[job]["hits"] / found[job]["images"] for job in jobs])
+    agreement = {
+        name: estimate(statistic, own, imagenet)
+        for name, statistic in (("tau_b", kendall_tau_b), ("pearson", pearson))
+    }
+    hangs_on = {
+        name: [none_if_nan(kendall_tau_b(values, acc)) for acc in (own, imagenet)]
+        for name, values in descriptions(list(archs.values())).items()
+    }
+    accuracy = {"mean": float(own.mean()), "sd": float(own.std(ddof=1))}
+    return {"accuracy": accuracy, **agreement, "hangs_on": hangs_on}
+
+
+def estimate(statistic, x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
+    """A statistic of two lists [n] with its interval, None where not defined."""
+    ends = bootstrap_interval(statistic, x, y, BOOTSTRAP_SEED)
+    values = map(none_if_nan, (statistic(x, y), *ends))
+    return dict(zip(("value", "low", "high"), values, strict=True))
+
+
+def descriptions(archs: list[Architecture]) -> dict[str, list[int]]:
+    """What a network is described by, its size on ImageNet among them."""
+    depths = {f"depth of stage {s + 1}": [arch.depths[s] for arch in archs] for s in range(4)}
+    space = search_space("resnet48")
+    return depths | {
+        "total depth": [sum(arch.depths) for arch in archs],
+        "MACs": [space.macs(arch) for arch in archs],
+        "parameters": [space.params(arch) for arch in archs],
+    }
+
+
+def as_text(found: dict) -> str:
+    """What :func:`represent` gave, as lines to read."""
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    lines = []
+    for name in ("tau_b", "pearson"):
+        value, low, high = map(shown, found[name].values())
+        lines.append(f"{name} {value} [{low}, {high}]")
+    lines.append(f"{'tau-b of accuracy with':24}{found['task']:>12}{'ImageNet':>12}")
+    for name, taus in found["hangs_on"].items():
+        lines.append(f"{name:24}" + "".join(f"{shown(tau):>12}" for tau in taus))
+    return "\n".join(lines) + "\n"
