@@ -108,16 +108,6 @@ def test_differences_are_paired_and_symmetric():
     assert found["value"] == pytest.approx(1) and (found["low"], found["high"]) == (-2, 2)
 
 
-def test_reliability_is_that_of_an_analysis_of_variance():
-    rng = np.random.default_rng(2)
-    acc = rng.standard_normal(7) + 0.5 * rng.standard_normal((4, 7)) + rng.standard_normal((4, 1))
-    rows, columns = acc.mean(axis=1, keepdims=True), acc.mean(axis=0, keepdims=True)
-    noise = ((acc - rows - columns + acc.mean()) ** 2).sum() / 3 / 6
-    between = 4 * ((columns - acc.mean()) ** 2).sum() / 6
-    assert estimates.reliability(acc) == pytest.approx(1 - noise / between)
-    assert np.isnan(estimates.reliability(acc[:1])) and np.isnan(estimates.reliability(acc[:, :1]))
-
-
 def test_shares_have_exact_intervals():
     low, high = stats.beta.ppf([0.025, 0.975], [3, 4], [6, 5])
     expected = {"value": 3 / 8, "low": low, "high": high}

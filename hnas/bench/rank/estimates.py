@@ -132,19 +132,3 @@ def share(number: int, total: int) -> dict[str, float]:
     """``number`` of ``total`` as a share, with the ends of its exact interval (Clopper-Pearson)."""
     ends = binomtest(number, total).proportion_ci(LEVEL, method="exact")
     return {"value": number / total, "low": float(ends.low), "high": float(ends.high)}
-
-
-def reliability(acc: np.ndarray) -> float:
-    """Share of the variance of means over seeds, between architectures, that is not noise.
-
-    From an analysis of variance of accuracies [seeds, n]: noise is what seeds differ by beyond
-    their own means. NaN for one seed or one architecture.
-    """
-    seeds, number = acc.shape
-    if seeds < 2 or number < 2:
-        return math.nan
-    means = acc.mean(axis=0)
-    left = acc - means - acc.mean(axis=1, keepdims=True) + acc.mean()
-    noise = (left**2).sum() / ((number - 1) * (seeds - 1) * seeds)
-    between = means.var(ddof=1)
-    return float(1 - noise / between) if between else math.nan

@@ -34,6 +34,7 @@ class Method:
         return self.subnetworks + extra + (self.teacher == "pretrained")
 
 
+# The launchers' defaults, but for stage 1's views: of one kind here, as the public code draws them.
 FIRST_PLACE = Method(stage1=True, sampler="first_place", freeze_bn=True)
 
 METHODS = {
