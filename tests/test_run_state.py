@@ -20,6 +20,7 @@ from entry_scripts import arrays_of, assert_same_bits
 from hnas.base import files
 from hnas.base.errors import UserError
 from hnas.base.files import read_json, write_json
+from hnas.dataset.image_folder import DataError
 from hnas.programs.options import Options
 from hnas.utils import starting, training
 from hnas.utils.hapi_wrapper import ResumableModel
@@ -163,6 +164,17 @@ def test_a_run_that_was_killed_is_the_same_to_the_bit(train, tmp_path):
     resumed = train(8, resume="auto", **flags)
     assert min(resumed.rates) == (2, 0)
     assert_same_bits(arrays_of(resumed.network), arrays_of(whole.network))
+
+
+def test_what_was_trained_before_a_bad_image_is_saved(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "Killed", DataError)
+    train(8, kill_at=(1, 2))
+    names = {path.name for path in (tmp_path / "run").glob("*.pdparams")}
+    assert names == {"0.pdparams", "1-2.pdparams"}
+    found = train(8, resume="auto", kill_at=(2, 0))
+    assert next(iter(found.rates)) == (1, 2)
+    # Nothing is saved again where not even one step was made.
+    assert not list((tmp_path / "run").glob("2-0.*"))
 
 
 # --- whose run a set is

@@ -18,7 +18,6 @@ from paddle.base import core
 from paddle.io import DataLoader
 from PIL import Image
 
-from hnas.base.errors import UserError
 from hnas.dataset.image_folder import DataError, ImageList, decode_image
 
 WORKER_GRACE_SECONDS = 20
@@ -148,8 +147,7 @@ def load_batches(
     wait for ever when that one fails.
 
     Raises:
-        DataError: an image cannot be read.
-        UserError: a loader process was killed.
+        DataError: an image cannot be read, or a loader process was killed.
     """
     if not num_workers:
         for batch in batches:
@@ -198,7 +196,7 @@ def _next_batch(iterator: Iterator, workers: Sequence[multiprocessing.Process]) 
             raise
         for worker in workers:
             worker.kill()  # else one might wait for what the dead one held
-        raise UserError(
+        raise DataError(
             f"a loader process was killed by {signal.Signals(killed[0]).name}; where memory is "
             "short, lower --num_workers; what is saved can be resumed"
         ) from None

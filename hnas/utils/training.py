@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hnas.base.errors import Stopped, UserError
 from hnas.base.files import remove_leftovers, write_json
+from hnas.dataset.image_folder import DataError
 from hnas.dataset.loader import EpochLoader
 from hnas.models.convolution import use_onednn
 from hnas.parallel.distributed import (
@@ -153,11 +154,19 @@ class Run:
         logs = {}
         for epoch in range(begun, epochs):
             self.log.begin_epoch(epoch)
-            with closing(self.model.train_epoch(self.loader, epoch, first)) as steps:
-                for step, logs in steps:
-                    self.log.end_step(step, logs)
-                    if step + 1 < len(self.loader):
-                        self.save_if_due(epoch, step + 1, logs)
+            done = first
+            try:
+                with closing(self.model.train_epoch(self.loader, epoch, first)) as steps:
+                    for step, logs in steps:
+                        self.log.end_step(step, logs)
+                        done = step + 1
+                        if done < len(self.loader):
+                            self.save_if_due(epoch, done, logs)
+            except DataError:
+                # What was trained before a bad image is whole; of several ranks one cannot save.
+                if done > first and world_size() == 1:
+                    self.save(f"{epoch}-{done}", epoch, done, logs)
+                raise
             self.log.end_epoch()
             self.save_if_due(epoch + 1, 0, logs)
             self.validate(epoch)
