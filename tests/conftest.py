@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from scipy.stats import chisquare
 # The same examples in every run, and no deadline, since machines are shared.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
+# Under nohup it is ignored, also by what tests start, and programs then leave it alone.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 NO_GPU = ",".join(["-1"] * 8)
