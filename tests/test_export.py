@@ -167,8 +167,9 @@ def test_an_export_scores_what_stage_3_said(digits, scored, tmp_path, caplog, fr
 def test_programs_prepare_images_as_scoring_does(exported, tmp_path):
     how = json.loads((exported / "card.json").read_text())["preprocessing"]
     rng = np.random.default_rng(0)
-    for width, height in ((37, 37), (100, 53), (53, 101), (38, 37), (224, 41), (8, 8)):
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    sizes = (37, 37, 3), (100, 53, 4), (53, 101, 3), (38, 37, 2), (224, 41, 3), (8, 8, 4)
+    for width, height, bands in sizes:  # two and four have transparency
+        pixels = rng.integers(0, 256, (height, width, bands), dtype=np.uint8)
         path = tmp_path / "image.png"
         Image.fromarray(pixels).save(path)
         expected = independent.normalized(EvalTransform(SIZE)(decode_image(path))[np.newaxis])

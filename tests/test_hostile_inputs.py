@@ -347,7 +347,9 @@ def refusal(tmp_path, monkeypatch):
     """What a program says that is to write to the test's folder."""
 
     def refusal(name: str, more: str = "") -> str:
-        flags = f"--out {tmp_path}" if "rank" in name else f"--save_dir {tmp_path} {MORE} {more}"
+        flags = (
+            f"truth --out {tmp_path}" if "rank" in name else f"--save_dir {tmp_path} {MORE} {more}"
+        )
         monkeypatch.setattr(sys, "argv", [name, *flags.split()])
         return refused(importlib.import_module(name).main)
 

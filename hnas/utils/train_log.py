@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 LARGEST = RESNET48.largest().code
 """Of every search space; log lines of steps that train it alone leave it out."""
 
-LARGEST_RISE = np.array([2.0, np.inf, 10.0])
-"""Of loss, top-1 and gradient norm since the first step, in a run that does not break."""
+LARGEST_RISE = np.array([2.0, 10.0])
+"""Of loss and gradient norm since the first step, in a run that does not break."""
 
 
 class TrainLogger:
@@ -50,7 +50,7 @@ class TrainLogger:
         self._losses: list[float] = []
         self._norms: list[float] = []
         self._first: np.ndarray | None = None
-        """Loss, top-1 and gradient norm of the first step of this process."""
+        """Loss and gradient norm of the first step of this process."""
         self._warned = -1
         """The epoch that was warned of."""
         self._unread: list[tuple[int, dict]] = []
@@ -200,17 +200,18 @@ class TrainLogger:
 
     def _warn_if_breaking(self) -> None:
         """Once an epoch: loss or gradients are far above those of this process's first step."""
-        means = np.mean(self._line, axis=0)
+        line = np.array(self._line)[:, [0, 2]]
+        means = line.mean(axis=0)
         if self._first is None:
-            self._first = np.array(self._line[0])
+            self._first = line[0]
         # One more than the multiple: near zero a multiple is soon reached.
-        most = np.maximum(LARGEST_RISE * self._first + 1, [self.guess_loss, 0, 0])
+        most = np.maximum(LARGEST_RISE * self._first + 1, [self.guess_loss, 0])
         if self._warned < self.epoch and (means > most).any():
             self._warned = self.epoch
             logger.warning(
                 "training is breaking: loss %.3g and gradient norm %.3g after %.3g and %.3g at the "
                 "first step; start anew with clip_norm 10, a longer warmup or a lower lr",
-                *(*means[[0, 2]], *self._first[[0, 2]]),
+                *(*means, *self._first),
             )
 
     def draw_validation(self, epochs: Iterable[int]) -> None:
