@@ -35,7 +35,8 @@ timed pretrain "$python" -m hnas.tools.pretrain run \
     --backbone resnet48_mini --image_dir "$image_dir" --pretrained "$pretrained" \
     --save_dir "$demo/pretrain" --save_freq 100 --max_epoch 16 --warmup 2 --lr 0.1 \
     --batch_size "$batch_size" --image_size "$image_size" --num_workers "$num_workers" \
-    --device "${device:-auto}" --crop_scale_min 0.8 --flip_prob "$flip_prob" --use_tensor_dataset True --log_freq "$log_freq"
+    --crop_scale_min 0.8 --flip_prob "$flip_prob" --use_tensor_dataset True \
+    --device "${device:-auto}" --log_freq "$log_freq"
 
 timed stage1 env backbone=resnet48pinasv2_mini save_dir="$demo/stage1" \
     max_epoch=2 lr=0.005 queue_size=512 key_momentum=0.99 crop_scale_min=0.5 \

@@ -98,7 +98,8 @@ def scan_images(
         raise DataError(f"image_dir {root} has no folder {split}/ (expected {split}/CLASS/*.jpg)")
     try:
         images = _list_images(folder)
-        _tell_transparent(images)
+        if logger.isEnabledFor(logging.INFO):  # of several processes one tells
+            _tell_transparent(images)
         if verify or bad_images == "skip":
             images = _leave_out_bad(images, _bad_images(images), bad_images)
     except OSError as error:

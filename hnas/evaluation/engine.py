@@ -163,7 +163,7 @@ class Walks:
         elif is_memory:
             raise UserError(
                 f"out of memory with one image a walk: {word_of(error)}; end what else takes "
-                "memory, or give --amp O1 or fewer --bn_calibration_images"
+                "memory, or give --amp O1 on a GPU or fewer --bn_calibration_images"
             ) from error
         else:
             raise error

@@ -25,7 +25,8 @@ IN_TRAINING = (
     "halve --batch_size, or give --accumulate 2 to compute it in parts, or --amp O1 on a GPU"
 )
 IN_SCORING = (
-    "give --chunk_size 128 or less (reference engine: --batch_size), --cache_gb 1 or --amp O1"
+    "give --chunk_size 128 or less (reference engine: --batch_size), --cache_gb 1 or --amp O1 on "
+    "a GPU"
 )
 """What to do where memory runs out all the same."""
 
