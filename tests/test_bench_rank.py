@@ -20,12 +20,13 @@ from hnas.bench.rank.jobs import (
     Job,
     Scale,
     published_jobs,
+    second_jobs,
     supernet_jobs,
     truth_jobs,
 )
 from hnas.bench.rank.methods import METHODS
 from hnas.bench.rank.represent import as_text, represent
-from hnas.bench.rank.verdict import verdict
+from hnas.bench.rank.verdict import reliability, verdict
 from hnas.utils.SampleMethod import (
     FairSampler,
     FirstPlaceSampler,
@@ -35,11 +36,13 @@ from hnas.utils.SampleMethod import (
 
 ROOT = Path(__file__).parents[1]
 METHOD = "first_place"
-NAMES, RATE = (METHOD, "organisers", "bignas"), 0.02
+RATE = 0.02
+NAMES = (METHOD, "organisers", "bignas")
+WANTED = [(name, RATE) for name in NAMES]
 
 
 def test_all_methods_cost_the_same():
-    for scale in (Scale(), Scale.quick(), replace(Scale(), budget=2499, stage1_steps=7)):
+    for scale in (Scale(), Scale.quick(), replace(Scale(), budget=1249, stage1_steps=7)):
         for name, method in METHODS.items():
             # Passes of a step: the sub-networks', and the teacher's if it is a network apart.
             step = method.subnetworks + {"pretrained": 1, "in place": 0, "none": 0}[method.teacher]
@@ -52,14 +55,14 @@ def test_all_methods_cost_the_same():
 @pytest.mark.parametrize(
     ("name", "law", "subnetworks", "frozen", "stage1", "teaches", "clip_norm"),
     [
-        ("first_place", FirstPlaceSampler, (5, 4, 4), True, True, True, 0),
-        ("first_place_no_stage1", FirstPlaceSampler, (5, 4, 4), True, False, True, 0),
-        ("first_place_uniform", RandomSampler, (4, 4, 4), True, True, True, 0),
-        ("first_place_clipped", FirstPlaceSampler, (5, 4, 4), True, True, True, 10),
-        ("organisers", RandomSampler, (4, 4, 4), True, False, True, 0),
-        ("bignas", SandwichSampler, (4, 4, 4), False, False, False, 0),
-        ("fairnas", FairSampler, (7, 7, 7), False, False, False, 0),
-        ("single_path", RandomSampler, (1, 1, 1), False, False, False, 0),
+        ("first_place", FirstPlaceSampler, (5, 4, 4), True, "stage1-own-5", True, 10),
+        ("no_stage1", FirstPlaceSampler, (5, 4, 4), True, None, True, 10),
+        ("uniform", RandomSampler, (4, 4, 4), True, "stage1-own-5", True, 10),
+        ("winners", FirstPlaceSampler, (5, 4, 4), True, "stage1-public-5", True, 0),
+        ("organisers", RandomSampler, (4, 4, 4), True, None, True, 0),
+        ("bignas", SandwichSampler, (4, 4, 4), False, None, False, 0),
+        ("fairnas", FairSampler, (7, 7, 7), False, None, False, 0),
+        ("single_path", RandomSampler, (1, 1, 1), False, None, False, 0),
     ],
 )
 def test_methods_train_as_they_are_called(
@@ -71,7 +74,9 @@ def test_methods_train_as_they_are_called(
         "start": lambda bench, seed, network: paddle.nn.Linear(1, 1),
         "read_weights": lambda path: seen.update(stage1=path.stem),
         "load_weights": lambda *arguments: None,
-        "train": lambda *own, clip_norm: seen.update(model=own[2], lr=own[4], clip_norm=clip_norm),
+        "train": lambda *own, clip_norm: seen.update(
+            model=own[2], lr=own[3].base_lr, clip_norm=clip_norm
+        ),
         "score_supernet": lambda bench, job, network: [1, 2],
     }.items():
         monkeypatch.setattr(runs, function, substitute)
@@ -80,35 +85,60 @@ def test_methods_train_as_they_are_called(
     assert type(model.sampler) is law
     assert tuple(len(model.sampler.sample(0, step)) for step in range(3)) == subnetworks
     assert model.network.frozen == frozen and (model.teacher is not None) == teaches
-    assert seen.get("stage1") == ("stage1-5" if stage1 else None)
+    assert seen.get("stage1") == stage1
     # The same rates for all: not scaled by how many gradients a step adds up.
     assert (seen["lr"], seen["clip_norm"], result["hits"]) == (0.0067, clip_norm, [1, 2])
+
+
+@pytest.mark.parametrize("recipe", ["own", "public"])
+def test_the_winners_stage_one_swings_on_the_same_pixels(recipe, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(runs, "start", lambda *arguments: None)
+    monkeypatch.setattr(runs, "write_state", lambda *arguments: None)
+    monkeypatch.setattr(runs, "train", lambda *own, **views: seen.update(views, rate=own[3]))
+    runs.run_stage1(
+        Bench(tmp_path, replace(Scale.quick(), stage1_steps=20)), Job("stage1", 0, recipe)
+    )
+    rates = []
+    for step in range(5):
+        seen["rate"].step(step)
+        rates.append(seen["rate"].get_lr() / 0.0025)
+    swings = [1, 0.5, 0, 0.5, 1]
+    assert rates == pytest.approx(
+        swings if recipe == "public" else [0.5, 1, 1, 0.99, 0.97], abs=0.02
+    )
+    assert seen["views"] * seen.get("copies", 1) == 2 and ("copies" in seen) == (recipe == "public")
 
 
 def test_supernets_come_in_whole_seeds_and_score_their_split():
     bench = Bench(Path(), Scale())
     splits = [list(bench.of_split(split)) for split in SPLITS]
-    assert splits == [[*bench.archs][:16], [*bench.archs][16:]] and len(bench.archs) == 48
-    for split, number in zip(SPLITS, (16, 32), strict=True):
-        jobs = supernet_jobs(bench, METHODS, 0.02, split)
+    assert splits == [[*bench.archs][:48], [*bench.archs][48:]] and len(bench.archs) == 240
+    # What is chosen by is not what is compared: other architectures, and other seeds.
+    for split, number, seeds in (("selection", 48, (8, 9)), ("final", 192, range(8))):
+        jobs = supernet_jobs(bench, WANTED, split)
         assert [(job.kind, job.seed) for job in jobs] == [
-            (split, seed) for seed in range(8) for _ in METHODS
+            (split, seed) for seed in seeds for _ in WANTED
         ]
         assert bench.settings(jobs[0])["architectures"] == number
+    assert [job.what for job in second_jobs(bench)] == splits[1][:32]
     quick = Bench(Path(), Scale.quick()).archs
     assert list(quick.items()) == list(bench.archs.items())[:11]
 
 
 def test_a_job_comes_after_what_it_needs_and_before_the_next_seed(tmp_path):
     bench = Bench(tmp_path, Scale.quick())
-    names = (METHOD, "organisers", "first_place_no_stage1")
+    names = (METHOD, "organisers", "winners")
     jobs = [Job("final", seed, name, 0.02) for seed in (0, 1) for name in names]
-    needs = [[Job("pretrain", seed), Job("stage1", seed)] for seed in (0, 1)]
-    expected = [*needs[0], *jobs[:3], *needs[1], *jobs[3:]]
+    expected = []
+    for seed in (0, 1):
+        own, public = Job("stage1", seed, "own"), Job("stage1", seed, "public")
+        ours = jobs[3 * seed :]
+        expected += [Job("pretrain", seed), own, *ours[:2], public, ours[2]]
     assert workers.with_needs(bench, jobs) == expected
     # What finished supernets started from is not needed again.
     bench.put(jobs[0], {"hits": []})
-    assert workers.with_needs(bench, jobs[:2]) == [needs[0][0], jobs[1]]
+    assert workers.with_needs(bench, jobs[:2]) == [expected[0], jobs[1]]
 
 
 def test_results_are_lines_and_replaced_by_newer_ones(tmp_path):
@@ -156,14 +186,15 @@ def test_results_of_other_settings_are_refused_in_one_line(tmp_path):
 
 @pytest.fixture
 def bench(tmp_path):
-    """Finished supernets of three methods, two each, and their truth."""
-    bench, rng = Bench(tmp_path, replace(Scale.quick(), final=12)), np.random.default_rng(0)
+    """Finished supernets of three methods, four each, and their truth."""
+    scale = replace(Scale.quick(), final=12, twice=9, seeds=4)
+    bench, rng = Bench(tmp_path, scale), np.random.default_rng(0)
     quality = {name: int(own) for name, own in zip(bench.archs, rng.permutation(90), strict=False)}
-    for job in truth_jobs(bench, ["final"]):
+    for job in (*truth_jobs(bench, "final"), *second_jobs(bench)):
         bench.put(job, {"hits": quality[job.what] + int(rng.integers(5)), "images": 100})
-    for seed in (0, 1):
+    for seed in range(4):
         bench.put(Job("pretrain", seed), {"hits": 60, "images": 100})
-    for job in supernet_jobs(bench, NAMES, RATE, "final"):
+    for job in supernet_jobs(bench, WANTED, "final"):
         order = -1 if job.what == "bignas" else 1
         hits = [50 + order * quality[arch] // 4 for arch in bench.of_split("final")]
         hits = (hits + rng.integers(0, 6, len(hits))).tolist()
@@ -171,36 +202,68 @@ def bench(tmp_path):
     return bench
 
 
-def tau_of(bench, job):
-    results = bench.results(truth_jobs(bench, ["final"])).values()
-    truth = np.reshape([own["hits"] for own in results], [2, -1]).mean(axis=0)
-    return kendalltau(bench.entries()[job.name]["hits"], truth).statistic
+def hits_of(bench, jobs):
+    return [bench.entries()[job.name]["hits"] for job in jobs]
 
 
-def test_taus_are_scipys(bench):
-    found = verdict(bench, NAMES, RATE, "final")
+def taus_of(bench, name):
+    truth = hits_of(bench, truth_jobs(bench, "final"))
+    supernets = hits_of(bench, supernet_jobs(bench, [(name, RATE)], "final"))
+    return [kendalltau(own, truth).statistic if own else None for own in supernets]
+
+
+def test_taus_and_their_differences_are_scipys(bench):
+    found = verdict(bench, WANTED, "final")
+    taus = {name: np.mean(taus_of(bench, name)) for name in NAMES}
     for name in NAMES:
-        jobs = supernet_jobs(bench, [name], RATE, "final")
-        expected = np.mean([tau_of(bench, job) for job in jobs])
-        assert found[name]["tau_b"]["value"] == pytest.approx(expected)
-        assert found[name]["tau_b"]["low"] < expected < found[name]["tau_b"]["high"]
-        assert found[name]["broken"]["value"] == 0
+        about = found[f"{name}@0.02"]
+        assert about["tau_b"]["value"] == pytest.approx(taus[name])
+        assert about["tau_b"]["low"] < taus[name] < about["tau_b"]["high"]
+        assert about["broken"]["value"] == 0
+    truth = hits_of(bench, truth_jobs(bench, "final"))
+    depth = [sum(arch.depths) for arch in bench.of_split("final").values()]
+    taus["depth"] = kendalltau(depth, truth).statistic
+    assert found["by_code"]["depth"]["value"] == pytest.approx(taus["depth"])
+    compared = found["comparisons"]
+    assert set(compared) == {
+        *(f"{METHOD} - {name}" for name in NAMES[1:]),
+        *(f"{name} - depth" for name in NAMES),
+    }
+    for between, own in compared.items():
+        first, other = between.split(" - ")
+        # A mean over pairs that are linearised where scores tie.
+        assert own["value"] == pytest.approx(taus[first] - taus[other], abs=1e-6)
+        assert own["low"] <= own["value"] <= own["high"] and 0 <= own["p"] <= 1
+    # Holm's correction of four, of which the primary is none.
+    alone = verdict(bench, WANTED[:1], "final")["comparisons"][f"{METHOD} - depth"]["p"]
+    assert alone <= compared[f"{METHOD} - depth"]["p"] <= 4 * alone
+    second = hits_of(bench, second_jobs(bench))
+    expected = kendalltau(truth[:9], second).statistic
+    assert reliability(bench)["value"] == pytest.approx(expected, abs=1e-6)
     # A part of a truth is not told.
     lines = bench.runs.read_text().splitlines(keepends=True)
-    bench.runs.write_text("".join(line for line in lines if '"truth-arch9-1"' not in line))
-    assert set(verdict(bench, NAMES, RATE, "final")[METHOD]) == {"broken"}
+    bench.runs.write_text("".join(line for line in lines if '"truth-arch9-0"' not in line))
+    assert verdict(bench, WANTED, "final")[f"{METHOD}@0.02"].keys() == {"broken"}
 
 
 @pytest.mark.parametrize("hits", [[], [29] * 12])
 def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
     """It diverged, or scores below half of the network that it began with."""
-    kept, lost = supernet_jobs(bench, ["organisers"], RATE, "final")
+    lost, *_ = supernet_jobs(bench, [("organisers", RATE)], "final")
     bench.put(lost, {"hits": hits, "images": 100})
-    found = verdict(bench, NAMES, RATE, "final")["organisers"]
-    assert found["broken"]["value"] == 0.5
-    assert found["tau_b"]["value"] == pytest.approx(tau_of(bench, kept))
-    bench.put(kept, {"hits": [], "images": 100})
-    assert verdict(bench, NAMES, RATE, "final")["organisers"]["tau_b"] is None
+    found = verdict(bench, WANTED, "final")
+    assert found["organisers@0.02"]["broken"]["value"] == 0.25
+    taus = [np.mean(taus_of(bench, name)[1:]) for name in (METHOD, "organisers")]
+    assert found["organisers@0.02"]["tau_b"]["value"] == pytest.approx(taus[1])
+    # Compared over the seeds of which both trained.
+    primary = found["comparisons"][f"{METHOD} - organisers"]
+    assert primary["value"] == pytest.approx(taus[0] - taus[1], abs=1e-6)
+    # Two that trained do not tell how others would rank.
+    _, lost, *_ = supernet_jobs(bench, [("organisers", RATE)], "final")
+    bench.put(lost, {"hits": hits, "images": 100})
+    found = verdict(bench, WANTED, "final")
+    assert found["organisers@0.02"]["tau_b"] is None
+    assert set(found["comparisons"][f"{METHOD} - organisers"].values()) == {None}
 
 
 def test_agreement_with_imagenet_is_scipys(tmp_path):
@@ -220,7 +283,7 @@ def test_agreement_with_imagenet_is_scipys(tmp_path):
     known = [-0.09, -0.02, 0.53, 0.52, 0.636, 0.591, 0.614]
     assert [taus[1] for taus in hangs_on.values()] == pytest.approx(known, abs=5e-3)
     assert found["accuracy"]["mean"] == pytest.approx(np.mean(hits) / 2)
-    text = as_text({"task": "digits", **found}).splitlines()
+    text = as_text({"task": "large_digit", **found}).splitlines()
     assert text[0].split()[1] == f"{found['tau_b']['value']:.3f}" and len(text) == 10
     taus = hangs_on["depth of stage 4"]
     assert text[6].startswith("depth of stage 4 ")
@@ -235,7 +298,8 @@ def command(out, *arguments):
 @pytest.mark.slow
 def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
     """Killed within its truth it loses no more than what was running."""
-    path, flags = tmp_path / "runs.jsonl", ["supernets", "--methods", METHOD, "--split", "final"]
+    flags = ["supernets", "--methods", f"{METHOD}@0.0067", "--split", "final"]
+    path = tmp_path / "runs.jsonl"
     process = subprocess.Popen(**command(tmp_path, "truth"), stderr=subprocess.DEVNULL)
     while not path.exists() or len(path.read_text().splitlines()) < 3:
         assert process.poll() is None
@@ -247,12 +311,14 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
         done = subprocess.run(**command(tmp_path, *asked), capture_output=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         assert found == json.loads((tmp_path / f"{asked[0]}.json").read_text())
-    assert set(found[METHOD]) == {"broken", "tau_b"}
+    assert set(found[f"{METHOD}@0.0067"]) == {"broken", "tau_b"}
     bench, entries = Bench(tmp_path, Scale.quick()), Bench(tmp_path, Scale.quick()).entries()
-    final = supernet_jobs(bench, [METHOD], 0.0067, "final")
-    needed = [Job(kind, seed) for kind in ("pretrain", "stage1") for seed in (0, 1)]
+    final = supernet_jobs(bench, [(METHOD, 0.0067)], "final")
+    needed = [Job("pretrain", seed) for seed in (0, 1)]
+    needed += [Job("stage1", seed, "own") for seed in (0, 1)]
+    truth = [*truth_jobs(bench, "selection"), *truth_jobs(bench, "final"), *second_jobs(bench)]
     assert path.read_bytes().startswith(kept)
-    assert set(entries) == {job.name for job in (*truth_jobs(bench, SPLITS), *final, *needed)}
+    assert set(entries) == {job.name for job in (*truth, *final, *needed)}
     assert {own.name for own in (tmp_path / "weights").glob("*.pdparams")} == {
         bench.weights(job).name for job in needed
     }
@@ -262,7 +328,7 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
     # What is lost is done again to the same result, with what it starts from.
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if f'"{final[-1].name}"' not in line))
-    bench.weights(Job("stage1", 1)).unlink()
+    bench.weights(Job("stage1", 1, "own")).unlink()
     subprocess.run(**command(tmp_path, *flags), capture_output=True, check=True)
     again = bench.entries()
     assert again.keys() == entries.keys()
@@ -272,7 +338,7 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
 
 @pytest.mark.slow
 def test_represent_trains_the_thirty(tmp_path):
-    asked = command(tmp_path, "represent", "--task", "large_digit")
+    asked = command(tmp_path, "represent")
     done = subprocess.run(**asked, capture_output=True, text=True, check=True)
     *table, last = done.stdout.splitlines()
     found = json.loads(last)
@@ -283,12 +349,12 @@ def test_a_learning_rate_that_diverges_is_a_result(tmp_path):
     bench = Bench(tmp_path, Scale.quick())
     runs.run_alone(bench, Job("pretrain", 0))
     result = runs.run_supernet(bench, Job("selection", 0, "organisers", 1e12))
-    assert result["hits"] == [] and result["images"] == 100
+    assert result["hits"] == [] and result["images"] == 50
 
 
 def test_a_job_that_fails_ends_the_bench_with_one_line(tmp_path):
     (tmp_path / "weights").write_text("")  # where a folder should be
-    asked = command(tmp_path, "supernets", "--methods", "single_path")
+    asked = command(tmp_path, "supernets", "--methods", "single_path@0.02")
     done = subprocess.run(**asked, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: cannot write ")

@@ -1,24 +1,31 @@
 """How well supernets rank: trains networks alone and supernets on a small task.
 
-    python -m hnas.bench.rank represent --task digits --out output/represent
+    python -m hnas.bench.rank represent --out output/rank
     python -m hnas.bench.rank truth --out output/rank
-    python -m hnas.bench.rank supernets --methods organisers --lr 0.0067 --out output/rank
+    python -m hnas.bench.rank supernets --methods organisers@0.0067 --out output/rank
 
 ``represent`` trains thirty networks of published ImageNet accuracies alone, and tells how well the
 task's accuracies agree with them; ``truth`` trains drawn architectures alone; ``supernets`` trains
 supernets of each method, scores the architectures of a split by each, and tells how many broke and,
-once the split's truth is there, how the others rank. What is finished stands in OUT/runs.jsonl and
-is not done again, so the same command continues after any kill. The last line printed is JSON, and
-in OUT/WHAT.json. docs/ranking-bench.md says what is known of the tasks.
+once the split's truth is there, how the others rank and which differ. What is finished stands in
+OUT/runs.jsonl and is not done again, so the same command continues after any kill. The last line
+printed is JSON, and in OUT/WHAT.json. docs/ranking-bench.md says what is known of the tasks.
 """
 
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
-from hnas.base.command_line import OneLineParser, read_bool, read_path, real_number, whole_number
+from hnas.base.command_line import (
+    OneLineParser,
+    read_bool,
+    read_path,
+    real_number,
+    shown,
+    whole_number,
+)
 from hnas.base.errors import run_main
 from hnas.base.files import check_writable, claim_folder, print_text, write_json
 from hnas.bench.rank.jobs import (
@@ -27,12 +34,13 @@ from hnas.bench.rank.jobs import (
     Bench,
     Scale,
     published_jobs,
+    second_jobs,
     supernet_jobs,
     truth_jobs,
 )
 from hnas.bench.rank.methods import METHODS
 from hnas.bench.rank.represent import as_text, represent
-from hnas.bench.rank.verdict import verdict
+from hnas.bench.rank.verdict import reliability, verdict
 from hnas.bench.rank.workers import run_all
 
 
@@ -44,16 +52,22 @@ def main(argv=None) -> None:
     bench = Bench(options.out, scale, options.task)
     jobs = {
         "represent": published_jobs(bench),
-        "truth": truth_jobs(bench, SPLITS),
-        "supernets": supernet_jobs(bench, options.methods, options.lr, options.split),
+        "truth": [
+            *truth_jobs(bench, "selection"),
+            *truth_jobs(bench, "final"),
+            *second_jobs(bench),
+        ],
+        "supernets": supernet_jobs(bench, options.methods, options.split),
     }[options.what]
     run_all(bench, jobs, options.workers)
     found = {"task": bench.name, "finished": len(jobs)}
     if options.what == "represent":
         found |= represent(bench)
         print_text(as_text(found))
+    if options.what == "truth":
+        found["reliability"] = reliability(bench)
     if options.what == "supernets":
-        found |= verdict(bench, options.methods, options.lr, options.split)
+        found |= verdict(bench, options.methods, options.split)
     write_json(options.out / f"{options.what}.json", found)
     print_text(json.dumps(found) + "\n")
 
@@ -62,12 +76,13 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = OneLineParser(prog="python -m hnas.bench.rank", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("represent", "truth", "supernets"), help="what is trained")
     parser.add_argument("--out", type=read_path, required=True, help="folder of all results")
-    parser.add_argument("--task", choices=TASKS, default="digits", help="what is trained on")
+    parser.add_argument("--task", choices=TASKS, default="large_digit", help="what is trained on")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of the supernets"
-    )
-    parser.add_argument(
-        "--lr", type=real_number(1e-6, 10), default=0.0067, help="their peak learning rate"
+        "--methods",
+        nargs="+",
+        type=read_method,
+        default=[(name, 0.0067) for name in METHODS],
+        help=f"of the supernets, each with its peak learning rate, NAME@RATE: {', '.join(METHODS)}",
     )
     parser.add_argument(
         "--split", choices=SPLITS, default="selection", help="what they are scored on"
@@ -79,6 +94,14 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--quick", type=read_bool, default=False, help="a trial of the machinery in minutes"
     )
     return parser.parse_args(argv)
+
+
+def read_method(text: str) -> tuple[str, float]:
+    """A method's name and its learning rate."""
+    name, _, rate = text.partition("@")
+    if name not in METHODS:
+        raise ArgumentTypeError(f"{shown(text)} is not NAME@RATE of {', '.join(METHODS)}")
+    return name, real_number(1e-6, 10)(rate)
 
 
 if __name__ == "__main__":

@@ -41,33 +41,36 @@ class Scale:
     Learning rates are peaks, reached after a tenth of the steps and followed by a cosine to zero.
 
     Attributes:
-        selection, final: architectures of each split, drawn from the released distribution.
-        truth_seeds: how often each is trained alone.
-        seeds: supernets of each compared method.
+        selection, final: architectures of each split, drawn from the released distribution, and
+            trained alone once.
+        twice: of ``final``, trained alone once more, which tells how far one training is to be
+            relied on.
+        seeds, tuning_seeds: supernets of each compared method, and of each of its learning rates
+            when one is chosen.
         batch_size: images a step.
         alone_steps, alone_lr: of the networks that are trained alone, that which supernets start
             from and learn from among them.
         stage1_steps, stage1_lr, queue_size: of stage 1.
         budget: forward passes over a batch that a supernet may take, stage 1's included.
         momentum, weight_decay: of all.
-        validation_images: that everything is measured on.
         calibration_images: to re-calibrate BatchNorm with, where it is.
     """
 
-    selection: int = 16
-    final: int = 32
-    truth_seeds: int = 8
+    selection: int = 48
+    final: int = 192
+    twice: int = 32
     seeds: int = 8
-    batch_size: int = 32
-    alone_steps: int = 3200
+    tuning_seeds: int = 2
+    batch_size: int = 16
+    alone_steps: int = 500
     alone_lr: float = 0.05
-    stage1_steps: int = 120
+    stage1_steps: int = 60
     stage1_lr: float = 0.005
     queue_size: int = 1024
-    budget: int = 3600
+    budget: int = 1800
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    validation_images: int = 4000
+    validation_images: int = 2000
     calibration_images: int = 256
 
     @classmethod
@@ -76,15 +79,16 @@ class Scale:
         return cls(
             selection=3,
             final=8,
-            truth_seeds=2,
+            twice=2,
             seeds=2,
-            batch_size=16,
-            alone_steps=8,
+            tuning_seeds=1,
+            batch_size=4,
+            alone_steps=3,
             stage1_steps=1,
-            queue_size=64,
+            queue_size=16,
             budget=26,
-            validation_images=100,
-            calibration_images=32,
+            validation_images=50,
+            calibration_images=8,
         )
 
     def steps(self, method: Method) -> int:
@@ -102,19 +106,17 @@ SUPERNET = (*ALONE, "stage1_steps", "stage1_lr", "queue_size", "budget", "calibr
 class Candidate:
     """A task on which rankings may be measured, and how networks are trained on it."""
 
-    task: DigitsTask = DigitsTask()
-    base_channels: tuple[int, ...] = search_space("resnet48_mini").base_channels
+    task: DigitsTask
+    base_channels: tuple[int, ...]
     scale: Scale = Scale()
 
 
 TASKS = {
-    "digits": Candidate(),
     # One digit that fills the image, so that what tells it apart is large: stages 3 and 4 see it on
     # maps of 10 and 5 px. So narrow that the network limits what is learnt.
     "large_digit": Candidate(
-        DigitsTask(size=160, digits=1, rotation=0.9, shrink=(1.0, 1.3), noise=0.3),
+        DigitsTask(size=160, rotation=0.9, shrink=(1.0, 1.3), noise=0.3),
         base_channels=(8, 10, 14, 22),
-        scale=Scale(batch_size=16, alone_steps=500, validation_images=2000),
     ),
 }
 """By the names of ``--task``; docs/ranking-bench.md says how like ImageNet's their truths are."""
@@ -129,7 +131,7 @@ class Job:
     scored on."""
     seed: int
     what: str = ""
-    """An architecture's name, nothing, or a method's name."""
+    """An architecture's name, nothing, the recipe of stage 1, or a method's name."""
     rate: float = 0.0
     """A supernet's learning rate, for the sum of a step's gradients."""
 
@@ -149,9 +151,19 @@ class Job:
         if self.kind in TRAINED_ALONE:
             return ()
         pretrained = Job("pretrain", self.seed)
-        if self.kind == "stage1" or not self.method.stage1:
-            return (pretrained,)
-        return pretrained, Job("stage1", self.seed)
+        return (pretrained,) if self.stage1 is None else (pretrained, self.stage1)
+
+    @property
+    def stage1(self) -> Job | None:
+        """That a supernet's stage 2 goes on from, if any."""
+        if self.kind not in SPLITS or not self.method.stage1:
+            return None
+        return Job("stage1", self.seed, self.method.stage1)
+
+    @property
+    def scans(self) -> str:
+        """Of ``VALIDATION``, what its network is measured on."""
+        return {"published": "all", "truth": "truth"}.get(self.kind, "scores")
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ class Bench:
 
     folder: Path
     scale: Scale
-    name: str = "digits"
+    name: str = "large_digit"
     """Of the task."""
 
     @property
@@ -206,6 +218,7 @@ class Bench:
         names = ALONE if job.kind in TRAINED_ALONE else SUPERNET
         settings = {name: getattr(self.scale, name) for name in names}
         settings |= {"base_channels": self.space.base_channels, "task": asdict(self.task)}
+        settings["scans"] = job.scans
         if job.kind in ("published", "truth"):
             settings["arch"] = self.arch(job).code
         elif job.kind in SPLITS:
@@ -286,13 +299,23 @@ def published_jobs(bench: Bench) -> list[Job]:
     return [Job("published", 0, name) for name in bench.published[0]]
 
 
-def truth_jobs(bench: Bench, splits: Iterable[str]) -> list[Job]:
-    """What the truth of some splits takes; whole seeds one after the other."""
-    archs = [name for split in splits for name in bench.of_split(split)]
-    return [Job("truth", seed, name) for seed in range(bench.scale.truth_seeds) for name in archs]
+def truth_jobs(bench: Bench, split: str) -> list[Job]:
+    """One training of each architecture of a split."""
+    return [Job("truth", 0, name) for name in bench.of_split(split)]
 
 
-def supernet_jobs(bench: Bench, methods: Iterable[str], rate: float, split: str) -> list[Job]:
-    """Supernets of methods, scored on a split; whole seeds one after the other."""
-    methods = list(methods)
-    return [Job(split, seed, name, rate) for seed in range(bench.scale.seeds) for name in methods]
+def second_jobs(bench: Bench) -> list[Job]:
+    """The trainings of those of ``final`` that are trained twice: the second ones."""
+    return [Job("truth", 1, name) for name in [*bench.of_split("final")][: bench.scale.twice]]
+
+
+def supernet_jobs(bench: Bench, wanted: Iterable[tuple[str, float]], split: str) -> list[Job]:
+    """Supernets of methods at learning rates, scored on a split; one seed after the other.
+
+    What is chosen by is of other seeds than what is compared.
+    """
+    scale, wanted = bench.scale, list(wanted)
+    seeds = range(scale.seeds)
+    if split == "selection":
+        seeds = range(scale.seeds, scale.seeds + scale.tuning_seeds)
+    return [Job(split, seed, name, rate) for seed in seeds for name, rate in wanted]

@@ -16,8 +16,8 @@ STAGE1_FORWARDS = 4
 class Method:
     """How a supernet is trained; flags of stage 2 have their names and meanings."""
 
-    stage1: bool = False
-    """Whether stage 1 comes first, as the first place ran it."""
+    stage1: str = ""
+    """Whether stage 1 comes first, and by whose ``recipe``: ``own`` or ``public``."""
     sampler: str = "random"
     """Or ``first_place``, ``sandwich``, ``fair``."""
     teacher: str = "pretrained"
@@ -34,16 +34,20 @@ class Method:
         return self.subnetworks + extra + (self.teacher == "pretrained")
 
 
-# The launchers' defaults, but for stage 1's views: of one kind here, as the public code draws them.
-FIRST_PLACE = Method(stage1=True, sampler="first_place", freeze_bn=True)
+# As ``local_own.sh`` runs it, but for stage 1's views: of one kind here.
+FIRST_PLACE = Method(stage1="own", sampler="first_place", freeze_bn=True, clip_norm=10.0)
 
 METHODS = {
     "first_place": FIRST_PLACE,
-    "first_place_no_stage1": replace(FIRST_PLACE, stage1=False),
-    "first_place_uniform": replace(FIRST_PLACE, sampler="random"),
-    "first_place_clipped": replace(FIRST_PLACE, clip_norm=10.0),
+    "no_stage1": replace(FIRST_PLACE, stage1=""),
+    "uniform": replace(FIRST_PLACE, sampler="random"),
+    # With the winners' other settings, by their public code.
+    "winners": replace(FIRST_PLACE, stage1="public", clip_norm=0.0),
     "organisers": Method(freeze_bn=True),
     "bignas": Method(sampler="sandwich", teacher="in place"),
     "fairnas": Method(sampler="fair", teacher="none", subnetworks=7),
     "single_path": Method(teacher="none", subnetworks=1),
 }
+
+PRIMARY = ("first_place", "organisers")
+"""The comparison that counts; all others are corrected for their number."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import paddle
+from paddle.optimizer.lr import LRScheduler
 
 from hnas.base.device import processor
-from hnas.bench.rank.distorted_digits import DigitsTask
+from hnas.bench.rank.distorted_digits import CLASSES, DigitsTask
 from hnas.bench.rank.jobs import Bench, Job
 from hnas.bench.rank.methods import Method
 from hnas.evaluation.counts import Counts
@@ -27,6 +28,7 @@ from hnas.utils.hapi_wrapper import (
     StandaloneModel,
     learning_rate,
     momentum_optimizer,
+    swinging_rate,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
 from hnas.utils.SampleMethod import LargestSampler, Sampler, build_sampler
@@ -40,6 +42,8 @@ from hnas.weights.loading import (
 )
 
 CHUNK = 1000
+SWING_STEPS = 2
+"""Half a period of the public code's learning rate: its number of epochs, taken for steps."""
 # Jobs of one seed draw from different images.
 DATA_SEEDS = {"truth": 1000, "pretrain": 2000, "stage1": 3000, "selection": 4000, "final": 4000}
 DATA_SEEDS["published"] = 6000
@@ -62,8 +66,8 @@ def run_job(bench: Bench, job: Job) -> dict:
 class DigitsLoader:
     """Batches of a task, as :class:`hnas.dataset.loader.EpochLoader` gives them.
 
-    Each has ``views`` of its images, distorted independently, and depends on (seed, epoch, step)
-    only.
+    Each has ``views`` of its images, distorted independently, each ``copies`` times, and depends on
+    (seed, epoch, step) only.
     """
 
     task: DigitsTask
@@ -71,6 +75,7 @@ class DigitsLoader:
     steps: int
     seed: int
     views: int = 1
+    copies: int = 1
 
     def __len__(self) -> int:
         return self.steps
@@ -80,26 +85,25 @@ class DigitsLoader:
         for step in range(start_step, self.steps):
             seed = (self.seed, epoch, step)
             images, labels = self.task.training_batch(self.batch_size, seed, self.views)
-            yield [paddle.to_tensor(part) for part in (*images, labels)]
+            yield [paddle.to_tensor(part) for part in (*images * self.copies, labels)]
 
 
 def train(
     bench: Bench,
     job: Job,
     model: ResumableModel,
+    schedule: LRScheduler,
     steps: int,
-    lr: float,
     views: int = 1,
+    copies: int = 1,
     clip_norm: float = 0.0,
 ) -> None:
-    """Train a model on the task's images, each in so many views.
+    """Train a model on batches as :class:`DigitsLoader` gives them.
 
     Raises:
         NotFiniteError: it diverged; its logits would compare as hits.
     """
     scale = bench.scale
-    # The schedule's batch of 256 stands for the bench's own, whatever its size.
-    schedule = learning_rate(lr, 256, max(1, steps // 10), steps)
     optimizer = momentum_optimizer(
         model.network, schedule, scale.momentum, scale.weight_decay, clip_norm
     )
@@ -107,9 +111,16 @@ def train(
     use_onednn(model.network, *([teacher] if teacher is not None else []))
     model.prepare(optimizer)
     seed = DATA_SEEDS[job.kind] + job.seed
-    for _ in model.train_epoch(DigitsLoader(bench.task, scale.batch_size, steps, seed, views), 0):
+    loader = DigitsLoader(bench.task, scale.batch_size, steps, seed, views, copies)
+    for _ in model.train_epoch(loader, 0):
         pass
     check_finite(model.network)
+
+
+def peak_rate(lr: float, steps: int) -> LRScheduler:
+    """The schedule of all trainings but the winners' stage 1."""
+    # The schedule's batch of 256 stands for the bench's own, whatever its size.
+    return learning_rate(lr, 256, max(1, steps // 10), steps)
 
 
 def run_alone(bench: Bench, job: Job) -> dict:
@@ -118,20 +129,21 @@ def run_alone(bench: Bench, job: Job) -> dict:
     ``pretrain`` is of the largest, start and teacher of all supernets of a seed.
     """
     scale, arch = bench.scale, bench.arch(job)
-    network = ResNet(bench.space.plan(arch), bench.task.classes)
+    network = ResNet(bench.space.plan(arch), CLASSES)
     # Without it deep networks come out worse in so few steps, the opposite of ImageNet.
     network.start_as_shortcuts()
     model = StandaloneModel(network, arch.code)
-    train(bench, job, model, scale.alone_steps, scale.alone_lr)
+    steps = scale.alone_steps
+    train(bench, job, model, peak_rate(scale.alone_lr, steps), steps)
     if job.kind == "pretrain":
         write_state(bench.weights(job), network.state_dict())
-    counts = evaluate_network(network, validation_chunks(bench.task))
+    counts = evaluate_network(network, validation_chunks(bench.task, job.scans))
     return {"hits": int(counts.top1[0]), "images": counts.images}
 
 
-def validation_chunks(task: DigitsTask) -> list[tuple[paddle.Tensor, paddle.Tensor]]:
-    """uint8 images [N, 3, H, W] and labels [N], a few at a time."""
-    images, labels = task.validation
+def validation_chunks(task: DigitsTask, scans: str) -> list[tuple[paddle.Tensor, paddle.Tensor]]:
+    """uint8 images [N, 3, H, W] and labels [N] of some scans, a few at a time."""
+    images, labels = task.validation(scans)
     return [
         (paddle.to_tensor(images[first : first + CHUNK]), paddle.to_tensor(labels[first:][:CHUNK]))
         for first in range(0, len(labels), CHUNK)
@@ -141,7 +153,7 @@ def validation_chunks(task: DigitsTask) -> list[tuple[paddle.Tensor, paddle.Tens
 def start(bench: Bench, seed: int, supernet: ElasticResNet) -> ResNet:
     """Give a supernet the pretrained weights; the pretrained network is handed back."""
     path = bench.weights(Job("pretrain", seed))
-    network = ResNet(bench.space.plan(bench.space.largest()), bench.task.classes)
+    network = ResNet(bench.space.plan(bench.space.largest()), CLASSES)
     load_weights(network, read_weights(path), path)
     start_from_pretrained(supernet, network)
     return network
@@ -150,16 +162,20 @@ def start(bench: Bench, seed: int, supernet: ElasticResNet) -> ResNet:
 def run_stage1(bench: Bench, job: Job) -> dict:
     """Contrastive training as the first place ran it: the largest network twice, frozen statistics.
 
-    The supernet's weights are kept, neck and key encoder are not.
+    The public code's learning rate swings every few steps, and its views are the same pixels. The
+    supernet's weights are kept, neck and key encoder are not.
     """
-    scale = bench.scale
-    network = PiNASv2(bench.space, bench.task.classes, queue_size=scale.queue_size, temperature=0.1)
+    scale, public = bench.scale, job.what == "public"
+    network = PiNASv2(bench.space, CLASSES, queue_size=scale.queue_size, temperature=0.1)
     start(bench, job.seed, network.backbone)
     network.reset_key_encoder()
     freeze_statistics(network)
     model = ContrastiveModel(network, LargestSampler(bench.space, 2))
     # Of the mean of both passes, whose gradients add up.
-    train(bench, job, model, scale.stage1_steps, scale.stage1_lr / 2, views=2)
+    lr, steps = scale.stage1_lr / 2, scale.stage1_steps
+    schedule = swinging_rate(lr, 256, SWING_STEPS) if public else peak_rate(lr, steps)
+    views = {"views": 1, "copies": 2} if public else {"views": 2}
+    train(bench, job, model, schedule, steps, **views)
     write_state(bench.weights(job), network.backbone.state_dict())
     return {"steps": scale.stage1_steps}
 
@@ -171,10 +187,10 @@ def run_supernet(bench: Bench, job: Job) -> dict:
     """
     method, scale = job.method, bench.scale
     result = {"steps": scale.steps(method), "images": scale.validation_images}
-    network = ElasticResNet(bench.space, bench.task.classes)
+    network = ElasticResNet(bench.space, CLASSES)
     teacher = start(bench, job.seed, network)
-    if method.stage1:
-        path = bench.weights(Job("stage1", job.seed))
+    if job.stage1 is not None:
+        path = bench.weights(job.stage1)
         load_weights(network, read_weights(path), path)
     if method.freeze_bn:
         freeze_statistics(network)
@@ -186,7 +202,8 @@ def run_supernet(bench: Bench, job: Job) -> dict:
     )
     try:
         # The gradients of a step's sub-networks add up.
-        train(bench, job, model, result["steps"], job.rate, clip_norm=method.clip_norm)
+        schedule = peak_rate(job.rate, result["steps"])
+        train(bench, job, model, schedule, result["steps"], clip_norm=method.clip_norm)
     except NotFiniteError:
         return {**result, "hits": []}
     return {**result, "hits": score_supernet(bench, job, network)}
@@ -213,7 +230,7 @@ def score_supernet(bench: Bench, job: Job, network: ElasticResNet) -> list[int]:
     archs = list(bench.of_split(job.kind).values())
     evaluator = SharedEvaluator(network, archs, calibration)
     counts = Counts.zeros(len(archs))
-    for images, labels in validation_chunks(bench.task):
+    for images, labels in validation_chunks(bench.task, job.scans):
         evaluator.evaluate(images, labels, counts)
     return counts.top1.tolist()
 

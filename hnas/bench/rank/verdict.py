@@ -1,52 +1,123 @@
-"""What came of supernets: how many broke, and how well the others rank.
+"""What came of supernets: how many broke, how well the others rank, and which differ.
 
 A supernet is broken if its training diverged, or if its scores are on average below half of the
-accuracy of the network that it began with.
+accuracy of the network that it began with. What is said of ranking is of those that trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from hnas.bench.rank.estimates import interval, share, tau_kernel
-from hnas.bench.rank.jobs import Bench, Job, supernet_jobs, truth_jobs
+from hnas.bench.rank.estimates import difference, interval, share, tau_kernel
+from hnas.bench.rank.jobs import Bench, Job, second_jobs, supernet_jobs, truth_jobs
+from hnas.bench.rank.methods import PRIMARY
+from hnas.ranking.effects import holm
+from hnas.search_space import Architecture, search_space
+from hnas.utils.SampleMethod import weighted_channels
+
+FEWEST = 3
+"""Trained supernets, of which it can be told how well a method's others would rank."""
+BY_CODE = "depth"
+"""The ranking by codes alone that supernets are compared with, chosen beforehand."""
+
+Kernels = dict[int, np.ndarray]
+"""By seed, of supernets that trained, what each pair of architectures says, [n, n]."""
 
 
-def verdict(bench: Bench, methods: Iterable[str], rate: float, split: str) -> dict[str, dict]:
-    """By method, of finished supernets, what share ``broken``, and ``tau_b`` of the others.
+def verdict(bench: Bench, wanted: Iterable[tuple[str, float]], split: str) -> dict:
+    """What is known of finished supernets of methods at learning rates.
 
-    ``tau_b`` is None where all broke, and missing while the split's truth is not finished.
+    Returns:
+        by ``NAME@RATE`` what share ``broken``, and ``tau_b`` of the others, None where fewer than
+        three are left; ``by_code``: tau-b of what codes alone tell. Of ``final`` also
+        ``comparisons``, as :func:`compare` gives them. Only what broke, while the split's truth
+        is not finished.
     """
-    truth, found = truth_of(bench, split), {}
-    for name in methods:
-        scores = scores_of(bench, supernet_jobs(bench, [name], rate, split))
-        trained = [own for own in scores if own is not None]
-        found[name] = {"broken": share(len(scores) - len(trained), len(scores))}
+    truth, kernels, found = truth_of(bench, truth_jobs(bench, split)), {}, {}
+    for name, rate in wanted:
+        scores = scores_of(bench, supernet_jobs(bench, [(name, rate)], split))
+        own = {seed: acc for seed, acc in scores.items() if acc is not None}
+        about = {"broken": share(len(scores) - len(own), len(scores))}
         if truth is not None:
-            kernels = [tau_kernel(own, truth) for own in trained]
-            found[name]["tau_b"] = interval(np.stack(kernels)) if kernels else None
+            kernels[name] = {seed: tau_kernel(acc, truth) for seed, acc in own.items()}
+            few = len(own) < min(FEWEST, len(scores))
+            about["tau_b"] = None if few else interval(np.stack([*kernels[name].values()]))
+        found[f"{name}@{rate:g}"] = about
+    if truth is None:
+        return found
+    codes = by_code(bench.of_split(split).values())
+    codes = {name: tau_kernel(own, truth)[None] for name, own in codes.items()}
+    found["by_code"] = {name: interval(own) for name, own in codes.items()}
+    if split == "final":
+        found["comparisons"] = compare(kernels, codes[BY_CODE])
     return found
 
 
-def truth_of(bench: Bench, split: str) -> np.ndarray | None:
-    """Mean accuracies [n] of a split's networks trained alone; None if one is not finished."""
-    jobs = truth_jobs(bench, [split])
+def compare(kernels: Mapping[str, Kernels], code: np.ndarray) -> dict[str, dict]:
+    """Differences of tau-b between methods, over seeds of which both trained.
+
+    ``PRIMARY`` as it is; the first of it less each other method, and each method less the ranking
+    by codes alone, of which ``code`` [1, n, n] is made, with p-values by Holm.
+    """
+    first, *_ = PRIMARY
+    found = {}
+    for name, other in kernels.items():
+        if first in kernels and name != first:
+            found[f"{first} - {name}"] = lead(kernels[first], other)
+        found[f"{name} - {BY_CODE}"] = lead(other, dict.fromkeys(other, code[0]))
+    others = [own for name, own in found.items() if name != " - ".join(PRIMARY)]
+    told = [own for own in others if own["p"] is not None]
+    for own, p in zip(told, holm(np.array([own["p"] for own in told])), strict=True):
+        own["p"] = float(p)
+    return found
+
+
+def lead(own: Kernels, other: Kernels) -> dict[str, float | None]:
+    """The difference over the seeds of both; not told where they are fewer than three."""
+    both = sorted(own.keys() & other.keys())
+    if len(both) < FEWEST:
+        return dict.fromkeys(("value", "low", "high", "p"))
+    return difference(*(np.stack([each[seed] for seed in both]) for each in (own, other)))
+
+
+def by_code(archs: Iterable[Architecture]) -> dict[str, np.ndarray]:
+    """What codes alone tell, larger is better: lists [n] by name, of this space on ImageNet."""
+    archs, space = list(archs), search_space("resnet48")
+    laws = {
+        "macs": space.macs,
+        "params": space.params,
+        "depth": lambda arch: sum(arch.depths),
+        "size": weighted_channels,
+        # Of the thirty published networks the best, but found by looking at them.
+        "later_depth": lambda arch: np.dot([1, 2, 3, 4], arch.depths),
+    }
+    return {name: np.array([law(arch) for arch in archs]) for name, law in laws.items()}
+
+
+def reliability(bench: Bench) -> dict[str, float | None]:
+    """Tau-b, with its interval, between two trainings of the networks that are trained twice."""
+    second = truth_of(bench, second_jobs(bench))
+    first = truth_of(bench, truth_jobs(bench, "final"))
+    return interval(tau_kernel(first[: len(second)], second)[None])
+
+
+def truth_of(bench: Bench, jobs: Sequence[Job]) -> np.ndarray | None:
+    """Accuracies [n] of networks trained alone; None if one is not finished."""
     found = bench.results(jobs)
     if len(found) < len(jobs):
         return None
-    acc = [found[job]["hits"] / found[job]["images"] for job in jobs]
-    return np.reshape(acc, [bench.scale.truth_seeds, -1]).mean(axis=0)
+    return np.array([found[job]["hits"] / found[job]["images"] for job in jobs])
 
 
-def scores_of(bench: Bench, jobs: Sequence[Job]) -> list[np.ndarray | None]:
-    """Accuracies [n] of a split's architectures by each of finished supernets, None if broken."""
+def scores_of(bench: Bench, jobs: Sequence[Job]) -> dict[int, np.ndarray | None]:
+    """By seed accuracies [n] of a split's architectures by finished supernets, None if broken."""
     # The weights that they began with need not be there any more.
-    found, entries, scores = bench.results(jobs), bench.entries(), []
+    found, entries, scores = bench.results(jobs), bench.entries(), {}
     for job in jobs:
         acc = np.array(found[job]["hits"]) / found[job]["images"]
         start = entries[Job("pretrain", job.seed).name]
         whole = len(acc) and acc.mean() >= start["hits"] / start["images"] / 2
-        scores.append(acc if whole else None)
+        scores[job.seed] = acc if whole else None
     return scores
