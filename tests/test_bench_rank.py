@@ -248,7 +248,7 @@ def test_taus_and_their_differences_are_scipys(bench):
 
 @pytest.mark.parametrize("hits", [[], [29] * 12])
 def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
-    """It diverged, or scores below half of the network that it began with."""
+    """It diverged, or has no score of half of what the network has that it began with."""
     lost, *_ = supernet_jobs(bench, [("organisers", RATE)], "final")
     bench.put(lost, {"hits": hits, "images": 100})
     found = verdict(bench, WANTED, "final")
