@@ -55,9 +55,9 @@ def test_all_methods_cost_the_same():
 @pytest.mark.parametrize(
     ("name", "law", "subnetworks", "frozen", "stage1", "teaches", "clip_norm"),
     [
-        ("first_place", FirstPlaceSampler, (5, 4, 4), True, "stage1-own-5", True, 10),
-        ("no_stage1", FirstPlaceSampler, (5, 4, 4), True, None, True, 10),
-        ("uniform", RandomSampler, (4, 4, 4), True, "stage1-own-5", True, 10),
+        ("first_place", FirstPlaceSampler, (5, 4, 4), True, "stage1-own-5", True, -1),
+        ("no_stage1", FirstPlaceSampler, (5, 4, 4), True, None, True, -1),
+        ("uniform", RandomSampler, (4, 4, 4), True, "stage1-own-5", True, -1),
         ("winners", FirstPlaceSampler, (5, 4, 4), True, "stage1-public-5", True, 0),
         ("organisers", RandomSampler, (4, 4, 4), True, None, True, 0),
         ("bignas", SandwichSampler, (4, 4, 4), False, None, False, 0),

@@ -5,6 +5,8 @@ Stage one's step is in ``hapi_wrapper_pinas.py``.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -18,8 +20,15 @@ from paddle.optimizer.lr import LambdaDecay, LRScheduler
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.parallel.distributed import GradientExchange
+from hnas.programs.flags import AUTO
 from hnas.search_space import Architecture, SearchSpace
 from hnas.utils.SampleMethod import Sampler, weighted_channels
+
+logger = logging.getLogger(__name__)
+
+CAREFUL = 1e-3
+"""Of the norm of the weights when training starts: the most by which a step's gradients move them,
+before momentum. docs/ranking-bench.md says what broke at more."""
 
 
 class GradientStep:
@@ -88,14 +97,30 @@ def momentum_optimizer(
     network: nn.Layer, schedule, momentum: float, weight_decay: float, clip_norm: float = 0.0
 ):
     """Momentum SGD on what trains, with an L2 penalty; ``clip_norm`` bounds the norm of all
-    gradients together, before the penalty; 0: no bound."""
+    gradients together, before the penalty; 0: no bound; ``AUTO``: see :func:`careful_norm`."""
+    trained = [p for p in network.parameters() if not p.stop_gradient]
+    if clip_norm == AUTO:
+        clip_norm = careful_norm(trained, schedule.base_lr)
+        logger.info("clip_norm %.4g: a step moves weights by %g at most", clip_norm, CAREFUL)
     return paddle.optimizer.Momentum(
         schedule,
         momentum,
-        parameters=[p for p in network.parameters() if not p.stop_gradient],
+        parameters=trained,
         weight_decay=paddle.regularizer.L2Decay(weight_decay),
         grad_clip=nn.ClipGradByGlobalNorm(clip_norm) if clip_norm else None,
     )
+
+
+def careful_norm(trained: Sequence[paddle.Tensor], peak_rate: float) -> float:
+    """The norm of gradients that moves weights by ``CAREFUL`` at the learning rate's peak.
+
+    So what a step can do depends neither on the rate nor on the batch that it is scaled by. With
+    statistics that fit the largest network alone nothing else bounds the gradients of the others,
+    and dead activations do not come back. Layers without normalisation are trained so, each with
+    its own bound (Brock et al., 2021, https://arxiv.org/abs/2102.06171).
+    """
+    norm = math.sqrt(sum(float((own.astype("float64") ** 2).sum()) for own in trained))
+    return CAREFUL * norm / peak_rate if peak_rate else 0.0
 
 
 def learning_rate(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hnas.programs.flags import AUTO
+
 STAGE1_FORWARDS = 4
 """Passes of a step of stage 1: two of the query encoder, two of the key encoder."""
 
@@ -35,7 +37,7 @@ class Method:
 
 
 # As ``local_own.sh`` runs it, but for stage 1's views: of one kind here.
-FIRST_PLACE = Method(stage1="own", sampler="first_place", freeze_bn=True, clip_norm=10.0)
+FIRST_PLACE = Method(stage1="own", sampler="first_place", freeze_bn=True, clip_norm=AUTO)
 
 METHODS = {
     "first_place": FIRST_PLACE,
