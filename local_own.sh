@@ -125,7 +125,7 @@ to make it anew, or choose another save_dir"
         return
     fi
     echo "== $name"
-    mkdir -p -- "$own" || refuse "cannot make the folder $own; choose another save_dir"
+    mkdir -p -- "$own" 2>/dev/null || refuse "cannot make the folder $own; choose another save_dir"
     echo "$now" >"$own/begun.txt"
     began=$(date +%s)
     (

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hnas.base.errors import UserError
 from hnas.dataset.image_folder import MAX_ASPECT, DataError, decode_image, list_hash, scan_images
 from hnas.dataset.transforms import EvalTransform
+from hnas.tools import split_folder
 
 CLASSES = ("cat", "dog")
 RAMP = np.linspace(0, 65535, 120).astype(np.uint16).reshape(10, 12)
@@ -73,7 +75,9 @@ def test_images_are_listed_by_class_and_name(root, caplog):
     ("make", "reason"),
     [
         (lambda root: (root / "none", "train"), "none is not a folder"),
-        (lambda root: (root, "val"), r"has no folder val/ \(expected val/CLASS/\*\.jpg\)"),
+        (lambda root: (root, "val"), r"has no folder val/ \(expected val/CLASS/\*\.jpg\); python "
+         r"-m hnas\.tools\.split_folder --images .*/images/train --output DIR makes both of"),
+        (lambda root: (root / "train", "train"), "--images .*/train --output DIR makes both of"),
         (lambda root: ((root / "empty/train").mkdir(parents=True), (root / "empty", "train"))[1],
          "has no class folders"),
         (lambda root: ((root / "train/emu").mkdir(), (root, "train"))[1],
@@ -83,6 +87,49 @@ def test_images_are_listed_by_class_and_name(root, caplog):
 def test_folders_that_cannot_be_used(make, reason, root):
     with pytest.raises(DataError, match=reason):
         scan_images(*make(root))
+
+
+@pytest.mark.parametrize("mode", ["link", "copy"])
+def test_a_folder_of_classes_is_split_by_class_and_seed(mode, root, tmp_path, capsys):
+    flat, found = root / "train", {}
+    write_image(flat / "emu" / os.fsdecode(b"\xff.png"), 1)
+    write_image(flat / "emu/2.png", 2)
+    for index in range(4, 20):
+        write_image(flat / "dog" / f"{index}.png", index)
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        line = f"--images {flat} --output {tmp_path / name} --val_share 0.25 --seed {seed}"
+        split_folder.main([*line.split(), "--mode", mode])
+        parts = [scan_images(tmp_path / name, split, verify=True) for split in ("train", "val")]
+        numbers = [np.bincount(part.labels).tolist() for part in parts]
+        assert numbers == [[3, 15, 1], [1, 5, 1]]
+        assert "19 training and 7 validation images of 3 classes" in capsys.readouterr().out
+        assert all(path.is_symlink() == (mode == "link") for part in parts for path in part.paths)
+        found[name] = [names(part) for part in parts]
+        assert sorted(sum(found[name], [])) == sorted(names(scan_images(root, "train")))
+    assert found["one"] == found["two"] != found["other"]
+
+
+def test_folders_that_are_not_split(root, tmp_path):
+    flat = root / "train"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").touch()
+    refused = [
+        (root, "new", "is split already"),
+        (flat / "none", "new", "is not a folder"),
+        (flat / "cat", "new", "has no class folders"),
+        (flat, "taken", "cannot write --output .*: Directory not empty: .*; choose a new folder"),
+        (flat, "taken/file", "cannot write --output .*: Not a directory"),
+        (flat, "images/train/cat/new", "is in --images"),
+    ]
+    before = set(tmp_path.rglob("*"))
+    for images, output, words in refused:
+        with pytest.raises(UserError, match=words):
+            split_folder.main(["--images", str(images), "--output", str(tmp_path / output)])
+    assert set(tmp_path.rglob("*")) == before
+    for index in range(3):
+        (flat / "cat" / f"{index}.png").unlink()
+    with pytest.raises(UserError, match="1 classes of .* one each: cat; add images"):
+        split_folder.main(["--images", str(flat), "--output", str(tmp_path / "new")])
 
 
 def test_links_are_followed_and_loops_of_them_survived(root, tmp_path, caplog):

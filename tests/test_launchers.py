@@ -1,13 +1,16 @@
-"""The three launchers: what they set, hand on and refuse; the page of their variables and flags."""
+"""The launchers: what they set, hand on and refuse; the page of their variables and flags."""
 
 import dataclasses
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from entry_scripts import LAUNCHERS, ROOT, launcher_variables, text_of
+from entry_scripts import LAUNCHERS, ROOT, launcher_variables, text_of, write_inputs
 
 from hnas.programs.flags import Stage
 from hnas.programs.options import Options
@@ -135,6 +138,9 @@ HOSTILE_VARIABLES = [
     ("PADDLE_NNODES=2 processes=2", "PADDLE_NNODES=2 is left in the environment; unset it"),
     ("save_dir=None processes=2", "save_dir=None: results need a folder"),
     (f"save_dir={NAME} processes=2", f"cannot make the folder {NAME}/log; choose another"),
+    ("max_epochs=3", "max_epochs is no variable of the launchers; did you mean max_epoch? If not,"),
+    ("imagedir=x", "imagedir is no variable of the launchers; did you mean image_dir?"),
+    ("bacth_size=8", "bacth_size is no variable of the launchers; did you mean batch_size?"),
 ]
 
 
@@ -146,6 +152,134 @@ def test_a_hostile_variable_is_one_line(line, words, tmp_path):
     for done in runs:
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("image_dir=x imagedir=y", "imagedir is no variable of the launchers; did you mean image_"),
+        ("gpu=0", "gpu is no variable of the launchers; did you mean gpus?"),
+        ("verify_images=True", "verify_images is a flag, not a variable; give --verify_images be"),
+        ("http_proxy=x format=y stage2_lr=1 IMAGE_DIRS=z PINAS_THREADS=1", ""),
+        ("max_epochs=3 PINAS_THREADS=1", ""),  # another launcher looked before
+    ],
+)
+def test_what_may_be_meant_for_another_program_is_told_only(line, told, tmp_path):
+    done = launch(tmp_path, line, python="true")
+    assert done.returncode == 0 and done.stderr.count("\n") == bool(told)
+    assert done.stderr.startswith(told and f"warning: {told}")
+
+
+# --- local_own.sh
+
+STEPS = ["pretrain", "stage1", "stage2", "stage3"]
+# Notes what it is called with, and leaves the files that the next step asks for.
+TOY_STAGE = r"""echo "$@" >>"$calls"
+case "$*" in
+    *"$fails"*) exit 2 ;;
+    *draw_arch*) for last; do :; done; echo "$@" >"$last" ;;
+    *\ run\ *) : >"$save_dir/0.pdstates"
+        for weights in "$save_dir/0" "$save_dir/final" "$save_dir/../${save_dir##*/}ed"; do
+            echo "$@" | cksum >"$weights.pdparams.sha256"
+        done ;;
+esac"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Run local_own.sh with a toy instead of Python; gives how it ended, and the toy's calls."""
+    program(tmp_path / "python", TOY_STAGE)
+    calls, usual = tmp_path / "calls", {"fails": "none", "save_dir": str(tmp_path / "a b")}
+    usual |= {"python": f"{tmp_path}/python", "calls": str(calls)}
+
+    def act(**changes):
+        calls.write_text("")
+        done = run("sh", "local_own.sh", **{**usual, **changes})
+        return done, calls.read_text().splitlines()
+
+    return act
+
+
+def test_one_block_of_settings_reaches_every_step(own):
+    block = {"image_dir": "I", "image_size": "64", "batch_size": "8", "bad_images": "skip"}
+    done, calls = own(**block, device="cpu", amp="O1", seed="3", stage2_clip_norm="7", codes="9")
+    stages = [call for call in calls if " run " in call]
+    assert (done.returncode, done.stderr, len(stages)) == (0, "", 4)
+    assert done.stdout.splitlines() == [f"== {name}" for name in STEPS]
+    for call in stages:
+        assert all(f" --{flag} {value} " in f"{call} " for flag, value in block.items())
+        assert {"--device cpu", "--amp O1", "--seed 3"} <= set(re.findall(r"--\w+ \w+", call))
+    assert "--backbone resnet48pinasv2_mini" in stages[1] and "--clip_norm 7 " in stages[2]
+    assert "--clip_norm 0 " in stages[1] and "/stage2/final.pdparams" in stages[3]
+    assert "--number 9 --seed 3" in calls[3] and "rank_report" in calls[5]
+
+
+def test_what_is_finished_is_not_done_again_and_the_rest_goes_on(own, tmp_path):
+    done, calls = own(fails="_stage2_simple", stage2_lr="0.5")
+    assert (done.returncode, len(calls)) == (2, 3)
+    # It had saved nothing: any settings will do. Where and how it is computed is of no matter.
+    done, calls = own(stage2_lr="0.1", num_workers="0", device="cpu", accumulate="2")
+    assert done.returncode == 0 and "--lr 0.1" in calls[0] and "--resume auto" in calls[0]
+    assert "_stage2_simple.py run" in calls[0] and len(calls) == 5
+    found = [own(stage2_lr="0.1") for _ in range(2)]
+    assert [" run " in call for _, calls in found for call in calls] == [False] * 6
+    assert "finished before" in found[1][0].stdout
+    folder = tmp_path / "a b"
+    for name, line in (
+        ("pretrain", {"image_dir": "other"}),
+        ("stage1", {"temperature": "0.2"}),
+        ("stage2", {"stage2_lr": "0.2"}),
+        ("stage3", {"codes": "8"}),
+    ):
+        done, calls = own(**{"stage2_lr": "0.1", **line})
+        assert done.returncode == 2 and not any(" run " in call for call in calls)
+        assert done.stderr.startswith(f"error: {folder}/{name} is of other settings or files (")
+    (folder / "stage1/finished.txt").rename(folder / "stage1/begun.txt")
+    assert "now lr=0.3" in own(stage2_lr="0.1", stage1_lr="0.3")[0].stderr
+    # Made anew it has other weights, which stage 2 was not made of.
+    done, calls = own(stage2_lr="0.1", stage1_lr="0.3", resume="None")
+    assert done.returncode == 2 and "/stage2 is of other settings or files (ckpt_" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("max_epoch=3", "max_epoch is not for local_own.sh: each step has its own, as stage2_lr"),
+        ("backbone=resnet50", "backbone=resnet50 is neither resnet48 nor resnet48_mini"),
+        ("nnodes=2", "nnodes=2: local_own.sh is for one machine"),
+        ("save_dir=None", "save_dir=None: results need a folder"),
+        (f"save_dir={NAME}", f"cannot make the folder {NAME}/pretrain; choose another"),
+    ],
+)
+def test_what_local_own_refuses(line, words, own):
+    done, calls = own(**dict([line.split("=")]))
+    assert (done.returncode, calls) == (2, []) and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {words}")
+
+
+@pytest.mark.slow
+def test_local_own_goes_on_after_a_kill(tmp_path):
+    write_inputs(tmp_path, 4)
+    given = {"codes": "5", "batch_size": "8", "queue_size": "16", "num_workers": "0"}
+    given |= {"pretrain_epochs": "1", "stage1_epochs": "1", "log_freq": "1", "device": "cpu"}
+    given |= {f"{step}_warmup": "0" for step in STEPS[:3]}
+    given |= {"image_dir": str(tmp_path / "images"), "save_dir": str(tmp_path / "own")}
+    given |= {"python": sys.executable}
+    env = {**os.environ, **given}
+    process = subprocess.Popen(["sh", "local_own.sh"], cwd=ROOT, env=env, start_new_session=True)
+    while not (tmp_path / "own/stage2/0.pdstates.sha256").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = run("sh", "local_own.sh", **given)
+    assert done.returncode == 0, done.stderr
+    assert re.findall("^== .*$", done.stdout, re.M) == [
+        *(f"== {name}: finished before, in {tmp_path}/own/{name}" for name in STEPS[:2]),
+        *("== stage2", "== stage3"),
+    ]
+    assert f"resumed from {tmp_path}/own/stage2/" in done.stderr and "hnas.tools.exp" in done.stdout
+    assert len(json.loads((tmp_path / "own/stage2/settings.json").read_text())["earlier"]) == 1
 
 
 # --- setup_venv.sh, where pip and Paddle are toys

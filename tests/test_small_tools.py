@@ -69,6 +69,9 @@ def demo(tmp_path):
     network = Network("resnet48_mini", 32, 10)
     found = estimates(archs, counts, None, IMAGES, network)
     (tmp_path / "stage3/estimates.json").write_text(json.dumps(found))
+    used = {"ckpt_dir": "w", "backbone": network.backbone, "image_dir": "my images"}
+    used |= {"image_size": network.image_size, "bad_images": "skip"}
+    (tmp_path / "stage3/settings.json").write_text(json.dumps({"options": used}))
     (tmp_path / "seconds.txt").write_text("data 3\nstage1 20\n")
     return tmp_path
 
@@ -81,11 +84,23 @@ def test_the_table_is_right_and_what_is_next_works_as_printed(demo, capsys):
     for name, (macs, top1) in zip(("smallest", "median", "largest"), every[::10], strict=True):
         assert re.search(rf"^{name} +{macs:,} +{top1:.2%}$", text, re.M)
     assert re.search("^data +3\nstage1 +20$", text, re.M)
-    command = shlex.split(text.split("exports it)\n")[1].replace("\\\n", " "))
+    commands = text.split("as ONNX\n")[1].replace("\\\n", " ").splitlines()
+    command, exported = map(shlex.split, commands)
     assert (ROOT / command[0]).resolve() == Path(sys.executable).resolve()
+    given = dict(zip(exported[3::2], exported[4::2], strict=True))
+    assert {
+        f"--{name}": str(value) for name, value in used_by(demo).items()
+    }.items() <= given.items()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    best = max(top1 for macs, top1 in every if macs <= 5e6)
-    assert re.search(rf"^best .*: {best:.2%}, [\d,]+ MACs", done.stdout, re.M), done.stdout
+    most = int(command[-1])
+    assert every[10][0] <= most <= 1.5 * every[10][0] and f"within {most:,} MACs" in text
+    best = max(top1 for macs, top1 in every if macs <= most)
+    name = given["--arch"]
+    assert re.search(rf"^best +{name}: {best:.2%}, [\d,]+ MACs", done.stdout, re.M), done.stdout
+
+
+def used_by(demo):
+    return json.loads((demo / "stage3/settings.json").read_text())["options"]
 
 
 def macs_of(entry):
