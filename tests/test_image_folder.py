@@ -91,45 +91,43 @@ def test_folders_that_cannot_be_used(make, reason, root):
 
 @pytest.mark.parametrize("mode", ["link", "copy"])
 def test_a_folder_of_classes_is_split_by_class_and_seed(mode, root, tmp_path, capsys):
-    flat, found = root / "train", {}
-    write_image(flat / "emu" / os.fsdecode(b"\xff.png"), 1)
-    write_image(flat / "emu/2.png", 2)
-    for index in range(4, 20):
-        write_image(flat / "dog" / f"{index}.png", index)
-    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
-        line = f"--images {flat} --output {tmp_path / name} --val_share 0.25 --seed {seed}"
-        split_folder.main([*line.split(), "--mode", mode])
-        parts = [scan_images(tmp_path / name, split, verify=True) for split in ("train", "val")]
-        numbers = [np.bincount(part.labels).tolist() for part in parts]
-        assert numbers == [[3, 15, 1], [1, 5, 1]]
+    for name in (
+        os.fsdecode(b"emu/\xff.png"),
+        "emu/2.png",
+        *(f"dog/{n}.png" for n in range(4, 20)),
+    ):
+        write_image(root / "train" / name, 1)
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        output = tmp_path / str(number)
+        line = f"--output {output} --mode {mode} --val_share 0.25 --seed {seed} --images"
+        split_folder.main([*line.split(), str(root / "train")])
         assert "19 training and 7 validation images of 3 classes" in capsys.readouterr().out
-        assert all(path.is_symlink() == (mode == "link") for part in parts for path in part.paths)
-        found[name] = [names(part) for part in parts]
-        assert sorted(sum(found[name], [])) == sorted(names(scan_images(root, "train")))
-    assert found["one"] == found["two"] != found["other"]
+        parts = [scan_images(output, split, verify=True) for split in ("train", "val")]
+        assert [np.bincount(part.labels).tolist() for part in parts] == [[3, 15, 1], [1, 5, 1]]
+        assert {path.is_symlink() for part in parts for path in part.paths} == {mode == "link"}
+        found.append([names(part) for part in parts])
+        assert sorted(sum(found[-1], [])) == sorted(names(scan_images(root, "train")))
+    assert found[0] == found[1] != found[2]
 
 
 def test_folders_that_are_not_split(root, tmp_path):
-    flat = root / "train"
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
-    refused = [
-        (root, "new", "is split already"),
-        (flat / "none", "new", "is not a folder"),
-        (flat / "cat", "new", "has no class folders"),
-        (flat, "taken", "cannot write --output .*: Directory not empty: .*; choose a new folder"),
-        (flat, "taken/file", "cannot write --output .*: Not a directory"),
-        (flat, "images/train/cat/new", "is in --images"),
-    ]
+    write_image(root / "single/cow/1.png", 0)
     before = set(tmp_path.rglob("*"))
-    for images, output, words in refused:
+    for images, output, words in (
+        ("", "new", "is not a folder of class folders"),
+        ("none", "new", "is not a folder of class folders"),
+        ("train/cat", "new", "has no class folders"),
+        ("train", "taken", "cannot write --output .*: Directory not empty; choose a new folder"),
+        ("train", "taken/file", "cannot write --output .*: Not a directory"),
+        ("train", "images/train/cat/new", "is in --images"),
+        ("single", "new", "1 classes of .* and both parts need one: cow; add images"),
+    ):
         with pytest.raises(UserError, match=words):
-            split_folder.main(["--images", str(images), "--output", str(tmp_path / output)])
+            split_folder.main(["--images", str(root / images), "--output", str(tmp_path / output)])
     assert set(tmp_path.rglob("*")) == before
-    for index in range(3):
-        (flat / "cat" / f"{index}.png").unlink()
-    with pytest.raises(UserError, match="1 classes of .* one each: cat; add images"):
-        split_folder.main(["--images", str(flat), "--output", str(tmp_path / "new")])
 
 
 def test_links_are_followed_and_loops_of_them_survived(root, tmp_path, caplog):

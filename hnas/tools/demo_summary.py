@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from hnas.architecture_file import in_shares, read_scores
@@ -18,9 +17,12 @@ from hnas.base.files import print_text, read_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.search_space import search_space
 
+USED = "ckpt_dir", "backbone", "image_dir", "image_size", "bad_images"
+"""Flags of stage 3 that export takes, too."""
+
 
 def summary(demo: Path) -> str:
-    """Accuracy of the largest, median and smallest sub-network by MACs, times, files, commands.
+    """Accuracy of the largest, median and smallest sub-network by MACs; times, files, commands.
 
     Raises:
         UserError: the folder is incomplete.
@@ -43,27 +45,14 @@ def summary(demo: Path) -> str:
         rows.append(f"{name:<12}{macs:>15,}{top1:>10.2%}")
     rows += ["", f"{'step':<12}{'seconds':>15}"]
     rows += [f"{name:<12}{value:>15}" for name, value in zip(words[::2], words[1::2], strict=True)]
-    # The median, but for its first digit, which is rounded up.
+
+    # The median, rounded up to one digit.
     median = by_macs[len(by_macs) // 2][0]
-    unit = 10 ** (len(str(median)) - 1)
-    most = -(-median // unit) * unit
+    most = (median // 10 ** (len(str(median)) - 1) + 1) * 10 ** (len(str(median)) - 1)
     best = max((top1, -macs, name) for macs, top1, name in by_macs if macs <= most)[2]
-    return "\n".join(rows) + next_steps(demo, scores, used, most, best)
-
-
-def next_steps(demo: Path, scores: Path, used: Mapping, most: int, best: str) -> str:
-    """The files, and commands that go on from them; paths from the project's root.
-
-    Args:
-        used: stage 3's flags.
-        most: MACs, of which ``best`` is the most accurate network.
-    """
-    names = "ckpt_dir", "backbone", "image_dir", "image_size", "bad_images"
-    flags = shlex.join(part for name in names for part in (f"--{name}", str(used[name])))
-    onnx = shlex.join(["--num_workers", "0", "--format", "onnx", "--save_dir", f"{demo}/onnx"])
+    given = shlex.join(part for name in USED for part in (f"--{name}", str(used[name])))
     python, file = shlex.quote(os.path.relpath(sys.executable)), shlex.quote(str(scores))
-    return f"""
-
+    rows.append(f"""
 files
   {demo}/report/report.html       a page about these accuracies, for a browser
   {scores}   accuracies of all architectures, as submitted
@@ -74,16 +63,17 @@ next: the best within {most:,} MACs, and what is as good within the noise; then 
       --submission {file} --max_macs {most}
   {python} -m hnas.tools.export --arch {shlex.quote(best)} \\
       --modelarch_file {file} \\
-      {flags} \\
-      {onnx}"""
+      {given} \\
+      --num_workers 0 --format onnx --save_dir {shlex.quote(f"{demo}/onnx")}
+""")
+    return "\n".join(rows)
 
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--demo_dir", type=read_path, default=Path("output/demo"), help="the script's folder"
-    )
-    print_text(f"{summary(parser.parse_args(argv).demo_dir)}\n")
+    folder = Path("output/demo")
+    parser.add_argument("--demo_dir", type=read_path, default=folder, help="the script's folder")
+    print_text(summary(parser.parse_args(argv).demo_dir))
 
 
 if __name__ == "__main__":

@@ -21,51 +21,47 @@ from hnas.base.files import check_writable, print_text
 from hnas.dataset.image_folder import LISTED, ImageList, scan_images
 
 
-def validation_places(images: ImageList, share: float, seed: int) -> set[int]:
-    """Which of the images are for validation: of each class about ``share``, one at least.
+def split_of(images: ImageList, share: float, seed: int) -> list[str]:
+    """``train`` or ``val`` of each image: about ``share`` of every class is for ``val``, one image
+    at least, as for ``train``.
 
     Raises:
-        UserError: a class has one image only, or the share leaves none to train on.
+        UserError: a class has one image only.
     """
-    rng, places, single = np.random.default_rng(seed), set(), []
-    for label, name in enumerate(images.classes):
-        own = rng.permutation(np.flatnonzero(images.labels == label))
-        places |= set(own[: min(max(round(share * len(own)), 1), len(own) - 1)].tolist())
-        single += [name] if len(own) == 1 else []
+    rng, split = np.random.default_rng(seed), ["train"] * len(images)
+    numbers = np.bincount(images.labels)
+    single = [images.classes[label] for label in np.flatnonzero(numbers == 1)]
     if single:
-        more = ", ..." if len(single) > LISTED else ""
-        raise UserError(
-            f"{len(single)} classes of {images.folder} have one image, and training and validation "
-            f"need one each: {', '.join(single[:LISTED])}{more}; add images, or move them away"
-        )
-    return places
+        names = ", ".join(single[:LISTED]) + (", ..." if len(single) > LISTED else "")
+        told = f"{len(single)} classes of {images.folder} have one image, and both parts need one"
+        raise UserError(f"{told}: {names}; add images, or move these classes away")
+    for label, number in enumerate(numbers):
+        own = rng.permutation(np.flatnonzero(images.labels == label))
+        for place in own[: min(max(round(share * number), 1), number - 1)]:
+            split[place] = "val"
+    return split
 
 
-def write_split(images: ImageList, places: set[int], output: Path, mode: str) -> None:
-    """Link or copy the images to ``output/val`` and ``output/train``; all of them, or nothing.
+def write_split(images: ImageList, split: list[str], output: Path, mode: str) -> None:
+    """Link or copy the images to ``output/train`` and ``output/val``; all of them, or none.
 
     Raises:
-        UserError: ``output`` is there and not empty, or lies within the images, or fails.
+        UserError: ``output`` is a file or a folder with content, or cannot be written.
     """
-    output = Path(os.path.abspath(output))
-    if Path(os.path.realpath(images.folder)) in Path(os.path.realpath(output)).parents:
-        raise UserError(f"--output {output} is in --images {images.folder}; choose another place")
-    check_writable(output.parent, "--output")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as made:
-            for place, path in enumerate(images.paths):
-                split = "val" if place in places else "train"
-                target = Path(made, "all", split, images.name(path))
+            for path, part in zip(images.paths, split, strict=True):
+                target = Path(made, "all", part, images.name(path))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if mode == "link":
                     target.symlink_to(os.path.abspath(path))
                 else:
                     shutil.copy2(path, target)
-            os.rename(Path(made, "all"), output)  # fails where a file or a filled folder is
+            os.rename(Path(made, "all"), output)
     except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename2 or error.filename}"
-        raise UserError(f"cannot write --output {output}: {reason}; choose a new folder") from error
+        told = error.strerror or error
+        raise UserError(f"cannot write --output {output}: {told}; choose a new folder") from error
 
 
 def main(argv=None) -> None:
@@ -77,14 +73,17 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the draw")
     parser.add_argument("--mode", choices=("link", "copy"), default="link", help="of the images")
     options = parser.parse_args(argv)
-    if not options.images.is_dir() or (options.images / "train").is_dir():
-        what = "is split already" if options.images.is_dir() else "is not a folder"
-        raise UserError(f"--images {options.images} {what}; give a folder that holds class folders")
-    images = scan_images(options.images.parent, options.images.name)
-    places = validation_places(images, options.val_share, options.seed)
-    write_split(images, places, options.output, options.mode)
-    parts = f"{len(images) - len(places)} training and {len(places)} validation images"
-    print_text(f"{options.output}: {parts} of {len(images.classes)} classes\n")
+    folder, output = options.images.resolve(), Path(os.path.abspath(options.output))
+    if not folder.is_dir() or (folder / "train").is_dir():
+        raise UserError(f"--images {folder} is not a folder of class folders, without train/")
+    if folder in output.resolve().parents:
+        raise UserError(f"--output {output} is in --images {folder}; choose another place")
+    check_writable(output.parent, "--output")
+    images = scan_images(folder.parent, folder.name)
+    split = split_of(images, options.val_share, options.seed)
+    write_split(images, split, output, options.mode)
+    parts = f"{split.count('train')} training and {split.count('val')} validation images"
+    print_text(f"{output}: {parts} of {len(images.classes)} classes\n")
 
 
 if __name__ == "__main__":
