@@ -27,7 +27,7 @@ def run(*command, cwd=ROOT, **changes):
     kept = {name: value for name, value in os.environ.items() if name not in own}
     env = {**kept, "python": sys.executable, **changes}
     env = {name: value for name, value in env.items() if value is not None}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 # --- what launchers hand on

@@ -159,7 +159,8 @@ def note_run(options: Options, arithmetic: Arithmetic, part: str = "") -> None:
 def _commit() -> str:
     """Of the checkout that runs, with ``-dirty`` where files are changed; empty if it is none."""
     root = Path(hnas.__file__).parents[1]
-    command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "--no-optional-locks", "-C", root, "describe"]
+    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.SubprocessError):
         if (root / ".git").exists():
             return subprocess.run(command, capture_output=True, text=True, timeout=9).stdout.strip()
