@@ -22,8 +22,7 @@ from hnas.dataset.image_folder import LISTED, ImageList, scan_images
 
 
 def split_of(images: ImageList, share: float, seed: int) -> list[str]:
-    """``train`` or ``val`` of each image: about ``share`` of every class is for ``val``, one image
-    at least, as for ``train``.
+    """``train`` or ``val`` of each image; both get some of every class, ``val`` about ``share``.
 
     Raises:
         UserError: a class has one image only.
