@@ -19,6 +19,7 @@ from hnas.models.pinasv2 import PiNASv2, build_network
 from hnas.parallel.distributed import (
     GradientExchange,
     StopSignals,
+    agree,
     join_processes,
     leave,
     rank,
@@ -114,6 +115,7 @@ def counted(model, steps: int) -> list[int]:
 def main(folder: Path) -> None:
     paddle.set_device("cpu")
     join_processes(cpu=True)
+    agree([], "no weights, as in pretraining")
     found = {}
     for name, build, steps in (
         ("stage1", contrastive, 12),

@@ -67,6 +67,8 @@ HOSTILE_TOOLS = [
     ("tools.rank_report", "--pred macs --gt= --out OUT", "--gt: the path is empty"),
     ("tools.rank_report", f"--pred macs --gt x --out OUT --resamples {LONG}", "--resamples"),
     ("tools.digits_folder", f"--output {NAME}", "--output: .* 300 bytes"),
+    ("tools.split_folder", "--images . --output OUT --val_share 2", "--val_share: 2.0 is out of"),
+    ("tools.split_folder", f"--images . --output {NAME}", "--output: .* 300 bytes"),
     ("tools.demo_summary", "--demo_dir=", "--demo_dir: the path is empty"),
     ("tools.choose", "--submission x --out ~whom/x", "--out: '~whom/x': nobody's home"),
     ("tools.choose", "--submission x --top 1_0", "--top: '1_0' is not a whole number"),

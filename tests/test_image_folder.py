@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hnas.base.errors import UserError
 from hnas.dataset.image_folder import MAX_ASPECT, DataError, decode_image, list_hash, scan_images
 from hnas.dataset.transforms import EvalTransform
+from hnas.tools import split_folder
 
 CLASSES = ("cat", "dog")
 RAMP = np.linspace(0, 65535, 120).astype(np.uint16).reshape(10, 12)
@@ -73,7 +75,9 @@ def test_images_are_listed_by_class_and_name(root, caplog):
     ("make", "reason"),
     [
         (lambda root: (root / "none", "train"), "none is not a folder"),
-        (lambda root: (root, "val"), r"has no folder val/ \(expected val/CLASS/\*\.jpg\)"),
+        (lambda root: (root, "val"), r"has no folder val/ \(expected val/CLASS/\*\.jpg\); python "
+         r"-m hnas\.tools\.split_folder --images .*/images/train --output DIR makes both of"),
+        (lambda root: (root / "train", "train"), "--images .*/train --output DIR makes both of"),
         (lambda root: ((root / "empty/train").mkdir(parents=True), (root / "empty", "train"))[1],
          "has no class folders"),
         (lambda root: ((root / "train/emu").mkdir(), (root, "train"))[1],
@@ -83,6 +87,47 @@ def test_images_are_listed_by_class_and_name(root, caplog):
 def test_folders_that_cannot_be_used(make, reason, root):
     with pytest.raises(DataError, match=reason):
         scan_images(*make(root))
+
+
+@pytest.mark.parametrize("mode", ["link", "copy"])
+def test_a_folder_of_classes_is_split_by_class_and_seed(mode, root, tmp_path, capsys):
+    for name in (
+        os.fsdecode(b"emu/\xff.png"),
+        "emu/2.png",
+        *(f"dog/{n}.png" for n in range(4, 20)),
+    ):
+        write_image(root / "train" / name, 1)
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        output = tmp_path / str(number)
+        line = f"--output {output} --mode {mode} --val_share 0.25 --seed {seed} --images"
+        split_folder.main([*line.split(), str(root / "train")])
+        assert "19 training and 7 validation images of 3 classes" in capsys.readouterr().out
+        parts = [scan_images(output, split, verify=True) for split in ("train", "val")]
+        assert [np.bincount(part.labels).tolist() for part in parts] == [[3, 15, 1], [1, 5, 1]]
+        assert {path.is_symlink() for part in parts for path in part.paths} == {mode == "link"}
+        found.append([names(part) for part in parts])
+        assert sorted(sum(found[-1], [])) == sorted(names(scan_images(root, "train")))
+    assert found[0] == found[1] != found[2]
+
+
+def test_folders_that_are_not_split(root, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").touch()
+    write_image(root / "single/cow/1.png", 0)
+    before = set(tmp_path.rglob("*"))
+    for images, output, words in (
+        ("", "new", "is not a folder of class folders"),
+        ("none", "new", "is not a folder of class folders"),
+        ("train/cat", "new", "has no class folders"),
+        ("train", "taken", "cannot write --output .*: Directory not empty; choose a new folder"),
+        ("train", "taken/file", "cannot write --output .*: Not a directory"),
+        ("train", "images/train/cat/new", "is in --images"),
+        ("single", "new", "1 classes of .* and both parts need one: cow; add images"),
+    ):
+        with pytest.raises(UserError, match=words):
+            split_folder.main(["--images", str(root / images), "--output", str(tmp_path / output)])
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_links_are_followed_and_loops_of_them_survived(root, tmp_path, caplog):

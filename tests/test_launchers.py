@@ -1,13 +1,15 @@
-"""The three launchers: what they set, hand on and refuse; the page of their variables and flags."""
+"""The launchers: what they set, hand on and refuse; the page of their variables and flags."""
 
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from entry_scripts import LAUNCHERS, ROOT, launcher_variables, text_of
+from entry_scripts import LAUNCHERS, ROOT, launcher_variables, text_of, write_inputs
 
 from hnas.programs.flags import Stage
 from hnas.programs.options import Options
@@ -25,7 +27,7 @@ def run(*command, cwd=ROOT, **changes):
     kept = {name: value for name, value in os.environ.items() if name not in own}
     env = {**kept, "python": sys.executable, **changes}
     env = {name: value for name, value in env.items() if value is not None}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 # --- what launchers hand on
@@ -87,11 +89,14 @@ def program(path, line):
 
 
 def launch(folder, line, **changes):
-    """Stage 3 with the variables of a line, where % is a space; nvidia-smi sees three cards."""
+    """Stage 3 with the variables of a line, where % is a space; nvidia-smi sees three cards.
+
+    A line may begin with another launcher's name."""
+    script, line = line.split(" ", 1) if line.startswith("local_") else ("local_eval.sh", line)
     program(folder / "nvidia-smi", "printf 'GPU 0: A\\n  MIG 1g.10gb\\nGPU 1: A\\nGPU 2: A\\n'")
     given = dict(setting.replace("%", " ").split("=", 1) for setting in line.split())
     usual = {"CUDA_VISIBLE_DEVICES": None, "PATH": f"{folder}:{os.environ['PATH']}"}
-    return run("sh", "local_eval.sh", **{**usual, **changes, **given})
+    return run("sh", script, **{**usual, **changes, **given})
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,13 @@ HOSTILE_VARIABLES = [
     ("PADDLE_NNODES=2 processes=2", "PADDLE_NNODES=2 is left in the environment; unset it"),
     ("save_dir=None processes=2", "save_dir=None: results need a folder"),
     (f"save_dir={NAME} processes=2", f"cannot make the folder {NAME}/log; choose another"),
+    ("max_epochs=3", "max_epochs is no variable of the launchers; did you mean max_epoch? If not,"),
+    ("imagedir=x", "imagedir is no variable of the launchers; did you mean image_dir?"),
+    ("bacth_size=8", "bacth_size is no variable of the launchers; did you mean batch_size?"),
+    ("local_own.sh max_epoch=3", "max_epoch is not for local_own.sh: each step has its own, as "),
+    ("local_own.sh backbone=resnet50", "backbone=resnet50 is neither resnet48 nor resnet48_mini"),
+    ("local_own.sh nnodes=2", "nnodes=2: local_own.sh is for one machine"),
+    ("local_own.sh save_dir=None", "save_dir=None: results need a folder"),
 ]
 
 
@@ -146,6 +158,113 @@ def test_a_hostile_variable_is_one_line(line, words, tmp_path):
     for done in runs:
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("image_dir=x imagedir=y", "imagedir is no variable of the launchers; did you mean image_"),
+        ("gpu=0", "gpu is no variable of the launchers; did you mean gpus?"),
+        ("verify_images=True", "verify_images is a flag, not a variable; give --verify_images be"),
+        ("http_proxy=x format=y stage2_lr=1 IMAGE_DIRS=z PINAS_THREADS=1", ""),
+        ("max_epochs=3 PINAS_THREADS=1", ""),  # another launcher looked before
+    ],
+)
+def test_what_may_be_meant_for_another_program_is_told_only(line, told, tmp_path):
+    done = launch(tmp_path, line, python="true")
+    assert done.returncode == 0 and done.stderr.count("\n") == bool(told)
+    assert done.stderr.startswith(told and f"warning: {told}")
+
+
+# --- local_own.sh
+
+STEPS = ["pretrain", "stage1", "stage2", "stage3"]
+# Notes what it is called with, and leaves the files that the next step asks for.
+TOY_STAGE = r"""echo "$@" >>"$calls"
+case "$*" in
+    *"$fails"*) exit 2 ;;
+    *draw_arch*) for last; do :; done; echo "$@" >"$last" ;;
+    *\ run\ *) : >"$save_dir/0.pdstates"
+        for weights in "$save_dir/0" "$save_dir/final" "$save_dir/../${save_dir##*/}ed"; do
+            echo "$@" | cksum >"$weights.pdparams.sha256"
+        done ;;
+esac"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Run local_own.sh with a toy instead of Python; gives how it ended, and the toy's calls."""
+    program(tmp_path / "python", TOY_STAGE)
+    calls, usual = tmp_path / "calls", {"fails": "none", "save_dir": str(tmp_path / "a b")}
+    usual |= {"python": f"{tmp_path}/python", "calls": str(calls)}
+
+    def act(**changes):
+        calls.write_text("")
+        done = run("sh", "local_own.sh", **{**usual, **changes})
+        return done, calls.read_text().splitlines()
+
+    return act
+
+
+def test_one_block_of_settings_reaches_every_step(own):
+    block = {"image_dir": "I", "image_size": "64", "batch_size": "8", "bad_images": "skip"}
+    done, calls = own(**block, device="cpu", amp="O1", seed="3", stage2_clip_norm="7", codes="9")
+    stages = [call for call in calls if " run " in call]
+    assert (done.returncode, done.stderr, len(stages)) == (0, "", 4)
+    assert done.stdout.splitlines() == [f"== {name}" for name in STEPS]
+    for call in stages:
+        assert all(f" --{flag} {value} " in f"{call} " for flag, value in block.items())
+        assert {"--device cpu", "--amp O1", "--seed 3"} <= set(re.findall(r"--\w+ \w+", call))
+    assert "--backbone resnet48pinasv2_mini" in stages[1] and "--clip_norm 7 " in stages[2]
+    assert "--clip_norm 0 " in stages[1] and "/stage2/final.pdparams" in stages[3]
+    assert "--number 9 --seed 3" in calls[3] and "rank_report" in calls[5]
+
+
+def test_what_is_finished_is_not_done_again_and_the_rest_goes_on(own, tmp_path):
+    def stages(**changes):
+        done, calls = own(**{"stage2_lr": "0.1", **changes})
+        return done, [call for call in calls if " run " in call]
+
+    done, calls = stages(fails="_stage2_simple", stage2_lr="0.5")
+    assert (done.returncode, len(calls)) == (2, 3)
+    # It had saved nothing: any settings will do. Where and how it is computed is of no matter.
+    done, calls = stages(num_workers="0", device="cpu", accumulate="2")
+    assert (done.returncode, len(calls)) == (0, 2)
+    assert re.search("_stage2_simple.py .* --lr 0.1 .* --resume auto ", calls[0])
+    done, calls = stages()
+    assert calls == [] and done.stdout.count("finished before") == 4
+    changes = zip(STEPS, ["image_dir=x", "temperature=1", "stage2_lr=2", "codes=8"], strict=True)
+    for name, line in changes:
+        done, calls = stages(**dict([line.split("=")]))
+        assert (done.returncode, calls) == (2, [])
+        told = f"error: {tmp_path}/a b/{name} is of other settings or files ("
+        assert done.stderr.startswith(told) and done.stderr.count("\n") == 1
+    (tmp_path / "a b/stage1/finished.txt").rename(tmp_path / "a b/stage1/begun.txt")
+    assert "now lr=0.3" in stages(stage1_lr="0.3")[0].stderr
+    # Made anew it has other weights, which stage 2 was not made of.
+    done, _ = stages(stage1_lr="0.3", resume="None")
+    assert "/stage2 is of other settings or files (ckpt_" in done.stderr
+
+
+@pytest.mark.slow
+def test_local_own_goes_on_after_a_kill(tmp_path):
+    write_inputs(tmp_path, 4)
+    settings = "codes=5 batch_size=8 queue_size=16 pretrain_epochs=1 pretrain_warmup=0 device=cpu"
+    settings += f" stage1_epochs=1 stage1_warmup=0 num_workers=0 image_dir={tmp_path}/images"
+    settings += f" save_dir={tmp_path}/own python={sys.executable}"
+    given = dict(setting.split("=") for setting in settings.split())
+    env = {**os.environ, **given}
+    process = subprocess.Popen(["sh", "local_own.sh"], cwd=ROOT, env=env, start_new_session=True)
+    while not (tmp_path / "own/stage2/0.pdstates.sha256").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = run("sh", "local_own.sh", **given)
+    steps = [f"{name}: finished before, in {tmp_path}/own/{name}" for name in STEPS[:2]]
+    assert done.returncode == 0, done.stderr
+    assert re.findall("^== (.*)$", done.stdout, re.M) == [*steps, "stage2", "stage3"]
+    assert f"resumed from {tmp_path}/own/stage2/" in done.stderr and "hnas.tools.exp" in done.stdout
 
 
 # --- setup_venv.sh, where pip and Paddle are toys

@@ -390,6 +390,7 @@ def test_parts_of_a_run_are_the_run_byte_for_byte(tmp_path, monkeypatch, caplog)
         own = tmp_path / f"part{number}"
         run(train_supernet, monkeypatch, where, own, images_part=f"{number}/2", **flags)
         names = [f"eval_chunk_{start:08d}.npz" for start in range(0, 40, 7)][number - 1 :: 2]
+        names += [f"log_part_{number}_of_2.txt", f"settings_part_{number}_of_2.json"]
         assert sorted(path.name for path in own.iterdir() if path.suffix != ".lock") == names
     for lost in (None, "eval_chunk_00000007.npz"):
         together = tmp_path / f"without {lost}"

@@ -2,12 +2,16 @@
 
 import dataclasses
 import importlib
+import json
 import logging
+import os
 import re
+import resource
 import sys
 
 import pytest
 
+import hnas
 from hnas.base.errors import UserError
 from hnas.programs import runtime
 from hnas.programs.flags import AUTO, PATHS, Stage, default_of
@@ -207,6 +211,50 @@ def test_numbers_have_bounds_which_are_allowed_themselves(option):
 
 def test_the_largest_seed_works():
     start(parse(DISTILL, "--device", "cpu", "--seed", str(2**32 - 1)), writes=False)
+
+
+def noted(folder, monkeypatch, *arguments, part=""):
+    """Start a run in a folder; gives its settings and log."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    start(parse(DISTILL, "--device=cpu", f"--save_dir={folder}", *arguments), part=part)
+    own = part and "_part_1_of_2"
+    return json.loads((folder / f"settings{own}.json").read_text()), folder / f"log{own}.txt"
+
+
+def test_every_run_leaves_its_settings_and_log(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    first, _ = noted(tmp_path, monkeypatch, "--seed=5", "--image_dir=my images")
+    assert first["options"].items() >= {"seed": 5, "bn_calibration_images": "auto"}.items()
+    assert set(first["options"]) == set(FIELDS) and first["version"] == hnas.__version__
+    assert first["command"] == "script.py --seed=5 '--image_dir=my images'"
+    second, log = noted(tmp_path, monkeypatch, "--seed=6")
+    assert first.pop("earlier") == [] and second["earlier"] == [first]
+    assert re.findall(r"^\[.*\] script\.py --seed=(\d)", log.read_text(), re.M) == ["5", "6"]
+    assert re.search(r"\] device cpu \(CPU, .*\), seed 6\n$", log.read_text())
+    # Parts of an evaluation share a folder; what is no settings file is told, and replaced.
+    _, own = noted(tmp_path, monkeypatch, part="1/2")
+    assert "seed 0" in own.read_text() and "seed 0" not in log.read_text()
+    for text in ("[]", '{"earlier": 5}', "{}"):
+        (tmp_path / "settings.json").write_text(text)
+        assert noted(tmp_path, monkeypatch)[0]["earlier"] == []
+    assert caplog.text.count("settings.json begins anew: ") == 3
+
+
+@pytest.mark.parametrize("kind", ["full", "pipe", "folder"])
+def test_a_log_that_cannot_be_written_is_one_line(kind, tmp_path, monkeypatch, caplog):
+    """A full disk is emulated by the kernel's limit of a file's size."""
+    log, limits = tmp_path / "log.txt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    make = {"full": lambda: log.write_text("x" * 50_000), "pipe": lambda: os.mkfifo(log)}
+    make.get(kind, log.mkdir)()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        noted(tmp_path, monkeypatch)
+        for number in range(3):
+            logging.getLogger("hnas").warning("line %d", number)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (told,) = [line for line in caplog.messages if "log.txt" in line]
+    assert "line 2" in caplog.text and ("File too large" in told) == (kind == "full")
 
 
 def test_more_processes_than_cards_are_refused(monkeypatch):

@@ -137,7 +137,7 @@ def test_commands_fit_the_programs_they_call(page):
             scripts = [word for word in words if word.endswith((".sh", ".py"))]
             written = [name for name in scripts if name.startswith("output/")]  # by a command
             assert all((ROOT / name).is_file() for name in scripts if name not in written), line
-            if scripts and scripts[0] in LAUNCHERS.values():
+            if scripts and scripts[0].startswith("local_"):
                 before = words[: words.index("sh")]
                 names = {re.fullmatch(r"(\w+)=.+", word)[1] for word in before}
                 assert names <= launcher_variables(scripts[0]), line
@@ -164,7 +164,8 @@ def test_what_the_prose_names_exists(page):
     flags = option_names().union(*(flags_of(path.read_text()) for path in programs))
     text = re.sub(r"unknown flag --\w+", "", text)  # quoted messages
     assert set(re.findall(r"(?<![-\w])--([A-Za-z][\w-]*)", text)) <= flags | FOREIGN_FLAGS
-    settings = option_names().union(*map(launcher_variables, LAUNCHERS.values()))
+    scripts = [*LAUNCHERS.values(), "local_own.sh"]
+    settings = option_names().union(*map(launcher_variables, scripts))
     for code in re.findall(r"`([^`\n]+)`", prose_of(page)):
         if launcher := re.search(r" sh (local_\w+\.sh)", code):
             names = set(re.findall(r"(\w+)=", code.split(" sh ")[0]))

@@ -39,6 +39,7 @@ def test_training_changes_weights_and_leaves_what_resuming_needs(runs, undisturb
     sets = {f"{epoch}{end}" for epoch in (0, 1) for end in (".pdparams", ".pdopt", ".pdstates")}
     names = sets | {"final.pdparams"}
     expected = names | {f"{name}.sha256" for name in names} | {"history.json", "run_id.json"}
+    expected |= {"settings.json", "log.txt"}
     for folder in undisturbed.values():
         first, final = runs.weights(folder, "0"), runs.weights(folder)
         assert any(first[key].tobytes() != final[key].tobytes() for key in first)

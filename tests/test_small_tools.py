@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 LARGEST = RESNET48.largest().code
 SMALL = RESNET48.smallest().code[1:]
 NUMBER, IMAGES = 21, 355
+USED = {"ckpt_dir": "w", "backbone": "resnet48_mini", "image_dir": "my images", "image_size": 32}
+USED |= {"bad_images": "skip"}
 
 # --- flops
 
@@ -69,6 +71,7 @@ def demo(tmp_path):
     network = Network("resnet48_mini", 32, 10)
     found = estimates(archs, counts, None, IMAGES, network)
     (tmp_path / "stage3/estimates.json").write_text(json.dumps(found))
+    (tmp_path / "stage3/settings.json").write_text(json.dumps({"options": USED}))
     (tmp_path / "seconds.txt").write_text("data 3\nstage1 20\n")
     return tmp_path
 
@@ -81,11 +84,17 @@ def test_the_table_is_right_and_what_is_next_works_as_printed(demo, capsys):
     for name, (macs, top1) in zip(("smallest", "median", "largest"), every[::10], strict=True):
         assert re.search(rf"^{name} +{macs:,} +{top1:.2%}$", text, re.M)
     assert re.search("^data +3\nstage1 +20$", text, re.M)
-    command = shlex.split(text.split("exports it)\n")[1].replace("\\\n", " "))
+    commands = text.split("as ONNX\n")[1].replace("\\\n", " ").splitlines()
+    command, exported = map(shlex.split, commands)
     assert (ROOT / command[0]).resolve() == Path(sys.executable).resolve()
+    given = dict(zip(exported[3::2], exported[4::2], strict=True))
+    assert [given[f"--{name}"] for name in USED] == [str(value) for value in USED.values()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    best = max(top1 for macs, top1 in every if macs <= 5e6)
-    assert re.search(rf"^best .*: {best:.2%}, [\d,]+ MACs", done.stdout, re.M), done.stdout
+    most = int(command[-1])
+    assert every[10][0] <= most <= 1.5 * every[10][0] and f"within {most:,} MACs" in text
+    best = max(top1 for macs, top1 in every if macs <= most)
+    name = given["--arch"]
+    assert re.search(rf"^best +{name}: {best:.2%}, [\d,]+ MACs", done.stdout, re.M), done.stdout
 
 
 def macs_of(entry):

@@ -78,6 +78,11 @@ class _ShortLines(logging.Formatter):
         return shortened(super().formatMessage(record))
 
 
+LINES = _ShortLines("[%(asctime)s] %(message)s", "%Y/%m/%d %H:%M:%S")
+SAID = {"said": True}
+"""As ``extra`` of a log line: the terminal has it already, and log files alone take it."""
+
+
 def hold_signals() -> None:
     """Let signals wait for :func:`end_on_signals`: for programs that import Paddle.
 
@@ -171,10 +176,14 @@ def run_main(
     end_on_signals()
     end_with_launcher()
     log = logging.StreamHandler()
-    log.setFormatter(_ShortLines("[%(asctime)s] %(message)s", "%Y/%m/%d %H:%M:%S"))
+    log.setFormatter(LINES)
+    log.addFilter(lambda record: not hasattr(record, "said"))
     logging.basicConfig(level=logging.INFO, handlers=[log], force=True)
     try:
         main()
+    except Stopped as end:
+        logging.error("stopped by %s", signal.Signals(end.code - 128).name, extra=SAID)
+        raise
     except Exception as error:
         if _stopped_by is not None:
             # Paddle turns an exception in what it calls, as Stopped, into one of its own.
@@ -186,12 +195,14 @@ def run_main(
         elif isinstance(error, SystemError) or "(External)" in str(error):
             told = f"the device or a library failed: {word_of(error)}; {AFTER_FAILURE}"
         else:
+            logging.error("%s", word_of(error), exc_info=True, extra=SAID)
             raise
         # Without line breaks, which a path or a flag may hold.
         line = f"error: {shortened(' '.join(told.split()))}\n"
         if is_one_of_several():
             line = f"rank {os.environ.get('PADDLE_TRAINER_ID', 0)}: {line}"
         sys.stderr.write(line)
+        logging.error("%s", line.strip(), extra=SAID)
         # The launcher shows what is in this file; this process's messages go to a log.
         if ERRORS in os.environ:
             with suppress(OSError), open(os.environ[ERRORS], "ab") as file:

@@ -95,7 +95,11 @@ def scan_images(
     if not root.is_dir():
         raise DataError(f"image_dir {root} is not a folder")
     if not folder.is_dir():
-        raise DataError(f"image_dir {root} has no folder {split}/ (expected {split}/CLASS/*.jpg)")
+        whole = root / "train" if (root / "train").is_dir() else root
+        raise DataError(
+            f"image_dir {root} has no folder {split}/ (expected {split}/CLASS/*.jpg); python -m "
+            f"hnas.tools.split_folder --images {whole} --output DIR makes both of {whole}/CLASS/*"
+        )
     try:
         images = _list_images(folder)
         if logger.isEnabledFor(logging.INFO):  # of several processes one tells

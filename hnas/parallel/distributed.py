@@ -180,6 +180,8 @@ def sum_over_ranks(tensor: paddle.Tensor) -> paddle.Tensor:
 
 def agree(numbers: Sequence[int], what: str) -> None:
     """Raise a :class:`UserError` where ranks have other whole numbers; ``what`` they are."""
+    if not numbers:
+        return  # Paddle's gather of no numbers kills the process
     own = paddle.to_tensor([list(numbers)], dtype="int64")
     found = {tuple(row) for row in gather(own).tolist()}
     if len(found) > 1:

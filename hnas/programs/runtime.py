@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
 import random
+import shlex
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle.base.core import set_num_threads
 
+import hnas
 from hnas.base.device import (
     Arithmetic,
     available_bytes,
@@ -20,12 +28,13 @@ from hnas.base.device import (
     cpu_threads,
     device_name,
     on_gpu,
+    processor,
     set_deterministic,
     set_tf32,
     visible_gpus,
 )
-from hnas.base.errors import UserError
-from hnas.base.files import check_writable, claim_folder
+from hnas.base.errors import LINES, UserError
+from hnas.base.files import check_regular, check_writable, claim_folder, read_json, write_json
 from hnas.dataset.image_folder import (
     DataError,
     ImageList,
@@ -54,13 +63,14 @@ from hnas.search_space import SearchSpace, search_space
 logger = logging.getLogger(__name__)
 
 
-def start(options: Options, writes: bool = True, part: str = "") -> Arithmetic:
+def start(options: Options, writes: bool = True, part: str = "", notes: bool = True) -> Arithmetic:
     """Choose the device and how it rounds, meet the run's other processes, seed every generator.
 
     Args:
         options: of the run.
         writes: whether there will be results, for which ``save_dir`` is tried now.
         part: of stage 3's images; each may have a process of its own in the folder.
+        notes: whether :func:`note_run` writes into the folder now.
 
     Raises:
         UserError: a GPU is asked for and Paddle has none, or fewer than processes; the device
@@ -87,11 +97,74 @@ def start(options: Options, writes: bool = True, part: str = "") -> Arithmetic:
     join_processes(cpu=not on_gpu())
     if writes and is_main_process():
         claim_folder(options.save_dir, "--save_dir", part)
+        if notes:
+            note_run(options, arithmetic, part)
     seed_generators(options.seed)
     logger.info("device %s (%s), seed %d", paddle.get_device(), arithmetic, options.seed)
     if world_size() > 1:
         logger.info("%d processes, %d of them on this machine", world_size(), local_ranks())
     return arithmetic
+
+
+class _LogFile(logging.FileHandler):
+    """A log; where the disk takes no more of it, a line says so, and the run goes on."""
+
+    def handleError(self, record):  # noqa: N802 (logging's name)
+        logging.getLogger().removeHandler(self)
+        logger.warning("%s ends here: %s", self.baseFilename, sys.exc_info()[1])
+
+
+def note_run(options: Options, arithmetic: Arithmetic, part: str = "") -> None:
+    """Write ``settings.json`` into ``save_dir``, and append to ``log.txt`` what is logged from now.
+
+    The settings are all values, the command, and what computes; those of runs before, also of
+    refused ones, stay under ``earlier``. A ``part`` has files of its own.
+
+    Raises:
+        UserError: the settings cannot be written.
+    """
+    own = f"_part_{part.replace('/', '_of_')}" if part else ""
+    path, log = (Path(options.save_dir, name) for name in (f"settings{own}.json", f"log{own}.txt"))
+    earlier = []
+    if path.is_file():
+        try:
+            before = read_json(path)
+            earlier = [*before.pop("earlier"), before]
+        except (UserError, LookupError, TypeError) as error:
+            logger.warning("%s begins anew: %s", path, error)
+    values = dataclasses.asdict(options)
+    for option in dataclasses.fields(options):
+        if option.metadata["auto"] and values[option.name] == AUTO:
+            values[option.name] = "auto"
+    command = shlex.join(sys.argv)
+    about = {"command": command, "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    about |= {"version": hnas.__version__, "commit": _commit(), "host": socket.gethostname()}
+    about |= {"processor": processor(), "device": str(arithmetic), "processes": world_size()}
+    write_json(path, {**about, "options": values, "earlier": earlier})
+
+    for handler in [own for own in logging.getLogger().handlers if isinstance(own, _LogFile)]:
+        logging.getLogger().removeHandler(handler)  # of a run before in this process
+    try:
+        if log.exists():
+            check_regular(log)
+        handler = _LogFile(log, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        logger.warning("no log is kept in %s: %s", log, error.strerror or error)
+        return
+    handler.setFormatter(LINES)
+    logging.getLogger().addHandler(handler)
+    handler.handle(logging.makeLogRecord({"msg": command}))
+
+
+def _commit() -> str:
+    """Of the checkout that runs, with ``-dirty`` where files are changed; empty if it is none."""
+    root = Path(hnas.__file__).parents[1]
+    command = ["git", "--no-optional-locks", "-C", root, "describe"]
+    command += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        if (root / ".git").exists():
+            return subprocess.run(command, capture_output=True, text=True, timeout=9).stdout.strip()
+    return ""
 
 
 def seed_generators(seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The demo's closing words: a table of what it scored, its files, and what to run next.
+"""Closing words of run_demo.sh and local_own.sh: what was scored, the files, and what to run next.
 
 python -m hnas.tools.demo_summary --demo_dir output/demo
 """
@@ -6,61 +6,74 @@ python -m hnas.tools.demo_summary --demo_dir output/demo
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from hnas.architecture_file import in_shares, read_scores
 from hnas.base.command_line import OneLineParser, read_path
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import print_text
+from hnas.base.files import print_text, read_json
+from hnas.ranking.agreement import estimates_beside
 from hnas.search_space import search_space
 
-BACKBONE, IMAGE_SIZE, CLASSES = "resnet48_mini", 32, 10
+USED = "ckpt_dir", "backbone", "image_dir", "image_size", "bad_images"
+"""Flags of stage 3 that export takes, too."""
 
 
-def table(demo: Path) -> str:
-    """Accuracy of the largest, median and smallest sub-network by MACs, and times.
+def summary(demo: Path) -> str:
+    """Accuracy of the largest, median and smallest sub-network by MACs; times, files, commands.
 
     Raises:
-        UserError: the demo's folder is incomplete.
+        UserError: the folder is incomplete.
     """
-    space = search_space(BACKBONE)
+    scores = demo / "stage3/submission.json"
+    used = read_json(scores.with_name("settings.json"))["options"]
     try:
-        archs, accuracy = read_scores(demo / "stage3/submission.json")
+        archs, accuracy = read_scores(scores)
         words = (demo / "seconds.txt").read_text().split()
     except OSError as error:
-        raise UserError(f"{error.filename} is missing; run sh run_demo.sh to the end") from error
-    costs = [space.macs(arch, IMAGE_SIZE, CLASSES) for arch in archs.values()]
-    by_macs = sorted(zip(costs, in_shares(accuracy).tolist(), strict=True))
-    rows = [f"{'sub-network':<12}{'MACs':>12}{'top-1':>10}"]
+        raise UserError(f"{error.filename} is missing; run the script to its end") from error
+    accuracy = in_shares(accuracy)
+    network = estimates_beside(scores, list(archs.values()), accuracy)[0].network
+    space = search_space(network.backbone)
+    costs = [space.macs(arch, *network[1:]) for arch in archs.values()]
+    by_macs = sorted(zip(costs, accuracy.tolist(), archs, strict=True))
+    rows = [f"{'sub-network':<12}{'MACs':>15}{'top-1':>10}"]
     for name, index in (("largest", -1), ("median", len(by_macs) // 2), ("smallest", 0)):
-        macs, accuracy = by_macs[index]
-        rows.append(f"{name:<12}{macs:>12,}{accuracy:>10.2%}")
-    rows += ["", f"{'step':<12}{'seconds':>12}"]
-    rows += [f"{name:<12}{value:>12}" for name, value in zip(words[::2], words[1::2], strict=True)]
-    return "\n".join(rows)
+        macs, top1, _ = by_macs[index]
+        rows.append(f"{name:<12}{macs:>15,}{top1:>10.2%}")
+    rows += ["", f"{'step':<12}{'seconds':>15}"]
+    rows += [f"{name:<12}{value:>15}" for name, value in zip(words[::2], words[1::2], strict=True)]
 
-
-def next_steps(demo: Path) -> str:
-    """The demo's files, and a command that goes on from them; paths from the project's root."""
-    return f"""\
+    # The median, rounded up to one digit.
+    median = by_macs[len(by_macs) // 2][0]
+    most = (median // 10 ** (len(str(median)) - 1) + 1) * 10 ** (len(str(median)) - 1)
+    best = max((top1, -macs, name) for macs, top1, name in by_macs if macs <= most)[2]
+    given = shlex.join(part for name in USED for part in (f"--{name}", str(used[name])))
+    python, file = shlex.quote(os.path.relpath(sys.executable)), shlex.quote(str(scores))
+    rows.append(f"""
 files
   {demo}/report/report.html       a page about these accuracies, for a browser
-  {demo}/stage3/submission.json   accuracies of all architectures, as submitted
-  {demo}/stage2/final.pdparams    the supernet that predicted them
+  {scores}   accuracies of all architectures, as submitted
+  {used["ckpt_dir"]}    the supernet that predicted them
 
-next: the best within 5,000,000 MACs, and what is as good within the noise (README then exports it)
-  {os.path.relpath(sys.executable)} -m hnas.tools.choose \\
-      --submission {demo}/stage3/submission.json --max_macs 5e6"""
+next: the best within {most:,} MACs, and what is as good within the noise; then one of them as ONNX
+  {python} -m hnas.tools.choose \\
+      --submission {file} --max_macs {most}
+  {python} -m hnas.tools.export --arch {shlex.quote(best)} \\
+      --modelarch_file {file} \\
+      {given} \\
+      --num_workers 0 --format onnx --save_dir {shlex.quote(f"{demo}/onnx")}
+""")
+    return "\n".join(rows)
 
 
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--demo_dir", type=read_path, default=Path("output/demo"), help="demo's folder"
-    )
-    options = parser.parse_args(argv)
-    print_text(f"{table(options.demo_dir)}\n\n{next_steps(options.demo_dir)}\n")
+    folder = Path("output/demo")
+    parser.add_argument("--demo_dir", type=read_path, default=folder, help="the script's folder")
+    print_text(summary(parser.parse_args(argv).demo_dir))
 
 
 if __name__ == "__main__":

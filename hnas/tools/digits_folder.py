@@ -25,11 +25,8 @@ def digit_image(pixels: np.ndarray, tint: np.ndarray) -> Image.Image:
     """An RGB image of 40 px of a scan [8, 8] with values 0 to 16."""
     grey = Image.fromarray((pixels * (255 / 16)).astype(np.uint8))
     grey = grey.resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC)
-    size = DIGIT_SIZE + 2 * BORDER
-    canvas = np.zeros((size, size, 3), dtype=np.uint8)
-    inner = slice(BORDER, BORDER + DIGIT_SIZE)
-    canvas[inner, inner] = np.asarray(grey)[..., None] * tint
-    return Image.fromarray(canvas)
+    framed = np.pad(np.asarray(grey), BORDER)[..., None] * tint
+    return Image.fromarray(framed.astype(np.uint8))
 
 
 def write_digits(output: Path) -> None:

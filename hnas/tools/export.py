@@ -51,6 +51,7 @@ from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import (
     calibration_images,
+    note_run,
     require,
     scored_order,
     space_of,
@@ -72,7 +73,7 @@ def main(argv=None) -> None:
     refuse_contrastive(options.backbone, Stage.EXPORT)
     require(options, "ckpt_dir")
     check_format(options.format)
-    start(options)
+    arithmetic = start(options, notes=False)
     checkpoint = read_checkpoint(options.ckpt_dir)
     arch, name, stated = find_architecture(options, checkpoint)
     form, size, space = options.format, options.image_size, space_of(options)
@@ -109,6 +110,7 @@ def main(argv=None) -> None:
         card = {"identity": identity, "arch": arch.code, "name": name}
         card |= {"backbone": options.backbone, "strides": strides}
         card |= describe(space, arch, size, images.classes, found, source.statistics)
+        note_run(options, arithmetic)
         write_folder(card_path.parent, Path(made), form, card)
     logger.info("%s of %s: %s, %s", form, arch.code, card_path, PROGRAM)
 

@@ -46,19 +46,12 @@ def _table() -> str:
 
 def _defaults(option: dataclasses.Field, own: Mapping[Stage, object]) -> str:
     """The default of most stages, then those that single stages have instead."""
-    if len(set(own.values())) == 1:
-        return _value(default_text(option, next(iter(own.values()))))
-    others = {s: default_text(option, value) for s, value in own.items() if value != option.default}
-    usual = [] if len(others) == len(own) else [_value(default_text(option, option.default))]
-    return "; ".join([*usual, _by_stage(others)])
-
-
-def _by_stage(texts: Mapping[Stage, str]) -> str:
-    """As ``stage 1, stage 2: `value```."""
-    stages: dict[str, list[str]] = {}
-    for stage, text in texts.items():
-        stages.setdefault(text, []).append(str(stage))
-    return "; ".join(f"{', '.join(names)}: {_value(text)}" for text, names in stages.items())
+    texts = {stage: _value(default_text(option, value)) for stage, value in own.items()}
+    usual = _value(default_text(option, option.default))
+    if len(set(texts.values())) == 1:
+        return texts.popitem()[1]
+    others = [f"{stage}: {text}" for stage, text in texts.items() if text != usual]
+    return "; ".join(([usual] if len(others) < len(texts) else []) + others)
 
 
 def _value(text: str) -> str:

@@ -20,6 +20,63 @@ whole() {
     [ "$2" -ge "$3" ] || refuse "$1=$2 is too small; the least is $3"
 }
 
+# variables FILE...: the names of the variables that launchers take from the environment.
+variables() {
+    sed -n 's/^\([a-z0-9_]*\)=\${.*/\1/p' "$@"
+}
+
+# Variables of the environment that are none of the launchers', but nearly, or that are flags of
+# the programs: "refuse NAME INSTEAD" where nothing else can be meant, else "warn NAME INSTEAD".
+misspelt() {
+    variables local_*.sh hnas/tools/launch.sh | awk '
+        # Letters left out, put in, changed or exchanged with the next, least number of them.
+        function distance(a, b,    i, j, d, least) {
+            for (i = 0; i <= length(a); i++) d[i, 0] = i
+            for (j = 0; j <= length(b); j++) d[0, j] = j
+            for (i = 1; i <= length(a); i++) for (j = 1; j <= length(b); j++) {
+                least = d[i - 1, j - 1] + (substr(a, i, 1) != substr(b, j, 1))
+                if (d[i - 1, j] + 1 < least) least = d[i - 1, j] + 1
+                if (d[i, j - 1] + 1 < least) least = d[i, j - 1] + 1
+                if (i > 1 && j > 1 && substr(a, i - 1, 2) == substr(b, j, 1) substr(b, j - 1, 1) &&
+                    d[i - 2, j - 2] + 1 < least) least = d[i - 2, j - 2] + 1
+                d[i, j] = least
+            }
+            return d[length(a), length(b)]
+        }
+        NR == FNR { known[$1]; next }
+        /^    [a-z0-9_]+: (str|int|float|bool) = / && !/= (search|single)\(/ {
+            sub(/:/, "", $1)
+            flags[$1]
+        }
+        END {
+            for (name in ENVIRON) {
+                if (name !~ /^[a-z][a-z0-9_]*$/ || name in known) continue
+                if (name in flags) { print "warn", name, "--" name; continue }
+                least = 99
+                for (one in known) {
+                    far = distance(name, one)
+                    if (far <= length(one) / 4 && (far < least || far == least && one < nearest)) {
+                        least = far
+                        nearest = one
+                    }
+                }
+                sure = least == 1 && nearest ~ /_/ && !(nearest in ENVIRON)
+                if (least < 99) print (sure ? "refuse" : "warn"), name, nearest
+            }
+        }' - hnas/programs/options.py | sort
+}
+
+# Of launchers that start each other the first one looks.
+if [ -z "${PINAS_THREADS:-}" ]; then
+    misspelt | while read -r how name instead; do
+        case $how$instead in
+            warn--*) what="is a flag, not a variable; give $instead behind the launcher's name" ;;
+            *) what="is no variable of the launchers; did you mean $instead?" ;;
+        esac
+        [ "$how" = warn ] || refuse "$name $what If not, unset it"
+        echo "warning: $name $what" >&2
+    done || exit 2
+fi
 whole processes "$processes" 1
 whole nnodes "$nnodes" 1
 if [ -n "$threads" ]; then
@@ -104,14 +161,20 @@ chosen_cards() {
     echo "$chosen"
 }
 
+# A folder for results; a home that a shell has left, ~/x, is found as the programs do.
+check_save_dir() {
+    case ${save_dir-} in
+        None | False) refuse "save_dir=$save_dir: results need a folder" ;;
+        "~/"*) save_dir=$HOME/${save_dir#"~/"} ;;
+    esac
+}
+
 # launch SCRIPT FLAGS...: plain Python for one process, a launcher for several.
 launch() {
     if [ -n "$gpus" ] && [ "$processes" != 1 ]; then
         refuse "gpus and processes are both set; processes is for CPUs"
     fi
-    case ${save_dir-} in
-        None | False) refuse "save_dir=$save_dir: results need a folder" ;;
-    esac
+    check_save_dir
     if [ "$nnodes" != 1 ]; then
         if [ -z "$master" ] || [ -z "$node_rank" ]; then
             refuse "nnodes=$nnodes needs master=HOST:PORT, the same everywhere, and \
@@ -135,10 +198,6 @@ node_rank=0, 1, ..."
     if [ "$local_processes" = 1 ] && [ "$nnodes" = 1 ]; then
         exec "$python" -u "$@"
     fi
-    # As the programs do with what a shell has left.
-    case $save_dir in
-        "~/"*) save_dir=$HOME/${save_dir#"~/"} ;;
-    esac
     logs="$save_dir/log"
     if [ "$nnodes" != 1 ]; then
         # Each machine numbers its logs from 0.
