@@ -6,6 +6,7 @@
 The network gets the BatchNorm statistics that scoring with the same flags uses, and is compared
 with its source on the validation images before anything is written. S gets the network, card.json
 (what it is, and how its images are prepared) and predict.py, which needs nothing of this project.
+--quantize int8 makes ONNX of 8 bits by onnxruntime; what that costs in accuracy is told.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from hnas.exporting.formats import (
     check_format,
     compare,
     compare_with_scores,
+    quantize_onnx,
     read_network,
+    tell_loss,
     write_network,
 )
 from hnas.models.elastic import calibrated
@@ -51,6 +54,7 @@ from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import (
     calibration_images,
+    quantization_images,
     require,
     scored_order,
     space_of,
@@ -71,7 +75,8 @@ def main(argv=None) -> None:
         raise UserError("export runs in one process")
     refuse_contrastive(options.backbone, Stage.EXPORT)
     require(options, "ckpt_dir")
-    check_format(options.format)
+    quantizes = options.quantize != "none"
+    check_format(options.format, options.quantize)
     start(options)
     checkpoint = read_checkpoint(options.ckpt_dir)
     arch, name, stated = find_architecture(options, checkpoint)
@@ -80,12 +85,14 @@ def main(argv=None) -> None:
     identity = {
         "arch": arch.code,
         "format": form,
-        "precision": "float32",  # earlier versions had others
+        "precision": options.quantize if quantizes else "float32",  # earlier versions had float16
         "image_size": size,
         "bn_calibration_images": options.bn_calibration_images,
         "seed": options.seed,
         "checkpoint": checkpoint.digest,
     }
+    if quantizes:
+        identity["quantize_images"] = options.quantize_images
     if card_path.is_file():
         earlier = read_json(card_path).get("identity")
         earlier = earlier if isinstance(earlier, dict) else {}
@@ -93,6 +100,7 @@ def main(argv=None) -> None:
         check_same_settings(card_path, earlier, identity, remedy)
     images = validation_images(options)
     loader = validation_loader(options, images, scored_order(options, images))
+    crops = quantization_images(options, images.classes) if quantizes else None
     source = open_source(options, checkpoint, arch, images.classes)
     of_weights = {"backbone": options.backbone, "arch": arch.code}
     of_weights |= {"freeze_bn": checkpoint.freeze_bn, "classes": list(images.classes)}
@@ -106,6 +114,10 @@ def main(argv=None) -> None:
         check(found)
         if stated is not None:
             compare_with_scores(found, name, stated, on_some=options.eval_images > 0)
+        if crops is not None:
+            quantize_onnx(Path(made), crops)
+            found = compare(exported, read_network(Path(made), form, strides), loader)
+            tell_loss(found)
         card = {"identity": identity, "arch": arch.code, "name": name}
         card |= {"backbone": options.backbone, "strides": strides}
         card |= describe(space, arch, size, images.classes, found, source.statistics)
