@@ -212,7 +212,8 @@ def describe(
         logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
     if ledger.target_tau and chunks == 1:
         logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
-    naive, shared = naive_macs(space, archs.values(), images.size), evaluator.tree.macs(images.size)
+    naive = naive_macs(space, archs.values(), images.size)
+    shared, _ = evaluator.tree.cost(images.size)
     logger.info(
         "%d architectures, %d images in chunks of %d%s: %s MMAC an image%s",
         len(archs),

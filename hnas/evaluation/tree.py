@@ -163,15 +163,11 @@ class PrefixTree:
             for group in node.groups:
                 pending += [(c.low, c.high, level + 1, c.cout) for c in group.children]
 
-    def macs(self, image_size: int) -> int:
-        """Multiply-accumulates an image that one walk over the tree executes.
-
-        All convolutions; heads, as everywhere in the evaluator's figures, not counted.
-        """
-        return self.cost(image_size)[0]
-
     def cost(self, image_size: int) -> tuple[int, int]:
-        """Of one walk, an image: multiply-accumulates, and numbers that convolutions write."""
+        """Of one walk, an image: multiply-accumulates, and numbers that convolutions write.
+
+        Heads, as everywhere in the evaluator's figures, are not counted.
+        """
         stem, sizes = feature_sizes(image_size)
         macs = stem * stem * 3 * 49 * self.stem_channels
         outputs = stem * stem * self.stem_channels

@@ -149,13 +149,7 @@ def quantize_onnx(folder: Path, images: paddle.Tensor) -> None:
     except Exception as error:
         raise UserError(f"onnxruntime cannot quantize the network: {error}") from None
     merged.unlink()
-    model = onnx.load(path)
-    # It names all that it knows, which other runtimes do not.
-    kept = [opset for opset in model.opset_import if opset.domain == ""]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    onnx.checker.check_model(path, full_check=True)
 
 
 def _tidy(graph) -> None:
@@ -167,9 +161,6 @@ def _tidy(graph) -> None:
     for value in (*graph.input, output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     used = {name for node in graph.node for name in node.input}
-    kept = [part for part in graph.initializer if part.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
     kept = [part for part in graph.node if part.op_type != "Constant" or used & {*part.output}]
     del graph.node[:]
     graph.node.extend(kept)

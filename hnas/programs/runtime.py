@@ -222,28 +222,25 @@ def calibration_images(
     number = calibration_number(options, freeze_bn)
     if not number:
         return None
-    wanted = f"--bn_calibration_images {number}"
-    return _training_crops(options, number, wanted, "0 for running statistics", images, classes)
+    wanted = f"--bn_calibration_images {number}", "0 for running statistics"
+    return training_crops(options, number, *wanted, classes, images)
 
 
-def quantization_images(options: Options, classes: Sequence[str]) -> paddle.Tensor:
-    """As many training images as ``quantize_images`` says, as :func:`calibration_images` gives
-    them, but with the classes in equal shares."""
-    number = options.quantize_images
-    wanted = f"--quantize_images {number}"
-    return _training_crops(options, number, wanted, "--quantize none", None, classes, balanced=True)
-
-
-def _training_crops(
+def training_crops(
     options: Options,
     number: int,
     wanted: str,
     instead: str,
-    images: ImageList | None,
     classes: Sequence[str] | None,
+    images: ImageList | None = None,
     balanced: bool = False,
 ) -> paddle.Tensor:
-    """So many training images; messages say that they are ``wanted``, and what to give instead."""
+    """So many training images, as :func:`calibration_images` gives them.
+
+    Args:
+        wanted, instead: the flag that asks for them, and what to give in its place, for messages.
+        balanced: whether classes have equal shares.
+    """
     root = Path(options.image_dir)
     if root.is_dir() and not (root / "train").is_dir():
         raise DataError(f"{wanted} takes training images, but {root} has no train/; give {instead}")
@@ -255,10 +252,8 @@ def _training_crops(
     if number > len(images):
         has = f"{images.folder} has {len(images)}"
         raise DataError(f"{wanted}, but {has}; lower it, or give {instead}")
-    if balanced:
-        drawn = balanced_order(images.labels, options.seed)
-    else:
-        drawn = np.random.default_rng(options.seed).permutation(len(images))
+    drawn = np.random.default_rng(options.seed).permutation(len(images))
+    drawn = balanced_order(images.labels, options.seed) if balanced else drawn
     crops, transform = [], EvalTransform(options.image_size)
     for index in drawn:
         if len(crops) == number:

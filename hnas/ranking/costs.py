@@ -109,8 +109,11 @@ def parts_of(plan: ChannelPlan) -> Iterator[Part]:
     yield Part("head", (plan.out_channels,))
 
 
-def all_parts(space: SearchSpace) -> list[Part]:
-    """The distinct parts of all networks that ``space`` holds, conv2's width one per stage."""
+def all_parts(space: SearchSpace, coarse: bool = False) -> list[Part]:
+    """The distinct parts of all networks that ``space`` holds, conv2's width one per stage.
+
+    ``coarse`` leaves out blocks but those of the least, a middle and the largest inner width.
+    """
     widths = [
         sorted({space.channels(stage, digit) for digit in range(1, largest + 1)})
         for stage, largest in enumerate(space.max_digits)
@@ -119,9 +122,10 @@ def all_parts(space: SearchSpace) -> list[Part]:
     for stage, own in enumerate(widths):
         entered = [(cin, cout) for cin in widths[stage - 1] for cout in own] if stage else []
         inner = [(cout, cout) for cout in own]
+        mids = [own[0], own[len(own) // 2], own[-1]] if coarse else own
         for ends, stride in ((entered, STAGE_STRIDES[stage]), (inner, 1)):
             for cin, cout in ends:
-                found |= {Part("block", (cin, mid, cout), stage, stride): None for mid in own}
+                found |= {Part("block", (cin, mid, cout), stage, stride): None for mid in mids}
     found |= {Part("head", (last,)): None for last in widths[-1]}
     return list(found)
 

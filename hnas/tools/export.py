@@ -54,11 +54,11 @@ from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options, refuse_contrastive
 from hnas.programs.runtime import (
     calibration_images,
-    quantization_images,
     require,
     scored_order,
     space_of,
     start,
+    training_crops,
     validation_images,
     validation_loader,
 )
@@ -91,8 +91,7 @@ def main(argv=None) -> None:
         "seed": options.seed,
         "checkpoint": checkpoint.digest,
     }
-    if quantizes:
-        identity["quantize_images"] = options.quantize_images
+    identity |= {"quantize_images": options.quantize_images} if quantizes else {}
     if card_path.is_file():
         earlier = read_json(card_path).get("identity")
         earlier = earlier if isinstance(earlier, dict) else {}
@@ -100,7 +99,10 @@ def main(argv=None) -> None:
         check_same_settings(card_path, earlier, identity, remedy)
     images = validation_images(options)
     loader = validation_loader(options, images, scored_order(options, images))
-    crops = quantization_images(options, images.classes) if quantizes else None
+    if quantizes:
+        number = options.quantize_images
+        wanted = f"--quantize_images {number}", "--quantize none"
+        crops = training_crops(options, number, *wanted, images.classes, balanced=True)
     source = open_source(options, checkpoint, arch, images.classes)
     of_weights = {"backbone": options.backbone, "arch": arch.code}
     of_weights |= {"freeze_bn": checkpoint.freeze_bn, "classes": list(images.classes)}
@@ -114,7 +116,7 @@ def main(argv=None) -> None:
         check(found)
         if stated is not None:
             compare_with_scores(found, name, stated, on_some=options.eval_images > 0)
-        if crops is not None:
+        if quantizes:
             quantize_onnx(Path(made), crops)
             found = compare(exported, read_network(Path(made), form, strides), loader)
             tell_loss(found)

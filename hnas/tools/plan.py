@@ -252,6 +252,8 @@ def main(argv=None) -> None:
     space = search_space(options.backbone)
     drawn = space.sample_many(np.random.default_rng(0), options.n_arch)
     archs = [drawn.architecture(index) for index in range(options.n_arch)]
+    if options.train_images < options.batch_size * options.gpus:
+        raise UserError(f"--train_images {options.train_images} is no batch; lower --batch_size")
     measured = options.gmacs_per_s * 1e9
     rates = Rates(measured, measured) if measured else rates_of(GPUS[options.gpu], precision)
     result = {
