@@ -124,8 +124,8 @@ def parser() -> OneLineParser:
     made.add_argument("--seconds", type=seconds, default=0.2, help="of each program in a round")
     made.add_argument("--rounds", type=whole_number(1, 1000), default=3, help="[3]")
     made.add_argument("--networks", type=number, default=20, help="to check sums with [20]")
-    instead = f"in place of the last three {[*COARSE.values()]}; widths between are interpolated"
-    made.add_argument("--coarse", type=read_bool, default=False, help=instead)
+    coarse = "in minutes, in place of the last three: few widths, others interpolated"
+    made.add_argument("--coarse", type=read_bool, default=False, help=coarse)
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="[auto]")
     return made
 
