@@ -311,6 +311,15 @@ def feature_sizes(image_size: int) -> tuple[int, list[int]]:
     return stem, sizes
 
 
+def convolution_outputs(plan: ChannelPlan, image_size: int) -> int:
+    """Numbers that all convolutions of a network put out, per image."""
+    stem, sizes = feature_sizes(image_size)
+    return stem**2 * plan.stem + sum(
+        sizes[stage] ** 2 * (mid + cout + (cout if cin != cout else 0))
+        for stage, cin, mid, cout, _ in plan.blocks()
+    )
+
+
 RESNET48 = SearchSpace()
 # A quarter of ResNet48's widths for CPUs, with a divisor of 1, since multiples of 8 would merge
 # the ratios. The first stage has 20 channels instead of 16: between 70 and 100 % of 16 lie only

@@ -46,6 +46,8 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 onnx_is_there = all(map(exporting.importlib.util.find_spec, ("paddle2onnx", "onnxruntime")))
 needs_onnx = pytest.mark.skipif(not onnx_is_there, reason="needs pip install -e '.[onnx]'")
+int8_is_there = onnx_is_there and exporting.importlib.util.find_spec("ml_dtypes")
+needs_int8 = pytest.mark.skipif(not int8_is_there, reason="needs pip install -e '.[onnx]'")
 
 
 def weights_of(path, freeze_bn, classes, arch=None):
@@ -162,6 +164,32 @@ def test_an_export_scores_what_stage_3_said(digits, scored, tmp_path, caplog, fr
     assert sum(said[str(path)] == path.parent.name for path in paths) == hits
     unwanted = {"paddle"} if form == "onnx" else {"onnxruntime"}
     assert not unwanted & set(modules)
+
+
+@needs_int8
+def test_int8_says_what_it_costs_and_predicts_what_its_card_says(digits, scored, tmp_path, caplog):
+    path, submission = scored(False)
+    name, entry = next(iter(json.loads(submission.read_text()).items()))
+    flags = {"arch": entry["arch"], "seed": 5, "format": "onnx", "quantize_images": 40}
+    with caplog.at_level("INFO"):
+        card = export(digits, path, tmp_path / "int8", quantize="int8", **flags)
+    accuracy = card["accuracy"]
+    before, after = accuracy["hits_of_source"], accuracy["hits"]
+    assert before == round(entry["acc"] * IMAGES) and abs(after - before) <= 5
+    shown = [f"{100 * hits / IMAGES:.2f} %" for hits in (before, after)]
+    assert f"float32 {shown[0]}, int8 {shown[1]} top-1 of {IMAGES} images" in caplog.text
+    assert ("int8 loses" in caplog.text) == (before - after > IMAGES / 100)
+    assert (tmp_path / "int8/network.onnx").stat().st_size < 1.6 * card["params"]  # bytes
+    takes_any_batch(tmp_path / "int8/network.onnx")
+    paths = sorted((digits / "val").glob("*/*.png"))
+    said, modules = in_a_clean_process(tmp_path / "int8", paths)
+    assert sum(said[str(path)] == path.parent.name for path in paths) == after
+    assert "onnxruntime" in modules and "hnas" not in modules
+    # The same again has the same scales, and the folder keeps its precision.
+    again = export(digits, path, tmp_path / "int8", quantize="int8", **flags)
+    assert {**again, "files": card["files"]} == card
+    with pytest.raises(UserError, match="precision int8 instead of float32; choose another"):
+        export(digits, path, tmp_path / "int8", **flags)
 
 
 def test_programs_prepare_images_as_scoring_does(exported, tmp_path):
@@ -414,6 +442,12 @@ SMALLEST, LARGEST = RESNET48_MINI.smallest().code, RESNET48_MINI.largest().code
         ({"arch": SMALLEST, "eval_images": 11}, "--eval_images 11, but .* has 10"),
         ({"arch": SMALLEST, "backbone": "resnet48pinasv2_mini"}, "is stage 1's"),
         ({"arch": SMALLEST, "save_dir": "taken"}, "taken/card.json is of other settings: arch"),
+        ({"quantize": "int8"}, "--quantize int8 takes --format onnx, not pdparams"),
+        pytest.param(
+            {"arch": SMALLEST, "format": "onnx", "quantize": "int8"},
+            "--quantize_images 256, but .*train has 10; lower it, or give --quantize none",
+            marks=needs_int8,
+        ),
     ],
 )
 def test_wrong_input_is_one_line(small, tmp_path, flags, message):
@@ -428,8 +462,9 @@ def test_wrong_input_is_one_line(small, tmp_path, flags, message):
 
 def test_without_onnx_it_says_what_to_install(small, monkeypatch):
     monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    flags = {"format": "onnx", "quantize": "int8"}
     with pytest.raises(UserError) as caught:
-        export(small / "images", small / "supernet.pdparams", small / "out", format="onnx")
+        export(small / "images", small / "supernet.pdparams", small / "out", **flags)
     (line,) = str(caught.value).splitlines()
     command = re.search(r"run (\S+) -m pip install (.+)$", line)
     assert command[1] == sys.executable
@@ -457,7 +492,7 @@ def test_an_export_that_differs_is_not_written(small, tmp_path, monkeypatch, fac
     assert not [*(tmp_path / "out").glob("[!.]*")]
 
 
-def test_other_hits_of_like_logits_and_logits_that_are_no_numbers_are_not_written():
+def test_other_hits_of_like_logits_and_logits_that_are_no_numbers_are_not_written(caplog):
     counts = Counts.zeros(2)
     counts.top1[:], counts.top5[:], counts.near1[:], counts.images = [60, 57], 90, 2, 100
     found = exporting.Found(counts, difference=1e-3, largest=20.0)
@@ -465,6 +500,8 @@ def test_other_hits_of_like_logits_and_logits_that_are_no_numbers_are_not_writte
         exporting.check(found)
     counts.near1[:] = 3
     exporting.check(found)
+    exporting.tell_loss(found)
+    assert "int8 loses 3 of 60 hits: raise --quantize_images, or" in caplog.text
     batch = (paddle.zeros([4, 3, 8, 8], "uint8"), paddle.zeros([4], "int64"))
     logits = paddle.to_tensor([[1.0, float("nan")]] * 4)
     with pytest.raises(UserError, match="the exported network gives logits .* for 4 of 4 images"):

@@ -61,8 +61,6 @@ HOSTILE_TOOLS = [
     ("tools.draw_architectures", "--output OUT --seed -1", "--seed"),
     ("tools.plan", "--gmacs_per_s nan", "--gmacs_per_s: 'nan' is not a finite number"),
     ("tools.plan", "--gmacs_per_s 1e300", "--gmacs_per_s: 1e.300 is out of bounds"),
-    ("tools.flops", "--modelarch_file=", "--modelarch_file: the path is empty"),
-    ("tools.flops", "--modelarch_file nowhere.json", "nowhere.json: No such file"),
     ("tools.choose", f"--submission x --image_size {LONG}", "--image_size"),
     ("tools.rank_report", "--pred macs --gt= --out OUT", "--gt: the path is empty"),
     ("tools.rank_report", f"--pred macs --gt x --out OUT --resamples {LONG}", "--resamples"),
@@ -307,7 +305,7 @@ def test_lines_are_short_and_a_full_disk_is_one(disk, last):
     with open(f"/dev/{disk}", "w") as out:
         run, told = (
             subprocess.run([sys.executable, *end], stdout=out, stderr=subprocess.PIPE, cwd=ROOT)
-            for end in (["-c", END], ["-m", "hnas.tools.flops", "--help"])
+            for end in (["-c", END], ["-m", "hnas.tools.plan", "--help"])
         )
     warning, error = run.stderr.decode().splitlines()
     assert max(len(warning), len(error)) < 2000

@@ -29,7 +29,7 @@ from hnas.evaluation.variants import Precision
 from hnas.programs import runtime
 from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
-from hnas.tools import draw_architectures, flops, rank_report, train_standalone
+from hnas.tools import draw_architectures, rank_report, train_standalone
 from hnas.tools.digits_folder import main as digits_folder
 from hnas.weights.loading import CheckpointError, read_checkpoint, read_weights, write_state
 
@@ -236,7 +236,6 @@ PROGRAMS = {  # what writes, and how: a folder or a file below something that is
     ),
     "digits_folder": lambda path: digits_folder(["--output", str(path / "digits")]),
     "draw_architectures": lambda path: draw_architectures.main(["--output", str(path / "a.json")]),
-    "flops": lambda path: flops.main(["--modelarch_file", "none", "--output", str(path / "f")]),
     "rank_report": lambda path: rank_report.main(
         ["--pred", "macs", "--gt", "none", "--out", str(path / "report")]
     ),

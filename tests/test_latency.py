@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from independent import latency_file
-from test_readme import table_after
+from test_readme import table_after, text_of
 
 from hnas.base.errors import UserError
 from hnas.ranking.costs import all_parts, open_latency, parts_of, read_latency
@@ -190,6 +191,31 @@ def test_a_killed_measurement_goes_on_where_it_was(
     assert path.read_bytes() == before and len(calls) == 2 * 454
 
 
+def test_a_coarse_table_says_how_long_it_takes_and_what_is_interpolated(
+    fake_watch, tmp_path, caplog
+):
+    _, calls = fake_watch
+    path = tmp_path / "latency.json"
+    arguments = ["--output", str(path), *FLAGS.split()]
+    with caplog.at_level(logging.INFO):
+        latency.main([*arguments, "--coarse", "True"])
+    # Of the 3, 3, 5 and 7 inner widths of the mini space's stages 3 are measured.
+    blocks = 3 * (3 + (3 * 3 + 3) + (3 * 5 + 5) + (5 * 7 + 7))
+    assert caplog.messages[0].startswith(f"{blocks} blocks and 15 other programs, 1 times each, on")
+    assert re.fullmatch(r"about \d\.\d minutes more", caplog.messages[1])
+    assert len(calls) == len({*calls}) == blocks + 15
+    interpolated = json.loads(path.read_text())["interpolated"]
+    assert {*interpolated} == {part.name for part in all_parts(MINI)} - {*calls}
+    # The formula is linear in a block's inner width.
+    arch = MINI.sample(np.random.default_rng(5))
+    parts = list(parts_of(MINI.plan(arch)))
+    assert not {*interpolated}.isdisjoint(part.name for part in parts)
+    expected = sum(sum(part.channels) / 100 for part in parts)
+    assert read_latency(path).of(arch) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(UserError, match=r"seconds 0.0 instead of 0.2, rounds 1 instead of 2"):
+        latency.main(arguments)
+
+
 def test_a_signal_ends_after_the_program_under_way(fake_watch, tmp_path, monkeypatch):
     watch, calls = fake_watch
     measure = watch.part
@@ -262,3 +288,11 @@ def test_the_pages_latencies_are_the_result_files():
         [f"{min(measured):.1f} to {max(measured):.1f} ms", *shown]
     ]
     assert content["rounds"] == 2 and content["processor"].startswith("AMD EPYC")
+    # What a coarse table would have made of it.
+    times, every = content["milliseconds"], all_parts(RESNET48)
+    coarse = latency.completed(every, all_parts(RESNET48, coarse=True), times)
+    plans = map(RESNET48.plan, RESNET48.sample_distinct(np.random.default_rng(1), 1000).values())
+    names = [[part.name for part in parts_of(plan)] for plan in plans]
+    errors = [abs(sum(map(coarse.get, own)) / sum(map(times.get, own)) - 1) for own in names]
+    text = f"by {100 * np.mean(errors):.1f} % on average and {100 * max(errors):.1f} % at most"
+    assert text in " ".join(text_of("docs/search.md").split())

@@ -16,8 +16,9 @@ from hnas.architecture_file import submission
 from hnas.base.errors import UserError
 from hnas.evaluation import ledger as ledger_module
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.ledger import Ledger, Part, even_chunk
+from hnas.evaluation.ledger import Ledger, Part
 from hnas.evaluation.results import STATE_FILE, StateError, save_state
+from hnas.evaluation.tree import even_chunk
 from hnas.programs.options import Options
 from hnas.ranking.agreement import Agreement
 from hnas.search_space import RESNET48_MINI

@@ -1,4 +1,4 @@
-"""Small tools: counts from codes, the demo's closing words, and what starts without Paddle."""
+"""Small tools: the demo's closing words, and what starts without Paddle."""
 
 import json
 import re
@@ -14,41 +14,12 @@ from independent import counts_of, first_ones
 from hnas.evaluation.results import estimates
 from hnas.ranking.costs import Network
 from hnas.search_space import RESNET48, RESNET48_MINI, Architecture
-from hnas.tools import demo_summary, flops
+from hnas.tools import demo_summary
 
 ROOT = Path(__file__).parents[1]
-LARGEST = RESNET48.largest().code
-SMALL = RESNET48.smallest().code[1:]
 NUMBER, IMAGES = 21, 355
 USED = {"ckpt_dir": "w", "backbone": "resnet48_mini", "image_dir": "my images", "image_size": 32}
 USED |= {"bad_images": "skip"}
-
-# --- flops
-
-
-@pytest.fixture
-def arch_file(tmp_path):
-    path = tmp_path / "archs.json"
-    entries = {"big": {"acc": 0.0, "arch": LARGEST}, "small": {"acc": 0.5, "arch": SMALL}}
-    path.write_text(json.dumps(entries))
-    return path
-
-
-def test_counts_are_printed_or_written(arch_file, tmp_path, capsys):
-    flops.main(["--modelarch_file", str(arch_file)])
-    counts = json.loads(capsys.readouterr().out)
-    assert list(counts) == ["big", "small"]
-    assert counts["big"] == {"arch": LARGEST, "macs": 5_282_238_464, "params": 34_043_688}
-    output = tmp_path / "new folder" / "counts.json"
-    flops.main(["--modelarch_file", str(arch_file), "--output", str(output)])
-    assert capsys.readouterr().out == "" and json.loads(output.read_text()) == counts
-    mini = ["--backbone", "resnet48_mini", "--image_size", "33", "--num_classes", "10"]
-    flops.main(["--modelarch_file", str(arch_file), *mini])
-    counts = json.loads(capsys.readouterr().out)
-    small = RESNET48_MINI.smallest()
-    macs, params = RESNET48_MINI.macs(small, 33, 10), RESNET48_MINI.params(small, 10)
-    assert counts["small"] == {"arch": SMALL, "macs": macs, "params": params}
-
 
 # --- the demo's closing words
 
@@ -131,7 +102,7 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     ("tool", "arguments", "light"),
     [
-        ("flops", "--modelarch_file FILE", {"scipy", "matplotlib"}),
+        ("plan", "--n_arch 500", {"scipy", "matplotlib"}),
         ("draw_architectures", "--number 50 --output FOLDER/drawn.json", {"scipy", "matplotlib"}),
         ("choose", "--submission FILE", {"matplotlib"}),
         ("choose", "--submission FILE --out FOLDER/out", set()),

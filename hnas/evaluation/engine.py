@@ -16,21 +16,17 @@ from hnas.base.errors import PADDLE_ERRORS, UserError, is_out_of_memory, word_of
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.gpu_kernels import choose_variant, may_be_refusal
 from hnas.evaluation.images import ScoredImages
-from hnas.evaluation.ledger import Ledger, Part, even_chunk
+from hnas.evaluation.ledger import Ledger, Part
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
-from hnas.evaluation.tree import naive_macs
+from hnas.evaluation.tree import CPU_SHARE, GPU_SHARE, choose_chunk, even_chunk, naive_macs
 from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
 from hnas.ranking.costs import Network
-from hnas.search_space import Architecture, SearchSpace, feature_sizes
+from hnas.search_space import Architecture, SearchSpace
 
 logger = logging.getLogger(__name__)
-
-MAX_CHUNK = 1024
-CPU_SHARE, GPU_SHARE = 0.25, 0.6
-"""Of the free memory for a walk's activations. A machine's memory has other uses, a card's none."""
 
 
 @dataclass(frozen=True)
@@ -194,29 +190,6 @@ def default_chunk(space: SearchSpace, images: ScoredImages, evaluator: SharedEva
     return even_chunk(limit, len(images), world_size())
 
 
-def choose_chunk(
-    space: SearchSpace, image_size: int, calibration: int, memory: float, number: int = 4
-) -> int:
-    """Images a walk such that its activations take at most ``memory`` bytes.
-
-    ``number`` is the bytes of an activation.
-    """
-    images = int(memory / (number * path_numbers(space, image_size)))
-    return max(1, min(MAX_CHUNK, images - calibration))
-
-
-def path_numbers(space: SearchSpace, image_size: int) -> int:
-    """Activations of the one path that is alive in a walk, an image.
-
-    Every block may keep its output, conv1's output and the shortcut, all at full width and depth.
-    """
-    stem, sizes = feature_sizes(image_size)
-    numbers = 2 * stem * stem * space.base_channels[0]
-    for stage, _, mid, cout, _ in space.plan(space.largest()).blocks():
-        numbers += 3 * sizes[stage] ** 2 * max(mid, cout)
-    return numbers
-
-
 def describe(
     evaluator: SharedEvaluator,
     space: SearchSpace,
@@ -239,7 +212,8 @@ def describe(
         logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
     if ledger.target_tau and chunks == 1:
         logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
-    naive, shared = naive_macs(space, archs.values(), images.size), evaluator.tree.macs(images.size)
+    naive = naive_macs(space, archs.values(), images.size)
+    shared, _ = evaluator.tree.cost(images.size)
     logger.info(
         "%d architectures, %d images in chunks of %d%s: %s MMAC an image%s",
         len(archs),

@@ -349,15 +349,3 @@ class Ledger:
             name = CHUNK_NAME.fullmatch(path.name)
             if name and (before is None or int(name[1]) < before):
                 path.unlink(missing_ok=True)
-
-
-def even_chunk(limit: int, images: int, processes: int) -> int:
-    """The largest chunk of at most ``limit`` images that gives every process as many chunks.
-
-    A walk's multiply-accumulates are those of its tree times its images, so equal chunks are
-    equal work. One process takes ``limit``.
-    """
-    if processes == 1:
-        return min(limit, images)
-    rounds = -(-images // (limit * processes))
-    return -(-images // (rounds * processes))

@@ -17,6 +17,9 @@ from hnas.search_space import MAX_DEPTHS, Architecture, SearchSpace, feature_siz
 
 END = 0
 _FIELD = 1 << 16
+MAX_CHUNK = 1024
+CPU_SHARE, GPU_SHARE = 0.25, 0.6
+"""Of the free memory for a walk's activations. A machine's memory has other uses, a card's none."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +163,11 @@ class PrefixTree:
             for group in node.groups:
                 pending += [(c.low, c.high, level + 1, c.cout) for c in group.children]
 
-    def macs(self, image_size: int) -> int:
-        """Multiply-accumulates an image that one walk over the tree executes.
-
-        All convolutions; heads, as everywhere in the evaluator's figures, not counted.
-        """
-        return self.cost(image_size)[0]
-
     def cost(self, image_size: int) -> tuple[int, int]:
-        """Of one walk, an image: multiply-accumulates, and numbers that convolutions write."""
+        """Of one walk, an image: multiply-accumulates, and numbers that convolutions write.
+
+        Heads, as everywhere in the evaluator's figures, are not counted.
+        """
         stem, sizes = feature_sizes(image_size)
         macs = stem * stem * 3 * 49 * self.stem_channels
         outputs = stem * stem * self.stem_channels
@@ -189,3 +188,38 @@ def _positions(plan) -> Iterator[tuple[int, int, int, int]]:
 def naive_macs(space: SearchSpace, archs: Iterable[Architecture], image_size: int) -> int:
     """Multiply-accumulates an image of evaluating each on its own, heads not counted."""
     return sum(space.macs(arch, image_size, num_classes=0) for arch in archs)
+
+
+def choose_chunk(
+    space: SearchSpace, image_size: int, calibration: int, memory: float, number: int = 4
+) -> int:
+    """Images a walk such that its activations take at most ``memory`` bytes.
+
+    ``number`` is the bytes of an activation.
+    """
+    images = int(memory / (number * path_numbers(space, image_size)))
+    return max(1, min(MAX_CHUNK, images - calibration))
+
+
+def path_numbers(space: SearchSpace, image_size: int) -> int:
+    """Activations of the one path that is alive in a walk, an image.
+
+    Every block may keep its output, conv1's output and the shortcut, all at full width and depth.
+    """
+    stem, sizes = feature_sizes(image_size)
+    numbers = 2 * stem * stem * space.base_channels[0]
+    for stage, _, mid, cout, _ in space.plan(space.largest()).blocks():
+        numbers += 3 * sizes[stage] ** 2 * max(mid, cout)
+    return numbers
+
+
+def even_chunk(limit: int, images: int, processes: int) -> int:
+    """The largest chunk of at most ``limit`` images that gives every process as many chunks.
+
+    A walk's multiply-accumulates are those of its tree times its images, so equal chunks are
+    equal work. One process takes ``limit``.
+    """
+    if processes == 1:
+        return min(limit, images)
+    rounds = -(-images // (limit * processes))
+    return -(-images // (rounds * processes))

@@ -35,18 +35,26 @@ FILES = {
 INPUT, OUTPUT = "image", "logits"
 OPSET = 17
 ONNX_PACKAGES = ("paddle2onnx==2.1.0", "onnxruntime>=1.20")
+INT8_PACKAGES = (*ONNX_PACKAGES, "ml_dtypes>=0.4")
 """As the extra ``onnx`` in pyproject.toml has them."""
+CALIBRATED = 32
+"""Images that the quantizer runs at a time."""
 TOLERANCE = 0.01
 """Largest difference of logits, as a share of the largest one."""
+MUCH = 0.01
+"""Share of the images whose loss by quantizing deserves a warning."""
 
 
-def check_format(form: str) -> None:
+def check_format(form: str, quantize: str = "none") -> None:
     """What a format needs must be there.
 
     Raises:
-        UserError: it is not; says what to install.
+        UserError: it is not, and what to install; or it cannot be quantized.
     """
+    if quantize != "none" and form != "onnx":
+        raise UserError(f"--quantize {quantize} takes --format onnx, not {form}")
     needed = ONNX_PACKAGES if form == "onnx" else ()
+    needed = needed if quantize == "none" else INT8_PACKAGES
     missing = [
         f"'{package}'"
         for package in needed
@@ -107,6 +115,43 @@ def _write_onnx(folder: Path) -> None:
     onnx.save(model, folder / FILES["onnx"][0])
 
 
+class _Batches:
+    """What onnxruntime calibrates by: an input of the network, as often as it asks for one."""
+
+    def __init__(self, images: paddle.Tensor):
+        batches = (images[at : at + CALIBRATED] for at in range(0, len(images), CALIBRATED))
+        self._inputs = ({INPUT: normalize(batch).numpy()} for batch in batches)
+
+    def get_next(self) -> dict | None:
+        return next(self._inputs, None)
+
+
+def quantize_onnx(folder: Path, images: paddle.Tensor) -> None:
+    """Put the network in ``folder`` into int8; it still takes and gives float32.
+
+    Weights have a scale for each output channel, activations one each: what they reach on
+    ``images``, uint8 [N, 3, S, S].
+
+    Raises:
+        UserError: the network cannot be quantized.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path, merged = folder / FILES["onnx"][0], folder / "merged.onnx"
+    # Of weights 7 bits are used: CPUs without VNNI add up pairs of products in 16 bits.
+    how = {"per_channel": True, "reduce_range": True, "activation_type": QuantType.QUInt8}
+    try:
+        # BatchNorm becomes part of the convolutions, or it would run in float32 between them.
+        quant_pre_process(path, merged, skip_symbolic_shape=True)
+        quantize_static(merged, path, _Batches(images), **how)
+    except Exception as error:
+        raise UserError(f"onnxruntime cannot quantize the network: {error}") from None
+    merged.unlink()
+    onnx.checker.check_model(path, full_check=True)
+
+
 def _tidy(graph) -> None:
     """Name what goes in and out, and leave out constants that nothing uses."""
     (output,) = graph.output
@@ -116,9 +161,6 @@ def _tidy(graph) -> None:
     for value in (*graph.input, output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     used = {name for node in graph.node for name in node.input}
-    kept = [part for part in graph.initializer if part.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
     kept = [part for part in graph.node if part.op_type != "Constant" or used & {*part.output}]
     del graph.node[:]
     graph.node.extend(kept)
@@ -178,6 +220,19 @@ def check(found: Found) -> None:
             f"the exported network has {exported} hits and its source {source}, with logits up to "
             f"{found.difference:.3g} apart: nothing was written; please report this with your "
             "versions"
+        )
+
+
+def tell_loss(found: Found) -> None:
+    """Log the hits in float32, ``found``'s source, and in int8, and warn where many are lost."""
+    hits, images = found.counts.top1.tolist(), found.counts.images
+    before, after = (f"{100 * number / images:.2f} %" for number in hits)
+    logger.info("float32 %s, int8 %s top-1 of %d images", before, after, images)
+    if hits[0] - hits[1] > MUCH * images:
+        logger.warning(
+            "int8 loses %d of %d hits: raise --quantize_images, or export without --quantize",
+            hits[0] - hits[1],
+            hits[0],
         )
 
 

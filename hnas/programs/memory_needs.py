@@ -14,7 +14,7 @@ from hnas.base.device import available_bytes, gib, shared_bytes
 from hnas.base.errors import UserError
 from hnas.parallel.distributed import local_ranks
 from hnas.programs.options import Options
-from hnas.search_space import ChannelPlan, SearchSpace, feature_sizes, find_backbone
+from hnas.search_space import SearchSpace, convolution_outputs, find_backbone
 
 FLOAT = 4  # bytes
 EMBEDDING = 128  # numbers of a key
@@ -62,15 +62,6 @@ def batch_bytes(options: Options) -> int:
     """Of a training batch as loader processes hand it over, uint8; stage one takes two views."""
     views = 2 if find_backbone(options.backbone).contrastive else 1
     return views * 3 * options.image_size**2 * options.batch_size
-
-
-def convolution_outputs(plan: ChannelPlan, image_size: int) -> int:
-    """Numbers that all convolutions of a network put out, per image."""
-    stem, sizes = feature_sizes(image_size)
-    return stem**2 * plan.stem + sum(
-        sizes[stage] ** 2 * (mid + cout + (cout if cin != cout else 0))
-        for stage, cin, mid, cout, _ in plan.blocks()
-    )
 
 
 def refuse_too_much(need: int, free: int, what: str, instead: str) -> None:

@@ -208,6 +208,12 @@ class Options:
     format: str = single("pdparams",
         "pdparams: weights; inference: program and weights for Paddle Inference; onnx", "name",
         choices=("pdparams", "inference", "onnx"), stages=EXPORT)
+    quantize: str = single("none",
+        "of onnx: int8 weights and activations, by onnxruntime's static quantizer", "name",
+        choices=("none", "int8"), stages=EXPORT)
+    quantize_images: int = single(256,
+        "training images, the classes in equal shares, that int8 activations are scaled by",
+        "images", low=1, high=100_000, stages=EXPORT)
 
     seed: int = machine(0, "of data order, augmentations, sub-networks and new weights")
     device: str = machine("auto", "auto, cpu or gpu", "name", choices=("auto", "cpu", "gpu"))

@@ -295,7 +295,25 @@ def calibration_images(
     number = calibration_number(options, freeze_bn)
     if not number:
         return None
-    wanted, instead = f"--bn_calibration_images {number}", "0 for running statistics"
+    wanted = f"--bn_calibration_images {number}", "0 for running statistics"
+    return training_crops(options, number, *wanted, classes, images)
+
+
+def training_crops(
+    options: Options,
+    number: int,
+    wanted: str,
+    instead: str,
+    classes: Sequence[str] | None,
+    images: ImageList | None = None,
+    balanced: bool = False,
+) -> paddle.Tensor:
+    """So many training images, as :func:`calibration_images` gives them.
+
+    Args:
+        wanted, instead: the flag that asks for them, and what to give in its place, for messages.
+        balanced: whether classes have equal shares.
+    """
     root = Path(options.image_dir)
     if root.is_dir() and not (root / "train").is_dir():
         raise DataError(f"{wanted} takes training images, but {root} has no train/; give {instead}")
@@ -308,6 +326,7 @@ def calibration_images(
         has = f"{images.folder} has {len(images)}"
         raise DataError(f"{wanted}, but {has}; lower it, or give {instead}")
     drawn = np.random.default_rng(options.seed).permutation(len(images))
+    drawn = balanced_order(images.labels, options.seed) if balanced else drawn
     crops, transform = [], EvalTransform(options.image_size)
     for index in drawn:
         if len(crops) == number:

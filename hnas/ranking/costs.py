@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hnas.base.command_line import LARGEST
+from hnas.base.command_line import LARGEST, LARGEST_SIDE, OneLineParser, whole_number
 from hnas.base.errors import UserError
 from hnas.base.files import file_digest, read_json
 from hnas.base.settings import check_same_settings
@@ -26,6 +27,8 @@ from hnas.search_space import (
     SearchSpace,
     search_space,
 )
+
+logger = logging.getLogger(__name__)
 
 UNITS = {"macs": "MACs", "params": "parameters", "latency": "ms"}
 """The kinds of cost, and how one says it."""
@@ -50,6 +53,35 @@ class Network(NamedTuple):
         if found.backbone not in BACKBONES or not all(map(is_count, found[1:])):
             raise ValueError("its network is none")
         return found
+
+
+def add_network_flags(parser: OneLineParser) -> None:
+    """The flags of the network whose costs are told, which :func:`network_of` reads."""
+    sizes, classes = whole_number(32, LARGEST_SIDE), whole_number(1, 1_000_000)
+    told = "[where no file says it: {}]".format
+    parser.add_argument("--backbone", choices=BACKBONES, help=f"whose widths {told('resnet48')}")
+    parser.add_argument("--image_size", type=sizes, help=f"px {told(224)}")
+    parser.add_argument("--num_classes", type=classes, help=told(1000))
+
+
+def network_of(options, scored: Network | None, path: str) -> Network:
+    """The network whose costs are told: what ``path`` says was ``scored``, or the flags.
+
+    Where neither says all, the competition's is taken, and a line on stderr says so.
+
+    Raises:
+        UserError: the flags say otherwise.
+    """
+    values = {name: getattr(options, name) for name in Network._fields}
+    given = {name: value for name, value in values.items() if value is not None}
+    if scored is not None:
+        check_same_settings(path, scored._asdict(), given, "leave out the flags that differ")
+        return scored
+    network = Network(**given)
+    if len(given) < len(values):
+        taken = " ".join(f"--{name} {value}" for name, value in network._asdict().items())
+        logger.warning("%s does not say of which network it is; taken: %s", path, taken)
+    return network
 
 
 @dataclass(frozen=True)
@@ -77,8 +109,11 @@ def parts_of(plan: ChannelPlan) -> Iterator[Part]:
     yield Part("head", (plan.out_channels,))
 
 
-def all_parts(space: SearchSpace) -> list[Part]:
-    """The distinct parts of all networks that ``space`` holds, conv2's width one per stage."""
+def all_parts(space: SearchSpace, coarse: bool = False) -> list[Part]:
+    """The distinct parts of all networks that ``space`` holds, conv2's width one per stage.
+
+    ``coarse`` leaves out blocks but those of the least, a middle and the largest inner width.
+    """
     widths = [
         sorted({space.channels(stage, digit) for digit in range(1, largest + 1)})
         for stage, largest in enumerate(space.max_digits)
@@ -87,9 +122,10 @@ def all_parts(space: SearchSpace) -> list[Part]:
     for stage, own in enumerate(widths):
         entered = [(cin, cout) for cin in widths[stage - 1] for cout in own] if stage else []
         inner = [(cout, cout) for cout in own]
+        mids = [own[0], own[len(own) // 2], own[-1]] if coarse else own
         for ends, stride in ((entered, STAGE_STRIDES[stage]), (inner, 1)):
             for cin, cout in ends:
-                found |= {Part("block", (cin, mid, cout), stage, stride): None for mid in own}
+                found |= {Part("block", (cin, mid, cout), stage, stride): None for mid in mids}
     found |= {Part("head", (last,)): None for last in widths[-1]}
     return list(found)
 

@@ -20,7 +20,15 @@ from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, plain_text, print_text, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import with_ties
-from hnas.ranking.costs import UNITS, LatencyTable, Network, costs_of, open_latency
+from hnas.ranking.costs import (
+    UNITS,
+    LatencyTable,
+    Network,
+    add_network_flags,
+    costs_of,
+    network_of,
+    open_latency,
+)
 from hnas.ranking.front import (
     CONFIDENCE,
     difference_errors,
@@ -29,7 +37,6 @@ from hnas.ranking.front import (
     student_value,
 )
 from hnas.search_space import Architecture, search_space
-from hnas.tools.flops import add_network_flags, network_of
 
 MOST = 1e15
 

@@ -6,6 +6,7 @@
 The network gets the BatchNorm statistics that scoring with the same flags uses, and is compared
 with its source on the validation images before anything is written. S gets the network, card.json
 (what it is, and how its images are prepared) and predict.py, which needs nothing of this project.
+--quantize int8 makes ONNX of 8 bits by onnxruntime; what that costs in accuracy is told.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from hnas.exporting.formats import (
     check_format,
     compare,
     compare_with_scores,
+    quantize_onnx,
     read_network,
+    tell_loss,
     write_network,
 )
 from hnas.models.elastic import calibrated
@@ -56,6 +59,7 @@ from hnas.programs.runtime import (
     scored_order,
     space_of,
     start,
+    training_crops,
     validation_images,
     validation_loader,
 )
@@ -72,7 +76,8 @@ def main(argv=None) -> None:
         raise UserError("export runs in one process")
     refuse_contrastive(options.backbone, Stage.EXPORT)
     require(options, "ckpt_dir")
-    check_format(options.format)
+    quantizes = options.quantize != "none"
+    check_format(options.format, options.quantize)
     arithmetic = start(options, notes=False)
     checkpoint = read_checkpoint(options.ckpt_dir)
     arch, name, stated = find_architecture(options, checkpoint)
@@ -81,12 +86,13 @@ def main(argv=None) -> None:
     identity = {
         "arch": arch.code,
         "format": form,
-        "precision": "float32",  # earlier versions had others
+        "precision": options.quantize if quantizes else "float32",  # earlier versions had float16
         "image_size": size,
         "bn_calibration_images": options.bn_calibration_images,
         "seed": options.seed,
         "checkpoint": checkpoint.digest,
     }
+    identity |= {"quantize_images": options.quantize_images} if quantizes else {}
     if card_path.is_file():
         earlier = read_json(card_path).get("identity")
         earlier = earlier if isinstance(earlier, dict) else {}
@@ -94,6 +100,10 @@ def main(argv=None) -> None:
         check_same_settings(card_path, earlier, identity, remedy)
     images = validation_images(options)
     loader = validation_loader(options, images, scored_order(options, images))
+    if quantizes:
+        number = options.quantize_images
+        wanted = f"--quantize_images {number}", "--quantize none"
+        crops = training_crops(options, number, *wanted, images.classes, balanced=True)
     source = open_source(options, checkpoint, arch, images.classes)
     of_weights = {"backbone": options.backbone, "arch": arch.code}
     of_weights |= {"freeze_bn": checkpoint.freeze_bn, "classes": list(images.classes)}
@@ -107,6 +117,10 @@ def main(argv=None) -> None:
         check(found)
         if stated is not None:
             compare_with_scores(found, name, stated, on_some=options.eval_images > 0)
+        if quantizes:
+            quantize_onnx(Path(made), crops)
+            found = compare(exported, read_network(Path(made), form, strides), loader)
+            tell_loss(found)
         card = {"identity": identity, "arch": arch.code, "name": name}
         card |= {"backbone": options.backbone, "strides": strides}
         card |= describe(space, arch, size, images.classes, found, source.statistics)

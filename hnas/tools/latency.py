@@ -1,9 +1,10 @@
 """Measure the latency of every block of a search space on this device.
 
-    python -m hnas.tools.latency --output latency.json [--batch_size 1] [--threads 1]
+    python -m hnas.tools.latency --output latency.json [--threads 1] [--coarse True]
 
 An architecture's latency is then the sum of its blocks', which `search` and `choose` look up. The
 sum is compared with whole networks at the end. A run that is killed goes on from OUTPUT.partial.
+How long all takes is told after a few blocks. --coarse True measures fewer, once, and interpolates.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from hnas.base.command_line import (
     LARGEST_SIDE,
     OneLineParser,
+    read_bool,
     read_path,
     real_number,
     whole_number,
@@ -65,6 +67,9 @@ logger = logging.getLogger(__name__)
 GOOD_ERROR = 0.1
 """Mean difference of sums and whole networks up to which the sums are good, as a share."""
 FEWEST_RUNS, WARM_UP = 10, 2
+COARSE = {"seconds": 0.0, "rounds": 1, "networks": 5}
+TRIED = 8
+"""Programs, spread over all, after which it is told how long the others take."""
 QUANTILE = 0.1
 """Of the runs' times. Other programs can only slow a run down, so the fast ones say what the device
 takes; the very fastest of many may be a misreading."""
@@ -77,6 +82,8 @@ REMEDY = "remove it, or choose another --output"
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
+    if options.coarse:
+        vars(options).update(COARSE)
     refuse_contrastive(options.backbone, "latency")
     check_output(options.output, "--output")
     choose_device(options.device)
@@ -89,13 +96,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     space = search_space(options.backbone, options.sample_space)
     drawn = space.sample_distinct(np.random.default_rng(0), options.networks).values()
     watch = Stopwatch(options)
-    parts = {part.name: partial(watch.part, part) for part in all_parts(space)}
+    every, chosen = all_parts(space), all_parts(space, options.coarse)
+    parts = {part.name: partial(watch.part, part) for part in chosen}
     networks = {arch.code: partial(watch.network, space.plan(arch)) for arch in drawn}
     unfinished = Path(f"{options.output}.partial")
     times = measure(parts | networks, options.rounds, unfinished, settings)
-    milliseconds = {name: times[name] for name in parts}
+    milliseconds = completed(every, chosen, times)
     check = compare(LatencyTable(options.output, space, settings, milliseconds), drawn, times)
     content = {"format": FORMAT, **settings, "milliseconds": milliseconds, "check": check}
+    content["interpolated"] = [part.name for part in every if part.name not in parts]
     write_json(options.output, content)
     unfinished.unlink(missing_ok=True)
     report(check, options.output)
@@ -115,6 +124,8 @@ def parser() -> OneLineParser:
     made.add_argument("--seconds", type=seconds, default=0.2, help="of each program in a round")
     made.add_argument("--rounds", type=whole_number(1, 1000), default=3, help="[3]")
     made.add_argument("--networks", type=number, default=20, help="to check sums with [20]")
+    coarse = "in minutes, in place of the last three: few widths, others interpolated"
+    made.add_argument("--coarse", type=read_bool, default=False, help=coarse)
     made.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="[auto]")
     return made
 
@@ -124,13 +135,30 @@ def settings_of(options) -> dict:
     engine = "oneDNN, float32"
     if on_gpu():
         engine = "TF32" if set_tf32("auto") else "float32"
-    given = {name: value for name, value in vars(options).items() if name != "output"}
+    given = {name: v for name, v in vars(options).items() if name not in ("output", "coarse")}
     return given | {
         "device": "gpu" if on_gpu() else "cpu",
         "processor": device_name() if on_gpu() else f"{processor()}, {os.cpu_count()} cores",
         "engine": f"Paddle Inference, {engine}",
         "paddle": paddle.__version__,
     }
+
+
+def completed(
+    parts: Iterable[Part], measured: Iterable[Part], times: Mapping[str, float]
+) -> dict[str, float]:
+    """Milliseconds of all parts; on lines between others' of a block that was not measured."""
+
+    def ends_of(part: Part) -> tuple:
+        return part.kind, part.stage, part.stride, part.channels[0], part.channels[-1]
+
+    found = {part.name: times[part.name] for part in measured}
+    for part in parts:
+        if part.name not in found:
+            like = [own for own in measured if ends_of(own) == ends_of(part)]
+            line = [own.channels[1] for own in like], [times[own.name] for own in like]
+            found[part.name] = round(float(np.interp(part.channels[1], *line)), 6)
+    return found
 
 
 class Stopwatch:
@@ -242,17 +270,29 @@ def measure(
         if not known:
             raise UserError(f"{path} holds times that are none; {REMEDY}")
         logger.info("continuing with the %d programs of %s", len(times), path)
-    logger.info("%d programs, %d times each, on %s", len(programs), rounds, settings["processor"])
+    blocks = sum(name.startswith("block") for name in programs)
+    told = f"{blocks} blocks and {len(programs) - blocks} other programs, {rounds} times each"
+    logger.info("%s, on %s", told, settings["processor"])
     # Round after round, so that what slows the machine for a while slows no block in all of them.
-    with tqdm(total=rounds * len(programs), unit="program") as progress:
-        for number, (name, program) in product(range(rounds), programs.items()):
+    missing = [
+        (number, name)
+        for number, name in product(range(rounds), programs)
+        if len(times.get(name, [])) <= number
+    ]
+    tried = missing[:: max(1, len(missing) // TRIED)]
+    began = time.monotonic()
+    with tqdm(total=len(missing), unit="program") as progress:
+        for done, (number, name) in enumerate([*tried, *missing]):
+            if done == len(tried):
+                left = (len(missing) - done) * (time.monotonic() - began) / done / 60
+                logger.info("about %.1f minutes more", left)
             own = times.setdefault(name, [])
             if len(own) <= number:
                 # Not while Paddle traces: it wraps exceptions, the end of the program, too.
                 with finished_before_stopping():
-                    own.append(program())
+                    own.append(programs[name]())
                     write_json(path, {**settings, "times": times})
-            progress.update()
+                progress.update()
     return {name: round(min(times[name]), 6) for name in programs}
 
 

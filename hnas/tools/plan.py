@@ -5,12 +5,14 @@
 Time is multiply-accumulates over a rate: a GPU's by its data sheet, in the precision that --tf32
 and --amp give, times the share of it that is reached. Stage 3's walk also moves every activation
 through memory several times.
-The result is JSON, with all that is assumed; --gmacs_per_s puts a measured rate in its place.
+The result is JSON, with all that is assumed; --gmacs_per_s puts a measured rate in its place. What
+follows from it, the largest batch that fits among others, is a sentence on stderr.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,18 +28,21 @@ from hnas.base.command_line import (
 )
 from hnas.base.errors import UserError, run_main
 from hnas.base.files import print_text
-from hnas.evaluation.engine import GPU_SHARE, choose_chunk, path_numbers
-from hnas.evaluation.ledger import even_chunk
-from hnas.evaluation.tree import PrefixTree
+from hnas.evaluation.tree import GPU_SHARE, PrefixTree, choose_chunk, even_chunk, path_numbers
 from hnas.evaluation.variants import Precision
-from hnas.programs.memory_needs import EMBEDDING, FLOAT, convolution_outputs
-from hnas.search_space import Architecture, SearchSpace, search_space
+from hnas.search_space import Architecture, SearchSpace, convolution_outputs, search_space
 from hnas.utils.SampleMethod import FirstPlaceSampler
+
+logger = logging.getLogger(__name__)
 
 FORWARD, TRAINING = 1, 3
 """Forward passes' worth of a forward pass, and of one with its backward pass."""
-EPOCHS, QUEUE, CLASSES, SUBNETWORKS = (10, 5), 40960, 1000, 4
-"""Of the recipe: epochs of stages 1 and 2, stage 1's keys, ImageNet's classes, stage 2's draws."""
+EPOCHS, QUEUE, CLASSES, SUBNETWORKS = (10, 5), 128 * 40960, 1000, 4
+"""Of the recipe: epochs of stages 1 and 2, numbers in stage 1's queue, ImageNet's classes, stage
+2's draws."""
+FLOAT = 4  # bytes
+USABLE = 0.8
+"""Share of a card's memory that a batch may take; libraries take some, too."""
 SAMPLED = 300
 """Steps to average stage two's cost over; a third of them train one sub-network more."""
 SHARE_OF_BANDWIDTH = 0.8
@@ -103,8 +108,8 @@ def training_macs(space: SearchSpace, size: int) -> tuple[float, float]:
     return (TRAINING + 2 * FORWARD) * largest, FORWARD * largest + TRAINING * sampled
 
 
-def training_bytes(space: SearchSpace, options) -> tuple[int, int]:
-    """Of stages 1 and 2: weights, gradients, momentum, and activations for the backward pass.
+def training_bytes(space: SearchSpace, options, batch: int) -> tuple[int, int]:
+    """Of stages 1 and 2 at a batch: weights, gradients, momentum, and activations that are kept.
 
     A convolution's output is kept three times: as it is, normalised, and after ReLU or the sum.
     Stage one has a key encoder and a queue; stage two has a teacher. Several processes exchange
@@ -113,13 +118,24 @@ def training_bytes(space: SearchSpace, options) -> tuple[int, int]:
     largest = space.largest()
     copies = 6 if options.gpus > 1 else 4
     activations = convolution_outputs(space.plan(largest), options.image_size)
-    floats = copies * space.params(largest, CLASSES) + 3 * options.batch_size * activations
-    return FLOAT * (floats + EMBEDDING * QUEUE), FLOAT * floats
+    floats = copies * space.params(largest, CLASSES) + 3 * batch * activations
+    return FLOAT * (floats + QUEUE), FLOAT * floats
+
+
+def memory_of(options) -> float:
+    """GiB of a card."""
+    return options.memory_gib or GPUS[options.gpu].memory_gib
+
+
+def largest_batch(space: SearchSpace, options) -> int:
+    """Images a card that stages 1 and 2 train in ``USABLE`` of its memory; 0: not one."""
+    empty, one = (max(training_bytes(space, options, batch)) for batch in (0, 1))
+    return max(0, int((USABLE * memory_of(options) * 2**30 - empty) / (one - empty)))
 
 
 def scored_chunk(space: SearchSpace, options, precision: Precision) -> int:
     """Images a walk scores, as stage 3 chooses them on a card that has all its memory free."""
-    memory = GPU_SHARE * (options.memory_gib or GPUS[options.gpu].memory_gib) * 2**30
+    memory = GPU_SHARE * memory_of(options) * 2**30
     limit = choose_chunk(space, options.image_size, 0, memory, precision.bytes)
     return even_chunk(limit, options.images, options.gpus)
 
@@ -138,7 +154,7 @@ def estimate(
     total = options.batch_size * options.gpus
     trained = options.train_images // total * total
     stage1, stage2 = training_macs(space, size)
-    memory1, memory2 = training_bytes(space, options)
+    memory1, memory2 = training_bytes(space, options, options.batch_size)
     rows = {
         "stage1": (stage1, EPOCHS[0] * trained, stage1 / rates.training, memory1),
         "stage2": (stage2, EPOCHS[1] * trained, stage2 / rates.training, memory2),
@@ -173,9 +189,28 @@ def assumptions(options, precision: Precision, rates: Rates) -> list[str]:
         "BatchNorm's scale and bias, for which Paddle has a GPU start a block of threads a channel",
         f"memory: training in float32, {options.batch_size} images a step and device, each "
         "convolution's output kept three times for the backward pass; libraries' own memory not "
-        f"counted; stage 3 takes chunks of {GPU_SHARE:.0%} of "
-        f"{options.memory_gib or gpu.memory_gib} GiB, and does not re-calibrate BatchNorm",
+        f"counted, so a batch may take {USABLE:.0%} of {memory_of(options)} GiB; stage 3 takes "
+        f"chunks of {GPU_SHARE:.0%}, and does not re-calibrate BatchNorm",
     ]
+
+
+def conclusion(found: dict, batch: int, options) -> str:
+    """What to do with an estimate, in a sentence; ``batch`` is the largest that fits."""
+    hours = [found[stage]["hours"] for stage in ("stage1", "stage2", "stage3")]
+    one, two, three, total = (
+        f"{each:.1f} h" if each >= 1.5 else f"{60 * each:.0f} min" for each in (*hours, sum(hours))
+    )
+    fits = f"the largest batch that fits {memory_of(options):g} GiB is {batch:,} a card"
+    if not batch:
+        fits = f"at {options.image_size} px no batch fits {memory_of(options):g} GiB"
+    elif batch < options.batch_size:
+        parts = math.ceil(options.batch_size / batch)
+        fits += f": lower --batch_size {options.batch_size}, or train with --accumulate {parts}"
+    device = "device(s) of that rate" if options.gmacs_per_s else options.gpu
+    return (
+        f"on {options.gpus} {device} stage 1 takes about {one}, stage 2 {two} and stage 3 {three}, "
+        f"together {total}; {fits}"
+    )
 
 
 def planned_precision(options) -> Precision:
@@ -215,7 +250,10 @@ def main(argv=None) -> None:
     options = parser().parse_args(argv)
     precision = planned_precision(options)
     space = search_space(options.backbone)
-    archs = [*space.sample_distinct(np.random.default_rng(0), options.n_arch).values()]
+    drawn = space.sample_many(np.random.default_rng(0), options.n_arch)
+    archs = [drawn.architecture(index) for index in range(options.n_arch)]
+    if options.train_images < options.batch_size * options.gpus:
+        raise UserError(f"--train_images {options.train_images} is no batch; lower --batch_size")
     measured = options.gmacs_per_s * 1e9
     rates = Rates(measured, measured) if measured else rates_of(GPUS[options.gpu], precision)
     result = {
@@ -226,6 +264,7 @@ def main(argv=None) -> None:
         "assumptions": assumptions(options, precision, rates),
     }
     print_text(json.dumps(result, indent=1) + "\n")
+    logger.info("%s", conclusion(result, largest_batch(space, options), options))
 
 
 if __name__ == "__main__":

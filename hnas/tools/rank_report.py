@@ -30,13 +30,12 @@ from hnas.base.errors import UserError, run_main, shortened
 from hnas.base.files import check_writable, print_text, write_json, write_text
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES, with_ties
-from hnas.ranking.costs import costs_of
+from hnas.ranking.costs import add_network_flags, costs_of, network_of
 from hnas.ranking.figures import ORANGE, Panel, option_panels
 from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
 from hnas.search_space import search_space
-from hnas.tools.flops import add_network_flags, network_of
 
 COUNTED = {"macs": "MACs", "params": "parameters"}
 PRINTED = (
