@@ -295,7 +295,7 @@ def test_the_trials_of_small_tasks_are_those_of_their_log():
         of = trial.get("of", len(thirty))
         expected.append([*row, f"{trial['tau_b']:.2f} ({of})" if "tau_b" in trial else "–"])
         if thirty and "tau_b" in trial:
-            archs = json.loads((ROOT / "hnas/bench/rank/imagenet30.json").read_text())
+            archs = json.loads((ROOT / "hnas/imagenet30.json").read_text())
             imagenet = [archs[name]["acc"] for name in thirty]
             found = kendalltau(list(thirty.values()), imagenet).statistic
             assert trial["tau_b"] == pytest.approx(found, abs=1e-3)

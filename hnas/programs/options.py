@@ -164,11 +164,16 @@ class Options:
         "epochs between evaluations of the largest and smallest, and of rank_gt's; 0: never",
         "epochs", high=MOST_EPOCHS)
     rank_gt: str = distill("",
-        "architectures with stand-alone accuracies, to score whenever eval_freq says: for the log "
-        "and history.json only", "file")
+        "architectures with stand-alone accuracies, to score whenever eval_freq says (stage 2) or "
+        "besides the list (3), for log, history.json and rank_gt.json only: a file, or imagenet30, "
+        "thirty published ones (a file of that name is ./imagenet30)", "file",
+        stages=DISTILL | SCORE)
 
     eval_engine: str = scoring("shared", "shared, or reference: one by one", "name",
         choices=("shared", "reference"))
+    score_function: str = scoring("",
+        "module.function, an own score in place of accuracy, of one architecture at a time on the "
+        "first batch_size images; none: accuracy", "name", stages=SCORE | SEARCH)
     eval_sample_num: int = scoring(0,
         "score the first N architectures of the file, or draw N without one; 0: the whole file",
         "architectures", high=MANY)

@@ -77,6 +77,18 @@ def not_worse(accuracy: np.ndarray, difference_error: np.ndarray) -> np.ndarray:
     return (below <= 0) | (below <= student_value(len(accuracy)) * difference_error)
 
 
+def as_good_as_best(accuracy: np.ndarray, folds: np.ndarray, images: int) -> np.ndarray:
+    """Which networks [n] are worse than none of the best by more than noise; bool [n].
+
+    ``accuracy`` are shares of 1; ``folds`` and ``images`` as of :func:`difference_errors`.
+    """
+    group = np.full(len(accuracy), True)
+    # Where several are the best, worse than none of them: the file's order is of no matter.
+    for best in np.flatnonzero(accuracy == accuracy.max()):
+        group &= not_worse(accuracy, difference_errors(folds, images, best))
+    return group
+
+
 def student_value(networks: int) -> float:
     """The d of :func:`not_worse`: what Student's t exceeds as rarely as a normal variable the
     :func:`critical_value`, since errors are known from ``FOLDS`` folds."""

@@ -21,13 +21,7 @@ from hnas.base.files import check_writable, plain_text, print_text, write_json
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import with_ties
 from hnas.ranking.costs import UNITS, LatencyTable, Network, costs_of, open_latency
-from hnas.ranking.front import (
-    CONFIDENCE,
-    difference_errors,
-    not_worse,
-    pareto_front,
-    student_value,
-)
+from hnas.ranking.front import CONFIDENCE, as_good_as_best, pareto_front, student_value
 from hnas.search_space import Architecture, search_space
 from hnas.tools.flops import add_network_flags, network_of
 
@@ -98,11 +92,7 @@ def choose(
     """
     accuracy, error = with_ties(scores.accuracy[fits]), scores.error[fits]
     front = set(pareto_front(accuracy, costs[cost][fits]).tolist())
-    group = np.full(len(accuracy), True)
-    # Where several are the best, worse than none of them: the file's order is of no matter.
-    for best in np.flatnonzero(accuracy == accuracy.max()):
-        errors = difference_errors(scores.folds[fits], scores.images, best)
-        group &= not_worse(accuracy, errors)
+    group = as_good_as_best(accuracy, scores.folds[fits], scores.images)
     own = {kind: values[fits].tolist() for kind, values in costs.items()}
     names = np.array(list(scores.archs), object)[fits]
     return [

@@ -18,8 +18,8 @@ from paddle.optimizer.lr import LambdaDecay, LRScheduler
 from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.parallel.distributed import GradientExchange
-from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.SampleMethod import Sampler, weighted_channels
+from hnas.search_space import Architecture, SearchSpace, weighted_channels
+from hnas.utils.SampleMethod import Sampler
 
 
 class GradientStep:
