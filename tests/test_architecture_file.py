@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnas import architecture_file
-from hnas.architecture_file import read_accuracies, read_architectures, read_truth, submission
+from hnas.architecture_file import (
+    read_accuracies,
+    read_architectures,
+    read_scores,
+    read_truth,
+    submission,
+)
 from hnas.base.errors import UserError
 from hnas.base.files import read_json, write_json
 from hnas.ranking.agreement import read_estimates
@@ -53,18 +59,19 @@ def entries(codes):
 
 
 @pytest.mark.parametrize("codes", [CODES, CODES[::-1], [OTHER[1:], LARGEST, SMALL[1:]]])
-@pytest.mark.parametrize("form", ["organisers", "list", "commas", "lines", "mixed"])
+@pytest.mark.parametrize("form", ["organisers", "by code", "list", "commas", "lines", "mixed"])
 def test_formats_keep_order_and_codes(write, form, codes):
     content = {
         "organisers": entries(codes),
+        "by code": dict.fromkeys(codes, 0.5),
         "list": codes,
         "commas": ",".join(codes),
         "lines": "\n".join(codes) + "\n",
         "mixed": "\r\n\r\n " + ", ".join(codes) + ",\r\n",
     }[form]
     archs = read_architectures(write(content))
-    names = ["net0", "net1", "net2"] if form == "organisers" else ["arch1", "arch2", "arch3"]
-    assert list(archs) == names
+    names = {"organisers": ["net0", "net1", "net2"], "by code": codes}
+    assert list(archs) == names.get(form, ["arch1", "arch2", "arch3"])
     assert [arch.code for arch in archs.values()] == codes
     assert list(archs.values()) == [Architecture.from_code(code) for code in codes]
 
@@ -156,6 +163,11 @@ def test_an_entry_of_the_wrong_form(write, entry):
         ("{}", "holds no architectures"),
         ('"text"', "entry 1 ('arch1'): architecture code '\"text\"' holds more than digits"),
         (LARGEST + ";" + SMALL, "entry 1 ('arch1'): "),
+        ('{"arch1": 0.5}', "entry 1 ('arch1'): architecture code 'arch1' holds more than digits"),
+        ("{" + "1" * 5000, "is not valid JSON"),
+        (f'{{"{LARGEST}": 1, "{LARGEST}": 1}}', "the name stands twice"),
+        (f'{{"{LARGEST}": 1, "{LARGEST[1:]}": 1}}', "the same architecture as"),
+        (f'{{"{LARGEST}": 0.5, "a": {{"acc": 0, "arch": "{SMALL}"}}}}', "is not of the form"),
         (json.dumps(entries(CODES))[:-20], "is not valid JSON"),
         ('{"a":' * 100_000, "is not valid JSON"),
         ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
@@ -277,10 +289,13 @@ def test_an_accuracy_that_is_not_a_number(write, value):
     good = f'"good": {{"acc": 0.5, "arch": "{SMALL}"}}'
     path = write(f'{{{good}, "bad": {{"acc": {value}, "arch": "{LARGEST}"}}}}')
     message = refusal(path, read_accuracies)
-    assert message.startswith("FILE: entry 2 ('bad'): \"acc\" is ")
-    assert message.endswith("no number within +-1e+300") and len(message) < 100
+    assert message.startswith("FILE: entry 2 ('bad'): ")
+    assert message.endswith("is no number within +-1e+300") and len(message) < 100
     # Where accuracies are not asked for, they may be anything.
     assert len(read_architectures(path)) == 2
+    if value[0] not in "[{":
+        path = write(f'{{"{SMALL}": 0.5, "{LARGEST}": {value}}}')
+        assert "is no number within +-1e+300" in refusal(path, read_truth)
 
 
 SHARES, PERCENTS, WEAK = ([start + i * step for i in range(9)] for start, step in (
@@ -316,6 +331,14 @@ def test_accuracies_are_of_one_unit(write, values):
     else:
         expected = np.array(values) * (100 if max(values) < 1.1 else 1)
         assert list(read_truth(path).values()) == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("values", [[0.5, 97], [-3, 1e200], [0.1, 0.2]])
+def test_scores_by_code_are_no_accuracies(write, values):
+    path = write(dict(zip(CODES, values, strict=False)))
+    assert list(read_truth(path).values()) == values
+    for read in (read_accuracies, read_scores):
+        assert refusal(path, read).endswith("accuracies are needed here")
 
 
 @pytest.mark.parametrize(

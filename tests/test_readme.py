@@ -14,12 +14,10 @@ import numpy as np
 import paddle
 import pytest
 from entry_scripts import LAUNCHERS, ROOT, text_of
-from independent import counts_of
 from scipy.stats import kendalltau
 
 from hnas.architecture_file import submission
 from hnas.base.files import write_json
-from hnas.evaluation.results import estimates
 from hnas.models.pinasv2 import build_network
 from hnas.programs.options import Options
 from hnas.search_space import RESNET48, RESNET48_MINI
@@ -224,15 +222,6 @@ def test_the_page_on_development_shows_a_sampler_that_works(tmp_path, monkeypatc
     assert len(drawn) == 200 and sampler.sample(0, 7) == sampler.sample(0, 7)
     # Uniform depths sum to 15.5 on average, the larger of two such sums to 16.9.
     assert np.mean([sum(arch.depths) for arch in drawn]) > 16.4
-
-
-def test_the_page_on_scoring_finds_what_is_close_to_the_best(tmp_path, monkeypatch):
-    right = np.random.default_rng(0).random((3, 500)) < [[0.9], [0.89], [0.5]]
-    archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 3)
-    told = estimates(archs, counts_of(right), None, 1000)
-    write_json(tmp_path / "checkpoint_files/stage3/estimates.json", told)
-    names = run_page("docs/scoring.md", tmp_path, monkeypatch)
-    assert names["close"] == list(archs)[:2]
 
 
 # --- the two languages
