@@ -64,7 +64,6 @@ from hnas.utils.validation import figures_text, read_ranked
 
 logger = logging.getLogger(__name__)
 
-Truth = dict[Architecture, float]
 PUBLIC_LIST = "model_str.txt"
 """The public code's file of codes, in the folder that it is started in."""
 
@@ -93,8 +92,9 @@ def main() -> None:
     order = scored_order(options, images)
     if options.score_function:
         batch = decoded_images(options, images, order[: options.batch_size])
-        given = options, network, list(archs.values()), batch, calibration
-        rank(options, truth, archs, score_by_function(*given, scores={}))
+        scores = {}
+        score_by_function(options, network, list(archs.values()), batch, calibration, scores)
+        rank(options, truth, archs, list(scores.values()))
         return
     if options.eval_engine == "reference":
         batches = Batches(decoded_images(options, images, order), options.batch_size)
@@ -112,14 +112,14 @@ def main() -> None:
     leave()
 
 
-def besides(archs: dict[str, Architecture], truth: Truth) -> dict[str, Architecture]:
+def besides(archs: dict[str, Architecture], truth: dict) -> dict[str, Architecture]:
     """What ``--rank_gt`` has and the list has not, by names that the list has not either."""
     known = set(archs.values())
     names = (name for name in map("rank_gt{}".format, count(1)) if name not in archs)
     return {next(names): arch for arch in truth if arch not in known}
 
 
-def rank(options: Options, truth: Truth, archs: dict, scores: Sequence[float]) -> None:
+def rank(options: Options, truth: dict, archs: dict, scores: Sequence[float]) -> None:
     """Compare scores [n] with ``--rank_gt``, and write those of its architectures by code."""
     if truth:
         by_arch = dict(zip(archs.values(), scores, strict=True))

@@ -124,21 +124,19 @@ def check_accuracies(path: str | Path, names: Iterable[str], accuracies: np.ndar
         )
 
 
-def notes_on_truth(name: str | Path, network: tuple | None) -> list[str]:
-    """What to know before trusting a comparison with ``IMAGENET30``; nothing of other truths.
+def note_on_imagenet30(network: tuple | None) -> str:
+    """What to know before trusting a comparison with it.
 
-    ``network`` is the predictions': backbone, image size and classes, None where not known.
+    ``network`` is that of the scores: backbone, image size and classes, None where not known.
     """
-    if name != IMAGENET30:
-        return []
-    found = [
-        f"{name} is of thirty networks, each trained once and measured on the same 2,500 images: "
-        "at 70 % with a standard error of 0.9 points, so that no prediction agrees with it fully."
-    ]
-    if network not in (None, OF_IMAGENET30):
-        pair = ("{}, {} px, {} classes".format(*own) for own in (OF_IMAGENET30, network))
-        found.append(f"{name} is of another network than these scores: {', not '.join(pair)}.")
-    return found
+    told = (
+        f"{IMAGENET30} is of thirty networks, each trained once and measured on the same 2,500 "
+        "images: at 70 % with a standard error of 0.9 points, so that no score agrees with it fully"
+    )
+    if network in (None, OF_IMAGENET30):
+        return f"{told}."
+    own, theirs = ("{}, {} px, {} classes".format(*one) for one in (network, OF_IMAGENET30))
+    return f"{told}. And these scores are of another network: {own}, not {theirs}."
 
 
 def in_percent(accuracies: np.ndarray) -> np.ndarray:

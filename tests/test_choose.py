@@ -255,6 +255,7 @@ def changed(change):
     [
         (changed(lambda c, n: c[n].update(acc=101)), "", "accuracy 101; accuracies are 0 to 1"),
         (changed(lambda c, n: c[n].pop("acc")), "", "one accuracy is needed"),
+        (changed(lambda c, n: [c.update({k: 0.5}) for k in c]), "", "scores by code, for rank_rep"),
         (changed(lambda c, n: c[n].update(acc=0.5)), "", "is of other scores; take both files"),
         (changed(lambda c, n: c[n].update(acc=97.0)), "", "are some shares of 1 and some percent"),
         (changed(lambda c, n: [e.update(acc=0) for e in c.values()]), "", "0: nothing to choose"),

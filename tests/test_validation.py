@@ -11,21 +11,18 @@ import paddle
 import pytest
 from entry_scripts import CLASSES, ROOT, noise_images, run, text_of
 from independent import images_for
-from paddle import nn
 from scipy import stats
 
 import train_supernet
 import train_supernet_pinas_stage2_simple as stage2
-from hnas.architecture_file import read_truth
+from hnas.architecture_file import read_truth, submission
 from hnas.base.errors import UserError
-from hnas.dataset.transforms import normalize
+from hnas.base.files import write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.models.pinasv2 import build_network
-from hnas.programs import runtime
 from hnas.programs.options import Options
-from hnas.ranking.agreement import read_estimates
-from hnas.search_space import RESNET48_MINI, Architecture
+from hnas.search_space import RESNET48_MINI
 from hnas.tools import pretrain, search, train_standalone
 from hnas.utils import validation
 from hnas.utils.validation import extremes, ranking, read_ranked, share_of, warn_if_broken
@@ -33,6 +30,7 @@ from hnas.weights.loading import load_weights, read_weights, write_state
 
 DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"
 NUMBER = 8
+TWO = [RESNET48_MINI.smallest().code, RESNET48_MINI.largest().code]
 
 
 @pytest.fixture(scope="module")
@@ -111,149 +109,115 @@ def test_wrong_files_are_refused(supernet, tmp_path, truth, change, message):
 def test_imagenets_thirty_come_with_their_noise(supernet, caplog):
     found = read_ranked(Options(rank_gt="imagenet30", backbone="resnet48_mini"), supernet)
     assert len(found) == 30 and min(found.values()) > 60
-    told, other = warnings_of(caplog)
+    (told,) = warnings_of(caplog)
     assert "each trained once" in told
-    assert "resnet48, 224 px, 1000 classes, not resnet48_mini, 224 px, 10 classes" in other
+    assert "resnet48_mini, 224 px, 10 classes, not resnet48, 224 px, 1000 classes" in told
 
 
-@pytest.mark.parametrize("engine", ["shared", "reference"])
-def test_stage_three_scores_what_the_list_lacks(engine, truth, tmp_path, monkeypatch, caplog):
+def test_stage_three_scores_what_the_list_lacks(truth, tmp_path, monkeypatch, caplog):
     """Beside it: submission.json is the list's, and the same with and without."""
     images = noise_images(tmp_path / "images", number=3)
-    listed = [next(iter(truth)), RESNET48_MINI.largest()]
-    codes = tmp_path / "list.json"
-    names = ("rank_gt1", "b")
-    codes.write_text(json.dumps({n: {"arch": a.code} for n, a in zip(names, listed, strict=True)}))
+    listed = {"rank_gt1": next(iter(truth)), "b": RESNET48_MINI.largest()}
+    write_json(tmp_path / "list.json", submission(listed, [0, 0]))
     gt = write_truth(tmp_path / "gt.json", [(arch.code, acc) for arch, acc in truth.items()])
-    flags = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "modelarch_file": codes}
-    flags |= {"bn_calibration_images": 4, "eval_engine": engine}
-    run(train_supernet, monkeypatch, images, tmp_path / "plain", **flags)
-    with caplog.at_level("INFO"):
-        run(train_supernet, monkeypatch, images, tmp_path / "ranked", **flags, rank_gt=gt)
-    for name in ("submission.json", "submission_top5.json", "channel_sample.txt"):
-        plain, ranked = (tmp_path / folder / name for folder in ("plain", "ranked"))
-        assert plain.read_bytes() == ranked.read_bytes()
+    flags = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "bn_calibration_images": 4}
+    caplog.set_level("INFO")
+    for folder, lists in (("plain", {}), ("ranked", {"rank_gt": gt}), ("all", {})):
+        lists["modelarch_file"] = gt if folder == "all" else tmp_path / "list.json"
+        run(train_supernet, monkeypatch, images, tmp_path / folder, **flags, **lists)
+    plain, ranked = (tmp_path / name / "submission.json" for name in ("plain", "ranked"))
+    assert plain.read_bytes() == ranked.read_bytes()
     found = json.loads((tmp_path / "ranked/rank_gt.json").read_text())
-    assert list(found) == [arch.code for arch in truth]
-    whole = json.loads((tmp_path / "ranked/submission.json").read_text())
-    assert found[listed[0].code] == whole["rank_gt1"]["acc"]
+    whole = json.loads((tmp_path / "all/submission.json").read_text())
+    assert found == {row["arch"]: row["acc"] for row in whole.values()}
     tau = stats.kendalltau(list(found.values()), list(truth.values())).statistic
     assert f"tau-b with --rank_gt {gt}: value {tau:.4f}, low" in caplog.text
-    if engine == "shared":
-        known = read_estimates(tmp_path / "ranked/estimates.json")
-        assert set(known.codes) == {*found, listed[1].code} and known.names[:2] == names
-        assert {
-            c: a for c, a in zip(known.codes, known.accuracy, strict=True) if c in found
-        } == found
 
 
 # --- own scores
 
 
 EXAMPLE = re.search("```python\n(.*?)```", text_of("docs/scoring.md").split("## Try a")[1], re.S)[1]
-FAILING = """
+OTHERS = """
 import paddle
-def fails(network, arch, images, labels):
-    return 1.0 if sum(arch.depths) < 10 else 1 / 0
-def nan(network, arch, images, labels):
-    return {"nan": float("nan")}["nan"] if sum(arch.depths) > 9 else -2
-def text(network, arch, images, labels):
-    return "high" if sum(arch.depths) > 9 else paddle.to_tensor(3.0)
-def spoils(network, arch, images, labels):
-    assert not network.training and images.shape == [7, 3, 32, 32] and labels.dtype == paddle.int64
-    drawn = float(paddle.rand([1]))
-    for tensor in (*network.parameters(), images, labels):
-        tensor.set_value(paddle.zeros_like(tensor))
-    network.train()
-    return drawn
+fails = lambda network, arch, *batch: 1 / 0 if sum(arch.depths) > 8 else 1.0
+nan = lambda network, arch, *batch: float("nan" if sum(arch.depths) > 8 else -2)
+text = lambda network, arch, *batch: "high" if sum(arch.depths) > 8 else paddle.to_tensor(3.0)
+top1 = lambda network, arch, x, y: (network(x).argmax(1) == y).astype("float32").mean()
 number = 3
+def spoils(network, arch, *batch):
+    assert not network.training and [list(b.shape) for b in batch] == [[7, 3, 32, 32], [7]]
+    for tensor in (*network.parameters(), *batch):
+        tensor.set_value(paddle.zeros_like(tensor))
+    return paddle.rand([1])
 """
 
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Scores three architectures, two of them of eight blocks, by a function of a name."""
-    (tmp_path / "proxies.py").write_text(EXAMPLE)
-    (tmp_path / "failing.py").write_text(FAILING)
+    """Scores the smallest and the largest network by a function of a name."""
+    (tmp_path / "own.py").write_text(EXAMPLE + OTHERS)
     (tmp_path / "broken.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
-    images, space = noise_images(tmp_path / "images"), RESNET48_MINI
-    archs = [space.smallest(), space.smallest(), space.largest()]
-    archs[1] = replace(archs[1], stem=1, widths=(((1, 1),) * 2, *archs[1].widths[1:]))
-    (tmp_path / "list.txt").write_text(" ".join(arch.code for arch in archs))
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    (tmp_path / "list.txt").write_text(" ".join(TWO))
+    noise_images(tmp_path / "images")
 
     def score(name, script=train_supernet, **flags):
         flags = {"modelarch_file": tmp_path / "list.txt", "batch_size": 7, **flags}
         flags |= {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "bn_calibration_images": 4}
-        run(script, monkeypatch, images, tmp_path / "out", score_function=name, **flags)
+        where = tmp_path / "images", tmp_path / "out"
+        run(script, monkeypatch, *where, **{"score_function": f"own.{name}", **flags})
         return json.loads((tmp_path / "out/scores.json").read_text())
 
-    score.codes, score.out, score.images = [arch.code for arch in archs], tmp_path / "out", images
-    yield score
-    for module in ("proxies", "failing", "broken"):
-        sys.modules.pop(module, None)
+    return score
 
 
-def test_an_own_score_of_the_page(own, supernet, caplog):
+def test_an_own_score_of_the_page(own, tmp_path, caplog):
     with caplog.at_level("INFO"):
-        found = own("proxies.saliency", rank_gt="imagenet30")
-    assert list(found)[:3] == own.codes and len(found) == 33
-    assert len(set(found.values())) == 33 and min(found.values()) > 0
-    assert not (own.out / "submission.json").exists()
+        found = own("saliency", rank_gt="imagenet30")
+    assert list(found)[:2] == TWO and len(found) == 32 and min(found.values()) > 0
     truth = read_truth("imagenet30")
     tau = stats.kendalltau([found[arch.code] for arch in truth], list(truth.values())).statistic
     assert f"tau-b with --rank_gt imagenet30: value {tau:.4f}, low" in caplog.text
-    # As by hand: the first images in scored order, and BatchNorm re-calibrated.
-    options = Options(image_dir=str(own.images), image_size=32, bn_calibration_images=4)
-    images = runtime.validation_images(options)
-    order = runtime.scored_order(options, images)[:7]
-    ((pixels, labels),) = runtime.validation_loader(replace(options, num_workers=0), images, order)
-    supernet.eval()
-    network = supernet.extract(
-        Architecture.from_code(own.codes[2]), runtime.calibration_images(options, False)
-    )
-    nn.functional.cross_entropy(network(normalize(pixels)), labels).backward()
-    trained = [p for p in network.parameters() if p.grad is not None]
-    expected = sum(np.abs(p.numpy() * p.grad.numpy()).sum() for p in trained)
-    assert found[own.codes[2]] == pytest.approx(expected, rel=1e-4)
+    # The same networks, images and labels as those whose hits stage 3 counts.
+    found = own("top1")
+    own("", score_function="None", eval_images=7)
+    scored = json.loads((tmp_path / "out/submission.json").read_text()).values()
+    assert found == {row["arch"]: pytest.approx(row["acc"]) for row in scored}
 
 
 def test_an_own_score_leads_the_search(own, capsys):
     flags = {"population": 4, "children": 2, "generations": 2, "tournament": 2, "max_macs": 6e6}
-    found = own("proxies.saliency", search, **flags, modelarch_file="none")
-    assert len(found) == 8
+    found = own("saliency", search, **flags)
     best = max(found, key=found.get)
     assert capsys.readouterr().out.splitlines()[0] == f"{best}  {found[best]:.6g}"
-    assert own("proxies.saliency", search, **flags, modelarch_file="none") == found
-
-
-def test_an_own_score_cannot_spoil_others(own):
-    assert len(set(own("failing.spoils").values())) == 1
+    assert len(found) == 8 and own("saliency", search, **flags) == found
+    # Whatever a function does to what it is given, the next one gets it anew.
+    assert len(set(own("spoils").values())) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "message", "kept"),
     [
-        ("failing.fails", {}, "LARGEST: ZeroDivisionError: division by zero (fails, line 4)", 1.0),
-        ("failing.nan", {}, "LARGEST: ValueError: nan is no number within +-1e+300", -2),
-        ("failing.text", {}, "LARGEST: ValueError: could not convert string to float: 'high'", 3),
-        ("failing.number", {}, "TypeError: 'int' object is not callable", None),
-        ("failing.none", {}, "AttributeError: module 'failing' has no attribute 'none'", None),
-        ("broken.score", {}, "ZeroDivisionError: division by zero", None),
-        ("nowhere.score", {}, "No module named 'nowhere'", None),
-        ("score", {}, "give module.function, of a module that is installed or lies", None),
-        ("failing.fails", {"target_tau": 0.9}, "leave out --amp, --target_tau and", None),
+        ("fails", {}, "LARGEST: ZeroDivisionError: division by zero (<lambda>, line ", 1),
+        ("nan", {}, "LARGEST: ValueError: nan is no number within +-1e+300", -2),
+        ("text", {}, "LARGEST: ValueError: could not convert string to float: 'high'", 3),
+        ("number", {}, "TypeError: 'int' object is not callable", None),
+        ("none", {}, "AttributeError: module 'own' has no attribute 'none'", None),
+        ("x.score", {}, "give module.function, of a module that is installed or lies", None),
+        ("fails", {"score_function": "broken.x"}, "ZeroDivisionError: division by zero", None),
+        ("fails", {"score_function": "x"}, "ValueError: Empty module name", None),
+        ("fails", {"target_tau": 0.9}, "leave out --amp, --target_tau and", None),
     ],
 )
-def test_an_own_score_that_fails_is_one_line(own, name, flags, message, kept):
+def test_an_own_score_that_fails_is_one_line(own, tmp_path, name, flags, message, kept):
     with pytest.raises(UserError) as error:
         own(name, **flags)
-    told = str(error.value)
-    assert f"--score_function {name}" in told and "\n" not in told
-    assert message.replace("LARGEST", f"architecture {own.codes[2]}") in told
+    assert str(error.value).startswith("--score_function ") and "\n" not in str(error.value)
+    assert message.replace("LARGEST", f"architecture {TWO[1]}") in str(error.value)
     if kept is not None:
-        scores = json.loads((own.out / "scores.json").read_text())
-        assert scores == dict.fromkeys(own.codes[:2], kept)
+        assert json.loads((tmp_path / "out/scores.json").read_text()) == {TWO[0]: kept}
 
 
 PROJECTED = "122221" + "1111000000" + "1113000000" + "1111" + "0" * 12 + "1111000000"

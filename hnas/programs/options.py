@@ -164,10 +164,9 @@ class Options:
         "epochs between evaluations of the largest and smallest, and of rank_gt's; 0: never",
         "epochs", high=MOST_EPOCHS)
     rank_gt: str = distill("",
-        "architectures with stand-alone accuracies, to score whenever eval_freq says (stage 2) or "
-        "besides the list (3), for log, history.json and rank_gt.json only: a file, or imagenet30, "
-        "thirty published ones (a file of that name is ./imagenet30)", "file",
-        stages=DISTILL | SCORE)
+        "stand-alone accuracies to compare with, whenever eval_freq says (stage 2) or at the end, "
+        "besides the list (3): a file, or imagenet30, thirty published ones (a file of that name "
+        "is ./imagenet30)", "file", stages=DISTILL | SCORE)
 
     eval_engine: str = scoring("shared", "shared, or reference: one by one", "name",
         choices=("shared", "reference"))

@@ -61,10 +61,7 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-CORRELATIONS: dict[str, Statistic] = {
-    "kendall_tau_b": kendall_tau_b,
-    "pearson": pearson,
-}
+CORRELATIONS: dict[str, Statistic] = {"kendall_tau_b": kendall_tau_b, "pearson": pearson}
 
 
 def _pair(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -71,17 +71,10 @@ class Panel:
 
     def points(self, x: np.ndarray, y: np.ndarray) -> None:
         """Dots at x, y [n] of so many px."""
-        many = len(x) > MANY
-        self.axes.plot(
-            x,
-            y,
-            "o",
-            color=BLUE,
-            markersize=3 if many else 5,
-            markeredgewidth=0,
-            alpha=0.2 if len(x) > DENSE else 0.45 if many else 0.65,
-            rasterized=len(x) > DENSE,
-        )
+        many, dense = len(x) > MANY, len(x) > DENSE
+        alpha = 0.2 if dense else 0.45 if many else 0.65
+        dots = {"color": BLUE, "markersize": 3 if many else 5, "markeredgewidth": 0}
+        self.axes.plot(x, y, "o", **dots, alpha=alpha, rasterized=dense)
 
     def front(self, x: np.ndarray, y: np.ndarray) -> None:
         """Points [n] by rising x, and a line that stays at each until the next, then to the end."""

@@ -203,7 +203,6 @@ def analyse_scores(
 
     front = pareto_front(accuracy, macs)
     few = np.linspace(0, len(front) - 1, min(BUDGETS, len(front))).astype(int)
-    alike = [] if group is None else np.flatnonzero(group)
     report = {
         "architectures": len(accuracy),
         "images": images,
@@ -216,8 +215,7 @@ def analyse_scores(
         "standard_error": None if error is None else float(np.median(error)),
         "agreement": agreement,
         "tau_of_macs": none_if_nan(kendall_tau_b(macs, accuracy)),
-        "group": None if group is None else len(alike),
-        "cheapest": None if group is None else row(alike[macs[alike].argmin()]),
+        "group": None if group is None else int(group.sum()),
         "budgets": [row(index) for index in front[few]],
         "best": [row(index) for index in np.argsort(-accuracy, kind="stable")[:LISTED]],
         "attribution": attribute(choices(list(archs.values())), accuracy),
@@ -235,11 +233,9 @@ def interpret_scores(report: Mapping) -> list[str]:
         f"deviation of {scores['standard_deviation']:.2f} percentage points."
     ]
     if report["group"] is not None:
-        cheapest = report["cheapest"]
         lines.append(
             f"{report['group']:,} of them are not worse than the best by more than their noise: "
-            f"with about {100 * CONFIDENCE:.0f} % the truly best is among them. The cheapest of "
-            f"these is {cheapest['name']}, with {cheapest['macs'] / 1e6:,.2f} million MACs."
+            f"with about {100 * CONFIDENCE:.0f} % the truly best is among them."
         )
     if report["standard_error"] is not None:
         lines.append(

@@ -78,10 +78,7 @@ def not_worse(accuracy: np.ndarray, difference_error: np.ndarray) -> np.ndarray:
 
 
 def as_good_as_best(accuracy: np.ndarray, folds: np.ndarray, images: int) -> np.ndarray:
-    """Which networks [n] are worse than none of the best by more than noise; bool [n].
-
-    ``accuracy`` are shares of 1; ``folds`` and ``images`` as of :func:`difference_errors`.
-    """
+    """Which networks [n] are :func:`not_worse`, by the hits that errors come from; bool [n]."""
     group = np.full(len(accuracy), True)
     # Where several are the best, worse than none of them: the file's order is of no matter.
     for best in np.flatnonzero(accuracy == accuracy.max()):

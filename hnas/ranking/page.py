@@ -27,9 +27,6 @@ th:first-child, td:first-child {{ text-align: left; padding-left: 0; white-space
 td {{ white-space: nowrap; }}
 .codes th:last-child, .codes td:last-child {{ text-align: left; }}
 .codes td:last-child {{ font-family: ui-monospace, monospace; font-size: .82rem; }}
-.row {{ display: grid; gap: 0 2rem;
-       grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }}
-.row > * {{ min-width: 0; }}
 .wide {{ overflow-x: auto; max-width: 100%; scrollbar-width: thin; }}
 .wide:focus-visible {{ outline: 2px solid var(--blue); }}
 pre {{ margin: .6rem 0; font-size: .82rem; }}
@@ -38,7 +35,6 @@ figure {{ margin: .5rem 0; }}
 
 
 NAMES = {"kendall_tau_b": "Kendall's tau-b", "pearson": "Pearson"}
-FRONT = "Orange: the Pareto front, the best score up to each cost; darker: more architectures."
 
 
 def ranking_page(report: Mapping, scatter: Panel) -> str:
@@ -62,7 +58,7 @@ def ranking_page(report: Mapping, scatter: Panel) -> str:
     )
 
 
-def scores_page(report: Mapping, fronts: Sequence[Panel]) -> str:
+def scores_page(report: Mapping, front: Panel) -> str:
     """What scores say without a truth, as HTML; ``report`` as in ``report.json``."""
     columns = ("name", "score, %", "as good", "MACs, million", "parameters, million", "code")
     return _document(
@@ -73,23 +69,17 @@ def scores_page(report: Mapping, fronts: Sequence[Panel]) -> str:
         report,
         [
             "<h2>Scores and cost</h2>",
-            f'<div class="row">{"".join(_figure(panel, FRONT) for panel in fronts)}</div>',
+            _figure(front, "Orange: the Pareto front, the best up to each cost; darker: more."),
             "<h2>The best within a budget</h2>",
             _table(columns, map(_scored, report["budgets"])),
-            _note(
-                "Each is the best of all that have no more MACs, so of any budget from its own to "
-                "the next one's. =: not worse than the best of all by more than their noise."
-            ),
+            _note("Each is the best of all that have no more MACs. =: as good as the best of all."),
             "<h2>What depths and widths do</h2>",
             _effects(report["attribution"], "score", 2),
             "<h2>The best scores</h2>",
             _table(columns, map(_scored, report["best"])),
             _note("The best of many is always partly lucky: look at the standard errors."),
             "<h2>Next</h2>",
-            _note(
-                "Choose within a budget, write a network as a file, train it alone to see what "
-                "shared weights are worth. SUPERNET and IMAGES stand for your files."
-            ),
+            _note("Choose, export, train alone; SUPERNET and IMAGES stand for files of yours."),
             _wide(f"<pre>{escape(chr(10).join(report['next']))}</pre>"),
         ],
     )

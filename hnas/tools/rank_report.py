@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from hnas.architecture_file import (
     IMAGENET30,
     in_percent,
     in_shares,
-    notes_on_truth,
+    note_on_imagenet30,
     read_predictions,
     read_scores,
     read_truth,
@@ -42,8 +42,7 @@ from hnas.ranking.page import ranking_page, scores_page
 from hnas.search_space import Architecture, search_space, weighted_channels
 from hnas.tools.flops import add_network_flags, network_of
 
-IN_MILLIONS = ("macs", "params")
-LONG = ("interpretation", "correlations", "attribution", "budgets", "best", "cheapest", "next")
+LONG = ("interpretation", "correlations", "attribution", "budgets", "best", "next")
 """What is in report.json, but not printed."""
 
 
@@ -63,19 +62,19 @@ def report_ranking(options) -> tuple[dict, str]:
     else:
         pred = dict(zip(named.values(), predicted.tolist(), strict=True))
     found = analyse_ranking(pred, gt, counts, options.seed, options.resamples)
-    notes = [*found["notes"], *notes_on_truth(options.gt, own)]
-    report = {"run": run, "pred": options.pred, "gt": options.gt, **found, "notes": notes}
+    if options.gt == IMAGENET30:
+        found["notes"].append(note_on_imagenet30(own))
+    report = {"run": run, "pred": options.pred, "gt": options.gt, **found}
     _, values, true = match(pred, gt)
-    if options.pred in IN_MILLIONS:
+    if options.pred in ("macs", "params"):
         values, label = values / 1e6, f"{label}, million"
     scatter = Panel("true score", label)
     scatter.points(true, values)
     return report, ranking_page(report, scatter)
 
 
-def counted(archs: Iterable[Architecture], network: Network) -> dict[str, np.ndarray]:
+def counted(archs: Collection[Architecture], network: Network) -> dict[str, np.ndarray]:
     """Each of ``COUNTED`` of architectures, in their order."""
-    archs = list(archs)
     return {
         **costs_of(archs, search_space(network.backbone), *network[1:]),
         "size": np.array([weighted_channels(arch) for arch in archs]),
@@ -83,7 +82,7 @@ def counted(archs: Iterable[Architecture], network: Network) -> dict[str, np.nda
     }
 
 
-def scored_network(path: str, archs: Iterable, values: np.ndarray) -> Network | None:
+def scored_network(path: str, archs: Collection, values: np.ndarray) -> Network | None:
     """The network of a file's scores, where ``estimates.json`` beside it is of them and says so."""
     with suppress(UserError):
         return estimates_beside(path, list(archs), in_shares(values))[0].network
@@ -121,14 +120,11 @@ def report_scores(options) -> tuple[dict, str]:
         "next": next_steps(options.pred, network, found["best"][0]),
         "notes": [*found["notes"], *unknown],
     }
-    fronts = []
-    for kind in IN_MILLIONS:
-        millions, panel = costs[kind] / 1e6, Panel(f"{COUNTED[kind]}, million", "score, %")
-        panel.points(millions, accuracy)
-        best = pareto_front(accuracy, millions)
-        panel.front(millions[best], accuracy[best])
-        fronts.append(panel)
-    return report, scores_page(report, fronts)
+    millions, panel = costs["macs"] / 1e6, Panel("MACs, million", "score, %")
+    best = pareto_front(accuracy, millions)
+    panel.points(millions, accuracy)
+    panel.front(millions[best], accuracy[best])
+    return report, scores_page(report, panel)
 
 
 def next_steps(pred: str, network: Network, best: Mapping) -> list[str]:
@@ -166,12 +162,8 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--out", required=True, type=read_path, help="folder to write")
     add_network_flags(parser)
-    parser.add_argument(
-        "--resamples",
-        type=whole_number(1, 1_000_000),
-        default=RESAMPLES,
-        help="of the bootstrap [1000]",
-    )
+    resamples = whole_number(1, 1_000_000)
+    parser.add_argument("--resamples", type=resamples, default=RESAMPLES, help="of the bootstrap")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the bootstrap [0]")
     options = parser.parse_args(argv)
     check_writable(options.out, "--out")

@@ -194,8 +194,7 @@ def search_by_function(
     archs, scores = [], {}
     for generation in range(options.generations + 1):
         archs += evolution.propose(archs, np.array([*scores.values()]), generation)
-        new = archs[len(scores) :]
-        score_by_function(options, network, new, images, calibration, scores)
+        score_by_function(options, network, archs[len(scores) :], images, calibration, scores)
         best = max(scores, key=scores.get)
         logger.info("generation %d: %d scored, best %s", generation, len(scores), best)
     for code in sorted(scores, key=scores.get, reverse=True)[:LISTED]:

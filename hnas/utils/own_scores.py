@@ -20,9 +20,6 @@ from hnas.parallel.distributed import world_size
 from hnas.programs.options import Options
 from hnas.search_space import Architecture
 
-KEPT_EVERY = 1000
-"""Scores."""
-
 
 def score_by_function(
     options: Options,
@@ -31,12 +28,12 @@ def score_by_function(
     images: ScoredImages,
     calibration: paddle.Tensor | None,
     scores: dict[str, float],
-) -> list[float]:
+) -> None:
     """What ``score(network, arch, images, labels)`` gives for sub-networks of a supernet.
 
     Its network is the sub-network by itself, in eval mode; images are normalised float32 [N, 3, H,
     W], labels int64 [N]. ``calibration`` are uint8 images for BatchNorm re-calibration, or None.
-    ``scores``, by code, get the new ones, and are kept in ``scores.json`` whatever ends this.
+    ``scores``, by code, get these in their order, and are in ``scores.json`` whatever ends this.
 
     Raises:
         UserError: there is no such function, other flags contradict it, it fails, or it gives no
@@ -62,7 +59,7 @@ def score_by_function(
             if not abs(value) <= MOST:
                 raise ValueError(f"{value} is no number within +-{MOST:g}")
             scores[arch.code] = value
-            if not len(scores) % KEPT_EVERY:
+            if len(scores) % 1000 == 0:  # what SIGKILL may cost
                 write_json(path, scores)
     except Exception as error:  # a user's code may fail in any way
         line = traceback.extract_tb(error.__traceback__)[-1]
@@ -71,4 +68,3 @@ def score_by_function(
     finally:
         if scores:
             write_json(path, scores)
-    return [scores[arch.code] for arch in archs]

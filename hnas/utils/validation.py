@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from hnas.architecture_file import notes_on_truth, read_truth
+from hnas.architecture_file import IMAGENET30, note_on_imagenet30, read_truth
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader
@@ -145,8 +145,6 @@ def ranking(
 def read_ranked(options: Options, network: ElasticResNet) -> dict[Architecture, float]:
     """What ``--rank_gt`` says of architectures, which the supernet must hold.
 
-    Warns of what makes a comparison with it worth less.
-
     Raises:
         UserError: a wrong file, fewer than three, or one that the supernet does not hold.
     """
@@ -160,9 +158,9 @@ def read_ranked(options: Options, network: ElasticResNet) -> dict[Architecture, 
             network.space.shared_plan(arch)
         except UserError as error:
             raise UserError(f"--rank_gt {path}: {error}") from None
-    own = options.backbone, options.image_size, network.num_classes
-    for note in notes_on_truth(path, own) if is_main_process() else ():
-        logger.warning("%s", note)
+    if path == IMAGENET30 and is_main_process():
+        own = options.backbone, options.image_size, network.num_classes
+        logger.warning("%s", note_on_imagenet30(own))
     return truth
 
 
