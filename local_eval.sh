@@ -21,6 +21,7 @@ cache_gb=${cache_gb:-8}                                         # GiB for decode
 amp=${amp:-O0}                                                  # O1: half precision, if there is
 fused=${fused:-auto}                                            # off: no fused operator on GPUs
 eval_sample_num=${eval_sample_num:-0}                           # first N only; 0: all
+rank_gt=${rank_gt:-None}                                        # a truth: a file, or imagenet30
 seed=${seed:-0}
 device=${device:-auto}
 . hnas/tools/launch.sh
@@ -32,5 +33,5 @@ launch train_supernet.py run \
     --eval_engine "$eval_engine" --eval_images "$eval_images" --chunk_size "$chunk_size" \
     --target_tau "$target_tau" --images_part "$images_part" \
     --cache_gb "$cache_gb" --amp "$amp" --fused "$fused" \
-    --eval_sample_num "$eval_sample_num" --image_dir "$image_dir" --save_dir "$save_dir" \
+    --eval_sample_num "$eval_sample_num" --rank_gt "$rank_gt" --image_dir "$image_dir" --save_dir "$save_dir" \
     --seed "$seed" --device "$device" "$@"

@@ -149,6 +149,8 @@ def test_scores_by_code_are_of_any_scale_and_no_percents(report, files, tmp_path
 def test_imagenets_thirty_are_a_truth_by_name(report, tmp_path, monkeypatch, caplog):
     found, _ = report("--pred", "size", "--gt", "imagenet30")
     assert found["kendall_tau_b"]["value"] == pytest.approx(0.689, abs=5e-4)
+    taus = {"macs": 0.589, "params": 0.617, "depth": 0.636}  # as the page says
+    assert found["tau_of_counts"] == pytest.approx(taus, abs=5e-4)
     assert "thirty networks, each trained once" in found["notes"][0] and len(found["notes"]) == 1
     assert not caplog.text  # its network is known
     with pytest.raises(UserError, match="imagenet30 is of other settings: backbone resnet48"):

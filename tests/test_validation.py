@@ -158,16 +158,16 @@ def own(tmp_path, monkeypatch):
     """Scores the smallest and the largest network by a function of a name."""
     (tmp_path / "own.py").write_text(EXAMPLE + OTHERS)
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "list.txt").write_text(" ".join(TWO))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own", raising=False)
-    (tmp_path / "list.txt").write_text(" ".join(TWO))
-    noise_images(tmp_path / "images")
+    images = noise_images(tmp_path / "images")
+    common = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "bn_calibration_images": 4}
+    common |= {"modelarch_file": tmp_path / "list.txt", "batch_size": 7}
 
     def score(name, script=train_supernet, **flags):
-        flags = {"modelarch_file": tmp_path / "list.txt", "batch_size": 7, **flags}
-        flags |= {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "bn_calibration_images": 4}
-        where = tmp_path / "images", tmp_path / "out"
-        run(script, monkeypatch, *where, **{"score_function": f"own.{name}", **flags})
+        flags = {**common, "score_function": name, **flags}
+        run(script, monkeypatch, images, tmp_path / "out", **flags)
         return json.loads((tmp_path / "out/scores.json").read_text())
 
     return score
@@ -175,46 +175,46 @@ def own(tmp_path, monkeypatch):
 
 def test_an_own_score_of_the_page(own, tmp_path, caplog):
     with caplog.at_level("INFO"):
-        found = own("saliency", rank_gt="imagenet30")
+        found = own("own.saliency", rank_gt="imagenet30")
     assert list(found)[:2] == TWO and len(found) == 32 and min(found.values()) > 0
     truth = read_truth("imagenet30")
     tau = stats.kendalltau([found[arch.code] for arch in truth], list(truth.values())).statistic
     assert f"tau-b with --rank_gt imagenet30: value {tau:.4f}, low" in caplog.text
     # The same networks, images and labels as those whose hits stage 3 counts.
-    found = own("top1")
-    own("", score_function="None", eval_images=7)
+    found = own("own.top1")
+    own("None", eval_images=7)
     scored = json.loads((tmp_path / "out/submission.json").read_text()).values()
     assert found == {row["arch"]: pytest.approx(row["acc"]) for row in scored}
 
 
 def test_an_own_score_leads_the_search(own, capsys):
     flags = {"population": 4, "children": 2, "generations": 2, "tournament": 2, "max_macs": 6e6}
-    found = own("saliency", search, **flags)
+    found = own("own.saliency", search, **flags)
     best = max(found, key=found.get)
     assert capsys.readouterr().out.splitlines()[0] == f"{best}  {found[best]:.6g}"
-    assert len(found) == 8 and own("saliency", search, **flags) == found
+    assert len(found) == 8 and own("own.saliency", search, **flags) == found
     # Whatever a function does to what it is given, the next one gets it anew.
-    assert len(set(own("spoils").values())) == 1
+    assert len(set(own("own.spoils").values())) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "message", "kept"),
     [
-        ("fails", {}, "LARGEST: ZeroDivisionError: division by zero (<lambda>, line ", 1),
-        ("nan", {}, "LARGEST: ValueError: nan is no number within +-1e+300", -2),
-        ("text", {}, "LARGEST: ValueError: could not convert string to float: 'high'", 3),
-        ("number", {}, "TypeError: 'int' object is not callable", None),
-        ("none", {}, "AttributeError: module 'own' has no attribute 'none'", None),
+        ("own.fails", {}, "LARGEST: ZeroDivisionError: division by zero (<lambda>, line ", 1),
+        ("own.nan", {}, "LARGEST: ValueError: nan is no number within +-1e+300", -2),
+        ("own.text", {}, "LARGEST: ValueError: could not convert string to float: 'high'", 3),
+        ("own.number", {}, "TypeError: 'int' object is not callable", None),
+        ("own.none", {}, "AttributeError: module 'own' has no attribute 'none'", None),
         ("x.score", {}, "give module.function, of a module that is installed or lies", None),
-        ("fails", {"score_function": "broken.x"}, "ZeroDivisionError: division by zero", None),
-        ("fails", {"score_function": "x"}, "ValueError: Empty module name", None),
-        ("fails", {"target_tau": 0.9}, "leave out --amp, --target_tau and", None),
+        ("broken.x", {}, "ZeroDivisionError: division by zero", None),
+        ("x", {}, "ValueError: Empty module name", None),
+        ("own.fails", {"target_tau": 0.9}, "leave out --amp, --target_tau and", None),
     ],
 )
 def test_an_own_score_that_fails_is_one_line(own, tmp_path, name, flags, message, kept):
     with pytest.raises(UserError) as error:
         own(name, **flags)
-    assert str(error.value).startswith("--score_function ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"--score_function {name}") and "\n" not in str(error.value)
     assert message.replace("LARGEST", f"architecture {TWO[1]}") in str(error.value)
     if kept is not None:
         assert json.loads((tmp_path / "out/scores.json").read_text()) == {TWO[0]: kept}
