@@ -22,6 +22,7 @@ amp=${amp:-O0}                                                  # O1: half preci
 fused=${fused:-auto}                                            # off: no fused operator on GPUs
 eval_sample_num=${eval_sample_num:-0}                           # first N only; 0: all
 bad_images=${bad_images:-fatal}                                 # or skip
+rank_gt=${rank_gt:-None}                                        # a truth: a file, or imagenet30
 seed=${seed:-0}
 device=${device:-auto}
 . hnas/tools/launch.sh
@@ -33,5 +34,5 @@ launch train_supernet.py run \
     --eval_engine "$eval_engine" --eval_images "$eval_images" --chunk_size "$chunk_size" \
     --target_tau "$target_tau" --images_part "$images_part" \
     --cache_gb "$cache_gb" --amp "$amp" --fused "$fused" \
-    --eval_sample_num "$eval_sample_num" --bad_images "$bad_images" \
+    --eval_sample_num "$eval_sample_num" --rank_gt "$rank_gt" --bad_images "$bad_images" \
     --image_dir "$image_dir" --save_dir "$save_dir" --seed "$seed" --device "$device" "$@"

@@ -40,6 +40,7 @@ save_steps=${save_steps:-500}                                   # steps; 0: at e
 keep=${keep:-0}                                                 # epochs besides the first; 0: all
 bad_images=${bad_images:-fatal}                                 # or skip
 eval_freq=${eval_freq:-1}                                       # epochs; 0: never
+rank_gt=${rank_gt:-None}                                        # a truth: a file, or imagenet30
 log_freq=${log_freq:-50}                                        # steps
 visualdl_dir=${visualdl_dir:-None}                              # folder of curves
 resume=${resume:-None}                                          # a folder, or auto
@@ -65,4 +66,5 @@ launch train_supernet_pinas_stage2_simple.py run \
     --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
     --bad_images "$bad_images" --eval_freq "$eval_freq" --log_freq "$log_freq" \
+    --rank_gt "$rank_gt" \
     --resume "$resume" --train_flag "$train_flag" --seed "$seed" --device "$device" "$@"

@@ -12,7 +12,8 @@ if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
 import logging
-from itertools import islice
+from collections.abc import Sequence
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from hnas.architecture_file import read_architectures
 from hnas.base.device import Arithmetic
-from hnas.base.files import remove_leftovers
+from hnas.base.files import remove_leftovers, write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
 from hnas.evaluation.images import Batches, ScoredImages
@@ -54,9 +55,12 @@ from hnas.programs.runtime import (
     start,
     validation_images,
 )
+from hnas.ranking.correlations import correlations
 from hnas.ranking.costs import Network
 from hnas.search_space import Architecture, SearchSpace
+from hnas.utils.own_scores import score_by_function
 from hnas.utils.starting import start_from_checkpoint
+from hnas.utils.validation import figures_text, read_ranked
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +78,11 @@ def main() -> None:
     require(options, "ckpt_dir")
     check_chunk(options)
     space = space_of(options)
-    archs = architectures(options, space)
+    listed = architectures(options, space)
     images = validation_images(options)
     network = build_network(options.backbone, len(images.classes), space)
+    truth = read_ranked(options, network) if options.rank_gt else {}
+    archs = listed | besides(listed, truth)
     checkpoint = start_from_checkpoint(network, options.ckpt_dir, images.classes)
     save_dir = Path(options.save_dir)
     if is_main_process():
@@ -84,6 +90,12 @@ def main() -> None:
     barrier()
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     order = scored_order(options, images)
+    if options.score_function:
+        batch = decoded_images(options, images, order[: options.batch_size])
+        scores = {}
+        score_by_function(options, network, list(archs.values()), batch, calibration, scores)
+        rank(options, truth, archs, list(scores.values()))
+        return
     if options.eval_engine == "reference":
         batches = Batches(decoded_images(options, images, order), options.batch_size)
         with tqdm(total=len(archs), desc="scoring", unit="arch", mininterval=1) as progress:
@@ -94,9 +106,27 @@ def main() -> None:
         decoded, digest = decoded_images(options, images, order), checkpoint.digest
         counts = score(options, network, archs, decoded, digest, calibration, arithmetic, part)
     if is_main_process() and part is None:
-        write_results(save_dir, archs, counts)
+        write_results(save_dir, listed, counts.first(len(listed)))
+        rank(options, truth, archs, counts.accuracy().tolist())
         warn_if_guessing(counts, len(images.classes), "the best sub-network")
     leave()
+
+
+def besides(archs: dict[str, Architecture], truth: dict) -> dict[str, Architecture]:
+    """What ``--rank_gt`` has and the list has not, by names that the list has not either."""
+    known = set(archs.values())
+    names = (name for name in map("rank_gt{}".format, count(1)) if name not in archs)
+    return {next(names): arch for arch in truth if arch not in known}
+
+
+def rank(options: Options, truth: dict, archs: dict, scores: Sequence[float]) -> None:
+    """Compare scores [n] with ``--rank_gt``, and write those of its architectures by code."""
+    if truth:
+        by_arch = dict(zip(archs.values(), scores, strict=True))
+        found = {arch.code: by_arch[arch] for arch in truth}
+        write_json(Path(options.save_dir) / "rank_gt.json", found)
+        tau = correlations([*found.values()], [*truth.values()])["kendall_tau_b"]
+        logger.info("tau-b with --rank_gt %s: %s", options.rank_gt, figures_text(tau))
 
 
 def wanted_part(options: Options) -> Part | None:

@@ -1,4 +1,4 @@
-"""Files of architectures: the organisers' JSON, a JSON list, or text."""
+"""Files of architectures: the organisers' JSON, scores by code, a JSON list, or text."""
 
 from __future__ import annotations
 
@@ -20,21 +20,28 @@ NEAR = 1e-9
 MOST = 1e300
 """Of a prediction's size: sums and distances of such are finite."""
 GAP, SLACK = 5, 1.25
-"""Of what tells units apart; see :func:`check_one_unit`."""
+"""Of what tells units apart; see :func:`check_accuracies`."""
 MAX_ENTRIES = 500_000
 """Some ten times those of the competition's file; Python's lists need many times a file's bytes."""
+PUBLISHED = Path(__file__).with_name("imagenet30.json")
+"""Codes and ImageNet accuracies, in percent, that one competitor of the track published: a single
+training each, measured on the same 2,500 validation images."""
+IMAGENET30 = PUBLISHED.stem
+"""Their name where a ground truth is asked for; a user's own file of that name is ./imagenet30."""
+OF_IMAGENET30 = ("resnet48", 224, 1000)
 
 
 def read_architectures(path: str | Path) -> dict[str, Architecture]:
     """Architectures by name, in the file's order.
 
-    Reads ``{"arch1": {"acc": 0.0, "arch": "1252..."}, ...}``, a JSON list of codes, or text
-    with codes separated by commas or white space; the latter two are named arch1, arch2, ...
+    Reads ``{"arch1": {"acc": 0.0, "arch": "1252..."}, ...}``, ``{"1252...": 0.0, ...}``, whose
+    names are the codes, a JSON list of codes, or text with codes separated by commas or white
+    space; the latter two are named arch1, arch2, ...
 
     Raises:
         UserError: missing or broken file, wrong entry, a name or code twice.
     """
-    return _read(Path(path), with_accuracies=False)[0]
+    return _read(Path(path), with_values=False)[0]
 
 
 def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
@@ -44,9 +51,14 @@ def read_accuracies(path: str | Path) -> tuple[dict[str, Architecture], np.ndarr
 
     Raises:
         UserError: as :func:`read_architectures`, or an ``acc`` that is missing or is
-            not a finite number.
+            not a finite number; or scores by code, which need not be accuracies.
     """
-    return _read(Path(path), with_accuracies=True)
+    archs, accuracies, plain = _read(Path(path), with_values=True)
+    if plain:
+        raise UserError(
+            f"{path} has scores by code, for rank_report with --gt; accuracies are needed here"
+        )
+    return archs, accuracies
 
 
 def read_scores(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
@@ -56,26 +68,51 @@ def read_scores(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
         UserError: a wrong file, an accuracy outside of 0 to 100, or some in percent and some not.
     """
     archs, accuracies = read_accuracies(path)
-    for name, value in zip(archs, accuracies, strict=True):
+    check_accuracies(path, archs, accuracies)
+    return archs, accuracies
+
+
+def read_predictions(path: str | Path) -> tuple[dict[str, Architecture], np.ndarray]:
+    """As :func:`read_accuracies`, of what orders architectures, also by code and of any scale.
+
+    Raises:
+        UserError: a wrong file, or what looks like accuracies, some in percent and some not.
+    """
+    archs, values, plain = _read(Path(path), with_values=True)
+    if not plain and values.min() >= 0 and values.max() <= 100:
+        check_accuracies(path, archs, values)
+    return archs, values
+
+
+def read_truth(name: str | Path) -> dict[Architecture, float]:
+    """What is to be predicted: accuracies in percent, or a file's scores by code, of any scale.
+
+    ``name`` is a file, of accuracies as for :func:`read_scores`, or ``IMAGENET30``.
+    """
+    path = PUBLISHED if name == IMAGENET30 else Path(name)
+    archs, values, plain = _read(path, with_values=True)
+    if not plain:
+        check_accuracies(path, archs, values)
+        values = in_percent(values)
+    return dict(zip(archs.values(), values.tolist(), strict=True))
+
+
+def check_accuracies(path: str | Path, names: Iterable[str], accuracies: np.ndarray) -> None:
+    """Refuse accuracies [n] of which some are none, or some shares of 1 and others in percent.
+
+    The latter have values on both sides of 1 with a ``GAP``-fold gap between; 0 is neither. Those
+    below may be percents where they are few, and well below all others if they were shares: a
+    network that broke, and guesses among many classes, has 0.4 % where others have 60.
+
+    Raises:
+        UserError: with the name and value, or with the two values next to the gap.
+    """
+    for name, value in zip(names, accuracies, strict=True):
         if not 0 <= value <= 100 * (1 + NEAR):
             raise UserError(
                 f"{path}: entry {name!r}: accuracy {value:g}; accuracies are 0 to 1, or 0 to 100 "
                 "in percent"
             )
-    check_one_unit(path, accuracies)
-    return archs, accuracies
-
-
-def check_one_unit(path: str | Path, accuracies: np.ndarray) -> None:
-    """Refuse accuracies [n] of which some are shares of 1 and the others in percent.
-
-    There are values on both sides of 1 with a ``GAP``-fold gap between; 0 is neither. Those below
-    may be percents where they are few, and well below all others if they were shares: a network
-    that broke, and guesses among many classes, has 0.4 % where others have 60.
-
-    Raises:
-        UserError: with the two values next to the gap.
-    """
     low = accuracies[(accuracies > 0) & (accuracies <= 1 + NEAR)]
     high = accuracies[accuracies > 1 + NEAR]
     most, least = low.max(initial=0), high.min(initial=np.inf)
@@ -87,10 +124,19 @@ def check_one_unit(path: str | Path, accuracies: np.ndarray) -> None:
         )
 
 
-def read_truth(path: str | Path) -> dict[Architecture, float]:
-    """Accuracies in percent by architecture; see :func:`read_scores`."""
-    archs, accuracies = read_scores(path)
-    return dict(zip(archs.values(), in_percent(accuracies).tolist(), strict=True))
+def note_on_imagenet30(network: tuple | None) -> str:
+    """What to know before trusting a comparison with it.
+
+    ``network`` is that of the scores: backbone, image size and classes, None where not known.
+    """
+    told = (
+        f"{IMAGENET30} is of thirty networks, each trained once and measured on the same 2,500 "
+        "images: at 70 % with a standard error of 0.9 points, so that no score agrees with it fully"
+    )
+    if network in (None, OF_IMAGENET30):
+        return f"{told}."
+    own, theirs = ("{}, {} px, {} classes".format(*one) for one in (network, OF_IMAGENET30))
+    return f"{told}. And these scores are of another network: {own}, not {theirs}."
 
 
 def in_percent(accuracies: np.ndarray) -> np.ndarray:
@@ -103,11 +149,13 @@ def in_shares(accuracies: np.ndarray) -> np.ndarray:
     return accuracies if accuracies.max() <= 1 + NEAR else accuracies / 100
 
 
-def _read(path: Path, with_accuracies: bool) -> tuple[dict[str, Architecture], np.ndarray]:
+def _read(path: Path, with_values: bool) -> tuple[dict[str, Architecture], np.ndarray, bool]:
+    """Architectures by name, their values [n] if asked for, and whether these stand by code."""
     archs: dict[str, Architecture] = {}
     names: dict[Architecture, str] = {}
     values = []
-    for position, (name, code, accuracies) in enumerate(_entries(path), 1):
+    entries, plain = _entries(path)
+    for position, (name, code, found) in enumerate(entries, 1):
         where = f"{path}: entry {position} ({name!r})"
         try:
             arch = Architecture.from_code(code)
@@ -118,37 +166,40 @@ def _read(path: Path, with_accuracies: bool) -> tuple[dict[str, Architecture], n
         if arch in names:
             raise UserError(f"{where}: the same architecture as {names[arch]!r}")
         archs[name], names[arch] = arch, name
-        if with_accuracies:
-            values.append(_accuracy(where, accuracies))
-    return archs, np.array(values)
+        if with_values:
+            values.append(_value(where, found))
+    return archs, np.array(values), plain
 
 
-def _accuracy(where: str, accuracies: Sequence[object]) -> float:
-    if len(accuracies) != 1:
+def _value(where: str, found: Sequence[object]) -> float:
+    if len(found) != 1:
         raise UserError(
-            f"{where}: one accuracy is needed, and {len(accuracies)} are there; "
+            f"{where}: one accuracy is needed, and {len(found)} are there; "
             'the form is {"acc": 0.7, "arch": "1252..."}'
         )
-    value = accuracies[0]
+    value = found[0]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Whole numbers may be too large for a float; comparing them is exact.
     if not is_number or not abs(value) <= MOST:
-        raise UserError(f'{where}: "acc" is {json.dumps(value):.30}, no number within +-{MOST:g}')
+        raise UserError(f"{where}: {json.dumps(value):.30} is no number within +-{MOST:g}")
     return float(value)
 
 
-def _entries(path: Path) -> list[tuple[str, object, Sequence[object]]]:
-    """Name, code and every accuracy of each architecture, as they stand in the file."""
-    text = _read_text(path)
+def _entries(path: Path) -> tuple[list[tuple[str, object, Sequence[object]]], bool]:
+    """Name, code and every value of each architecture, as they stand in the file.
+
+    And whether the file has these values by code, for names.
+    """
+    text, plain = _read_text(path), False
     if text.lstrip()[:1] in ("{", "["):
-        entries = _json_entries(path, text)
+        entries, plain = _json_entries(path, text)
     else:
         words = islice(re.finditer(r"[^\s,]+", text), MAX_ENTRIES + 1)
         entries = _named(word[0] for word in words)
         _check_number(path, len(entries))
     if not entries:
         raise UserError(f"{path} holds no architectures")
-    return entries
+    return entries, plain
 
 
 def _check_number(path: Path, entries: int) -> None:
@@ -173,7 +224,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is not a text file ({error.reason})") from error
 
 
-def _json_entries(path: Path, text: str) -> list[tuple]:
+def _json_entries(path: Path, text: str) -> tuple[list[tuple], bool]:
     # Counted before anything is built of them. An entry has two values at most.
     _check_number(path, max(text.count("{"), text.count("["), text.count(",") // 2) - 1)
     try:
@@ -182,7 +233,10 @@ def _json_entries(path: Path, text: str) -> list[tuple]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, _Pairs):
-        return _named(content)
+        return _named(content), False
+    if not any(isinstance(value, list) for _, value in content):
+        _check_number(path, len(content))
+        return [(code, code, [score]) for code, score in content], True
     entries = []
     for position, (name, value) in enumerate(content, 1):
         pairs = value if isinstance(value, _Pairs) else ()
@@ -193,7 +247,7 @@ def _json_entries(path: Path, text: str) -> list[tuple]:
                 '{"acc": 0.0, "arch": "1252..."}'
             )
         entries.append((name, codes[0], accuracies))
-    return entries
+    return entries, False
 
 
 class _Pairs(list):

@@ -320,6 +320,23 @@ def convolution_outputs(plan: ChannelPlan, image_size: int) -> int:
     )
 
 
+WEIGHTED_BASES = (64, 70.4, 108.8, 121.6)
+"""What the first place counts a channel of each stage by, in full widths."""
+
+CONVOLUTION_SIZES = np.ceil(np.outer(WEIGHTED_BASES, RATIOS) / 8).astype(np.int64) * 8
+"""Of a convolution by stage and width digit (from 0): rounded up to multiples of 8."""
+
+
+def weighted_channels(arch: Architecture) -> int:
+    """The first place's size of an architecture: channels of all convolutions, by stage.
+
+    The sum over the stem and both convolutions of every block; projections are not counted.
+    """
+    blocks = ((stage, digit) for stage, own in enumerate(arch.widths) for b in own for digit in b)
+    digits = [(0, arch.stem), *blocks]
+    return int(sum(CONVOLUTION_SIZES[stage, digit - 1] for stage, digit in digits))
+
+
 RESNET48 = SearchSpace()
 # A quarter of ResNet48's widths for CPUs, with a divisor of 1, since multiples of 8 would merge
 # the ratios. The first stage has 20 channels instead of 16: between 70 and 100 % of 16 lie only

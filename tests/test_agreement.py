@@ -29,7 +29,7 @@ from hnas.ranking.agreement import (
     read_estimates,
 )
 from hnas.ranking.correlations import kendall_tau_b
-from hnas.ranking.front import difference_errors, not_worse
+from hnas.ranking.front import as_good_as_best, difference_errors
 from hnas.search_space import RESNET48_MINI
 
 RESULTS = Path(__file__).parents[1] / "docs/results/ranking_bench.json"
@@ -207,10 +207,7 @@ def test_paired_errors_are_those_of_differences():
 
 
 def group(hits) -> np.ndarray:
-    """Which architectures are not worse than the best, by paired errors."""
-    accuracy, best = hits.mean(axis=1), int(np.argmax(hits.sum(axis=1)))
-    errors = difference_errors(by_fold(hits, 0), hits.shape[1], best)
-    return not_worse(accuracy, errors)
+    return as_good_as_best(hits.mean(axis=1), by_fold(hits, 0), hits.shape[1])
 
 
 def test_the_truly_best_is_kept_however_many_are_as_good():

@@ -53,18 +53,19 @@ def entries(codes):
 
 
 @pytest.mark.parametrize("codes", [CODES, CODES[::-1], [OTHER[1:], LARGEST, SMALL[1:]]])
-@pytest.mark.parametrize("form", ["organisers", "list", "commas", "lines", "mixed"])
+@pytest.mark.parametrize("form", ["organisers", "by code", "list", "commas", "lines", "mixed"])
 def test_formats_keep_order_and_codes(write, form, codes):
     content = {
         "organisers": entries(codes),
+        "by code": dict.fromkeys(codes, 0.5),
         "list": codes,
         "commas": ",".join(codes),
         "lines": "\n".join(codes) + "\n",
         "mixed": "\r\n\r\n " + ", ".join(codes) + ",\r\n",
     }[form]
     archs = read_architectures(write(content))
-    names = ["net0", "net1", "net2"] if form == "organisers" else ["arch1", "arch2", "arch3"]
-    assert list(archs) == names
+    names = {"organisers": ["net0", "net1", "net2"], "by code": codes}
+    assert list(archs) == names.get(form, ["arch1", "arch2", "arch3"])
     assert [arch.code for arch in archs.values()] == codes
     assert list(archs.values()) == [Architecture.from_code(code) for code in codes]
 
@@ -156,6 +157,10 @@ def test_an_entry_of_the_wrong_form(write, entry):
         ("{}", "holds no architectures"),
         ('"text"', "entry 1 ('arch1'): architecture code '\"text\"' holds more than digits"),
         (LARGEST + ";" + SMALL, "entry 1 ('arch1'): "),
+        ('{"arch1": 0.5}', "entry 1 ('arch1'): architecture code 'arch1' holds more than digits"),
+        (f'{{"{LARGEST}": 1, "{LARGEST}": 1}}', "the name stands twice"),
+        (f'{{"{LARGEST}": 1, "{LARGEST[1:]}": 1}}', "the same architecture as"),
+        (f'{{"{LARGEST}": 0.5, "a": {{"acc": 0, "arch": "{SMALL}"}}}}', "is not of the form"),
         (json.dumps(entries(CODES))[:-20], "is not valid JSON"),
         ('{"a":' * 100_000, "is not valid JSON"),
         ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
@@ -277,10 +282,13 @@ def test_an_accuracy_that_is_not_a_number(write, value):
     good = f'"good": {{"acc": 0.5, "arch": "{SMALL}"}}'
     path = write(f'{{{good}, "bad": {{"acc": {value}, "arch": "{LARGEST}"}}}}')
     message = refusal(path, read_accuracies)
-    assert message.startswith("FILE: entry 2 ('bad'): \"acc\" is ")
-    assert message.endswith("no number within +-1e+300") and len(message) < 100
+    assert message.startswith("FILE: entry 2 ('bad'): ")
+    assert message.endswith("is no number within +-1e+300") and len(message) < 100
     # Where accuracies are not asked for, they may be anything.
     assert len(read_architectures(path)) == 2
+    if value[0] not in "[{":
+        path = write(f'{{"{SMALL}": 0.5, "{LARGEST}": {value}}}')
+        assert "is no number within +-1e+300" in refusal(path, read_truth)
 
 
 SHARES, PERCENTS, WEAK = ([start + i * step for i in range(9)] for start, step in (

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hnas
+from hnas.architecture_file import PUBLISHED
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -127,6 +128,7 @@ def test_the_package_is_hnas_with_its_shell_scripts_and_one_version():
     assert all((path / "__init__.py").is_file() for path in packages(ROOT / "hnas"))
     scripts = {path.parent for path in (ROOT / "hnas").rglob("*.sh")}
     assert scripts == {ROOT / "hnas/tools"} and setuptools["package-data"]["hnas.tools"] == ["*.sh"]
+    assert PUBLISHED.parent == ROOT / "hnas" and setuptools["package-data"]["hnas"] == ["*.json"]
     assert setuptools["dynamic"]["version"] == {"attr": "hnas.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", hnas.__version__)
 

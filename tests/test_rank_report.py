@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,19 +11,22 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from independent import counts_of
+from independent import counts_of, first_place_size
 from scipy import stats
 from test_readme import table_after
 
+from hnas.architecture_file import read_truth
 from hnas.base.errors import UserError
 from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
+from hnas.programs.flags import Stage
+from hnas.programs.parsing import parse_options
 from hnas.ranking.agreement import Agreement
 from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b
 from hnas.ranking.costs import Network
-from hnas.ranking.figures import ORANGE, Panel, option_panels
-from hnas.ranking.findings import budgets
+from hnas.ranking.figures import Panel
 from hnas.search_space import RESNET48, RESNET48_MINI
+from hnas.tools import choose
 from hnas.tools.rank_report import main
 
 NUMBER, IMAGES = 60, 355
@@ -101,49 +105,87 @@ def told(table):
 
 def test_figures_are_those_of_scipy(report, files, tmp_path, archs, truth, predicted):
     found, _ = report(*files)
-    assert told("rank_report fields") == set(found) - {"pred", "gt", "report"}
+    assert told("rank_report fields") == set(found) - {"run", "pred", "gt", "seed", "report"}
     # Predictions have no bounds and no unit.
     own = write(tmp_path / "own.json", archs, 1000 * predicted - 900)
     percent = write(tmp_path / "percent.json", archs, truth * 100)
     again, _ = report("--pred", own, "--gt", percent)
-    for name in ("top_k", "kendall_tau_b", "spearman"):
+    for name in ("regret", "kendall_tau_b", "tau_of_counts"):
         assert found[name] == again[name]
     assert found["architectures"] == NUMBER
     assert found["only_in_pred"] == found["only_in_gt"] == 0 and found["notes"] == []
     tau = stats.kendalltau(predicted, truth).statistic
     assert found["kendall_tau_b"]["value"] == pytest.approx(tau)
-    assert found["spearman"]["value"] == pytest.approx(stats.spearmanr(predicted, truth)[0])
-    assert found["abs_pearson"]["value"] == pytest.approx(abs(stats.pearsonr(predicted, truth)[0]))
+    assert found["pearson"]["value"] == pytest.approx(stats.pearsonr(predicted, truth)[0])
     low, high = bootstrap_interval(kendall_tau_b, predicted, truth * 100, 0, 50)
     assert (found["kendall_tau_b"]["low"], found["kendall_tau_b"]["high"]) == (low, high)
-    errors = np.abs(stats.rankdata(predicted) - stats.rankdata(truth)).mean()
-    assert found["mean_absolute_rank_error"] == pytest.approx(100 * errors / NUMBER)
-    assert [row["k"] for row in found["top_k"]] == [1, 5, 10, 20]
-    for row in found["top_k"]:
-        k = row["k"]
-        chosen = np.argsort(-predicted, kind="stable")[:k]
-        best = set(np.argsort(-truth, kind="stable")[:k])
-        assert row["regret"] == pytest.approx(100 * (truth.max() - truth[chosen].max()), abs=1e-6)
-        assert row["precision"] == pytest.approx(len(best & set(chosen)) / k)
+    lost = 100 * (truth.max() - truth[predicted.argmax()])
+    assert found["regret"] == pytest.approx(lost, abs=1e-6)
 
 
-def test_upside_down_is_said_beside_pearson(report, files, tmp_path, archs, predicted):
+def test_upside_down_is_said(report, files, tmp_path, archs, predicted):
     pred = write(tmp_path / "pred.json", archs, 1 - predicted)
     found, _ = report("--pred", pred, *files[2:])
-    assert found["pearson"]["value"] == -found["abs_pearson"]["value"] < -0.5
+    assert found["pearson"]["value"] < -0.5
     text = text_of((tmp_path / "out/report.html").read_text())
     assert "It ranks upside down: what it prefers is worse" in text
-    shown = f"{found['abs_pearson']['value']:.3f}"
-    assert f"|Pearson|, without its sign{shown}" in text
-    assert f"Pearson\N{MINUS SIGN}{shown}" in text
+    assert f"Pearson\N{MINUS SIGN}{-found['pearson']['value']:.3f}" in text
 
 
-@pytest.mark.parametrize(("kind", "size"), [("macs", (32, 10)), ("params", (10,))])
-def test_counts_as_predictions(report, files, kind, size, archs, truth):
-    for space, sizes, flags in ((RESNET48, (), ()), (RESNET48_MINI, size, MINI)):
-        counts = [getattr(space, kind)(arch, *sizes) for arch in archs]
+@pytest.mark.parametrize("scale", [1e-12, 0.3, 1e9])
+def test_scores_by_code_are_of_any_scale_and_no_percents(report, files, tmp_path, scale):
+    """Proxies: as predictions and as truths, in the order of another file."""
+    expected, _ = report(*files)
+    for path in files[1], files[3]:
+        plain = {arch.code: (value - 66) * scale for arch, value in read_truth(path).items()}
+        path.write_text(json.dumps(plain))
+    found, _ = report(*files)
+    assert found["kendall_tau_b"] == expected["kendall_tau_b"]
+    assert found["regret"] == pytest.approx(expected["regret"] * scale)
+    text = text_of((tmp_path / "out/report.html").read_text())
+    assert "predicted score" in text and "accuracy" not in text and "score, %" not in text
+
+
+def test_imagenets_thirty_are_a_truth_by_name(report, tmp_path, monkeypatch, caplog):
+    found, _ = report("--pred", "size", "--gt", "imagenet30")
+    assert found["kendall_tau_b"]["value"] == pytest.approx(0.689, abs=5e-4)
+    taus = {"macs": 0.589, "params": 0.617, "depth": 0.636}  # as the page says
+    assert found["tau_of_counts"] == pytest.approx(taus, abs=5e-4)
+    assert "thirty networks, each trained once" in found["notes"][0] and len(found["notes"]) == 1
+    assert not caplog.text  # its network is known
+    with pytest.raises(UserError, match="imagenet30 is of other settings: backbone resnet48"):
+        report("--pred", "size", "--gt", "imagenet30", *MINI)
+    # Scores of another network, as estimates.json says, and a user's own file of that name.
+    archs = dict(zip("abc", read_truth("imagenet30"), strict=False))
+    counts, network = counts_of(np.eye(3, IMAGES)), Network("resnet48_mini", 32, 10)
+    content = estimates(archs, counts, None, IMAGES, network)
+    write_json(tmp_path / "estimates.json", content)
+    write_json(tmp_path / "imagenet30", content["architectures"])
+    monkeypatch.chdir(tmp_path)
+    found, _ = report("--pred", "./imagenet30", "--gt", "imagenet30")
+    assert "resnet48_mini, 32 px, 10 classes, not resnet48, 224 px" in found["notes"][-1]
+    assert report("--pred", "size", "--gt", "./imagenet30")[0]["architectures"] == 3
+
+
+@pytest.mark.parametrize("flags", [(), MINI])
+def test_what_needs_no_training(report, files, tmp_path, archs, truth, flags):
+    """As a prediction, and beside one."""
+    space, sizes = (RESNET48_MINI, (32, 10)) if flags else (RESNET48, (224, 1000))
+    counts = {
+        "macs": [space.macs(arch, *sizes) for arch in archs],
+        "params": [space.params(arch, sizes[1]) for arch in archs],
+        "size": [first_place_size(arch.code) for arch in archs],
+        "depth": [sum(arch.depths) for arch in archs],
+    }
+    taus = {kind: stats.kendalltau(own, truth).statistic for kind, own in counts.items()}
+    noise = write(tmp_path / "noise.json", archs, np.random.default_rng(0).random(NUMBER))
+    for pred, beats in ((noise, False), (files[3], True)):
+        found, page = report("--pred", pred, *files[2:], *flags)
+        assert found["tau_of_counts"] == pytest.approx(taus)
+        told = [line for line in page["interpretation"] if "It does not beat counting" in line]
+        assert bool(told) != beats and all(f"tau-b of {max(taus.values()):.3f}" in t for t in told)
+    for kind, tau in taus.items():
         found, _ = report("--pred", kind, *files[2:], *flags)
-        tau = stats.kendalltau(counts, truth).statistic
         assert found["pred"] == kind and found["kendall_tau_b"]["value"] == pytest.approx(tau)
 
 
@@ -163,11 +205,7 @@ def test_the_breakdown_names_the_choice_that_is_missing(report, files):
     _, found = report(*files)
     effects = {name: row["effect"] for name, row in found["attribution"]["choices"].items()}
     assert min(effects, key=effects.get) == "depth 3" and effects["depth 3"] < -20
-    shallow, *_, deep = found["by_option"]["depth 3"]
-    assert (shallow["option"], deep["option"]) == (2, 8)
-    assert shallow["mean"] > 10 and deep["mean"] < -10
-    assert sum(row["architectures"] for row in found["by_option"]["depth 3"]) == NUMBER
-    told = found["interpretation"][1]
+    told = found["interpretation"][-1]
     assert told.startswith("Its largest systematic error: the depth of stage 3 is underrated.")
     share = f"{100 * found['attribution']['explained']:.0f} % of the errors' variance"
     assert f"All choices together explain {share}" in told
@@ -176,15 +214,11 @@ def test_the_breakdown_names_the_choice_that_is_missing(report, files):
 
 def test_what_does_not_match_is_reported(report, tmp_path, archs, truth):
     pred = write(tmp_path / "pred.json", archs[:50], truth[:50], digits=51)
-    printed, found = report("--pred", pred, "--gt", write(tmp_path / "gt", archs[10:], truth[10:]))
+    printed, _ = report("--pred", pred, "--gt", write(tmp_path / "gt", archs[10:], truth[10:]))
     assert printed["architectures"] == 40
     assert (printed["only_in_pred"], printed["only_in_gt"]) == (10, 10)
     assert "10 only in --pred, 10 only in --gt" in printed["notes"][0]
     assert printed["kendall_tau_b"]["value"] == pytest.approx(1)
-    assert found["unmatched"] == {
-        "pred": {"count": 10, "codes": [arch.code[1:] for arch in archs[:5]]},
-        "gt": {"count": 10, "codes": [arch.code for arch in archs[50:55]]},
-    }
 
 
 @pytest.mark.parametrize("which", ["pred", "gt", "both"])
@@ -193,7 +227,7 @@ def test_constant_values_are_null_and_noted(report, tmp_path, archs, truth, whic
     pred = write(tmp_path / "pred.json", archs, truth if which == "gt" else constant)
     gt = write(tmp_path / "gt.json", archs, truth if which == "pred" else constant)
     found, _ = report("--pred", pred, "--gt", gt)
-    for name in ("kendall_tau_b", "spearman", "pearson", "abs_pearson"):
+    for name in ("kendall_tau_b", "pearson"):
         assert found[name] == {"value": None, "low": None, "high": None}
     assert any("are equal" in note for note in found["notes"])
     assert "are equal" in text_of((tmp_path / "out/report.html").read_text())
@@ -206,13 +240,6 @@ def test_no_resample_that_ranks_leaves_no_interval(report, tmp_path, archs):
     assert found["kendall_tau_b"] == {"value": pytest.approx(1), "low": None, "high": None}
     text = (tmp_path / "out/report.html").read_text()
     assert "to tell how far that can be trusted" in text
-
-
-def test_three_architectures_are_enough(report, tmp_path, archs, truth):
-    pred = write(tmp_path / "pred.json", archs[:3], truth[:3])
-    found, _ = report("--pred", pred, "--gt", pred)
-    assert found["architectures"] == 3 and "few" in found["notes"][-1]
-    assert [row["k"] for row in found["top_k"]] == [1]
 
 
 # --- scores alone
@@ -239,7 +266,9 @@ def stage3(tmp_path, archs, hits):
 
 def test_figures_are_those_of_numpy(report, stage3, archs, hits, tmp_path):
     printed, found = report("--pred", stage3 / "submission.json")
-    assert told("scores fields") == set(printed) - {"pred", "report"}
+    network = {"backbone": "resnet48_mini", "image_size": 32, "num_classes": 10}
+    assert told("scores fields") == set(printed) - {"run", "pred", "report", *network}
+    assert {name: printed[name] for name in network} == network
     accuracy = hits.sum(axis=1) / IMAGES * 100
     macs = np.array([RESNET48_MINI.macs(arch, 32, 10) for arch in archs])
     assert printed["architectures"] == NUMBER and printed["images"] == IMAGES
@@ -256,24 +285,44 @@ def test_figures_are_those_of_numpy(report, stage3, archs, hits, tmp_path):
     assert printed["tau_of_macs"] == pytest.approx(stats.kendalltau(macs, accuracy).statistic)
     best = np.sort(accuracy)[::-1]
     assert [row["accuracy"] for row in found["best"]] == best[:10].tolist()
-    for row in found["front"]:
+    for row in found["budgets"]:
         assert row["accuracy"] == accuracy[macs <= row["macs"]].max()
-    for budget in found["budgets"]:
-        assert budget["best"]["accuracy"] == accuracy[macs <= budget["macs"]].max()
-        assert budget["best"]["macs"] <= budget["macs"]
-    depths = np.array([arch.depths[2] for arch in archs])
-    means = [accuracy[depths == depth].mean() for depth in range(2, 9)]
-    assert [row["mean"] for row in found["by_option"]["depth 3"]] == pytest.approx(means)
+    # From the cheapest to the best, each once.
+    assert 2 < len(found["budgets"]) == len({row["name"] for row in found["budgets"]}) <= 8
+    ends = found["budgets"][0]["macs"], found["budgets"][-1]["accuracy"]
+    assert ends == (macs.min(), best[0])
     agreement = {"images": 5000, "tau": 0.875, "low": 0.8125, "high": 0.9375}
     assert printed["agreement"] == agreement
     text = (tmp_path / "out/report.html").read_text()
     assert "with that by all 5,000 at a tau-b of 0.875 (0.812 to 0.938)" in text
 
 
-def test_budgets_are_round_and_reach_the_dearest():
-    found = budgets(np.array([2_476_272, 8_190_208]))
-    assert found == pytest.approx([3.2e6, 4.0e6, 4.7e6, 5.4e6, 6.1e6, 6.8e6, 7.5e6, 8.2e6])
-    assert budgets(np.array([5_000_000])) == [5_000_000]
+def test_the_page_tells_chooses_group_and_what_is_next(report, stage3, tmp_path, capsys):
+    scores = stage3 / "submission.json"
+    printed, found = report("--pred", scores)
+    choose.main(["--submission", str(scores), "--top", "60"])
+    lines = capsys.readouterr().out.splitlines()
+    group = {line.split()[0] for line in lines[1:61] if line.endswith("=")}
+    assert 1 < printed["group"] == len(group) < NUMBER
+    for row in (*found["best"], *found["budgets"]):
+        assert row["group"] == (row["name"] in group)
+    page = elements((tmp_path / "out/report.html").read_text())
+    assert f"{len(group)} of them are not worse than the best by more" in "".join(page.itertext())
+    run = f"{tmp_path.name}/stage3"
+    assert page.find("head/title").text == page.find("body/h1").text == f"{run}: scores"
+    # What follows can be run as it is, but for two words in capitals.
+    chosen, *others = (shlex.split(line)[2:] for line in page.find(".//pre").text.splitlines())
+    assert chosen[0] == "hnas.tools.choose"
+    choose.main(chosen[1:])
+    for words, tool in zip(others, ("export", "train_standalone"), strict=True):
+        options = parse_options(Stage.EXPORT, words[1:])
+        assert words[0] == f"hnas.tools.{tool}" and Path(options.save_dir).parent == stage3
+        assert options.arch == found["best"][0]["arch"] and options.backbone == "resnet48_mini"
+    # Whatever is wider than a phone scrolls in a box of its own, which keys reach.
+    boxes = page.findall(".//div[@class='wide'][@tabindex='0']")
+    wide = [child.tag for box in boxes for child in box]
+    assert wide == [e.tag for e in page.iter() if e.tag in ("table", "pre")] and len(wide) == 4
+    assert ".wide { overflow-x: auto;" in page.find("head/style").text
 
 
 @pytest.mark.parametrize("more", [{"images": IMAGES}, {"tau": None, "low": None, "high": None}])
@@ -334,6 +383,10 @@ def test_few_or_equal_scores(report, archs, tmp_path, values):
         ("--pred macs", "--pred macs needs --gt"),
         ("--pred two.json", "has 2 architectures; a report needs at least 3"),
         ("--pred high.json", "accuracy 100.5"),
+        ("--pred plain.json", "plain.json has scores by code, for rank_report with --gt"),
+        ("--pred twice.json --gt gt.json", "twice.json: entry 2"),
+        ("--pred nan.json --gt gt.json", "NaN is no number within +-1e+300"),
+        ("--pred gt.json --gt nan.json", "NaN is no number within +-1e+300"),
         ("--pred mixed.json", "are some shares of 1 and some percent? Give all as shares"),
         ("--pred mixed.json --gt gt.json", "are some shares of 1 and some percent?"),
         ("--pred gt.json --gt mixed.json", "are some shares of 1 and some percent?"),
@@ -347,6 +400,9 @@ def test_what_is_refused(report, tmp_path, monkeypatch, archs, truth, arguments,
     write(tmp_path / "high.json", archs[:3], [5, 50, 100.5])
     write(tmp_path / "mixed.json", archs, np.where(np.arange(NUMBER) == 9, 97.0, truth))
     Path("codes.txt").write_text(archs[0].code)
+    Path("plain.json").write_text(json.dumps({arch.code: 0.5 for arch in archs}))
+    Path("nan.json").write_text(f'{{"{archs[0].code}": NaN}}')
+    Path("twice.json").write_text(f'{{"{archs[0].code}": 1, "{archs[0].code[1:]}": 2}}')
     with pytest.raises(UserError) as error:
         report(*arguments.split())
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -377,7 +433,7 @@ def test_the_page_needs_nothing_else_and_is_the_same_again(report, files, tmp_pa
     assert all(link.startswith("#") for link in links if link)
     assert "http" not in text and "<script" not in text
     assert all(word.startswith("#") for word in re.findall(r"url\((.*?)\)", text))
-    assert text.count("<svg") == 9 and "#2563a8" not in text.split("</style>", 1)[1]
+    assert text.count("<svg") == 1 and "#2563a8" not in text.split("</style>", 1)[1]
     assert f"{found['kendall_tau_b']['value']:.3f}" in text_of(text)
     assert "stage 4: output width" in text_of(text)
 
@@ -386,24 +442,9 @@ def test_a_figure_of_45_000_is_small_and_whole():
     cost, accuracy = np.random.default_rng(3).normal(size=(2, 45_000))
     panel = Panel("<cost>", "score, %")
     panel.points(cost, accuracy)
-    panel.front(np.sort(cost)[-3:], accuracy[:3], ORANGE)
+    panel.front(np.sort(cost)[-3:], accuracy[:3])
     drawing = panel.svg()
     assert len(drawing) < 200_000 and drawing.rstrip().endswith("</svg>")
-
-
-def test_figures_of_rounding_errors_and_single_architectures():
-    """Of a few architectures the labels once were 0.000000000000000000."""
-    rows = [
-        {"option": 2.0, "mean": 1e-17, "standard_error": None},
-        {"option": 3.0, "mean": -1e-17, "standard_error": 1e-18},
-    ]
-    (panel,) = option_panels({"depth 1": rows}, "rank error, %")
-    drawing = panel.svg()
-    labels = re.findall("<text.*?>(.*?)</text>", drawing)
-    assert {"stage 1: depth", "blocks", "rank error, %", "2", "3"} < set(labels)
-    assert len(set(labels)) == len(labels) and max(map(len, labels)) < 15
-    # A hollow dot has no error bar.
-    assert drawing.count("fill: var(--paper)") >= 1
 
 
 # --- in a browser

@@ -10,13 +10,8 @@ from independent import first_place_size
 
 from hnas.base.errors import UserError
 from hnas.programs.options import Options
-from hnas.search_space import SearchSpace
-from hnas.utils.SampleMethod import (
-    FirstPlaceSampler,
-    build_sampler,
-    largest_distinct,
-    weighted_channels,
-)
+from hnas.search_space import SearchSpace, weighted_channels
+from hnas.utils.SampleMethod import FirstPlaceSampler, build_sampler, largest_distinct
 
 SPACE = SearchSpace()
 NUMBER = 2000

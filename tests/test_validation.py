@@ -1,19 +1,23 @@
 """What is measured while a supernet trains, and warnings of scores that mean nothing."""
 
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import CLASSES, ROOT, noise_images, run
+from entry_scripts import CLASSES, ROOT, noise_images, run, text_of
 from independent import images_for
 from scipy import stats
 
 import train_supernet
 import train_supernet_pinas_stage2_simple as stage2
+from hnas.architecture_file import read_truth, submission
 from hnas.base.errors import UserError
+from hnas.base.files import write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.models.pinasv2 import build_network
@@ -26,6 +30,7 @@ from hnas.weights.loading import load_weights, read_weights, write_state
 
 DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"
 NUMBER = 8
+TWO = [RESNET48_MINI.smallest().code, RESNET48_MINI.largest().code]
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +98,126 @@ def test_processes_share_the_images_and_find_the_same(supernet, truth, monkeypat
         (lambda rows: [*rows[:3], (PROJECTED, 0.5)], "no projection"),
     ],
 )
-def test_wrong_files_are_refused(tmp_path, truth, change, message):
+def test_wrong_files_are_refused(supernet, tmp_path, truth, change, message):
     rows = change([(arch.code, acc) for arch, acc in truth.items()])
     path = write_truth(tmp_path / "gt.json", rows)
     with pytest.raises(UserError, match=message) as error:
-        read_ranked(str(path), RESNET48_MINI)
+        read_ranked(Options(rank_gt=str(path)), supernet)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_imagenets_thirty_come_with_their_noise(supernet, caplog):
+    found = read_ranked(Options(rank_gt="imagenet30", backbone="resnet48_mini"), supernet)
+    assert len(found) == 30 and min(found.values()) > 60
+    (told,) = warnings_of(caplog)
+    assert "each trained once" in told
+    assert "resnet48_mini, 224 px, 10 classes, not resnet48, 224 px, 1000 classes" in told
+
+
+def test_stage_three_scores_what_the_list_lacks(truth, tmp_path, monkeypatch, caplog):
+    """Beside it: submission.json is the list's, and the same with and without."""
+    images = noise_images(tmp_path / "images", number=3)
+    listed = {"rank_gt1": next(iter(truth)), "b": RESNET48_MINI.largest()}
+    write_json(tmp_path / "list.json", submission(listed, [0, 0]))
+    gt = write_truth(tmp_path / "gt.json", [(arch.code, acc) for arch, acc in truth.items()])
+    flags = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "bn_calibration_images": 4}
+    caplog.set_level("INFO")
+    for folder, lists in (("plain", {}), ("ranked", {"rank_gt": gt}), ("all", {})):
+        lists["modelarch_file"] = gt if folder == "all" else tmp_path / "list.json"
+        run(train_supernet, monkeypatch, images, tmp_path / folder, **flags, **lists)
+    plain, ranked = (tmp_path / name / "submission.json" for name in ("plain", "ranked"))
+    assert plain.read_bytes() == ranked.read_bytes()
+    found = json.loads((tmp_path / "ranked/rank_gt.json").read_text())
+    whole = json.loads((tmp_path / "all/submission.json").read_text())
+    assert found == {row["arch"]: row["acc"] for row in whole.values()}
+    tau = stats.kendalltau(list(found.values()), list(truth.values())).statistic
+    assert f"tau-b with --rank_gt {gt}: value {tau:.4f}, low" in caplog.text
+
+
+# --- own scores
+
+
+EXAMPLE = re.search("```python\n(.*?)```", text_of("docs/scoring.md").split("## Try a")[1], re.S)[1]
+OTHERS = """
+import paddle
+fails = lambda network, arch, *batch: 1 / 0 if sum(arch.depths) > 8 else 1.0
+nan = lambda network, arch, *batch: float("nan" if sum(arch.depths) > 8 else -2)
+text = lambda network, arch, *batch: "high" if sum(arch.depths) > 8 else paddle.to_tensor(3.0)
+top1 = lambda network, arch, x, y: (network(x).argmax(1) == y).astype("float32").mean()
+number = 3
+def spoils(network, arch, *batch):
+    assert not network.training and [list(b.shape) for b in batch] == [[7, 3, 32, 32], [7]]
+    for tensor in (*network.parameters(), *batch):
+        tensor.set_value(paddle.zeros_like(tensor))
+    return paddle.rand([1])
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Scores the smallest and the largest network by a function of a name."""
+    (tmp_path / "own.py").write_text(EXAMPLE + OTHERS)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "list.txt").write_text(" ".join(TWO))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    images = noise_images(tmp_path / "images")
+    common = {"backbone": "resnet48_mini", "ckpt_dir": DEMO, "bn_calibration_images": 4}
+    common |= {"modelarch_file": tmp_path / "list.txt", "batch_size": 7}
+
+    def score(name, script=train_supernet, **flags):
+        flags = {**common, "score_function": name, **flags}
+        run(script, monkeypatch, images, tmp_path / "out", **flags)
+        return json.loads((tmp_path / "out/scores.json").read_text())
+
+    return score
+
+
+def test_an_own_score_of_the_page(own, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        found = own("own.saliency", rank_gt="imagenet30")
+    assert list(found)[:2] == TWO and len(found) == 32 and min(found.values()) > 0
+    truth = read_truth("imagenet30")
+    tau = stats.kendalltau([found[arch.code] for arch in truth], list(truth.values())).statistic
+    assert f"tau-b with --rank_gt imagenet30: value {tau:.4f}, low" in caplog.text
+    # The same networks, images and labels as those whose hits stage 3 counts.
+    found = own("own.top1")
+    own("None", eval_images=7)
+    scored = json.loads((tmp_path / "out/submission.json").read_text()).values()
+    assert found == {row["arch"]: pytest.approx(row["acc"]) for row in scored}
+
+
+def test_an_own_score_leads_the_search(own, capsys):
+    flags = {"population": 4, "children": 2, "generations": 2, "tournament": 2, "max_macs": 6e6}
+    found = own("own.saliency", search, **flags)
+    best = max(found, key=found.get)
+    assert capsys.readouterr().out.splitlines()[0] == f"{best}  {found[best]:.6g}"
+    assert len(found) == 8 and own("own.saliency", search, **flags) == found
+    # Whatever a function does to what it is given, the next one gets it anew.
+    assert len(set(own("own.spoils").values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message", "kept"),
+    [
+        ("own.fails", {}, "LARGEST: ZeroDivisionError: division by zero (<lambda>, line ", 1),
+        ("own.nan", {}, "LARGEST: ValueError: nan is no number within +-1e+300", -2),
+        ("own.text", {}, "LARGEST: ValueError: could not convert string to float: 'high'", 3),
+        ("own.number", {}, "TypeError: 'int' object is not callable", None),
+        ("own.none", {}, "AttributeError: module 'own' has no attribute 'none'", None),
+        ("x.score", {}, "give module.function, of a module that is installed or lies", None),
+        ("broken.x", {}, "ZeroDivisionError: division by zero", None),
+        ("x", {}, "ValueError: Empty module name", None),
+        ("own.fails", {"target_tau": 0.9}, "leave out --amp, --target_tau and", None),
+    ],
+)
+def test_an_own_score_that_fails_is_one_line(own, tmp_path, name, flags, message, kept):
+    with pytest.raises(UserError) as error:
+        own(name, **flags)
+    assert str(error.value).startswith(f"--score_function {name}") and "\n" not in str(error.value)
+    assert message.replace("LARGEST", f"architecture {TWO[1]}") in str(error.value)
+    if kept is not None:
+        assert json.loads((tmp_path / "out/scores.json").read_text()) == {TWO[0]: kept}
 
 
 PROJECTED = "122221" + "1111000000" + "1113000000" + "1111" + "0" * 12 + "1111000000"

@@ -67,6 +67,11 @@ class Counts:
         self.folds += np.roll(more.folds, self.images % FOLDS, axis=1)
         self.images += more.images
 
+    def first(self, number: int) -> Counts:
+        """Those of the first architectures alone."""
+        columns = (column[:number] for column in self.columns())
+        return Counts(*columns, self.images, self.folds[:number])
+
     def columns(self) -> tuple[np.ndarray, ...]:
         """``top1``, ``top5``, ``near1`` and ``near5``."""
         return self.top1, self.top5, self.near1, self.near5

@@ -165,12 +165,16 @@ class Options:
     eval_freq: int = distill(1,
         "epochs between evaluations of the largest and smallest, and of rank_gt's; 0: never",
         "epochs", high=MOST_EPOCHS)
-    rank_gt: str = distill("",
-        "architectures with stand-alone accuracies, to score whenever eval_freq says: for the log "
-        "and history.json only", "file")
 
     eval_engine: str = scoring("shared", "shared, or reference: one by one", "name",
         choices=("shared", "reference"))
+    rank_gt: str = scoring("",
+        "stand-alone accuracies to compare with, whenever eval_freq says (stage 2) or at the end, "
+        "besides the list (3): a file, or imagenet30, thirty published ones (a file of that name "
+        "is ./imagenet30)", "file", stages=DISTILL | SCORE)
+    score_function: str = scoring("",
+        "module.function, an own score in place of accuracy, of one architecture at a time on the "
+        "first batch_size images; none: accuracy", "name", stages=SCORE | SEARCH)
     eval_sample_num: int = scoring(0,
         "score the first N architectures of the file, or draw N without one; 0: the whole file",
         "architectures", high=MANY)

@@ -50,12 +50,6 @@ def kendall_tau_b(x: ArrayLike, y: ArrayLike) -> float:
     return float(kendalltau(x, y).statistic)
 
 
-def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Spearman's rho of two lists [n]: Pearson's correlation of the mean ranks."""
-    x, y = _pair(x, y)
-    return pearson(mean_ranks(x), mean_ranks(y))
-
-
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson's linear correlation of two lists [n], with its sign."""
     x, y = _pair(x, y)
@@ -67,17 +61,7 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def abs_pearson(x: ArrayLike, y: ArrayLike) -> float:
-    """|Pearson|, the score of the competition's first leaderboard."""
-    return abs(pearson(x, y))
-
-
-CORRELATIONS: dict[str, Statistic] = {
-    "kendall_tau_b": kendall_tau_b,
-    "spearman": spearman,
-    "pearson": pearson,
-    "abs_pearson": abs_pearson,
-}
+CORRELATIONS: dict[str, Statistic] = {"kendall_tau_b": kendall_tau_b, "pearson": pearson}
 
 
 def _pair(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -117,46 +101,10 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def top_k(pred: ArrayLike, gt: ArrayLike, k: int) -> dict[str, float]:
-    """What it costs to choose the k architectures of the largest prediction.
-
-    Where equal predictions compete for the last places, each choice among them is equally likely
-    and the expectations are given, so that a constant prediction scores as a blind choice does.
-    All architectures that are as good as the truly k-th best count as among the best.
-
-    Args:
-        pred, gt: predicted and true accuracies [n].
-        k: 1 to n.
-
-    Returns:
-        ``k``; ``regret``: the best true accuracy less the best one among the chosen;
-        ``precision``: the share of the chosen that are truly among the best k.
-    """
+def regret(pred: ArrayLike, gt: ArrayLike) -> float:
+    """The best true score less that of the predicted best [n], of equal ones the worst."""
     pred, gt = map(with_ties, _pair(pred, gt))
-    threshold = np.sort(pred)[-k]
-    sure, tied = pred > threshold, pred == threshold
-    places = k - int(sure.sum())
-    chance = sure + tied * (places / tied.sum())
-    among_best = gt >= np.sort(gt)[-k]
-    best_sure = gt[sure].max(initial=-math.inf)
-    best_drawn, probability = _best_of_draw(gt[tied], places)
-    found = float(np.maximum(best_sure, best_drawn) @ probability)
-    # The sum of the probabilities may be a hair off one.
-    regret = max(0.0, float(gt.max()) - found)
-    return {"k": k, "regret": regret, "precision": min(1.0, float(chance @ among_best) / k)}
-
-
-def _best_of_draw(values: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best of ``places`` out of ``values``, drawn blindly: what it may be, how likely.
-
-    With values in descending order, the i-th (from 0) of t is the best with probability
-    C(t - 1 - i, places - 1) / C(t, places).
-    """
-    count = len(values)
-    probability = [places / count]
-    for index in range(count - places):
-        probability.append(probability[-1] * (count - index - places) / (count - 1 - index))
-    return np.sort(values)[::-1][: len(probability)], np.array(probability)
+    return float(gt.max() - gt[pred == pred.max()].min())
 
 
 def mean_ranks(values: ArrayLike) -> np.ndarray:

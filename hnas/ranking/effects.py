@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.special import stdtr
 
-from hnas.ranking.correlations import none_if_nan, pearson
+from hnas.ranking.correlations import none_if_nan
 from hnas.search_space import RATIOS, Architecture
 
 STAGES = range(4)
-DISCRETE = tuple(f"{kind} {stage + 1}" for kind in ("depth", "output width") for stage in STAGES)
-"""Choices of few options, each of which many architectures share."""
 LEVEL = 0.05
 """Of the test of an effect, for all choices together."""
 
@@ -38,27 +36,6 @@ def choices(archs: Sequence[Architecture]) -> dict[str, np.ndarray]:
     }
 
 
-def by_option(chosen: np.ndarray, values: np.ndarray) -> list[dict]:
-    """Mean of the ``values`` [n] of architectures that have chosen the same, smallest option first.
-
-    The standard error of a single architecture is None.
-    """
-    rows = []
-    for option in np.unique(chosen):
-        part = values[chosen == option]
-        deviation = part.std(ddof=1) / math.sqrt(len(part)) if len(part) > 1 else math.nan
-        rows.append(
-            {
-                "option": float(option),
-                "architectures": len(part),
-                "mean": float(part.mean()),
-                "standard_error": none_if_nan(deviation),
-                "mean_absolute": float(np.abs(part).mean()),
-            }
-        )
-    return rows
-
-
 def attribute(chosen: Mapping[str, np.ndarray], values: np.ndarray) -> dict:
     """Least squares of ``values`` [n] on the choices (name -> [n]) that vary.
 
@@ -69,7 +46,6 @@ def attribute(chosen: Mapping[str, np.ndarray], values: np.ndarray) -> dict:
         ``explained``: share of the values' variance that the choices explain together, corrected
         for their number (adjusted R^2; not below 0); and by name of the ``choices``
 
-        - ``correlation``: Pearson's, of the value with this choice alone,
         - ``effect``: change of the value from the smallest to the largest of the choice, the
           others being equal, and its ``standard_error``,
         - ``p_value``: of an effect of 0, by Student's t, with Holm's correction (Scandinavian
@@ -96,17 +72,16 @@ def attribute(chosen: Mapping[str, np.ndarray], values: np.ndarray) -> dict:
             explained = max(0.0, 1 - residual / freedom / (total / (len(values) - 1)))
     with np.errstate(invalid="ignore", divide="ignore"):
         p_values = holm(2 * stdtr(max(freedom, 1), -np.abs(effects / deviations)))
-    rows = zip(varying.items(), effects.tolist(), deviations, p_values, strict=True)
+    rows = zip(varying, effects.tolist(), deviations, p_values, strict=True)
     return {
         "explained": none_if_nan(explained),
         "choices": {
             name: {
-                "correlation": none_if_nan(pearson(options, values)),
                 "effect": effect,
                 "standard_error": none_if_nan(deviation),
                 "p_value": none_if_nan(p_value),
             }
-            for (name, options), effect, deviation, p_value in rows
+            for name, effect, deviation, p_value in rows
         },
     }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -18,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 MINUS = "\N{MINUS SIGN}"
-SMALL = (200, 165)
-"""Size in px, at which text is 11 px high, of a panel of which a figure has many."""
-MEDIUM = (300, 250)
+SIZE = (300, 250)
+"""Of a panel in px, at which text is 11 px high."""
 MANY, DENSE = 300, 3000
 """More points than these are drawn fainter, and as an image."""
 INK, MUTED, LINE, PAPER = "#1d2330", "#555d6b", "#dde1e7", "#ffffff"
@@ -41,10 +39,6 @@ STYLE = {
     "svg.hashsalt": "PiNAS",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": MUTED,
     "axes.spines.top": False,
@@ -63,37 +57,30 @@ STYLE = {
 
 
 class Panel:
-    """One pair of axes with titles ``x`` and ``y``, and what is drawn in it; ``size`` in px."""
+    """One pair of axes with titles ``x`` and ``y``, and what is drawn in it."""
 
-    def __init__(self, x: str, y: str, title: str = "", size: tuple[int, int] = MEDIUM):
+    def __init__(self, x: str, y: str):
         with rc_context(STYLE):
-            self.figure = Figure(figsize=[side / 72 for side in size], layout="constrained")
+            self.figure = Figure(figsize=[side / 72 for side in SIZE], layout="constrained")
             self.axes: Axes = self.figure.add_subplot()
-            self.axes.set(xlabel=x, ylabel=y, title=title)
+            self.axes.set(xlabel=x, ylabel=y)
             for axis in (self.axes.xaxis, self.axes.yaxis):
                 axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
                 axis.set_major_formatter(lambda value, _: f"{value:,.6g}".replace("-", MINUS))
-        self.label = title or f"{y} against {x}"
+        self.label = f"{y} against {x}"
 
-    def points(self, x: np.ndarray, y: np.ndarray, colour: str = BLUE, size: float = 5) -> None:
+    def points(self, x: np.ndarray, y: np.ndarray) -> None:
         """Dots at x, y [n] of so many px."""
-        many = len(x) > MANY
-        self.axes.plot(
-            x,
-            y,
-            "o",
-            color=colour,
-            markersize=3 if many else size,
-            markeredgewidth=0,
-            alpha=0.2 if len(x) > DENSE else 0.45 if many else 0.65,
-            rasterized=len(x) > DENSE,
-        )
+        many, dense = len(x) > MANY, len(x) > DENSE
+        alpha = 0.2 if dense else 0.45 if many else 0.65
+        dots = {"color": BLUE, "markersize": 3 if many else 5, "markeredgewidth": 0}
+        self.axes.plot(x, y, "o", **dots, alpha=alpha, rasterized=dense)
 
-    def front(self, x: np.ndarray, y: np.ndarray, colour: str) -> None:
+    def front(self, x: np.ndarray, y: np.ndarray) -> None:
         """Points [n] by rising x, and a line that stays at each until the next, then to the end."""
         end = max(float(line.get_xdata().max()) for line in self.axes.lines)
-        self.axes.step([*x, end], [*y, y[-1]], where="post", color=colour)
-        self.axes.plot(x, y, "o", color=colour, markersize=7, markeredgewidth=0)
+        self.axes.step([*x, end], [*y, y[-1]], where="post", color=ORANGE)
+        self.axes.plot(x, y, "o", color=ORANGE, markersize=7, markeredgewidth=0)
 
     def svg(self) -> str:
         """The drawing, in the colours of the page around it."""
@@ -109,32 +96,3 @@ class Panel:
         size = re.search('viewBox="[^"]*"', head)[0]
         label = f'class="plot" role="img" aria-label="{escape(self.label)}"'
         return f"<svg {label} {size}>{body}"
-
-
-def option_panels(rows: Mapping[str, Sequence[Mapping]], label: str) -> list[Panel]:
-    """The mean of something for every option of each choice, ``rows`` as of ``by_option``.
-
-    Bars are twice the standard error. An option that a single architecture has is a hollow dot:
-    nothing is known of its error.
-    """
-    panels = []
-    for name, options in rows.items():
-        kind, stage = name.rsplit(" ", 1)
-        x = "blocks" if kind == "depth" else "% of full width"
-        panel = Panel(x, label, f"stage {stage}: {kind}", SMALL)
-        # Errors of rounding are none of the values'.
-        mean = np.round([row["mean"] for row in options], 9)
-        bars = np.array([2 * (row["standard_error"] or 0) for row in options])
-        single = np.array([row["standard_error"] is None for row in options])
-        places = np.array([row["option"] for row in options])
-        panel.axes.errorbar(places, mean, bars, color=BLUE, capsize=3, marker="o", markersize=5)
-        panel.axes.plot(places[single], mean[single], "o", color=BLUE, markerfacecolor=PAPER)
-        panel.axes.set_xticks(places)
-        panel.axes.yaxis.get_major_locator().set_params(nbins=4)
-        panels.append(panel)
-    limits = np.array([panel.axes.get_ylim() for panel in panels])
-    for panel in panels:
-        panel.axes.set_ylim(limits.min(), limits.max())
-        if limits.min() < 0 < limits.max():
-            panel.axes.axhline(0, color=INK, linestyle="--", linewidth=1)
-    return panels

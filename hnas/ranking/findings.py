@@ -6,7 +6,6 @@ less true rank in percent of the number of architectures, positive where it is r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -20,21 +19,24 @@ from hnas.ranking.correlations import (
     kendall_tau_b,
     none_if_nan,
     rank_errors,
-    top_k,
+    regret,
     with_ties,
 )
-from hnas.ranking.effects import DISCRETE, attribute, by_option, choices, largest_effect
-from hnas.ranking.front import pareto_front
+from hnas.ranking.effects import attribute, choices, largest_effect
+from hnas.ranking.front import CONFIDENCE, as_good_as_best, pareto_front
 from hnas.search_space import Architecture
 
 FEWEST = 3
 """Architectures that a report takes."""
-TOP_K = (1, 5, 10, 20, 50, 100, 200, 500, 1000)
-LISTED, LISTED_CODES = 10, 5
+LISTED = 10
 MANY_EQUAL = 0.25
 """Share of accuracies with one value from which on they may not have been measured."""
 BUDGETS = 8
-"""How many budgets are told the best architecture of."""
+"""How many networks are told that are the best of all that cost no more."""
+COUNTED = {
+    "macs": "MACs", "params": "parameters", "size": "weighted channels", "depth": "blocks"
+}  # fmt: skip
+"""What is counted from a code, by its name as a prediction."""
 
 
 # --- of predictions and a truth
@@ -61,13 +63,15 @@ def match(
 def analyse_ranking(
     pred: Mapping[Architecture, float],
     gt: Mapping[Architecture, float],
+    counts: Mapping[str, np.ndarray],
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict:
     """All figures of a report, as plain values; None where something is not defined.
 
     Args:
-        pred, gt: predictions in any unit, and true accuracies in percent.
+        pred, gt: predictions and truth, of any scale.
+        counts: by their names in ``COUNTED``, of the architectures of ``gt`` in its order.
         seed, resamples: of the bootstrap.
 
     Raises:
@@ -75,28 +79,21 @@ def analyse_ranking(
     """
     archs, predicted, true = match(pred, gt)
     errors = 100 * rank_errors(predicted, true) / len(true)
-    chosen = choices(archs)
-    best = [top_k(predicted, true, k) for k in TOP_K if k == 1 or k <= len(true) // 2]
-    lonely = {
-        "pred": [arch.code for arch in pred if arch not in gt],
-        "gt": [arch.code for arch in gt if arch not in pred],
-    }
+    rows = [row for row, arch in enumerate(gt) if arch in pred]
+    taus = {name: kendall_tau_b(values[rows], true) for name, values in counts.items()}
+    lonely = {"pred": len(pred) - len(true), "gt": len(gt) - len(true)}
     report = {
         "architectures": len(true),
         "resamples": resamples,
         "seed": seed,
         "correlations": correlations(predicted, true, seed, resamples),
-        "top_k": [{**row, "regret": round(row["regret"], 6)} for row in best],
-        "mean_absolute_rank_error": float(np.abs(errors).mean()),
-        "by_option": {name: by_option(chosen[name], errors) for name in DISCRETE},
-        "attribution": attribute(chosen, errors),
-        "unmatched": {
-            source: {"count": len(codes), "codes": codes[:LISTED_CODES]}
-            for source, codes in lonely.items()
-        },
+        "tau_of_counts": {name: none_if_nan(tau) for name, tau in taus.items()},
+        "regret": regret(predicted, true),
+        "attribution": attribute(choices(archs), errors),
+        **{f"only_in_{source}": number for source, number in lonely.items()},
     }
     notes = notes_on_ranking(predicted, true)
-    missing = [f"{len(codes):,} only in --{source}" for source, codes in lonely.items() if codes]
+    missing = [f"{number:,} only in --{source}" for source, number in lonely.items() if number]
     if missing:
         notes.append(f"Architectures without a partner are left out: {', '.join(missing)}.")
     return {**report, "interpretation": interpret_ranking(report), "notes": notes}
@@ -105,7 +102,7 @@ def analyse_ranking(
 def notes_on_ranking(pred: np.ndarray, gt: np.ndarray) -> list[str]:
     """What a reader must know before trusting the figures of predictions and accuracies [n]."""
     found = []
-    for source, values in (("predictions", pred), ("true accuracies", gt)):
+    for source, values in (("predictions", pred), ("true scores", gt)):
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) == 1:
             found.append(
@@ -138,14 +135,20 @@ def interpret_ranking(report: Mapping) -> list[str]:
         meaning = "It ranks upside down: what it prefers is worse, whatever |Pearson| is."
     else:
         meaning = (
-            f"Of two architectures whose accuracies differ, it puts about "
+            f"Of two architectures whose true scores differ, it puts about "
             f"{50 * (1 + tau['value']):.0f} in 100 pairs in the right order."
         )
     lines = [
         f"Kendall's tau-b is {tau['value']:.3f} ({tau['low']:.3f} to {tau['high']:.3f}). {meaning} "
-        f"Taking the predicted best one costs {report['top_k'][0]['regret']:.2f} percentage points "
-        "of true accuracy."
+        f"Taking the predicted best one costs {report['regret']:.4g} points of the true score."
     ]
+    tau_of = {name: tau for name, tau in report["tau_of_counts"].items() if tau is not None}
+    most = max(tau_of, key=tau_of.get, default="")
+    if most and tau_of[most] >= tau["value"]:
+        lines.append(
+            f"It does not beat counting {COUNTED[most]}, which needs no training and has a tau-b "
+            f"of {tau_of[most]:.3f}."
+        )
     found = largest_effect(attribution)
     if found is not None:
         what, change, explained = found
@@ -165,17 +168,6 @@ def interpret_ranking(report: Mapping) -> list[str]:
 # --- of scores alone
 
 
-def budgets(macs: np.ndarray, number: int = BUDGETS) -> list[float]:
-    """Round numbers of MACs from just above the cheapest architecture to the dearest.
-
-    All have two significant digits of the largest one's size.
-    """
-    low, high = float(macs.min()), float(macs.max())
-    digit = 10.0 ** (math.floor(math.log10(high)) - 1)
-    ends = np.linspace(low, high, number + 1)[1:]
-    return sorted({math.ceil(end / digit - 1e-9) * digit for end in ends})
-
-
 def analyse_scores(
     archs: Mapping[str, Architecture],
     accuracy: np.ndarray,
@@ -190,9 +182,10 @@ def analyse_scores(
         known, rows: what ``estimates.json`` says, and where they are in it.
     """
     names, macs = list(archs), costs["macs"]
-    images = error = agreement = None
+    images = error = agreement = group = None
     if known is not None:
         images, error = known.images, 100 * known.error[rows]
+        group = as_good_as_best(with_ties(known.accuracy[rows]), known.folds[rows], images)
         # All images agree with themselves.
         if known.agreement is not None and known.images < known.of_images:
             agreement = {"images": known.of_images, **asdict(known.agreement)}
@@ -203,11 +196,13 @@ def analyse_scores(
             "arch": archs[names[index]].code,
             "accuracy": float(accuracy[index]),
             "standard_error": None if error is None else float(error[index]),
+            "group": None if group is None else bool(group[index]),
             "macs": int(macs[index]),
             "params": int(costs["params"][index]),
         }
 
-    chosen, front = choices(list(archs.values())), pareto_front(accuracy, macs)
+    front = pareto_front(accuracy, macs)
+    few = np.linspace(0, len(front) - 1, min(BUDGETS, len(front))).astype(int)
     report = {
         "architectures": len(accuracy),
         "images": images,
@@ -220,14 +215,10 @@ def analyse_scores(
         "standard_error": None if error is None else float(np.median(error)),
         "agreement": agreement,
         "tau_of_macs": none_if_nan(kendall_tau_b(macs, accuracy)),
-        "front": [row(index) for index in front],
-        "budgets": [
-            {"macs": most, "best": row(front[np.searchsorted(macs[front], most, side="right") - 1])}
-            for most in budgets(macs)
-        ],
+        "group": None if group is None else int(group.sum()),
+        "budgets": [row(index) for index in front[few]],
         "best": [row(index) for index in np.argsort(-accuracy, kind="stable")[:LISTED]],
-        "by_option": {name: by_option(chosen[name], accuracy) for name in DISCRETE},
-        "attribution": attribute(chosen, accuracy),
+        "attribution": attribute(choices(list(archs.values())), accuracy),
     }
     notes = notes_on_scores(accuracy)
     return {**report, "interpretation": interpret_scores(report), "notes": notes}
@@ -241,6 +232,11 @@ def interpret_scores(report: Mapping) -> list[str]:
         f"{scores['highest']:.2f} %, with a median of {scores['median']:.2f} % and a standard "
         f"deviation of {scores['standard_deviation']:.2f} percentage points."
     ]
+    if report["group"] is not None:
+        lines.append(
+            f"{report['group']:,} of them are not worse than the best by more than their noise: "
+            f"with about {100 * CONFIDENCE:.0f} % the truly best is among them."
+        )
     if report["standard_error"] is not None:
         lines.append(
             f"On {report['images']:,} images an accuracy has a standard error of about "

@@ -77,6 +77,15 @@ def not_worse(accuracy: np.ndarray, difference_error: np.ndarray) -> np.ndarray:
     return (below <= 0) | (below <= student_value(len(accuracy)) * difference_error)
 
 
+def as_good_as_best(accuracy: np.ndarray, folds: np.ndarray, images: int) -> np.ndarray:
+    """Which networks [n] are :func:`not_worse`, by the hits that errors come from; bool [n]."""
+    group = np.full(len(accuracy), True)
+    # Where several are the best, worse than none of them: the file's order is of no matter.
+    for best in np.flatnonzero(accuracy == accuracy.max()):
+        group &= not_worse(accuracy, difference_errors(folds, images, best))
+    return group
+
+
 def student_value(networks: int) -> float:
     """The d of :func:`not_worse`: what Student's t exceeds as rarely as a normal variable the
     :func:`critical_value`, since errors are known from ``FOLDS`` folds."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from hnas.ranking.figures import COLOURS, MINUS, Panel
+from hnas.ranking.findings import COUNTED
 
 STYLE = f"""{COLOURS}
 html {{ color-scheme: light dark; }}
@@ -26,68 +27,60 @@ th:first-child, td:first-child {{ text-align: left; padding-left: 0; white-space
 td {{ white-space: nowrap; }}
 .codes th:last-child, .codes td:last-child {{ text-align: left; }}
 .codes td:last-child {{ font-family: ui-monospace, monospace; font-size: .82rem; }}
-.row {{ display: grid; gap: 0 2rem;
-       grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }}
-.many {{ display: grid; gap: .5rem; grid-template-columns: repeat(2, 1fr); }}
-@media (min-width: 45rem) {{ .many {{ grid-template-columns: repeat(4, 1fr); }} }}
-.row > *, .many > * {{ min-width: 0; }}
-.wide {{ overflow-x: auto; }}
+.wide {{ overflow-x: auto; max-width: 100%; scrollbar-width: thin; }}
+.wide:focus-visible {{ outline: 2px solid var(--blue); }}
+pre {{ margin: .6rem 0; font-size: .82rem; }}
 figure {{ margin: .5rem 0; }}
 .plot {{ display: block; width: 100%; max-width: 27rem; height: auto; }}"""
 
 
-NAMES = {"kendall_tau_b": "Kendall's tau-b", "spearman": "Spearman"}
-NAMES |= {"pearson": "Pearson", "abs_pearson": "|Pearson|, without its sign"}
-FRONT = "Orange: the Pareto front, the best score up to each cost; darker: more architectures."
-BARS = "bars are two standard errors, a hollow dot is a single architecture."
+NAMES = {"kendall_tau_b": "Kendall's tau-b", "pearson": "Pearson"}
 
 
-def ranking_page(report: Mapping, scatter: Panel, breakdown: Sequence[Panel]) -> str:
+def ranking_page(report: Mapping, scatter: Panel) -> str:
     """How well predictions rank, as HTML; ``report`` as in ``report.json``."""
     return _document(
-        f"Ranking report: {report['pred']}",
-        f"against {report['gt']}, {report['architectures']:,} architectures",
+        f"{report['run']}: ranking against {report['gt']}",
+        f"{report['pred']}, {report['architectures']:,} architectures",
         report,
         [
             "<h2>Agreement with the truth</h2>",
-            f'<div class="row"><div>{_correlations(report)}</div><div>{_top_k(report)}</div></div>',
-            _figure([scatter], "Predicted against true accuracy; darker: more architectures."),
+            _correlations(report),
+            _figure(scatter, "Predicted against true score; darker: more architectures."),
             "<h2>Which depth or width the errors come from</h2>",
             _note(
                 "The rank error of an architecture is its predicted less its true rank, in percent "
-                "of the number of architectures: positive where it is ranked too high. A "
-                "prediction that follows a choice too little shows a falling line, one that "
-                "follows it too much a rising one."
+                "of the number of architectures: positive where it is ranked too high. A positive "
+                "effect: a larger choice is overrated."
             ),
-            _figure(breakdown, f"Mean rank error by option, in percent; {BARS}"),
             _effects(report["attribution"], "rank error", 1),
-            _note("Positive: overrated."),
         ],
     )
 
 
-def scores_page(report: Mapping, fronts: Sequence[Panel], influence: Sequence[Panel]) -> str:
+def scores_page(report: Mapping, front: Panel) -> str:
     """What scores say without a truth, as HTML; ``report`` as in ``report.json``."""
-    columns = ("name", "score, %", "MACs, million", "parameters, million", "code")
-    best = [_scored(row) for row in report["best"]]
-    within = [(_number(row["macs"] / 1e6, 2), *_scored(row["best"])) for row in report["budgets"]]
+    columns = ("name", "score, %", "as good", "MACs, million", "parameters, million", "code")
     return _document(
-        f"Scores: {report['pred']}",
-        f"{report['architectures']:,} architectures; MACs and parameters of {report['backbone']} "
+        f"{report['run']}: scores",
+        f"{report['pred']}; MACs and parameters of {report['backbone']} "
         f"at {report['image_size']} px with {report['num_classes']:,} classes. How well the scores "
         "rank needs a ground truth (--gt).",
         report,
         [
             "<h2>Scores and cost</h2>",
-            f'<div class="row">{"".join(_figure([panel], FRONT) for panel in fronts)}</div>',
+            _figure(front, "Orange: the Pareto front, the best up to each cost; darker: more."),
             "<h2>The best within a budget</h2>",
-            _table(("MACs up to, million", *columns), within),
+            _table(columns, map(_scored, report["budgets"])),
+            _note("Each is the best of all that have no more MACs. =: as good as the best of all."),
             "<h2>What depths and widths do</h2>",
-            _figure(influence, f"Mean score by option, in percent; {BARS}"),
             _effects(report["attribution"], "score", 2),
             "<h2>The best scores</h2>",
-            _table(columns, best),
+            _table(columns, map(_scored, report["best"])),
             _note("The best of many is always partly lucky: look at the standard errors."),
+            "<h2>Next</h2>",
+            _note("Choose, export, train alone; SUPERNET and IMAGES stand for files of yours."),
+            _wide(f"<pre>{escape(chr(10).join(report['next']))}</pre>"),
         ],
     )
 
@@ -96,7 +89,7 @@ def _scored(row: Mapping) -> tuple[str, ...]:
     """An architecture's cells in a table."""
     score = _with_error(_number(row["accuracy"], 2), row["standard_error"], 2)
     costs = (_number(row[kind] / 1e6, 2) for kind in ("macs", "params"))
-    return row["name"], score, *costs, row["arch"]
+    return row["name"], score, "=" if row["group"] else "", *costs, row["arch"]
 
 
 def _document(title: str, about: str, report: Mapping, parts: Iterable[str]) -> str:
@@ -134,27 +127,18 @@ def _effects(attribution: Mapping, what: str, digits: int) -> str:
     for name, row in attribution["choices"].items():
         kind, stage = name.rsplit(" ", 1)
         effect = _with_error(_number(row["effect"], digits, "+"), row["standard_error"], digits)
-        p_value = row["p_value"]
-        clear = p_value is not None and p_value < 0.001
-        rows.append(
-            (
-                f"stage {stage}: {kind}",
-                _number(row["correlation"], 2, "+"),
-                effect,
-                "< 0.001" if clear else _number(p_value),
-            )
-        )
+        clear = row["p_value"] is not None and row["p_value"] < 0.001
+        p_value = "< 0.001" if clear else _number(row["p_value"])
+        rows.append((f"stage {stage}: {kind}", effect, p_value))
     share = attribution["explained"]
-    together = (
-        "There are too few architectures to say which share of the variance that is."
-        if share is None
-        else f"Together the choices explain {100 * share:.0f} % of the variance (adjusted R²)."
+    told = (
+        "too few architectures to tell" if share is None else f"{100 * share:.0f} % (adjusted R²)"
     )
-    return _table(("choice", "correlation", "effect", "p"), rows) + _note(
-        f"Correlation of the {what} with each choice alone; effect, in percentage points, of going "
-        "from its smallest to its largest value, the others being equal (least squares; ± the "
-        "standard error). p: how likely such an effect would be by chance, corrected for having "
-        f"looked at all choices (Holm). {together}"
+    return _table(("choice", "effect", "p"), rows) + _note(
+        f"Effect on the {what}, in percentage points, of going from a choice's smallest to its "
+        "largest value, the others being equal (least squares; ± the standard error). p: how "
+        "likely such an effect would be by chance, corrected for having looked at all choices "
+        f"(Holm). Share of the variance that all choices explain: {told}."
     )
 
 
@@ -164,20 +148,11 @@ def _correlations(report: Mapping) -> str:
         known = found["low"] is not None
         interval = f"{_number(found['low'])} to {_number(found['high'])}" if known else "–"
         rows.append((NAMES[name], _number(found["value"]), interval))
+    for name, tau in report["tau_of_counts"].items():
+        rows.append((f"tau-b of {COUNTED[name]}, untrained", _number(tau), ""))
     return _table(("correlation", "value", "95 % interval"), rows) + _note(
         f"95 % interval: percentile bootstrap over architectures, {report['resamples']:,} "
         f"resamples, seed {report['seed']}."
-    )
-
-
-def _top_k(report: Mapping) -> str:
-    rows = [
-        (f"{row['k']:,}", _number(row["regret"], 2), f"{100 * row['precision']:.1f} %")
-        for row in report["top_k"]
-    ]
-    return _table(("k", "regret", "precision"), rows) + _note(
-        "Regret: the best true accuracy less the best among the k predicted best, in percentage "
-        "points. Precision: share of these k that are truly among the best k."
     )
 
 
@@ -189,14 +164,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     lines = [line("th", head), *(line("td", row) for row in rows)]
     kind = ' class="codes"' if head[-1] == "code" else ""
-    return f'<div class="wide"><table{kind}>{"".join(lines)}</table></div>'
+    return _wide(f"<table{kind}>{''.join(lines)}</table>")
+
+
+def _wide(content: str) -> str:
+    """What may be wider than a phone: it scrolls in a box of its own, by keys as well."""
+    return f'<div class="wide" role="group" tabindex="0">{content}</div>'
 
 
 def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _figure(panels: Sequence[Panel], caption: str) -> str:
-    drawn = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
-    kind = f'<div class="many">{drawn}</div>' if len(panels) > 1 else drawn
-    return f"<figure>{kind}<figcaption>{escape(caption)}</figcaption></figure>"
+def _figure(panel: Panel, caption: str) -> str:
+    return f"<figure>{panel.svg()}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -29,13 +29,7 @@ from hnas.ranking.costs import (
     network_of,
     open_latency,
 )
-from hnas.ranking.front import (
-    CONFIDENCE,
-    difference_errors,
-    not_worse,
-    pareto_front,
-    student_value,
-)
+from hnas.ranking.front import CONFIDENCE, as_good_as_best, pareto_front, student_value
 from hnas.search_space import Architecture, search_space
 
 MOST = 1e15
@@ -105,11 +99,7 @@ def choose(
     """
     accuracy, error = with_ties(scores.accuracy[fits]), scores.error[fits]
     front = set(pareto_front(accuracy, costs[cost][fits]).tolist())
-    group = np.full(len(accuracy), True)
-    # Where several are the best, worse than none of them: the file's order is of no matter.
-    for best in np.flatnonzero(accuracy == accuracy.max()):
-        errors = difference_errors(scores.folds[fits], scores.images, best)
-        group &= not_worse(accuracy, errors)
+    group = as_good_as_best(accuracy, scores.folds[fits], scores.images)
     own = {kind: values[fits].tolist() for kind, values in costs.items()}
     names = np.array(list(scores.archs), object)[fits]
     return [

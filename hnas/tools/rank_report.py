@@ -3,25 +3,29 @@
     python -m hnas.tools.rank_report --pred submission.json --gt gt.json --out DIR
     python -m hnas.tools.rank_report --pred submission.json --out DIR
 
-Files have the organisers' form. With --gt, true accuracies, --pred may also be macs or params: the
-counts of the architectures in --gt, computed from their codes. Without, the page tells what the
-scores of a run say by themselves; standard errors come from stage 3's estimates.json beside it. DIR
-gets report.html (all of it) and report.json. The last line printed is a JSON object.
+Files have the organisers' form, or are {code: score, ...} with scores of any scale. With --gt, the
+truth, --pred may also be macs, params, size (the first place's weighted channels) or depth (blocks)
+of its architectures, counted from their codes. Without, the page tells what the scores of a run say
+by themselves; standard errors come from stage 3's estimates.json beside it. DIR gets report.html
+(all of it) and report.json. The last line printed is a JSON object.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
 from hnas.architecture_file import (
-    check_one_unit,
+    IMAGENET30,
     in_percent,
     in_shares,
-    read_accuracies,
+    note_on_imagenet30,
+    read_predictions,
     read_scores,
     read_truth,
 )
@@ -30,59 +34,63 @@ from hnas.base.errors import UserError, run_main, shortened
 from hnas.base.files import check_writable, print_text, write_json, write_text
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES, with_ties
-from hnas.ranking.costs import add_network_flags, costs_of, network_of
-from hnas.ranking.figures import ORANGE, Panel, option_panels
-from hnas.ranking.findings import FEWEST, analyse_ranking, analyse_scores, match
+from hnas.ranking.costs import Network, add_network_flags, costs_of, network_of
+from hnas.ranking.figures import Panel
+from hnas.ranking.findings import COUNTED, FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
-from hnas.search_space import search_space
+from hnas.search_space import Architecture, search_space, weighted_channels
 
-COUNTED = {"macs": "MACs", "params": "parameters"}
-PRINTED = (
-    "pred",
-    "gt",
-    "architectures",
-    "images",
-    "accuracy",
-    "standard_error",
-    "agreement",
-    "tau_of_macs",
-    "resamples",
-    "top_k",
-    "mean_absolute_rank_error",
-    "notes",
-)
-"""Of a report, where it has them."""
+LONG = ("interpretation", "correlations", "attribution", "budgets", "best", "next")
+"""What is in report.json, but not printed."""
 
 
 def report_ranking(options) -> tuple[dict, str]:
     """The report on predictions and a truth, and its page."""
-    gt = read_truth(options.gt)
+    gt, own = read_truth(options.gt), None
+    if options.pred not in COUNTED:
+        named, predicted = read_predictions(options.pred)
+        own = scored_network(options.pred, named.values(), predicted)
+    theirs = Network() if options.gt == IMAGENET30 else None
+    theirs = theirs or scored_network(options.gt, gt, np.array([*gt.values()]))
+    network = network_of(options, own or theirs, options.gt if own is None else options.pred)
+    counts, label, run = counted(gt, network), "predicted score", run_name(options.pred)
     if options.pred in COUNTED:
-        archs, known = list(gt), None
-        with suppress(UserError):  # unless the truth is stage 3's
-            known, _ = estimates_beside(options.gt, archs, np.array([*gt.values()]) / 100)
-        network = network_of(options, known and known.network, options.gt)
-        costs = costs_of(archs, search_space(network.backbone), *network[1:])
-        predicted = costs[options.pred]
+        label = run = COUNTED[options.pred]
+        pred = dict(zip(gt, counts.pop(options.pred).tolist(), strict=True))
     else:
-        named, predicted = read_accuracies(options.pred)
-        archs = list(named.values())
-        if predicted.min() >= 0 and predicted.max() <= 100:
-            check_one_unit(options.pred, predicted)
-    pred = dict(zip(archs, predicted.tolist(), strict=True))
-    found = analyse_ranking(pred, gt, options.seed, options.resamples)
-    report = {"pred": options.pred, "gt": options.gt, **found}
+        pred = dict(zip(named.values(), predicted.tolist(), strict=True))
+    found = analyse_ranking(pred, gt, counts, options.seed, options.resamples)
+    if options.gt == IMAGENET30:
+        found["notes"].append(note_on_imagenet30(own))
+    report = {"run": run, "pred": options.pred, "gt": options.gt, **found}
     _, values, true = match(pred, gt)
-    label = "predicted accuracy"
-    if options.pred in COUNTED:
-        values, label = values / 1e6, f"{COUNTED[options.pred]}, million"
-    elif values.min() >= 0 and values.max() <= 100:
-        values, label = in_percent(values), "predicted accuracy, %"
-    scatter = Panel("true accuracy, %", label)
+    if options.pred in ("macs", "params"):
+        values, label = values / 1e6, f"{label}, million"
+    scatter = Panel("true score", label)
     scatter.points(true, values)
-    breakdown = option_panels(report["by_option"], "rank error, %")
-    return report, ranking_page(report, scatter, breakdown)
+    return report, ranking_page(report, scatter)
+
+
+def counted(archs: Collection[Architecture], network: Network) -> dict[str, np.ndarray]:
+    """Each of ``COUNTED`` of architectures, in their order."""
+    return {
+        **costs_of(archs, search_space(network.backbone), *network[1:]),
+        "size": np.array([weighted_channels(arch) for arch in archs]),
+        "depth": np.array([sum(arch.depths) for arch in archs]),
+    }
+
+
+def scored_network(path: str, archs: Collection, values: np.ndarray) -> Network | None:
+    """The network of a file's scores, where ``estimates.json`` beside it is of them and says so."""
+    with suppress(UserError):
+        return estimates_beside(path, list(archs), in_shares(values))[0].network
+    return None
+
+
+def run_name(path: str) -> str:
+    """What a page calls a file of scores: its folder, and what that lies in."""
+    return "/".join(Path(path).resolve().parts[1:][-3:-1]) or path
 
 
 def report_scores(options) -> tuple[dict, str]:
@@ -104,27 +112,37 @@ def report_scores(options) -> tuple[dict, str]:
     costs = costs_of(archs.values(), search_space(network.backbone), *network[1:])
     found = analyse_scores(archs, accuracy, costs, known, rows)
     report = {
+        "run": run_name(options.pred),
         "pred": options.pred,
         **network._asdict(),
         **found,
+        "next": next_steps(options.pred, network, found["best"][0]),
         "notes": [*found["notes"], *unknown],
     }
-    fronts = []
-    for kind, label in COUNTED.items():
-        millions, panel = costs[kind] / 1e6, Panel(f"{label}, million", "score, %")
-        panel.points(millions, accuracy)
-        best = pareto_front(accuracy, millions)
-        panel.front(millions[best], accuracy[best], ORANGE)
-        fronts.append(panel)
-    return report, scores_page(report, fronts, option_panels(report["by_option"], "score, %"))
+    millions, panel = costs["macs"] / 1e6, Panel("MACs, million", "score, %")
+    best = pareto_front(accuracy, millions)
+    panel.points(millions, accuracy)
+    panel.front(millions[best], accuracy[best])
+    return report, scores_page(report, panel)
+
+
+def next_steps(pred: str, network: Network, best: Mapping) -> list[str]:
+    """Commands that may follow on scores; SUPERNET and IMAGES in them are to be filled in."""
+    python, file, folder = ".venv/bin/python -m hnas.tools", shlex.quote(pred), Path(pred).parent
+    common = f"--backbone {network.backbone} --image_size {network.image_size} --image_dir IMAGES"
+    export, alone = (shlex.quote(str(folder / name)) for name in ("export", "alone"))
+    return [
+        f"{python}.choose --submission {file} --max_macs {best['macs']}",
+        f"{python}.export --arch {best['arch']} --modelarch_file {file} --ckpt_dir SUPERNET "
+        f"{common} --save_dir {export}",
+        f"{python}.train_standalone run --arch {best['arch']} {common} --save_dir {alone}",
+    ]
 
 
 def summary(report: Mapping) -> dict:
     """What is printed of a report."""
-    unmatched = report.get("unmatched", {})
     return {
-        **{name: report[name] for name in PRINTED if name in report},
-        **{f"only_in_{source}": codes["count"] for source, codes in unmatched.items()},
+        **{name: value for name, value in report.items() if name not in LONG},
         **report.get("correlations", {}),
         "explained": report["attribution"]["explained"],
     }
@@ -133,19 +151,18 @@ def summary(report: Mapping) -> dict:
 def main(argv=None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--pred", type=path_text, required=True, help="predictions: JSON, or macs, or params"
+        "--pred", type=path_text, required=True, help=f"scores: JSON, or {', '.join(COUNTED)}"
     )
     parser.add_argument(
-        "--gt", type=path_text, help="true accuracies: JSON [none: the scores alone]"
+        "--gt",
+        type=path_text,
+        help=f"the truth: JSON, or {IMAGENET30}, thirty published ImageNet accuracies (a file of "
+        f"that name is ./{IMAGENET30}) [none: the scores alone]",
     )
     parser.add_argument("--out", required=True, type=read_path, help="folder to write")
     add_network_flags(parser)
-    parser.add_argument(
-        "--resamples",
-        type=whole_number(1, 1_000_000),
-        default=RESAMPLES,
-        help="of the bootstrap [1000]",
-    )
+    resamples = whole_number(1, 1_000_000)
+    parser.add_argument("--resamples", type=resamples, default=RESAMPLES, help="of the bootstrap")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the bootstrap [0]")
     options = parser.parse_args(argv)
     check_writable(options.out, "--out")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import paddle
 
 from hnas.base.files import print_text, remove_leftovers, write_json
 from hnas.evaluation.counts import Counts
@@ -62,6 +63,7 @@ from hnas.ranking.agreement import expected_agreement
 from hnas.ranking.costs import UNITS, Network, open_latency
 from hnas.search_space import Architecture
 from hnas.tools.choose import Scores, choose, conclusions, table
+from hnas.utils.own_scores import score_by_function
 from hnas.utils.starting import start_from_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -96,13 +98,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             remove_leftovers(folder)
     barrier()
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
+    logger.info("at most %s", budget)
+    sizes = options.population, options.children, options.tournament
+    evolution = Evolution(budget, options.seed, *sizes)
+    if options.score_function:
+        batch = decoded_images(options, images, order[: options.batch_size])
+        search_by_function(options, network, evolution, batch, calibration)
+        return
     decoded = decoded_images(options, images, order)
     setting = options.backbone, arithmetic, calibration
     whose = evaluation_identity(checkpoint.digest, decoded, *setting)
-    logger.info("at most %s", budget)
     scored = search(
         network,
-        Evolution(budget, options.seed, options.population, options.children, options.tournament),
+        evolution,
         options.generations,
         decoded,
         save_dir,
@@ -173,6 +181,24 @@ def search(
             counts.accuracy()[best],
         )
     return Scored(archs, counts, born)
+
+
+def search_by_function(
+    options: Options,
+    network: ElasticResNet,
+    evolution: Evolution,
+    images: ScoredImages,
+    calibration: paddle.Tensor | None,
+) -> None:
+    """As :func:`search`, by an own score and always from the start; prints the best."""
+    archs, scores = [], {}
+    for generation in range(options.generations + 1):
+        archs += evolution.propose(archs, np.array([*scores.values()]), generation)
+        score_by_function(options, network, archs[len(scores) :], images, calibration, scores)
+        best = max(scores, key=scores.get)
+        logger.info("generation %d: %d scored, best %s", generation, len(scores), best)
+    for code in sorted(scores, key=scores.get, reverse=True)[:LISTED]:
+        print_text(f"{code}  {scores[code]:.6g}\n")
 
 
 def _joined(counts: Counts, found: Counts) -> Counts:

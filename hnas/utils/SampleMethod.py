@@ -11,7 +11,7 @@ import numpy as np
 
 from hnas.base.errors import UserError
 from hnas.programs.options import Options
-from hnas.search_space import RATIOS, Architecture, Candidates, SearchSpace
+from hnas.search_space import CONVOLUTION_SIZES, Architecture, Candidates, SearchSpace
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class FirstPlaceSampler:
     """The law of the first place of CVPR 2022 NAS Track 1: the largest of many candidates.
 
     A step draws ``candidates`` sub-networks uniformly and trains the ``number`` largest by
-    :func:`weighted_channels`, and in every step whose number is divisible by ``extra_every`` (0:
+    ``weighted_channels``, and in every step whose number is divisible by ``extra_every`` (0:
     never) one more, uniform. So it prefers deep networks and leaves their widths alone.
     """
 
@@ -108,25 +108,8 @@ class FirstPlaceSampler:
         return [drawn.architecture(index) for index in chosen]
 
 
-WEIGHTED_BASES = (64, 70.4, 108.8, 121.6)
-"""What the first place counts a channel of each stage by, in full widths."""
-
-CONVOLUTION_SIZES = np.ceil(np.outer(WEIGHTED_BASES, RATIOS) / 8).astype(np.int64) * 8
-"""Of a convolution by stage and width digit (from 0): rounded up to multiples of 8."""
-
-
-def weighted_channels(arch: Architecture) -> int:
-    """The first place's size of an architecture: channels of all convolutions, by stage.
-
-    The sum over the stem and both convolutions of every block; projections are not counted.
-    """
-    blocks = ((stage, digit) for stage, own in enumerate(arch.widths) for b in own for digit in b)
-    digits = [(0, arch.stem), *blocks]
-    return int(sum(CONVOLUTION_SIZES[stage, digit - 1] for stage, digit in digits))
-
-
 def candidate_sizes(candidates: Candidates) -> np.ndarray:
-    """:func:`weighted_channels` of many architectures [n]."""
+    """:func:`hnas.search_space.weighted_channels` of many architectures [n]."""
     stage, block = candidates.blocks
     inner = CONVOLUTION_SIZES[stage, candidates.inner - 1]  # [n, blocks]
     outer = CONVOLUTION_SIZES[stage, candidates.outer[:, stage] - 1]

@@ -21,8 +21,8 @@ from hnas.dataset.loader import EpochLoader
 from hnas.dataset.transforms import normalize
 from hnas.parallel.distributed import GradientExchange
 from hnas.programs.flags import AUTO
-from hnas.search_space import Architecture, SearchSpace
-from hnas.utils.SampleMethod import Sampler, weighted_channels
+from hnas.search_space import Architecture, SearchSpace, weighted_channels
+from hnas.utils.SampleMethod import Sampler
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from hnas.architecture_file import read_truth
+from hnas.architecture_file import IMAGENET30, note_on_imagenet30, read_truth
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import ImageList
 from hnas.dataset.loader import EvalLoader
@@ -24,7 +24,7 @@ from hnas.parallel.distributed import is_main_process, rank, sum_over_ranks, wor
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images, validation_images, validation_loader
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan, pearson
-from hnas.search_space import Architecture, SearchSpace
+from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def measurement(
     loader = validation_loader(options, images)
     calibration = calibration_images(options, frozen, train)
     at_first = cache(lambda: evaluate_network(pretrained, loader))
-    truth = read_ranked(options.rank_gt, network.space) if options.rank_gt else {}
+    truth = read_ranked(options, network) if options.rank_gt else {}
     share = share_of(options, images, loader) if truth else ()
     # What a part of a training step has, which keeps as many activations.
     batch = max(1, options.batch_size // options.accumulate)
@@ -142,22 +142,25 @@ def ranking(
     }
 
 
-def read_ranked(path: str, space: SearchSpace) -> dict[Architecture, float]:
-    """Stand-alone accuracies in percent of architectures that the supernet holds.
+def read_ranked(options: Options, network: ElasticResNet) -> dict[Architecture, float]:
+    """What ``--rank_gt`` says of architectures, which the supernet must hold.
 
     Raises:
         UserError: a wrong file, fewer than three, or one that the supernet does not hold.
     """
-    truth = read_truth(path)
+    path, truth = options.rank_gt, read_truth(options.rank_gt)
     if len(truth) < FEWEST:
         raise UserError(
             f"--rank_gt {path} has {len(truth)} architectures; a ranking needs at least {FEWEST}"
         )
     for arch in truth:
         try:
-            space.shared_plan(arch)
+            network.space.shared_plan(arch)
         except UserError as error:
             raise UserError(f"--rank_gt {path}: {error}") from None
+    if path == IMAGENET30 and is_main_process():
+        own = options.backbone, options.image_size, network.num_classes
+        logger.warning("%s", note_on_imagenet30(own))
     return truth
 
 

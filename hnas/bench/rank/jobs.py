@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.architecture_file import read_accuracies
+from hnas.architecture_file import PUBLISHED, read_accuracies
 from hnas.base.errors import UserError
 from hnas.base.files import replacing
 from hnas.base.settings import check_same_settings
@@ -22,9 +22,6 @@ from hnas.bench.rank.distorted_digits import DigitsTask
 from hnas.bench.rank.methods import METHODS, STAGE1_FORWARDS, Method
 from hnas.search_space import Architecture, SearchSpace, search_space
 
-PUBLISHED = Path(__file__).with_name("imagenet30.json")
-"""Codes and ImageNet accuracies, in percent, that one competitor of the track published: a single
-training each, measured on the same 2,500 validation images."""
 ARCHITECTURES_SEED = 2022
 
 SPLITS = ("selection", "final")

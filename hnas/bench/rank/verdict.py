@@ -14,8 +14,7 @@ from hnas.bench.rank.estimates import difference, interval, share, tau_kernel
 from hnas.bench.rank.jobs import Bench, Job, second_jobs, supernet_jobs, truth_jobs
 from hnas.bench.rank.methods import PRIMARY
 from hnas.ranking.effects import holm
-from hnas.search_space import Architecture, search_space
-from hnas.utils.SampleMethod import weighted_channels
+from hnas.search_space import Architecture, search_space, weighted_channels
 
 FEWEST = 3
 """Trained supernets, of which it can be told how well a method's others would rank."""
