@@ -1,6 +1,5 @@
 """Convolutions of training and of the walk against sums written out, and when oneDNN's go."""
 
-import gpu_fakes
 import hypothesis.strategies as st
 import numpy as np
 import paddle
@@ -10,7 +9,7 @@ from independent import family, images_for, supernet
 
 from hnas.base.onednn import OneDNNError
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.kernels import Convolution, Kernels, SlicedWeights
+from hnas.evaluation.kernels import Convolution, Kernels
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.variants import CPU_VARIANT, Variant
@@ -234,25 +233,3 @@ def test_without_onednn_paddle_computes_and_the_log_says_why(reason, monkeypatch
     caplog.clear()
     assert not use_onednn(net) and not net.onednn
     assert reason in caplog.text
-
-
-# --- filters
-
-
-def test_slices_are_the_same_with_little_memory(monkeypatch):
-    """Whether copies are kept or made again does not show."""
-    net = supernet(RESNET48_MINI)
-    last = Kernels(Variant(layout="NHWC"), 1, fused=gpu_fakes.fused_operator)
-    every = Kernels(calibration=1), last, Kernels(CPU_VARIANT, 1)
-    for capacity in (0, 20_000):
-        monkeypatch.setattr("hnas.evaluation.kernels.CACHE_BYTES", capacity)
-        for kernels in every:
-            weights = SlicedWeights(net, kernels)
-            for cin, cout in [(60, 64), (64, 60), (50, 51), (60, 64)]:
-                given = weights.get((2, 1, "conv1"), cin, cout)
-                whole = net.stage_blocks(2)[1].conv1.fn.weight
-                used = whole[:cout, :cin] if kernels.sliced else whole
-                np.testing.assert_array_equal(given.filters.numpy(), kernels.arranged(used).numpy())
-                assert given.outputs == cout
-                assert [part.size for part in given.rest] == [cout] * 2
-            assert weights._slices._used <= max(capacity, 64 * 60 * 9 * 4)
