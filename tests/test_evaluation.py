@@ -26,8 +26,8 @@ OFFICIAL = ROOT.parent / "shared/data/CVPR_2022_NAS_Track1_test.json"
 def test_a_trees_cost_is_what_its_walk_computes(monkeypatch):
     convolve, parts = Kernels.convolve, []
 
-    def counting(self, x, conv, *window):
-        y = convolve(self, x, conv, *window)
+    def counting(self, x, conv, stride):
+        y = convolve(self, x, conv, stride)
         inputs, kernel = x.shape[self.layout.index("C")], conv.filters.shape[2]
         parts.append((y.size * inputs * kernel**2, y.size))
         return y

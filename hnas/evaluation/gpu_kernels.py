@@ -33,7 +33,8 @@ TOLERANCE = {Precision.FLOAT32: 5e-5, Precision.TF32: 5e-3, Precision.FLOAT16: 2
 
 
 def fused_convolution(x, filters, bias, shortcut, stride, padding, layout, activation):
-    """Paddle's operator, as :data:`hnas.evaluation.kernels.Operator` is called."""
+    """Paddle's operator: activation (``relu`` or ``identity``) of a convolution plus bias [O] plus
+    shortcut, which may be None. Filters are [O, I, K, K] in NCHW, [O, K, K, I] in NHWC."""
     attributes = {
         "strides": (stride, stride),
         "paddings": (padding, padding),
@@ -72,7 +73,7 @@ def largest_difference(
         vectors = (kernels.vector(bias, is_bias=True),)
         conv = Convolution(kernels.arranged(filters), vectors, outputs)
         shortcut = kernels.accept(wider) if adds else None
-        y = kernels.conv_norm(kernels.accept(x), conv, stride, size // 2, relu, shortcut)
+        y = kernels.conv_norm(kernels.accept(x), conv, stride, relu, shortcut)
         results.append(Kernels().accept(y, kernels.layout).astype("float32"))
     right, found = results
     if found.shape != right.shape:

@@ -21,11 +21,6 @@ STEM = (-1, 0, "stem")
 EPSILON = 1e-5
 PLAIN = Variant()
 
-Operator = Callable[..., paddle.Tensor]
-"""``(x, filters, bias, shortcut, stride, padding, layout, activation)``: ``relu`` or ``identity``
-of the convolution plus bias [C] plus shortcut, an activation or None. Filters are [O, I, K, K] in
-NCHW, [O, K, K, I] in NHWC."""
-
 
 # --- convolutions of any width
 
@@ -42,6 +37,11 @@ class Convolution(NamedTuple):
     filters: paddle.Tensor
     rest: tuple[paddle.Tensor, ...]
     outputs: int
+
+    @property
+    def padding(self) -> int:
+        """In px: half of the kernel, as all of the network's have it."""
+        return self.filters.shape[2] // 2
 
 
 class SlicedWeights:
@@ -133,7 +133,8 @@ class Kernels:
         variant: how numbers are rounded and activations lie.
         calibration: BatchNorm takes the statistics of this many images at the front of every
             batch; with 0 it is folded into the convolutions.
-        fused: computes whole convolutions, without re-calibration; None: one operator each.
+        fused: whole convolutions, as ``gpu_kernels.py`` has them, without re-calibration; None: one
+            operator each.
 
     Convolutions are as :class:`SlicedWeights` gives them; activations are [N, C, H, W] below,
     whatever the layout.
@@ -146,7 +147,7 @@ class Kernels:
     """
 
     def __init__(
-        self, variant: Variant = PLAIN, calibration: int = 0, fused: Operator | None = None
+        self, variant: Variant = PLAIN, calibration: int = 0, fused: Callable | None = None
     ):
         self.variant = variant
         self.calibration = calibration
@@ -174,9 +175,7 @@ class Kernels:
             x = x.transpose([layout.index(axis) for axis in self.layout]).contiguous()
         return x.astype(self.variant.precision.dtype) if self.variant.precision.is_half else x
 
-    def conv_norm(
-        self, x, conv: Convolution, stride: int, padding: int, relu: bool = False, shortcut=None
-    ):
+    def conv_norm(self, x, conv: Convolution, stride: int = 1, relu: bool = True, shortcut=None):
         """A convolution and its BatchNorm, folded or by the calibration images' statistics.
 
         Then the leading channels of a shortcut are added, and ReLU is applied.
@@ -184,20 +183,19 @@ class Kernels:
         if shortcut is not None:
             shortcut = self.narrow(shortcut, conv.outputs)
         if self._fused is not None:
-            activation, bias = "relu" if relu else "identity", conv.rest[0].flatten()
-            given = x, conv.filters, bias, shortcut, stride, padding, self.layout, activation
-            return self._fused(*given)
-        y = self.convolve(x, conv, stride, padding)
+            how = stride, conv.padding, self.layout, "relu" if relu else "identity"
+            return self._fused(x, conv.filters, conv.rest[0].flatten(), shortcut, *how)
+        y = self.convolve(x, conv, stride)
         y = self._normalised(y, conv) if self.calibration else self._add_bias(y, conv.rest[0])
         if shortcut is not None:
             y = y + shortcut
         return F.relu(y) if relu else y
 
-    def convolve(self, x, conv: Convolution, stride: int, padding: int):
+    def convolve(self, x, conv: Convolution, stride: int):
         """A convolution without bias."""
         if self.variant.onednn:
-            return channels_last_conv2d(x, conv.filters, conv.outputs, stride, padding)
-        window = {"stride": stride, "padding": padding, "data_format": self.layout}
+            return channels_last_conv2d(x, conv.filters, conv.outputs, stride, conv.padding)
+        window = {"stride": stride, "padding": conv.padding, "data_format": self.layout}
         return F.conv2d(x, conv.filters, **window)
 
     def _add_bias(self, y, bias):
@@ -217,25 +215,9 @@ class Kernels:
         flat = [part.flatten() for part in (*statistics, *conv.rest)]
         return F.batch_norm(y, *flat, epsilon=EPSILON, data_format=self.layout)
 
-    def stem(self, x, conv: Convolution):
-        """7x7/2 convolution, ReLU, 3x3/2 max pooling: [N, 3, H, W] -> [N, C, H/4, W/4]."""
-        return self.max_pool(self.conv_norm(x, conv, stride=2, padding=3, relu=True))
-
     def max_pool(self, x):
         """3x3, stride 2."""
         return F.max_pool2d(x, 3, 2, 1, data_format=self.layout)
-
-    def first(self, x, conv1: Convolution, stride: int):
-        """A block's conv1 and ReLU."""
-        return self.conv_norm(x, conv1, stride, padding=1, relu=True)
-
-    def project(self, x, conv: Convolution):
-        """A block's projection shortcut."""
-        return self.conv_norm(x, conv, stride=2, padding=0)
-
-    def last(self, y, shortcut, conv2: Convolution):
-        """A block's conv2, the shortcut, which may have more channels, and ReLU."""
-        return self.conv_norm(y, conv2, stride=1, padding=1, relu=True, shortcut=shortcut)
 
     def narrow(self, x, channels: int):
         """The first channels of an activation."""
@@ -244,12 +226,3 @@ class Kernels:
     def pooled(self, x):
         """Global average of the images behind the calibration's: float32 [N, C]."""
         return x[self.calibration :].astype("float32").mean(self._spatial)
-
-    def classifier(self, weight, bias) -> Callable[[paddle.Tensor], paddle.Tensor]:
-        """From pooled features [N, C] to logits [N, classes], both float32.
-
-        Args:
-            weight: [most channels, classes], of which the first C rows are used.
-            bias: [classes].
-        """
-        return lambda features: features @ weight[: features.shape[1]] + bias
