@@ -14,7 +14,7 @@ from hnas.dataset.transforms import normalize
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.gpu_kernels import kernels_of
 from hnas.evaluation.kernels import STEM, SlicedWeights
-from hnas.evaluation.tree import Child, Group, Node, PrefixTree
+from hnas.evaluation.tree import Child, Group, PrefixTree
 from hnas.evaluation.variants import CPU_VARIANT, Precision, Variant, usual_variant
 from hnas.models.convolution import onednn_fault
 from hnas.models.elastic import ElasticResNet
@@ -137,19 +137,20 @@ class _Walk:
         kernels, tree = self.evaluator.kernels, self.evaluator.tree
         conv = self.evaluator.weights.get(STEM, 3, tree.stem_channels)
         stem = kernels.max_pool(kernels.conv_norm(kernels.accept(x), conv, stride=2))
-        for channels, low, high in tree.roots():
-            self._visit(kernels.narrow(stem, channels), tree.node(low, high, 0, channels), 0)
+        for root in tree.roots():
+            self._visit(kernels.narrow(stem, root.cout), root)
         for channels in list(self.features):
             self._multiply_heads(channels)
 
-    def _visit(self, x, node: Node, level: int) -> None:
-        """Everything below a node; ``x`` is its activation."""
-        if node.leaves:
-            self._collect(x, node)
-        for group in node.groups:
-            self._siblings(x, group, level)
+    def _visit(self, x, child: Child) -> None:
+        """Everything below a block; ``x`` is its activation."""
+        leaves, groups = self.evaluator.tree.node(child)
+        if leaves:
+            self._collect(x, child.cout, leaves)
+        for group in groups:
+            self._siblings(x, group)
 
-    def _siblings(self, x, group: Group, level: int) -> None:
+    def _siblings(self, x, group: Group) -> None:
         """Blocks with the same input: conv1 once at the largest width, conv2 once a width."""
         kernels = self.evaluator.kernels
         conv1 = self._conv(group, "conv1", group.cin, group.widest_mid)
@@ -164,21 +165,17 @@ class _Walk:
             if mid == group.widest_mid:
                 y = shortcut = None  # the last: nothing below needs them
             for child in children:
-                self._enter(kernels.narrow(z, child.cout), child, level)
-
-    def _enter(self, x, child: Child, level: int) -> None:
-        node = self.evaluator.tree.node(child.low, child.high, level + 1, child.cout)
-        self._visit(x, node, level + 1)
+                self._visit(kernels.narrow(z, child.cout), child)
 
     def _conv(self, group: Group, name: str, cin: int, cout: int):
         return self.evaluator.weights.get((group.stage, group.block, name), cin, cout)
 
-    def _collect(self, x, node: Node) -> None:
+    def _collect(self, x, channels: int, leaves: range) -> None:
         """Keep a leaf's pooled features until enough are there for one matrix product."""
-        rows = self.features.setdefault(node.channels, [])
-        rows.append((node.leaves, self.evaluator.kernels.pooled(x)))
+        rows = self.features.setdefault(channels, [])
+        rows.append((leaves, self.evaluator.kernels.pooled(x)))
         if len(rows) * len(self.labels) >= HEAD_ROWS:
-            self._multiply_heads(node.channels)
+            self._multiply_heads(channels)
 
     def _multiply_heads(self, channels: int) -> None:
         """Count the hits of all sub-networks whose features [N, ``channels``] were collected."""
