@@ -42,7 +42,7 @@ def test_hours_follow_from_the_macs_of_the_recipe_and_what_is_sampled(capsys):
     stage2 = found["stage2"]["gmacs_per_image"] * 1e9
     assert stage2 == pytest.approx(LARGEST + 13 / 3 * 3 * 4.18e9, rel=0.02)
     archs = list(RESNET48.sample_distinct(np.random.default_rng(0), 50).values())
-    walk = PrefixTree(RESNET48, archs).macs(224)
+    walk = PrefixTree(RESNET48, archs).cost(224)[0]
     assert found["stage3"]["hours"] == pytest.approx(walk * 50000 / 8e12 / 3600, abs=6e-4)
     # Chunks of 1024 at most, the engine's limit; 60 % of 80 GiB would hold more.
     assert found["stage3"]["gib_per_device"] < 48

@@ -19,7 +19,6 @@ from hnas.evaluation.images import ScoredImages
 from hnas.evaluation.ledger import Ledger, Part, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
-from hnas.evaluation.tree import naive_macs
 from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
@@ -239,7 +238,8 @@ def describe(
         logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
     if ledger.target_tau and chunks == 1:
         logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
-    naive, shared = naive_macs(space, archs.values(), images.size), evaluator.tree.macs(images.size)
+    naive = sum(space.macs(arch, images.size, num_classes=0) for arch in archs.values())
+    shared, _ = evaluator.tree.cost(images.size)
     logger.info(
         "%d architectures, %d images in chunks of %d%s: %s MMAC an image%s",
         len(archs),

@@ -7,7 +7,7 @@ slice of the same convolution at a larger one, and so is a second convolution wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -153,15 +153,8 @@ class PrefixTree:
                 yield group
                 pending += group.children
 
-    def macs(self, image_size: int) -> int:
-        """Multiply-accumulates an image that one walk over the tree executes.
-
-        All convolutions; heads, as everywhere in the evaluator's figures, not counted.
-        """
-        return self.cost(image_size)[0]
-
     def cost(self, image_size: int) -> tuple[int, int]:
-        """Of one walk, an image: multiply-accumulates, and numbers that convolutions write."""
+        """Multiply-accumulates and numbers written by one walk's convolutions, an image."""
         stem, sizes = feature_sizes(image_size)
         macs = stem * stem * 3 * 49 * self.stem_channels
         outputs = stem * stem * self.stem_channels
@@ -180,8 +173,3 @@ def _path(plan: ChannelPlan, known: dict[tuple, tuple]) -> tuple:
         for block, widths in enumerate(blocks)
     )
     return plan.stem, *(known.setdefault(block, block) for block in blocks), END
-
-
-def naive_macs(space: SearchSpace, archs: Iterable[Architecture], image_size: int) -> int:
-    """Multiply-accumulates an image of evaluating each on its own, heads not counted."""
-    return sum(space.macs(arch, image_size, num_classes=0) for arch in archs)
