@@ -96,7 +96,7 @@ def evaluate_shared(
     walks = Walks(network, [*archs.items()], images, calibration, evaluator)
     for chunk in ledger.chunks():
         began = time.perf_counter()
-        title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.starts())}"
+        title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.all_chunks())}"
         counts = walks.score(chunk, title)
         ledger.add(chunk.start, counts)
         if is_main_process():
@@ -224,7 +224,7 @@ def describe(
     ledger: Ledger,
 ) -> None:
     """Log what is going to be done, and what makes it slow."""
-    chunks, carried = len(ledger.starts()), evaluator.calibration_images
+    chunks, carried = len(ledger.all_chunks()), evaluator.calibration_images
     if ledger.counts.images:
         logger.info("continuing after %d of %d images", ledger.counts.images, len(images))
     if ledger.chunk < min(carried, len(images)):

@@ -51,7 +51,6 @@ from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
 
-CHUNK_NAME = re.compile(r"eval_chunk_([0-9]{8,18})\.npz")
 POLL_SECONDS = 0.2
 NAMED = 10
 """Missing chunks that a message names at most."""
@@ -126,17 +125,18 @@ class Ledger:
         self.target_tau, self.part = target_tau, part
         self._is_main = is_main
         self._copies, self._network = copies, network
-        self._own: list[int] = []
+        self._own: list[range] = []
         self._agreement: tuple[int, Agreement | None] = (0, None)
         self.chunk, self.counts = 0, Counts.zeros(len(archs))
         self._reload()
-        self._found = list(folder.glob(CHUNK_FILES))
-        for path in self._found:
-            chunk = self._load(path).chunk
-            if self.chunk not in (0, chunk):
-                text = f"{path} has chunks of {chunk} images, not {self.chunk}; remove it"
+        self._found: list[int] = []
+        for path in folder.glob(CHUNK_FILES):
+            found = self._load(path)
+            if self.chunk not in (0, found.chunk):
+                text = f"{path} has chunks of {found.chunk} images, not {self.chunk}; remove it"
                 raise StateError(text)
-            self.chunk = chunk
+            self.chunk = found.chunk
+            self._found.append(found.start)
 
     # --- the course of an evaluation
 
@@ -158,28 +158,29 @@ class Ledger:
         self.chunk = self.chunk or chunk
         barrier()  # Before it, other processes may still read what is deleted here.
         if self._is_main:
-            self._delete_chunks(before=self.counts.images)
+            for start in self._found:
+                if start < self.counts.images:  # of a run that was killed before it deleted it
+                    self._path(start).unlink(missing_ok=True)
             self.collect()
         (self.chunk,) = from_main_process([self.chunk])
         if not self._is_main:
             self._reload()
-        starts = self.starts()
+        chunks = self.all_chunks()
         if self.part:
-            if self.part.of > len(starts):
+            if self.part.of > len(chunks):
                 raise UserError(
-                    f"--images_part {self.part} of {len(starts)} chunks: lower --chunk_size "
+                    f"--images_part {self.part} of {len(chunks)} chunks: lower --chunk_size "
                     f"{self.chunk}, or make fewer parts"
                 )
-            starts = starts[self.part.number - 1 :: self.part.of]
-        done = from_main_process([self.is_done(start) for start in starts])
-        undone = [start for start, is_done in zip(starts, done, strict=True) if not is_done]
+            chunks = chunks[self.part.number - 1 :: self.part.of]
+        done = from_main_process([self.is_done(chunk.start) for chunk in chunks])
+        undone = [chunk for chunk, is_done in zip(chunks, done, strict=True) if not is_done]
         if undone and self._found and not self.part:
-            chunks = [self._positions(start) for start in undone[:NAMED]]
             logger.warning(
                 "of %d chunks %d are missing, and scored now: those of images %s%s",
-                len(starts),
+                len(chunks),
                 len(undone),
-                ", ".join(f"{chunk[0]} to {chunk[-1]}" for chunk in chunks),
+                ", ".join(f"{chunk[0]} to {chunk[-1]}" for chunk in undone[:NAMED]),
                 ", ..." if len(undone) > NAMED else "",
             )
         # In turns, so that together they extend the prefix, whose images are a balanced sample.
@@ -191,13 +192,13 @@ class Ledger:
         Ends early when the prefix, with the other processes' chunks, has become enough. A first
         SIGTERM or Ctrl-C during a chunk takes effect when the next one is asked for.
         """
-        for start in self._own:
+        for chunk in self._own:
             if not self._is_main:
                 self._reload()
             if self.enough:
                 return
             with finished_before_stopping():
-                yield self._positions(start)
+                yield chunk
 
     def add(self, start: int, counts: Counts) -> None:
         """Keep the counts of the chunk whose first image is ``start``."""
@@ -226,7 +227,8 @@ class Ledger:
                 logger.info("%d images", self.counts.images)
             else:
                 time.sleep(POLL_SECONDS)
-        self._delete_chunks()
+        for path in self._folder.glob(CHUNK_FILES):
+            path.unlink(missing_ok=True)
         if self.counts.images < self._images:
             logger.info("stopped early: what was aimed at is reached")
         return self.counts
@@ -245,9 +247,10 @@ class Ledger:
         error = f"largest standard error {self.counts.standard_error().max():.4f}"
         return f"{self.counts.images} images, {error}, {text}"
 
-    def starts(self) -> list[int]:
-        """The position of each chunk's first image."""
-        return list(range(0, self._images, self.chunk))
+    def all_chunks(self) -> list[range]:
+        """Image positions of each chunk."""
+        starts = range(0, self._images, self.chunk)
+        return [range(start, min(start + self.chunk, self._images)) for start in starts]
 
     def is_done(self, start: int) -> bool:
         """Whether the chunk whose first image is ``start`` is done."""
@@ -255,7 +258,7 @@ class Ledger:
 
     def left(self) -> int:
         """Images of this process's chunks that are not done."""
-        return sum(len(self._positions(start)) for start in self._own if not self.is_done(start))
+        return sum(len(chunk) for chunk in self._own if not self.is_done(chunk.start))
 
     @property
     def enough(self) -> bool:
@@ -300,55 +303,33 @@ class Ledger:
     def _reload(self) -> None:
         """Read the prefix that the main process has written."""
         path = self._folder / STATE_FILE
-        earlier = load_state(path, self._identity, self._copies)
-        if earlier is not None:
-            number = earlier.counts.images
-            whole = number == self._images or number % earlier.chunk == 0 and number < self._images
-            self._check(path, earlier, earlier.start == 0 and whole)
+        if path.exists():
+            earlier = self._load(path)
             self.chunk, self.counts = earlier.chunk, earlier.counts
-
-    def _positions(self, start: int) -> range:
-        return range(start, min(start + self.chunk, self._images))
 
     def _path(self, start: int) -> Path:
         return self._folder / CHUNK_FILES.replace("*", f"{start:08d}")
 
     def _load(self, path: Path) -> Saved:
-        name = CHUNK_NAME.fullmatch(path.name)
-        if name is None or path != self._path(int(name[1])):
-            raise StateError(f"{path} is none of this program's names; move it elsewhere")
+        """Counts of these architectures, and of the images that ``path`` stands for."""
         found = load_state(path, self._identity, self._copies)
-        if found is None:
-            raise StateError(f"{path} has vanished; is another evaluation running in this folder?")
-        start = int(name[1])
-        images = min(found.chunk, self._images - start)
-        is_chunk = start % found.chunk == 0 and found.counts.images == images
-        self._check(path, found, found.start == start and is_chunk)
-        return found
-
-    def _check(self, path: Path, found: Saved, is_right: bool) -> None:
-        """Refuse counts of other architectures, or of images that ``path`` does not stand for."""
         if len(found.counts.top1) != len(self._archs):
             raise StateError(
                 f"{path} holds {len(found.counts.top1)} architectures, not {len(self._archs)}; "
                 "remove it to start anew"
             )
+        start, end, chunk = found.start, found.start + found.counts.images, found.chunk
+        is_right = end == self._images or (end < self._images and end % chunk == 0)
+        if path.name == STATE_FILE:
+            is_right &= start == 0
+        else:
+            is_right &= start % chunk == 0 and end <= start + chunk and path == self._path(start)
         if not is_right:
             raise StateError(
-                f"{path} holds images {found.start} to {found.start + found.counts.images - 1} in "
-                f"chunks of {found.chunk}, which it cannot of {self._images}; was it copied or "
-                "renamed? Remove it"
+                f"{path} holds images {start} to {end - 1} in chunks of {chunk}, which it cannot "
+                f"of {self._images} or by its name; was it copied or renamed? Move it elsewhere"
             )
-
-    def _delete_chunks(self, before: int | None = None) -> None:
-        """Delete the chunk files, or only those of chunks that start before a position.
-
-        A run that is killed after it has written a prefix leaves the file of its last chunk.
-        """
-        for path in self._folder.glob(CHUNK_FILES):
-            name = CHUNK_NAME.fullmatch(path.name)
-            if name and (before is None or int(name[1]) < before):
-                path.unlink(missing_ok=True)
+        return found
 
 
 def even_chunk(limit: int, images: int, processes: int) -> int:
