@@ -84,16 +84,16 @@ def evaluate_shared(
         StateError: the state in ``save_dir`` is of something else.
         EngineError: the reference engine finds other logits or hits.
     """
-    calibration = settings.calibration
     if evaluator is None:
-        evaluator = SharedEvaluator(network, list(archs.values()), calibration, settings.variant)
+        how = settings.calibration, settings.variant
+        evaluator = SharedEvaluator(network, list(archs.values()), *how)
     else:
         evaluator.take(list(archs.values()))
     how = settings.target_tau, is_main_process(), settings.part, images.copies
     ledger = Ledger(save_dir, identity, archs, len(images), *how, settings.network)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
-    describe(evaluator, network.space, archs, images, ledger)
-    walks = Walks(network, [*archs.items()], images, calibration, evaluator)
+    describe(evaluator, images, ledger)
+    walks = Walks(evaluator, list(archs), images)
     for chunk in ledger.chunks():
         began = time.perf_counter()
         title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.all_chunks())}"
@@ -112,11 +112,9 @@ class Walks:
     variant, from then on, and the log says so. Counts are sums over images: they stay the same.
     """
 
-    network: ElasticResNet
-    archs: list[tuple[str, Architecture]]
+    evaluator: SharedEvaluator  # it keeps what the device can
+    names: list[str]  # of its architectures
     images: ScoredImages
-    calibration: paddle.Tensor | None
-    evaluator: SharedEvaluator  # of the network, for ``archs``; it keeps what the device can
 
     def score(self, chunk: range, title: str) -> Counts:
         """The counts over a chunk, which the progress bar calls ``title``.
@@ -124,30 +122,24 @@ class Walks:
         Raises:
             UserError: out of memory with a single image.
         """
-        counts = Counts.zeros(len(self.archs))
+        counts = Counts.zeros(len(self.names))
         while counts.images < len(chunk):
             part = chunk[counts.images : counts.images + self.evaluator.most_images]
             try:
-                counts.add(self._walk(part, chunk.start % len(self.archs), title))
+                counts.add(self._walk(part, chunk.start % len(self.names), title))
             except PADDLE_ERRORS as error:
                 self._give_way(error, len(part))
         return counts
 
     def _walk(self, part: range, checked: int, title: str) -> Counts:
         """The counts over some images; the architecture numbered ``checked`` is checked."""
-        counts = Counts.zeros(len(self.archs))
+        evaluator, counts = self.evaluator, Counts.zeros(len(self.names))
         batch = self.images.batch(part.start, part.stop)
-        with tqdm(total=len(self.archs), desc=title, unit="arch", mininterval=1) as progress:
-            logits = self.evaluator.evaluate(*batch, counts, progress.update, watch=checked)
-        spot_check(
-            self.network,
-            self.archs[checked],
-            batch,
-            self.calibration,
-            logits,
-            (counts.top1[checked], counts.top5[checked]),
-            self.evaluator.precision,
-        )
+        with tqdm(total=len(self.names), desc=title, unit="arch", mininterval=1) as progress:
+            logits = evaluator.evaluate(*batch, counts, progress.update, watch=checked)
+        named = self.names[checked], evaluator.archs[checked]
+        found = logits, (counts.top1[checked], counts.top5[checked]), evaluator.precision
+        spot_check(evaluator.network, named, batch, evaluator.calibration, *found)
         return counts
 
     def _give_way(self, error: Exception, images: int) -> None:
@@ -216,14 +208,9 @@ def path_numbers(space: SearchSpace, image_size: int) -> int:
     return numbers
 
 
-def describe(
-    evaluator: SharedEvaluator,
-    space: SearchSpace,
-    archs: Mapping[str, Architecture],
-    images: ScoredImages,
-    ledger: Ledger,
-) -> None:
+def describe(evaluator: SharedEvaluator, images: ScoredImages, ledger: Ledger) -> None:
     """Log what is going to be done, and what makes it slow."""
+    space, archs = evaluator.network.space, evaluator.archs
     chunks, carried = len(ledger.all_chunks()), evaluator.calibration_images
     if ledger.counts.images:
         logger.info("continuing after %d of %d images", ledger.counts.images, len(images))
@@ -238,7 +225,7 @@ def describe(
         logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
     if ledger.target_tau and chunks == 1:
         logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
-    naive = sum(space.macs(arch, images.size, num_classes=0) for arch in archs.values())
+    naive = sum(space.macs(arch, images.size, num_classes=0) for arch in archs)
     shared, _ = evaluator.tree.cost(images.size)
     logger.info(
         "%d architectures, %d images in chunks of %d%s: %s MMAC an image%s",

@@ -37,10 +37,10 @@ class SharedEvaluator:
         variant: how to compute; None: in float32, as is usual on this device.
 
     Attributes:
-        archs: as given.
-        variant: how it computes.
-        kernels: what computes.
-        tree: their prefix tree.
+        network, archs, calibration, variant: as given, or as they are now.
+        calibration_images: at the front of every batch.
+        kernels, weights: what computes, of what.
+        tree: the prefix tree of ``archs``.
         most_images: that a walk should take, as far as memory has shown.
     """
 
@@ -53,27 +53,21 @@ class SharedEvaluator:
         calibration: paddle.Tensor | None = None,
         variant: Variant | None = None,
     ):
-        self._space = network.space
+        self.network, self.calibration = network, calibration
+        self.calibration_images = 0 if calibration is None else len(calibration)
         self.take(archs)
-        self._calibration = None if calibration is None else normalize(calibration)
-        self.network = network
         self.compute(variant or (usual_variant(Precision.FLOAT32) if on_gpu() else on_cpus()))
 
     def compute(self, variant: Variant) -> None:
-        """Compute in ``variant`` from now on; programs and weights are prepared anew."""
+        """Compute in ``variant`` from now on; weights are prepared anew."""
         self.variant = variant
         self.kernels = kernels_of(variant, self.calibration_images)
         self.weights = SlicedWeights(self.network, self.kernels)
 
     def take(self, archs: Sequence[Architecture]) -> None:
-        """Score ``archs`` from now on; programs and weights stay prepared."""
+        """Score ``archs`` from now on; weights stay prepared."""
         self.archs = list(archs)
-        self.tree = PrefixTree(self._space, archs)
-
-    @property
-    def calibration_images(self) -> int:
-        """Images at the front of every batch."""
-        return 0 if self._calibration is None else len(self._calibration)
+        self.tree = PrefixTree(self.network.space, archs)
 
     @property
     def precision(self) -> Precision:
@@ -104,10 +98,9 @@ class SharedEvaluator:
             LogitsError: a logit is NaN or infinite; names the architecture.
         """
         walk = _Walk(self, labels, counts, progress, watch)
-        x = normalize(images)
-        if self._calibration is not None:
-            x = paddle.concat([self._calibration, x])
-        walk.run(x)
+        if self.calibration is not None:
+            images = paddle.concat([self.calibration, images])
+        walk.run(normalize(images))
         counts.images += len(labels)
         return walk.watched
 

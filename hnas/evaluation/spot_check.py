@@ -1,8 +1,8 @@
 """Is the shared engine right? Logits of one architecture a chunk against the reference engine's.
 
-The walk rests on what Paddle does, not on what it promises: slices that stay valid, programs that
-take the filters they are given, an operator for its inference engine. So every chunk is checked
-before its counts are kept. How much may differ follows from how it rounds, and is measured.
+The walk rests on what Paddle does, not on what it promises: slices that stay valid, an operator
+for its inference engine. So every chunk is checked before its counts are kept. How much may differ
+follows from how it rounds, and is measured.
 """
 
 from __future__ import annotations
