@@ -56,9 +56,9 @@ def test_logits_that_are_not_finite_are_no_hits(classes, bad, where):
     logits[:, np.arange(6), labels] += 10  # all are hits
     column = {"the label's": labels[2], "another": (labels[2] + 1) % classes, "all": slice(None)}
     logits[1, 2, column[where]] = bad
-    found = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
-    assert found.columns.tolist() == [[6, 6, 0, 0], [5, 5, 0, 0]]
-    assert found.bad.tolist() == [0, 1]
+    found, bad_images = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    assert np.transpose(found.columns()).tolist() == [[6, 6, 0, 0], [5, 5, 0, 0]]
+    assert bad_images.tolist() == [0, 1]
     assert found.folds.tolist() == [[1] * 6 + [0] * 10, [1, 1, 0, 1, 1, 1] + [0] * 10]
 
 
@@ -66,8 +66,8 @@ def test_logits_that_are_not_finite_are_no_hits(classes, bad, where):
 def test_equal_logits_of_any_size_go_to_the_smallest_index(value):
     """Those of 3e38 add up to infinity, which is no reason to refuse them."""
     logits = paddle.full([1, 8, 8], value)
-    found = count_hits(logits, paddle.arange(8))
-    assert found.columns.tolist() == [[1, 5, 8, 8]] and found.bad.tolist() == [0]
+    found, bad = count_hits(logits, paddle.arange(8))
+    assert np.concatenate(found.columns()).tolist() == [1, 5, 8, 8] and bad.tolist() == [0]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_what_float16_does_not_hold_is_refused(factor, widened, calibrated, laye
     net.activate(arch)
     calibration = images_for(32, 24, seed=2)[0] if calibrated else None
     logits = network_logits(net, images, calibration)
-    counted = count_hits(logits.unsqueeze(0), labels).columns[0, :2]
+    counted = [hits for (hits,) in count_hits(logits.unsqueeze(0), labels)[0].columns()[:2]]
     given = net, ("n0", arch), (images, labels), calibration, logits, counted
     spot_check(*given, Precision.FLOAT32)
     with (

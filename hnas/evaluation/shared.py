@@ -177,15 +177,15 @@ class _Walk:
         head = self.evaluator.network.head.fc.fn
         logits = features @ head.weight[:channels] + head.bias
         logits = logits.reshape([len(rows), len(self.labels), -1])
-        hits = count_hits(logits, self.labels, self.counts.images)
-        for index, ((leaves, _), found, folds, bad) in enumerate(zip(rows, *hits, strict=True)):
+        hits, bad = count_hits(logits, self.labels, self.counts.images)
+        for index, (leaves, _) in enumerate(rows):
             archs = self.evaluator.tree.order[leaves.start : leaves.stop]
             if self.watch in archs:
                 self.watched = logits[index]
-            if bad:
+            if bad[index]:
                 code = self.evaluator.archs[archs[0]].code
-                raise LogitsError(f"architecture {code}", bad, len(self.labels))
-            for column, value in zip(self.counts.columns(), found, strict=True):
-                column[archs] += value
-            self.counts.folds[archs] += folds
+                raise LogitsError(f"architecture {code}", bad[index], len(self.labels))
+            for column, found in zip(self.counts.columns(), hits.columns(), strict=True):
+                column[archs] += found[index]
+            self.counts.folds[archs] += hits.folds[index]
             self.progress(len(leaves))

@@ -84,13 +84,13 @@ def compare(
         counted: top-1 and top-5 hits that the engine has counted.
         precision: of ``found``.
     """
-    top1, top5 = count_hits(expected.unsqueeze(0), labels).columns[0, :2]
+    right, _ = count_hits(expected.unsqueeze(0), labels)
     logits = expected.numpy().astype(np.float64)
     largest = float(np.abs(found.numpy() - logits).max())
-    hits = {
-        name: (int(own), int(right), int((margins(logits, labels.numpy(), k) <= 2 * largest).sum()))
-        for name, k, own, right in (("top1", 1, counted[0], top1), ("top5", 5, counted[1], top5))
-    }
+    hits = {}
+    for name, k, own in (("top1", 1, counted[0]), ("top5", 5, counted[1])):
+        near = margins(logits, labels.numpy(), k) <= 2 * largest
+        hits[name] = int(own), int(getattr(right, name)[0]), int(near.sum())
     return Comparison(precision, largest, float(logits.std()), hits)
 
 
