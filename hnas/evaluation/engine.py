@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hnas.base.device import Arithmetic, free_bytes, on_gpu, peak_memory
 from hnas.base.errors import PADDLE_ERRORS, UserError, is_out_of_memory, word_of
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.gpu_kernels import choose_variant, may_be_refusal
+from hnas.evaluation.gpu_kernels import fused_fault, may_be_refusal
 from hnas.evaluation.images import ScoredImages
 from hnas.evaluation.ledger import Ledger, Part, even_chunk
 from hnas.evaluation.shared import SharedEvaluator
@@ -164,16 +164,22 @@ class Walks:
 def wanted_variant(
     arithmetic: Arithmetic, calibration: paddle.Tensor | None, fuses: bool = True
 ) -> Variant | None:
-    """How the walk computes; None: on CPUs, by what works there.
+    """The fastest way to walk that works on this GPU; the log says which, and why.
 
-    ``fuses`` says whether GPUs may use the fused operator. Half precision is float16, eight times
-    as fine as bfloat16. What overflows is found.
+    None: on CPUs, by what works there. ``fuses`` says whether the fused operator may be used. Half
+    precision is float16, eight times as fine as bfloat16. What overflows is found.
     """
     if not on_gpu():
         return None
     rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
     precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
-    return choose_variant(precision, 0 if calibration is None else len(calibration), fuses)
+    chosen, reason = usual_variant(precision), "" if fuses else "--fused off"
+    if calibration is not None:
+        reason = "re-calibration needs each operator's output"
+    reason = reason or fused_fault(precision, chosen.layout)
+    chosen = chosen if reason else usual_variant(precision, fused=True)
+    logger.info("the walk computes in %s%s", chosen, f": {reason}" if reason else "")
+    return chosen
 
 
 def default_chunk(space: SearchSpace, images: ScoredImages, evaluator: SharedEvaluator) -> int:

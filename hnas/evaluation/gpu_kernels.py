@@ -7,7 +7,6 @@ engine. Nothing promises that it can be called from Python, so it is tried befor
 
 from __future__ import annotations
 
-import logging
 import math
 from functools import lru_cache
 
@@ -15,10 +14,8 @@ import paddle
 
 from hnas.base.errors import PADDLE_ERRORS, word_of
 from hnas.evaluation.kernels import Convolution, Kernels
-from hnas.evaluation.variants import Precision, Variant, usual_variant
+from hnas.evaluation.variants import Precision, Variant
 from hnas.models.convolution import ramp
-
-logger = logging.getLogger(__name__)
 
 TRIALS = (
     (24, 3, 7, 2, True, False),  # the stem
@@ -90,21 +87,3 @@ def may_be_refusal(variant: Variant, error: Exception) -> bool:
 def kernels_of(variant: Variant, calibration: int) -> Kernels:
     """What computes in a variant."""
     return Kernels(variant, calibration, fused_convolution if variant.fused else None)
-
-
-def choose_variant(precision: Precision, calibration: int, fuses: bool = True) -> Variant:
-    """The fastest variant of a precision that works on this GPU; the log says which, and why.
-
-    Args:
-        precision: to compute in.
-        calibration: images that BatchNorm is re-calibrated with.
-        fuses: whether the fused operator may be used, if it works.
-    """
-    chosen = usual_variant(precision)
-    if calibration:
-        reason = "re-calibration needs each operator's output"
-    else:
-        reason = fused_fault(precision, chosen.layout) if fuses else "--fused off"
-        chosen = chosen if reason else usual_variant(precision, fused=True)
-    logger.info("the walk computes in %s%s", chosen, f": {reason}" if reason else "")
-    return chosen
