@@ -81,18 +81,12 @@ def test_convolution_and_gradients_are_those_by_hand(n, channels, spare, size, w
     rest[:cout, :cin] = 0
     assert not rest.any()
     with paddle.no_grad():
-        again = onednn_conv2d(x, w, cout, stride, padding)
-        last = channels_last_conv2d(x.transpose([0, 2, 3, 1]), w, cout, stride, padding)
+        view = x.transpose([0, 2, 3, 1]).contiguous()
+        last = channels_last_conv2d(view, w, cout, stride, padding)
+        # An input that is not dense.
+        again = onednn_conv2d(view.transpose([0, 3, 1, 2]), w, cout, stride, padding)
     for found in (again, last.transpose([0, 3, 1, 2])):
         np.testing.assert_array_equal(found.numpy(), y.numpy())
-
-
-def test_inputs_that_are_not_dense():
-    paddle.seed(2)
-    x, w = paddle.randn([2, 4, 4, 5]), paddle.randn([6, 5, 3, 3])
-    view = x.transpose([0, 3, 1, 2])
-    expected = paddle.nn.functional.conv2d(view, w, padding=1)
-    np.testing.assert_allclose(onednn_conv2d(view, w, 6, 1, 1).numpy(), expected.numpy(), atol=1e-5)
 
 
 def test_a_supernet_computes_the_same_with_both():

@@ -36,29 +36,6 @@ def chunk_counts(start, stop):
     return counts_of([images % 5 == 0, images >= 0])
 
 
-@given(st.permutations(range(5)), st.integers(0, 4))
-def test_chunks_in_any_order_by_anyone_add_up(tmp_path_factory, order, restart_after):
-    folder = tmp_path_factory.mktemp("ledger")
-
-    def ledger(is_main=True):
-        made = Ledger(folder, IDENTITY, ARCHS, 13, is_main=is_main)
-        made.begin(3)
-        return made
-
-    main, other = ledger(), ledger(is_main=False)
-    for turn, number in enumerate(order):
-        if turn == restart_after:
-            main = ledger()
-        start = 3 * number
-        assert not main.is_done(start)
-        (main if number % 2 else other).add(start, chunk_counts(start, min(start + 3, 13)))
-        assert main.is_done(start)
-    main.collect()
-    assert main.enough and main.counts.images == 13
-    np.testing.assert_array_equal(main.counts.top1, [3, 13])
-    assert not list(folder.glob("eval_chunk_*"))
-
-
 def begun(folder, monkeypatch, world_size, target_tau=0.0):
     """The ledgers of several processes, all in this one, after their begin."""
     told = []
@@ -95,10 +72,14 @@ def test_processes_take_chunks_in_turns_and_restarts_what_is_left(tmp_path, monk
     ledgers = begun(tmp_path, monkeypatch, 3)
     shares = [list(ledger.chunks()) for ledger in ledgers]
     assert shares == [[range(5)], [range(10, 15)], [range(20, 23)]]
-    for ledger, (chunk,) in zip(ledgers[::-1], shares[::-1], strict=True):
-        do(ledger, chunk)
+    # The main process waits for the others' chunks.
+    first, *others = [(ledger, *chunks) for ledger, chunks in zip(ledgers, shares, strict=True)]
+    do(*first)
+    pending = iter(others[::-1])
+    monkeypatch.setattr(ledger_module.time, "sleep", lambda _: do(*next(pending)))
     counts = ledgers[0].complete()
-    assert counts.images == 23 and counts.top1.tolist() == chunk_counts(0, 23).top1.tolist()
+    assert counts.images == 23 and next(pending, None) is None
+    assert counts.top1.tolist() == chunk_counts(0, 23).top1.tolist()
     assert not list(tmp_path.glob("eval_chunk_*"))
     # Everything is done: nobody gets anything.
     assert [list(ledger.chunks()) for ledger in begun(tmp_path, monkeypatch, 2)] == [[], []]
@@ -168,17 +149,6 @@ def test_a_stop_by_the_ranking_is_the_same_whoever_did_which_chunk(tmp_path):
     for chunk in whole.chunks():
         whole.add(chunk.start, noisy_counts(chunk))
     assert whole.complete().images == 1000 and whole.agreement == Agreement(1, 1, 1)
-
-
-def test_the_main_process_waits_for_chunks_of_others(tmp_path, monkeypatch):
-    main, helper = begun(tmp_path, monkeypatch, 2)
-    for chunk in main.chunks():
-        do(main, chunk)
-    assert main.counts.images == 5
-    pending = iter(list(helper.chunks()))
-    monkeypatch.setattr(ledger_module.time, "sleep", lambda _: do(helper, next(pending)))
-    assert main.complete().images == 23
-    assert next(pending, None) is None
 
 
 def test_a_chunk_that_is_in_the_prefix_already_is_not_counted_twice(tmp_path):
