@@ -21,6 +21,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,7 @@ class Part(NamedTuple):
         return f"{self.number}/{self.of}"
 
 
+@dataclass(eq=False)
 class Ledger:
     """What is done of the evaluation of ``archs`` on ``images`` images.
 
@@ -98,7 +100,6 @@ class Ledger:
         network: what is scored, for ``estimates.json``.
 
     Attributes:
-        target_tau, part: as given.
         chunk: images of a chunk (the last has fewer); 0 until it is known.
         counts: over the prefix, as far as this process knows.
 
@@ -106,31 +107,23 @@ class Ledger:
         StateError: a file is broken or of something else.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        identity: Mapping[str, str],
-        archs: Mapping[str, Architecture],
-        images: int,
-        target_tau: float = 0.0,
-        is_main: bool = True,
-        part: Part | None = None,
-        copies: str = "",
-        network: Network | None = None,
-    ):
-        self._folder = folder
-        self._identity = identity
-        self._archs = archs
-        self._images = images
-        self.target_tau, self.part = target_tau, part
-        self._is_main = is_main
-        self._copies, self._network = copies, network
+    folder: Path
+    identity: Mapping[str, str]
+    archs: Mapping[str, Architecture]
+    images: int
+    target_tau: float = 0.0
+    is_main: bool = True
+    part: Part | None = None
+    copies: str = ""
+    network: Network | None = None
+
+    def __post_init__(self):
+        self.chunk, self.counts = 0, Counts.zeros(len(self.archs))
         self._own: list[range] = []
         self._agreement: tuple[int, Agreement | None] = (0, None)
-        self.chunk, self.counts = 0, Counts.zeros(len(archs))
         self._reload()
         self._found: list[int] = []
-        for path in folder.glob(CHUNK_FILES):
+        for path in self.folder.glob(CHUNK_FILES):
             found = self._load(path)
             if self.chunk not in (0, found.chunk):
                 text = f"{path} has chunks of {found.chunk} images, not {self.chunk}; remove it"
@@ -149,21 +142,21 @@ class Ledger:
         Raises:
             UserError: of a part, an earlier run has settled it otherwise, or it leaves too few.
         """
-        chunk = min(chunk, self._images)
+        chunk = min(chunk, self.images)
         if self.part and self.chunk not in (0, chunk):
             raise StateError(
-                f"{self._folder} has chunks of {self.chunk} images: give --chunk_size "
+                f"{self.folder} has chunks of {self.chunk} images: give --chunk_size "
                 f"{self.chunk}, to all parts, or choose another save_dir"
             )
         self.chunk = self.chunk or chunk
         barrier()  # Before it, other processes may still read what is deleted here.
-        if self._is_main:
+        if self.is_main:
             for start in self._found:
                 if start < self.counts.images:  # of a run that was killed before it deleted it
                     self._path(start).unlink(missing_ok=True)
             self.collect()
         (self.chunk,) = from_main_process([self.chunk])
-        if not self._is_main:
+        if not self.is_main:
             self._reload()
         chunks = self.all_chunks()
         if self.part:
@@ -193,7 +186,7 @@ class Ledger:
         SIGTERM or Ctrl-C during a chunk takes effect when the next one is asked for.
         """
         for chunk in self._own:
-            if not self._is_main:
+            if not self.is_main:
                 self._reload()
             if self.enough:
                 return
@@ -202,11 +195,11 @@ class Ledger:
 
     def add(self, start: int, counts: Counts) -> None:
         """Keep the counts of the chunk whose first image is ``start``."""
-        if self._is_main and start == self.counts.images and not self.part:
+        if self.is_main and start == self.counts.images and not self.part:
             self._extend(counts)
             self.collect()
         else:
-            whose = {**self._identity, "image_list": self._copies} if self.part else self._identity
+            whose = {**self.identity, "image_list": self.copies} if self.part else self.identity
             save_state(self._path(start), whose, self.chunk, counts, start)
 
     def complete(self) -> Counts:
@@ -217,8 +210,8 @@ class Ledger:
         if self.part:
             barrier()
             what = f"part {self.part} is scored: gather all parts' {CHUNK_FILES} in one folder"
-            logger.info("%s, and give it as save_dir without images_part: %s", what, self._folder)
-        if self.part or not self._is_main:
+            logger.info("%s, and give it as save_dir without images_part: %s", what, self.folder)
+        if self.part or not self.is_main:
             return self.counts
         if not self.enough:
             logger.info("waiting for the other processes' chunks")
@@ -227,9 +220,9 @@ class Ledger:
                 logger.info("%d images", self.counts.images)
             else:
                 time.sleep(POLL_SECONDS)
-        for path in self._folder.glob(CHUNK_FILES):
+        for path in self.folder.glob(CHUNK_FILES):
             path.unlink(missing_ok=True)
-        if self.counts.images < self._images:
+        if self.counts.images < self.images:
             logger.info("stopped early: what was aimed at is reached")
         return self.counts
 
@@ -240,7 +233,7 @@ class Ledger:
         if self.part:
             return f"part {self.part}"
         text, found = "ranking's agreement not known yet", self.agreement
-        if self.counts.images == self._images:
+        if self.counts.images == self.images:
             text = "all that there are"  # which agree with themselves
         elif found is not None:
             text = f"ranking's agreement {found.tau:.3f} ({found.low:.3f} to {found.high:.3f})"
@@ -249,8 +242,8 @@ class Ledger:
 
     def all_chunks(self) -> list[range]:
         """Image positions of each chunk."""
-        starts = range(0, self._images, self.chunk)
-        return [range(start, min(start + self.chunk, self._images)) for start in starts]
+        starts = range(0, self.images, self.chunk)
+        return [range(start, min(start + self.chunk, self.images)) for start in starts]
 
     def is_done(self, start: int) -> bool:
         """Whether the chunk whose first image is ``start`` is done."""
@@ -263,7 +256,7 @@ class Ledger:
     @property
     def enough(self) -> bool:
         """Whether the prefix is all images, or as exact as wanted."""
-        if self.counts.images in (0, self._images):
+        if self.counts.images in (0, self.images):
             return self.counts.images > 0
         found = self.agreement if self.target_tau else None
         return found is not None and found.low >= self.target_tau
@@ -274,7 +267,7 @@ class Ledger:
         images, found = self._agreement
         if images != self.counts.images:
             images = self.counts.images
-            found = expected_agreement(self.counts.folds, images, self._images)
+            found = expected_agreement(self.counts.folds, images, self.images)
             self._agreement = images, found
         return found
 
@@ -293,33 +286,33 @@ class Ledger:
     def _extend(self, counts: Counts) -> None:
         """Add the prefix's next chunk, and write the prefix."""
         self.counts.add(counts)
-        save_state(self._folder / STATE_FILE, self._identity, self.chunk, self.counts)
-        found = self.counts, self.agreement, self._images
-        content = estimates(self._archs, *found, self._network)
-        write_json(self._folder / ESTIMATES_FILE, content)
+        save_state(self.folder / STATE_FILE, self.identity, self.chunk, self.counts)
+        found = self.counts, self.agreement, self.images
+        content = estimates(self.archs, *found, self.network)
+        write_json(self.folder / ESTIMATES_FILE, content)
 
     # --- files
 
     def _reload(self) -> None:
         """Read the prefix that the main process has written."""
-        path = self._folder / STATE_FILE
+        path = self.folder / STATE_FILE
         if path.exists():
             earlier = self._load(path)
             self.chunk, self.counts = earlier.chunk, earlier.counts
 
     def _path(self, start: int) -> Path:
-        return self._folder / CHUNK_FILES.replace("*", f"{start:08d}")
+        return self.folder / CHUNK_FILES.replace("*", f"{start:08d}")
 
     def _load(self, path: Path) -> Saved:
         """Counts of these architectures, and of the images that ``path`` stands for."""
-        found = load_state(path, self._identity, self._copies)
-        if len(found.counts.top1) != len(self._archs):
+        found = load_state(path, self.identity, self.copies)
+        if len(found.counts.top1) != len(self.archs):
             raise StateError(
-                f"{path} holds {len(found.counts.top1)} architectures, not {len(self._archs)}; "
+                f"{path} holds {len(found.counts.top1)} architectures, not {len(self.archs)}; "
                 "remove it to start anew"
             )
         start, end, chunk = found.start, found.start + found.counts.images, found.chunk
-        is_right = end == self._images or (end < self._images and end % chunk == 0)
+        is_right = end == self.images or (end < self.images and end % chunk == 0)
         if path.name == STATE_FILE:
             is_right &= start == 0
         else:
@@ -327,7 +320,7 @@ class Ledger:
         if not is_right:
             raise StateError(
                 f"{path} holds images {start} to {end - 1} in chunks of {chunk}, which it cannot "
-                f"of {self._images} or by its name; was it copied or renamed? Move it elsewhere"
+                f"of {self.images} or by its name; was it copied or renamed? Move it elsewhere"
             )
         return found
 
