@@ -178,8 +178,8 @@ def test_chunks_are_even(limit, images, processes):
 REAL = {"backbone": "resnet48_mini", "bn_calibration_images": 0}
 LARGEST = RESNET48_MINI.largest()
 PROGRAMS = [  # flags, and what says whose the result is
-    (train_supernet, {"eval_sample_num": 2, "target_tau": 0.8}, STATE_FILE),
-    (search, {"generations": 0, "population": 2, "max_macs": 1e9}, f"generation_0000/{STATE_FILE}"),
+    (train_supernet, {"eval_sample_num": 2, "target_tau": 0.8, "fused": "off"}, STATE_FILE),
+    (search, {"generations": 0, "population": 2, "fused": "off"}, f"generation_0000/{STATE_FILE}"),
     (export, {"arch": LARGEST.code}, "card.json"),
 ]
 
@@ -197,9 +197,13 @@ def test_what_was_read_is_named_though_other_weights_took_its_place(
         return found
 
     monkeypatch.setattr(loading, "load_pickle", read)
+    fuses = []
+    monkeypatch.setattr(program, "wanted_variant", lambda *a: fuses.append(a[-1]), raising=False)
     flags = {**REAL, "ckpt_dir": path, **flags}
     run(program, monkeypatch, noise_images(tmp_path / "images"), tmp_path / "out", **flags)
+    # Flags reach the engine.
     assert ("there is nowhere to stop" in caplog.text) == ("target_tau" in flags)
+    assert fuses == [False] * ("fused" in flags)
     # NumPy writes four bytes a letter.
     assert digest.encode() in (tmp_path / "out" / file).read_bytes().replace(b"\0", b"")
 
@@ -269,20 +273,6 @@ def test_flags_that_make_no_part_are_one_line(flags, message):
     with pytest.raises(UserError, match=message) as error:
         train_supernet.wanted_part(Options(**{"images_part": "2/8", "chunk_size": 5, **flags}))
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
-
-
-def test_flags_reach_the_engine(tmp_path, monkeypatch):
-    seen = []
-
-    def evaluate(network, archs, images, save_dir, identity, settings):
-        seen.append(settings.target_tau)
-        return counts_of(np.ones((len(archs), len(images))))
-
-    monkeypatch.setattr(train_supernet, "evaluate_shared", evaluate)
-    monkeypatch.setattr(train_supernet, "wanted_variant", lambda *given: seen.append(given[-1]))
-    flags = {**REAL, "ckpt_dir": DEMO, "eval_sample_num": 2, "target_tau": 0.8, "fused": "off"}
-    run(train_supernet, monkeypatch, noise_images(tmp_path, 1), tmp_path / "out", **flags)
-    assert seen == [False, 0.8]
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.data())
