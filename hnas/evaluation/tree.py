@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -65,10 +65,8 @@ class Group:
     @cached_property
     def by_mid(self) -> list[tuple[int, int, list[Child]]]:
         """Each of conv1's widths, conv2's largest width with it, and the children of both."""
-        own: dict[int, list[Child]] = {}
-        for child in self.children:
-            own.setdefault(child.mid, []).append(child)
-        return [(mid, max(child.cout for child in of), of) for mid, of in own.items()]
+        runs = ((mid, [*run]) for mid, run in groupby(self.children, attrgetter("mid")))
+        return [(mid, run[-1].cout, run) for mid, run in runs]
 
     @property
     def widest_mid(self) -> int:
