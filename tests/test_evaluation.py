@@ -8,15 +8,14 @@ import numpy as np
 import paddle
 import pytest
 from independent import counts_of, family, first_ones, images_for, supernet
-from scipy import stats
 
 from hnas.architecture_file import read_architectures
 from hnas.evaluation.counts import Counts, count_hits
 from hnas.evaluation.kernels import Kernels
-from hnas.evaluation.reference import evaluate_network, evaluate_reference
+from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import warn_if_guessing, write_results
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.tree import PrefixTree, naive_macs
+from hnas.evaluation.tree import PrefixTree
 from hnas.search_space import RESNET48, RESNET48_MINI
 
 ROOT = Path(__file__).parents[1]
@@ -26,8 +25,8 @@ OFFICIAL = ROOT.parent / "shared/data/CVPR_2022_NAS_Track1_test.json"
 def test_a_trees_cost_is_what_its_walk_computes(monkeypatch):
     convolve, parts = Kernels.convolve, []
 
-    def counting(self, x, conv, *window):
-        y = convolve(self, x, conv, *window)
+    def counting(self, x, conv, stride):
+        y = convolve(self, x, conv, stride)
         inputs, kernel = x.shape[self.layout.index("C")], conv.filters.shape[2]
         parts.append((y.size * inputs * kernel**2, y.size))
         return y
@@ -38,15 +37,15 @@ def test_a_trees_cost_is_what_its_walk_computes(monkeypatch):
     evaluator.evaluate(*images_for(64, 1), Counts.zeros(len(archs)))
     assert evaluator.tree.cost(64) == tuple(map(sum, zip(*parts, strict=True)))
     assert sorted(evaluator.tree.order.tolist()) == list(range(len(archs)))
-    assert evaluator.tree.cost(64)[0] < 0.9 * naive_macs(RESNET48_MINI, archs, 64)
+    assert evaluator.tree.cost(64)[0] < 0.9 * sum(RESNET48_MINI.macs(a, 64, 0) for a in archs)
 
 
 @pytest.mark.skipif(not OFFICIAL.is_file(), reason="the official list is not here")
 @pytest.mark.slow
 def test_figures_of_the_official_list():
     archs = list(read_architectures(OFFICIAL).values())
-    assert round(naive_macs(RESNET48, archs, 224) / 1e9) == 133_710
-    assert PrefixTree(RESNET48, archs).cost(224)[0] / 1e9 < 71_360
+    assert round(sum(RESNET48.macs(arch, 224, 0) for arch in archs) / 1e9) == 133_710
+    assert round(PrefixTree(RESNET48, archs).cost(224)[0] / 1e9) == 68_179
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,14 @@ def test_shared_engine_equals_reference(space, size, calibration):
         counts, done = Counts.zeros(len(archs)), []
         logits[index] = evaluator.evaluate(images, labels, counts, done.append, watch=index)
         assert sum(done) == len(archs)
-    expected = evaluate_reference(net, archs, [(images, labels)], extra)
+    net.train()
+    before = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    parts = [(images[part], labels[part]) for part in (slice(5), slice(5, 6), slice(6, None))]
+    expected = evaluate_reference(net, archs, parts, extra)
+    # Evaluating leaves no trace but the mode.
+    assert not any(layer.training for layer in net.sublayers(include_self=True))
+    for name, tensor in net.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), before[name])
     assert 0 < expected.top5.sum() < 12 * len(archs)
     for found, wanted, near in (
         (counts.top1, expected.top1, counts.near1),
@@ -92,6 +98,10 @@ def test_shared_engine_equals_reference(space, size, calibration):
             alone.eval()
             own = alone(x[calibration:]).numpy()
         np.testing.assert_allclose(found.numpy(), own, atol=1e-4 * np.abs(own).max())
+        right = np.argsort(-own, axis=1) == labels.numpy()[:, None]
+        hits = right[:, :1].sum(), right[:, :5].sum()
+        assert abs(expected.top1[index] - hits[0]) <= expected.near1[index]
+        assert abs(expected.top5[index] - hits[1]) <= expected.near5[index]
 
 
 def test_hits_and_near_ties():
@@ -101,61 +111,17 @@ def test_hits_and_near_ties():
     logits[0, 0] = 1.0  # a tie of all: the smaller index first
     labels[0] = 2
     logits[1, 1, labels[1]] = np.sort(logits[1, 1])[-1] + 5e-5  # wins by a hair
-    found = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
-    assert not found.bad.any()
+    found, bad = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    assert not bad.any()
     for network in range(3):
         order = np.argsort(-logits[network], axis=1, kind="stable")
         rank = (order == labels[:, None]).argmax(1)
-        assert found.columns[network, :2].tolist() == [(rank < 1).sum(), (rank < 5).sum()]
+        assert (found.top1[network], found.top5[network]) == ((rank < 1).sum(), (rank < 5).sum())
         expected = [(rank[fold::16] < 1).sum() for fold in range(16)]
         assert found.folds[network].tolist() == expected
-        later = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels), first=19)
+        later, _ = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels), first=19)
         assert later.folds[network].tolist() == np.roll(expected, 3).tolist()
-    assert found.columns[0, 2] >= 1 and found.columns[0, 3] >= 1 and found.columns[1, 2] >= 1
-
-
-class NormAndLinear(paddle.nn.Layer):
-    """The smallest network with a BatchNorm: of a few pixels, [N, 3, 8, 8] -> [N, 7]."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = paddle.nn.BatchNorm2D(3)
-        self.linear = paddle.nn.Linear(12, 7)
-
-    def forward(self, x):
-        assert not paddle.is_grad_enabled()
-        return self.linear(self.norm(x)[:, :, ::7, ::7].flatten(1))
-
-
-@pytest.mark.parametrize("calibrate", [False, True])
-def test_a_networks_hits_are_numpys(calibrate):
-    paddle.seed(0)
-    network = NormAndLinear()
-    mean, variance = np.float32([0.3, -0.2, 0.5]), np.float32([0.5, 2.0, 1.5])
-    network.norm._mean.set_value(mean)
-    network.norm._variance.set_value(variance)
-    images, labels = images_for(8, 40, classes=7)
-    extra = images_for(8, 16, seed=2)[0] // 2
-    network.train()
-    parts = [(images[:25], labels[:25]), (images[25:26], labels[25:26]), (images[26:], labels[26:])]
-    found = evaluate_network(network, parts, extra if calibrate else None)
-    # Evaluating leaves no trace but the mode.
-    assert not network.training and not network.norm.training
-    np.testing.assert_array_equal(network.norm._mean.numpy(), mean)
-    np.testing.assert_array_equal(network.norm._variance.numpy(), variance)
-
-    if calibrate:
-        seen = independent.normalized(extra.numpy())
-        mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3))
-    normed = independent.normalized(images.numpy()) - mean.reshape(1, 3, 1, 1)
-    normed /= np.sqrt(variance.reshape(1, 3, 1, 1) + 1e-5)
-    weight, bias = network.linear.weight.numpy(), network.linear.bias.numpy()
-    logits = normed[:, :, ::7, ::7].reshape(40, 12) @ weight + bias
-    right = np.argsort(-logits, axis=1) == labels.numpy()[:, None]
-    top1, top5 = right[:, :1].sum(), right[:, :5].sum()
-    assert 0 < top1 < top5 < 40
-    assert (found.top1.tolist(), found.top5.tolist(), found.images) == ([top1], [top5], 40)
-    assert found.near1.tolist() == found.near5.tolist() == [0]
+    assert found.near1[:2].all() and found.near5[0]
 
 
 # --- what is written
@@ -177,11 +143,8 @@ def test_results_are_in_the_order_of_the_file(tmp_path, caplog):
     assert (tmp_path / "channel_sample.txt").read_text() == (
         f"{codes[0]} {3 / 7} {5 / 7}\n{codes[1]} 0.0 {1 / 7}\n{codes[2]} 1.0 1.0\n"
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "channel_sample.txt",
-        "submission.json",
-        "submission_top5.json",
-    ]
+    files = {"channel_sample.txt", "submission.json", "submission_top5.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
     assert "3 top-1 and 1 top-5 hits of 21 hang on logits closer than 1e-4" in caplog.text
     # Both JSON files can be read as architectures again.
     for name in ("submission.json", "submission_top5.json"):
@@ -207,16 +170,3 @@ def test_scores_of_guessing_are_told(hits, images, classes, warned, caplog):
         assert "\n" not in line
         start = f"the best sub-network is right about {max(hits)} of {images} images, no more than"
         assert line.startswith(f"{start} guessing among {classes} classes: ")
-
-
-@pytest.mark.parametrize(("images", "classes"), [(4000, 100), (50000, 1000), (355, 10)])
-def test_guessing_is_rarely_missed(images, classes, caplog):
-    """The most hits that are warned of, by trial, against the exact distribution of guesses."""
-    most = -1
-    while not caplog.clear() and most < images:
-        warn_if_guessing(counts_of(first_ones([most + 1], images)), classes, "it")
-        if not caplog.records:
-            break
-        most += 1
-    missed = stats.binom.sf(most, images, 1 / classes)
-    assert 0.0005 < missed < 0.005

@@ -10,10 +10,11 @@ import pytest
 from gpu_fakes import DEVICE, raising
 from independent import Images, supernet
 
+from hnas.base.device import Arithmetic
 from hnas.evaluation import engine, gpu_kernels, spot_check
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, default_chunk, evaluate_shared
-from hnas.evaluation.gpu_kernels import choose_variant, fused_fault
+from hnas.evaluation.gpu_kernels import fused_fault
 from hnas.evaluation.reference import evaluate_reference, network_logits
 from hnas.evaluation.results import STATE_FILE
 from hnas.evaluation.shared import SharedEvaluator
@@ -24,6 +25,7 @@ from hnas.search_space import RESNET48, RESNET48_MINI
 CLASSES = 7
 IDENTITY = {"checkpoint": "c" * 64}
 HALF = usual_variant(Precision.FLOAT16)
+PLAIN = Arithmetic("card", tf32=False)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,7 @@ def fuse(monkeypatch):
 
     def use(operator):
         monkeypatch.setattr(gpu_kernels, "fused_convolution", operator)
+        monkeypatch.setattr(engine, "on_gpu", lambda: True)
         fused_fault.cache_clear()
 
     yield use
@@ -152,7 +155,7 @@ def test_a_broken_operator_is_not_used_and_the_log_says_why(case, fuse, caplog):
     operator, reason = BROKEN[case]
     fuse(operator)
     caplog.set_level(logging.INFO)
-    assert choose_variant(Precision.FLOAT32, 0) == Variant()
+    assert engine.wanted_variant(PLAIN, None) == Variant()
     assert reason in caplog.text and "not fused" in caplog.text
 
 
@@ -162,7 +165,7 @@ def test_an_operator_that_fails_later_is_given_up_from_that_chunk_on(
 ):
     """It passes its trial and the first chunk; the spot check looks at every chunk."""
     fuse(gpu_fakes.fused_operator)
-    fused, walked, checked = choose_variant(Precision.FLOAT32, 0), [], []
+    fused, walked, checked = engine.wanted_variant(PLAIN, None), [], []
     walk, check = SharedEvaluator.evaluate, engine.spot_check
 
     def evaluate(self, *arguments, **named):

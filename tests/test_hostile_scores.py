@@ -56,9 +56,9 @@ def test_logits_that_are_not_finite_are_no_hits(classes, bad, where):
     logits[:, np.arange(6), labels] += 10  # all are hits
     column = {"the label's": labels[2], "another": (labels[2] + 1) % classes, "all": slice(None)}
     logits[1, 2, column[where]] = bad
-    found = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
-    assert found.columns.tolist() == [[6, 6, 0, 0], [5, 5, 0, 0]]
-    assert found.bad.tolist() == [0, 1]
+    found, bad_images = count_hits(paddle.to_tensor(logits), paddle.to_tensor(labels))
+    assert np.transpose(found.columns()).tolist() == [[6, 6, 0, 0], [5, 5, 0, 0]]
+    assert bad_images.tolist() == [0, 1]
     assert found.folds.tolist() == [[1] * 6 + [0] * 10, [1, 1, 0, 1, 1, 1] + [0] * 10]
 
 
@@ -66,8 +66,8 @@ def test_logits_that_are_not_finite_are_no_hits(classes, bad, where):
 def test_equal_logits_of_any_size_go_to_the_smallest_index(value):
     """Those of 3e38 add up to infinity, which is no reason to refuse them."""
     logits = paddle.full([1, 8, 8], value)
-    found = count_hits(logits, paddle.arange(8))
-    assert found.columns.tolist() == [[1, 5, 8, 8]] and found.bad.tolist() == [0]
+    found, bad = count_hits(logits, paddle.arange(8))
+    assert np.concatenate(found.columns()).tolist() == [1, 5, 8, 8] and bad.tolist() == [0]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_what_float16_does_not_hold_is_refused(factor, widened, calibrated, laye
     net.activate(arch)
     calibration = images_for(32, 24, seed=2)[0] if calibrated else None
     logits = network_logits(net, images, calibration)
-    counted = count_hits(logits.unsqueeze(0), labels).columns[0, :2]
+    counted = [hits for (hits,) in count_hits(logits.unsqueeze(0), labels)[0].columns()[:2]]
     given = net, ("n0", arch), (images, labels), calibration, logits, counted
     spot_check(*given, Precision.FLOAT32)
     with (
@@ -351,8 +351,8 @@ STATES = {  # name of the file, content, words of the error
         STATE_FILE, arrays(identity_checkpoint=np.array("d" * 64)), "settings: checkpoint dddd"),
     "one array more": (STATE_FILE, arrays(more=np.zeros(2)), "unknown arrays"),
     "an array twice": (STATE_FILE, two_start, "an array twice"),
-    "a copy of a chunk": ("eval_chunk_backup.npz", CHUNK, "none of this program's names"),
-    "a chunk in nine digits": ("eval_chunk_000000010.npz", CHUNK, "none of this program's names"),
+    "a copy of a chunk": ("eval_chunk_backup.npz", CHUNK, "copied or renamed"),
+    "a chunk in nine digits": ("eval_chunk_000000010.npz", CHUNK, "copied or renamed"),
     "a chunk elsewhere": ("eval_chunk_00000015.npz", CHUNK, "copied or renamed"),
     "a chunk as state": (STATE_FILE, CHUNK, "copied or renamed"),
     "a state as chunk": ("eval_chunk_00000000.npz", GOOD, "copied or renamed"),

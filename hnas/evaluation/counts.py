@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -95,26 +94,9 @@ class Counts:
         return np.sqrt(rate * (1 - rate) / max(1, self.images))
 
 
-class Hits(NamedTuple):
-    """What :func:`count_hits` finds in several networks.
-
-    Attributes:
-        columns: ``top1``, ``top5``, ``near1``, ``near5`` of :class:`Counts`; int64 [networks, 4].
-        folds: ``folds`` of :class:`Counts`; int64 [networks, FOLDS].
-        bad: images that have a logit that is NaN or infinite, which callers refuse by
-            :class:`LogitsError`; int64 [networks].
-    """
-
-    columns: np.ndarray
-    folds: np.ndarray
-    bad: np.ndarray
-
-    def counts(self, images: int) -> Counts:
-        """As counts over ``images`` images."""
-        return Counts(*self.columns.T.copy(), images, self.folds)
-
-
-def count_hits(logits: paddle.Tensor, labels: paddle.Tensor, first: int = 0) -> Hits:
+def count_hits(
+    logits: paddle.Tensor, labels: paddle.Tensor, first: int = 0
+) -> tuple[Counts, np.ndarray]:
     """Hits of several networks on the same images.
 
     An image is a top-k hit if fewer than k classes are ahead of its label. Ahead are the classes
@@ -125,6 +107,10 @@ def count_hits(logits: paddle.Tensor, labels: paddle.Tensor, first: int = 0) -> 
         logits: float32 [networks, N, classes].
         labels: int64 [N].
         first: how many images were counted before these, which decides on their folds.
+
+    Returns:
+        :class:`Counts` of the networks; and of each the images that have a logit that is NaN or
+        infinite, which callers refuse by :class:`LogitsError`: int64 [networks].
     """
     networks, images, _ = logits.shape
     bad = _not_finite(logits)
@@ -142,8 +128,8 @@ def count_hits(logits: paddle.Tensor, labels: paddle.Tensor, first: int = 0) -> 
         ties = (values[:label] == values[label]).sum()
         ahead[network, image] = (values > values[label]).sum() + ties
     top1 = (ahead < 1) & ~bad
-    columns = [column.sum(axis=1) for column in (top1, (ahead < 5) & ~bad, *near)]
-    return Hits(np.stack(columns, axis=1), by_fold(top1, first), bad.sum(axis=1))
+    columns = (column.sum(axis=1) for column in (top1, (ahead < 5) & ~bad, *near))
+    return Counts(*columns, images, by_fold(top1, first)), bad.sum(axis=1)
 
 
 def by_fold(hits: np.ndarray, first: int) -> np.ndarray:

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from hnas.base.device import Arithmetic, free_bytes, on_gpu, peak_memory
 from hnas.base.errors import PADDLE_ERRORS, UserError, is_out_of_memory, word_of
 from hnas.evaluation.counts import Counts
-from hnas.evaluation.gpu_kernels import choose_variant, may_be_refusal
+from hnas.evaluation.gpu_kernels import fused_fault, may_be_refusal
 from hnas.evaluation.images import ScoredImages
 from hnas.evaluation.ledger import Ledger, Part
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import spot_check
-from hnas.evaluation.tree import CPU_SHARE, GPU_SHARE, choose_chunk, even_chunk, naive_macs
+from hnas.evaluation.tree import CPU_SHARE, GPU_SHARE, choose_chunk, even_chunk
 from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import is_main_process, local_ranks, world_size
@@ -81,19 +81,19 @@ def evaluate_shared(
         StateError: the state in ``save_dir`` is of something else.
         EngineError: the reference engine finds other logits or hits.
     """
-    calibration = settings.calibration
     if evaluator is None:
-        evaluator = SharedEvaluator(network, list(archs.values()), calibration, settings.variant)
+        how = settings.calibration, settings.variant
+        evaluator = SharedEvaluator(network, list(archs.values()), *how)
     else:
         evaluator.take(list(archs.values()))
     how = settings.target_tau, is_main_process(), settings.part, images.copies
     ledger = Ledger(save_dir, identity, archs, len(images), *how, settings.network)
     ledger.begin(settings.chunk or default_chunk(network.space, images, evaluator))
-    describe(evaluator, network.space, archs, images, ledger)
-    walks = Walks(network, [*archs.items()], images, calibration, evaluator)
+    describe(evaluator, images, ledger)
+    walks = Walks(evaluator, list(archs), images)
     for chunk in ledger.chunks():
         began = time.perf_counter()
-        title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.starts())}"
+        title = f"chunk {chunk.start // ledger.chunk + 1}/{len(ledger.all_chunks())}"
         counts = walks.score(chunk, title)
         ledger.add(chunk.start, counts)
         if is_main_process():
@@ -109,11 +109,9 @@ class Walks:
     variant, from then on, and the log says so. Counts are sums over images: they stay the same.
     """
 
-    network: ElasticResNet
-    archs: list[tuple[str, Architecture]]
+    evaluator: SharedEvaluator  # it keeps what the device can
+    names: list[str]  # of its architectures
     images: ScoredImages
-    calibration: paddle.Tensor | None
-    evaluator: SharedEvaluator  # of the network, for ``archs``; it keeps what the device can
 
     def score(self, chunk: range, title: str) -> Counts:
         """The counts over a chunk, which the progress bar calls ``title``.
@@ -121,30 +119,24 @@ class Walks:
         Raises:
             UserError: out of memory with a single image.
         """
-        counts = Counts.zeros(len(self.archs))
+        counts = Counts.zeros(len(self.names))
         while counts.images < len(chunk):
             part = chunk[counts.images : counts.images + self.evaluator.most_images]
             try:
-                counts.add(self._walk(part, chunk.start % len(self.archs), title))
+                counts.add(self._walk(part, chunk.start % len(self.names), title))
             except PADDLE_ERRORS as error:
                 self._give_way(error, len(part))
         return counts
 
     def _walk(self, part: range, checked: int, title: str) -> Counts:
         """The counts over some images; the architecture numbered ``checked`` is checked."""
-        counts = Counts.zeros(len(self.archs))
+        evaluator, counts = self.evaluator, Counts.zeros(len(self.names))
         batch = self.images.batch(part.start, part.stop)
-        with tqdm(total=len(self.archs), desc=title, unit="arch", mininterval=1) as progress:
-            logits = self.evaluator.evaluate(*batch, counts, progress.update, watch=checked)
-        spot_check(
-            self.network,
-            self.archs[checked],
-            batch,
-            self.calibration,
-            logits,
-            (counts.top1[checked], counts.top5[checked]),
-            self.evaluator.precision,
-        )
+        with tqdm(total=len(self.names), desc=title, unit="arch", mininterval=1) as progress:
+            logits = evaluator.evaluate(*batch, counts, progress.update, watch=checked)
+        named = self.names[checked], evaluator.archs[checked]
+        found = logits, (counts.top1[checked], counts.top5[checked]), evaluator.precision
+        spot_check(evaluator.network, named, batch, evaluator.calibration, *found)
         return counts
 
     def _give_way(self, error: Exception, images: int) -> None:
@@ -169,16 +161,22 @@ class Walks:
 def wanted_variant(
     arithmetic: Arithmetic, calibration: paddle.Tensor | None, fuses: bool = True
 ) -> Variant | None:
-    """How the walk computes; None: on CPUs, by what works there.
+    """The fastest way to walk that works on this GPU; the log says which, and why.
 
-    ``fuses`` says whether GPUs may use the fused operator. Half precision is float16, eight times
-    as fine as bfloat16. What overflows is found.
+    None: on CPUs, by what works there. ``fuses`` says whether the fused operator may be used. Half
+    precision is float16, eight times as fine as bfloat16. What overflows is found.
     """
     if not on_gpu():
         return None
     rounding = Precision.TF32 if arithmetic.tf32 else Precision.FLOAT32
     precision = rounding if arithmetic.amp == "O0" else Precision.FLOAT16
-    return choose_variant(precision, 0 if calibration is None else len(calibration), fuses)
+    chosen, reason = usual_variant(precision), "" if fuses else "--fused off"
+    if calibration is not None:
+        reason = "re-calibration needs each operator's output"
+    reason = reason or fused_fault(precision, chosen.layout)
+    chosen = chosen if reason else usual_variant(precision, fused=True)
+    logger.info("the walk computes in %s%s", chosen, f": {reason}" if reason else "")
+    return chosen
 
 
 def default_chunk(space: SearchSpace, images: ScoredImages, evaluator: SharedEvaluator) -> int:
@@ -190,15 +188,10 @@ def default_chunk(space: SearchSpace, images: ScoredImages, evaluator: SharedEva
     return even_chunk(limit, len(images), world_size())
 
 
-def describe(
-    evaluator: SharedEvaluator,
-    space: SearchSpace,
-    archs: Mapping[str, Architecture],
-    images: ScoredImages,
-    ledger: Ledger,
-) -> None:
+def describe(evaluator: SharedEvaluator, images: ScoredImages, ledger: Ledger) -> None:
     """Log what is going to be done, and what makes it slow."""
-    chunks, carried = len(ledger.starts()), evaluator.calibration_images
+    space, archs = evaluator.network.space, evaluator.archs
+    chunks, carried = len(ledger.all_chunks()), evaluator.calibration_images
     if ledger.counts.images:
         logger.info("continuing after %d of %d images", ledger.counts.images, len(images))
     if ledger.chunk < min(carried, len(images)):
@@ -212,7 +205,7 @@ def describe(
         logger.warning("%d chunks for %d processes: lower chunk_size", chunks, world_size())
     if ledger.target_tau and chunks == 1:
         logger.warning("all images are one chunk, so there is nowhere to stop: lower chunk_size")
-    naive = naive_macs(space, archs.values(), images.size)
+    naive = sum(space.macs(arch, images.size, num_classes=0) for arch in archs)
     shared, _ = evaluator.tree.cost(images.size)
     logger.info(
         "%d architectures, %d images in chunks of %d%s: %s MMAC an image%s",

@@ -6,28 +6,20 @@ on GPUs.
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import paddle
 from paddle.nn import functional as F  # noqa: N812
 
-from hnas.base.errors import PADDLE_ERRORS, UserError, word_of
-from hnas.evaluation.variants import Precision, Variant
-from hnas.models.convolution import channels_last_conv2d, ramp
+from hnas.base.errors import UserError
+from hnas.evaluation.variants import Variant
+from hnas.models.convolution import channels_last_conv2d
 from hnas.models.elastic import ElasticResNet, batch_statistics
 
 STEM = (-1, 0, "stem")
-CACHE_BYTES = 1 << 30
 EPSILON = 1e-5
 PLAIN = Variant()
-
-Operator = Callable[..., paddle.Tensor]
-"""``(x, filters, bias, shortcut, stride, padding, layout, activation)``: ``relu`` or ``identity``
-of the convolution plus bias [C] plus shortcut, an activation or None. Filters are [O, I, K, K] in
-NCHW, [O, K, K, I] in NHWC."""
 
 
 # --- convolutions of any width
@@ -45,6 +37,11 @@ class Convolution(NamedTuple):
     filters: paddle.Tensor
     rest: tuple[paddle.Tensor, ...]
     outputs: int
+
+    @property
+    def padding(self) -> int:
+        """In px: half of the kernel, as all of the network's have it."""
+        return self.filters.shape[2] // 2
 
 
 class SlicedWeights:
@@ -69,29 +66,28 @@ class SlicedWeights:
                     self._layers[stage, index, "project"] = conv.fn, norm
         self._names = {layer: name for name, layer in network.named_sublayers()}
         self._whole: dict[tuple, tuple] = {}
-        self._rest: dict[tuple, tuple] = {}
-        self._slices = LatestTensors(CACHE_BYTES)
+        # All widths of the full space take 0.6 GiB.
+        self._slices: dict[tuple, paddle.Tensor] = {}
 
     def get(self, key: tuple, cin: int, cout: int) -> Convolution:
         """The convolution ``(stage, block, "conv1" | "conv2" | "project")``, or ``STEM``."""
         if key not in self._whole:
             self._whole[key] = self._prepare(key)
         filters, *rest = self._whole[key]
-        if (key, cin, cout) not in self._rest:
-            axis = self._kernels.layout.index("C")
-            narrow = tuple(leading_channels(part, cout, axis) for part in rest)
-            self._rest[key, cin, cout] = narrow, cout
         if self._kernels.sliced:
-            filters = self._narrow(key, filters, cin)[:cout]
-        return Convolution(filters, *self._rest[key, cin, cout])
+            # One axis after the other: Paddle copies a slice of two axes element by element. Fewer
+            # outputs are a view then.
+            axis = 3 if self._kernels.filters_last else 1
+            filters = self._slice((key, 0), filters, cin, axis)[:cout]
+        axis = self._kernels.layout.index("C")
+        parts = (self._slice((key, n), part, cout, axis) for n, part in enumerate(rest, 1))
+        return Convolution(filters, tuple(parts), cout)
 
-    def _narrow(self, key: tuple, filters: paddle.Tensor, cin: int) -> paddle.Tensor:
-        """Fewer inputs, of which a copy is kept; fewer outputs are a view then."""
-        # One axis after the other: Paddle copies a slice of two axes element by element.
-        axis = 3 if self._kernels.filters_last else 1
-        if filters.shape[axis] == cin:
-            return filters
-        return self._slices.get((key, cin), lambda: leading_channels(filters, cin, axis))
+    def _slice(self, key: tuple, whole: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:
+        """The leading channels of one of a convolution's tensors; they are kept."""
+        if (key, channels) not in self._slices:
+            self._slices[key, channels] = leading_channels(whole, channels, axis)
+        return self._slices[key, channels]
 
     @paddle.no_grad()
     def _prepare(self, key: tuple) -> tuple:
@@ -117,27 +113,6 @@ class SlicedWeights:
         return prepared
 
 
-class LatestTensors:
-    """Tensors that can be made again: the latest used ones, of at most ``capacity`` bytes."""
-
-    def __init__(self, capacity: int):
-        self._capacity = capacity
-        self._used = 0
-        self._held: OrderedDict[tuple, paddle.Tensor] = OrderedDict()
-
-    def get(self, key: tuple, make: Callable[[], paddle.Tensor]) -> paddle.Tensor:
-        """What ``make`` gives, or gave."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        self._held[key] = tensor = make()
-        self._used += tensor.size * tensor.element_size()
-        while self._used > self._capacity and len(self._held) > 1:
-            _, oldest = self._held.popitem(last=False)
-            self._used -= oldest.size * oldest.element_size()
-        return tensor
-
-
 def leading_channels(x: paddle.Tensor, channels: int, axis: int) -> paddle.Tensor:
     """The first ``channels`` of ``x`` along ``axis``, contiguous; ``x`` itself if that is all."""
     if x.shape[axis] == channels:
@@ -158,7 +133,8 @@ class Kernels:
         variant: how numbers are rounded and activations lie.
         calibration: BatchNorm takes the statistics of this many images at the front of every
             batch; with 0 it is folded into the convolutions.
-        fused: computes whole convolutions, without re-calibration; None: one operator each.
+        fused: whole convolutions, as ``gpu_kernels.py`` has them, without re-calibration; None: one
+            operator each.
 
     Convolutions are as :class:`SlicedWeights` gives them; activations are [N, C, H, W] below,
     whatever the layout.
@@ -171,7 +147,7 @@ class Kernels:
     """
 
     def __init__(
-        self, variant: Variant = PLAIN, calibration: int = 0, fused: Operator | None = None
+        self, variant: Variant = PLAIN, calibration: int = 0, fused: Callable | None = None
     ):
         self.variant = variant
         self.calibration = calibration
@@ -199,9 +175,7 @@ class Kernels:
             x = x.transpose([layout.index(axis) for axis in self.layout]).contiguous()
         return x.astype(self.variant.precision.dtype) if self.variant.precision.is_half else x
 
-    def conv_norm(
-        self, x, conv: Convolution, stride: int, padding: int, relu: bool = False, shortcut=None
-    ):
+    def conv_norm(self, x, conv: Convolution, stride: int = 1, relu: bool = True, shortcut=None):
         """A convolution and its BatchNorm, folded or by the calibration images' statistics.
 
         Then the leading channels of a shortcut are added, and ReLU is applied.
@@ -209,20 +183,19 @@ class Kernels:
         if shortcut is not None:
             shortcut = self.narrow(shortcut, conv.outputs)
         if self._fused is not None:
-            activation, bias = "relu" if relu else "identity", conv.rest[0].flatten()
-            given = x, conv.filters, bias, shortcut, stride, padding, self.layout, activation
-            return self._fused(*given)
-        y = self.convolve(x, conv, stride, padding)
+            how = stride, conv.padding, self.layout, "relu" if relu else "identity"
+            return self._fused(x, conv.filters, conv.rest[0].flatten(), shortcut, *how)
+        y = self.convolve(x, conv, stride)
         y = self._normalised(y, conv) if self.calibration else self._add_bias(y, conv.rest[0])
         if shortcut is not None:
             y = y + shortcut
         return F.relu(y) if relu else y
 
-    def convolve(self, x, conv: Convolution, stride: int, padding: int):
+    def convolve(self, x, conv: Convolution, stride: int):
         """A convolution without bias."""
         if self.variant.onednn:
-            return channels_last_conv2d(x, conv.filters, conv.outputs, stride, padding)
-        window = {"stride": stride, "padding": padding, "data_format": self.layout}
+            return channels_last_conv2d(x, conv.filters, conv.outputs, stride, conv.padding)
+        window = {"stride": stride, "padding": conv.padding, "data_format": self.layout}
         return F.conv2d(x, conv.filters, **window)
 
     def _add_bias(self, y, bias):
@@ -242,25 +215,9 @@ class Kernels:
         flat = [part.flatten() for part in (*statistics, *conv.rest)]
         return F.batch_norm(y, *flat, epsilon=EPSILON, data_format=self.layout)
 
-    def stem(self, x, conv: Convolution):
-        """7x7/2 convolution, ReLU, 3x3/2 max pooling: [N, 3, H, W] -> [N, C, H/4, W/4]."""
-        return self.max_pool(self.conv_norm(x, conv, stride=2, padding=3, relu=True))
-
     def max_pool(self, x):
         """3x3, stride 2."""
         return F.max_pool2d(x, 3, 2, 1, data_format=self.layout)
-
-    def first(self, x, conv1: Convolution, stride: int):
-        """A block's conv1 and ReLU."""
-        return self.conv_norm(x, conv1, stride, padding=1, relu=True)
-
-    def project(self, x, conv: Convolution):
-        """A block's projection shortcut."""
-        return self.conv_norm(x, conv, stride=2, padding=0)
-
-    def last(self, y, shortcut, conv2: Convolution):
-        """A block's conv2, the shortcut, which may have more channels, and ReLU."""
-        return self.conv_norm(y, conv2, stride=1, padding=1, relu=True, shortcut=shortcut)
 
     def narrow(self, x, channels: int):
         """The first channels of an activation."""
@@ -269,88 +226,3 @@ class Kernels:
     def pooled(self, x):
         """Global average of the images behind the calibration's: float32 [N, C]."""
         return x[self.calibration :].astype("float32").mean(self._spatial)
-
-    def classifier(self, weight, bias) -> Callable[[paddle.Tensor], paddle.Tensor]:
-        """From pooled features [N, C] to logits [N, classes], both float32.
-
-        Args:
-            weight: [most channels, classes], of which the first C rows are used.
-            bias: [classes].
-        """
-        return lambda features: features @ weight[: features.shape[1]] + bias
-
-
-# --- kernels are tried before they are trusted
-
-TRIAL_TOLERANCE = {
-    Precision.FLOAT32: 5e-5,
-    Precision.TF32: 5e-3,
-    Precision.FLOAT16: 2e-2,
-}
-"""Of a trial, over the largest value; float32's is below what TF32 changes."""
-
-
-class Trial(NamedTuple):
-    """A stem and two blocks to compute."""
-
-    images: int
-    size: int  # height of the maps before the blocks
-    width: int  # of them, and ``step`` more and less
-    step: int
-
-
-def fault_of(make: Callable[[], Kernels], trials: Iterable[Trial]) -> str:
-    """What is wrong with kernels that rest on what nobody promises; empty: nothing."""
-    try:
-        kernels = make()
-        worst = max(largest_difference(kernels, trial) for trial in trials)
-    except (AttributeError, *PADDLE_ERRORS) as error:
-        return f"fails: {word_of(error)}"
-    allowed = TRIAL_TOLERANCE[kernels.variant.precision]
-    return "" if worst < allowed else f"differs by {worst:.2g} of the largest value"
-
-
-@paddle.no_grad()
-def largest_difference(kernels: Kernels, trial: Trial) -> float:
-    """From Paddle's operators one by one in float32, over the largest value; NaN is infinite."""
-    plain = Kernels(calibration=kernels.calibration)
-    expected, found = (_trial_results(own, trial) for own in (plain, kernels))
-    worst = 0.0
-    for right, own in zip(expected, found, strict=True):
-        own = plain.accept(own, kernels.layout).astype("float32")
-        if own.shape != right.shape:
-            return math.inf
-        difference = float((right - own).abs().max() / right.abs().max())
-        worst = max(worst, difference if difference == difference else math.inf)
-    return worst
-
-
-def _trial_results(kernels: Kernels, trial: Trial) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """A stem's output, and that of a stage's first two blocks, narrowed."""
-    images, size, width, step = trial
-    images += kernels.calibration
-    wide, widest = width + step, width + 2 * step
-    shapes = [(wide, 3, 7), (wide, widest, 3), (widest, widest, 1), (width, wide, 3)]
-    stem, conv1, project, conv2, conv3, conv4 = (
-        _trial_convolution(kernels, number, *shape)
-        for number, shape in enumerate([*shapes, (width, width, 3), (width, width, 3)])
-    )
-    x = kernels.accept(ramp([images, widest, size, size]))
-    y = kernels.last(kernels.first(x, conv1, 2), kernels.project(x, project), conv2)
-    y = kernels.last(kernels.first(y, conv3, 1), y, conv4)
-    pixels = kernels.accept(ramp([images, 3, 2 * size, 2 * size]))
-    return kernels.stem(pixels, stem), kernels.narrow(y, width - step)
-
-
-def _trial_convolution(
-    kernels: Kernels, number: int, outputs: int, inputs: int, size: int
-) -> Convolution:
-    """The leading part of wider filters; others for every number, even of the same shape."""
-    whole = [outputs + 2, inputs + 3, size, size]
-    filters = ramp(whole).flatten().roll(number * size * size).reshape(whole)
-    filters = filters / (size * inputs**0.5)
-    if kernels.sliced:
-        filters = filters[:outputs, :inputs].contiguous()
-    parts = 2 if kernels.calibration else 1
-    rest = (kernels.vector(ramp([outputs]) + 1, is_bias=parts == 1),) * parts
-    return Convolution(kernels.arranged(filters), rest, outputs)

@@ -21,6 +21,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,6 @@ from hnas.search_space import Architecture
 
 logger = logging.getLogger(__name__)
 
-CHUNK_NAME = re.compile(r"eval_chunk_([0-9]{8,18})\.npz")
 POLL_SECONDS = 0.2
 NAMED = 10
 """Missing chunks that a message names at most."""
@@ -81,6 +81,7 @@ class Part(NamedTuple):
         return f"{self.number}/{self.of}"
 
 
+@dataclass(eq=False)
 class Ledger:
     """What is done of the evaluation of ``archs`` on ``images`` images.
 
@@ -99,7 +100,6 @@ class Ledger:
         network: what is scored, for ``estimates.json``.
 
     Attributes:
-        target_tau, part: as given.
         chunk: images of a chunk (the last has fewer); 0 until it is known.
         counts: over the prefix, as far as this process knows.
 
@@ -107,36 +107,29 @@ class Ledger:
         StateError: a file is broken or of something else.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        identity: Mapping[str, str],
-        archs: Mapping[str, Architecture],
-        images: int,
-        target_tau: float = 0.0,
-        is_main: bool = True,
-        part: Part | None = None,
-        copies: str = "",
-        network: Network | None = None,
-    ):
-        self._folder = folder
-        self._identity = identity
-        self._archs = archs
-        self._images = images
-        self.target_tau, self.part = target_tau, part
-        self._is_main = is_main
-        self._copies, self._network = copies, network
-        self._own: list[int] = []
+    folder: Path
+    identity: Mapping[str, str]
+    archs: Mapping[str, Architecture]
+    images: int
+    target_tau: float = 0.0
+    is_main: bool = True
+    part: Part | None = None
+    copies: str = ""
+    network: Network | None = None
+
+    def __post_init__(self):
+        self.chunk, self.counts = 0, Counts.zeros(len(self.archs))
+        self._own: list[range] = []
         self._agreement: tuple[int, Agreement | None] = (0, None)
-        self.chunk, self.counts = 0, Counts.zeros(len(archs))
         self._reload()
-        self._found = list(folder.glob(CHUNK_FILES))
-        for path in self._found:
-            chunk = self._load(path).chunk
-            if self.chunk not in (0, chunk):
-                text = f"{path} has chunks of {chunk} images, not {self.chunk}; remove it"
+        self._found: list[int] = []
+        for path in self.folder.glob(CHUNK_FILES):
+            found = self._load(path)
+            if self.chunk not in (0, found.chunk):
+                text = f"{path} has chunks of {found.chunk} images, not {self.chunk}; remove it"
                 raise StateError(text)
-            self.chunk = chunk
+            self.chunk = found.chunk
+            self._found.append(found.start)
 
     # --- the course of an evaluation
 
@@ -149,37 +142,38 @@ class Ledger:
         Raises:
             UserError: of a part, an earlier run has settled it otherwise, or it leaves too few.
         """
-        chunk = min(chunk, self._images)
+        chunk = min(chunk, self.images)
         if self.part and self.chunk not in (0, chunk):
             raise StateError(
-                f"{self._folder} has chunks of {self.chunk} images: give --chunk_size "
+                f"{self.folder} has chunks of {self.chunk} images: give --chunk_size "
                 f"{self.chunk}, to all parts, or choose another save_dir"
             )
         self.chunk = self.chunk or chunk
         barrier()  # Before it, other processes may still read what is deleted here.
-        if self._is_main:
-            self._delete_chunks(before=self.counts.images)
+        if self.is_main:
+            for start in self._found:
+                if start < self.counts.images:  # of a run that was killed before it deleted it
+                    self._path(start).unlink(missing_ok=True)
             self.collect()
         (self.chunk,) = from_main_process([self.chunk])
-        if not self._is_main:
+        if not self.is_main:
             self._reload()
-        starts = self.starts()
+        chunks = self.all_chunks()
         if self.part:
-            if self.part.of > len(starts):
+            if self.part.of > len(chunks):
                 raise UserError(
-                    f"--images_part {self.part} of {len(starts)} chunks: lower --chunk_size "
+                    f"--images_part {self.part} of {len(chunks)} chunks: lower --chunk_size "
                     f"{self.chunk}, or make fewer parts"
                 )
-            starts = starts[self.part.number - 1 :: self.part.of]
-        done = from_main_process([self.is_done(start) for start in starts])
-        undone = [start for start, is_done in zip(starts, done, strict=True) if not is_done]
+            chunks = chunks[self.part.number - 1 :: self.part.of]
+        done = from_main_process([self.is_done(chunk.start) for chunk in chunks])
+        undone = [chunk for chunk, is_done in zip(chunks, done, strict=True) if not is_done]
         if undone and self._found and not self.part:
-            chunks = [self._positions(start) for start in undone[:NAMED]]
             logger.warning(
                 "of %d chunks %d are missing, and scored now: those of images %s%s",
-                len(starts),
+                len(chunks),
                 len(undone),
-                ", ".join(f"{chunk[0]} to {chunk[-1]}" for chunk in chunks),
+                ", ".join(f"{chunk[0]} to {chunk[-1]}" for chunk in undone[:NAMED]),
                 ", ..." if len(undone) > NAMED else "",
             )
         # In turns, so that together they extend the prefix, whose images are a balanced sample.
@@ -191,21 +185,21 @@ class Ledger:
         Ends early when the prefix, with the other processes' chunks, has become enough. A first
         SIGTERM or Ctrl-C during a chunk takes effect when the next one is asked for.
         """
-        for start in self._own:
-            if not self._is_main:
+        for chunk in self._own:
+            if not self.is_main:
                 self._reload()
             if self.enough:
                 return
             with finished_before_stopping():
-                yield self._positions(start)
+                yield chunk
 
     def add(self, start: int, counts: Counts) -> None:
         """Keep the counts of the chunk whose first image is ``start``."""
-        if self._is_main and start == self.counts.images and not self.part:
+        if self.is_main and start == self.counts.images and not self.part:
             self._extend(counts)
             self.collect()
         else:
-            whose = {**self._identity, "image_list": self._copies} if self.part else self._identity
+            whose = {**self.identity, "image_list": self.copies} if self.part else self.identity
             save_state(self._path(start), whose, self.chunk, counts, start)
 
     def complete(self) -> Counts:
@@ -216,8 +210,8 @@ class Ledger:
         if self.part:
             barrier()
             what = f"part {self.part} is scored: gather all parts' {CHUNK_FILES} in one folder"
-            logger.info("%s, and give it as save_dir without images_part: %s", what, self._folder)
-        if self.part or not self._is_main:
+            logger.info("%s, and give it as save_dir without images_part: %s", what, self.folder)
+        if self.part or not self.is_main:
             return self.counts
         if not self.enough:
             logger.info("waiting for the other processes' chunks")
@@ -226,8 +220,9 @@ class Ledger:
                 logger.info("%d images", self.counts.images)
             else:
                 time.sleep(POLL_SECONDS)
-        self._delete_chunks()
-        if self.counts.images < self._images:
+        for path in self.folder.glob(CHUNK_FILES):
+            path.unlink(missing_ok=True)
+        if self.counts.images < self.images:
             logger.info("stopped early: what was aimed at is reached")
         return self.counts
 
@@ -238,16 +233,17 @@ class Ledger:
         if self.part:
             return f"part {self.part}"
         text, found = "ranking's agreement not known yet", self.agreement
-        if self.counts.images == self._images:
+        if self.counts.images == self.images:
             text = "all that there are"  # which agree with themselves
         elif found is not None:
             text = f"ranking's agreement {found.tau:.3f} ({found.low:.3f} to {found.high:.3f})"
         error = f"largest standard error {self.counts.standard_error().max():.4f}"
         return f"{self.counts.images} images, {error}, {text}"
 
-    def starts(self) -> list[int]:
-        """The position of each chunk's first image."""
-        return list(range(0, self._images, self.chunk))
+    def all_chunks(self) -> list[range]:
+        """Image positions of each chunk."""
+        starts = range(0, self.images, self.chunk)
+        return [range(start, min(start + self.chunk, self.images)) for start in starts]
 
     def is_done(self, start: int) -> bool:
         """Whether the chunk whose first image is ``start`` is done."""
@@ -255,12 +251,12 @@ class Ledger:
 
     def left(self) -> int:
         """Images of this process's chunks that are not done."""
-        return sum(len(self._positions(start)) for start in self._own if not self.is_done(start))
+        return sum(len(chunk) for chunk in self._own if not self.is_done(chunk.start))
 
     @property
     def enough(self) -> bool:
         """Whether the prefix is all images, or as exact as wanted."""
-        if self.counts.images in (0, self._images):
+        if self.counts.images in (0, self.images):
             return self.counts.images > 0
         found = self.agreement if self.target_tau else None
         return found is not None and found.low >= self.target_tau
@@ -271,7 +267,7 @@ class Ledger:
         images, found = self._agreement
         if images != self.counts.images:
             images = self.counts.images
-            found = expected_agreement(self.counts.folds, images, self._images)
+            found = expected_agreement(self.counts.folds, images, self.images)
             self._agreement = images, found
         return found
 
@@ -290,62 +286,40 @@ class Ledger:
     def _extend(self, counts: Counts) -> None:
         """Add the prefix's next chunk, and write the prefix."""
         self.counts.add(counts)
-        save_state(self._folder / STATE_FILE, self._identity, self.chunk, self.counts)
-        found = self.counts, self.agreement, self._images
-        content = estimates(self._archs, *found, self._network)
-        write_json(self._folder / ESTIMATES_FILE, content)
+        save_state(self.folder / STATE_FILE, self.identity, self.chunk, self.counts)
+        found = self.counts, self.agreement, self.images
+        content = estimates(self.archs, *found, self.network)
+        write_json(self.folder / ESTIMATES_FILE, content)
 
     # --- files
 
     def _reload(self) -> None:
         """Read the prefix that the main process has written."""
-        path = self._folder / STATE_FILE
-        earlier = load_state(path, self._identity, self._copies)
-        if earlier is not None:
-            number = earlier.counts.images
-            whole = number == self._images or number % earlier.chunk == 0 and number < self._images
-            self._check(path, earlier, earlier.start == 0 and whole)
+        path = self.folder / STATE_FILE
+        if path.exists():
+            earlier = self._load(path)
             self.chunk, self.counts = earlier.chunk, earlier.counts
 
-    def _positions(self, start: int) -> range:
-        return range(start, min(start + self.chunk, self._images))
-
     def _path(self, start: int) -> Path:
-        return self._folder / CHUNK_FILES.replace("*", f"{start:08d}")
+        return self.folder / CHUNK_FILES.replace("*", f"{start:08d}")
 
     def _load(self, path: Path) -> Saved:
-        name = CHUNK_NAME.fullmatch(path.name)
-        if name is None or path != self._path(int(name[1])):
-            raise StateError(f"{path} is none of this program's names; move it elsewhere")
-        found = load_state(path, self._identity, self._copies)
-        if found is None:
-            raise StateError(f"{path} has vanished; is another evaluation running in this folder?")
-        start = int(name[1])
-        images = min(found.chunk, self._images - start)
-        is_chunk = start % found.chunk == 0 and found.counts.images == images
-        self._check(path, found, found.start == start and is_chunk)
-        return found
-
-    def _check(self, path: Path, found: Saved, is_right: bool) -> None:
-        """Refuse counts of other architectures, or of images that ``path`` does not stand for."""
-        if len(found.counts.top1) != len(self._archs):
+        """Counts of these architectures, and of the images that ``path`` stands for."""
+        found = load_state(path, self.identity, self.copies)
+        if len(found.counts.top1) != len(self.archs):
             raise StateError(
-                f"{path} holds {len(found.counts.top1)} architectures, not {len(self._archs)}; "
+                f"{path} holds {len(found.counts.top1)} architectures, not {len(self.archs)}; "
                 "remove it to start anew"
             )
+        start, end, chunk = found.start, found.start + found.counts.images, found.chunk
+        is_right = end == self.images or (end < self.images and end % chunk == 0)
+        if path.name == STATE_FILE:
+            is_right &= start == 0
+        else:
+            is_right &= start % chunk == 0 and end <= start + chunk and path == self._path(start)
         if not is_right:
             raise StateError(
-                f"{path} holds images {found.start} to {found.start + found.counts.images - 1} in "
-                f"chunks of {found.chunk}, which it cannot of {self._images}; was it copied or "
-                "renamed? Remove it"
+                f"{path} holds images {start} to {end - 1} in chunks of {chunk}, which it cannot "
+                f"of {self.images} or by its name; was it copied or renamed? Move it elsewhere"
             )
-
-    def _delete_chunks(self, before: int | None = None) -> None:
-        """Delete the chunk files, or only those of chunks that start before a position.
-
-        A run that is killed after it has written a prefix leaves the file of its last chunk.
-        """
-        for path in self._folder.glob(CHUNK_FILES):
-            name = CHUNK_NAME.fullmatch(path.name)
-            if name and (before is None or int(name[1]) < before):
-                path.unlink(missing_ok=True)
+        return found

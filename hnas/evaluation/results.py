@@ -7,8 +7,8 @@ import io
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -85,19 +85,12 @@ def architectures_hash(archs: Mapping[str, Architecture]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What a file of counts holds.
+class Saved(NamedTuple):
+    """What a file of counts holds."""
 
-    Attributes:
-        chunk: images of a chunk in that evaluation, at least 1.
-        counts: over ``counts.images`` images.
-        start: the position of the first of them.
-    """
-
-    chunk: int
+    chunk: int  # images of a chunk in that evaluation, at least 1
     counts: Counts
-    start: int
+    start: int  # the position of the first of their images
 
 
 def save_state(
@@ -123,15 +116,15 @@ def save_state(
         temporary.write_bytes(content.getbuffer())
 
 
-def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Saved | None:
-    """What :func:`save_state` wrote, or None if there is no file.
+def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Saved:
+    """What :func:`save_state` wrote.
 
     Args:
         path, identity: as there.
         copies: an ``image_list`` that is as good as that of ``identity``.
 
     Raises:
-        StateError: it is broken, of another checkpoint, image list, architecture list, ..., or
+        StateError: it is gone, broken, of another checkpoint, image list, ..., or
             holds hits that no images can have given.
     """
     remedy = "remove it to start anew"
@@ -148,7 +141,7 @@ def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Sav
         )
         return _saved(state)
     except FileNotFoundError:
-        return None
+        raise StateError(f"{path} has vanished; is another run in this folder?") from None
     except (KeyError, ArraysError) as error:
         fault = f"{error} is missing" if isinstance(error, KeyError) else error
         raise StateError(f"{path} is broken ({fault}); {remedy}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import paddle
 
@@ -13,7 +14,7 @@ from hnas.dataset.transforms import normalize
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.gpu_kernels import kernels_of
 from hnas.evaluation.kernels import STEM, SlicedWeights
-from hnas.evaluation.tree import Child, Group, Node, PrefixTree
+from hnas.evaluation.tree import Child, Group, PrefixTree
 from hnas.evaluation.variants import CPU_VARIANT, Precision, Variant, usual_variant
 from hnas.models.convolution import onednn_fault
 from hnas.models.elastic import ElasticResNet
@@ -36,10 +37,10 @@ class SharedEvaluator:
         variant: how to compute; None: in float32, as is usual on this device.
 
     Attributes:
-        archs: as given.
-        variant: how it computes.
-        kernels: what computes.
-        tree: their prefix tree.
+        network, archs, calibration, variant: as given, or as they are now.
+        calibration_images: at the front of every batch.
+        kernels, weights: what computes, of what.
+        tree: the prefix tree of ``archs``.
         most_images: that a walk should take, as far as memory has shown.
     """
 
@@ -52,29 +53,21 @@ class SharedEvaluator:
         calibration: paddle.Tensor | None = None,
         variant: Variant | None = None,
     ):
-        self._space = network.space
+        self.network, self.calibration = network, calibration
+        self.calibration_images = 0 if calibration is None else len(calibration)
         self.take(archs)
-        self._calibration = None if calibration is None else normalize(calibration)
-        self._network = network
         self.compute(variant or (usual_variant(Precision.FLOAT32) if on_gpu() else on_cpus()))
 
     def compute(self, variant: Variant) -> None:
-        """Compute in ``variant`` from now on; programs and weights are prepared anew."""
+        """Compute in ``variant`` from now on; weights are prepared anew."""
         self.variant = variant
         self.kernels = kernels_of(variant, self.calibration_images)
-        self.weights = SlicedWeights(self._network, self.kernels)
-        head = self._network.head.fc.fn
-        self.classifier = self.kernels.classifier(head.weight.detach(), head.bias.detach())
+        self.weights = SlicedWeights(self.network, self.kernels)
 
     def take(self, archs: Sequence[Architecture]) -> None:
-        """Score ``archs`` from now on; programs and weights stay prepared."""
+        """Score ``archs`` from now on; weights stay prepared."""
         self.archs = list(archs)
-        self.tree = PrefixTree(self._space, archs)
-
-    @property
-    def calibration_images(self) -> int:
-        """Images at the front of every batch."""
-        return 0 if self._calibration is None else len(self._calibration)
+        self.tree = PrefixTree(self.network.space, archs)
 
     @property
     def precision(self) -> Precision:
@@ -105,10 +98,9 @@ class SharedEvaluator:
             LogitsError: a logit is NaN or infinite; names the architecture.
         """
         walk = _Walk(self, labels, counts, progress, watch)
-        x = normalize(images)
-        if self._calibration is not None:
-            x = paddle.concat([self._calibration, x])
-        walk.run(x)
+        if self.calibration is not None:
+            images = paddle.concat([self.calibration, images])
+        walk.run(normalize(images))
         counts.images += len(labels)
         return walk.watched
 
@@ -121,93 +113,79 @@ def on_cpus() -> Variant:
     return Variant() if fault else CPU_VARIANT
 
 
+@dataclass
 class _Walk:
     """One depth-first walk: at any time one path of activations is alive."""
 
-    def __init__(self, evaluator: SharedEvaluator, labels, counts: Counts, progress, watch):
-        self._evaluator = evaluator
-        self._tree = evaluator.tree
-        self._kernels = evaluator.kernels
-        self._labels = labels
-        self._counts = counts
-        self._progress = progress
-        self._watch = watch
-        self.watched: paddle.Tensor | None = None
-        self._features: dict[int, list] = {}
+    evaluator: SharedEvaluator
+    labels: paddle.Tensor
+    counts: Counts
+    progress: Callable[[int], None]
+    watch: int | None
+    watched: paddle.Tensor | None = None
+    features: dict[int, list] = field(default_factory=dict)
 
     def run(self, x) -> None:
         """Walk from the stem; ``x`` are float images [N, 3, H, W]."""
-        kernels = self._kernels
-        conv = self._evaluator.weights.get(STEM, 3, self._tree.stem_channels)
-        stem = kernels.stem(kernels.accept(x), conv)
-        for channels, low, high in self._tree.roots():
-            node = self._tree.node(low, high, 0, channels)
-            self._visit(kernels.narrow(stem, channels), node, 0)
-        for channels in list(self._features):
+        kernels, tree = self.evaluator.kernels, self.evaluator.tree
+        conv = self.evaluator.weights.get(STEM, 3, tree.stem_channels)
+        stem = kernels.max_pool(kernels.conv_norm(kernels.accept(x), conv, stride=2))
+        for root in tree.roots():
+            self._visit(kernels.narrow(stem, root.cout), root)
+        for channels in list(self.features):
             self._multiply_heads(channels)
 
-    def _visit(self, x, node: Node, level: int) -> None:
-        """Everything below a node; ``x`` is its activation."""
-        if node.leaves:
-            self._collect(x, node)
-        for group in node.groups:
-            if len(group.children) == 1 and not group.projects:
-                self._single(x, group, level)
-            else:
-                self._siblings(x, group, level)
+    def _visit(self, x, child: Child) -> None:
+        """Everything below a block; ``x`` is its activation."""
+        leaves, groups = self.evaluator.tree.node(child)
+        if leaves:
+            self._collect(x, child.cout, leaves)
+        for group in groups:
+            self._siblings(x, group)
 
-    def _single(self, x, group: Group, level: int) -> None:
-        """A block without alternatives, whose inner activation need not be kept."""
-        (child,) = group.children
-        conv1 = self._conv(group, "conv1", group.cin, child.mid)
-        y = self._kernels.first(x, conv1, group.stride)
-        y = self._kernels.last(y, x, self._conv(group, "conv2", child.mid, child.cout))
-        self._enter(y, child, level)
-
-    def _siblings(self, x, group: Group, level: int) -> None:
+    def _siblings(self, x, group: Group) -> None:
         """Blocks with the same input: conv1 once at the largest width, conv2 once a width."""
-        kernels = self._kernels
+        kernels = self.evaluator.kernels
         conv1 = self._conv(group, "conv1", group.cin, group.widest_mid)
-        y = kernels.first(x, conv1, group.stride)
+        y = kernels.conv_norm(x, conv1, group.stride)
         shortcut = x
         if group.projects:
             conv = self._conv(group, "project", group.cin, group.widest_out)
-            shortcut = kernels.project(x, conv)
+            shortcut = kernels.conv_norm(x, conv, group.stride, relu=False)
         for mid, widest, children in group.by_mid:
             conv2 = self._conv(group, "conv2", mid, widest)
-            z = kernels.last(kernels.narrow(y, mid), shortcut, conv2)
+            z = kernels.conv_norm(kernels.narrow(y, mid), conv2, shortcut=shortcut)
+            if mid == group.widest_mid:
+                y = shortcut = None  # the last: nothing below needs them
             for child in children:
-                self._enter(kernels.narrow(z, child.cout), child, level)
-
-    def _enter(self, x, child: Child, level: int) -> None:
-        node = self._tree.node(child.low, child.high, level + 1, child.cout)
-        self._visit(x, node, level + 1)
+                self._visit(kernels.narrow(z, child.cout), child)
 
     def _conv(self, group: Group, name: str, cin: int, cout: int):
-        return self._evaluator.weights.get((group.stage, group.block, name), cin, cout)
+        return self.evaluator.weights.get((group.stage, group.block, name), cin, cout)
 
-    def _collect(self, x, node: Node) -> None:
+    def _collect(self, x, channels: int, leaves: range) -> None:
         """Keep a leaf's pooled features until enough are there for one matrix product."""
-        rows = self._features.setdefault(node.channels, [])
-        rows.append((node.leaves, self._kernels.pooled(x)))
-        if len(rows) * len(self._labels) >= HEAD_ROWS:
-            self._multiply_heads(node.channels)
+        rows = self.features.setdefault(channels, [])
+        rows.append((leaves, self.evaluator.kernels.pooled(x)))
+        if len(rows) * len(self.labels) >= HEAD_ROWS:
+            self._multiply_heads(channels)
 
     def _multiply_heads(self, channels: int) -> None:
         """Count the hits of all sub-networks whose features [N, ``channels``] were collected."""
-        rows = self._features.pop(channels)
+        rows = self.features.pop(channels)
         features = paddle.concat([features for _, features in rows])
-        logits = self._evaluator.classifier(features)
-        logits = logits.reshape([len(rows), len(self._labels), -1])
-        hits = count_hits(logits, self._labels, self._counts.images)
-        for index, ((leaves, _), found, folds, bad) in enumerate(zip(rows, *hits, strict=True)):
-            archs = self._tree.order[leaves.start : leaves.stop]
-            if self._watch in archs:
+        head = self.evaluator.network.head.fc.fn
+        logits = features @ head.weight[:channels] + head.bias
+        logits = logits.reshape([len(rows), len(self.labels), -1])
+        hits, bad = count_hits(logits, self.labels, self.counts.images)
+        for index, (leaves, _) in enumerate(rows):
+            archs = self.evaluator.tree.order[leaves.start : leaves.stop]
+            if self.watch in archs:
                 self.watched = logits[index]
-            if bad:
-                code = self._evaluator.archs[archs[0]].code
-                raise LogitsError(f"architecture {code}", bad, len(self._labels))
-            for column, value in zip(self._counts.columns(), found, strict=True):
-                column[archs] += value
-            self._counts.folds[archs] += folds
-            self._progress(len(leaves))
+            if bad[index]:
+                code = self.evaluator.archs[archs[0]].code
+                raise LogitsError(f"architecture {code}", bad[index], len(self.labels))
+            for column, found in zip(self.counts.columns(), hits.columns(), strict=True):
+                column[archs] += found[index]
+            self.counts.folds[archs] += hits.folds[index]
+            self.progress(len(leaves))

@@ -1,8 +1,8 @@
 """Is the shared engine right? Logits of one architecture a chunk against the reference engine's.
 
-The walk rests on what Paddle does, not on what it promises: slices that stay valid, programs that
-take the filters they are given, an operator for its inference engine. So every chunk is checked
-before its counts are kept. How much may differ follows from how it rounds, and is measured.
+The walk rests on what Paddle does, not on what it promises: slices that stay valid, an operator
+for its inference engine. So every chunk is checked before its counts are kept. How much may differ
+follows from how it rounds, and is measured.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ def compare(
         counted: top-1 and top-5 hits that the engine has counted.
         precision: of ``found``.
     """
-    top1, top5 = count_hits(expected.unsqueeze(0), labels).columns[0, :2]
+    right, _ = count_hits(expected.unsqueeze(0), labels)
     logits = expected.numpy().astype(np.float64)
     largest = float(np.abs(found.numpy() - logits).max())
-    hits = {
-        name: (int(own), int(right), int((margins(logits, labels.numpy(), k) <= 2 * largest).sum()))
-        for name, k, own, right in (("top1", 1, counted[0], top1), ("top5", 5, counted[1], top5))
-    }
+    hits = {}
+    for name, k, own in (("top1", 1, counted[0]), ("top5", 5, counted[1])):
+        near = margins(logits, labels.numpy(), k) <= 2 * largest
+        hits[name] = int(own), int(getattr(right, name)[0]), int(near.sum())
     return Comparison(precision, largest, float(logits.std()), hits)
 
 

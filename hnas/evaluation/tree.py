@@ -7,38 +7,47 @@ slice of the same convolution at a larger one, and so is a second convolution wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
-from hnas.search_space import MAX_DEPTHS, Architecture, SearchSpace, feature_sizes
+from hnas.search_space import Architecture, ChannelPlan, SearchSpace, feature_sizes
 
-END = 0
-_FIELD = 1 << 16
 MAX_CHUNK = 1024
 CPU_SHARE, GPU_SHARE = 0.25, 0.6
 """Of the free memory for a walk's activations. A machine's memory has other uses, a card's none."""
+END = ()
+"""Behind an architecture's last block; sorts before any block."""
 
 
-@dataclass(frozen=True)
-class Child:
-    """A block with its widths, and the sorted architectures ``low`` to ``high - 1`` that use it."""
+class Child(NamedTuple):
+    """A block, or a stem, and the architectures that agree down to it.
+
+    Attributes:
+        mid, cout: widths of its two convolutions; a stem has but ``cout``.
+        low, high: of the sorted architectures those from ``low`` to ``high - 1`` use it.
+        level: blocks down to it.
+    """
 
     mid: int
     cout: int
     low: int
     high: int
+    level: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """Children of a node at the same position: they share conv1 and the projection.
+    """Blocks with the same input at the same position: they share conv1 and the projection.
 
     Attributes:
         stage, block: position in the supernet, from 0.
-        cin: channels of the node's activation.
+        cin: channels of their input.
         children: by (mid, cout), ascending.
     """
 
@@ -59,10 +68,8 @@ class Group:
     @cached_property
     def by_mid(self) -> list[tuple[int, int, list[Child]]]:
         """Each of conv1's widths, conv2's largest width with it, and the children of both."""
-        own: dict[int, list[Child]] = {}
-        for child in self.children:
-            own.setdefault(child.mid, []).append(child)
-        return [(mid, max(child.cout for child in of), of) for mid, of in own.items()]
+        runs = ((mid, [*run]) for mid, run in groupby(self.children, attrgetter("mid")))
+        return [(mid, run[-1].cout, run) for mid, run in runs]
 
     @property
     def widest_mid(self) -> int:
@@ -81,17 +88,14 @@ class Group:
         return sum(a * b for a, b in widths), sum(outputs for _, outputs in widths)
 
 
-@dataclass(frozen=True)
-class Node:
-    """A prefix: the architectures that end here and the groups of blocks that may follow.
+class Node(NamedTuple):
+    """What follows a block.
 
     Attributes:
-        channels: of the prefix's activation.
-        leaves: sorted positions of the architectures whose last block this is.
+        leaves: sorted positions of the architectures whose last block it is.
         groups: at most one for the next block of the stage and one for the next stage.
     """
 
-    channels: int
     leaves: range
     groups: tuple[Group, ...]
 
@@ -104,90 +108,62 @@ class PrefixTree:
 
     Args:
         space: gives the channel counts.
-        archs: any number; two with the same channel counts share their leaf.
+        archs: at least one; two with the same channel counts share their leaf.
     """
 
     def __init__(self, space: SearchSpace, archs: Sequence[Architecture]):
-        plans = [space.shared_plan(arch) for arch in archs]
-        tokens = np.zeros((len(plans), sum(MAX_DEPTHS) + 2), dtype=np.int64)
-        for row, plan in enumerate(plans):
-            tokens[row, 0] = plan.stem
-            for column, (stage, block, mid, cout) in enumerate(_positions(plan), 1):
-                position = stage * 16 + block + 1
-                tokens[row, column] = (position * _FIELD + mid) * _FIELD + cout
-        self.order = np.lexsort(tokens.T[::-1])
+        known: dict[tuple, tuple] = {}  # one of equal blocks is kept
+        paths = [_path(space.shared_plan(arch), known) for arch in archs]
+        self.order = np.array(sorted(range(len(paths)), key=paths.__getitem__))
         """Index into ``archs`` of each sorted architecture."""
-        self._tokens = tokens[self.order]
-        self.stem_channels = int(tokens[:, 0].max())
+        self._paths = [paths[index] for index in self.order]
+        self.stem_channels = self._paths[-1][0]
         """Width at which the stem is computed; narrower ones are slices."""
 
-    def __len__(self) -> int:
-        return len(self.order)
+    def roots(self) -> list[Child]:
+        """The stems."""
+        runs = self._runs(0, len(self._paths), 0)
+        return [Child(0, channels, low, high, 0) for channels, low, high in runs]
 
-    def roots(self) -> list[tuple[int, int, int]]:
-        """(stem channels, low, high) of each stem width."""
-        return [(int(token), low, high) for token, low, high in self._runs(0, 0, len(self))]
-
-    def node(self, low: int, high: int, level: int, channels: int) -> Node:
-        """The node after ``level`` blocks that the architectures ``low`` to ``high - 1`` share."""
-        leaves, groups = range(low, low), {}
-        for token, start, stop in self._runs(level + 1, low, high):
-            if token == END:
-                leaves = range(start, stop)
+    def node(self, child: Child) -> Node:
+        """What follows a block or a stem."""
+        leaves, groups, level = range(0), {}, child.level + 1
+        for block, low, high in self._runs(child.low, child.high, level):
+            if block == END:
+                leaves = range(low, high)
                 continue
-            rest, cout = divmod(int(token), _FIELD)
-            position, mid = divmod(rest, _FIELD)
-            groups.setdefault(position - 1, []).append(Child(mid, cout, start, stop))
+            *position, mid, cout = block
+            groups.setdefault(tuple(position), []).append(Child(mid, cout, low, high, level))
         made = (
-            Group(position // 16, position % 16, channels, tuple(children))
-            for position, children in groups.items()
+            Group(*position, child.cout, tuple(children)) for position, children in groups.items()
         )
-        return Node(channels, leaves, tuple(made))
+        return Node(leaves, tuple(made))
 
-    def _runs(self, column: int, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-        values = self._tokens[low:high, column]
-        if high - low == 1:
-            yield values[0], low, high
-            return
-        starts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
-            yield values[start], low + start, low + stop
+    def _runs(self, low: int, high: int, column: int) -> Iterator[tuple]:
+        """What the paths have in a column, and from where to where they have it."""
+        for found, run in groupby(self._paths[low:high], itemgetter(column)):
+            high = low + sum(1 for _ in run)
+            yield found, low, high
+            low = high
 
-    def nodes(self) -> Iterator[Node]:
-        """Every node, depth first."""
-        pending = [(low, high, 0, channels) for channels, low, high in self.roots()]
+    def groups(self) -> Iterator[Group]:
+        """Every group."""
+        pending = self.roots()
         while pending:
-            *place, level, channels = pending.pop()
-            node = self.node(*place, level, channels)
-            yield node
-            for group in node.groups:
-                pending += [(c.low, c.high, level + 1, c.cout) for c in group.children]
+            for group in self.node(pending.pop()).groups:
+                yield group
+                pending += group.children
 
     def cost(self, image_size: int) -> tuple[int, int]:
-        """Of one walk, an image: multiply-accumulates, and numbers that convolutions write.
-
-        Heads, as everywhere in the evaluator's figures, are not counted.
-        """
+        """Multiply-accumulates and numbers written by one walk's convolutions, an image."""
         stem, sizes = feature_sizes(image_size)
         macs = stem * stem * 3 * 49 * self.stem_channels
         outputs = stem * stem * self.stem_channels
-        for node in self.nodes():
-            for group in node.groups:
-                own, written = group.cost()
-                macs += sizes[group.stage] ** 2 * own
-                outputs += sizes[group.stage] ** 2 * written
+        for group in self.groups():
+            own, written = group.cost()
+            macs += sizes[group.stage] ** 2 * own
+            outputs += sizes[group.stage] ** 2 * written
         return macs, outputs
-
-
-def _positions(plan) -> Iterator[tuple[int, int, int, int]]:
-    for stage, blocks in enumerate(plan.stages):
-        for block, (mid, cout) in enumerate(blocks):
-            yield stage, block, mid, cout
-
-
-def naive_macs(space: SearchSpace, archs: Iterable[Architecture], image_size: int) -> int:
-    """Multiply-accumulates an image of evaluating each on its own, heads not counted."""
-    return sum(space.macs(arch, image_size, num_classes=0) for arch in archs)
 
 
 def choose_chunk(
@@ -223,3 +199,13 @@ def even_chunk(limit: int, images: int, processes: int) -> int:
         return min(limit, images)
     rounds = -(-images // (limit * processes))
     return -(-images // (rounds * processes))
+
+
+def _path(plan: ChannelPlan, known: dict[tuple, tuple]) -> tuple:
+    """The stem's width, and stage, block and widths of each block."""
+    blocks = (
+        (stage, block, *widths)
+        for stage, blocks in enumerate(plan.stages)
+        for block, widths in enumerate(blocks)
+    )
+    return plan.stem, *(known.setdefault(block, block) for block in blocks), END

@@ -190,10 +190,10 @@ def compare(source: Callable, exported: Callable, loader: EvalLoader) -> Found:
     for images, labels in tqdm(loader, desc="checking", unit="batch", mininterval=1):
         x = normalize(images)
         logits = paddle.stack([source(x), exported(x)])
-        hits = count_hits(logits, labels)
-        if hits.bad[1]:
-            raise LogitsError("the exported network", hits.bad[1], len(labels))
-        counts.add(hits.counts(len(labels)))
+        hits, bad = count_hits(logits, labels)
+        if bad[1]:
+            raise LogitsError("the exported network", bad[1], len(labels))
+        counts.add(hits)
         difference = max(difference, float((logits[0] - logits[1]).abs().max()))
         largest = max(largest, float(logits[0].abs().max()))
     return Found(counts, difference, largest)
