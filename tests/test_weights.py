@@ -415,6 +415,7 @@ HOSTILE = {
     "name with a line break": ({"a\nb": np.ones(1)}, "'a\\nb' is no name"),
     "number for a name": ({7: np.ones(1)}, "7 is no name"),
     "endless name": ({"a" * 10_000: np.ones(1)}, "is no name"),
+    "function": ({"w": OrderedDict}, "'w' is a function, not an array"),
     "list": ([np.ones(1)], "holds a list, not a state dict"),
     "about is no JSON": ({"about@pinas": "{freeze"}, "'about@pinas' is not what"),
     "about is deep": ({"about@pinas": "[" * 200_000}, "'about@pinas' is not what"),
