@@ -85,9 +85,6 @@ class ImageStore:
         self._ends = np.cumsum(3 * self._sizes.prod(axis=1))
         logger.info("decoded images: %s, %.2f GiB", self.path, len(content) / 2**30)
 
-    def __len__(self) -> int:
-        return len(self._sizes)
-
     def __getitem__(self, index: int) -> np.ndarray:
         height, width = self._sizes[index].tolist()
         end = int(self._ends[index])

@@ -25,40 +25,28 @@ PARENT_CHECK_SECONDS = 2
 NOTED_CHECK_SECONDS = 0.001
 
 
+@dataclass
 class ImageDataset:
     """Images of a list under a transform.
 
     An item is the transform's arrays followed by the label. The transform's generator is seeded
     by (seed, epoch, index), so worker processes and resumed runs augment alike.
-
-    Args:
-        images: what to load.
-        transform: called with a PIL image and a generator; gives an array or a tuple of them.
-        seed: of the augmentations.
-        pixels: decoded images [H, W, 3] to take instead of the files.
     """
 
-    def __init__(
-        self,
-        images: ImageList,
-        transform: Callable,
-        seed: int,
-        pixels: Sequence[np.ndarray] | None = None,
-    ):
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-        self.epoch = 0
-        self._pixels = pixels
+    images: ImageList
+    transform: Callable  # of a PIL image and a generator; gives an array or a tuple of them
+    seed: int
+    pixels: Sequence[np.ndarray] | None = None  # decoded [H, W, 3], instead of the files
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
-        if self._pixels is None:
+        if self.pixels is None:
             image = decode_image(self.images.paths[index])
         else:
-            image = Image.fromarray(self._pixels[index])
+            image = Image.fromarray(self.pixels[index])
         rng = np.random.default_rng((self.seed, self.epoch, int(index)))
         arrays = self.transform(image, rng)
         arrays = arrays if isinstance(arrays, tuple) else (arrays,)
@@ -70,41 +58,35 @@ class ImageDataset:
         return [np.stack(part) for part in zip(*items, strict=True)]
 
 
+@dataclass
 class EpochLoader:
-    """Whole batches of a dataset, an epoch at a time.
+    """Whole batches of a dataset, an epoch at a time; the last, incomplete one is left out.
 
-    Args:
-        dataset: to load from.
-        batch_size: images a batch and rank; the last, incomplete one is left out.
-        num_workers: loader processes; 0 loads in this one.
-        rank, world_size: each of so many processes loads its consecutive share of every batch,
-            so that R of them see together what one with batches of R times the size sees.
-        shuffle: a new order in every epoch, by the dataset's seed; else the dataset's.
+    Each of ``world_size`` processes loads its consecutive share of every batch, so that R of them
+    see together what one with batches of R times the size sees.
 
     Raises:
         DataError: fewer images than one batch.
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_size: int,
-        num_workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-    ):
-        self.shuffle = shuffle
-        self.total_batch = batch_size * world_size
-        if len(dataset) < self.total_batch:
+    dataset: ImageDataset
+    batch_size: int  # of each process
+    num_workers: int = 0  # loader processes; 0 loads in this one
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True  # a new order in every epoch, by the dataset's seed; else the dataset's
+
+    def __post_init__(self):
+        if len(self.dataset) < self.total_batch:
             raise DataError(
-                f"{dataset.images.folder} holds {len(dataset)} images, fewer than one batch of "
-                f"{self.total_batch}; lower batch_size"
+                f"{self.dataset.images.folder} holds {len(self.dataset)} images, fewer than one "
+                f"batch of {self.total_batch}; lower batch_size"
             )
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self._share = slice(rank * batch_size, (rank + 1) * batch_size)
-        self.num_workers = num_workers
+
+    @property
+    def total_batch(self) -> int:
+        """Images that all processes load together for a step."""
+        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -116,7 +98,8 @@ class EpochLoader:
         if self.shuffle:
             order = np.random.default_rng((self.dataset.seed, epoch)).permutation(order)
         whole = np.split(order[: len(self) * self.total_batch], len(self))
-        return [batch[self._share] for batch in whole]
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return [batch[own] for batch in whole]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
         """The batches of ``epoch`` from ``start_step`` on."""

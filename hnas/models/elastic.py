@@ -73,6 +73,7 @@ class ElasticResNet(ResNet):
     convolutions' and the classifier's names.
 
     Attributes:
+        architecture: the active sub-network.
         mixed: whether the running statistics are, or may be, a mixture of several sub-networks',
             as training at batch statistics leaves them. Whoever loads weights says so.
     """
@@ -95,11 +96,6 @@ class ElasticResNet(ResNet):
         self.activate(space.largest())
 
     @property
-    def architecture(self) -> Architecture:
-        """The active sub-network."""
-        return self._architecture
-
-    @property
     def frozen(self) -> bool:
         """Whether BatchNorm trains at frozen statistics."""
         return self.stem.bn.frozen
@@ -110,7 +106,7 @@ class ElasticResNet(ResNet):
         :class:`ArchitectureError` if it needs a projection that the shared weights do not hold.
         """
         plan = self.space.shared_plan(arch)
-        self._architecture = arch
+        self.architecture, self.active_depths = arch, arch.depths
         self._channels = {self.stem.conv.key: plan.stem}
         for stage, blocks in enumerate(plan.stages):
             for block, (mid, cout) in zip(self.stage_blocks(stage), blocks, strict=False):
@@ -119,14 +115,6 @@ class ElasticResNet(ResNet):
                 if block.downsample is not None:
                     self._channels[block.downsample[0].key] = cout
         self._channels[self.head.fc.key] = self.num_classes
-
-    def active_blocks(self):
-        """The basic blocks of the active sub-network, in order."""
-        return [
-            block
-            for stage, depth in enumerate(self._architecture.depths)
-            for block in self.stage_blocks(stage)[:depth]
-        ]
 
     def layers_forward(self, block: Block, x: paddle.Tensor) -> paddle.Tensor:
         """Run an elastic layer at the active width; PaddleSlim's blocks call this."""
@@ -138,7 +126,7 @@ class ElasticResNet(ResNet):
     def features(self, x):
         """Feature map of the active sub-network's last stage."""
         moves = self.training and not self.frozen and not self.mixed
-        if moves and self._architecture != self.space.largest():
+        if moves and self.architecture != self.space.largest():
             self.mixed = True
         return super().features(x)
 

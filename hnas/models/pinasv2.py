@@ -11,7 +11,6 @@ from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
 from paddleslim.nas.ofa.layers import SuperLinear
 
-from hnas.base.errors import UserError
 from hnas.models.elastic import ElasticResNet
 from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture, SearchSpace, find_backbone
@@ -40,8 +39,8 @@ class MLPNeck(nn.Layer):
 class PiNASv2(nn.Layer):
     """Query encoder, momentum key encoder and queue of negatives over one supernet.
 
-    Embeddings have ``dim`` numbers; the queue holds ``queue_size`` of them, a multiple of the batch
-    size. The backbone's classifier is not trained; it stays in the checkpoint for stage two.
+    Embeddings have ``dim`` numbers; the queue holds ``queue_size`` of them. The backbone's
+    classifier is not trained; it stays in the checkpoint for stage two.
     """
 
     def __init__(
@@ -95,13 +94,8 @@ class PiNASv2(nn.Layer):
 
     @paddle.no_grad()
     def enqueue(self, keys: paddle.Tensor) -> None:
-        """Overwrite the queue's oldest N keys by ``keys`` [N, D]; N must divide its size."""
+        """Overwrite the queue's oldest N keys by ``keys`` [N, D], no more than it holds."""
         size, batch = self.queue.shape[1], keys.shape[0]
-        if size % batch:
-            raise UserError(
-                f"queue_size {size} is not a multiple of the batch of {batch} keys; "
-                "choose queue_size or batch_size so that one divides the other"
-            )
         # The pointer is never read here: that would let the host wait for the GPU's whole step.
         columns = (self.queue_pointer + paddle.arange(batch)) % size
         rows = paddle.arange(self.queue.shape[0]).unsqueeze(1)

@@ -101,7 +101,7 @@ class ResNet(nn.Layer):
     def __init__(self, plan: ChannelPlan, num_classes: int = 1000):
         super().__init__()
         self.num_classes = num_classes
-        self.depths = tuple(len(blocks) for blocks in plan.stages)
+        self.depths = self.active_depths = tuple(len(blocks) for blocks in plan.stages)
         self.blocks = nn.LayerList([Stem(plan.stem)])
         for _, cin, mid, cout, stride in plan.blocks():
             self.blocks.append(BasicBlock(cin, mid, cout, stride))
@@ -122,7 +122,8 @@ class ResNet(nn.Layer):
 
     def active_blocks(self) -> list[BasicBlock]:
         """The basic blocks that ``forward`` runs, in order."""
-        return [block for stage in range(len(self.depths)) for block in self.stage_blocks(stage)]
+        depths = enumerate(self.active_depths)
+        return [block for stage, n in depths for block in self.stage_blocks(stage)[:n]]
 
     def features(self, x):
         """Feature map of the last stage: [N, 3, H, W] -> [N, C, H/32, W/32]."""
