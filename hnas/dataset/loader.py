@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
@@ -136,12 +137,12 @@ def load_batches(
         for batch in batches:
             yield [paddle.to_tensor(part) for part in dataset.load(batch)]
         return
-    numbers = _Numbers(len(batches))
+    left = deque(range(len(batches)))
     noted, leaving = RawValue("q", 0), RawValue("b", 0)
     # Whole batches are read where they are collated: what is collated is a batch's number.
     loader = DataLoader(
         range(len(batches)),
-        batch_sampler=numbers,
+        batch_sampler=_taken(left),
         collate_fn=functools.partial(_load_or_message, dataset, batches, noted, leaving),
         num_workers=num_workers,
         worker_init_fn=functools.partial(_obey_main_only, leaving),
@@ -151,16 +152,16 @@ def load_batches(
     # Paddle's handler would raise wherever the step under way is; its iterator notices as well.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        noted.value = numbers.given
+        noted.value = len(batches) - len(left)
         while parts := _next_batch(iterator, workers):
-            noted.value = numbers.given
+            noted.value = len(batches) - len(left)
             try:
                 if len(parts) == 1:
                     raise DataError(os.fsdecode(parts[0].numpy().tobytes()))
                 yield parts
             except BaseException:
                 # Nobody wants the rest. The workers only end when theirs does.
-                numbers.stopped = True
+                left.clear()
                 while _next_batch(iterator, workers):
                     pass
                 raise
@@ -204,30 +205,18 @@ def _load_or_message(
     return parts
 
 
-class _Numbers:
-    """The numbers of all batches, until it is ``stopped``; ``given`` of them so far."""
-
-    def __init__(self, number: int):
-        self._number, self.given, self.stopped = number, 0, False
-
-    def __iter__(self):
-        while self.given < self._number and not self.stopped:
-            self.given += 1
-            yield [self.given - 1]
-
-    def __len__(self):
-        return self._number
+def _taken(left: deque[int]) -> Iterator[list[int]]:
+    """The numbers of batches, as long as any are left."""
+    while left:
+        yield [left.popleft()]
 
 
 def _obey_main_only(leaving, worker: int) -> None:
     """Set up a loader process: it ends when the main process says so or is gone.
 
-    Ctrl-C, hang-ups and cluster managers signal a whole process group; the main process finishes
-    and saves its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
-
-    Args:
-        leaving: shared with the main process; its ``value`` is 1 when it needs no more.
-        worker: the loader's number.
+    That is when ``leaving.value`` is 1. Ctrl-C, hang-ups and cluster managers signal a whole
+    process group; the main process finishes and saves its step then, and may need its loaders for
+    it, so they outlast SIGTERM for a while.
     """
 
     def end(*_):
