@@ -61,22 +61,12 @@ class PiNASv2(nn.Layer):
         self.neck = MLPNeck(width, width, dim)
         self.key_backbone = ElasticResNet(space, num_classes)
         self.key_neck = MLPNeck(width, width, dim)
-        for parameter in [*self.backbone.head.parameters(), *self.key_parameters()]:
-            parameter.stop_gradient = True
+        for layer in (self.backbone.head, self.key_backbone, self.key_neck):
+            for parameter in layer.parameters():
+                parameter.stop_gradient = True
         self.register_buffer("queue", F.normalize(paddle.randn([dim, queue_size]), axis=0))
         self.register_buffer("queue_pointer", paddle.zeros([1], dtype="int64"))
         self.reset_key_encoder()
-
-    def key_parameters(self) -> list[paddle.Tensor]:
-        """Parameters of the key encoder, in the order of :meth:`query_parameters`.
-
-        Paddle counts BatchNorm's running mean and variance among them.
-        """
-        return [*self.key_backbone.parameters(), *self.key_neck.parameters()]
-
-    def query_parameters(self) -> list[paddle.Tensor]:
-        """Parameters of the query encoder."""
-        return [*self.backbone.parameters(), *self.neck.parameters()]
 
     @paddle.no_grad()
     def reset_key_encoder(self) -> None:
@@ -86,11 +76,15 @@ class PiNASv2(nn.Layer):
 
     @paddle.no_grad()
     def update_key_encoder(self) -> None:
-        """Momentum update: key <- m * key + (1 - m) * query."""
+        """Momentum update: key <- m * key + (1 - m) * query.
+
+        BatchNorm's running mean and variance follow: Paddle counts them among the parameters.
+        """
         # One tensor for all of them: of a number, every call would make its own.
         share = paddle.full([1], 1.0 - self.key_momentum, "float32")
-        for key, query in zip(self.key_parameters(), self.query_parameters(), strict=True):
-            key.lerp_(query, share)
+        for own, other in ((self.key_backbone, self.backbone), (self.key_neck, self.neck)):
+            for key, query in zip(own.parameters(), other.parameters(), strict=True):
+                key.lerp_(query, share)
 
     @paddle.no_grad()
     def enqueue(self, keys: paddle.Tensor) -> None:
