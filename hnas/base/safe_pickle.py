@@ -53,7 +53,8 @@ class _RefusedError(Exception):
 def load_pickle(path: str | Path, content: bytes):
     """The object that ``paddle.save`` wrote to ``path``, with NumPy arrays for tensors.
 
-    What the file names, but does not call, is a stand-in, which is no array, text or number.
+    What the file names, but does not call, is a stand-in, which is no array, text or number, and
+    an array that it does not fill is empty.
 
     Raises:
         UnsafePickleError: anything else than arrays, dicts, lists, tuples, strings, bytes and
@@ -94,12 +95,6 @@ class _DType:
             raise _RefusedError(f"holds an array of type {text[:20]!r}")
         self.dtype = np.dtype(text)
 
-    def build(self, state) -> None:
-        order, *rest = state[1:]
-        if order not in ("<", ">", "|", "=") or any(part is not None for part in rest[:3]):
-            raise _RefusedError("holds an array of a structured type")
-        self.dtype = self.dtype.newbyteorder(order)
-
 
 def _scalar(kind: _DType, data: bytes):
     (value,) = np.frombuffer(data, kind.dtype)
@@ -136,13 +131,6 @@ class _Unpickler(pickle._Unpickler):
             "builtins.bytes": lambda: b"",  # Protocol 2 writes empty bytes as a call.
         }
 
-    def load(self):
-        """The object, with all of its arrays."""
-        value = super().load()
-        if self._empty:
-            raise ValueError("an array without content")
-        return value
-
     def find_class(self, module, name):
         asked = f"{module}.{name}"
         # Of NumPy 2 and of Python 2.
@@ -155,7 +143,7 @@ class _Unpickler(pickle._Unpickler):
         state = self.stack.pop()
         unfinished = self.stack[-1]
         if isinstance(unfinished, _DType):
-            unfinished.build(state)
+            unfinished.dtype = unfinished.dtype.newbyteorder(state[1])
         elif id(unfinished) in self._empty:
             self._fill(unfinished, state)
         else:
