@@ -53,12 +53,7 @@ def sample_digest(images: ImageList) -> str:
 
 
 class ImageStore:
-    """The images of a list, uint8 [H, W, 3], by index.
-
-    Args:
-        images: what to keep.
-        make: what to keep of each.
-        folder: where the file goes.
+    """What ``make`` makes of the images of a list, uint8 [H, W, 3], by index.
 
     Attributes:
         path: of the file: the pixels of all images, then height and width of each as int64.

@@ -153,14 +153,11 @@ class CentreCrop:
         return center_crop(resize(image, shorter_side(self.size)), self.size)
 
 
-@dataclass(frozen=True)
-class EvalTransform:
+class EvalTransform(CentreCrop):
     """As :class:`CentreCrop`, but an array."""
 
-    size: int
-
     def __call__(self, image, rng=None) -> np.ndarray:
-        return to_array(CentreCrop(self.size)(image))
+        return to_array(super().__call__(image))
 
 
 @dataclass(frozen=True)

@@ -154,16 +154,13 @@ class ElasticResNet(ResNet):
 
     def sliced_state(self, arch: Architecture, net: ResNet) -> dict[str, paddle.Tensor]:
         """The shared weights of ``arch``, named as in the stand-alone ``net`` of that code."""
-        pairs = [(net.stem, self.stem), (net.head, self.head)]
-        for stage, depth in enumerate(arch.depths):
-            pairs += zip(net.stage_blocks(stage), self.stage_blocks(stage)[:depth], strict=True)
-        names = {id(tensor): name for name, tensor in net.state_dict().items()}
+        parts = [self.stem, *self.leading_blocks(arch.depths), self.head]
         state = {}
-        for part, shared_part in pairs:
+        for index, (part, shared_part) in enumerate(zip(net.blocks, parts, strict=True)):
             shared = {plain_name(n): tensor for n, tensor in shared_part.state_dict().items()}
             for name, tensor in part.state_dict().items():
                 leading = tuple(slice(0, size) for size in tensor.shape)
-                state[names[id(tensor)]] = shared[name][leading].clone()
+                state[f"blocks.{index}.{name}"] = shared[name][leading].clone()
         return state
 
 

@@ -6,6 +6,8 @@ basic blocks follow, the last one is the head (``blocks.24.fc`` in the full netw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import paddle
 from paddle import nn
 from paddle.utils import unique_name
@@ -122,8 +124,11 @@ class ResNet(nn.Layer):
 
     def active_blocks(self) -> list[BasicBlock]:
         """The basic blocks that ``forward`` runs, in order."""
-        depths = enumerate(self.active_depths)
-        return [block for stage, n in depths for block in self.stage_blocks(stage)[:n]]
+        return self.leading_blocks(self.active_depths)
+
+    def leading_blocks(self, depths: Sequence[int]) -> list[BasicBlock]:
+        """So many blocks of each stage, in order."""
+        return [b for stage, depth in enumerate(depths) for b in self.stage_blocks(stage)[:depth]]
 
     def features(self, x):
         """Feature map of the last stage: [N, 3, H, W] -> [N, C, H/32, W/32]."""
