@@ -32,6 +32,7 @@ from hnas.dataset.transforms import (
     shift_hue,
 )
 from hnas.evaluation.images import Batches, ScoredImages
+from hnas.programs.flags import AUTO
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images
 
@@ -108,14 +109,19 @@ def assert_same(left, right):
             assert a.dtype == b.dtype
 
 
-def test_batches_depend_on_seed_and_epoch_only(folder):
+def test_batches_depend_on_seed_and_epoch_only(folder, tmp_path):
     train, val = loaders(folder)
     reference = collect(train.epoch(1))
     assert len(reference) == len(train) == 3
     assert sorted(np.concatenate(train.batches(1)).tolist()) == list(range(12))
-    there, val_there = loaders(folder, workers=2)
-    assert_same(collect(there.epoch(1)), reference)
-    assert_same(collect(val_there), collect(val))
+    # Nothing is made smaller in the store, so the pixels are the same.
+    store = ImageStore(scan_images(folder, "train"), Shrink(1000), tmp_path)
+    for workers in (0, 2):
+        there, val_there = loaders(folder, workers)
+        assert_same(collect(val_there), collect(val))
+        for start in (0, 1, 3):
+            assert_same(collect(there.epoch(1, start)), reference[start:])
+        assert_same(collect(loaders(folder, workers, pixels=store)[0].epoch(1)), reference)
     # Ranks have the batches of one process, in parts.
     for shuffle, whole in ((True, train.batches(1)), (False, np.arange(12).reshape(3, 4))):
         shares = [EpochLoader(train.dataset, 2, 0, rank, 2, shuffle=shuffle) for rank in range(2)]
@@ -123,14 +129,6 @@ def test_batches_depend_on_seed_and_epoch_only(folder):
         np.testing.assert_array_equal([np.concatenate(parts) for parts in joined], whole)
     for other in (train.epoch(2), loaders(folder, seed=4)[0].epoch(1)):
         assert not np.array_equal(reference[0][0], next(iter(other))[0].numpy())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_start_at_any_step(workers, folder):
-    train, _ = loaders(folder, workers)
-    whole = collect(train.epoch(2))
-    for start in (0, 1, 3) if not workers else (1,):
-        assert_same(collect(train.epoch(2, start)), whole[start:])
 
 
 def test_eval_loader_keeps_order_and_labels(folder):
@@ -224,20 +222,15 @@ def test_a_main_process_that_is_held_up_gets_all_batches():
 # --- decoded images
 
 
-def sizes_and_pixels(folder):
-    """Images of many sizes, smooth and not; one is smaller than what is stored."""
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        path = folder / "train" / f"class{index % 3}" / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        height, width = (20, 30) if index == 5 else (60 + index, 50 + 3 * index)
-        pixels = rng.integers(0, 256, (5, 5, 3) if index % 2 else (height, width, 3), np.uint8)
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(path)
-    return scan_images(folder, "train")
-
-
 def test_stored_images_are_the_decoded_ones_made_smaller(tmp_path):
-    images = sizes_and_pixels(tmp_path)
+    """Of many sizes; one is smaller than what is stored."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "train/a").mkdir(parents=True)
+    for index in range(12):
+        size = (20, 30) if index == 5 else (60 + index, 50 + 3 * index)
+        pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"train/a/{index}.png")
+    images = scan_images(tmp_path, "train")
     store = ImageStore(images, Shrink(40), tmp_path / "cache")
     for index, path in enumerate(images.paths):
         image = Image.open(path).convert("RGB")
@@ -247,15 +240,6 @@ def test_stored_images_are_the_decoded_ones_made_smaller(tmp_path):
             assert min(size) == 40
             image = image.resize(size, Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(store[index], np.asarray(image))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_small_images_do_not_depend_on_the_store(workers, folder, tmp_path):
-    """Nothing is made smaller here, so the pixels are the same."""
-    store = ImageStore(scan_images(folder, "train"), Shrink(1000), tmp_path / "cache")
-    plain, stored = loaders(folder)[0], loaders(folder, workers, pixels=store)[0]
-    for epoch in (0, 1):
-        assert_same(collect(plain.epoch(epoch)), collect(stored.epoch(epoch)))
 
 
 def flipped(path):
@@ -273,7 +257,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_file_is_made_anew(case, folder, tmp_path, caplog):
+def test_a_damaged_file_is_made_anew_any_other_taken(case, folder, tmp_path, caplog, monkeypatch):
     images, cache = scan_images(folder, "train"), tmp_path / "cache"
     store = ImageStore(images, Shrink(32), cache)
     expected, content = store.pixels.copy(), store.path.read_bytes()
@@ -284,14 +268,9 @@ def test_a_damaged_file_is_made_anew(case, folder, tmp_path, caplog):
     assert not left.exists() and again.path.read_bytes() == content
     np.testing.assert_array_equal(again.pixels, expected)
     assert ("damaged" in caplog.text) == (case != "gone")
-
-
-def test_the_file_is_used_again_until_something_changes(folder, tmp_path, monkeypatch):
-    images, cache = scan_images(folder, "train"), tmp_path / "cache"
-    first = ImageStore(images, Shrink(32), cache)
-    assert ImageStore(images, Shrink(33), cache).path != first.path
+    assert ImageStore(images, Shrink(33), cache).path != store.path
     monkeypatch.setattr(image_store, "decoded", None)
-    np.testing.assert_array_equal(ImageStore(images, Shrink(32), cache).pixels, first.pixels)
+    np.testing.assert_array_equal(ImageStore(images, Shrink(32), cache).pixels, expected)
 
 
 def test_a_common_cache_knows_whose_images_it_holds(tmp_path, monkeypatch):
@@ -355,6 +334,9 @@ def test_calibration_images_are_drawn_and_only_they_are_decoded(folder, tmp_path
         crop(Image.open(path).convert("RGB")).tobytes() for path in (root / "train").glob("*/*.png")
     }
     assert set(calibration(root, 12)) == every
+    assert calibration_images(Options(bn_calibration_images=AUTO), freeze_bn=True) is None
+    with pytest.raises(DataError, match="--bn_calibration_images 64, but .* has 12"):
+        calibration(root, AUTO)
     some = [calibration(root, 3, seed=seed) for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2]
     assert set(some[0]) < every and len(set(some[0])) == 3
