@@ -121,6 +121,14 @@ REFUSED = {
     "one content of many arrays": (arrays_of_one_content(3000), "many times"),
     "hashing nested tuples": (b"\x80\x02}" + NESTED + b"K\x01s.", "key that is not text"),
     "a type of nested tuples": (b"\x80\x02cnumpy\ndtype\n" + NESTED + b"\x85R.", "'decode'"),
+    "an order of nested tuples": (
+        b"\x80\x02cnumpy\ndtype\n" + text("f4") + b"\x85R(K\x03" + NESTED + b"tb.",
+        "broken file",
+    ),
+    "an array of nested tuples": (
+        pickle.dumps(np.ones(3), 2)[:-1] + b"K\x00" + NESTED + b"s.",
+        "items of no dict",
+    ),
     "many instructions": (b"\x80\x02" + b"}" * 1_010_000 + b".", "1000000 parts"),
 }
 

@@ -31,15 +31,13 @@ MAX_LONG = 17
 MAX_SIZE = 2**48
 PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 # Of protocols 2 to 4, without those for other objects, for sets, and for dicts of any keys.
-# fmt: off
 INSTRUCTIONS = (
-    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1",
-    "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE1",
-    "TUPLE2", "TUPLE3", "TUPLE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT",
-    "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST "
+    "EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE APPEND APPENDS SETITEM SETITEMS MEMOIZE BINPUT "
+    "LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD"
 )
-# fmt: on
+ALLOWED = frozenset(INSTRUCTIONS.split())
 
 
 class UnsafePickleError(UserError):
@@ -75,7 +73,7 @@ def load_pickle(path: str | Path, content: bytes):
 def _check_instructions(content: bytes) -> None:
     """Refuse what no state dict uses; a ValueError if the file ends within an instruction."""
     for number, (instruction, value, _) in enumerate(pickletools.genops(content)):
-        if instruction.name not in INSTRUCTIONS:
+        if instruction.name not in ALLOWED:
             code = instruction.code.encode("latin1")
             raise _RefusedError(f"uses the pickle instruction {code}, unlike state dicts")
         if number > MAX_INSTRUCTIONS:
@@ -152,21 +150,21 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
     def load_setitem(self):
-        self._check_keys(self.stack[-2:-1])
+        self._check_keys(*self.stack[-3:-1])
         super().load_setitem()
 
     dispatch[pickle.SETITEM[0]] = load_setitem
 
     def load_setitems(self):
-        self._check_keys(self.stack[::2])
+        self._check_keys(self.metastack[-1][-1], *self.stack[::2])
         super().load_setitems()
 
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
-    def _check_keys(self, keys: list) -> None:
-        # Hashing anything else may take forever.
-        if not all(isinstance(key, (str, int)) for key in keys):
-            raise _RefusedError("has a dict key that is not text")
+    def _check_keys(self, target, *keys) -> None:
+        # Hashing anything else may take forever, and what arrays make of nested tuples.
+        if not isinstance(target, dict) or not all(isinstance(key, (str, int)) for key in keys):
+            raise _RefusedError("sets items of no dict, or has a dict key that is not text")
 
     def _encode(self, text, encoding):
         """``_codecs.encode``: how protocol 2 writes bytes."""

@@ -1,9 +1,7 @@
 """Decoded images in a file: decoded once, read without a copy.
 
-The file's name stands for the images (folder, names, sizes, modification times, pixels of some) and
-for what was made of them, so other images get another file. It is mapped into memory, which all
-loader processes share, and may be larger than memory. Its SHA-256 beside it is checked whenever it
-is opened; a damaged file is made anew.
+Other images, and what else is made of them, get another file. It is mapped into memory, which all
+loader processes share, and is checked by its SHA-256 whenever it is opened.
 """
 
 from __future__ import annotations
