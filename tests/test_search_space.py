@@ -185,11 +185,6 @@ def test_official_codes_parse_round_trip_and_are_shareable():
 # --- sampling
 
 
-def test_sampling_is_uniform_over_the_digits_of_the_full_space():
-    space, rng = search_space("resnet48", "full"), np.random.default_rng(5)
-    assert_uniform([space.sample(rng).code for _ in range(2000)], (7, 7, 7, 7))
-
-
 def test_choices_are_independent():
     rng = np.random.default_rng(6)
     codes = [RESNET48.sample(rng).code for _ in range(2000)]
