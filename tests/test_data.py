@@ -10,10 +10,8 @@ import sys
 import time
 
 import numpy as np
-import paddle
 import pytest
 from entry_scripts import ROOT, noise_images
-from independent import normalized
 from PIL import Image
 
 from hnas.base.errors import UserError
@@ -28,7 +26,6 @@ from hnas.dataset.transforms import (
     StrongTransform,
     TrainTransform,
     TwoViews,
-    normalize,
     shift_hue,
 )
 from hnas.evaluation.images import Batches, ScoredImages
@@ -46,12 +43,6 @@ def gradient_image(width=48, height=40):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return noise_images(tmp_path_factory.mktemp("images"), 6, classes="ab")
-
-
-def test_normalize_is_imagenets():
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8)
-    found = normalize(paddle.to_tensor(images)).numpy()
-    np.testing.assert_allclose(found, normalized(images), rtol=1e-4, atol=1e-6)
 
 
 def test_whole_crop_without_flip_is_a_resize_and_the_same_view_one_crop():
