@@ -105,7 +105,6 @@ REFUSED = {
     "protocol 5": (pickle.dumps({"a": np.ones(3)}, 5), "instruction b'\\x96'"),
     "protocol 77": (b"\x80\x4d}.", "77"),
     "truncated array": (pickle.dumps({"a": np.ones(1000)}, 4)[:-500], "expected 8000 bytes"),
-    "no value": (b"\x80\x02.", "broken file"),
     "mark in a container": (b"\x80\x02](a.", "broken file"),
     "call of a string": (b"\x80\x02X\x01\x00\x00\x00a)R.", "not callable"),
     "state of a list": (b"\x80\x02]]b.", "sets the state of a list"),

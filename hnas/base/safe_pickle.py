@@ -99,13 +99,6 @@ def _scalar(kind: _DType, data: bytes):
     return value
 
 
-def _tensor(pair):
-    """``tuple((name, array))``: how Paddle writes a tensor in a nested state."""
-    if not isinstance(pair, tuple):
-        raise _RefusedError("calls tuple on something else than a tensor's name and data")
-    return pair
-
-
 class _Unpickler(pickle._Unpickler):
     """Python's unpickler with a closed list of names.
 
@@ -125,7 +118,7 @@ class _Unpickler(pickle._Unpickler):
             "numpy.core.multiarray.scalar": _scalar,
             "collections.OrderedDict": lambda: OrderedDict(),  # Its content is set afterwards.
             "_codecs.encode": self._encode,
-            "builtins.tuple": _tensor,
+            "builtins.tuple": lambda pair: pair,  # A tensor's name and array, in a nested state.
             "builtins.bytes": lambda: b"",  # Protocol 2 writes empty bytes as a call.
         }
 

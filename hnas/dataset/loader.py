@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -224,6 +225,9 @@ def _obey_main_only(leaving, worker: int) -> None:
             os._exit(0)
         signal.alarm(WORKER_GRACE_SECONDS)
 
+    # Else a worker that collects what the main process left may end an earlier iterator here, and
+    # wait for that one's workers for ever.
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
