@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import logging
 
-from hnas.dataset.transforms import SameView, StrongTransform, TrainTransform, TwoViews
+from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
 from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import world_size
@@ -82,7 +82,7 @@ def main() -> None:
     views = {
         "two_kinds": TwoViews(strong, crop),
         "one_kind": TwoViews(crop, crop),
-        "same": SameView(crop),
+        "same": TwoViews(crop),
     }[options.stage1_views]
     loader = training_loader(options, images, views)
     prepare(model, options, len(loader))

@@ -5,7 +5,6 @@ No other module knows how the digits of a code are laid out.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -60,14 +59,13 @@ class Architecture:
                 f"architecture code {shown(code)} has {len(code)} digits; "
                 f"{CODE_LENGTH} or, without the image size, {CODE_LENGTH - 1} are allowed"
             )
-        places = iter(range(len(code)))
+        digits = enumerate(map(int, code), 1)
 
         def read(what: str, low: int, high: int, allowed: str = "") -> int:
-            place = next(places)
-            digit = int(code[place])
+            place, digit = next(digits)
             if not low <= digit <= high:
                 raise ArchitectureError(
-                    f"architecture code {shown(code)}: digit {place + 1} ({what}) is {digit}; "
+                    f"architecture code {shown(code)}: digit {place} ({what}) is {digit}; "
                     f"allowed: {allowed or f'{low} to {high}'}"
                 )
             return digit
@@ -235,14 +233,6 @@ class SearchSpace:
         widths = tuple(((d, d),) * depth for depth, d in zip(depths, digits, strict=True))
         return Architecture(tuple(depths), digits[0], widths)
 
-    @property
-    def size(self) -> int:
-        """How many architectures :meth:`sample` can draw."""
-        return math.prod(
-            narrowest * sum(narrowest**depth for depth in range(MIN_DEPTH, deepest + 1))
-            for deepest, narrowest in zip(MAX_DEPTHS, self.max_digits, strict=True)
-        )
-
     def sample(self, rng: np.random.Generator, tilt: float = 0.0) -> Architecture:
         """Draw an architecture: depths and digits independent, conv2's digit one per stage.
 
@@ -291,13 +281,7 @@ class SearchSpace:
     def sample_distinct(
         self, rng: np.random.Generator, number: int, first: Iterable[Architecture] = ()
     ) -> dict[str, Architecture]:
-        """``first`` and then uniform draws, none twice, named arch1, arch2, ... to ``number``.
-
-        Raises:
-            UserError: there are not so many.
-        """
-        if number > self.size:
-            raise UserError(f"{number} architectures are asked for, and only {self.size} exist")
+        """``first`` and then uniform draws, none twice, named arch1, arch2, ... to ``number``."""
         drawn = dict.fromkeys(first)
         while len(drawn) < number:
             drawn[self.sample(rng)] = None
@@ -367,9 +351,7 @@ def find_backbone(name: str) -> Backbone:
         UserError: there is none; the message lists the names.
     """
     if name not in BACKBONES:
-        nearest = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise UserError(f"unknown backbone {shown(name)}; {hint}there are {', '.join(BACKBONES)}")
+        raise UserError(f"unknown backbone {shown(name)}; there are {', '.join(BACKBONES)}")
     return BACKBONES[name]
 
 

@@ -10,11 +10,8 @@ import sys
 import time
 
 import numpy as np
-import paddle
 import pytest
 from entry_scripts import ROOT, noise_images
-from independent import normalized
-from paddle.vision.transforms import CenterCrop, Resize
 from PIL import Image
 
 from hnas.base.errors import UserError
@@ -25,14 +22,14 @@ from hnas.dataset.image_store import ImageStore
 from hnas.dataset.loader import EpochLoader, EvalLoader, ImageDataset
 from hnas.dataset.transforms import (
     EvalTransform,
-    SameView,
     Shrink,
     StrongTransform,
     TrainTransform,
-    normalize,
+    TwoViews,
     shift_hue,
 )
 from hnas.evaluation.images import Batches, ScoredImages
+from hnas.programs.flags import AUTO
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images
 
@@ -48,30 +45,7 @@ def folder(tmp_path_factory):
     return noise_images(tmp_path_factory.mktemp("images"), 6, classes="ab")
 
 
-def test_normalize_is_imagenets():
-    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), dtype=np.uint8)
-    found = normalize(paddle.to_tensor(images)).numpy()
-    np.testing.assert_allclose(found, normalized(images), rtol=1e-4, atol=1e-6)
-
-
-def test_evaluation_gives_paddles_pixels():
-    """Resize(256) and CenterCrop(224) on Paddle's Pillow backend."""
-    sizes = np.random.default_rng(7).integers(60, 700, (50, 2))
-    sizes[::10, 0] = 256  # the shorter side, or not
-    sizes[5::10, 1] = 256
-    sizes[3::25] = sizes[3::25, :1]  # square
-    for width, height in sizes.tolist():
-        # Smooth to read, and different everywhere: 7 x 5 random colours, enlarged.
-        colours = np.random.default_rng(width).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
-        expected = CenterCrop(224)(Resize(256)(image))
-        assert expected.size == (224, 224)
-        found = EvalTransform(224)(image)
-        np.testing.assert_array_equal(found, np.asarray(expected).transpose(2, 0, 1))
-    assert EvalTransform(64)(gradient_image(10, 90)).shape == (3, 64, 64)
-
-
-def test_whole_crop_without_flip_is_a_resize():
+def test_whole_crop_without_flip_is_a_resize_and_the_same_view_one_crop():
     image = gradient_image(32, 32)
     transform = TrainTransform(32, scale_min=1.0, flip=0.0)
     # A crop of all of the area fits only with aspect 1, else the centre is taken: the same here.
@@ -80,6 +54,9 @@ def test_whole_crop_without_flip_is_a_resize():
     )
     flipped = TrainTransform(32, scale_min=1.0, flip=1.0)(image, np.random.default_rng(0))
     np.testing.assert_array_equal(flipped, np.asarray(image)[:, ::-1].transpose(2, 0, 1))
+    view = TrainTransform(20)(image, np.random.default_rng(1))
+    for twin in TwoViews(TrainTransform(20))(image, np.random.default_rng(1)):
+        np.testing.assert_array_equal(twin, view)
 
 
 def test_weak_view_keeps_colours_and_strong_view_changes_them():
@@ -95,13 +72,6 @@ def test_weak_view_keeps_colours_and_strong_view_changes_them():
     assert grey == pytest.approx(0.2, abs=0.06)
     pixel = np.asarray(shift_hue(Image.new("RGB", (1, 1), (255, 0, 0)), 1 / 3))[0, 0]
     assert np.abs(pixel.astype(int) - (0, 255, 0)).max() <= 6  # red to green
-
-
-def test_the_same_view_is_one_crop_given_twice():
-    image = gradient_image()
-    same, twin = SameView(TrainTransform(32))(image, np.random.default_rng(1))
-    np.testing.assert_array_equal(same, twin)
-    np.testing.assert_array_equal(same, TrainTransform(32)(image, np.random.default_rng(1)))
 
 
 # --- loaders
@@ -126,14 +96,19 @@ def assert_same(left, right):
             assert a.dtype == b.dtype
 
 
-def test_batches_depend_on_seed_and_epoch_only(folder):
+def test_batches_depend_on_seed_and_epoch_only(folder, tmp_path):
     train, val = loaders(folder)
     reference = collect(train.epoch(1))
     assert len(reference) == len(train) == 3
     assert sorted(np.concatenate(train.batches(1)).tolist()) == list(range(12))
-    there, val_there = loaders(folder, workers=2)
-    assert_same(collect(there.epoch(1)), reference)
-    assert_same(collect(val_there), collect(val))
+    # Nothing is made smaller in the store, so the pixels are the same.
+    store = ImageStore(scan_images(folder, "train"), Shrink(1000), tmp_path)
+    for workers in (0, 2):
+        there, val_there = loaders(folder, workers)
+        assert_same(collect(val_there), collect(val))
+        for start in (0, 1) if workers else (0, 1, 3):
+            assert_same(collect(there.epoch(1, start)), reference[start:])
+        assert_same(collect(loaders(folder, workers, pixels=store)[0].epoch(1)), reference)
     # Ranks have the batches of one process, in parts.
     for shuffle, whole in ((True, train.batches(1)), (False, np.arange(12).reshape(3, 4))):
         shares = [EpochLoader(train.dataset, 2, 0, rank, 2, shuffle=shuffle) for rank in range(2)]
@@ -141,14 +116,6 @@ def test_batches_depend_on_seed_and_epoch_only(folder):
         np.testing.assert_array_equal([np.concatenate(parts) for parts in joined], whole)
     for other in (train.epoch(2), loaders(folder, seed=4)[0].epoch(1)):
         assert not np.array_equal(reference[0][0], next(iter(other))[0].numpy())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_can_start_at_any_step(workers, folder):
-    train, _ = loaders(folder, workers)
-    whole = collect(train.epoch(2))
-    for start in (0, 1, 3) if not workers else (1,):
-        assert_same(collect(train.epoch(2, start)), whole[start:])
 
 
 def test_eval_loader_keeps_order_and_labels(folder):
@@ -208,32 +175,39 @@ def test_closing_early_ends_the_workers(folder):
 
 
 HELD_UP = """
-import multiprocessing.queues, os, time
+import gc, multiprocessing.queues, os, time
 import numpy as np
-from PIL import Image
 from hnas.dataset import loader
 from hnas.dataset.image_folder import ImageList
 
+gc.disable()
 put, main = multiprocessing.queues.Queue.put, os.getpid()
 
 def put_and_pause(self, *what):
     put(self, *what)
     time.sleep(0.1 if os.getpid() == main else 0)
 
+def leave_garbage():
+    own = [iter(batches)]
+    next(own[0])
+    own.append(own)
+
 def transform(pixels, rng):
+    gc.collect()
     time.sleep(0.3 if np.asarray(pixels)[0, 0, 0] % 2 else 0)  # the second worker is quicker
     return np.asarray(pixels)
 
-multiprocessing.queues.Queue.put = put_and_pause
 images = ImageList("here", ["a"], ["x"] * 8, np.arange(8))
 pixels = [np.full((1, 1, 3), index + 1, np.uint8) for index in range(8)]
 batches = loader.EvalLoader(loader.ImageDataset(images, transform, 0, pixels), 1, 2)
+leave_garbage()
+multiprocessing.queues.Queue.put = put_and_pause
 print(*(int(label) for _, label in batches))
 """
 
 
-def test_a_main_process_that_is_held_up_gets_all_batches():
-    """Between giving a task to a worker and noting that: Paddle waited for ever then."""
+def test_a_main_process_that_is_held_up_or_leaves_garbage_gets_all_batches():
+    """Paddle waited for ever; so did workers that collected an earlier loader, for its batches."""
     command = [sys.executable, "-c", HELD_UP]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT)
     assert done.stdout.split() == [*"01234567"], done.stderr
@@ -242,22 +216,16 @@ def test_a_main_process_that_is_held_up_gets_all_batches():
 # --- decoded images
 
 
-def sizes_and_pixels(folder):
-    """Images of many sizes, smooth and not; one is smaller than what is stored."""
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        path = folder / "train" / f"class{index % 3}" / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        height, width = (20, 30) if index == 5 else (60 + index, 50 + 3 * index)
-        pixels = rng.integers(0, 256, (5, 5, 3) if index % 2 else (height, width, 3), np.uint8)
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(path)
-    return scan_images(folder, "train")
-
-
 def test_stored_images_are_the_decoded_ones_made_smaller(tmp_path):
-    images = sizes_and_pixels(tmp_path)
+    """Of many sizes; one is smaller than what is stored."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "train/a").mkdir(parents=True)
+    for index in range(12):
+        size = (20, 30) if index == 5 else (60 + index, 50 + 3 * index)
+        pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"train/a/{index}.png")
+    images = scan_images(tmp_path, "train")
     store = ImageStore(images, Shrink(40), tmp_path / "cache")
-    assert len(store) == len(images) == 12
     for index, path in enumerate(images.paths):
         image = Image.open(path).convert("RGB")
         scale = 40 / min(image.size)
@@ -266,15 +234,6 @@ def test_stored_images_are_the_decoded_ones_made_smaller(tmp_path):
             assert min(size) == 40
             image = image.resize(size, Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(store[index], np.asarray(image))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_small_images_do_not_depend_on_the_store(workers, folder, tmp_path):
-    """Nothing is made smaller here, so the pixels are the same."""
-    store = ImageStore(scan_images(folder, "train"), Shrink(1000), tmp_path / "cache")
-    plain, stored = loaders(folder)[0], loaders(folder, workers, pixels=store)[0]
-    for epoch in (0, 1):
-        assert_same(collect(plain.epoch(epoch)), collect(stored.epoch(epoch)))
 
 
 def flipped(path):
@@ -292,7 +251,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_file_is_made_anew(case, folder, tmp_path, caplog):
+def test_a_damaged_file_is_made_anew_any_other_taken(case, folder, tmp_path, caplog, monkeypatch):
     images, cache = scan_images(folder, "train"), tmp_path / "cache"
     store = ImageStore(images, Shrink(32), cache)
     expected, content = store.pixels.copy(), store.path.read_bytes()
@@ -303,14 +262,9 @@ def test_a_damaged_file_is_made_anew(case, folder, tmp_path, caplog):
     assert not left.exists() and again.path.read_bytes() == content
     np.testing.assert_array_equal(again.pixels, expected)
     assert ("damaged" in caplog.text) == (case != "gone")
-
-
-def test_the_file_is_used_again_until_something_changes(folder, tmp_path, monkeypatch):
-    images, cache = scan_images(folder, "train"), tmp_path / "cache"
-    first = ImageStore(images, Shrink(32), cache)
-    assert ImageStore(images, Shrink(33), cache).path != first.path
+    assert ImageStore(images, Shrink(33), cache).path != store.path
     monkeypatch.setattr(image_store, "decoded", None)
-    np.testing.assert_array_equal(ImageStore(images, Shrink(32), cache).pixels, first.pixels)
+    np.testing.assert_array_equal(ImageStore(images, Shrink(32), cache).pixels, expected)
 
 
 def test_a_common_cache_knows_whose_images_it_holds(tmp_path, monkeypatch):
@@ -374,6 +328,9 @@ def test_calibration_images_are_drawn_and_only_they_are_decoded(folder, tmp_path
         crop(Image.open(path).convert("RGB")).tobytes() for path in (root / "train").glob("*/*.png")
     }
     assert set(calibration(root, 12)) == every
+    assert calibration_images(Options(bn_calibration_images=AUTO), freeze_bn=True) is None
+    with pytest.raises(DataError, match="--bn_calibration_images 64, but .* has 12"):
+        calibration(root, AUTO)
     some = [calibration(root, 3, seed=seed) for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2]
     assert set(some[0]) < every and len(set(some[0])) == 3

@@ -1,11 +1,12 @@
 """Reading Paddle's pickled state dicts without running anything that they say.
 
-``paddle.load`` unpickles, and unpickling calls whatever the file names. Here Python's unpickler
-follows only the instructions that state dicts need, and the few classes and functions that they
-name are stand-ins of this module. What is built stays within the size of the file.
+``paddle.load`` unpickles, and unpickling calls whatever the file names. Here all instructions are
+looked at before the first is followed, and only those pass that state dicts need; the few classes
+and functions that they name are stand-ins of this module. What is built stays within the size of
+the file.
 
 It is the unpickler that Python itself is written in: the one in C takes 32 GB for a memo number of
-2**32, hashes nested tuples for years, and its instructions cannot be chosen.
+2**32, and hashes nested tuples for years.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -22,23 +24,20 @@ import numpy as np
 from hnas.base.errors import UserError
 from hnas.base.files import reason_of
 
-# A state dict takes about thirty a tensor: of each instruction, and of what follows it.
-MAX_READS = 1_000_000
+# A state dict takes about thirty a tensor.
+MAX_INSTRUCTIONS = 1_000_000
 MAX_AXES = 32
 MAX_LONG = 17
 MAX_SIZE = 2**48
 PLAIN_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)")
 # Of protocols 2 to 4, without those for other objects, for sets, and for dicts of any keys.
-# fmt: off
 INSTRUCTIONS = (
-    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1",
-    "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE1",
-    "TUPLE2", "TUPLE3", "TUPLE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT",
-    "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_DICT EMPTY_LIST "
+    "EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE APPEND APPENDS SETITEM SETITEMS MEMOIZE BINPUT "
+    "LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD"
 )
-# fmt: on
-PLAIN = (type(None), bool, int, float, str, bytes, np.generic)
+ALLOWED = frozenset(INSTRUCTIONS.split())
 
 
 class UnsafePickleError(UserError):
@@ -52,41 +51,36 @@ class _RefusedError(Exception):
 def load_pickle(path: str | Path, content: bytes):
     """The object that ``paddle.save`` wrote to ``path``, with NumPy arrays for tensors.
 
+    What the file names, but does not call, is a stand-in, which is no array, text or number, and
+    an array that it does not fill is empty.
+
     Raises:
         UnsafePickleError: anything else than arrays, dicts, lists, tuples, strings, bytes and
             numbers, or a broken file. Nothing that the file names is executed.
     """
+    if content[:1] != b"\x80":
+        raise UnsafePickleError(f"{path} is not a Paddle checkpoint (no pickle header)")
     try:
-        if content[:1] != b"\x80":
-            raise UnsafePickleError(f"{path} is not a Paddle checkpoint (no pickle header)")
+        _check_instructions(content)
         return _Unpickler(content).load()
     except _RefusedError as error:
         raise UnsafePickleError(f"refused to load {path}: it {error}") from None
-    except UnsafePickleError:
-        raise
     except Exception as error:
         # A pickle can break its reader in any way; none of them is more than a bad file.
         raise UnsafePickleError(f"cannot read {path}: broken file ({reason_of(error)})") from None
 
 
-class _BoundedFile:
-    """A file that never allocates more than it holds, whatever length the pickle claims."""
-
-    def __init__(self, content: bytes):
-        self._file = file = io.BytesIO(content)
-        self._size = len(content)
-        self._reads = 0
-        self.readline = file.readline
-        self.tell = file.tell
-
-    def read(self, length: int) -> bytes:
-        self._reads += 1
-        if self._reads > MAX_READS:
-            raise _RefusedError(f"has more than {MAX_READS} parts")
-        content = self._file.read(min(length, self._size - self.tell()))
-        if len(content) < length:
-            raise ValueError(f"{length} bytes expected, {len(content)} there")
-        return content
+def _check_instructions(content: bytes) -> None:
+    """Refuse what no state dict uses; a ValueError if the file ends within an instruction."""
+    for number, (instruction, value, _) in enumerate(pickletools.genops(content)):
+        if instruction.name not in ALLOWED:
+            code = instruction.code.encode("latin1")
+            raise _RefusedError(f"uses the pickle instruction {code}, unlike state dicts")
+        if number > MAX_INSTRUCTIONS:
+            raise _RefusedError(f"has more than {MAX_INSTRUCTIONS} parts")
+        # Generators' states have whole numbers of 128 bits, nothing has longer ones.
+        if instruction.name == "LONG1" and value.bit_length() >= 8 * MAX_LONG:
+            raise _RefusedError(f"holds a whole number of {value.bit_length() // 8 + 1} bytes")
 
 
 class _DType:
@@ -99,110 +93,48 @@ class _DType:
             raise _RefusedError(f"holds an array of type {text[:20]!r}")
         self.dtype = np.dtype(text)
 
-    def build(self, state) -> None:
-        order, *rest = state[1:]
-        if order not in ("<", ">", "|", "=") or any(part is not None for part in rest[:3]):
-            raise _RefusedError("holds an array of a structured type")
-        self.dtype = self.dtype.newbyteorder(order)
 
-
-def _scalar(stand_in, data):
-    if not isinstance(stand_in, _DType) or not isinstance(data, bytes):
-        raise _RefusedError("holds a scalar of an unknown type")
-    (value,) = np.frombuffer(data, stand_in.dtype)
+def _scalar(kind: _DType, data: bytes):
+    (value,) = np.frombuffer(data, kind.dtype)
     return value
 
 
-def _tensor(pair):
-    """``tuple((name, array))``: how Paddle writes a tensor in a nested state."""
-    if not isinstance(pair, tuple) or len(pair) != 2:
-        raise _RefusedError("calls tuple on something else than a tensor's name and data")
-    return pair
-
-
-ARRAY_TYPE = object()
-"""Stands for the class ``numpy.ndarray``, where only its name is an argument."""
-
-
-class _Instructions(dict):
-    """What follows an instruction, by its code."""
-
-    def __missing__(self, code: int):
-        raise _RefusedError(f"uses the pickle instruction {bytes([code])}, unlike state dicts")
-
-
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler with closed lists of instructions and of names."""
+    """Python's unpickler with a closed list of names.
 
-    dispatch = _Instructions(
-        (code, pickle._Unpickler.dispatch[code])
-        for (code,) in (getattr(pickle, name) for name in INSTRUCTIONS)
-    )
+    Nothing else on its stack can be called, so calls need no look of their own.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, content: bytes):
-        self._bounded = _BoundedFile(content)
-        super().__init__(self._bounded)
-        self._copied = 0
+        super().__init__(io.BytesIO(content))
+        self._may_copy = 2 * len(content)
         self._empty: dict[int, np.ndarray] = {}  # Arrays whose state is still to come.
         self._known = {
-            "numpy.ndarray": ARRAY_TYPE,
+            "numpy.ndarray": "numpy.ndarray",  # An argument, which is never called.
             "numpy.dtype": _DType,
-            # Its content is set afterwards.
-            "collections.OrderedDict": lambda: OrderedDict(),
+            "numpy.core.multiarray._reconstruct": self._reconstruct,
+            "numpy.core.multiarray.scalar": _scalar,
+            "collections.OrderedDict": lambda: OrderedDict(),  # Its content is set afterwards.
             "_codecs.encode": self._encode,
+            "builtins.tuple": lambda pair: pair,  # A tensor's name and array, in a nested state.
+            "builtins.bytes": lambda: b"",  # Protocol 2 writes empty bytes as a call.
         }
-        for module in ("builtins", "__builtin__"):
-            # Protocol 2 writes empty bytes as a call.
-            self._known |= {f"{module}.tuple": _tensor, f"{module}.bytes": lambda: b""}
-        # NumPy 1 and NumPy 2.
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            self._known[f"{module}._reconstruct"] = self._reconstruct
-            self._known[f"{module}.scalar"] = _scalar
-
-    def load(self):
-        """The object, once all of it has been looked at."""
-        value = super().load()
-        if self.stack or self.metastack:
-            raise ValueError("more than one value")
-        self._check_plain(value)
-        return value
-
-    def load_frame(self):
-        """A frame says how much to read at once, which is no matter here."""
-        self.read(8)
-
-    dispatch[pickle.FRAME[0]] = load_frame
-
-    def load_long1(self):
-        """Generators' states have whole numbers of 128 bits, nothing has longer ones."""
-        (length,) = self.read(1)
-        if length > MAX_LONG:
-            raise _RefusedError(f"holds a whole number of {length} bytes")
-        self.append(pickle.decode_long(self.read(length)))
-
-    dispatch[pickle.LONG1[0]] = load_long1
 
     def find_class(self, module, name):
-        found = self._known.get(f"{module}.{name}")
-        if found is None:
-            raise _RefusedError(f"names {f'{module}.{name}'[:100]!r}, which no state dict needs")
-        return found
-
-    def load_reduce(self):
-        function, arguments = self.stack[-2:]
-        # Comparing by identity: what else lies on the stack is data.
-        known = any(function is each for each in self._known.values())
-        if not known or not isinstance(arguments, tuple):
-            raise _RefusedError("calls something that is not a function")
-        self.stack[-2:] = [function(*arguments)]
-
-    dispatch[pickle.REDUCE[0]] = load_reduce
+        asked = f"{module}.{name}"
+        # Of NumPy 2 and of Python 2.
+        known = asked.replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
+        if known not in self._known:
+            raise _RefusedError(f"names {asked[:100]!r}, which no state dict needs")
+        return self._known[known]
 
     def load_build(self):
         state = self.stack.pop()
         unfinished = self.stack[-1]
         if isinstance(unfinished, _DType):
-            unfinished.build(state)
+            unfinished.dtype = unfinished.dtype.newbyteorder(state[1])
         elif id(unfinished) in self._empty:
             self._fill(unfinished, state)
         else:
@@ -211,73 +143,47 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
     def load_setitem(self):
-        items = self.stack[-2:]
-        del self.stack[-2:]
-        self._set_items(items)
+        self._check_keys(*self.stack[-3:-1])
+        super().load_setitem()
 
     dispatch[pickle.SETITEM[0]] = load_setitem
 
     def load_setitems(self):
-        self._set_items(self.pop_mark())
+        self._check_keys(self.metastack[-1][-1], *self.stack[::2])
+        super().load_setitems()
 
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
-    def _set_items(self, items: list) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, dict):
-            raise ValueError("values for a dict without one")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashing anything else may take forever.
-            if not isinstance(key, (str, int)):
-                raise _RefusedError("has a dict key that is not text")
-            target[key] = value
+    def _check_keys(self, target, *keys) -> None:
+        # Hashing anything else may take forever, and what arrays make of nested tuples.
+        if not isinstance(target, dict) or not all(isinstance(key, (str, int)) for key in keys):
+            raise _RefusedError("sets items of no dict, or has a dict key that is not text")
 
     def _encode(self, text, encoding):
         """``_codecs.encode``: how protocol 2 writes bytes."""
-        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        if encoding not in ("latin1", "latin-1"):
             raise _RefusedError("holds text in an unknown encoding")
         self._count_copied(len(text))
         return text.encode("latin1")
 
     def _count_copied(self, size: int) -> None:
         """Copying one remembered text or array again and again would grow without end."""
-        self._copied += size
-        if self._copied > 2 * self._bounded.tell():
+        self._may_copy -= size
+        if self._may_copy < 0:
             raise _RefusedError("writes the same bytes many times")
 
-    def _reconstruct(self, kind, shape, code) -> np.ndarray:
+    def _reconstruct(self, *_) -> np.ndarray:
         """An array whose shape and content come as its state."""
-        if kind is not ARRAY_TYPE or tuple(shape) != (0,):
-            raise _RefusedError("builds an array in an unknown way")
         array = np.empty(0, np.uint8)
         self._empty[id(array)] = array
         return array
 
     def _fill(self, array: np.ndarray, state) -> None:
-        _, shape, stand_in, fortran, data = state
-        if not isinstance(stand_in, _DType) or not isinstance(data, bytes):
-            raise _RefusedError("holds an array of objects")
-        if len(shape) > MAX_AXES or any(
-            not isinstance(size, int) or not 0 <= size <= MAX_SIZE for size in shape
-        ):
+        _, shape, kind, fortran, data = state
+        if len(shape) > MAX_AXES or not all(0 <= size <= MAX_SIZE for size in shape):
             raise ValueError("array of an impossible shape")
-        if math.prod(shape) * stand_in.dtype.itemsize != len(data):
+        if math.prod(shape) * kind.dtype.itemsize != len(data):
             raise ValueError(f"array of shape {shape} with {len(data)} bytes")
         self._count_copied(len(data))
-        array.__setstate__((1, tuple(shape), stand_in.dtype, bool(fortran), data))
+        array.__setstate__((1, tuple(shape), kind.dtype, bool(fortran), data))
         del self._empty[id(array)]
-
-    def _check_plain(self, value) -> None:
-        """Refuse stand-ins that were left over, wherever they lie."""
-        seen, left = set(), [value]
-        while left:
-            value = left.pop()
-            if id(value) in seen or isinstance(value, PLAIN):
-                continue
-            seen.add(id(value))
-            if isinstance(value, dict):
-                left += value.values()
-            elif isinstance(value, (list, tuple)):
-                left += value
-            elif not isinstance(value, np.ndarray) or id(value) in self._empty:
-                raise ValueError("a value without content")

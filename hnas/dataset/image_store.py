@@ -1,9 +1,7 @@
 """Decoded images in a file: decoded once, read without a copy.
 
-The file's name stands for the images (folder, names, sizes, modification times, pixels of some) and
-for what was made of them, so other images get another file. It is mapped into memory, which all
-loader processes share, and may be larger than memory. Its SHA-256 beside it is checked whenever it
-is opened; a damaged file is made anew.
+Other images, and what else is made of them, get another file. It is mapped into memory, which all
+loader processes share, and is checked by its SHA-256 whenever it is opened.
 """
 
 from __future__ import annotations
@@ -53,12 +51,7 @@ def sample_digest(images: ImageList) -> str:
 
 
 class ImageStore:
-    """The images of a list, uint8 [H, W, 3], by index.
-
-    Args:
-        images: what to keep.
-        make: what to keep of each.
-        folder: where the file goes.
+    """What ``make`` makes of the images of a list, uint8 [H, W, 3], by index.
 
     Attributes:
         path: of the file: the pixels of all images, then height and width of each as int64.
@@ -84,9 +77,6 @@ class ImageStore:
         self._sizes = np.frombuffer(tail.tobytes(), np.int64).reshape(-1, 2)
         self._ends = np.cumsum(3 * self._sizes.prod(axis=1))
         logger.info("decoded images: %s, %.2f GiB", self.path, len(content) / 2**30)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
 
     def __getitem__(self, index: int) -> np.ndarray:
         height, width = self._sizes[index].tolist()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
@@ -25,40 +27,28 @@ PARENT_CHECK_SECONDS = 2
 NOTED_CHECK_SECONDS = 0.001
 
 
+@dataclass
 class ImageDataset:
     """Images of a list under a transform.
 
     An item is the transform's arrays followed by the label. The transform's generator is seeded
     by (seed, epoch, index), so worker processes and resumed runs augment alike.
-
-    Args:
-        images: what to load.
-        transform: called with a PIL image and a generator; gives an array or a tuple of them.
-        seed: of the augmentations.
-        pixels: decoded images [H, W, 3] to take instead of the files.
     """
 
-    def __init__(
-        self,
-        images: ImageList,
-        transform: Callable,
-        seed: int,
-        pixels: Sequence[np.ndarray] | None = None,
-    ):
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-        self.epoch = 0
-        self._pixels = pixels
+    images: ImageList
+    transform: Callable  # of a PIL image and a generator; gives an array or a tuple of them
+    seed: int
+    pixels: Sequence[np.ndarray] | None = None  # decoded [H, W, 3], instead of the files
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
-        if self._pixels is None:
+        if self.pixels is None:
             image = decode_image(self.images.paths[index])
         else:
-            image = Image.fromarray(self._pixels[index])
+            image = Image.fromarray(self.pixels[index])
         rng = np.random.default_rng((self.seed, self.epoch, int(index)))
         arrays = self.transform(image, rng)
         arrays = arrays if isinstance(arrays, tuple) else (arrays,)
@@ -70,41 +60,35 @@ class ImageDataset:
         return [np.stack(part) for part in zip(*items, strict=True)]
 
 
+@dataclass
 class EpochLoader:
-    """Whole batches of a dataset, an epoch at a time.
+    """Whole batches of a dataset, an epoch at a time; the last, incomplete one is left out.
 
-    Args:
-        dataset: to load from.
-        batch_size: images a batch and rank; the last, incomplete one is left out.
-        num_workers: loader processes; 0 loads in this one.
-        rank, world_size: each of so many processes loads its consecutive share of every batch,
-            so that R of them see together what one with batches of R times the size sees.
-        shuffle: a new order in every epoch, by the dataset's seed; else the dataset's.
+    Each of ``world_size`` processes loads its consecutive share of every batch, so that R of them
+    see together what one with batches of R times the size sees.
 
     Raises:
         DataError: fewer images than one batch.
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_size: int,
-        num_workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-    ):
-        self.shuffle = shuffle
-        self.total_batch = batch_size * world_size
-        if len(dataset) < self.total_batch:
+    dataset: ImageDataset
+    batch_size: int  # of each process
+    num_workers: int = 0  # loader processes; 0 loads in this one
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True  # a new order in every epoch, by the dataset's seed; else the dataset's
+
+    def __post_init__(self):
+        if len(self.dataset) < self.total_batch:
             raise DataError(
-                f"{dataset.images.folder} holds {len(dataset)} images, fewer than one batch of "
-                f"{self.total_batch}; lower batch_size"
+                f"{self.dataset.images.folder} holds {len(self.dataset)} images, fewer than one "
+                f"batch of {self.total_batch}; lower batch_size"
             )
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self._share = slice(rank * batch_size, (rank + 1) * batch_size)
-        self.num_workers = num_workers
+
+    @property
+    def total_batch(self) -> int:
+        """Images that all processes load together for a step."""
+        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -116,7 +100,8 @@ class EpochLoader:
         if self.shuffle:
             order = np.random.default_rng((self.dataset.seed, epoch)).permutation(order)
         whole = np.split(order[: len(self) * self.total_batch], len(self))
-        return [batch[self._share] for batch in whole]
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return [batch[own] for batch in whole]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[paddle.Tensor]]:
         """The batches of ``epoch`` from ``start_step`` on."""
@@ -153,12 +138,12 @@ def load_batches(
         for batch in batches:
             yield [paddle.to_tensor(part) for part in dataset.load(batch)]
         return
-    numbers = _Numbers(len(batches))
+    left = deque(range(len(batches)))
     noted, leaving = RawValue("q", 0), RawValue("b", 0)
     # Whole batches are read where they are collated: what is collated is a batch's number.
     loader = DataLoader(
         range(len(batches)),
-        batch_sampler=numbers,
+        batch_sampler=_taken(left),
         collate_fn=functools.partial(_load_or_message, dataset, batches, noted, leaving),
         num_workers=num_workers,
         worker_init_fn=functools.partial(_obey_main_only, leaving),
@@ -168,16 +153,16 @@ def load_batches(
     # Paddle's handler would raise wherever the step under way is; its iterator notices as well.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        noted.value = numbers.given
+        noted.value = len(batches) - len(left)
         while parts := _next_batch(iterator, workers):
-            noted.value = numbers.given
+            noted.value = len(batches) - len(left)
             try:
                 if len(parts) == 1:
                     raise DataError(os.fsdecode(parts[0].numpy().tobytes()))
                 yield parts
             except BaseException:
                 # Nobody wants the rest. The workers only end when theirs does.
-                numbers.stopped = True
+                left.clear()
                 while _next_batch(iterator, workers):
                     pass
                 raise
@@ -221,30 +206,18 @@ def _load_or_message(
     return parts
 
 
-class _Numbers:
-    """The numbers of all batches, until it is ``stopped``; ``given`` of them so far."""
-
-    def __init__(self, number: int):
-        self._number, self.given, self.stopped = number, 0, False
-
-    def __iter__(self):
-        while self.given < self._number and not self.stopped:
-            self.given += 1
-            yield [self.given - 1]
-
-    def __len__(self):
-        return self._number
+def _taken(left: deque[int]) -> Iterator[list[int]]:
+    """The numbers of batches, as long as any are left."""
+    while left:
+        yield [left.popleft()]
 
 
 def _obey_main_only(leaving, worker: int) -> None:
     """Set up a loader process: it ends when the main process says so or is gone.
 
-    Ctrl-C, hang-ups and cluster managers signal a whole process group; the main process finishes
-    and saves its step then, and may need its loaders for it, so they outlast SIGTERM for a while.
-
-    Args:
-        leaving: shared with the main process; its ``value`` is 1 when it needs no more.
-        worker: the loader's number.
+    That is when ``leaving.value`` is 1. Ctrl-C, hang-ups and cluster managers signal a whole
+    process group; the main process finishes and saves its step then, and may need its loaders for
+    it, so they outlast SIGTERM for a while.
     """
 
     def end(*_):
@@ -252,6 +225,9 @@ def _obey_main_only(leaving, worker: int) -> None:
             os._exit(0)
         signal.alarm(WORKER_GRACE_SECONDS)
 
+    # Else a worker that collects what the main process left may end an earlier iterator here, and
+    # wait for that one's workers for ever.
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import paddle
+from paddle.vision.transforms import center_crop, resize
 from PIL import Image, ImageEnhance, ImageFilter
 
 # Least and most blur of the strong view, in px: MoCo's, for images of 224 px.
@@ -103,12 +104,10 @@ class TrainTransform:
 
 
 @dataclass(frozen=True)
-class StrongTransform:
+class StrongTransform(TrainTransform):
     """MoCo v2's augmentation: crop, colour jitter, greyscale, blur, flip."""
 
-    size: int
     scale_min: float = 0.2
-    flip: float = 0.5
 
     def __call__(self, image, rng) -> np.ndarray:
         image = random_resized_crop(image, rng, self.size, self.scale_min)
@@ -145,52 +144,32 @@ class Shrink:
 class CentreCrop:
     """Shorter side to 8/7 of ``size``, then the centre of ``size``; nothing random.
 
-    For 224 px the same pixels as Paddle's ``Resize(256)`` and ``CenterCrop(224)`` on its Pillow
-    backend: the longer side is cut to whole pixels, offsets are rounded.
+    The longer side is cut to whole pixels, offsets are rounded.
     """
 
     size: int
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        shorter = shorter_side(self.size)
-        if width <= height:
-            width, height = shorter, int(shorter * height / width)
-        else:
-            width, height = int(shorter * width / height), shorter
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (round((side - self.size) / 2) for side in (width, height))
-        return image.crop((left, top, left + self.size, top + self.size))
+        return center_crop(resize(image, shorter_side(self.size)), self.size)
 
 
-@dataclass(frozen=True)
-class EvalTransform:
+class EvalTransform(CentreCrop):
     """As :class:`CentreCrop`, but an array."""
 
-    size: int
-
     def __call__(self, image, rng=None) -> np.ndarray:
-        return to_array(CentreCrop(self.size)(image))
+        return to_array(super().__call__(image))
 
 
 @dataclass(frozen=True)
 class TwoViews:
-    """Two augmentations of one image, drawn one after the other."""
+    """Two augmentations of one image, drawn one after the other.
 
-    first: StrongTransform | TrainTransform
-    second: TrainTransform
+    Without a second one, the first is given twice: most likely what the first place's stage 1 saw.
+    """
 
-    def __call__(self, image, rng) -> tuple[np.ndarray, np.ndarray]:
-        return self.first(image, rng), self.second(image, rng)
-
-
-@dataclass(frozen=True)
-class SameView:
-    """One augmentation of an image, given twice: most likely what the first place's stage 1 saw."""
-
-    transform: TrainTransform
+    first: TrainTransform
+    second: TrainTransform | None = None
 
     def __call__(self, image, rng) -> tuple[np.ndarray, np.ndarray]:
-        view = self.transform(image, rng)
-        return view, view
+        view = self.first(image, rng)
+        return view, view if self.second is None else self.second(image, rng)

@@ -4,9 +4,8 @@ Real et al., "Regularized Evolution for Image Classifier Architecture Search", A
 (arXiv:1802.01548), Algorithm 1: the living are those that were scored last; a parent is the best
 of a few living ones drawn at random; its child differs from it in one choice; the oldest die.
 
-Two things differ. Several children are made before any of them is scored, because one walk scores
-many for less. And half of them have two parents, as in the searches over a supernet of Guo et al.
-(ECCV 2020, arXiv:1904.00420): with the few hundred evaluations that one affords, it finds more.
+Two things differ. Several children are made before any of them is scored: one walk scores many for
+less. And half of them have two parents, as in Guo et al. (ECCV 2020, arXiv:1904.00420).
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ class ElasticResNet(ResNet):
     convolutions' and the classifier's names.
 
     Attributes:
+        architecture: the active sub-network.
         mixed: whether the running statistics are, or may be, a mixture of several sub-networks',
             as training at batch statistics leaves them. Whoever loads weights says so.
     """
@@ -95,11 +96,6 @@ class ElasticResNet(ResNet):
         self.activate(space.largest())
 
     @property
-    def architecture(self) -> Architecture:
-        """The active sub-network."""
-        return self._architecture
-
-    @property
     def frozen(self) -> bool:
         """Whether BatchNorm trains at frozen statistics."""
         return self.stem.bn.frozen
@@ -110,7 +106,7 @@ class ElasticResNet(ResNet):
         :class:`ArchitectureError` if it needs a projection that the shared weights do not hold.
         """
         plan = self.space.shared_plan(arch)
-        self._architecture = arch
+        self.architecture, self.active_depths = arch, arch.depths
         self._channels = {self.stem.conv.key: plan.stem}
         for stage, blocks in enumerate(plan.stages):
             for block, (mid, cout) in zip(self.stage_blocks(stage), blocks, strict=False):
@@ -119,14 +115,6 @@ class ElasticResNet(ResNet):
                 if block.downsample is not None:
                     self._channels[block.downsample[0].key] = cout
         self._channels[self.head.fc.key] = self.num_classes
-
-    def active_blocks(self):
-        """The basic blocks of the active sub-network, in order."""
-        return [
-            block
-            for stage, depth in enumerate(self._architecture.depths)
-            for block in self.stage_blocks(stage)[:depth]
-        ]
 
     def layers_forward(self, block: Block, x: paddle.Tensor) -> paddle.Tensor:
         """Run an elastic layer at the active width; PaddleSlim's blocks call this."""
@@ -138,7 +126,7 @@ class ElasticResNet(ResNet):
     def features(self, x):
         """Feature map of the active sub-network's last stage."""
         moves = self.training and not self.frozen and not self.mixed
-        if moves and self._architecture != self.space.largest():
+        if moves and self.architecture != self.space.largest():
             self.mixed = True
         return super().features(x)
 
@@ -166,16 +154,13 @@ class ElasticResNet(ResNet):
 
     def sliced_state(self, arch: Architecture, net: ResNet) -> dict[str, paddle.Tensor]:
         """The shared weights of ``arch``, named as in the stand-alone ``net`` of that code."""
-        pairs = [(net.stem, self.stem), (net.head, self.head)]
-        for stage, depth in enumerate(arch.depths):
-            pairs += zip(net.stage_blocks(stage), self.stage_blocks(stage)[:depth], strict=True)
-        names = {id(tensor): name for name, tensor in net.state_dict().items()}
+        parts = [self.stem, *self.leading_blocks(arch.depths), self.head]
         state = {}
-        for part, shared_part in pairs:
+        for index, (part, shared_part) in enumerate(zip(net.blocks, parts, strict=True)):
             shared = {plain_name(n): tensor for n, tensor in shared_part.state_dict().items()}
             for name, tensor in part.state_dict().items():
                 leading = tuple(slice(0, size) for size in tensor.shape)
-                state[names[id(tensor)]] = shared[name][leading].clone()
+                state[f"blocks.{index}.{name}"] = shared[name][leading].clone()
         return state
 
 

@@ -11,7 +11,6 @@ from paddle import nn
 from paddle.nn import functional as F  # noqa: N812
 from paddleslim.nas.ofa.layers import SuperLinear
 
-from hnas.base.errors import UserError
 from hnas.models.elastic import ElasticResNet
 from hnas.models.resnet import ResNet
 from hnas.search_space import Architecture, SearchSpace, find_backbone
@@ -40,8 +39,8 @@ class MLPNeck(nn.Layer):
 class PiNASv2(nn.Layer):
     """Query encoder, momentum key encoder and queue of negatives over one supernet.
 
-    Embeddings have ``dim`` numbers; the queue holds ``queue_size`` of them, a multiple of the batch
-    size. The backbone's classifier is not trained; it stays in the checkpoint for stage two.
+    Embeddings have ``dim`` numbers; the queue holds ``queue_size`` of them. The backbone's
+    classifier is not trained; it stays in the checkpoint for stage two.
     """
 
     def __init__(
@@ -62,22 +61,12 @@ class PiNASv2(nn.Layer):
         self.neck = MLPNeck(width, width, dim)
         self.key_backbone = ElasticResNet(space, num_classes)
         self.key_neck = MLPNeck(width, width, dim)
-        for parameter in [*self.backbone.head.parameters(), *self.key_parameters()]:
-            parameter.stop_gradient = True
+        for layer in (self.backbone.head, self.key_backbone, self.key_neck):
+            for parameter in layer.parameters():
+                parameter.stop_gradient = True
         self.register_buffer("queue", F.normalize(paddle.randn([dim, queue_size]), axis=0))
         self.register_buffer("queue_pointer", paddle.zeros([1], dtype="int64"))
         self.reset_key_encoder()
-
-    def key_parameters(self) -> list[paddle.Tensor]:
-        """Parameters of the key encoder, in the order of :meth:`query_parameters`.
-
-        Paddle counts BatchNorm's running mean and variance among them.
-        """
-        return [*self.key_backbone.parameters(), *self.key_neck.parameters()]
-
-    def query_parameters(self) -> list[paddle.Tensor]:
-        """Parameters of the query encoder."""
-        return [*self.backbone.parameters(), *self.neck.parameters()]
 
     @paddle.no_grad()
     def reset_key_encoder(self) -> None:
@@ -87,21 +76,20 @@ class PiNASv2(nn.Layer):
 
     @paddle.no_grad()
     def update_key_encoder(self) -> None:
-        """Momentum update: key <- m * key + (1 - m) * query."""
+        """Momentum update: key <- m * key + (1 - m) * query.
+
+        BatchNorm's running mean and variance follow: Paddle counts them among the parameters.
+        """
         # One tensor for all of them: of a number, every call would make its own.
         share = paddle.full([1], 1.0 - self.key_momentum, "float32")
-        for key, query in zip(self.key_parameters(), self.query_parameters(), strict=True):
-            key.lerp_(query, share)
+        for own, other in ((self.key_backbone, self.backbone), (self.key_neck, self.neck)):
+            for key, query in zip(own.parameters(), other.parameters(), strict=True):
+                key.lerp_(query, share)
 
     @paddle.no_grad()
     def enqueue(self, keys: paddle.Tensor) -> None:
-        """Overwrite the queue's oldest N keys by ``keys`` [N, D]; N must divide its size."""
+        """Overwrite the queue's oldest N keys by ``keys`` [N, D], no more than it holds."""
         size, batch = self.queue.shape[1], keys.shape[0]
-        if size % batch:
-            raise UserError(
-                f"queue_size {size} is not a multiple of the batch of {batch} keys; "
-                "choose queue_size or batch_size so that one divides the other"
-            )
         # The pointer is never read here: that would let the host wait for the GPU's whole step.
         columns = (self.queue_pointer + paddle.arange(batch)) % size
         rows = paddle.arange(self.queue.shape[0]).unsqueeze(1)

@@ -6,6 +6,8 @@ basic blocks follow, the last one is the head (``blocks.24.fc`` in the full netw
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import paddle
 from paddle import nn
 from paddle.utils import unique_name
@@ -101,7 +103,7 @@ class ResNet(nn.Layer):
     def __init__(self, plan: ChannelPlan, num_classes: int = 1000):
         super().__init__()
         self.num_classes = num_classes
-        self.depths = tuple(len(blocks) for blocks in plan.stages)
+        self.depths = self.active_depths = tuple(len(blocks) for blocks in plan.stages)
         self.blocks = nn.LayerList([Stem(plan.stem)])
         for _, cin, mid, cout, stride in plan.blocks():
             self.blocks.append(BasicBlock(cin, mid, cout, stride))
@@ -122,7 +124,11 @@ class ResNet(nn.Layer):
 
     def active_blocks(self) -> list[BasicBlock]:
         """The basic blocks that ``forward`` runs, in order."""
-        return [block for stage in range(len(self.depths)) for block in self.stage_blocks(stage)]
+        return self.leading_blocks(self.active_depths)
+
+    def leading_blocks(self, depths: Sequence[int]) -> list[BasicBlock]:
+        """So many blocks of each stage, in order."""
+        return [b for stage, depth in enumerate(depths) for b in self.stage_blocks(stage)[:depth]]
 
     def features(self, x):
         """Feature map of the last stage: [N, 3, H, W] -> [N, C, H/32, W/32]."""

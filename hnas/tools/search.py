@@ -3,12 +3,9 @@
     python -m hnas.tools.search --ckpt_dir checkpoint_files/stage2/0.pdparams --image_dir DIR \\
         --max_macs 3e9 --save_dir S [--max_params P] [--max_latency_ms T --latency FILE]
 
-Regularized evolution; each generation is scored together, as stage 3 scores. S gets search.json
-(the best, the Pareto front, how it went) and the same as stage 3's submission.json, which choose,
-export and rank_report read.
-
-A search is a function of its settings and of the counts of its generations. Each of these has a
-folder with stage three's own files, so the same command goes on where a killed one stopped.
+S gets search.json (the best, the Pareto front, how it went) and the same as stage 3's
+submission.json, which choose, export and rank_report read. How it searches, and goes on where it
+was killed: docs/search.md.
 """
 
 from __future__ import annotations

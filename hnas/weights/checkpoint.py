@@ -38,6 +38,9 @@ RUN_NOTE = "run_id.json"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
 SET_NAME = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 VELOCITY = "_velocity_0"
+# Of generators, in their order.
+NUMPY_STATE = ("kind", "keys", "position", "has_gauss", "cached")
+PADDLE_STATE = ("device", "seed", "offset", "engine")
 
 
 def save_training(
@@ -186,10 +189,9 @@ def restore_optimizer(network: nn.Layer, optimizer, state: dict, source: str) ->
 def generators_state() -> dict:
     """The state of Python's, NumPy's and Paddle's global generators."""
     version, words, gauss = random.getstate()
-    names = ("kind", "keys", "position", "has_gauss", "cached")
     return {
         "python": {"version": version, "words": np.array(words, np.uint32), "gauss": gauss},
-        "numpy": dict(zip(names, np.random.get_state(), strict=True)),
+        "numpy": dict(zip(NUMPY_STATE, np.random.get_state(), strict=True)),
         "paddle": [_plain(state) for state in paddle.get_rng_state()],
     }
 
@@ -208,9 +210,7 @@ def restore_generators(state: dict) -> None:
     if not 0 <= numpy["position"] <= len(np.random.get_state()[1]):
         # NumPy does not look, and would read beyond the end.
         raise ValueError(f"NumPy's generator is at {numpy['position']}")
-    np.random.set_state(
-        (numpy["kind"], numpy["keys"], numpy["position"], numpy["has_gauss"], numpy["cached"])
-    )
+    np.random.set_state(tuple(numpy[name] for name in NUMPY_STATE))
     states = paddle.get_rng_state()
     if [_plain(own)["device"] for own in states] != [saved["device"] for saved in state["paddle"]]:
         logger.warning("other devices than before: Paddle's generators start from the seed")
@@ -220,20 +220,15 @@ def restore_generators(state: dict) -> None:
         words = bytes(saved["engine"]).split()
         if len(words) != len(bytes(_plain(own)["engine"]).split()):
             raise ValueError(f"Paddle's generator has {len(words)} words")
-        parts = (saved["device"], saved["seed"], saved["offset"], saved["engine"].tolist())
+        saved = {**saved, "engine": saved["engine"].tolist()}
         restored.append(type(own).__new__(type(own)))
-        restored[-1].__setstate__(parts)
+        restored[-1].__setstate__(tuple(saved[name] for name in PADDLE_STATE))
     paddle.set_rng_state(restored)
 
 
 def _plain(state) -> dict:
-    device, seed, offset, engine = state.__getstate__()
-    return {
-        "device": device,
-        "seed": seed,
-        "offset": offset,
-        "engine": np.array(engine, np.uint8),
-    }
+    found = dict(zip(PADDLE_STATE, state.__getstate__(), strict=True))
+    return {**found, "engine": np.array(found["engine"], np.uint8)}
 
 
 def noted_run(folder: str | Path) -> str | None:

@@ -48,6 +48,7 @@ CONTRASTIVE = re.compile(r"(key_backbone|neck|key_neck)\..+|queue|queue_pointer"
 CLASSIFIER = re.compile(r"(backbone\.)?blocks\.[0-9]+\.fc\.bias")
 LAST_NORM = re.compile(r"(backbone\.)?blocks\.[0-9]+\.bn2\.weight")
 VARIANCE = "._variance"
+STEM_WEIGHTS = 3 * 7 * 7  # of a channel
 LONGEST_NAME = 300
 
 
@@ -177,19 +178,15 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _read_about(text, path: Path) -> dict:
-    wrong = f"in {ABOUT!r} is not what this program writes"
     try:
         about = json.loads(text, object_pairs_hook=distinct)
-    except (TypeError, ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict):
-        raise CheckpointError(f"checkpoint {path}: what is {wrong}")
-    for key, kind in ABOUT_TYPES.items():
-        if key in about and not isinstance(about[key], kind):
-            raise CheckpointError(f"checkpoint {path}: {key} {wrong}")
-    if not all(isinstance(name, str) for name in about.get("classes", [])):
-        raise CheckpointError(f"checkpoint {path}: classes {wrong}")
-    return about
+        said = [(about.get(key, kind()), kind) for key, kind in ABOUT_TYPES.items()]
+        said += [(name, str) for name in about.get("classes", [])]
+        if all(isinstance(value, kind) for value, kind in said):
+            return about
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        pass
+    raise CheckpointError(f"checkpoint {path}: {ABOUT!r} is not what this program writes")
 
 
 def backbone_weights(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -213,15 +210,11 @@ def is_contrastive(weights: Mapping[str, np.ndarray]) -> bool:
 def looks_like(weights: Mapping[str, np.ndarray]) -> str | None:
     """The name of the backbone whose widths ``weights`` have; None: none of ours."""
     prefix = BACKBONE_PREFIX if is_contrastive(weights) else ""
-    stem = weights.get(f"{prefix}blocks.0.conv.weight")
-    last = [value for name, value in weights.items() if LAST_NORM.fullmatch(name)]
-    if stem is None or not last:
-        return None
-    # What has no axes is of no network.
-    found = [max(v.shape[0] if v.shape else 0 for v in part) for part in ([stem], last)]
-    for name, backbone in BACKBONES.items():
-        base = backbone.space.base_channels
-        if found == [base[0], base[-1]] and backbone.contrastive == bool(prefix):
+    stem = weights.get(f"{prefix}blocks.0.conv.weight", np.empty(0)).size
+    last = max((v.size for name, v in weights.items() if LAST_NORM.fullmatch(name)), default=0)
+    for name, (space, contrastive) in BACKBONES.items():
+        widths = STEM_WEIGHTS * space.base_channels[0], space.base_channels[-1]
+        if (stem, last) == widths and contrastive == bool(prefix):
             return name
     return None
 
