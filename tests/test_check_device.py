@@ -148,7 +148,10 @@ def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["checks", text, "walk", "steps"])
     checks.main()
     found = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(row["check"], row["state"]) for row in found] == [(n, NOT_HERE) for n in sys.argv[2:]]
+    assert [(row["check"], row["state"]) for row in found] == [
+        ("walk on", NOT_HERE),
+        ("steps on", NOT_HERE),
+    ]
 
 
 def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
@@ -197,26 +200,7 @@ def test_facts_of_a_card(card, tmp_path, monkeypatch):
     assert "535.104.05" in found["driver"] and "GCC" not in found["driver"]
 
 
-# --- TF32 and BatchNorm
-
-
-@pytest.mark.parametrize(
-    ("emulated", "mode", "wrong", "kind"),
-    [
-        ("nothing", "off", [], None),
-        ("backward", "off", ["convolution's gradients"], None),
-        ("both", "auto", [], "TF32"),
-        ("nothing", "on", ["convolution", "product"], "float32"),
-        ("both", "on", ["product"], "TF32"),
-    ],
-)
-def test_tf32_is_measured_forward_and_backward(monkeypatch, emulated, mode, wrong, kind):
-    if emulated != "nothing":
-        gpu_fakes.round_convolutions(monkeypatch, backward_alone=emulated == "backward")
-    found = [*checks.check_tf32(Machine("", gpus=1, tf32=mode))]
-    assert failed(found) == [f"{name} with --tf32 {mode}" for name in wrong]
-    if kind:
-        assert found[0].value == kind
+# --- BatchNorm
 
 
 def test_batch_norm_passes_as_cpus_and_as_cudnn_keep_the_variance(monkeypatch, here):
@@ -307,7 +291,7 @@ def test_a_faulty_walk_is_found(card, monkeypatch, fault):
     plain, calibrated = networks.scenes(card)
     scene, variant = plain, Variant()
     if fault == "TF32":
-        gpu_fakes.round_convolutions(monkeypatch)
+        gpu_fakes.round_to_tf32(monkeypatch)
     elif fault == "unbiased variance":
         scene = calibrated
         monkeypatch.setattr(kernels, "batch_statistics", unbiased_statistics)
@@ -359,10 +343,14 @@ def test_gradients_of_a_scaled_loss_are_found(first_step, monkeypatch):
     assert against(first_step, "stage 2") == ["stage 2, first gradient in float32"]
 
 
-def test_tf32_in_the_backward_pass_is_found_and_allowed_where_meant(first_step, monkeypatch):
-    gpu_fakes.round_convolutions(monkeypatch, backward_alone=True)
+@pytest.mark.parametrize(
+    ("operator", "backward_alone"), [("conv2d", True), ("linear", True), ("linear", False)]
+)
+def test_tf32_is_found_and_allowed_where_meant(first_step, monkeypatch, operator, backward_alone):
+    assert against(first_step, "stage 2", TF32) == ["stage 2, TF32 is used"]
+    gpu_fakes.round_to_tf32(monkeypatch, operator, backward_alone)
     monkeypatch.setattr(networks, "use_onednn", lambda *_: False)
-    assert against(first_step, "stage 2") == ["stage 2, first gradient in float32"]
+    assert "stage 2, first gradient in float32" in against(first_step, "stage 2")
     assert not against(first_step, "stage 2", TF32)
 
 

@@ -66,7 +66,7 @@ def compared(network, archs, variant, calibration=None, index=1):
 
 
 def test_tf32_is_within_its_tolerance_and_beyond_float32s(network, archs, monkeypatch):
-    gpu_fakes.round_convolutions(monkeypatch)
+    gpu_fakes.round_to_tf32(monkeypatch)
     found = compared(network, archs, usual_variant(Precision.TF32))
     assert found.fault() == ""
     assert Precision.FLOAT32.tolerance < found.relative < Precision.TF32.tolerance
@@ -199,7 +199,7 @@ def evaluated(network, archs, folder, chunk, variant, calibration=None):
 @pytest.mark.parametrize("precision", [Precision.TF32, Precision.FLOAT16])
 def test_a_run_with_coarse_rounding_ends_well(network, archs, precision, tmp_path, monkeypatch):
     """Whatever hits differ by: near the boundary any rounding may turn an image."""
-    fake = gpu_fakes.half_operators if precision.is_half else gpu_fakes.round_convolutions
+    fake = gpu_fakes.half_operators if precision.is_half else gpu_fakes.round_to_tf32
     fake(monkeypatch)
     counts = evaluated(network, archs, tmp_path, 5, usual_variant(precision))
     assert counts.images == 12

@@ -24,11 +24,11 @@ from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Resu
 
 DEFAULT_OUTPUT = Path("output/check_device.jsonl")
 JOBS = (
-    ("off", ("facts", "tf32", "norms", "walk", "steps", "loaders")),
+    ("off", ("facts", "norms", "walk", "steps", "loaders")),
     ("off", ("repeat",)),
     ("off", ("collectives",)),
-    ("on", ("tf32", "walk", "steps")),
-    ("auto", ("tf32",)),
+    ("on", ("walk", "steps")),
+    ("auto", ("steps",)),
 )
 """``--tf32`` of a process, and the checks in it. Which kernels cuDNN runs for a shape is settled
 once in a process, for TF32 or not, deterministic or not. CPUs have no other setting than off."""

@@ -11,12 +11,12 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import paddle
 from paddle.base.core import set_num_threads
-from paddle.nn import functional as F  # noqa: N812
 from PIL import Image
 
 from hnas.base.device import (
@@ -36,8 +36,6 @@ from hnas.models.elastic import ElasticBatchNorm2D
 from hnas.tools.check_device import networks, ranks, rows
 
 DRIVER = Path("/proc/driver/nvidia/version")
-ROUNDED = 1e-4
-"""An error over the largest value that float32 does not make, but TF32."""
 MOST_OFF, MOMENTUM, EPSILON = 1e-4, 0.9, 1e-5
 """Of BatchNorm; the first is relative. Variances of the 72 values below differ by 1.4e-2."""
 WIDE, NARROW = 12, 8
@@ -70,44 +68,6 @@ def check_facts(machine: rows.Machine) -> Iterator[rows.Result]:
         yield rows.not_here("card, driver, CUDA, cuDNN, NCCL", "Paddle sees no GPU")
     for name, value in facts.items():
         yield rows.fact(name, value)
-
-
-def check_tf32(machine: rows.Machine) -> Iterator[rows.Result]:
-    """Whether convolutions and products are TF32's, forward and backward: measured, not asked."""
-    if not machine.gpus:
-        yield rows.not_here("TF32", "needs a GPU")
-    for name, error in rounding_errors().items():
-        row = f"{name} with --tf32 {machine.tf32}"
-        kind = "TF32" if error > ROUNDED else "float32"
-        note = f"error {error:.1e} of the largest value"
-        if machine.tf32 == "off":
-            yield rows.at_most(row, error, ROUNDED, "error of float32, over the largest value")
-        elif machine.tf32 == "on" and kind != "TF32" and "gradients" not in name:
-            yield rows.Result(row, rows.FAILED, kind, note=f"{note}: TF32 was switched on")
-        else:
-            yield rows.fact(row, kind, note)
-
-
-def rounding_errors() -> dict[str, float]:
-    """Of operators in float32 and of their gradients, against float64, over the largest value."""
-    rng = np.random.default_rng(0)
-    errors = {}
-    for name, operator, *shapes in (
-        ("convolution", F.conv2d, (8, 64, 14, 14), (64, 64, 3, 3)),
-        ("product", paddle.matmul, (256, 256), (256, 256)),
-    ):
-        inputs = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-        found = {}
-        for dtype in ("float32", "float64"):
-            tensors = [paddle.to_tensor(part.astype(dtype), stop_gradient=False) for part in inputs]
-            y = operator(*tensors)
-            upstream = np.random.default_rng(1).normal(size=y.shape).astype(np.float32)
-            gradients = paddle.grad(y, tensors, paddle.to_tensor(upstream.astype(dtype)))
-            found[dtype] = [part.numpy() for part in (y, *gradients)]
-        pairs = zip(found["float32"], found["float64"], strict=True)
-        errors[name], *rest = (rows.relative_error(one, right) for one, right in pairs)
-        errors[f"{name}'s gradients"] = max(rest)
-    return errors
 
 
 def check_norms(machine: rows.Machine) -> Iterator[rows.Result]:
@@ -167,7 +127,6 @@ def batches(folder: Path, workers: int) -> list[list[np.ndarray]]:
 CHECKS = {
     "expected": networks.keep_expected,
     "facts": check_facts,
-    "tf32": check_tf32,
     "norms": check_norms,
     "walk": networks.check_walk,
     "steps": networks.check_steps,
@@ -182,13 +141,13 @@ def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     set_num_threads(cpu_threads())
     paddle.set_device("gpu:0" if machine.gpus else "cpu")
-    able = machine.tf32 != "on" or has_tf32()
+    mode, able = machine.tf32, machine.tf32 != "on" or has_tf32()
     if able:
-        set_tf32(machine.tf32)
+        machine = replace(machine, tf32="on" if set_tf32(mode) else "off")
     for name in names:
         absent = [rows.not_here(f"{name} in TF32", "needs compute capability 8.0")]
         for result in rows.guarded(name, CHECKS[name], machine) if able else absent:
-            rows.tell(name, result, machine.output)
+            rows.tell(name if mode == "off" else f"{name} {mode}", result, machine.output)
 
 
 if __name__ == "__main__":

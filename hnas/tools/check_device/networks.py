@@ -290,6 +290,11 @@ def compare_steps(
     how = f"in {precision.value}"
     yield rows.at_most(f"{stage}, first loss {how}", errors[0], first, "relative")
     yield rows.at_most(f"{stage}, first gradient {how}", turned, gradient, "relative, by norms")
+    if precision is TF32:
+        least = LIMITS[FLOAT32][1]
+        state = rows.PASSED if turned > least else rows.FAILED
+        note = f"its gradient is more than {least:g} off, as float32's is not"
+        yield rows.Result(f"{stage}, TF32 is used", state, turned, note=note)
     note = "largest relative difference"
     yield rows.at_most(f"{stage}, {len(curve)} losses {how}", errors.max(), any_loss, note)
 
