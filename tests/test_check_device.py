@@ -6,6 +6,7 @@ Here a CPU stands for the device; ``gpu_fakes.py`` says what the fakes round and
 
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -321,6 +322,13 @@ def test_first_steps_on_onednn_pass(first_step):
     assert not [row for stage in networks.STAGES for row in against(first_step, stage)]
 
 
+def test_loaders_that_change_a_batch_are_found(first_step, monkeypatch):
+    """In the process of the loader, and only there."""
+    plain, own = networks.images, os.getpid()
+    monkeypatch.setattr(networks, "images", lambda *a: plain(*a) + (os.getpid() != own))
+    assert "stage 2, first loss in float32" in against(first_step, "stage 2")
+
+
 def test_gradients_of_a_scaled_loss_are_found(first_step, monkeypatch):
     """As by a scaler whose scale is never taken out."""
     monkeypatch.setattr(GradientStep, "backward", lambda self, loss: (loss * 1024).backward())
@@ -346,16 +354,7 @@ def test_what_is_not_restored_is_found(monkeypatch, tmp_path, lost):
     assert row.state == FAILED and row.value > 100
 
 
-# --- loaders and ranks
-
-
-def test_a_loader_that_loses_or_changes_a_batch_is_found(monkeypatch, tmp_path):
-    right = [[np.arange(6).reshape(2, 3)], [np.ones((2, 3))]]
-    faults = {": batches that are lost": right[:1], " against none": [[p + 1] for (p,) in right]}
-    for row, wrong in faults.items():
-        monkeypatch.setattr(checks, "batches", lambda _, n, wrong=wrong: wrong if n else right)
-        found = failed(checks.check_loaders(Machine(str(tmp_path), quick=True)))
-        assert found == [f"2 loader processes{row}"]
+# --- ranks
 
 
 def test_wrong_exchanges_are_found():

@@ -24,7 +24,7 @@ from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Resu
 
 DEFAULT_OUTPUT = Path("output/check_device.jsonl")
 JOBS = (
-    ("off", ("facts", "norms", "walk", "steps", "loaders")),
+    ("off", ("facts", "norms", "walk", "steps")),
     ("off", ("repeat",)),
     ("off", ("collectives",)),
     ("on", ("walk", "steps")),

@@ -18,7 +18,6 @@ import numpy as np
 import paddle
 from paddle import nn
 from paddle.base.core import set_num_threads
-from PIL import Image
 
 from hnas.base.device import (
     available_bytes,
@@ -30,9 +29,6 @@ from hnas.base.device import (
     shared_bytes,
 )
 from hnas.base.errors import run_main
-from hnas.dataset.image_folder import scan_images
-from hnas.dataset.loader import EpochLoader, ImageDataset
-from hnas.dataset.transforms import StrongTransform, TrainTransform, TwoViews
 from hnas.models.elastic import ElasticBatchNorm2D
 from hnas.tools.check_device import networks, ranks, rows
 
@@ -41,8 +37,6 @@ MOST_OFF = 1e-4
 """Of BatchNorm, relative to the largest value."""
 WIDE, NARROW = 12, 8
 """Channels of the shared BatchNorm and of the slice."""
-WORKERS, QUICK_WORKERS = 8, 2
-NUMBER, BATCH, SIZE = 64, 8, 64
 
 
 def check_facts(machine: rows.Machine) -> Iterator[rows.Result]:
@@ -93,33 +87,6 @@ def check_norms(machine: rows.Machine) -> Iterator[rows.Result]:
     yield rows.at_most("statistics outside the slice that changed", beyond, 0)
 
 
-def check_loaders(machine: rows.Machine) -> Iterator[rows.Result]:
-    """Two epochs of two views by several processes, against the same in this one.
-
-    They start after the device did: forking under a GPU's driver is delicate.
-    """
-    workers = QUICK_WORKERS if machine.quick else WORKERS
-    folder = Path(machine.folder) / "images"
-    for index, image in enumerate(networks.images(NUMBER, SIZE)):
-        path = folder / "train" / f"class{index % 2}" / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.transpose(1, 2, 0)).save(path)
-    paddle.ones([4]).sum().item()
-    found, right = (batches(folder, number) for number in (workers, 0))
-    name = f"{workers} loader processes"
-    yield rows.at_most(f"{name}: batches that are lost", abs(len(right) - len(found)), 0)
-    different = sum(rows.differing(one, other) for one, other in zip(found, right, strict=False))
-    yield rows.at_most(f"{name} against none", different, 0, "numbers that differ")
-
-
-def batches(folder: Path, workers: int) -> list[list[np.ndarray]]:
-    """All batches of two epochs: two views and labels each."""
-    transform = TwoViews(StrongTransform(SIZE), TrainTransform(SIZE))
-    dataset = ImageDataset(scan_images(folder, "train"), transform, seed=0)
-    loader = EpochLoader(dataset, BATCH, workers)
-    return [[part.numpy() for part in batch] for epoch in range(2) for batch in loader.epoch(epoch)]
-
-
 CHECKS = {
     "expected": networks.keep_expected,
     "facts": check_facts,
@@ -127,7 +94,6 @@ CHECKS = {
     "walk": networks.check_walk,
     "steps": networks.check_steps,
     "repeat": networks.check_repeat,
-    "loaders": check_loaders,
     "collectives": ranks.check_collectives,
 }
 

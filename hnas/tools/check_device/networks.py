@@ -5,7 +5,8 @@ Networks, images and labels are the same on every device and need no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from paddle import nn
 
 from hnas.base.device import set_deterministic
 from hnas.base.errors import PADDLE_ERRORS, is_out_of_memory, word_of
+from hnas.dataset.loader import load_batches
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.gpu_kernels import fused_fault, may_be_refusal
 from hnas.evaluation.reference import network_logits
@@ -182,7 +184,7 @@ def compare_walk(
 
 STAGES = ("stage 1", "stage 2")
 STEPS, QUICK_STEPS, REPEATED = range(20), range(4), range(4)
-BATCH, SIZE = 8, 32
+BATCH, SIZE, WORKERS = 8, 32, 4
 SCALE = 1024.0
 """Of losses in float16: low enough that no step is passed over for an overflow."""
 LIMITS = {
@@ -244,17 +246,35 @@ def trainer(stage: str, batch: int = BATCH, onednn: bool = True, amp: str = "O0"
     return model
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What steps are trained on, as :func:`load_batches` takes it: a share of each step's batch."""
+
+    contrasts: bool  # two views; else images and labels
+    batch: int
+    share: slice
+
+    def load(self, steps: Sequence[int]) -> list[np.ndarray]:
+        """The arrays of the one step."""
+        (step,) = steps
+        views = [images(self.batch, SIZE, 2 * step + view)[self.share] for view in range(2)]
+        return views if self.contrasts else [views[0], labels(self.batch, step)[self.share]]
+
+
 def run(
-    model: ResumableModel, steps: range, batch: int = BATCH, share: slice = slice(None)
+    model: ResumableModel,
+    steps: range,
+    batch: int = BATCH,
+    share: slice = slice(None),
+    workers: int = 0,
 ) -> np.ndarray:
-    """Train the steps on a share of each batch; their losses."""
-    losses = []
-    for step in steps:
-        model.epoch, model.step = 0, step
-        views = [images(batch, SIZE, 2 * step + view)[share] for view in range(2)]
-        contrasts = isinstance(model, ContrastiveModel)
-        parts = views if contrasts else [views[0], labels(batch, step)[share]]
-        losses.append(float(model.train_batch([paddle.to_tensor(part) for part in parts])["loss"]))
+    """Train the steps on a share of each batch, loaded by so many processes; their losses."""
+    drawn = Drawn(isinstance(model, ContrastiveModel), batch, share)
+    losses, model.epoch = [], 0
+    loaded = load_batches(drawn, [[step] for step in steps], workers)
+    for step, parts in zip(steps, loaded, strict=True):
+        model.step = step
+        losses.append(float(model.train_batch(parts)["loss"]))
     return np.array(losses)
 
 
@@ -283,7 +303,8 @@ def compare_steps(
     """Losses and the first gradient of a stage, against those expected."""
     curve, expected = right[f"{stage} losses"], right[f"{stage} gradient"].astype(np.float64)
     model = trainer(stage, amp=amp)
-    errors = np.abs(run(model, range(len(curve))) / curve - 1)
+    # Loader processes start after the device did: forking under a GPU's driver is delicate.
+    errors = np.abs(run(model, range(len(curve)), workers=WORKERS) / curve - 1)
     difference = model.gradients.gradient.astype(np.float64) - expected
     turned = np.linalg.norm(difference) / np.linalg.norm(expected)
     first, gradient, any_loss = LIMITS[precision]
