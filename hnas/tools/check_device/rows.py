@@ -57,9 +57,9 @@ def tell(check: str, result: Result, output: str) -> None:
     print_text(f"{line.rstrip()}\n")
 
 
-def fact(name: str, value: float | str, note: str = "") -> Result:
+def fact(name: str, value: float | str) -> Result:
     """A property of the machine, which is neither right nor wrong."""
-    return Result(name, PASSED, value, note=note)
+    return Result(name, PASSED, value)
 
 
 def at_most(name: str, value: float, limit: float, note: str = "") -> Result:
