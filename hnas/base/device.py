@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -136,19 +137,13 @@ def available_bytes() -> int:
 def shared_bytes() -> int | None:
     """What is free of the memory that processes share, /dev/shm; None: there is none such."""
     with suppress(OSError):
-        found = os.statvfs(SHARED)
-        return found.f_bavail * found.f_frsize
+        return shutil.disk_usage(SHARED).free
     return None
 
 
 def gib(size: int) -> str:
     """Bytes as a text, in GiB."""
     return f"{size / 2**30:.2f} GiB"
-
-
-def peak_gib() -> float:
-    """Largest resident size of this process since the start, GiB."""
-    return (_field("/proc/self/status", "VmHWM") or 0) / 2**30
 
 
 def keep_freed_memory() -> None:
@@ -177,10 +172,10 @@ def free_bytes() -> int:
 
 def peak_memory() -> str:
     """The largest memory taken so far, for logs: of the GPU, if there is one, and the process."""
-    host = f"{peak_gib():.2f} GiB"
+    host = gib(_field("/proc/self/status", "VmHWM") or 0)
     if not on_gpu():
         return host
-    return f"{paddle.device.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU, {host} beside"
+    return f"{gib(paddle.device.cuda.max_memory_allocated())} on the GPU, {host} beside"
 
 
 def cpu_threads() -> int:
