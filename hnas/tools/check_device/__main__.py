@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hnas.base.command_line import OneLineParser, read_bool, read_path
-from hnas.base.device import visible_gpus
+from hnas.base.device import cpu_threads, visible_gpus
 from hnas.base.errors import run_main
 from hnas.base.files import check_output, print_text, write_text
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result, tell
@@ -48,9 +48,8 @@ def run_jobs(machine: Machine) -> None:
 
 def run_job(names: Sequence[str], machine: Machine) -> None:
     """Some checks in one process; one more row, failed, if that is lost."""
-    # On all cores, unless a launcher has said how many; Paddle takes one and sets the variable.
-    threads = os.environ.get("PINAS_THREADS") or os.environ.get("OMP_NUM_THREADS")
-    environment = {**os.environ, "PINAS_THREADS": threads or str(os.cpu_count() or 1)}
+    # Found here, since Paddle takes one thread and sets the other variable.
+    environment = {**os.environ, "PINAS_THREADS": str(cpu_threads())}
     if not machine.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = "-1"
     command = [*PROGRAM, json.dumps(asdict(machine)), *names]
