@@ -29,8 +29,8 @@ TOTAL = 8
 RUNS = {  # the stage, into how many parts each of several ranks splits its share, steps
     "stage 1": ("stage 1", 1, 3),
     "accumulated": ("stage 1", 2, 3),
-    "statistics": ("stage 1", 1, 12),  # of each batch, not frozen ones
-    "stage 2": ("stage 2", 1, 12),
+    "statistics": ("stage 1", 1, 4),  # of each batch, not frozen ones
+    "stage 2": ("stage 2", 1, 4),
 }
 
 
