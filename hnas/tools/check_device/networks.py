@@ -6,8 +6,8 @@ Networks, images and labels are the same on every device and need no files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -186,13 +186,13 @@ BATCH, SIZE, WORKERS = 8, 32, 4
 SCALE = 1024.0
 """Of losses in float16: low enough that no step is passed over for an overflow."""
 LIMITS = {
-    FLOAT32: (1e-5, 5e-5, 5e-3),
-    TF32: (1e-3, 8e-2, 5e-2),
-    FLOAT16: (2e-3, 8e-2, 0.1),
-    BFLOAT16: (1e-2, 0.2, 0.1),
+    FLOAT32: (5e-5, 5e-3),
+    TF32: (8e-2, 5e-2),
+    FLOAT16: (8e-2, 0.1),
+    BFLOAT16: (0.2, 0.1),
 }
-"""Relative differences of the first step's loss, of its gradient, by norms, and of any loss: some
-times what rounding all convolutions' inputs and outputs does on a CPU, and did on an H100."""
+"""Relative differences of the first step's gradient, by norms, and of any loss: some times what
+rounding all convolutions' inputs and outputs does on a CPU, and did on an H100."""
 
 
 class RecordedStep(GradientStep):
@@ -244,21 +244,6 @@ def trainer(stage: str, batch: int = BATCH, onednn: bool = True, amp: str = "O0"
     return model
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What steps are trained on, as :func:`load_batches` takes it: a share of each step's batch."""
-
-    contrasts: bool  # two views; else images and labels
-    batch: int
-    share: slice
-
-    def load(self, steps: Sequence[int]) -> list[np.ndarray]:
-        """The arrays of the one step."""
-        (step,) = steps
-        views = [images(self.batch, SIZE, 2 * step + view)[self.share] for view in range(2)]
-        return views if self.contrasts else [views[0], labels(self.batch, step)[self.share]]
-
-
 def run(
     model: ResumableModel,
     steps: range,
@@ -267,9 +252,15 @@ def run(
     workers: int = 0,
 ) -> np.ndarray:
     """Train the steps on a share of each batch, loaded by so many processes; their losses."""
-    drawn = Drawn(isinstance(model, ContrastiveModel), batch, share)
+
+    def load(one: Sequence[int]) -> list[np.ndarray]:
+        (step,) = one
+        views = [images(batch, SIZE, 2 * step + view)[share] for view in range(2)]
+        contrasts = isinstance(model, ContrastiveModel)
+        return views if contrasts else [views[0], labels(batch, step)[share]]
+
     losses, model.epoch = [], 0
-    loaded = load_batches(drawn, [[step] for step in steps], workers)
+    loaded = load_batches(SimpleNamespace(load=load), [[step] for step in steps], workers)
     for step, parts in zip(steps, loaded, strict=True):
         model.step = step
         losses.append(float(model.train_batch(parts)["loss"]))
@@ -305,12 +296,11 @@ def compare_steps(
     errors = np.abs(run(model, range(len(curve)), workers=WORKERS) / curve - 1)
     difference = model.gradients.gradient.astype(np.float64) - expected
     turned = np.linalg.norm(difference) / np.linalg.norm(expected)
-    first, gradient, any_loss = LIMITS[precision]
+    gradient, any_loss = LIMITS[precision]
     how = f"in {precision.value}"
-    yield rows.at_most(f"{stage}, first loss {how}", errors[0], first, "relative")
     yield rows.at_most(f"{stage}, first gradient {how}", turned, gradient, "relative, by norms")
     if precision is TF32:
-        least = LIMITS[FLOAT32][1]
+        least, _ = LIMITS[FLOAT32]
         state = rows.PASSED if turned > least else rows.FAILED
         note = f"its gradient is more than {least:g} off, as float32's is not"
         yield rows.Result(f"{stage}, TF32 is used", state, turned, note=note)
@@ -323,16 +313,16 @@ def check_repeat(machine: rows.Machine) -> Iterator[rows.Result]:
     set_deterministic()
     saved = Path(machine.folder, "saved")
     for stage, precision, amp in ways(machine):
-        whole, begun, resumed = models = [trainer(stage, amp=amp) for _ in range(3)]
-        run(whole, REPEATED)
-        run(begun, REPEATED[:2])
-        progress = {"run_id": "", "scaler": begun.gradients.state()}
-        save_training(saved, begun.network, begun.optimizer, progress)
+        whole, resumed = models = [trainer(stage, amp=amp) for _ in range(2)]
+        run(whole, REPEATED[:2])
+        progress = {"run_id": "", "scaler": whole.gradients.state()}
+        save_training(saved, whole.network, whole.optimizer, progress)
         progress = read_progress(saved)
         load_training(saved, resumed.network, resumed.optimizer, progress)
         resumed.gradients.restore(progress["scaler"])
-        run(resumed, REPEATED[2:])
+        for model in models:
+            run(model, REPEATED[2:])
         states = [[part.numpy() for part in each.network.state_dict().values()] for each in models]
-        different = rows.differing(states[0], states[2])
+        different = rows.differing(*states)
         row = f"{stage} in {precision.value}, saved and resumed"
         yield rows.at_most(row, different, 0, "numbers that differ")
