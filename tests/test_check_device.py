@@ -139,20 +139,33 @@ def test_cards_have_processes_with_tf32_too(monkeypatch):
     assert {tf32 for _, tf32, *_ in jobs(0)} == {"off"}
 
 
-def test_checks_in_tf32_are_left_to_cards_that_have_it(monkeypatch, tmp_path):
-    gpu_fakes.fake_card(monkeypatch, name="Tesla V100", major=7)
+V100 = {"name": "Tesla V100", "major": 7}
+
+
+@pytest.mark.parametrize(
+    ("card", "mode", "used"),
+    [
+        ({}, "off", "off"),
+        ({}, "on", "on"),
+        ({}, "auto", "on"),
+        (V100, "auto", "off"),
+        (V100, "on", None),
+    ],
+)
+def test_checks_are_given_what_tf32_comes_to_or_left_out(card, mode, used, monkeypatch, tmp_path):
+    gpu_fakes.fake_card(monkeypatch, **card)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "")
     setters = (paddle, "set_device"), (checks, "set_num_threads"), (logging.getLogger(), "setLevel")
     for module, name in setters:
         monkeypatch.setattr(module, name, lambda _: None)
+    monkeypatch.setattr(checks, "CHECKS", {"steps": lambda m: [rows.fact("tf32", m.tf32)]})
     output = tmp_path / "rows"
-    text = json.dumps(asdict(Machine("", str(output), gpus=1, tf32="on")))
-    monkeypatch.setattr(sys, "argv", ["checks", text, "walk", "steps"])
+    text = json.dumps(asdict(Machine("", str(output), gpus=1, tf32=mode)))
+    monkeypatch.setattr(sys, "argv", ["checks", text, "steps"])
     checks.main()
-    found = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(row["check"], row["state"]) for row in found] == [
-        ("walk on", NOT_HERE),
-        ("steps on", NOT_HERE),
-    ]
+    row = json.loads(output.read_text())
+    assert row["check"] == ("steps" if mode == "off" else f"steps {mode}")
+    assert (row["state"], row["value"]) == (PASSED if used else NOT_HERE, used)
 
 
 def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):

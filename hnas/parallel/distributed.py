@@ -198,12 +198,9 @@ def copy_from_main_process(tensors: Sequence[paddle.Tensor]) -> None:
 class GradientExchange:
     """The one all-reduce of a step: mean gradients, and whether a rank was told to stop.
 
-    All ranks run the same sub-networks in a step, so the same parameters have gradients on all;
-    the others are left without. Losses are means over equal shares of the batch, so the mean of
-    the gradients is that of the whole batch.
-
-    One process may be signalled (``stop``) before another, within or between steps; what all agree
-    on is what they exchange.
+    All ranks run the same sub-networks in a step, so the same parameters have gradients on all.
+    Losses are means over equal shares of the batch, so the mean of the gradients is that of all.
+    One process may be signalled (``stop``) before another; all agree on what they exchange.
     """
 
     def __init__(self, parameters: Sequence[paddle.Tensor], stop: StopSignals):
@@ -214,11 +211,7 @@ class GradientExchange:
         """The signal that all ranks know of, as :class:`StopSignals` has it."""
 
     def read_notices(self) -> None:
-        """To be called before a step's forward pass: a rank may have been told in the step before.
-
-        Read later, in the middle of a step, they would let the host wait for all of it that the
-        GPU has been given.
-        """
+        """To be called before a step's forward pass; within it the host would wait for the GPU."""
         if self._notices is not None and self.received is None:
             counts = zip(TOLD, self._notices.tolist(), strict=True)
             self.received = max((number for number, count in counts if count), default=None)
