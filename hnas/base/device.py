@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -120,18 +119,23 @@ class Arithmetic:
         return f"{self.device}, {rounding}, amp {self.amp}{algorithms}, Paddle {self.paddle}"
 
 
-def _field(path: str, name: str) -> int | None:
-    """Bytes of a ``Name:   123 kB`` line, or None."""
-    with suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+def _field(path: str, name: str) -> str:
+    """What stands behind ``name:`` in a file; empty where there is no such line."""
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _bytes(path: str, name: str) -> int:
+    told = _field(path, name)
+    return int(told.split()[0]) * 1024 if told else 0
 
 
 def available_bytes() -> int:
     """Memory that can be taken without swapping; 4 GiB where the system does not say."""
-    return _field("/proc/meminfo", "MemAvailable") or 4 * 2**30
+    return _bytes("/proc/meminfo", "MemAvailable:") or 4 * 2**30
 
 
 def shared_bytes() -> int | None:
@@ -146,20 +150,6 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving it back to the system.
-
-    A walk frees and takes buffers of megabytes thousands of times, and every page that comes
-    from the system anew has to be cleared. Other C libraries are left alone.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 2**26)
-
-
 def free_bytes() -> int:
     """Memory of the device that can still be taken; of a CPU the machine's."""
     if not on_gpu():
@@ -172,7 +162,7 @@ def free_bytes() -> int:
 
 def peak_memory() -> str:
     """The largest memory taken so far, for logs: of the GPU, if there is one, and the process."""
-    host = gib(_field("/proc/self/status", "VmHWM") or 0)
+    host = gib(_bytes("/proc/self/status", "VmHWM:"))
     if not on_gpu():
         return host
     return f"{gib(paddle.device.cuda.max_memory_allocated())} on the GPU, {host} beside"
@@ -189,8 +179,4 @@ def cpu_threads() -> int:
 
 def processor() -> str:
     """The processor's name; last digits of results differ between processors."""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    return _field("/proc/cpuinfo", "model name") or platform.machine()
