@@ -158,7 +158,7 @@ def test_checks_are_given_what_tf32_comes_to_or_left_out(card, mode, used, monke
     setters = (paddle, "set_device"), (checks, "set_num_threads"), (logging.getLogger(), "setLevel")
     for module, name in setters:
         monkeypatch.setattr(module, name, lambda _: None)
-    monkeypatch.setattr(checks, "CHECKS", {"steps": lambda m: [rows.fact("tf32", m.tf32)]})
+    monkeypatch.setattr(checks, "CHECKS", {"steps": lambda m: [Result("tf32", PASSED, m.tf32)]})
     output = tmp_path / "rows"
     text = json.dumps(asdict(Machine("", str(output), gpus=1, tf32=mode)))
     monkeypatch.setattr(sys, "argv", ["checks", text, "steps"])
@@ -171,7 +171,7 @@ def test_checks_are_given_what_tf32_comes_to_or_left_out(card, mode, used, monke
 def test_a_failure_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
     output = tmp_path / "out.jsonl"
     error = rows.at_most("error", float("nan"), 1e-4, "of it")
-    results = [rows.fact("card", "H100"), error, rows.not_here("NCCL", "one card")]
+    results = [Result("card", PASSED, "H100"), error, rows.not_here("NCCL", "one card")]
 
     def run(*results):
         def run_jobs(machine):
