@@ -17,9 +17,6 @@ from hnas.base.errors import PADDLE_ERRORS, UserError, word_of
 
 CUDNN_TF32, CUBLAS_TF32 = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
 """Paddle 3.3.1's, of GPU builds alone: convolutions, on by default; matrix products, off."""
-SWITCHES = "set_cudnn_switch", "set_cublas_switch"
-"""Of the older convolutions and the fused operator, and of products, which read no flags."""
-DETERMINISTIC = "FLAGS_cudnn_deterministic"
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 """The environment's: 0 forbids TF32 to NVIDIA's libraries, 1 makes them use it."""
 SHARED = "/dev/shm"
@@ -88,9 +85,9 @@ def set_tf32(mode: str) -> bool:
         raise UserError(f"--tf32 on, but {kind} has no TF32; give auto or off")
     if mode != "auto":
         paddle.set_flags({CUDNN_TF32: mode == "on", CUBLAS_TF32: mode == "on"})
-        for switch in (getattr(core, name, None) for name in SWITCHES):
-            if switch is not None:
-                switch(mode == "on")
+        # Of older convolutions and the fused operator, and of products, which read no flags.
+        core.set_cudnn_switch(mode == "on")
+        core.set_cublas_switch(mode == "on")
     if mode == "off":
         os.environ[OVERRIDE] = "0"
     allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
@@ -100,7 +97,7 @@ def set_tf32(mode: str) -> bool:
 def set_deterministic() -> None:
     """Let cuDNN use deterministic algorithms only; CPUs do anyway."""
     if on_gpu():
-        paddle.set_flags({DETERMINISTIC: True})
+        paddle.set_flags({"FLAGS_cudnn_deterministic": True})
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import compare
 from hnas.evaluation.variants import CPU_VARIANT, Precision, Variant, usual_variant
 from hnas.models.convolution import use_onednn
-from hnas.models.elastic import ElasticResNet, freeze_statistics
+from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
-from hnas.search_space import RESNET48_MINI, Architecture
+from hnas.search_space import RESNET48_MINI
 from hnas.tools.check_device import rows
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
@@ -101,12 +101,13 @@ def keep_expected(machine: rows.Machine) -> Iterator[rows.Result]:
 CALIBRATION = 64
 NOT_USED = "not used: "
 """Of the fused operator, where it is not there or refuses."""
-Scene = tuple[str, ElasticResNet, list[Architecture], tuple, "paddle.Tensor | None"]
-"""A name, a supernet, architectures, images with labels, and images to re-calibrate with."""
 
 
-def scenes(machine: rows.Machine) -> Iterator[Scene]:
-    """What is scored: the largest, the smallest and drawn sub-networks, re-calibrated and not."""
+def scenes(machine: rows.Machine) -> Iterator[tuple]:
+    """What is scored: the largest, the smallest and drawn sub-networks, re-calibrated and not.
+
+    A name, a supernet, architectures, images with labels, and images to re-calibrate with, or None.
+    """
     mini, whole = ("mini", "resnet48_mini"), ("full width", "resnet48")
     # Architectures, images, px.
     sizes = {mini: (10, 48, 32), whole: (3, 16, 64)}
@@ -146,7 +147,7 @@ def check_walk(machine: rows.Machine) -> Iterator[rows.Result]:
 
 
 def compare_walk(
-    row: str, scene: Scene, variant: Variant, right: np.ndarray
+    row: str, scene: tuple, variant: Variant, right: np.ndarray
 ) -> Iterator[rows.Result]:
     """One walk for each architecture, its logits and hits against all of [archs, N, classes].
 
