@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -138,7 +137,8 @@ def available_bytes() -> int:
 def shared_bytes() -> int | None:
     """What is free of the memory that processes share, /dev/shm; None: there is none such."""
     with suppress(OSError):
-        return shutil.disk_usage(SHARED).free
+        found = os.statvfs(SHARED)
+        return found.f_bavail * found.f_frsize
     return None
 
 
