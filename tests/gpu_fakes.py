@@ -47,11 +47,11 @@ def rounded_to_tf32(x):
     return paddle.to_tensor(bits.astype(np.uint32).view(np.float32))
 
 
-def round_convolutions(monkeypatch, backward_alone=False):
+def round_to_tf32(monkeypatch, operator="conv2d", backward_alone=False):
     """Float32 convolutions of both engines round their inputs to TF32, as cuDNN's do."""
-    plain = F.conv2d
+    plain = getattr(F, operator)
 
-    def conv2d(x, weight, *arguments, **named):
+    def run(x, weight, *arguments, **named):
         if x.dtype != paddle.float32:
             return plain(x, weight, *arguments, **named)
         # Gradients pass through the rounding as if there were none.
@@ -61,7 +61,7 @@ def round_convolutions(monkeypatch, backward_alone=False):
             y = y + (plain(x, weight, *arguments, **named) - y).detach()
         return y
 
-    monkeypatch.setattr(F, "conv2d", conv2d)
+    monkeypatch.setattr(F, operator, run)
 
 
 def half_operators(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -17,9 +16,6 @@ from hnas.base.errors import PADDLE_ERRORS, UserError, word_of
 
 CUDNN_TF32, CUBLAS_TF32 = "FLAGS_cudnn_allow_tf32", "FLAGS_cublas_allow_tf32"
 """Paddle 3.3.1's, of GPU builds alone: convolutions, on by default; matrix products, off."""
-SWITCHES = "set_cudnn_switch", "set_cublas_switch"
-"""Of the older convolutions and the fused operator, and of products, which read no flags."""
-DETERMINISTIC = "FLAGS_cudnn_deterministic"
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 """The environment's: 0 forbids TF32 to NVIDIA's libraries, 1 makes them use it."""
 SHARED = "/dev/shm"
@@ -88,9 +84,9 @@ def set_tf32(mode: str) -> bool:
         raise UserError(f"--tf32 on, but {kind} has no TF32; give auto or off")
     if mode != "auto":
         paddle.set_flags({CUDNN_TF32: mode == "on", CUBLAS_TF32: mode == "on"})
-        for switch in (getattr(core, name, None) for name in SWITCHES):
-            if switch is not None:
-                switch(mode == "on")
+        # Of older convolutions and the fused operator, and of products, which read no flags.
+        core.set_cudnn_switch(mode == "on")
+        core.set_cublas_switch(mode == "on")
     if mode == "off":
         os.environ[OVERRIDE] = "0"
     allowed = paddle.get_flags([CUDNN_TF32])[CUDNN_TF32]
@@ -100,7 +96,7 @@ def set_tf32(mode: str) -> bool:
 def set_deterministic() -> None:
     """Let cuDNN use deterministic algorithms only; CPUs do anyway."""
     if on_gpu():
-        paddle.set_flags({DETERMINISTIC: True})
+        paddle.set_flags({"FLAGS_cudnn_deterministic": True})
 
 
 @dataclass(frozen=True)
@@ -119,18 +115,23 @@ class Arithmetic:
         return f"{self.device}, {rounding}, amp {self.amp}{algorithms}, Paddle {self.paddle}"
 
 
-def _field(path: str, name: str) -> int | None:
-    """Bytes of a ``Name:   123 kB`` line, or None."""
-    with suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+def _field(path: str, name: str) -> str:
+    """What stands behind ``name:`` in a file; empty where there is no such line."""
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _bytes(path: str, name: str) -> int:
+    told = _field(path, name)
+    return int(told.split()[0]) * 1024 if told else 0
 
 
 def available_bytes() -> int:
     """Memory that can be taken without swapping; 4 GiB where the system does not say."""
-    return _field("/proc/meminfo", "MemAvailable") or 4 * 2**30
+    return _bytes("/proc/meminfo", "MemAvailable:") or 4 * 2**30
 
 
 def shared_bytes() -> int | None:
@@ -146,25 +147,6 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def peak_gib() -> float:
-    """Largest resident size of this process since the start, GiB."""
-    return (_field("/proc/self/status", "VmHWM") or 0) / 2**30
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed instead of giving it back to the system.
-
-    A walk frees and takes buffers of megabytes thousands of times, and every page that comes
-    from the system anew has to be cleared. Other C libraries are left alone.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 2**26)
-
-
 def free_bytes() -> int:
     """Memory of the device that can still be taken; of a CPU the machine's."""
     if not on_gpu():
@@ -177,10 +159,10 @@ def free_bytes() -> int:
 
 def peak_memory() -> str:
     """The largest memory taken so far, for logs: of the GPU, if there is one, and the process."""
-    host = f"{peak_gib():.2f} GiB"
+    host = gib(_bytes("/proc/self/status", "VmHWM:"))
     if not on_gpu():
         return host
-    return f"{paddle.device.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU, {host} beside"
+    return f"{gib(paddle.device.cuda.max_memory_allocated())} on the GPU, {host} beside"
 
 
 def cpu_threads() -> int:
@@ -194,8 +176,4 @@ def cpu_threads() -> int:
 
 def processor() -> str:
     """The processor's name; last digits of results differ between processors."""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    return _field("/proc/cpuinfo", "model name") or platform.machine()

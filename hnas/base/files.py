@@ -14,6 +14,7 @@ import secrets
 import socket
 import stat
 import sys
+import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -44,7 +45,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         UserError: the file cannot be written, or is a pipe, socket or device.
     """
     real = Path(os.path.realpath(path))
-    temporary = _temporary(real)
+    # Containers that share a folder may use the same process number.
+    own = f"{os.getpid()}-{secrets.token_hex(8)}"
+    temporary = real.with_name(f".{real.name}.{own}.tmp")
     with ExitStack() as stack:
         try:
             real.parent.mkdir(parents=True, exist_ok=True)
@@ -62,11 +65,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
             if isinstance(error, OSError) and error.errno:
                 raise UserError(f"cannot write {path}: {error.strerror or error}") from error
             raise
-
-
-def _temporary(path: Path) -> Path:
-    # Containers that share a folder may use the same process number.
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
 
 
 def _create_locked(path: Path) -> int:
@@ -110,11 +108,8 @@ def check_writable(folder: str | Path, flag: str) -> None:
         made = Path(folder)
         while not (made.exists() or made.is_symlink()):
             made = made.parent
-        temporary = _temporary(made / "try")
-        try:
-            temporary.write_bytes(bytes(4096))
-        finally:
-            temporary.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=made) as file:
+            file.write(bytes(4096))
     except OSError as error:
         raise UserError(
             f"cannot write to {flag} {folder}: {error.strerror or error}; choose another folder"
@@ -240,9 +235,7 @@ def print_text(text: str) -> None:
 
 def write_json(path: str | Path, content) -> None:
     """Write JSON as :func:`replacing` does, so that a kill leaves the previous file."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: str | Path) -> dict:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import paddle
 
-from hnas.base.device import keep_freed_memory, on_gpu
+from hnas.base.device import on_gpu
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
 from hnas.evaluation.gpu_kernels import kernels_of
@@ -107,7 +107,6 @@ class SharedEvaluator:
 
 def on_cpus() -> Variant:
     """With oneDNN's convolutions; with Paddle's where they cannot be trusted, which is logged."""
-    keep_freed_memory()
     if fault := onednn_fault():
         logger.warning("scoring by Paddle's operators, several times slower: %s", fault)
     return Variant() if fault else CPU_VARIANT

@@ -153,10 +153,9 @@ def _collective() -> Iterator[None]:
 
 def from_main_process(numbers: Sequence[int]) -> list[int]:
     """Rank 0's whole numbers; all ranks give as many."""
-    if world_size() < 2:
-        return list(numbers)
     own = paddle.to_tensor(list(numbers), dtype="int64")
-    return gather(own).tolist()[: len(numbers)]
+    copy_from_main_process([own])
+    return own.tolist()
 
 
 def gather(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -193,36 +192,17 @@ def agree(numbers: Sequence[int], what: str) -> None:
 
 def copy_from_main_process(tensors: Sequence[paddle.Tensor]) -> None:
     """Give tensors rank 0's values."""
-    if world_size() > 1:
-        _exchange(tensors, mean=False)
-
-
-@paddle.no_grad()
-def _exchange(tensors: Sequence[paddle.Tensor], mean: bool) -> None:
-    """Overwrite tensors by all ranks' mean, or by rank 0's; one collective a type of number."""
-    kinds: dict = {}
-    for tensor in tensors:
-        kinds.setdefault(tensor.dtype, []).append(tensor)
-    for kind in kinds.values():
-        flat = paddle.concat([tensor.flatten() for tensor in kind])
+    for tensor in tensors if world_size() > 1 else ():
         with _collective():
-            dist.all_reduce(flat) if mean else dist.broadcast(flat, src=0)
-        flat = flat / world_size() if mean else flat
-        start = 0
-        for tensor in kind:
-            paddle.assign(flat[start : start + tensor.size].reshape(tensor.shape), tensor)
-            start += tensor.size
+            dist.broadcast(tensor, src=0)
 
 
 class GradientExchange:
     """The one all-reduce of a step: mean gradients, and whether a rank was told to stop.
 
-    All ranks run the same sub-networks in a step, so the same parameters have gradients on all;
-    the others are left without. Losses are means over equal shares of the batch, so the mean of
-    the gradients is that of the whole batch.
-
-    One process may be signalled (``stop``) before another, within or between steps; what all agree
-    on is what they exchange.
+    All ranks run the same sub-networks in a step, so the same parameters have gradients on all.
+    Losses are means over equal shares of the batch, so the mean of the gradients is that of all.
+    One process may be signalled (``stop``) before another; all agree on what they exchange.
     """
 
     def __init__(self, parameters: Sequence[paddle.Tensor], stop: StopSignals):
@@ -233,16 +213,13 @@ class GradientExchange:
         """The signal that all ranks know of, as :class:`StopSignals` has it."""
 
     def read_notices(self) -> None:
-        """To be called before a step's forward pass: a rank may have been told in the step before.
-
-        Read later, in the middle of a step, they would let the host wait for all of it that the
-        GPU has been given.
-        """
+        """To be called before a step's forward pass; within it the host would wait for the GPU."""
         if self._notices is not None and self.received is None:
             counts = zip(TOLD, self._notices.tolist(), strict=True)
             self.received = max((number for number, count in counts if count), default=None)
         self._notices = None
 
+    @paddle.no_grad()
     def run(self) -> None:
         """To be called after the backward passes and before the optimizer's step."""
         if self._stop.received is None:
@@ -250,5 +227,11 @@ class GradientExchange:
         else:
             interrupt = float(self._stop.received == signal.SIGINT)
             own = paddle.to_tensor([interrupt, 1 - interrupt])
-        _exchange([own, *(p.grad for p in self._parameters if p.grad is not None)], mean=True)
+        parts = [own, *(p.grad for p in self._parameters if p.grad is not None)]
+        flat = paddle.concat([part.flatten() for part in parts])
+        with _collective():
+            dist.all_reduce(flat)
+        means = paddle.split(flat / world_size(), [part.size for part in parts])
+        for part, mean in zip(parts, means, strict=True):
+            paddle.assign(mean.reshape(part.shape), part)
         self._notices = own

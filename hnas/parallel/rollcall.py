@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
 import socket
 import struct
 import threading
@@ -40,7 +39,7 @@ class LostRankError(UserError):
 
 
 class RollCall:
-    """A connection between rank 0 and every other process, watched by a thread.
+    """A connection between rank 0 and every other process, each watched by a thread.
 
     A connection that ends without a farewell means a dead process: this one then ends too, at
     once wherever it is, since it may be inside a collective that will never return.
@@ -60,7 +59,8 @@ class RollCall:
         self._calls = 0
         self._leaving = False
         self._news = threading.Condition()
-        threading.Thread(target=self._watch, daemon=True).start()
+        for each in lines.items():
+            threading.Thread(target=self._listen, args=each, daemon=True).start()
 
     @classmethod
     def connect(
@@ -112,28 +112,21 @@ class RollCall:
             try:
                 line.sendall(word)
             except OSError:
-                continue  # the watching thread sees it as well, and knows what it means
+                continue  # whose thread sees it as well, and knows what it means
 
-    def _watch(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for rank, line in self._lines.items():
-                selector.register(line, selectors.EVENT_READ, rank)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    if not self._listen(key.data, key.fileobj):
-                        selector.unregister(key.fileobj)
-
-    def _listen(self, rank: int, line: socket.socket) -> bool:
-        """Take in what a rank says; whether more can come."""
-        try:
-            words = line.recv(4096)
-        except OSError:
-            words = b""
-        with self._news:
-            self._heard[rank] += words.count(HERE)
-            if LEAVING in words:
-                self._left.add(rank)
-            self._news.notify_all()
+    def _listen(self, rank: int, line: socket.socket) -> None:
+        """Take in what a rank says until it leaves; where it is gone this process ends, too."""
+        words = HERE
+        while words and LEAVING not in words:
+            try:
+                words = line.recv(4096)
+            except OSError:
+                words = b""
+            with self._news:
+                self._heard[rank] += words.count(HERE)
+                if LEAVING in words:
+                    self._left.add(rank)
+                self._news.notify_all()
         if not words and not self._leaving:
             time.sleep(1)  # if all end for the same reason, each says it itself
             logger.error(
@@ -141,7 +134,6 @@ class RollCall:
             )
             time.sleep(REPORT_SECONDS)
             os._exit(1)  # not sys.exit: the main thread may be inside a collective
-        return bool(words) and LEAVING not in words
 
 
 def _accept(server: socket.socket, world_size: int) -> dict[int, socket.socket]:

@@ -43,7 +43,6 @@ from hnas.base.device import (
     choose_device,
     cpu_threads,
     device_name,
-    keep_freed_memory,
     on_gpu,
     processor,
     set_tf32,
@@ -172,7 +171,6 @@ class Stopwatch:
     def __init__(self, options):
         self._options = options
         self._frame = cache(lambda cin, size: self._time(framed(cin), FEEDING, size))
-        keep_freed_memory()
 
     def network(self, plan: ChannelPlan) -> float:
         """Milliseconds of a batch through a whole network."""

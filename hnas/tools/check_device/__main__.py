@@ -17,18 +17,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from hnas.base.command_line import OneLineParser, read_bool, read_path
-from hnas.base.device import visible_gpus
+from hnas.base.device import cpu_threads, visible_gpus
 from hnas.base.errors import run_main
 from hnas.base.files import check_output, print_text, write_text
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result, tell
 
 DEFAULT_OUTPUT = Path("output/check_device.jsonl")
 JOBS = (
-    ("off", ("facts", "tf32", "norms", "walk", "steps", "loaders")),
+    ("off", ("facts", "norms", "walk", "steps")),
     ("off", ("repeat",)),
     ("off", ("collectives",)),
-    ("on", ("tf32", "walk", "steps")),
-    ("auto", ("tf32",)),
+    ("on", ("walk", "steps")),
+    ("auto", ("steps",)),
 )
 """``--tf32`` of a process, and the checks in it. Which kernels cuDNN runs for a shape is settled
 once in a process, for TF32 or not, deterministic or not. CPUs have no other setting than off."""
@@ -48,9 +48,8 @@ def run_jobs(machine: Machine) -> None:
 
 def run_job(names: Sequence[str], machine: Machine) -> None:
     """Some checks in one process; one more row, failed, if that is lost."""
-    # On all cores, unless a launcher has said how many; Paddle takes one and sets the variable.
-    threads = os.environ.get("PINAS_THREADS") or os.environ.get("OMP_NUM_THREADS")
-    environment = {**os.environ, "PINAS_THREADS": threads or str(os.cpu_count() or 1)}
+    # Found here, since Paddle takes one thread and sets the other variable.
+    environment = {**os.environ, "PINAS_THREADS": str(cpu_threads())}
     if not machine.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = "-1"
     command = [*PROGRAM, json.dumps(asdict(machine)), *names]

@@ -5,8 +5,9 @@ Networks, images and labels are the same on every device and need no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -14,6 +15,7 @@ from paddle import nn
 
 from hnas.base.device import set_deterministic
 from hnas.base.errors import PADDLE_ERRORS, is_out_of_memory, word_of
+from hnas.dataset.loader import load_batches
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.gpu_kernels import fused_fault, may_be_refusal
 from hnas.evaluation.reference import network_logits
@@ -21,9 +23,9 @@ from hnas.evaluation.shared import SharedEvaluator
 from hnas.evaluation.spot_check import compare
 from hnas.evaluation.variants import CPU_VARIANT, Precision, Variant, usual_variant
 from hnas.models.convolution import use_onednn
-from hnas.models.elastic import ElasticResNet, freeze_statistics
+from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import build_network
-from hnas.search_space import RESNET48_MINI, Architecture
+from hnas.search_space import RESNET48_MINI
 from hnas.tools.check_device import rows
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
@@ -99,12 +101,13 @@ def keep_expected(machine: rows.Machine) -> Iterator[rows.Result]:
 CALIBRATION = 64
 NOT_USED = "not used: "
 """Of the fused operator, where it is not there or refuses."""
-Scene = tuple[str, ElasticResNet, list[Architecture], tuple, "paddle.Tensor | None"]
-"""A name, a supernet, architectures, images with labels, and images to re-calibrate with."""
 
 
-def scenes(machine: rows.Machine) -> Iterator[Scene]:
-    """What is scored: the largest, the smallest and drawn sub-networks, re-calibrated and not."""
+def scenes(machine: rows.Machine) -> Iterator[tuple]:
+    """What is scored: the largest, the smallest and drawn sub-networks, re-calibrated and not.
+
+    A name, a supernet, architectures, images with labels, and images to re-calibrate with, or None.
+    """
     mini, whole = ("mini", "resnet48_mini"), ("full width", "resnet48")
     # Architectures, images, px.
     sizes = {mini: (10, 48, 32), whole: (3, 16, 64)}
@@ -127,9 +130,8 @@ def variants(machine: rows.Machine, calibrates: bool) -> Iterator[Variant]:
         yield CPU_VARIANT
         return
     for precision in (TF32,) if machine.tf32 == "on" else (FLOAT32, FLOAT16):
-        usual = usual_variant(precision)
-        yield usual
-        if not calibrates and not fused_fault(precision, usual.layout):
+        yield usual_variant(precision)
+        if not calibrates:
             yield usual_variant(precision, fused=True)
 
 
@@ -137,10 +139,6 @@ def check_walk(machine: rows.Machine) -> Iterator[rows.Result]:
     """Logits and hits of every architecture in every variant."""
     if not machine.gpus:
         yield rows.not_here("the fused convolution, float16 and TF32", "need a GPU")
-    for variant in variants(machine, calibrates=True) if machine.gpus else ():
-        reason = fused_fault(variant.precision, variant.layout)
-        name = f"fused convolution in {variant.precision.value}"
-        yield rows.not_here(name, NOT_USED + reason) if reason else rows.fact(name, "used")
     right = np.load(f"{machine.folder}/walk.npz")
     for scene in scenes(machine):
         for variant in variants(machine, calibrates=scene[-1] is not None):
@@ -149,12 +147,15 @@ def check_walk(machine: rows.Machine) -> Iterator[rows.Result]:
 
 
 def compare_walk(
-    row: str, scene: Scene, variant: Variant, right: np.ndarray
+    row: str, scene: tuple, variant: Variant, right: np.ndarray
 ) -> Iterator[rows.Result]:
     """One walk for each architecture, its logits and hits against all of [archs, N, classes].
 
     Where the fused operator raises, stage three goes on without it, and so nothing has failed.
     """
+    if variant.fused and (reason := fused_fault(variant.precision, variant.layout)):
+        yield rows.not_here(row, NOT_USED + reason)
+        return
     _, network, archs, batch, calibration = scene
     evaluator = SharedEvaluator(network, archs, calibration, variant)
     found = []
@@ -182,17 +183,17 @@ def compare_walk(
 
 STAGES = ("stage 1", "stage 2")
 STEPS, QUICK_STEPS, REPEATED = range(20), range(4), range(4)
-BATCH, SIZE = 8, 32
+BATCH, SIZE, WORKERS = 8, 32, 4
 SCALE = 1024.0
 """Of losses in float16: low enough that no step is passed over for an overflow."""
 LIMITS = {
-    FLOAT32: (1e-5, 5e-5, 5e-3),
-    TF32: (1e-3, 8e-2, 5e-2),
-    FLOAT16: (2e-3, 8e-2, 0.1),
-    BFLOAT16: (1e-2, 0.2, 0.1),
+    FLOAT32: (5e-5, 5e-3),
+    TF32: (8e-2, 5e-2),
+    FLOAT16: (8e-2, 0.1),
+    BFLOAT16: (0.2, 0.1),
 }
-"""Relative differences of the first step's loss, of its gradient, by norms, and of any loss: some
-times what rounding all convolutions' inputs and outputs does on a CPU, and did on an H100."""
+"""Relative differences of the first step's gradient, by norms, and of any loss: some times what
+rounding all convolutions' inputs and outputs does on a CPU, and did on an H100."""
 
 
 class RecordedStep(GradientStep):
@@ -245,16 +246,25 @@ def trainer(stage: str, batch: int = BATCH, onednn: bool = True, amp: str = "O0"
 
 
 def run(
-    model: ResumableModel, steps: range, batch: int = BATCH, share: slice = slice(None)
+    model: ResumableModel,
+    steps: range,
+    batch: int = BATCH,
+    share: slice = slice(None),
+    workers: int = 0,
 ) -> np.ndarray:
-    """Train the steps on a share of each batch; their losses."""
-    losses = []
-    for step in steps:
-        model.epoch, model.step = 0, step
+    """Train the steps on a share of each batch, loaded by so many processes; their losses."""
+
+    def load(one: Sequence[int]) -> list[np.ndarray]:
+        (step,) = one
         views = [images(batch, SIZE, 2 * step + view)[share] for view in range(2)]
         contrasts = isinstance(model, ContrastiveModel)
-        parts = views if contrasts else [views[0], labels(batch, step)[share]]
-        losses.append(float(model.train_batch([paddle.to_tensor(part) for part in parts])["loss"]))
+        return views if contrasts else [views[0], labels(batch, step)[share]]
+
+    losses, model.epoch = [], 0
+    loaded = load_batches(SimpleNamespace(load=load), [[step] for step in steps], workers)
+    for step, parts in zip(steps, loaded, strict=True):
+        model.step = step
+        losses.append(float(model.train_batch(parts)["loss"]))
     return np.array(losses)
 
 
@@ -283,13 +293,18 @@ def compare_steps(
     """Losses and the first gradient of a stage, against those expected."""
     curve, expected = right[f"{stage} losses"], right[f"{stage} gradient"].astype(np.float64)
     model = trainer(stage, amp=amp)
-    errors = np.abs(run(model, range(len(curve))) / curve - 1)
+    # Loader processes start after the device did: forking under a GPU's driver is delicate.
+    errors = np.abs(run(model, range(len(curve)), workers=WORKERS) / curve - 1)
     difference = model.gradients.gradient.astype(np.float64) - expected
     turned = np.linalg.norm(difference) / np.linalg.norm(expected)
-    first, gradient, any_loss = LIMITS[precision]
+    gradient, any_loss = LIMITS[precision]
     how = f"in {precision.value}"
-    yield rows.at_most(f"{stage}, first loss {how}", errors[0], first, "relative")
     yield rows.at_most(f"{stage}, first gradient {how}", turned, gradient, "relative, by norms")
+    if precision is TF32:
+        least, _ = LIMITS[FLOAT32]
+        state = rows.PASSED if turned > least else rows.FAILED
+        note = f"its gradient is more than {least:g} off, as float32's is not"
+        yield rows.Result(f"{stage}, TF32 is used", state, turned, note=note)
     note = "largest relative difference"
     yield rows.at_most(f"{stage}, {len(curve)} losses {how}", errors.max(), any_loss, note)
 
@@ -299,16 +314,16 @@ def check_repeat(machine: rows.Machine) -> Iterator[rows.Result]:
     set_deterministic()
     saved = Path(machine.folder, "saved")
     for stage, precision, amp in ways(machine):
-        whole, begun, resumed = models = [trainer(stage, amp=amp) for _ in range(3)]
-        run(whole, REPEATED)
-        run(begun, REPEATED[:2])
-        progress = {"run_id": "", "scaler": begun.gradients.state()}
-        save_training(saved, begun.network, begun.optimizer, progress)
+        whole, resumed = models = [trainer(stage, amp=amp) for _ in range(2)]
+        run(whole, REPEATED[:2])
+        progress = {"run_id": "", "scaler": whole.gradients.state()}
+        save_training(saved, whole.network, whole.optimizer, progress)
         progress = read_progress(saved)
         load_training(saved, resumed.network, resumed.optimizer, progress)
         resumed.gradients.restore(progress["scaler"])
-        run(resumed, REPEATED[2:])
+        for model in models:
+            run(model, REPEATED[2:])
         states = [[part.numpy() for part in each.network.state_dict().values()] for each in models]
-        different = rows.differing(states[0], states[2])
+        different = rows.differing(*states)
         row = f"{stage} in {precision.value}, saved and resumed"
         yield rows.at_most(row, different, 0, "numbers that differ")

@@ -57,11 +57,6 @@ def tell(check: str, result: Result, output: str) -> None:
     print_text(f"{line.rstrip()}\n")
 
 
-def fact(name: str, value: float | str, note: str = "") -> Result:
-    """A property of the machine, which is neither right nor wrong."""
-    return Result(name, PASSED, value, note=note)
-
-
 def at_most(name: str, value: float, limit: float, note: str = "") -> Result:
     """Passes if ``value`` is a number of at most ``limit``; NaN is not."""
     value = float(value)
