@@ -1,6 +1,7 @@
 """What is measured while a supernet trains, and warnings of scores that mean nothing."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from independent import images_for
 from scipy import stats
 
 import train_supernet
+import train_supernet_pinas_stage1 as stage1
 import train_supernet_pinas_stage2_simple as stage2
 from hnas.base.errors import UserError
+from hnas.base.files import read_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.models.pinasv2 import build_network
@@ -22,6 +25,7 @@ from hnas.search_space import RESNET48_MINI
 from hnas.tools import pretrain, search, train_standalone
 from hnas.utils import validation
 from hnas.utils.validation import extremes, ranking, read_ranked, share_of, warn_if_broken
+from hnas.weights.checkpoint import generators_state
 from hnas.weights.loading import load_weights, read_weights, write_state
 
 DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"
@@ -161,7 +165,7 @@ def test_a_supernet_that_broke_is_told(hits, before, images, warned, caplog):
     counts = (
         replace(Counts.zeros(1), top1=np.array([top1]), images=images) for top1 in (hits, before)
     )
-    warn_if_broken(*counts)
+    assert warn_if_broken(*counts) == warned
     told = warnings_of(caplog)
     assert len(told) == warned
     start = f"the largest sub-network is right about {hits} of {images} images, the pretrained"
@@ -176,19 +180,73 @@ def test_stage_two_measures_the_network_that_it_started_from(first, warned, capl
     network, labels = blank_network(), np.ones(400, np.int64)
     labels[:first] = 0
     images = paddle.zeros([400, 3, 32, 32], "uint8")
-    asked = []
 
     def measure(labels):
         loader = [(images, paddle.to_tensor(labels, "int64"))]
-        at_first = evaluate_network(plain, loader)
-        return extremes(network, loader, None, lambda: asked.append(1) or at_first)
+        at_first = evaluate_network(plain, [(images[:200], loader[0][1][:200])])
+        return extremes(network, loader, None, at_first)
 
-    assert measure(labels) == {"largest_top1": first / 400, "smallest_top1": first / 400}
+    found = {"largest_top1": first / 400, "smallest_top1": first / 400}
+    assert measure(labels) == {**found, "broken": 1.0}
     (told,) = warnings_of(caplog)
-    assert warned in told and len(asked) == ("worth" in warned)
+    assert warned in told and ("worth" in warned) == ("pretrained network about 280" in told)
     caplog.clear()
-    measure(np.arange(400) % 2)
+    assert measure(np.arange(400) % 2) == {"largest_top1": 0.5, "smallest_top1": 0.5}
     assert warnings_of(caplog) == []
+
+
+def begin(stage, images, tmp_path, monkeypatch):
+    """Begin a stage with a network that says the first class; gives the generators' state then."""
+    plain, states = blank_network(elastic=False), []
+    plain.head.fc.bias.set_value(paddle.to_tensor([1.0] + [0.0] * 9))
+    flags = {"backbone": "resnet48_mini", "pretrained": tmp_path / "start.pdparams"}
+    write_state(flags["pretrained"], plain.state_dict())
+    script = stage1 if stage == "1" else stage2
+    flags |= {"backbone": "resnet48pinasv2_mini", "queue_size": 10} if stage == "1" else {}
+    flags |= {"eval_freq": 0} if "unmeasured" in stage else {}
+    monkeypatch.setattr(script, "fit", lambda *_, **__: states.append(str(generators_state())))
+    run(script, monkeypatch, images, tmp_path / "out", **flags)
+    return states
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "2, unmeasured"])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (0, "is right about 1 of 10 images, no more than guessing among 10 classes"),
+        (7, "is wrong about most images, so most of what it teaches is wrong: train it longer"),
+        (8, ""),
+    ],
+)
+def test_stages_tell_at_their_start_how_good_the_pretrained_network_is(
+    stage, more, told, tmp_path, monkeypatch, caplog
+):
+    images = noise_images(tmp_path / "images", number=1)
+    for index in range(more):
+        shutil.copy(images / "val/0/0.png", images / f"val/0/more{index}.png")
+    caplog.set_level("INFO")
+    begin(stage, images, tmp_path, monkeypatch)
+    who = f"the pretrained network {tmp_path / 'start.pdparams'}"
+    assert f"{who} is right about {more + 1} of {more + 10} validation images" in caplog.text
+    warned = [line for line in warnings_of(caplog) if line.startswith(who)]
+    assert len(warned) == bool(told) and all(line.startswith(f"{who} {told}") for line in warned)
+
+
+@pytest.mark.parametrize("stage", ["1", "2, unmeasured"])
+def test_stages_that_need_no_validation_images_take_any_and_draw_the_same(
+    stage, tmp_path, monkeypatch, caplog
+):
+    images = noise_images(tmp_path / "images", number=1)
+    states = begin(stage, images, tmp_path, monkeypatch)
+    for change in (
+        lambda: (images / "val/0/0.png").write_bytes(b"none"),
+        lambda: shutil.rmtree(images / "val/0"),  # another class than train's
+        lambda: shutil.rmtree(images / "val"),
+    ):
+        change()
+        caplog.clear()
+        assert begin(stage, images, tmp_path, monkeypatch) == states
+        assert "the pretrained network" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -209,12 +267,25 @@ def test_programs_tell_where_all_guess(script, who, flags, tmp_path, monkeypatch
         flags = {**flags, "max_epoch": 1, "warmup": 0, "lr": 0.0}
     images = noise_images(tmp_path / "images", number=3)
     run(script, monkeypatch, images, "out", backbone="resnet48_mini", **flags)
-    (told,) = warnings_of(caplog)
+    (told,) = {*warnings_of(caplog)}  # after each epoch, and at the end
     assert told.startswith(f"{who} is right about ")
     assert "of 30 images, no more than guessing among 10 classes: training broke" in told
 
 
-# --- stage two, whole
+# --- runs that measure, and that do not
+
+
+def test_measuring_changes_no_bit_of_pretraining(tmp_path, monkeypatch):
+    images = noise_images(tmp_path / "images", number=1)
+    flags = {"backbone": "resnet48_mini", "max_epoch": 2, "warmup": 0}
+    for name in ("measured", "not"):
+        flags |= {"eval_freq": int(name == "measured"), "pretrained": tmp_path / f"{name}.pdparams"}
+        run(pretrain, monkeypatch, images, tmp_path / name, **flags)
+    one, other = (read_weights(tmp_path / f"{name}.pdparams") for name in ("measured", "not"))
+    assert {k: v.tobytes() for k, v in one.items()} == {k: v.tobytes() for k, v in other.items()}
+    found, other = (read_json(tmp_path / name / "history.json") for name in ("measured", "not"))
+    assert [row["epoch"] for row in found["validation"]] == [0, 1] and "validation" not in other
+    assert found["best_by"] == "top1" and found["epoch_losses"] == other["epoch_losses"]
 
 
 @pytest.mark.slow
