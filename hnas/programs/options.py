@@ -65,8 +65,7 @@ class Options:
     modelarch_file: str = files("",
         "architectures to score (3) or to train stand-alone, or to find arch's name in: JSON or "
         "text", "file", stages=SCORE | STANDALONE | EXPORT)
-    resume: str = files("",
-        "continue from FOLDER/N, or a folder's newest checkpoint; auto: from save_dir's newest",
+    resume: str = files("", "continue a folder's newest checkpoint, or FOLDER/N; auto: save_dir's",
         "folder", stages=TRAINING - STANDALONE)
 
     backbone: str = network("resnet48",

@@ -134,11 +134,9 @@ def try_pretrained(options: Options, network: nn.Layer, images: ImageList) -> Co
     if not is_main_process():
         return None
     generators, name = generators_state(), f"the pretrained network {options.pretrained}"
-    try:
-        loader = validation_loader(options, images, balanced_order(images.labels, 0)[:TRIED])
-        counts = evaluate_network(network, loader, who=name)
-    finally:
-        restore_generators(generators)  # training draws as it would without this
+    loader = validation_loader(options, images, balanced_order(images.labels, 0)[:TRIED])
+    counts = evaluate_network(network, loader, who=name)
+    restore_generators(generators)  # training draws as it would without this
     hits, number = counts.top1[0], counts.images
     logger.info("%s is right about %d of %d validation images", name, hits, number)
     if not warn_if_guessing(counts, len(images.classes), name) and 2 * hits < number:
