@@ -248,11 +248,10 @@ class Run:
         good = {str(e): row for e, row in validation.items() if row and "broken" not in row}
         found = newest_set(self.folder, self.run_id, good)
         if found is None:
-            anew = "start anew without --resume, with" if options.resume else "start anew with"
-            return f"no checkpoint of this run is known to be good: {anew} {remedy}"
-        known = f"{found}.pdparams is the last checkpoint that validation found good"
-        how = f"go on from it with --resume {quote(str(found))} {remedy}"
-        return f"{known} ({figures_text(good[found.name])}): {how}"
+            anew = " without --resume," if options.resume else ""
+            return f"no checkpoint of this run is known to be good: start anew{anew} with {remedy}"
+        known = f"{found}.pdparams is this run's last good checkpoint ({figures_text(good[found.name])})"
+        return f"{known}: go on from it with --resume {quote(str(found))} {remedy}"
 
     def write_history(self) -> None:
         """Write ``history.json``: losses and figures so far."""
