@@ -250,7 +250,8 @@ class Run:
         if found is None:
             anew = " without --resume," if options.resume else ""
             return f"no checkpoint of this run is known to be good: start anew{anew} with {remedy}"
-        known = f"{found}.pdparams is this run's last good checkpoint ({figures_text(good[found.name])})"
+        found_good = figures_text(good[found.name])
+        known = f"{found}.pdparams is this run's last good checkpoint ({found_good})"
         return f"{known}: go on from it with --resume {quote(str(found))} {remedy}"
 
     def write_history(self) -> None:
