@@ -29,6 +29,7 @@ from hnas.utils.starting import (
     start_from_pretrained,
 )
 from hnas.utils.training import fit, prepare
+from hnas.utils.validation import try_where_possible
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def main() -> None:
     else:
         require(options, "pretrained")
         teacher, digest = pretrained_network(options, images.classes, space)
+        try_where_possible(options, teacher, images)
         start_from_pretrained(network.backbone, teacher, reorder=options.recipe == "own")
         network.reset_key_encoder()
     if options.freeze_bn:

@@ -176,6 +176,10 @@ def test_verifying_lists_at_most_ten_and_logs_all(root, caplog):
     for index in range(12):
         assert str(folder / f"bad{index:02}.jpg") in caplog.text
     assert sorted(root.rglob("*")) == before  # nothing is written beside the images
+    caplog.clear()
+    found = scan_images(root, "train", bad_images="skip")
+    told = f"left out 12 of {12 + len(found)} images, which cannot be decoded: {listed}, ...; "
+    assert caplog.messages[1:] == [f"{told}--bad_images fatal says why"]
 
 
 def test_skipping_leaves_out_what_cannot_be_decoded_now(root):

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import logging
 import math
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from hnas.base import files
 from hnas.base.errors import UserError
 from hnas.base.files import read_json, write_json
 from hnas.dataset.image_folder import DataError
+from hnas.evaluation.counts import LogitsError
 from hnas.programs.options import Options
 from hnas.utils import starting, training
 from hnas.utils.hapi_wrapper import ResumableModel
@@ -234,18 +236,54 @@ def test_within_an_epoch_other_batches_are_refused_and_another_rate_holds_at_onc
     assert_rates(model, 8, (1, 2), lr=LR / 3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(train, tmp_path):
-    train(8, kill_at=(2, 0))
-    good = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    for every in (0, 1):
-        with pytest.raises(
-            UserError, match=r" at epoch 3 step \d, learning rate .*, sub-network co"
-        ):
-            train(8, resume="auto", lr=1e30, save_steps=every)
+SOUND, BROKEN = {"top1": 0.9}, {"top1": 0.1, "broken": 1.0}
+ANEW = "no checkpoint of this run is known to be good: start anew"
+GOOD = ".pdparams is this run's last good checkpoint (top1 0.9000): go on from it with --resume"
+
+
+@pytest.mark.parametrize(
+    ("measured", "flags", "advice"),
+    [
+        (None, {}, f"{ANEW} without --resume, with --clip_norm 10"),
+        (None, {"resume": ""}, f"{ANEW} with --clip_norm 10"),
+        ((BROKEN, BROKEN), {"clip_norm": 9.0}, f"{ANEW} without --resume, with --lr 3.3e+29"),
+        ((SOUND, SOUND), {}, f"RUN/1{GOOD} RUN/1 --clip_norm 10"),
+        ((SOUND, BROKEN), {"save_steps": 1}, f"RUN/0{GOOD} RUN/0 --clip_norm 10"),
+        ((SOUND, SOUND), {"arch": "1"}, "start anew with --clip_norm 10 and another --save_dir"),
+    ],
+)
+def test_a_loss_that_is_not_finite_leaves_what_was_saved_and_says_how_to_go_on(
+    train, tmp_path, measured, flags, advice
+):
+    train(8)  # an earlier run's sets, which no advice is of
+    train(8, kill_at=(2, 0), measure=measured and measures(*measured))
+    good = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pd*")}
+    place = r" at epoch [13] step \d, learning rate .*, sub-network code; "
+    advice = re.escape(advice.replace("RUN", str(tmp_path / "run")))
+    again = measured and measures(measured[1])  # which the newest set does not have yet
+    with pytest.raises(UserError, match=f"{place}{advice}$"):
+        train(8, measure=again, **{"lr": 1e30, "resume": "auto", **flags})
     left = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert {name: left[name] for name in good} == good
     for path in (tmp_path / "run").glob("*.pdparams"):
         assert all(np.isfinite(value).all() for value in read_weights(path).values())
+
+
+def test_logits_that_are_not_finite_are_told_in_the_same_way(train):
+    with pytest.raises(UserError, match="^after epoch 2 the network gives .*run/0 --clip_norm 10$"):
+        train(8, measure=measures(SOUND, LogitsError("the network", 3, 10)))
+
+
+@pytest.mark.parametrize("ending", ["", ".pdparams"])
+def test_a_set_that_resume_names_is_gone_on_from_also_after_a_kill(train, tmp_path, ending):
+    """Though later sets of the run, of which it broke, lie beside it."""
+    train(8, kill_at=(3, 0), measure=measures(SOUND, BROKEN, BROKEN))
+    chosen, lower = f"{tmp_path / 'run/0'}{ending}", {"lr": LR / 3, "clip_norm": 10.0}
+    assert train(8, resume=chosen, kill_at=(1, 3), **lower).rates.keys() == {(1, 0), (1, 1), (1, 2)}
+    model = train(8, resume="auto", measure=measures(*[SOUND] * 4), **lower)
+    assert_rates(model, 8, (1, 0), lr=LR / 3)
+    rows = read_json(tmp_path / "run/history.json")["validation"]
+    assert rows == [{"epoch": epoch, **SOUND} for epoch in range(4)]
 
 
 def test_keep_leaves_the_first_and_the_newest_epochs(train, tmp_path):
@@ -286,7 +324,7 @@ def measures(*values):
         value = next(rows)
         if isinstance(value, Exception):
             raise value
-        return {"tau": value}
+        return value if isinstance(value, dict) else {"tau": value}
 
     return measure
 
@@ -319,6 +357,7 @@ def test_the_best_epoch_is_the_best_on_validation_images():
         ([], {}, None, "epoch_losses"),
         ([3.0, 2.0, 1.0], {1: {"tau": 0.9}}, 2, "epoch_losses"),
         ([3.0, 2.0, 1.0], tops, 1, "largest_top1"),
+        ([3.0, 2.0, 1.0], {0: {"top1": 0.5, "top5": 0.6}}, 0, "top1"),
         ([3.0, 2.0, 1.0], {e: taus[e] | tops[e] for e in tops}, 0, "kendall_tau_b"),
     ):
         log.epoch_losses, log.validation = losses, validation
@@ -342,24 +381,21 @@ def test_what_a_kill_in_a_measurement_loses_is_measured_again(train, tmp_path, k
     importlib.util.find_spec("visualdl") is None,
     reason="VisualDL is not installed: pip install visualdl==2.5.3 'numpy<2'",
 )
-def test_visualdl_reads_back_curves_and_a_resumed_run_repeats_validation(train, tmp_path):
+def test_visualdl_reads_back_curves(train, tmp_path):
     from visualdl import LogReader
 
-    def read(folder, tag):
-        (path,) = (tmp_path / folder).iterdir()
+    def read(tag):
+        (path,) = (tmp_path / "a").iterdir()
         points = LogReader(file_path=str(path)).get_data("scalar", tag)
         return [(point.id, point.value) for point in points]
 
-    flags = {"log_freq": 5, "resume": "auto"}
-    train(8, measure=measures(0.5, None, Killed()), visualdl_dir=str(tmp_path / "a"), **flags)
+    found = measures(0.5, None, Killed())
+    train(8, measure=found, visualdl_dir=str(tmp_path / "a"), log_freq=5)
     for name in ("lr", "loss", "top1", "ips"):
         # Every fifth step, and each epoch's last.
-        assert [step for step, _ in read("a", f"train/{name}")] == [5, 8, 13, 16, 21, 24]
-    assert read("a", "train/lr")[0][1] == pytest.approx(expected_rate(8, 0, 4))
-    assert read("a", "validation/tau") == [(8, 0.5)]
-    train(8, measure=measures(0.25, 0.125), visualdl_dir=str(tmp_path / "b"), **flags)
-    assert read("b", "validation/tau") == [(8, 0.5), (24, 0.25), (32, 0.125)]
-    assert [step for step, _ in read("b", "train/loss")] == [29, 32]
+        assert [step for step, _ in read(f"train/{name}")] == [5, 8, 13, 16, 21, 24]
+    assert read("train/lr")[0][1] == pytest.approx(expected_rate(8, 0, 4))
+    assert read("validation/tau") == [(8, 0.5)]
 
 
 def test_visualdl_that_is_not_installed_is_named(train, monkeypatch):
@@ -393,8 +429,6 @@ FORGED_STATES = {
     "losses": [[1.0], MISSING],
     "losses/epoch_losses": [np.ones(7), np.ones(0), np.ones((2, 2)), np.array([np.nan, 1]), "many"],
     "losses/step_losses": [np.ones(3)],
-    "losses/epoch_norms": [None, 3.0, np.ones((2, 2)), np.ones(2, np.int64), np.ones(9)],
-    "losses/step_norms": ["many", np.ones(2, np.float32)],
     "losses/seconds": ["long", math.nan, MISSING],
     "losses/validation": [
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,8 +44,7 @@ ENDS = {
 
 def start(code: str, *arguments: str) -> subprocess.Popen:
     # As the launchers have it: of more threads Paddle warns when it is imported.
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    own["GLOG_minloglevel"] = "2"
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *(["-c", code] if code else []), *arguments],
         cwd=ROOT,
@@ -91,6 +91,18 @@ def test_a_signal_while_paddle_is_imported_waits():
     assert (process.returncode, output) == (143, "stopped by SIGTERM\n")
 
 
+@pytest.mark.parametrize(
+    ("wanted", "shown"),
+    [("", ["tensors"]), ("always", ["No ccache found", "tensors"]), ("ignore", [])],
+)
+def test_only_remarks_of_libraries_are_silenced_and_users_come_first(wanted, shown, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", wanted)
+    code = "import warnings\nfrom hnas.base.errors import hold_signals\nhold_signals()\n"
+    process = start(f"{code}for text in 'No ccache found. Please', 'tensors': warnings.warn(text)")
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert re.findall("UserWarning: (No ccache found|.*)", output) == shown
+
+
 def test_the_second_signal_kills():
     code = program("    try: wait()\n    except Stopped: wait()")
     process = start(code.replace("SECONDS = 1", "SECONDS = 600"))
@@ -106,6 +118,7 @@ STEPS = f"""
 TIMES = {TIMES}
 import random, signal
 from contextlib import nullcontext
+errors.hold_signals()
 import paddle
 from hnas.models.convolution import onednn_conv2d
 from hnas.parallel.distributed import StopSignals

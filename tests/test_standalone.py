@@ -17,6 +17,7 @@ from entry_scripts import noise_images
 from PIL import Image
 
 from hnas.base.errors import UserError
+from hnas.base.files import read_json
 from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
 from hnas.tools import rank_report
@@ -43,7 +44,7 @@ def flags(work, **changes):
 
 def command(work, **changes):
     """The tool in a process of its own: only there equal bits are promised."""
-    program = [sys.executable, "-W", "ignore", "-um", "hnas.tools.train_standalone"]
+    program = [sys.executable, "-um", "hnas.tools.train_standalone"]
     return {
         "args": [*program, *flags(work, **changes)],
         "env": {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
@@ -58,7 +59,8 @@ def work(tmp_path_factory):
     noise_images(folder / "images", 2)
     entries = {name: {"acc": 0.0, "arch": code} for name, code in CODES.items()}
     (folder / "codes.json").write_text(json.dumps(entries))
-    subprocess.run(**command(folder), timeout=120, check=True)
+    done = subprocess.run(**command(folder), timeout=120, check=True, stderr=subprocess.PIPE)
+    assert "Warning" not in done.stderr, done.stderr
     return folder
 
 
@@ -135,6 +137,9 @@ def test_accuracies_are_those_of_the_final_weights(work):
         entry = found[name]
         assert entry["images"] == len(labels) == 20
         assert entry["acc"] == (order[:, 0] == labels).mean()
+        history = read_json(weights_path(work / "undisturbed", code).with_name("history.json"))
+        assert len(history["validation"]) == EPOCHS
+        assert history["validation"][-1]["top1"] == entry["acc"]
         assert entry["top5"] == (order[:, :5] == labels[:, None]).any(axis=1).mean()
         assert (entry["seed"], entry["epochs"]) == (SEED, EPOCHS)
         assert entry["params"] == sum(
@@ -163,10 +168,13 @@ def test_the_results_are_a_ground_truth(work, tmp_path, capsys):
 
 
 def test_one_architecture_alone_is_the_same(work, tmp_path):
-    """So results do not depend on what was trained before, nor on the code's image digit."""
+    """So results do not depend on what was trained before, nor on the code's image digit, nor on
+    what is measured meanwhile."""
     code = "1" + PROJECTED
-    alone = command(work, arch=code, modelarch_file="", save_dir=tmp_path)
-    subprocess.run(**alone, timeout=120, check=True)
+    (tmp_path / code).mkdir()
+    alone = command(work, arch=code, modelarch_file="", save_dir=tmp_path, eval_freq=0)
+    done = subprocess.run(**alone, timeout=120, check=True, stderr=subprocess.PIPE)
+    assert "nothing to resume" not in done.stderr
     expected = {**results(work / "undisturbed")["projected"], "arch": code}
     assert results(tmp_path) == {code: expected}
     one, other = (weights_path(folder, PROJECTED) for folder in (tmp_path, work / "undisturbed"))

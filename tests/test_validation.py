@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from independent import images_for
 from scipy import stats
 
 import train_supernet
+import train_supernet_pinas_stage1 as stage1
 import train_supernet_pinas_stage2_simple as stage2
 from hnas.architecture_file import read_truth, submission
 from hnas.base.errors import UserError
-from hnas.base.files import write_json
+from hnas.base.files import read_json, write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network, evaluate_reference
 from hnas.models.pinasv2 import build_network
@@ -26,6 +28,7 @@ from hnas.search_space import RESNET48_MINI
 from hnas.tools import pretrain, search, train_standalone
 from hnas.utils import validation
 from hnas.utils.validation import extremes, ranking, read_ranked, share_of, warn_if_broken
+from hnas.weights.checkpoint import generators_state
 from hnas.weights.loading import load_weights, read_weights, write_state
 
 DEMO = ROOT / "checkpoint_files/demo_stage2.pdparams"
@@ -280,7 +283,7 @@ def test_a_supernet_that_broke_is_told(hits, before, images, warned, caplog):
     counts = (
         replace(Counts.zeros(1), top1=np.array([top1]), images=images) for top1 in (hits, before)
     )
-    warn_if_broken(*counts)
+    assert warn_if_broken(*counts) == warned
     told = warnings_of(caplog)
     assert len(told) == warned
     start = f"the largest sub-network is right about {hits} of {images} images, the pretrained"
@@ -295,19 +298,73 @@ def test_stage_two_measures_the_network_that_it_started_from(first, warned, capl
     network, labels = blank_network(), np.ones(400, np.int64)
     labels[:first] = 0
     images = paddle.zeros([400, 3, 32, 32], "uint8")
-    asked = []
 
     def measure(labels):
         loader = [(images, paddle.to_tensor(labels, "int64"))]
-        at_first = evaluate_network(plain, loader)
-        return extremes(network, loader, None, lambda: asked.append(1) or at_first)
+        at_first = evaluate_network(plain, [(images[:200], loader[0][1][:200])])
+        return extremes(network, loader, None, at_first)
 
-    assert measure(labels) == {"largest_top1": first / 400, "smallest_top1": first / 400}
+    found = {"largest_top1": first / 400, "smallest_top1": first / 400}
+    assert measure(labels) == {**found, "broken": 1.0}
     (told,) = warnings_of(caplog)
-    assert warned in told and len(asked) == ("worth" in warned)
+    assert warned in told and ("worth" in warned) == ("pretrained network about 280" in told)
     caplog.clear()
-    measure(np.arange(400) % 2)
+    assert measure(np.arange(400) % 2) == {"largest_top1": 0.5, "smallest_top1": 0.5}
     assert warnings_of(caplog) == []
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    """Begins a stage with a network that says the first class; gives the generators' state then."""
+    states, plain = [], blank_network(elastic=False)
+    plain.head.fc.bias.set_value(paddle.to_tensor([1.0] + [0.0] * 9))
+    write_state(tmp_path / "start.pdparams", plain.state_dict())
+    flags = {"pretrained": tmp_path / "start.pdparams", "queue_size": 10}
+
+    def begin(script, images, **more):
+        more["backbone"] = f"resnet48{'pinasv2' * (script is stage1)}_mini"
+        monkeypatch.setattr(script, "fit", lambda *_, **__: states.append(str(generators_state())))
+        run(script, monkeypatch, images, tmp_path / "out", **flags, **more)
+        return states
+
+    return begin
+
+
+@pytest.mark.parametrize("script", [stage1, stage2])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (0, "is right about 1 of 10 images, no more than guessing among 10 classes"),
+        (7, "is wrong about most images, so most of what it teaches is wrong: train it longer"),
+        (8, ""),
+    ],
+)
+def test_stages_tell_how_good_the_pretrained_network_is(
+    script, more, told, begin, tmp_path, caplog
+):
+    images = noise_images(tmp_path / "images", number=1)
+    for index in range(more):
+        shutil.copy(images / "val/0/0.png", images / f"val/0/more{index}.png")
+    caplog.set_level("INFO")
+    begin(script, images)
+    who = f"the pretrained network {tmp_path / 'start.pdparams'}"
+    assert f"{who} is right about {more + 1} of {more + 10} validation images" in caplog.text
+    warned = [line for line in warnings_of(caplog) if line.startswith(who)]
+    assert len(warned) == bool(told) and all(line.startswith(f"{who} {told}") for line in warned)
+
+
+@pytest.mark.parametrize(("script", "flags"), [(stage1, {}), (stage2, {"eval_freq": 0})])
+def test_what_needs_no_validation_images_takes_any_and_draws_the_same(
+    script, flags, begin, tmp_path, caplog
+):
+    images = noise_images(tmp_path / "images", number=1)
+    begin(script, images, **flags)
+    for bad in ("val/0/0.png", "val/0", "val"):
+        assert ("the pretrained network" in caplog.text) == (bad == "val/0/0.png")
+        caplog.clear()
+        (images / bad).rename(tmp_path / bad.replace("/", "-"))
+        states = begin(script, images, **flags)
+    assert len({*states}) == 1 and len(states) == 4
 
 
 @pytest.mark.parametrize(
@@ -328,7 +385,10 @@ def test_programs_tell_where_all_guess(script, who, flags, tmp_path, monkeypatch
         flags = {**flags, "max_epoch": 1, "warmup": 0, "lr": 0.0}
     images = noise_images(tmp_path / "images", number=3)
     run(script, monkeypatch, images, "out", backbone="resnet48_mini", **flags)
-    (told,) = warnings_of(caplog)
+    (told,) = {*warnings_of(caplog)}  # after each epoch, and at the end
+    for path in Path("out").rglob("history.json"):
+        (row,) = read_json(path)["validation"]
+        assert row["broken"] == 1 and f"about {30 * row['top1']:.0f} of 30 images" in told
     assert told.startswith(f"{who} is right about ")
     assert "of 30 images, no more than guessing among 10 classes: training broke" in told
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -82,13 +83,21 @@ LINES = _ShortLines("[%(asctime)s] %(message)s", "%Y/%m/%d %H:%M:%S")
 SAID = {"said": True}
 """As ``extra`` of a log line: the terminal has it already, and log files alone take it."""
 
+REMARKS = "No ccache found|Setuptools is replacing distutils|pkg_resources is deprecated as an API"
+REMARKS += "|no variable in your model|Tensor do not have 'contiguous'|When training, we now always"
+"""What Paddle and its packages warn of whenever they are imported, of BatchNorm in training, and of
+stage 3's operations, which have no weights."""
+
 
 def hold_signals() -> None:
     """Let signals wait for :func:`end_on_signals`: for programs that import Paddle.
 
-    Paddle sets handlers when it is imported, and imports take seconds.
+    Paddle sets handlers when it is imported, and imports take seconds. Its ``REMARKS`` are left
+    out; what users have said of warnings comes first.
     """
     refuse_left_overs()  # Paddle may fail on them then
+    warnings.filterwarnings("ignore", REMARKS, UserWarning, append=True)
+    os.environ.setdefault("GLOG_minloglevel", "2")  # and its C++ code says errors only
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 

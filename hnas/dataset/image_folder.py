@@ -210,18 +210,19 @@ def on_all_cores(
 
 
 def _leave_out_bad(images: ImageList, bad: dict[Path, str], bad_images: str) -> ImageList:
-    for path, reason in bad.items():
-        logger.warning("cannot decode image %s: %s", path, reason)
     if not bad:
         return images
+    listed = ", ".join(str(path) for path in list(bad)[:LISTED])
+    listed += ", ..." if len(bad) > LISTED else ""
     if bad_images == "fatal":
-        listed = ", ".join(str(path) for path in list(bad)[:LISTED])
-        more = ", ..." if len(bad) > LISTED else ""
+        for path, reason in bad.items():
+            logger.warning("cannot decode image %s: %s", path, reason)
         raise DataError(
-            f"{len(bad)} images cannot be decoded: {listed}{more}; replace or remove them, or "
-            "pass --bad_images skip"
+            f"{len(bad)} images cannot be decoded: {listed}; replace or remove them, or pass "
+            "--bad_images skip"
         )
-    logger.warning("left out %d of %d images of %s", len(bad), len(images), images.folder)
+    told = "left out %d of %d images, which cannot be decoded: %s; --bad_images fatal says why"
+    logger.warning(told, len(bad), len(images), listed)
     kept = [index for index, path in enumerate(images.paths) if path not in bad]
     left = images.select(kept)
     for label in set(range(len(images.classes))) - set(left.labels.tolist()):

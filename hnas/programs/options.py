@@ -65,7 +65,7 @@ class Options:
     modelarch_file: str = files("",
         "architectures to score (3) or to train stand-alone, or to find arch's name in: JSON or "
         "text", "file", stages=SCORE | STANDALONE | EXPORT)
-    resume: str = files("", "continue from a folder's newest checkpoint; auto: from save_dir's",
+    resume: str = files("", "continue a folder's newest checkpoint, or FOLDER/N; auto: save_dir's",
         "folder", stages=TRAINING - STANDALONE)
 
     backbone: str = network("resnet48",
@@ -163,8 +163,9 @@ class Options:
         "with sample_method sandwich: a step's largest network learns from labels, and the others "
         "from it alone; none from the pretrained one")
     eval_freq: int = distill(1,
-        "epochs between evaluations of the largest and smallest, and of rank_gt's; 0: never",
-        "epochs", high=MOST_EPOCHS)
+        "epochs between evaluations on validation images: of stage 2's largest and smallest, and "
+        "of rank_gt's; of the one network in pretrain and train_standalone; 0: never",
+        "epochs", high=MOST_EPOCHS, stages=TRAINING - CONTRAST)
 
     eval_engine: str = scoring("shared", "shared, or reference: one by one", "name",
         choices=("shared", "reference"))

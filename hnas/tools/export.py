@@ -11,13 +11,10 @@ with its source on the validation images before anything is written. S gets the 
 
 from __future__ import annotations
 
-import os
-
 from hnas.base.errors import UserError, hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
-    os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's remarks on programs
 
 import difflib
 import logging

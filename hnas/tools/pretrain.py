@@ -14,11 +14,10 @@ if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
 import logging
+from functools import partial
 
 from hnas.base.files import check_output
 from hnas.dataset.transforms import TrainTransform
-from hnas.evaluation.reference import evaluate_network
-from hnas.evaluation.results import warn_if_guessing
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import is_main_process
 from hnas.programs.flags import Stage
@@ -36,6 +35,7 @@ from hnas.programs.runtime import (
 from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.SampleMethod import LargestSampler
 from hnas.utils.training import about_weights, fit, prepare
+from hnas.utils.validation import network_accuracy
 from hnas.weights.loading import write_state
 
 logger = logging.getLogger(__name__)
@@ -55,15 +55,15 @@ def main() -> None:
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)
     prepare(model, options, len(loader))
-    fit(model, options, loader)
+    network.activate(space.largest())
+    val_loader = validation_loader(options, val)
+    measure = partial(network_accuracy, network, val_loader, len(images.classes))
+    fit(model, options, loader, measure)
     if not is_main_process():
         return
     largest = network.extract(space.largest())
     write_state(options.pretrained, largest.state_dict(), about_weights(options, loader))
-    network.activate(space.largest())
-    counts = evaluate_network(network, validation_loader(options, val))
-    warn_if_guessing(counts, len(images.classes), "the network")
-    logger.info("validation top-1 %.4f, weights in %s", *counts.accuracy(), options.pretrained)
+    logger.info("validation top-1 %.4f, weights in %s", measure()["top1"], options.pretrained)
 
 
 if __name__ == "__main__":

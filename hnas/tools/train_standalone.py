@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import paddle
@@ -29,8 +30,7 @@ from hnas.base.settings import check_same_settings
 from hnas.dataset.image_store import sample_digest
 from hnas.dataset.loader import EpochLoader, EvalLoader
 from hnas.dataset.transforms import TrainTransform
-from hnas.evaluation.reference import evaluate_network
-from hnas.evaluation.results import MOST_IMAGES, warn_if_guessing
+from hnas.evaluation.results import MOST_IMAGES
 from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.programs.flags import Stage, default_of
@@ -50,7 +50,8 @@ from hnas.search_space import Architecture
 from hnas.utils.hapi_wrapper import StandaloneModel
 from hnas.utils.starting import describe_run
 from hnas.utils.training import fit, prepare
-from hnas.weights.checkpoint import RUN_NOTE, SET_NAME, remove_set
+from hnas.utils.validation import network_accuracy
+from hnas.weights.checkpoint import RUN_NOTE, SET_NAME, STATES, remove_set
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def train_one(
     classes = len(loader.dataset.images.classes)
     space = space_of(options)
     code = folder.name
-    begun = "auto" if folder.exists() else ""
+    begun = "auto" if any(folder.glob(f"*{STATES}")) else ""
     own = replace(options, arch=code, save_dir=str(folder), resume=begun)
     seed_generators(options.seed)
     # Paddle numbers the layers and velocities that a process makes and saves them by these
@@ -189,15 +190,15 @@ def train_one(
         network = ResNet(space.plan(arch), classes)
         model = StandaloneModel(network, code)
         prepare(model, own, len(loader))
-        fit(model, own, loader)
-    counts = evaluate_network(network, val)
-    warn_if_guessing(counts, classes, "the network")
+        measure = partial(network_accuracy, network, val, classes)
+        fit(model, own, loader, measure)
+    found = measure()
     return {
-        "acc": int(counts.top1[0]) / counts.images,
+        "acc": found["top1"],
         "arch": arch.code,
         "seed": options.seed,
-        "top5": int(counts.top5[0]) / counts.images,
-        "images": counts.images,
+        "top5": found["top5"],
+        "images": len(val.dataset),
         "epochs": options.max_epoch,
         "loss": read_json(folder / "history.json")["epoch_losses"][-1],
         "macs": space.macs(arch, options.image_size, classes),

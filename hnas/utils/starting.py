@@ -31,6 +31,7 @@ from hnas.weights.checkpoint import (
     restore_generators,
 )
 from hnas.weights.loading import (
+    PARAMS,
     Checkpoint,
     backbone_weights,
     check_classes,
@@ -152,7 +153,7 @@ def describe_run(options: Options, loader: EpochLoader) -> dict:
 def resume(
     model: ResumableModel, options: Options, run: Mapping, steps: int
 ) -> tuple[int, int, str, Mapping | None]:
-    """Restore the newest checkpoint of the folder that ``--resume`` names.
+    """Restore the set that ``--resume`` names, or the newest one of the folder that it names.
 
     ``run``, :func:`describe_run`'s, is compared with the checkpoint's; an epoch has ``steps``.
 
@@ -210,8 +211,8 @@ NONSENSE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 
 
 def find_set(options: Options) -> Path | None:
-    """The newest set, without suffix, of the run that began last in the folder that ``--resume``
-    names; None: start anew.
+    """The set that ``--resume`` names, without suffix, or the newest one of the run that began last
+    in the folder that it names; None: start anew.
 
     If that run was killed before its first save, the sets in the folder are an earlier run's:
     ``auto`` leaves them alone, and a folder's name asks for them.
@@ -221,6 +222,8 @@ def find_set(options: Options) -> Path | None:
     """
     if not options.resume:
         return None
+    if (stem := named_set(options)) is not None:
+        return stem
     auto = options.resume == "auto"
     folder = options.save_dir if auto else options.resume
     run_id = noted_run(folder)
@@ -244,6 +247,12 @@ def find_set(options: Options) -> Path | None:
     return None
 
 
+def named_set(options: Options) -> Path | None:
+    """The one set that ``--resume`` names, also by its weights; None: no set or a folder."""
+    stem = options.resume.removesuffix(PARAMS)
+    return Path(stem) if Path(f"{stem}{STATES}").is_file() else None
+
+
 def check_progress(progress: Mapping) -> None:
     """Check position, losses, figures and settings of a ``.pdstates``.
 
@@ -259,12 +268,6 @@ def check_progress(progress: Mapping) -> None:
             raise TypeError(f"{parts} is no array of float64")
         if values.shape != (number,) or not np.isfinite(values).all():
             raise ValueError(f"{parts} are not {number} finite numbers")
-    for name, like in (("epoch_norms", "epoch_losses"), ("step_norms", "step_losses")):
-        values = losses.get(name, losses[like])
-        if not isinstance(values, np.ndarray) or values.dtype != np.float64:
-            raise TypeError(f"{name} is no array of float64")
-        if values.shape != losses[like].shape:
-            raise ValueError(f"{name} are not as many as {like}")
     seconds = losses["seconds"]
     if type(seconds) is not float or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r:.40}")

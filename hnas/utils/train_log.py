@@ -1,4 +1,4 @@
-"""What a run of training says of itself: log lines, losses and norms of epochs, curves."""
+"""What a run of training says of itself: log lines, losses of epochs, curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -28,7 +28,7 @@ LARGEST_RISE = np.array([2.0, 10.0])
 
 
 class TrainLogger:
-    """A line every ``log_freq`` steps and at an epoch's end; keeps the mean loss of each epoch.
+    """A line every ``log_freq`` steps, two at an epoch's end; keeps the mean loss of each epoch.
 
     Losses are read from the device when a line is due or a checkpoint is about to be written,
     and checked then, so a step never waits for its loss and no checkpoint follows a bad one.
@@ -39,16 +39,15 @@ class TrainLogger:
     curves = None
     guess_loss = 0.0
     """As :class:`ResumableModel` has it."""
+    advice: Callable[[], str] = str
+    """What to do where training broke, for the end of an error."""
 
     def __init__(self, log_freq: int, epochs: int, steps: int, batch: int):
         self.log_freq, self.epochs, self.steps, self.batch = log_freq, epochs, steps, batch
         self.epoch_losses: list[float] = []
-        self.epoch_norms: list[float] = []
-        """Mean norms of epochs' gradients; NaN: of an earlier version, which did not know them."""
         self.validation: dict[int, Figures] = {}
         """What was measured after epochs, from 0."""
         self._losses: list[float] = []
-        self._norms: list[float] = []
         self._first: np.ndarray | None = None
         """Loss and gradient norm of the first step of this process."""
         self._warned = -1
@@ -63,8 +62,6 @@ class TrainLogger:
         return {
             "epoch_losses": np.array(self.epoch_losses, np.float64),
             "step_losses": np.array(self._losses, np.float64),
-            "epoch_norms": np.array(self.epoch_norms, np.float64),
-            "step_norms": np.array(self._norms, np.float64),
             "seconds": self._seconds(),
             "validation": self._validation_rows(),
         }
@@ -74,12 +71,7 @@ class TrainLogger:
         self.epoch_losses = state["epoch_losses"].tolist()
         self._losses = state["step_losses"].tolist()
         self._earlier_seconds = state["seconds"]
-        # Checkpoints of earlier versions have no norms and no figures.
-        losses = {"epoch_norms": self.epoch_losses, "step_norms": self._losses}
-        self.epoch_norms, self._norms = (
-            state.get(name, np.full(len(values), np.nan)).tolist()
-            for name, values in losses.items()
-        )
+        # Checkpoints of earlier versions have no figures.
         rows = [dict(row) for row in state.get("validation", [])]
         self.validation = {row.pop("epoch"): row for row in rows}
 
@@ -88,15 +80,13 @@ class TrainLogger:
         losses, by = self.epoch_losses, "epoch_losses"
         best = int(np.argmin(losses)) if losses else None
         # Validation images tell more than losses, and their ranking tells most.
-        for name in ("largest_top1", "kendall_tau_b"):
+        for name in ("top1", "largest_top1", "kendall_tau_b"):
             figures = [(row.get(name), -epoch) for epoch, row in self.validation.items()]
             known = [figure for figure in figures if figure[0] is not None]
             if known:
                 best, by = -max(known)[1], name
-        norms = [None if math.isnan(norm) else norm for norm in self.epoch_norms]
-        found = {"epoch_losses": losses, "epoch_gradient_norms": norms, "best_epoch": best}
-        found["best_by"] = by
-        found["seconds"] = round(self._seconds(), 1)
+        seconds = round(self._seconds(), 1)
+        found = {"epoch_losses": losses, "best_epoch": best, "best_by": by, "seconds": seconds}
         return {**found, "validation": self._validation_rows()} if self.validation else found
 
     def _seconds(self) -> float:
@@ -129,12 +119,15 @@ class TrainLogger:
     def end_epoch(self) -> None:
         """Keep the epoch's mean loss."""
         self.epoch_losses.append(sum(self._losses) / len(self._losses))
-        # A loss scaled for half precision skips steps whose gradients are not finite.
-        finite = [norm for norm in self._norms if math.isfinite(norm)]
-        self.epoch_norms.append(sum(finite) / len(finite) if finite else math.nan)
-        self._losses, self._norms = [], []
-        if is_main_process():
-            logger.info("epoch %d: peak memory %s", self.epoch + 1, peak_memory())
+        self._losses = []
+
+    def tell_progress(self) -> None:
+        """Say how far the run is, and when it will end at the pace that it had until now."""
+        done, gone = self.epoch + 1, self._seconds()
+        left = gone / done * (self.epochs - done)
+        told = "run: epoch %d of %d done, %s gone, about %s left; peak memory %s"
+        times = (datetime.timedelta(seconds=round(seconds)) for seconds in (gone, left))
+        logger.info(told, done, self.epochs, *times, peak_memory())
 
     def read_losses(self) -> None:
         """Fetch and check the losses since the last call, means over ranks, which all call this."""
@@ -143,10 +136,8 @@ class TrainLogger:
             loss = float(logs["loss"])
             if not math.isfinite(loss):
                 raise self.diverged(f"loss is {loss}", step, logs)
-            norm = float(logs["norm"])
             self._losses.append(loss)
-            self._norms.append(norm)
-            self._line.append((loss, float(logs["top1"]), norm))
+            self._line.append((loss, float(logs["top1"]), float(logs["norm"])))
         self._unread.clear()
 
     def _average(self) -> None:
@@ -169,7 +160,7 @@ class TrainLogger:
         code = (codes or [logs["arch"]])[0]
         return UserError(
             f"{what} at epoch {self.epoch + 1} step {step + 1}, learning rate {logs['lr']:.6g}, "
-            f"sub-network {code}; earlier checkpoints are good: resume from them, lower lr"
+            f"sub-network {code}; {self.advice()}"
         )
 
     def _log_line(self, step: int, logs: Mapping) -> None:
@@ -180,22 +171,13 @@ class TrainLogger:
         loss, top1, norm = np.mean(self._line, axis=0).tolist()
         ips = since * self.batch / elapsed
         figures = {"loss": loss, "top1": top1, "gradient_norm": norm, "lr": logs["lr"], "ips": ips}
-        self._draw("train", figures, done)
+        self.draw("train", figures, done)
+        eta = datetime.timedelta(seconds=round(left * elapsed / since))
+        arch = "" if logs["arch"] == LARGEST else f" arch {logs['arch']}"
         logger.info(
-            "epoch %d/%d step %d/%d lr %.6f loss %.4f top1 %.4f norm %.3g ips %.1f images/s "
-            "data %.3f s/step eta %s%s",
-            self.epoch + 1,
-            self.epochs,
-            step + 1,
-            self.steps,
-            logs["lr"],
-            loss,
-            top1,
-            norm,
-            ips,
-            self._waited / since,
-            datetime.timedelta(seconds=round(left * elapsed / since)),
-            "" if logs["arch"] == LARGEST else f" arch {logs['arch']}",
+            f"epoch {self.epoch + 1}/{self.epochs} step {step + 1}/{self.steps} "
+            f"lr {logs['lr']:.6f} loss {loss:.4f} top1 {top1:.4f} norm {norm:.3g} "
+            f"ips {ips:.1f} images/s data {self._waited / since:.3f} s/step eta {eta}{arch}"
         )
 
     def _warn_if_breaking(self) -> None:
@@ -214,12 +196,8 @@ class TrainLogger:
                 *(*means, *self._first),
             )
 
-    def draw_validation(self, epochs: Iterable[int]) -> None:
-        """Points of what was measured after these epochs, at the step after which it was."""
-        for epoch in epochs:
-            self._draw("validation", self.validation[epoch], (epoch + 1) * self.steps)
-
-    def _draw(self, group: str, figures: Figures, done: int) -> None:
+    def draw(self, group: str, figures: Figures, done: int) -> None:
+        """A point of each figure, at the step after which it was found."""
         if self.curves is not None:
             for name, value in figures.items():
                 if value is not None:

@@ -7,11 +7,13 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from shlex import quote
 
 from hnas.base.errors import Stopped, UserError
 from hnas.base.files import remove_leftovers, write_json
 from hnas.dataset.image_folder import DataError
 from hnas.dataset.loader import EpochLoader
+from hnas.evaluation.counts import LogitsError
 from hnas.models.convolution import use_onednn
 from hnas.parallel.distributed import (
     GradientExchange,
@@ -31,13 +33,14 @@ from hnas.utils.hapi_wrapper import (
     momentum_optimizer,
     swinging_rate,
 )
-from hnas.utils.starting import describe_run, resume
+from hnas.utils.starting import describe_run, named_set, resume
 from hnas.utils.train_log import TrainLogger, curves_in
 from hnas.utils.validation import Figures, figures_text
 from hnas.weights.checkpoint import (
     RUN_NOTE,
     SET_NAME,
     generators_state,
+    newest_set,
     remove_set,
     restore_generators,
     save_training,
@@ -131,7 +134,7 @@ class Run:
         self.about = about_weights(options, loader)
         self.settings = {**describe_run(options, loader), **(files or {})}
         self.log = TrainLogger(options.log_freq, options.max_epoch, len(loader), loader.total_batch)
-        self.log.guess_loss = model.guess_loss
+        self.log.guess_loss, self.log.advice = model.guess_loss, self.advice
         found = resume(model, options, self.settings, len(loader))
         self.begun, self.first, self.run_id, losses = found
         if losses is not None:
@@ -147,7 +150,9 @@ class Run:
         if is_main_process():
             remove_leftovers(self.folder)
             write_json(self.folder / RUN_NOTE, {"run_id": self.run_id})
-        self.log.draw_validation(self.log.validation)
+        if named_set(self.options) is not None:
+            # As the newest: else --resume auto would go on from what this run leaves behind.
+            self.save(f"{begun}-{first}" if first else str(begun - 1), begun, first, {})
         if begun and not first and begun - 1 not in self.log.validation:
             # A kill came between the epoch's checkpoint and the end of its measurement.
             self.validate(begun - 1)
@@ -170,6 +175,7 @@ class Run:
             self.log.end_epoch()
             self.save_if_due(epoch + 1, 0, logs)
             self.validate(epoch)
+            self.log.tell_progress()
             first = 0
 
     def save_if_due(self, epoch: int, step: int, logs: Mapping) -> None:
@@ -220,13 +226,33 @@ class Run:
         if self.measure is None or not every or (epoch + 1) % every:
             return
         generators = generators_state()
-        figures = self.log.validation[epoch] = self.measure()
+        try:
+            figures = self.log.validation[epoch] = self.measure()
+        except LogitsError as error:
+            told = str(error).partition(";")[0]
+            raise UserError(f"after epoch {epoch + 1} {told}; {self.advice()}") from None
         restore_generators(generators)
-        self.log.draw_validation([epoch])
-        if is_main_process():
-            logger.info("epoch %d validation: %s", epoch + 1, figures_text(figures))
+        self.log.draw("validation", figures, (epoch + 1) * len(self.loader))
+        logger.info("epoch %d validation: %s", epoch + 1, figures_text(figures))
         self.write_history()
         barrier()
+
+    def advice(self) -> str:
+        """What to do where training broke: which checkpoint to go on from, if any, and how."""
+        options, validation = self.options, self.log.validation
+        remedy = f"--lr {options.lr / 3:.2g}" if options.clip_norm else "--clip_norm 10"
+        if not is_main_process():
+            return "the first process says what to do"  # it alone has measured
+        if options.arch:
+            return f"start anew with {remedy} and another --save_dir"
+        good = {str(e): row for e, row in validation.items() if row and "broken" not in row}
+        found = newest_set(self.folder, self.run_id, good)
+        if found is None:
+            anew = " without --resume," if options.resume else ""
+            return f"no checkpoint of this run is known to be good: start anew{anew} with {remedy}"
+        found_good = figures_text(good[found.name])
+        known = f"{found}.pdparams is this run's last good checkpoint ({found_good})"
+        return f"{known}: go on from it with --resume {quote(str(found))} {remedy}"
 
     def write_history(self) -> None:
         """Write ``history.json``: losses and figures so far."""

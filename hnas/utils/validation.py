@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from contextlib import suppress
 
 import numpy as np
 import paddle
@@ -13,9 +13,10 @@ from paddle import nn
 
 from hnas.architecture_file import IMAGENET30, note_on_imagenet30, read_truth
 from hnas.base.errors import UserError
-from hnas.dataset.image_folder import ImageList
+from hnas.dataset.image_folder import DataError, ImageList
 from hnas.dataset.loader import EvalLoader
 from hnas.evaluation.counts import Counts
+from hnas.evaluation.images import balanced_order
 from hnas.evaluation.reference import Batches, evaluate_network, evaluate_reference
 from hnas.evaluation.results import warn_if_guessing
 from hnas.evaluation.shared import SharedEvaluator
@@ -25,14 +26,18 @@ from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images, validation_images, validation_loader
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan, pearson
 from hnas.search_space import Architecture
+from hnas.weights.checkpoint import generators_state, restore_generators
 
 logger = logging.getLogger(__name__)
 
 FEWEST = 3
 """Architectures of which a ranking can be judged."""
 
+TRIED = 2000
+"""Validation images on which a pretrained network is tried, which tell its accuracy to 1.1 %."""
+
 Figures = dict[str, float | None]
-"""By name; None for one that is not defined."""
+"""By name; None for one that is not defined. ``broken``, 1, is there where training broke."""
 
 
 def measurement(
@@ -40,8 +45,9 @@ def measurement(
 ) -> Callable[[], Figures]:
     """What stage 2 measures: the extremes' accuracies and, with ``--rank_gt``, how well it ranks.
 
-    ``pretrained`` is the plain largest network, which the supernet started from; ``frozen`` says
-    whether its BatchNorm is, and ``train`` are the training images, for re-calibration.
+    ``pretrained`` is the plain largest network, which the supernet started from, and which is tried
+    now; ``frozen`` says whether its BatchNorm is, and ``train`` are the training images, for
+    re-calibration.
 
     Raises:
         UserError: validation images or ``--rank_gt`` cannot be used.
@@ -49,7 +55,7 @@ def measurement(
     images = validation_images(options, train)
     loader = validation_loader(options, images)
     calibration = calibration_images(options, frozen, train)
-    at_first = cache(lambda: evaluate_network(pretrained, loader))
+    at_first = try_pretrained(options, pretrained, images)
     truth = read_ranked(options, network) if options.rank_gt else {}
     share = share_of(options, images, loader) if truth else ()
     # What a part of a training step has, which keeps as many activations.
@@ -66,44 +72,83 @@ def extremes(
     network: ElasticResNet,
     loader: Batches,
     calibration: paddle.Tensor | None,
-    at_first: Callable[[], Counts],
+    at_first: Counts,
 ) -> Figures:
     """Top-1 accuracy of the largest and the smallest sub-network; a warning where training broke.
 
     ``calibration`` are uint8 images [N, 3, H, W] to re-calibrate BatchNorm with, None: at running
-    statistics. ``at_first`` gives the hits of the network that the supernet started from.
+    statistics. ``at_first`` are the hits of the network that the supernet started from.
     """
     largest, smallest = (
         evaluate_reference(network, [arch], loader, calibration)
         for arch in (network.space.largest(), network.space.smallest())
     )
     guesses = warn_if_guessing(largest, network.num_classes, "the largest sub-network")
-    # Where it is right about half of the images, it cannot be below half of another's.
-    if not guesses and 2 * largest.top1[0] < largest.images:
-        warn_if_broken(largest, at_first())
+    broken = guesses or warn_if_broken(largest, at_first)
     return {
         "largest_top1": float(largest.accuracy()[0]),
         "smallest_top1": float(smallest.accuracy()[0]),
+        **({"broken": 1.0} if broken else {}),
     }
 
 
-def warn_if_broken(largest: Counts, at_first: Counts) -> None:
-    """Warn where the largest sub-network is right less than half as often as the pretrained one.
+def warn_if_broken(largest: Counts, at_first: Counts) -> bool:
+    """Warn where the largest sub-network is right less than half as often as the pretrained one;
+    gives whether it did.
 
     Training at frozen statistics can break without a loss that is not finite, and scores of such a
     supernet look like any other. What few images may do by chance is passed over.
     """
-    hits, before, images = largest.top1[0], at_first.top1[0], largest.images
+    hits, images = largest.top1[0], largest.images
+    before = at_first.top1[0] * images / at_first.images
     half = before / 2
-    if hits < half - 3 * math.sqrt(half * (1 - half / images)):
+    broken = bool(hits < half - 3 * math.sqrt(half * (1 - half / images)))
+    if broken:
         logger.warning(
             "the largest sub-network is right about %d of %d images, the pretrained network about "
             "%d: a ranking by such a supernet is worth little; if the next epoch is no better, "
-            "start again with a lower --lr, or with --clip_norm",
-            hits,
-            images,
-            before,
+            "start again with --clip_norm 10 or, where that is so, a third of the --lr",
+            *(hits, images, before),
         )
+    return broken
+
+
+def network_accuracy(network: nn.Layer, loader: Batches, classes: int) -> Figures:
+    """What pretrain and train_standalone measure in the main process: one network's accuracies,
+    with a warning where it guesses among so many ``classes``."""
+    if not is_main_process():
+        return {}
+    counts = evaluate_network(network, loader)
+    broken = {"broken": 1.0} if warn_if_guessing(counts, classes, "the network") else {}
+    top1, top5 = counts.accuracy()[0], counts.top5_accuracy()[0]
+    return {"top1": float(top1), "top5": float(top5), **broken}
+
+
+def try_pretrained(options: Options, network: nn.Layer, images: ImageList) -> Counts | None:
+    """Tell how good the pretrained network is on some images, and give its hits: in the main
+    process. A warning where it guesses, or is wrong mostly, as is most of what it teaches then.
+
+    Raises:
+        UserError: an image cannot be decoded, or logits are not finite.
+    """
+    if not is_main_process():
+        return None
+    generators, name = generators_state(), f"the pretrained network {options.pretrained}"
+    loader = validation_loader(options, images, balanced_order(images.labels, 0)[:TRIED])
+    counts = evaluate_network(network, loader, who=name)
+    restore_generators(generators)  # training draws as it would without this
+    hits, number = counts.top1[0], counts.images
+    logger.info("%s is right about %d of %d validation images", name, hits, number)
+    if not warn_if_guessing(counts, len(images.classes), name) and 2 * hits < number:
+        told = "%s is wrong about most images, so most of what it teaches is wrong: train it longer"
+        logger.warning(told, name)
+    return counts
+
+
+def try_where_possible(options: Options, network: nn.Layer, train: ImageList) -> None:
+    """:func:`try_pretrained` for stages that need no validation images, if there are some."""
+    with suppress(DataError):
+        try_pretrained(options, network, validation_images(options, train))
 
 
 def share_of(options: Options, images: ImageList, loader: EvalLoader) -> Batches:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -96,15 +96,18 @@ def read_progress(stem: str | Path) -> dict:
     return found
 
 
-def newest_set(folder: str | Path, run_id: str | None = None) -> Path | None:
+def newest_set(
+    folder: str | Path, run_id: str | None = None, names: Container[str] | None = None
+) -> Path | None:
     """The set in ``folder`` that was saved last and is whole, as a path without suffix.
 
-    With a ``run_id`` only that run's sets count. Each set has a larger number than those that were
-    there when it was saved; clocks may go back. One that a crash left unfinished, or that is
-    damaged, is passed over with a line in the log.
+    With a ``run_id`` only that run's sets count, with ``names`` only those that are called so. Each
+    set has a larger number than those that were there when it was saved; clocks may go back. One
+    that a crash left unfinished, or that is damaged, is passed over with a line in the log.
     """
     found = _sets(folder, log=True)
     own = [each for each in found if run_id in (None, each[1]["run_id"])]
+    own = [each for each in own if names is None or each[0].name in names]
     for stem, progress in sorted(own, key=lambda each: each[1]["number"], reverse=True):
         try:
             _check_whole(stem, progress)

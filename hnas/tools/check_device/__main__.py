@@ -5,6 +5,11 @@ Whatever a check does to the device, or the device to it, other processes' check
 
 from __future__ import annotations
 
+from hnas.base.errors import hold_signals, run_main
+
+if __name__ == "__main__":
+    hold_signals()  # before Paddle is imported below
+
 import json
 import os
 import signal
@@ -18,7 +23,6 @@ from pathlib import Path
 
 from hnas.base.command_line import OneLineParser, read_bool, read_path
 from hnas.base.device import cpu_threads, visible_gpus
-from hnas.base.errors import run_main
 from hnas.base.files import check_output, print_text, write_text
 from hnas.tools.check_device.rows import FAILED, NOT_HERE, PASSED, Machine, Result, tell
 
