@@ -18,5 +18,5 @@ echo "data $(($(date +%s) - began))" >"$demo/seconds.txt"
 # All else is as the defaults of local_own.sh say. A mirrored digit is not that digit.
 export python="$venv_python" image_dir="$demo/data" save_dir="$demo" backbone=resnet48_mini
 export image_size=32 batch_size=32 flip_prob=0 num_workers=0 use_tensor_dataset=True log_freq=45
-export codes=200 stage2_clip_norm=0
+export codes=200
 exec sh local_own.sh

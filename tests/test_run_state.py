@@ -23,6 +23,7 @@ from hnas.base.errors import UserError
 from hnas.base.files import read_json, write_json
 from hnas.dataset.image_folder import DataError
 from hnas.evaluation.counts import LogitsError
+from hnas.programs.flags import AUTO
 from hnas.programs.options import Options
 from hnas.utils import starting, training
 from hnas.utils.hapi_wrapper import ResumableModel
@@ -244,12 +245,12 @@ GOOD = ".pdparams is this run's last good checkpoint (top1 0.9000): go on from i
 @pytest.mark.parametrize(
     ("measured", "flags", "advice"),
     [
-        (None, {}, f"{ANEW} without --resume, with --clip_norm 10"),
-        (None, {"resume": ""}, f"{ANEW} with --clip_norm 10"),
+        (None, {}, f"{ANEW} without --resume, with --clip_norm auto"),
+        (None, {"resume": ""}, f"{ANEW} with --clip_norm auto"),
         ((BROKEN, BROKEN), {"clip_norm": 9.0}, f"{ANEW} without --resume, with --lr 3.3e+29"),
-        ((SOUND, SOUND), {}, f"RUN/1{GOOD} RUN/1 --clip_norm 10"),
-        ((SOUND, BROKEN), {"save_steps": 1}, f"RUN/0{GOOD} RUN/0 --clip_norm 10"),
-        ((SOUND, SOUND), {"arch": "1"}, "start anew with --clip_norm 10 and another --save_dir"),
+        ((SOUND, SOUND), {}, f"RUN/1{GOOD} RUN/1 --clip_norm auto"),
+        ((SOUND, BROKEN), {"save_steps": 1}, f"RUN/0{GOOD} RUN/0 --clip_norm auto"),
+        ((SOUND, SOUND), {"arch": "1"}, "start anew with --clip_norm auto and another --save_dir"),
     ],
 )
 def test_a_loss_that_is_not_finite_leaves_what_was_saved_and_says_how_to_go_on(
@@ -269,9 +270,11 @@ def test_a_loss_that_is_not_finite_leaves_what_was_saved_and_says_how_to_go_on(
         assert all(np.isfinite(value).all() for value in read_weights(path).values())
 
 
-def test_logits_that_are_not_finite_are_told_in_the_same_way(train):
-    with pytest.raises(UserError, match="^after epoch 2 the network gives .*run/0 --clip_norm 10$"):
-        train(8, measure=measures(SOUND, LogitsError("the network", 3, 10)))
+@pytest.mark.parametrize(("clip_norm", "remedy"), [(0, "auto"), (AUTO, r"[\d.e-]+")])
+def test_logits_that_are_not_finite_are_told_in_the_same_way(train, clip_norm, remedy):
+    message = f"^after epoch 2 the network gives .*run/0 --clip_norm {remedy}$"
+    with pytest.raises(UserError, match=message):
+        train(8, measure=measures(SOUND, LogitsError("the network", 3, 10)), clip_norm=clip_norm)
 
 
 @pytest.mark.parametrize("ending", ["", ".pdparams"])

@@ -278,4 +278,4 @@ def test_a_run_that_breaks_is_told_once_within_its_epoch(rows, guess, warnings, 
     told = [message for message in caplog.messages if "training is breaking" in message]
     rising = "training is breaking: loss 68 and gradient norm 900 after 5.1 and 101 at the first"
     assert len(told) == warnings and (rows[1][0] != 68 or told[0].startswith(rising))
-    assert all("clip_norm 10, a longer warmup or a lower lr" in message for message in told)
+    assert all("clip_norm auto, a longer warmup or a lower lr" in message for message in told)

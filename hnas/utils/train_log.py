@@ -192,7 +192,7 @@ class TrainLogger:
             self._warned = self.epoch
             logger.warning(
                 "training is breaking: loss %.3g and gradient norm %.3g after %.3g and %.3g at the "
-                "first step; start anew with clip_norm 10, a longer warmup or a lower lr",
+                "first step; start anew with clip_norm auto, a longer warmup or a lower lr",
                 *(*means, *self._first),
             )
 

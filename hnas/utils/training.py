@@ -25,6 +25,7 @@ from hnas.parallel.distributed import (
     leave,
     world_size,
 )
+from hnas.programs.flags import AUTO
 from hnas.programs.options import Options
 from hnas.utils.hapi_wrapper import (
     GradientStep,
@@ -240,7 +241,11 @@ class Run:
     def advice(self) -> str:
         """What to do where training broke: which checkpoint to go on from, if any, and how."""
         options, validation = self.options, self.log.validation
-        remedy = f"--lr {options.lr / 3:.2g}" if options.clip_norm else "--clip_norm 10"
+        remedy = f"--lr {options.lr / 3:.2g}"
+        if options.clip_norm == AUTO:  # which follows the rate
+            remedy = f"--clip_norm {self.model.optimizer._grad_clip.clip_norm / 3:.2g}"
+        elif not options.clip_norm:
+            remedy = "--clip_norm auto"
         if not is_main_process():
             return "the first process says what to do"  # it alone has measured
         if options.arch:

@@ -107,7 +107,7 @@ def warn_if_broken(largest: Counts, at_first: Counts) -> bool:
         logger.warning(
             "the largest sub-network is right about %d of %d images, the pretrained network about "
             "%d: a ranking by such a supernet is worth little; if the next epoch is no better, "
-            "start again with --clip_norm 10 or, where that is so, a third of the --lr",
+            "start again with --clip_norm auto or, where that is so, a third of what it comes to",
             *(hits, images, before),
         )
     return broken
