@@ -107,16 +107,15 @@ def regret(pred: ArrayLike, gt: ArrayLike) -> float:
     return float(gt.max() - gt[pred == pred.max()].min())
 
 
-def mean_ranks(values: ArrayLike) -> np.ndarray:
-    """Rank of each of n values, 1 for the worst to n for the best; equal ones share their mean."""
-    _, option, counts = np.unique(with_ties(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[option]
-
-
 def rank_errors(pred: ArrayLike, gt: ArrayLike) -> np.ndarray:
-    """Predicted less true rank [n]: positive where an architecture is ranked too high."""
-    pred, gt = _pair(pred, gt)
-    return mean_ranks(pred) - mean_ranks(gt)
+    """Predicted less true rank [n]: positive where an architecture is ranked too high.
+
+    Rank 1 is the worst; equal ones share their mean.
+    """
+    from scipy.stats import rankdata
+
+    pred, gt = map(with_ties, _pair(pred, gt))
+    return rankdata(pred) - rankdata(gt)
 
 
 def correlations(
