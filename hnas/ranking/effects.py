@@ -86,23 +86,19 @@ def attribute(chosen: Mapping[str, np.ndarray], values: np.ndarray) -> dict:
     }
 
 
-def clear_effects(attribution: Mapping) -> list[tuple[str, float]]:
-    """Choices whose effect is not 0, at ``LEVEL``, and their effects, the largest first."""
-    found = [
-        (name, row["effect"])
+def largest_effect(attribution: Mapping) -> tuple[str, float, str] | None:
+    """The largest effect that is not 0, at ``LEVEL``: ``depth of stage 2``, its size, and the
+    percentage that all explain."""
+    clear = {
+        name: row["effect"]
         for name, row in attribution["choices"].items()
         if row["p_value"] is not None and row["p_value"] < LEVEL
-    ]
-    return sorted(found, key=lambda choice: -abs(choice[1]))
-
-
-def largest_effect(attribution: Mapping) -> tuple[str, float, str] | None:
-    """The largest clear effect: ``depth of stage 2``, its size, and the percentage explained."""
-    clear = clear_effects(attribution)
+    }
     if not clear:
         return None
-    kind, stage = clear[0][0].rsplit(" ", 1)
-    return f"{kind} of stage {stage}", clear[0][1], f"{100 * attribution['explained']:.0f}"
+    largest = max(clear, key=lambda name: abs(clear[name]))
+    kind, stage = largest.rsplit(" ", 1)
+    return f"{kind} of stage {stage}", clear[largest], f"{100 * attribution['explained']:.0f}"
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
