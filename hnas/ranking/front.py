@@ -56,38 +56,27 @@ def difference_errors(folds: np.ndarray, images: int, index: int) -> np.ndarray:
     return errors
 
 
-def not_worse(accuracy: np.ndarray, difference_error: np.ndarray) -> np.ndarray:
-    """Which networks cannot be told from the best by the images that they were scored on.
+def as_good_as_best(accuracy: np.ndarray, folds: np.ndarray, images: int) -> np.ndarray:
+    """Which networks [n] cannot be told from the best by the images they were scored on; bool [n].
 
     Gupta's subset selection (Technometrics 7, 1965, pp. 225-245): a network stays if it is below
     the best by at most d standard errors of their difference, where d is such that the truly best
     of all n stays with probability ``CONFIDENCE``, however close the others are. So d grows with
     n: the best of many is always partly lucky.
 
-    Args:
-        accuracy: of all that compete [n].
-        difference_error: standard error of each one's distance to the best [n]; see
-            :func:`difference_errors`, which knows it from ``FOLDS`` folds.
-
-    Returns:
-        bool [n]; the best is always in.
+    ``folds`` and ``images`` are as in :func:`difference_errors`.
     """
-    below = accuracy.max() - accuracy
-    # The best's own error is 0 and others' may be infinite: nothing is known of them.
-    return (below <= 0) | (below <= student_value(len(accuracy)) * difference_error)
-
-
-def as_good_as_best(accuracy: np.ndarray, folds: np.ndarray, images: int) -> np.ndarray:
-    """Which networks [n] are :func:`not_worse`, by the hits that errors come from; bool [n]."""
+    below, value = accuracy.max() - accuracy, student_value(len(accuracy))
     group = np.full(len(accuracy), True)
     # Where several are the best, worse than none of them: the file's order is of no matter.
-    for best in np.flatnonzero(accuracy == accuracy.max()):
-        group &= not_worse(accuracy, difference_errors(folds, images, best))
+    for best in np.flatnonzero(below == 0):
+        # The best's own error is 0 and others' may be infinite: nothing is known of them.
+        group &= (below <= 0) | (below <= value * difference_errors(folds, images, best))
     return group
 
 
 def student_value(networks: int) -> float:
-    """The d of :func:`not_worse`: what Student's t exceeds as rarely as a normal variable the
+    """The d of :func:`as_good_as_best`: what Student's t exceeds as rarely as a normal variable the
     :func:`critical_value`, since errors are known from ``FOLDS`` folds."""
     return float(-stdtrit(FOLDS - 1, ndtr(-critical_value(networks))))
 
