@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from hnas.architecture_file import read_architectures
 from hnas.base.device import Arithmetic
-from hnas.base.files import remove_leftovers, write_json
+from hnas.base.files import write_json
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared, wanted_variant
 from hnas.evaluation.images import Batches, ScoredImages
@@ -36,12 +36,7 @@ from hnas.evaluation.results import (
 )
 from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import build_network
-from hnas.parallel.distributed import (
-    barrier,
-    is_main_process,
-    leave,
-    world_size,
-)
+from hnas.parallel.distributed import is_main_process, leave, world_size
 from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import IN_SCORING, check_chunk
 from hnas.programs.options import Options
@@ -84,10 +79,6 @@ def main() -> None:
     truth = read_ranked(options, network) if options.rank_gt else {}
     archs = listed | besides(listed, truth)
     checkpoint = start_from_checkpoint(network, options.ckpt_dir, images.classes)
-    save_dir = Path(options.save_dir)
-    if is_main_process():
-        remove_leftovers(save_dir)
-    barrier()
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     order = scored_order(options, images)
     if options.score_function:
@@ -106,7 +97,7 @@ def main() -> None:
         decoded, digest = decoded_images(options, images, order), checkpoint.digest
         counts = score(options, network, archs, decoded, digest, calibration, arithmetic, part)
     if is_main_process() and part is None:
-        write_results(save_dir, listed, counts.first(len(listed)))
+        write_results(Path(options.save_dir), listed, counts.first(len(listed)))
         rank(options, truth, archs, counts.accuracy().tolist())
         warn_if_guessing(counts, len(images.classes), "the best sub-network")
     leave()

@@ -34,7 +34,14 @@ from hnas.base.device import (
     visible_gpus,
 )
 from hnas.base.errors import LINES, UserError
-from hnas.base.files import check_regular, check_writable, claim_folder, read_json, write_json
+from hnas.base.files import (
+    check_regular,
+    check_writable,
+    claim_folder,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from hnas.dataset.image_folder import (
     DataError,
     ImageList,
@@ -97,6 +104,7 @@ def start(options: Options, writes: bool = True, part: str = "", notes: bool = T
     join_processes(cpu=not on_gpu())
     if writes and is_main_process():
         claim_folder(options.save_dir, "--save_dir", part)
+        remove_leftovers(options.save_dir)
         if notes:
             note_run(options, arithmetic, part)
     seed_generators(options.seed)

@@ -42,7 +42,7 @@ from hnas.evaluation.results import (
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import build_network
-from hnas.parallel.distributed import barrier, from_main_process, is_main_process, leave
+from hnas.parallel.distributed import from_main_process, is_main_process, leave
 from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import IN_SCORING, check_chunk
 from hnas.programs.options import Options
@@ -90,10 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = {kind: most for kind, most in zip(UNITS, given, strict=True) if most}
     budget = Budget(space, options.image_size, len(images.classes), limits, latency)
     save_dir = Path(options.save_dir)
-    if is_main_process():
-        for folder in (save_dir, *save_dir.glob("generation_*")):
-            remove_leftovers(folder)
-    barrier()
+    for folder in save_dir.glob("generation_*"):
+        remove_leftovers(folder)
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     logger.info("at most %s", budget)
     sizes = options.population, options.children, options.tournament

@@ -25,7 +25,7 @@ import paddle
 
 from hnas.architecture_file import read_accuracies, read_architectures
 from hnas.base.command_line import shown
-from hnas.base.files import read_json, remove_leftovers, write_json
+from hnas.base.files import read_json, write_json
 from hnas.base.settings import check_same_settings
 from hnas.dataset.image_store import sample_digest
 from hnas.dataset.loader import EpochLoader, EvalLoader
@@ -115,7 +115,6 @@ class Results:
     """
 
     def __init__(self, folder: Path, archs: Mapping[str, Architecture], settings: Mapping):
-        remove_leftovers(folder)
         self.path, run = folder / "results.json", folder / "run.json"
         self.names = {arch: name for name, arch in archs.items()}
         self.entries: dict[Architecture, dict] = {}
