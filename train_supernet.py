@@ -46,7 +46,6 @@ from hnas.programs.runtime import (
     decoded_images,
     require,
     scored_order,
-    space_of,
     start,
     validation_images,
 )
@@ -72,7 +71,7 @@ def main() -> None:
         raise UserError("--eval_engine reference runs in one process; shared runs in several")
     require(options, "ckpt_dir")
     check_chunk(options)
-    space = space_of(options)
+    space = options.space
     listed = architectures(options, space)
     images = validation_images(options)
     network = build_network(options.backbone, len(images.classes), space)

@@ -19,7 +19,7 @@ from hnas.parallel.distributed import world_size
 from hnas.programs.flags import AUTO, Stage
 from hnas.programs.memory_needs import IN_TRAINING, check_queue
 from hnas.programs.parsing import parse_options
-from hnas.programs.runtime import require, space_of, start, training_images, training_loader
+from hnas.programs.runtime import require, start, training_images, training_loader
 from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel, scaled_key_momentum
 from hnas.utils.SampleMethod import LargestSampler, RandomSampler
@@ -55,7 +55,7 @@ def main() -> None:
             "are among its negatives; give a third of the images at most",
             *(options.queue_size, len(images)),
         )
-    space = space_of(options)
+    space = options.space
     network = build_network(
         options.backbone,
         len(images.classes),

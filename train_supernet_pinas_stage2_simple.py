@@ -21,7 +21,7 @@ from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import IN_TRAINING
 from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options, refuse_contrastive
-from hnas.programs.runtime import require, space_of, start, training_images, training_loader
+from hnas.programs.runtime import require, start, training_images, training_loader
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
 from hnas.utils.starting import pretrained_network, start_from_checkpoint, start_from_pretrained
@@ -38,7 +38,7 @@ def main() -> None:
     start(options, writes=options.train_flag)
     require(options, "pretrained")
     images = training_images(options)
-    space = space_of(options)
+    space = options.space
     network = build_network(options.backbone, len(images.classes), space)
     teacher, digest = pretrained_network(options, images.classes, space)
     files = {"initial_weights": digest, "teacher": digest}

@@ -21,6 +21,7 @@ from hnas.programs.flags import (
     TRAINING,
     flag,
 )
+from hnas.search_space import SearchSpace, search_space
 
 MOST_EPOCHS = 100_000
 LARGEST_RATE = 1e30  # a float32 holds it, times any batch / 256
@@ -234,6 +235,11 @@ class Options:
     onednn: bool = machine(True, "training's convolutions by oneDNN on CPUs, if it works",
         stages=TRAINING)
     # fmt: on
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space that the flags describe."""
+        return search_space(self.backbone, self.sample_space)
 
     @property
     def initial_weights(self) -> str:

@@ -65,7 +65,6 @@ from hnas.parallel.distributed import (
 from hnas.programs.flags import AUTO
 from hnas.programs.memory_needs import batch_bytes, check_batch, check_shared_memory
 from hnas.programs.options import Options
-from hnas.search_space import SearchSpace, search_space
 
 logger = logging.getLogger(__name__)
 
@@ -182,11 +181,6 @@ def seed_generators(seed: int) -> None:
     paddle.seed(seed)
 
 
-def space_of(options: Options) -> SearchSpace:
-    """The search space that the flags describe."""
-    return search_space(options.backbone, options.sample_space)
-
-
 def require(options: Options, *names: str) -> None:
     """Refuse empty values of flags that a stage cannot do without.
 
@@ -238,7 +232,7 @@ def training_loader(options: Options, images: ImageList, transform: Callable) ->
     Raises:
         UserError: a batch takes more memory than there is.
     """
-    check_batch(options, space_of(options))
+    check_batch(options, options.space)
     steps = len(images) // (options.batch_size * world_size())
     check_shared_memory(batch_bytes(options), steps, options.num_workers)
     pixels = _stored(options, images) if options.use_tensor_dataset else None

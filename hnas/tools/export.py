@@ -54,7 +54,6 @@ from hnas.programs.runtime import (
     note_run,
     require,
     scored_order,
-    space_of,
     start,
     training_crops,
     validation_images,
@@ -78,7 +77,7 @@ def main(argv=None) -> None:
     arithmetic = start(options, notes=False)
     checkpoint = read_checkpoint(options.ckpt_dir)
     arch, name, stated = find_architecture(options, checkpoint)
-    form, size, space = options.format, options.image_size, space_of(options)
+    form, size, space = options.format, options.image_size, options.space
     card_path = Path(options.save_dir) / CARD
     identity = {
         "arch": arch.code,
@@ -184,7 +183,7 @@ def open_source(
     Raises:
         UserError: it holds none, or images to re-calibrate with are asked for in vain.
     """
-    space, is_alone = space_of(options), "arch" in checkpoint.about
+    space, is_alone = options.space, "arch" in checkpoint.about
     if is_alone and options.bn_calibration_images not in (AUTO, 0):
         raise UserError(
             f"--bn_calibration_images {options.bn_calibration_images}, but {options.ckpt_dir} is "

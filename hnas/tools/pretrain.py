@@ -25,7 +25,6 @@ from hnas.programs.memory_needs import IN_TRAINING
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import (
     require,
-    space_of,
     start,
     training_images,
     training_loader,
@@ -48,7 +47,7 @@ def main() -> None:
     check_output(options.pretrained, "--pretrained")
     images = training_images(options)
     val = validation_images(options, images)
-    space = space_of(options)
+    space = options.space
     network = build_network(options.backbone, len(images.classes), space)
     network.start_as_shortcuts()
     model = DistillationModel(network, teacher=None, sampler=LargestSampler(space))

@@ -52,7 +52,6 @@ from hnas.programs.runtime import (
     decoded_images,
     require,
     scored_order,
-    space_of,
     start,
     validation_images,
 )
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arithmetic = start(options)
     require(options, "ckpt_dir")
     check_chunk(options)
-    space = space_of(options)
+    space = options.space
     images = validation_images(options)
     if latency is not None:
         latency.check({"num_classes": len(images.classes)})

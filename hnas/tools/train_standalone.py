@@ -39,7 +39,6 @@ from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import (
     seed_generators,
-    space_of,
     start,
     training_images,
     training_loader,
@@ -178,7 +177,7 @@ def train_one(
         Its entry of ``results.json``.
     """
     classes = len(loader.dataset.images.classes)
-    space = space_of(options)
+    space = options.space
     code = folder.name
     begun = "auto" if any(folder.glob(f"*{STATES}")) else ""
     own = replace(options, arch=code, save_dir=str(folder), resume=begun)
