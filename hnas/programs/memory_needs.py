@@ -65,16 +65,7 @@ def batch_bytes(options: Options) -> int:
 
 
 def refuse_too_much(need: int, free: int, what: str, instead: str) -> None:
-    """Say that memory will not do before it is asked for.
-
-    Args:
-        need, free: bytes; ``need`` is the least that will do.
-        what: needs it, as the start of a sentence.
-        instead: what to do.
-
-    Raises:
-        UserError: it is more than there is.
-    """
+    """Refuse ``what``, of which at least ``need`` bytes are not ``free``; ``instead``: what to do."""
     if need > free:
         raise UserError(f"{what} needs {gib(need)} at least, and {gib(free)} are free; {instead}")
 
@@ -87,13 +78,10 @@ def check_chunk(options: Options) -> None:
 
 
 def check_shared_memory(size: int, batches: int, num_workers: int) -> None:
-    """Loader processes, which die of a bus error where /dev/shm is too small.
+    """Loader processes, which die of a bus error where /dev/shm is too small, as Docker's 64 MiB.
 
-    Docker gives 64 MiB. All processes of a machine share it.
-
-    Args:
-        size: bytes of a batch, which one of them hands over at a time.
-        batches: that there are in all.
+    All processes of a machine share it. One hands over a batch of ``size`` bytes at a time, of so
+    many ``batches`` in all.
     """
     free = shared_bytes()
     need = min(PREFETCHED * num_workers, batches) * size * local_ranks()
