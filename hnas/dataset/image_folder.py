@@ -105,7 +105,7 @@ def scan_images(
         if logger.isEnabledFor(logging.INFO):  # of several processes one tells
             _tell_transparent(images)
         if verify or bad_images == "skip":
-            images = _leave_out_bad(images, _bad_images(images), bad_images)
+            images = _leave_out_bad(images, bad_images)
     except OSError as error:
         raise DataError(
             f"cannot read {error.filename or folder}: {error.strerror or error}"
@@ -162,29 +162,9 @@ def _has_transparency(path: Path) -> bool:
         return False  # what is wrong with it is said when it is decoded
 
 
-def _bad_images(images: ImageList) -> dict[Path, str]:
-    """Why an image cannot be decoded, by its path, for those that cannot."""
-
-    def check(path: Path) -> str:
-        try:
-            decode_image(path)
-        except DataError as error:
-            return str(error).removeprefix(f"cannot decode image {path}: ")
-        return ""
-
-    reasons = on_all_cores(check, images.paths, f"verifying {images.folder}")
-    return {path: reason for path, reason in zip(images.paths, reasons, strict=True) if reason}
-
-
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/pinas`` or ``~/.cache/pinas``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pinas"
-
-
-def stamp_of(path: str | Path) -> list[int]:
-    """Modification time (ns) and size (bytes), which change when a file does."""
-    status = os.stat(path)
-    return [status.st_mtime_ns, status.st_size]
 
 
 def on_all_cores(
@@ -209,22 +189,31 @@ def on_all_cores(
             raise
 
 
-def _leave_out_bad(images: ImageList, bad: dict[Path, str], bad_images: str) -> ImageList:
+def _fault(path: Path) -> str:
+    """Why an image cannot be decoded; empty: it can."""
+    try:
+        decode_image(path)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _leave_out_bad(images: ImageList, bad_images: str) -> ImageList:
+    faults = [*on_all_cores(_fault, images.paths, f"verifying {images.folder}")]
+    bad = [path for path, fault in zip(images.paths, faults, strict=True) if fault]
     if not bad:
         return images
-    listed = ", ".join(str(path) for path in list(bad)[:LISTED])
-    listed += ", ..." if len(bad) > LISTED else ""
+    listed = ", ".join(map(str, bad[:LISTED])) + (", ..." if len(bad) > LISTED else "")
     if bad_images == "fatal":
-        for path, reason in bad.items():
-            logger.warning("cannot decode image %s: %s", path, reason)
+        for fault in filter(None, faults):
+            logger.warning("%s", fault)
         raise DataError(
             f"{len(bad)} images cannot be decoded: {listed}; replace or remove them, or pass "
             "--bad_images skip"
         )
     told = "left out %d of %d images, which cannot be decoded: %s; --bad_images fatal says why"
     logger.warning(told, len(bad), len(images), listed)
-    kept = [index for index, path in enumerate(images.paths) if path not in bad]
-    left = images.select(kept)
+    left = images.select([index for index, fault in enumerate(faults) if not fault])
     for label in set(range(len(images.classes))) - set(left.labels.tolist()):
         raise DataError(f"no image of class {images.classes[label]!r} can be decoded")
     return left
@@ -260,10 +249,12 @@ def list_hash(
     for index in order:
         path = images.paths[index]
         try:
-            stamp = stamp_of(path)
+            status = os.stat(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-        digest.update(os.fsencode(f"{images.name(path)}\0{stamp if times else stamp[1]}\n"))
+        size = status.st_size
+        stamp = [status.st_mtime_ns, size] if times else size
+        digest.update(os.fsencode(f"{images.name(path)}\0{stamp}\n"))
     return digest.hexdigest()
 
 
