@@ -70,11 +70,6 @@ def fold_sizes(images: int) -> np.ndarray:
     return (images + FOLDS - 1 - np.arange(FOLDS)) // FOLDS
 
 
-def halvings() -> np.ndarray:
-    """Which folds are in the first half, for each way of halving them; bool [FOLDS - 1, FOLDS]."""
-    return hadamard(FOLDS)[1:] < 0
-
-
 def expected_agreement(folds: np.ndarray, images: int, of_images: int) -> Agreement | None:
     """Expected tau-b of the ranking by the first images with that by all images.
 
@@ -96,7 +91,7 @@ def expected_agreement(folds: np.ndarray, images: int, of_images: int) -> Agreem
         return None
     sizes = fold_sizes(images)
     taus = np.empty(FOLDS - 1)
-    for way, first in enumerate(halvings()):
+    for way, first in enumerate(hadamard(FOLDS)[1:] < 0):  # the folds of one half
         excess = excess_pairs(folds[:, first].sum(axis=1), folds[:, ~first].sum(axis=1))
         halves = int(sizes[first].sum()), int(sizes[~first].sum())
         taus[way] = corrected_for_length(excess / pairs, halves, images, of_images)
