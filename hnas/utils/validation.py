@@ -25,13 +25,11 @@ from hnas.parallel.distributed import is_main_process, rank, sum_over_ranks, wor
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images, validation_images, validation_loader
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan, pearson
+from hnas.ranking.findings import FEWEST
 from hnas.search_space import Architecture
 from hnas.weights.checkpoint import generators_state, restore_generators
 
 logger = logging.getLogger(__name__)
-
-FEWEST = 3
-"""Architectures of which a ranking can be judged."""
 
 TRIED = 2000
 """Validation images on which a pretrained network is tried, which tell its accuracy to 1.1 %."""
