@@ -173,10 +173,10 @@ def test_a_wrong_count_is_found_though_logits_agree():
     order = np.argsort(-logits, axis=1)
     top1, top5 = ((order[:, :k] == labels[:, None]).any(1).sum() for k in (1, 5))
     arguments = paddle.to_tensor(logits), paddle.to_tensor(logits), paddle.to_tensor(labels)
-    assert compare(*arguments, (top1, top5), Precision.FLOAT32).fault() == ""
-    wrong = compare(*arguments, (top1 + 1, top5), Precision.FLOAT32)
-    assert wrong.fault().startswith(f"{top1 + 1} top1 hits instead of {top1}")
-    assert "top5 hits" in compare(*arguments, (top1, top5 - 1), Precision.FLOAT32).fault()
+    assert compare(*arguments, (top1, top5), Precision.FLOAT32) == (0, "")
+    _, wrong = compare(*arguments, (top1 + 1, top5), Precision.FLOAT32)
+    assert wrong.startswith(f"{top1 + 1} top1 hits instead of {top1}")
+    assert "top5 hits" in compare(*arguments, (top1, top5 - 1), Precision.FLOAT32)[1]
 
 
 def test_hits_may_differ_where_a_margin_is_below_twice_the_difference():
@@ -189,18 +189,21 @@ def test_hits_may_differ_where_a_margin_is_below_twice_the_difference():
     def hits(logits, k):
         return (np.argsort(-logits, axis=1)[:, :k] == labels[:, None]).any(1)
 
-    result = compare(*tensors, (hits(found, 1).sum(), hits(found, 5).sum()), Precision.BFLOAT16)
-    assert result.fault() == ""
-    assert result.spread == pytest.approx(expected.astype(float).std())
-    assert result.largest == pytest.approx(np.abs(found - expected).max())
-    for name, k in (("top1", 1), ("top5", 5)):
+    def fault(*counted):
+        return compare(*tensors, counted, Precision.BFLOAT16)[1]
+
+    largest, right = np.abs(found - expected).max(), [hits(expected, k).sum() for k in (1, 5)]
+    relative, told = compare(*tensors, [hits(found, k).sum() for k in (1, 5)], Precision.BFLOAT16)
+    assert told == "" and relative == pytest.approx(largest / expected.astype(float).std())
+    for k, more in ((1, np.array([1, 0])), (5, np.array([0, 1]))):
         own = expected[np.arange(60), labels]
         others = [
             sorted(np.delete(row, label))[-k] for row, label in zip(expected, labels, strict=True)
         ]
-        near = np.abs(own - others) <= 2 * result.largest
+        near = np.abs(own - others) <= 2 * largest
         np.testing.assert_allclose(margins(expected, labels, k), np.abs(own - others))
-        assert result.hits[name][2] == near.sum()
+        assert not fault(*right + near.sum() * more)
+        assert f"explain {near.sum()}" in fault(*right + (near.sum() + 1) * more)
         assert not (hits(found, k) != hits(expected, k))[~near].any()
     # Five classes have no top-5 misses.
     assert np.isinf(margins(np.zeros((3, 5)), np.array([0, 1, 4]), 5)).all()

@@ -7,8 +7,6 @@ follows from how it rounds, and is measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import paddle
 
@@ -29,69 +27,43 @@ class EngineError(UserError):
     """The shared engine disagrees with the reference engine."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How far the logits of an engine are from the reference engine's on the same images.
-
-    Attributes:
-        precision: in which they were computed.
-        largest: the largest difference of two logits.
-        spread: standard deviation of the reference's logits.
-        hits: ``(counted, expected, uncertain)`` by name, ``top1`` and ``top5``. Uncertain are the
-            images whose hit or miss hangs on a margin of at most twice the largest difference;
-            all others must be as expected.
-    """
-
-    precision: Precision
-    largest: float
-    spread: float
-    hits: dict[str, tuple[int, int, int]]
-
-    @property
-    def relative(self) -> float:
-        """The largest difference in standard deviations of the logits."""
-        return self.largest / self.spread if self.spread else np.inf * self.largest
-
-    def fault(self) -> str:
-        """What rounding does not explain, in words; empty: nothing."""
-        allowed = self.precision.tolerance
-        if not self.largest <= allowed * self.spread:
-            return (
-                f"logits differ by up to {self.largest:.3g}, {self.relative:.2g} of their standard "
-                f"deviation, where {self.precision.value} explains {allowed:g}"
-            )
-        for name, (counted, expected, uncertain) in self.hits.items():
-            if abs(counted - expected) > uncertain:
-                return (
-                    f"{counted} {name} hits instead of {expected}, where differences of up to "
-                    f"{self.largest:.3g} explain {uncertain}"
-                )
-        return ""
-
-
 def compare(
     found: paddle.Tensor,
     expected: paddle.Tensor,
     labels: paddle.Tensor,
     counted: tuple[int, int],
     precision: Precision,
-) -> Comparison:
+) -> tuple[float, str]:
     """Compare an engine's logits with the reference engine's.
 
     Args:
         found, expected: logits [N, classes], finite.
         labels: int64 [N].
-        counted: top-1 and top-5 hits that the engine has counted.
+        counted: top-1 and top-5 hits that the engine has counted. They must be the expected ones
+            but for images whose hit or miss hangs on at most twice the largest difference.
         precision: of ``found``.
+
+    Returns:
+        The largest difference in standard deviations of the reference's logits; and what rounding
+        does not explain, in words; empty: nothing.
     """
     right, _ = count_hits(expected.unsqueeze(0), labels)
     logits = expected.numpy().astype(np.float64)
-    largest = float(np.abs(found.numpy() - logits).max())
-    hits = {}
-    for name, k, own in (("top1", 1, counted[0]), ("top5", 5, counted[1])):
-        near = margins(logits, labels.numpy(), k) <= 2 * largest
-        hits[name] = int(own), int(getattr(right, name)[0]), int(near.sum())
-    return Comparison(precision, largest, float(logits.std()), hits)
+    largest, spread = float(np.abs(found.numpy() - logits).max()), float(logits.std())
+    relative, allowed = largest / spread if spread else np.inf * largest, precision.tolerance
+    if not largest <= allowed * spread:
+        return relative, (
+            f"logits differ by up to {largest:.3g}, {relative:.2g} of their standard deviation, "
+            f"where {precision.value} explains {allowed:g}"
+        )
+    for k, own, (wanted,) in zip((1, 5), counted, (right.top1, right.top5), strict=True):
+        uncertain = (margins(logits, labels.numpy(), k) <= 2 * largest).sum()
+        if abs(own - wanted) > uncertain:
+            return relative, (
+                f"{own} top{k} hits instead of {wanted}, where differences of up to "
+                f"{largest:.3g} explain {uncertain}"
+            )
+    return relative, ""
 
 
 def margins(logits: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
@@ -141,7 +113,7 @@ def spot_check(
     network.activate(arch)
     largest = HALF_LARGEST if precision is Precision.FLOAT16 else LARGEST
     expected = network_logits(network, images, calibration, f"architecture {name}", largest)
-    fault = compare(found, expected, labels, counted, precision).fault()
+    _, fault = compare(found, expected, labels, counted, precision)
     if fault:
         raise EngineError(
             f"architecture {name}, shared engine against reference engine: {fault}; "

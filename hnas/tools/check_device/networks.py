@@ -172,10 +172,10 @@ def compare_walk(
         compare(own, paddle.to_tensor(logits), batch[1], hits, evaluator.precision)
         for own, logits, *hits in zip(found, right, counts.top1, counts.top5, strict=True)
     ]
-    faults = [fault for fault in (each.fault() for each in comparisons) if fault]
-    worst = float(np.max([each.relative for each in comparisons]))
-    note = faults[0] if faults else "logits, in their standard deviations; hits as they explain"
-    state = rows.FAILED if faults else rows.PASSED
+    differences, faults = zip(*comparisons, strict=True)
+    fault, worst = next(filter(None, faults), ""), float(np.max(differences))
+    note = fault or "logits, in their standard deviations; hits as they explain"
+    state = rows.FAILED if fault else rows.PASSED
     yield rows.Result(row, state, worst, evaluator.precision.tolerance, note)
 
 
