@@ -65,7 +65,7 @@ def batch_bytes(options: Options) -> int:
 
 
 def refuse_too_much(need: int, free: int, what: str, instead: str) -> None:
-    """Refuse ``what``, of which at least ``need`` bytes are not ``free``; ``instead``: what to do."""
+    """Refuse ``what`` that needs more bytes than are free, and say what to do ``instead``."""
     if need > free:
         raise UserError(f"{what} needs {gib(need)} at least, and {gib(free)} are free; {instead}")
 
