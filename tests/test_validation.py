@@ -82,15 +82,14 @@ def test_processes_share_the_images_and_find_the_same(supernet, truth, monkeypat
         index = paddle.to_tensor(order)
         return [(pixels[index], labels[index])]
 
-    whole = [(pixels, labels)]
-    alone = ranking(supernet, truth, share_of(Options(), range(41), whole), 7)
     monkeypatch.setattr(validation, "validation_loader", share_loader)
+    alone = ranking(supernet, truth, share_of(Options(), range(41)), 7)
     monkeypatch.setattr(validation, "world_size", lambda: 2)
     hits = []
     for number in range(2):
         monkeypatch.setattr(validation, "rank", lambda number=number: number)
         monkeypatch.setattr(validation, "sum_over_ranks", lambda own: hits.append(own) or sum(hits))
-        together = ranking(supernet, truth, share_of(Options(), range(41), whole), 7)
+        together = ranking(supernet, truth, share_of(Options(), range(41)), 7)
     assert together == alone and int(hits[0].sum()) > 0 and int(hits[1].sum()) > 0
 
 

@@ -14,7 +14,6 @@ from paddle import nn
 from hnas.architecture_file import IMAGENET30, note_on_imagenet30, read_truth
 from hnas.base.errors import UserError
 from hnas.dataset.image_folder import DataError, ImageList
-from hnas.dataset.loader import EvalLoader
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.images import balanced_order
 from hnas.evaluation.reference import Batches, evaluate_network, evaluate_reference
@@ -55,7 +54,7 @@ def measurement(
     calibration = calibration_images(options, frozen, train)
     at_first = try_pretrained(options, pretrained, images)
     truth = read_ranked(options, network) if options.rank_gt else {}
-    share = share_of(options, images, loader) if truth else ()
+    share = share_of(options, images) if truth else ()
     # What a part of a training step has, which keeps as many activations.
     batch = max(1, options.batch_size // options.accumulate)
 
@@ -149,10 +148,8 @@ def try_where_possible(options: Options, network: nn.Layer, train: ImageList) ->
         try_pretrained(options, network, validation_images(options, train))
 
 
-def share_of(options: Options, images: ImageList, loader: EvalLoader) -> Batches:
-    """Batches of this process's share of the images, all of which ``loader`` gives."""
-    if world_size() < 2:
-        return loader
+def share_of(options: Options, images: ImageList) -> Batches:
+    """Batches of this process's share of the images; of one process all."""
     share = np.arange(rank(), len(images), world_size())
     return validation_loader(options, images, share) if len(share) else ()
 
