@@ -38,7 +38,7 @@ from hnas.programs.runtime import scored_order
 from hnas.ranking.findings import notes_on_ranking
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.tools import draw_architectures
-from hnas.tools.choose import cost_label
+from hnas.tools.choose import conclusions
 from hnas.weights.loading import read_weights, write_state
 
 LONG, NAME = "9" * 30, "n" * 300
@@ -268,7 +268,9 @@ def test_names_that_are_no_text():
     one, other = (architectures_hash({n: RESNET48.largest()}) for n in ("\ud800", "\udcff"))
     assert one != other
     table = SimpleNamespace(about={"processor": "\ud800", "batch_size": 1, "threads": 1})
-    assert cost_label("latency", table) == "latency, ms (\\ud800, batch 1, 1 threads)"
+    row = {"name": "n", "arch": "1", "acc": 1.0, "latency": 2.0, "front": True, "group": True}
+    told = conclusions([row], 1, "latency", table)
+    assert "accuracy and latency, ms (\\ud800, batch 1, 1 threads)\n" in told
 
 
 END = """

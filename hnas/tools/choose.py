@@ -136,7 +136,10 @@ def conclusions(
     """What the table's marks mean, and the networks that one may want."""
     group = [row for row in chosen if row["group"]]
     front = sum(row["front"] for row in chosen)
-    cheapest = min(group, key=lambda row: row[cost])
+    cheapest, axis = min(group, key=lambda row: row[cost]), UNITS[cost]
+    if cost == "latency":
+        machine = "{processor}, batch {batch_size}, {threads} threads".format_map(latency.about)
+        axis = plain_text(f"latency, ms ({machine})")
 
     def line(what: str, row: Mapping) -> str:
         spent = f"{figure(cost, row[cost])} {UNITS[cost]}"
@@ -145,7 +148,7 @@ def conclusions(
     return "\n".join(
         [
             f"{len(chosen):,} of {scored:,} networks within the budget; +- is the standard error",
-            f"* {front:,} are on the Pareto front of accuracy and {cost_label(cost, latency)}",
+            f"* {front:,} are on the Pareto front of accuracy and {axis}",
             f"= {len(group):,} are not worse than the best by more than their noise: with about "
             f"{CONFIDENCE:.0%} the truly best is among them",
             line("best", chosen[0]),
@@ -205,15 +208,6 @@ def main(argv=None) -> None:
         write_json(options.out / "choice.json", content)
     shown = table(chosen, options.top, list(costs))
     print_text(f"{shown}\n\n{conclusions(chosen, len(scores.archs), cost, latency)}\n")
-
-
-def cost_label(kind: str, latency: LatencyTable | None) -> str:
-    """What the front's other axis is."""
-    if kind != "latency":
-        return UNITS[kind]
-    about = latency.about
-    machine = f"{about['processor']}, batch {about['batch_size']}, {about['threads']} threads"
-    return plain_text(f"latency, ms ({machine})")
 
 
 if __name__ == "__main__":
