@@ -122,20 +122,15 @@ def training_bytes(space: SearchSpace, options, batch: int) -> tuple[int, int]:
     return FLOAT * (floats + QUEUE), FLOAT * floats
 
 
-def memory_of(options) -> float:
-    """GiB of a card."""
-    return options.memory_gib or GPUS[options.gpu].memory_gib
-
-
 def largest_batch(space: SearchSpace, options) -> int:
     """Images a card that stages 1 and 2 train in ``USABLE`` of its memory; 0: not one."""
     empty, one = (max(training_bytes(space, options, batch)) for batch in (0, 1))
-    return max(0, int((USABLE * memory_of(options) * 2**30 - empty) / (one - empty)))
+    return max(0, int((USABLE * options.memory_gib * 2**30 - empty) / (one - empty)))
 
 
 def scored_chunk(space: SearchSpace, options, precision: Precision) -> int:
     """Images a walk scores, as stage 3 chooses them on a card that has all its memory free."""
-    memory = GPU_SHARE * memory_of(options) * 2**30
+    memory = GPU_SHARE * options.memory_gib * 2**30
     limit = choose_chunk(space, options.image_size, 0, memory, precision.bytes)
     return even_chunk(limit, options.images, options.gpus)
 
@@ -189,7 +184,7 @@ def assumptions(options, precision: Precision, rates: Rates) -> list[str]:
         "BatchNorm's scale and bias, for which Paddle has a GPU start a block of threads a channel",
         f"memory: training in float32, {options.batch_size} images a step and device, each "
         "convolution's output kept three times for the backward pass; libraries' own memory not "
-        f"counted, so a batch may take {USABLE:.0%} of {memory_of(options)} GiB; stage 3 takes "
+        f"counted, so a batch may take {USABLE:.0%} of {options.memory_gib} GiB; stage 3 takes "
         f"chunks of {GPU_SHARE:.0%}, and does not re-calibrate BatchNorm",
     ]
 
@@ -200,9 +195,9 @@ def conclusion(found: dict, batch: int, options) -> str:
     one, two, three, total = (
         f"{each:.1f} h" if each >= 1.5 else f"{60 * each:.0f} min" for each in (*hours, sum(hours))
     )
-    fits = f"the largest batch that fits {memory_of(options):g} GiB is {batch:,} a card"
+    fits = f"the largest batch that fits {options.memory_gib:g} GiB is {batch:,} a card"
     if not batch:
-        fits = f"at {options.image_size} px no batch fits {memory_of(options):g} GiB"
+        fits = f"at {options.image_size} px no batch fits {options.memory_gib:g} GiB"
     elif batch < options.batch_size:
         parts = math.ceil(options.batch_size / batch)
         fits += f": lower --batch_size {options.batch_size}, or train with --accumulate {parts}"
@@ -248,6 +243,7 @@ def parser() -> OneLineParser:
 
 def main(argv=None) -> None:
     options = parser().parse_args(argv)
+    options.memory_gib = options.memory_gib or GPUS[options.gpu].memory_gib
     precision = planned_precision(options)
     space = search_space(options.backbone)
     drawn = space.sample_many(np.random.default_rng(0), options.n_arch)
