@@ -54,14 +54,10 @@ def evaluation_identity(
 ) -> dict[str, str]:
     """What counts belong to: whatever they depend on besides their architectures.
 
-    All processes compute with the same ``backbone`` and ``arithmetic``.
-
-    Args:
-        checkpoint: SHA-256 of the supernet's weights' file.
-        images: to score on. Their hash is the main process's: modification times may differ where
-            every machine has its own copy. Names, sizes and pixels must be the same.
-        backbone, arithmetic: what computes.
-        calibration: uint8 images for BatchNorm re-calibration, or None.
+    All processes compute with the same ``backbone`` and ``arithmetic``. The hash of ``images`` is
+    the main process's: modification times may differ where every machine has its own copy, but
+    names, sizes and pixels must be the same. ``checkpoint`` is the SHA-256 of the supernet's file,
+    ``calibration`` uint8 images for BatchNorm re-calibration, or None.
     """
     same = images.copies, images.sample
     agree([int(digest[:15], 16) for digest in same], "the validation images")
@@ -96,12 +92,7 @@ class Saved(NamedTuple):
 def save_state(
     path: Path, identity: Mapping[str, str], chunk: int, counts: Counts, start: int = 0
 ) -> None:
-    """Write counts of the prefix or of one chunk, with what they belong to, in one step.
-
-    Args:
-        path: of the file.
-        identity: hashes of the checkpoint, the lists, ...
-        chunk, counts, start: as :class:`Saved` holds them.
+    """Write counts, as in :class:`Saved`, with the ``identity`` that they belong to, in one step.
 
     Raises:
         UserError: the file cannot be written; the earlier one is intact.
@@ -117,11 +108,7 @@ def save_state(
 
 
 def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Saved:
-    """What :func:`save_state` wrote.
-
-    Args:
-        path, identity: as there.
-        copies: an ``image_list`` that is as good as that of ``identity``.
+    """What :func:`save_state` wrote; an ``image_list`` of ``copies`` is as good as the identity's.
 
     Raises:
         StateError: it is gone, broken, of another checkpoint, image list, ..., or
@@ -191,12 +178,8 @@ def estimates(
 ) -> dict:
     """What ``estimates.json`` holds, which :func:`hnas.ranking.agreement.read_estimates` reads.
 
-    Args:
-        archs: by name.
-        counts: of their hits so far.
-        agreement: of their ranking with that by all images.
-        of_images: how many these are.
-        network: what was scored, where that is known.
+    ``agreement`` is that of the ranking so far with the one by all ``of_images`` images;
+    ``network`` is what was scored, where that is known.
     """
     accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
     rows = zip(archs.items(), accuracy, error, counts.folds.tolist(), strict=True)
@@ -241,14 +224,7 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
 
     Such scores look like any other: training broke without a loss that is not finite, or weights
     and images do not belong together. Few images that tell nothing are passed over.
-
-    Args:
-        counts: hits of the networks, at least one.
-        classes: how many there are.
-        what: the networks, for the message, such as "the largest sub-network".
-
-    Returns:
-        Whether it warned.
+    The message calls the networks ``what``. Gives whether it warned.
     """
     guessed = counts.images / classes
     # What guessing passes about once in a thousand times: three standard deviations.

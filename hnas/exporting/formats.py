@@ -86,11 +86,8 @@ def write_network(network: ResNet, folder: Path, form: str, size: int, about: Ma
 
 
 def read_network(folder: Path, form: str, strides: Sequence[int]) -> Callable:
-    """What was written, as ``predict.py`` runs it: from normalised images [N, 3, S, S] to logits.
-
-    Args:
-        strides: of the network's blocks.
-    """
+    """What was written of a network whose blocks have ``strides``, as ``predict.py`` runs it: from
+    normalised images [N, 3, S, S] to logits."""
     network = predict.LOADING[form](folder, {"strides": strides})
     return lambda x: paddle.to_tensor(network(x.numpy()))
 
@@ -237,12 +234,9 @@ def tell_loss(found: Found) -> None:
 
 
 def compare_with_scores(found: Found, name: str, stated: float, on_some: bool) -> None:
-    """Log whether the source is as accurate as a file of scores says.
+    """Log whether the source is as accurate as a file of scores has ``stated`` of its ``name``.
 
-    Args:
-        name: of the network in that file.
-        stated: its accuracy, a share of 1.
-        on_some: whether not all of the images were compared.
+    ``on_some`` says whether not all of the images were compared.
     """
     hits, images = int(found.counts.top1[0]), found.counts.images
     # Of a figure that was rounded to 0.1 % or finer, what that may have changed.
