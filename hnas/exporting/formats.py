@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import paddle
@@ -112,17 +113,6 @@ def _write_onnx(folder: Path) -> None:
     onnx.save(model, folder / FILES["onnx"][0])
 
 
-class _Batches:
-    """What onnxruntime calibrates by: an input of the network, as often as it asks for one."""
-
-    def __init__(self, images: paddle.Tensor):
-        batches = (images[at : at + CALIBRATED] for at in range(0, len(images), CALIBRATED))
-        self._inputs = ({INPUT: normalize(batch).numpy()} for batch in batches)
-
-    def get_next(self) -> dict | None:
-        return next(self._inputs, None)
-
-
 def quantize_onnx(folder: Path, images: paddle.Tensor) -> None:
     """Put the network in ``folder`` into int8; it still takes and gives float32.
 
@@ -137,12 +127,15 @@ def quantize_onnx(folder: Path, images: paddle.Tensor) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     path, merged = folder / FILES["onnx"][0], folder / "merged.onnx"
+    batches = (images[at : at + CALIBRATED] for at in range(0, len(images), CALIBRATED))
+    inputs = ({INPUT: normalize(batch).numpy()} for batch in batches)
+    reader = SimpleNamespace(get_next=lambda: next(inputs, None))  # all that onnxruntime asks for
     # Of weights 7 bits are used: CPUs without VNNI add up pairs of products in 16 bits.
     how = {"per_channel": True, "reduce_range": True, "activation_type": QuantType.QUInt8}
     try:
         # BatchNorm becomes part of the convolutions, or it would run in float32 between them.
         quant_pre_process(path, merged, skip_symbolic_shape=True)
-        quantize_static(merged, path, _Batches(images), **how)
+        quantize_static(merged, path, reader, **how)
     except Exception as error:
         raise UserError(f"onnxruntime cannot quantize the network: {error}") from None
     merged.unlink()
