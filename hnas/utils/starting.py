@@ -114,11 +114,9 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
     absent = [part for part in CONTRAST_PARTS if not any(n.startswith(part) for n in found)]
     if absent:
         logger.info("%s: as in a new run start %s", path, ", ".join(absent).replace(".", ""))
-    start = {**found}
-    for name in own:
-        if name.startswith(tuple(absent)):
-            start[name] = found.get(name.removeprefix("key_"), own[name])
-    load_weights(network, start, path)
+    lacking = [name for name in own if name.startswith(tuple(absent))]
+    new = {name: found.get(name.removeprefix("key_"), own[name]) for name in lacking}
+    load_weights(network, found | new, path)
     logger.info("stage 1 goes on with %d tensors of %s", len(found), path)
     return checkpoint.digest
 
