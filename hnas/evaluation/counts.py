@@ -15,14 +15,8 @@ NEAR = 1e-4
 
 
 class LogitsError(UserError):
-    """A network gives logits that are NaN or infinite, or would by rights; it has no accuracy.
-
-    Args:
-        who: the network, e.g. ``architecture 1552...``.
-        bad: images with such logits.
-        images: how many were looked at.
-        what: it gives, in words.
-    """
+    """``who``, a network, gives logits that are NaN or infinite, or would by rights, for ``bad`` of
+    the ``images`` that were looked at; it has no accuracy. ``what`` says in words what it gives."""
 
     def __init__(self, who: str, bad: int, images: int, what: str = "logits that are not finite"):
         super().__init__(
@@ -133,11 +127,9 @@ def count_hits(
 
 
 def by_fold(hits: np.ndarray, first: int) -> np.ndarray:
-    """Hits by fold; int64 [architectures, FOLDS].
+    """Hits, bool [architectures, N], by fold: int64 [architectures, FOLDS].
 
-    Args:
-        hits: whether each architecture is right about each image; bool [architectures, N].
-        first: how many images were counted before these.
+    ``first`` is how many images were counted before these.
     """
     architectures, images = hits.shape
     ahead = first % FOLDS
