@@ -203,7 +203,7 @@ def test_stage_one_goes_on_from_a_public_file(nets, images, tmp_path, monkeypatc
     with caplog.at_level("INFO"):
         run(train_supernet_pinas_stage1, monkeypatch, images, tmp_path / "out", **flags)
     assert f"stage 1 goes on with {len(contrast)} tensors" in caplog.text
-    assert "left" not in caplog.text
+    assert "left out" not in caplog.text
     after = read_weights(tmp_path / "out/final")
     # The one step's keys go where the pointer was; the others are the file's.
     same = np.all(after["queue"] == contrast["queue"], axis=0)
