@@ -36,12 +36,7 @@ from hnas.evaluation.results import (
 )
 from hnas.models.elastic import ElasticResNet
 from hnas.models.pinasv2 import build_network
-from hnas.parallel.distributed import (
-    barrier,
-    is_main_process,
-    leave,
-    world_size,
-)
+from hnas.parallel.distributed import barrier, is_main_process, leave, world_size
 from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import IN_SCORING, check_chunk
 from hnas.programs.options import Options
