@@ -27,7 +27,14 @@ from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import pretrain, search, train_standalone
 from hnas.utils import validation
-from hnas.utils.validation import extremes, ranking, read_ranked, share_of, warn_if_broken
+from hnas.utils.validation import (
+    extremes,
+    figures_text,
+    ranking,
+    read_ranked,
+    share_of,
+    warn_if_broken,
+)
 from hnas.weights.checkpoint import generators_state
 from hnas.weights.loading import load_weights, read_weights, write_state
 
@@ -306,6 +313,7 @@ def test_stage_two_measures_the_network_that_it_started_from(first, warned, capl
 
     found = {"largest_top1": first / 400, "smallest_top1": first / 400}
     assert measure(labels) == {**found, "broken": 1.0}
+    assert "broken" not in figures_text({**found, "broken": 1.0})
     (told,) = warnings_of(caplog)
     assert warned in told and ("worth" in warned) == ("pretrained network about 280" in told)
     caplog.clear()
@@ -390,7 +398,7 @@ def test_programs_tell_where_all_guess(script, who, flags, tmp_path, monkeypatch
         (row,) = read_json(path)["validation"]
         assert row["broken"] == 1 and f"about {30 * row['top1']:.0f} of 30 images" in told
     assert told.startswith(f"{who} is right about ")
-    assert "of 30 images, no more than guessing among 10 classes: training broke" in told
+    assert "of 30 images, no more than guessing among 10 classes: too little trained, " in told
 
 
 # --- stage two, whole

@@ -292,7 +292,8 @@ def decode_image(path: Path) -> Image.Image:
     except Exception as error:
         # A broken image can make its decoder fail in any way.
         reason = getattr(error, "strerror", None) or reason_of(error)
-        raise DataError(f"cannot decode image {path}: {reason}; replace or remove it") from None
+        told = f"cannot decode image {path}: {reason}; replace or remove it"
+        raise DataError(f"{told} (--bad_images skip leaves such out)") from None
 
 
 def _check_size(width: int, height: int) -> None:
