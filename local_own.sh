@@ -129,6 +129,7 @@ to make it anew, or choose another save_dir"
     echo "$now" >"$own/begun.txt"
     began=$(date +%s)
     (
+        [ "$resume" != auto ] || ls "$own"/*.pdstates >/dev/null 2>&1 || resume=None
         export save_dir="$own" "$@"
         "$name"
     )

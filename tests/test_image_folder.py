@@ -115,6 +115,8 @@ def test_folders_that_are_not_split(root, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
     write_image(root / "single/cow/1.png", 0)
+    write_image(root / "odd/cow/1.png", 0)
+    (root / "odd/cow/x.jpg").mkdir()
     before = set(tmp_path.rglob("*"))
     for images, output, words in (
         ("", "new", "is not a folder of class folders"),
@@ -124,9 +126,11 @@ def test_folders_that_are_not_split(root, tmp_path):
         ("train", "taken/file", "cannot write --output .*: Not a directory"),
         ("train", "images/train/cat/new", "is in --images"),
         ("single", "new", "1 classes of .* and both parts need one: cow; add images"),
+        ("odd", "new", "cannot copy .*odd/cow/x.jpg: Is a directory; remove it"),
     ):
+        line = f"--images {root / images} --output {tmp_path / output} --mode copy"
         with pytest.raises(UserError, match=words):
-            split_folder.main(["--images", str(root / images), "--output", str(tmp_path / output)])
+            split_folder.main(line.split())
     assert set(tmp_path.rglob("*")) == before
 
 

@@ -230,7 +230,7 @@ def test_what_is_finished_is_not_done_again_and_the_rest_goes_on(own, tmp_path):
     # It had saved nothing: any settings will do. Where and how it is computed is of no matter.
     done, calls = stages(num_workers="0", device="cpu", accumulate="2")
     assert (done.returncode, len(calls)) == (0, 2)
-    assert re.search("_stage2_simple.py .* --lr 0.1 .* --resume auto ", calls[0])
+    assert re.search("_stage2_simple.py .* --lr 0.1 .* --resume None ", calls[0])
     done, calls = stages()
     assert calls == [] and done.stdout.count("finished before") == 4
     changes = zip(STEPS, ["image_dir=x", "temperature=1", "stage2_lr=2", "codes=8"], strict=True)

@@ -292,6 +292,20 @@ def test_the_trials_of_small_tasks_are_those_of_their_log():
     assert table_after("docs/ranking-bench.md", "trials") == expected
 
 
+def test_what_broke_is_counted_from_its_runs():
+    counted = {}
+    for line in (RESULTS / "breaking.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        key = (run["task"], str(run["clip_norm"]), run["warmup"], str(run["lr"]))
+        counted.setdefault(key, []).append((run["largest"] or 0, run["pretrained"]))
+    expected = []
+    for key, runs in counted.items():
+        broke = sum(largest < pretrained / 2 for largest, pretrained in runs)
+        mean = 100 * np.mean([largest for largest, _ in runs])
+        expected.append([*key, f"{broke} of {len(runs)}", f"{mean:.1f} %"])
+    assert table_after("docs/ranking-bench.md", "breaking") == expected
+
+
 def test_widths_and_costs_are_the_search_spaces():
     rows = table_after("docs/codes.md", "channels")
     assert len(rows) == 4

@@ -207,10 +207,8 @@ def _leave_out_bad(images: ImageList, bad_images: str) -> ImageList:
     if bad_images == "fatal":
         for fault in filter(None, faults):
             logger.warning("%s", fault)
-        raise DataError(
-            f"{len(bad)} images cannot be decoded: {listed}; replace or remove them, or pass "
-            "--bad_images skip"
-        )
+        told = f"{len(bad)} images cannot be decoded: {listed}"
+        raise DataError(f"{told}; replace or remove them, or pass --bad_images skip")
     told = "left out %d of %d images, which cannot be decoded: %s; --bad_images fatal says why"
     logger.warning(told, len(bad), len(images), listed)
     left = images.select([index for index, fault in enumerate(faults) if not fault])
@@ -283,7 +281,8 @@ def decode_image(path: Path) -> Image.Image:
     except Exception as error:
         # A broken image can make its decoder fail in any way.
         reason = getattr(error, "strerror", None) or reason_of(error)
-        raise DataError(f"cannot decode image {path}: {reason}; replace or remove it") from None
+        told = f"cannot decode image {path}: {reason}; replace or remove it"
+        raise DataError(f"{told} (--bad_images skip leaves such out)") from None
 
 
 def _check_size(width: int, height: int) -> None:

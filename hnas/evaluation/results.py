@@ -233,11 +233,8 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
     told = best <= limit < counts.images
     if told:
         logger.warning(
-            "%s is right about %d of %d images, no more than guessing among %d classes: training "
-            "broke (lower --lr), or weights, class names and images do not belong together",
-            what,
-            best,
-            counts.images,
-            classes,
+            "%s is right about %d of %d images, no more than guessing among %d classes: too little "
+            "trained, training broke (lower --lr), or weights, class names and images do not match",
+            *(what, best, counts.images, classes),
         )
     return told

@@ -218,7 +218,7 @@ class Options:
         "of onnx: int8 weights and activations, by onnxruntime's static quantizer", "name",
         choices=("none", "int8"), stages=EXPORT)
     quantize_images: int = single(256,
-        "training images, the classes in equal shares, that int8 activations are scaled by",
+        "training images at most, the classes in equal shares, that int8 activations are scaled by",
         "images", low=1, high=100_000, stages=EXPORT)
 
     seed: int = machine(0, "of data order, augmentations, sub-networks and new weights")

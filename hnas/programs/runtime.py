@@ -308,13 +308,13 @@ def training_crops(
     instead: str,
     classes: Sequence[str] | None,
     images: ImageList | None = None,
-    balanced: bool = False,
+    at_most: bool = False,
 ) -> paddle.Tensor:
     """So many training images, as :func:`calibration_images` gives them.
 
     Args:
         wanted, instead: the flag that asks for them, and what to give in its place, for messages.
-        balanced: whether classes have equal shares.
+        at_most: whether fewer will do, where there are no more, and classes have equal shares.
     """
     root = Path(options.image_dir)
     if root.is_dir() and not (root / "train").is_dir():
@@ -324,11 +324,11 @@ def training_crops(
         images = scan_images(root, "train")
         if classes is not None:
             check_class_names(images.classes, images.folder, classes, root / "val")
-    if number > len(images):
+    if number > len(images) and not at_most:
         has = f"{images.folder} has {len(images)}"
         raise DataError(f"{wanted}, but {has}; lower it, or give {instead}")
     drawn = np.random.default_rng(options.seed).permutation(len(images))
-    drawn = balanced_order(images.labels, options.seed) if balanced else drawn
+    drawn = balanced_order(images.labels, options.seed) if at_most else drawn
     crops, transform = [], EvalTransform(options.image_size)
     for index in drawn:
         if len(crops) == number:
@@ -340,10 +340,10 @@ def training_crops(
                 raise
             logger.warning("%s", error)
     if len(crops) < number:
-        raise DataError(
-            f"{wanted}, but only {len(crops)} images of {images.folder} can be decoded; lower it, "
-            f"or give {instead}"
-        )
+        told = f"{wanted}, but only {len(crops)} images of {images.folder} can be decoded"
+        if not (at_most and crops):
+            raise DataError(f"{told}; lower it, or give {instead}")
+        logger.info("%s: these are taken", told)
     return paddle.to_tensor(np.stack(crops))
 
 

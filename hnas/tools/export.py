@@ -99,7 +99,7 @@ def main(argv=None) -> None:
     if quantizes:
         number = options.quantize_images
         wanted = f"--quantize_images {number}", "--quantize none"
-        crops = training_crops(options, number, *wanted, images.classes, balanced=True)
+        crops = training_crops(options, number, *wanted, images.classes, at_most=True)
     source = open_source(options, checkpoint, arch, images.classes)
     of_weights = {"backbone": options.backbone, "arch": arch.code}
     of_weights |= {"freeze_bn": checkpoint.freeze_bn, "classes": list(images.classes)}

@@ -17,7 +17,7 @@ import numpy as np
 
 from hnas.base.command_line import OneLineParser, read_path, real_number, whole_number
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, print_text
+from hnas.base.files import check_regular, check_writable, print_text
 from hnas.dataset.image_folder import LISTED, ImageList, scan_images
 
 
@@ -56,10 +56,13 @@ def write_split(images: ImageList, split: list[str], output: Path, mode: str) ->
                 if mode == "link":
                     target.symlink_to(os.path.abspath(path))
                 else:
+                    check_regular(path)
                     shutil.copy2(path, target)
             os.rename(Path(made, "all"), output)
     except OSError as error:
         told = error.strerror or error
+        if error.filename in map(str, images.paths):
+            raise UserError(f"cannot copy {error.filename}: {told}; remove it") from error
         raise UserError(f"cannot write --output {output}: {told}; choose a new folder") from error
 
 

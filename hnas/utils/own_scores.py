@@ -49,6 +49,7 @@ def score_by_function(
     path, (pixels, labels) = Path(options.save_dir) / "scores.json", images.batch(0, len(images))
     place = "give module.function, of a module that is installed or lies beside the program"
     network.eval()
+    network.mixed = False  # whether its statistics will do was just said, once
     try:
         score = getattr(import_module(module), function)
         for arch in tqdm(archs, desc="scoring", unit="arch", mininterval=1):
@@ -62,8 +63,10 @@ def score_by_function(
             if len(scores) % 1000 == 0:  # what SIGKILL may cost
                 write_json(path, scores)
     except Exception as error:  # a user's code may fail in any way
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{type(error).__name__}: {word_of(error)} ({line.name}, line {line.lineno})"
+        file = module.rpartition(".")[2]
+        lines = traceback.extract_tb(error.__traceback__)  # down into Paddle's; theirs is wanted
+        own = [f" ({at.name}, line {at.lineno})" for at in lines if Path(at.filename).stem == file]
+        told = f"{type(error).__name__}: {word_of(error)}{''.join(own[-1:])}"
         raise UserError(f"{name}: {place}: {told}") from None
     finally:
         if scores:

@@ -183,7 +183,7 @@ def resume(
         if step and set(changed) & DATA_ORDER:
             raise CheckpointError(
                 f"{stem} is in the middle of an epoch, and {', '.join(changed)} differ now; resume "
-                "with the same, or start anew"
+                f"with the same, or remove {stem}.*: then the epoch begins anew"
             )
         if step > steps:
             raise ValueError(f"step {step} of an epoch of {steps}")

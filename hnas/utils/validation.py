@@ -209,4 +209,5 @@ def figures_text(figures: Figures) -> str:
     return ", ".join(
         f"{name} {'not defined' if value is None else format(value, '.4f')}"
         for name, value in figures.items()
+        if name != "broken"  # a warning has said so
     )
