@@ -27,6 +27,7 @@ from hnas.bench.rank.jobs import (
 from hnas.bench.rank.methods import METHODS
 from hnas.bench.rank.represent import as_text, represent
 from hnas.bench.rank.verdict import reliability, verdict
+from hnas.search_space import RESNET48
 from hnas.utils.SampleMethod import (
     FairSampler,
     FirstPlaceSampler,
@@ -187,11 +188,13 @@ def test_results_of_other_settings_are_refused_in_one_line(tmp_path):
 @pytest.fixture
 def bench(tmp_path):
     """Finished supernets of three methods, four each, and their truth."""
-    scale = replace(Scale.quick(), final=12, twice=9, seeds=4)
+    scale = replace(Scale.quick(), selection=5, final=12, twice=9, seeds=4)
     bench, rng = Bench(tmp_path, scale), np.random.default_rng(0)
     quality = {name: int(own) for name, own in zip(bench.archs, rng.permutation(90), strict=False)}
     for job in (*truth_jobs(bench, "final"), *second_jobs(bench)):
         bench.put(job, {"hits": quality[job.what] + int(rng.integers(5)), "images": 100})
+    for job in truth_jobs(bench, "selection"):  # by their parameters
+        bench.put(job, {"hits": RESNET48.params(bench.archs[job.what]) // 10**6, "images": 100})
     for seed in range(4):
         bench.put(Job("pretrain", seed), {"hits": 60, "images": 100})
     for job in supernet_jobs(bench, WANTED, "final"):
@@ -221,13 +224,13 @@ def test_taus_and_their_differences_are_scipys(bench):
         assert about["tau_b"]["low"] < taus[name] < about["tau_b"]["high"]
         assert about["broken"]["value"] == 0
     truth = hits_of(bench, truth_jobs(bench, "final"))
-    depth = [sum(arch.depths) for arch in bench.of_split("final").values()]
-    taus["depth"] = kendalltau(depth, truth).statistic
-    assert found["by_code"]["depth"]["value"] == pytest.approx(taus["depth"])
+    params = [RESNET48.params(arch) for arch in bench.of_split("final").values()]
+    taus["params"] = kendalltau(params, truth).statistic
+    assert found["by_code"]["params"]["value"] == pytest.approx(taus["params"])
     compared = found["comparisons"]
     assert set(compared) == {
         *(f"{METHOD} - {name}" for name in NAMES[1:]),
-        *(f"{name} - depth" for name in NAMES),
+        *(f"{name} - params" for name in NAMES),
     }
     for between, own in compared.items():
         first, other = between.split(" - ")
@@ -235,8 +238,8 @@ def test_taus_and_their_differences_are_scipys(bench):
         assert own["value"] == pytest.approx(taus[first] - taus[other], abs=1e-6)
         assert own["low"] <= own["value"] <= own["high"] and 0 <= own["p"] <= 1
     # Holm's correction of four, of which the primary is none.
-    alone = verdict(bench, WANTED[:1], "final")["comparisons"][f"{METHOD} - depth"]["p"]
-    assert alone <= compared[f"{METHOD} - depth"]["p"] <= 4 * alone
+    alone = verdict(bench, WANTED[:1], "final")["comparisons"][f"{METHOD} - params"]["p"]
+    assert alone <= compared[f"{METHOD} - params"]["p"] <= 4 * alone
     second = hits_of(bench, second_jobs(bench))
     expected = kendalltau(truth[:9], second).statistic
     assert reliability(bench)["value"] == pytest.approx(expected, abs=1e-6)

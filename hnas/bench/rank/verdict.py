@@ -13,14 +13,12 @@ import numpy as np
 from hnas.bench.rank.estimates import difference, interval, share, tau_kernel
 from hnas.bench.rank.jobs import Bench, Job, second_jobs, supernet_jobs, truth_jobs
 from hnas.bench.rank.methods import PRIMARY
+from hnas.ranking.correlations import kendall_tau_b
 from hnas.ranking.effects import holm
 from hnas.search_space import Architecture, search_space, weighted_channels
 
 FEWEST = 3
 """Trained supernets, of which it can be told how well a method's others would rank."""
-BY_CODE = "depth"
-"""The ranking by codes alone that supernets are compared with, chosen beforehand."""
-
 Kernels = dict[int, np.ndarray]
 """By seed, of supernets that trained, what each pair of architectures says, [n, n]."""
 
@@ -30,9 +28,9 @@ def verdict(bench: Bench, wanted: Iterable[tuple[str, float]], split: str) -> di
 
     Returns:
         by ``NAME@RATE`` what share ``broken``, and ``tau_b`` of the others, None where fewer than
-        three are left; ``by_code``: tau-b of what codes alone tell. Of ``final`` also
-        ``comparisons``, as :func:`compare` gives them. Only what broke, while the split's truth
-        is not finished.
+        three are left; ``by_code``: tau-b of what codes alone tell. Of ``final``, once there is the
+        truth of ``selection``, also ``comparisons``, as :func:`compare` gives them. Only what
+        broke, while the split's truth is not finished.
     """
     truth, kernels, found = truth_of(bench, truth_jobs(bench, split)), {}, {}
     for name, rate in wanted:
@@ -49,23 +47,24 @@ def verdict(bench: Bench, wanted: Iterable[tuple[str, float]], split: str) -> di
     codes = by_code(bench.of_split(split).values())
     codes = {name: tau_kernel(own, truth)[None] for name, own in codes.items()}
     found["by_code"] = {name: interval(own) for name, own in codes.items()}
-    if split == "final":
-        found["comparisons"] = compare(kernels, codes[BY_CODE])
+    chosen = best_by_code(bench) if split == "final" else None
+    if chosen is not None:
+        found["comparisons"] = compare(kernels, chosen, codes[chosen][0])
     return found
 
 
-def compare(kernels: Mapping[str, Kernels], code: np.ndarray) -> dict[str, dict]:
+def compare(kernels: Mapping[str, Kernels], law: str, code: np.ndarray) -> dict[str, dict]:
     """Differences of tau-b between methods, over seeds of which both trained.
 
     ``PRIMARY`` as it is; the first of it less each other method, and each method less the ranking
-    by codes alone, of which ``code`` [1, n, n] is made, with p-values by Holm.
+    by codes alone, ``law``, which says ``code`` [n, n], with p-values by Holm.
     """
     first, *_ = PRIMARY
     found = {}
     for name, other in kernels.items():
         if first in kernels and name != first:
             found[f"{first} - {name}"] = lead(kernels[first], other)
-        found[f"{name} - {BY_CODE}"] = lead(other, dict.fromkeys(other, code[0]))
+        found[f"{name} - {law}"] = lead(other, dict.fromkeys(other, code))
     others = [own for name, own in found.items() if name != " - ".join(PRIMARY)]
     told = [own for own in others if own["p"] is not None]
     for own, p in zip(told, holm(np.array([own["p"] for own in told])), strict=True):
@@ -93,6 +92,15 @@ def by_code(archs: Iterable[Architecture]) -> dict[str, np.ndarray]:
         "later_depth": lambda arch: np.dot([1, 2, 3, 4], arch.depths),
     }
     return {name: np.array([law(arch) for arch in archs]) for name, law in laws.items()}
+
+
+def best_by_code(bench: Bench) -> str | None:
+    """What codes tell that ranks best on ``selection``; None while its truth is not finished."""
+    truth = truth_of(bench, truth_jobs(bench, "selection"))
+    if truth is None:
+        return None
+    laws = by_code(bench.of_split("selection").values())
+    return max(laws, key=lambda name: kendall_tau_b(laws[name], truth))
 
 
 def reliability(bench: Bench) -> dict[str, float | None]:
