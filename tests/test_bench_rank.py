@@ -243,7 +243,6 @@ def test_taus_and_their_differences_are_scipys(bench):
     second = hits_of(bench, second_jobs(bench))
     expected = kendalltau(truth[:9], second).statistic
     assert reliability(bench)["value"] == pytest.approx(expected, abs=1e-6)
-    # A part of a truth is not told.
     lines = bench.runs.read_text().splitlines(keepends=True)
     bench.runs.write_text("".join(line for line in lines if '"truth-arch9-0"' not in line))
     assert verdict(bench, WANTED, "final")[f"{METHOD}@0.02"].keys() == {"broken"}
@@ -258,7 +257,6 @@ def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
     assert found["organisers@0.02"]["broken"]["value"] == 0.25
     taus = [np.mean(taus_of(bench, name)[1:]) for name in (METHOD, "organisers")]
     assert found["organisers@0.02"]["tau_b"]["value"] == pytest.approx(taus[1])
-    # Compared over the seeds of which both trained.
     primary = found["comparisons"][f"{METHOD} - organisers"]
     assert primary["value"] == pytest.approx(taus[0] - taus[1], abs=1e-6)
     # Two that trained do not tell how others would rank.
