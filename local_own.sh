@@ -40,7 +40,7 @@ stage2_epochs=${stage2_epochs:-3}
 stage2_lr=${stage2_lr:-0.02}
 stage2_warmup=${stage2_warmup:-1}
 stage2_crop=${stage2_crop:-0.8}
-stage2_clip_norm=${stage2_clip_norm:-auto}                      # no step breaks what is trained; 0: any
+stage2_clip_norm=${stage2_clip_norm:-auto}                      # small steps; 0: any
 stage2_weights=${stage2_weights:-final}                         # of which epoch; 0: the first
 # Stage 3.
 codes=${codes:-500}                                             # how many to draw and score

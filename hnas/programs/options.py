@@ -112,8 +112,8 @@ class Options:
     weight_decay: float = training(1e-4, "L2 penalty", high=1000, distill=3e-5)
     momentum: float = training(0.9, "of the optimizer", high=1)
     clip_norm: float = training(0.0,
-        "largest norm of all gradients; 0: any; auto: by the rate and the weights, so that no step "
-        "breaks what is trained", high=LARGEST_RATE, auto=True)
+        "largest norm of all gradients; 0: any; auto: at which a step moves the weights by a "
+        "thousandth at the rate's peak, before momentum", high=LARGEST_RATE, auto=True)
     accumulate: int = training(1,
         "parts that a batch is split into, one after the other, to save memory", low=1, high=MANY)
     save_freq: int = training(1, "epochs between checkpoints", "epochs", low=1, high=MOST_EPOCHS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from hnas.search_space import (
     ChannelPlan,
     SearchSpace,
     search_space,
+    weighted_channels,
 )
 
 logger = logging.getLogger(__name__)
@@ -177,6 +178,15 @@ def costs_of(
     if latency is not None:
         costs["latency"] = np.array([latency.of(arch) for arch in archs])
     return costs
+
+
+def counted(archs: Collection[Architecture], network: Network) -> dict[str, np.ndarray]:
+    """What a code alone tells of architectures, [n] in their order; larger networks have more."""
+    return {
+        **costs_of(archs, search_space(network.backbone), *network[1:]),
+        "size": np.array([weighted_channels(arch) for arch in archs]),
+        "depth": np.array([sum(arch.depths) for arch in archs]),
+    }
 
 
 def open_latency(

@@ -34,12 +34,12 @@ from hnas.base.errors import UserError, run_main, shortened
 from hnas.base.files import check_writable, print_text, write_json, write_text
 from hnas.ranking.agreement import estimates_beside
 from hnas.ranking.correlations import RESAMPLES, with_ties
-from hnas.ranking.costs import Network, add_network_flags, costs_of, network_of
+from hnas.ranking.costs import Network, add_network_flags, costs_of, counted, network_of
 from hnas.ranking.figures import Panel
 from hnas.ranking.findings import COUNTED, FEWEST, analyse_ranking, analyse_scores, match
 from hnas.ranking.front import pareto_front
 from hnas.ranking.page import ranking_page, scores_page
-from hnas.search_space import Architecture, search_space, weighted_channels
+from hnas.search_space import search_space
 
 LONG = ("interpretation", "correlations", "attribution", "budgets", "best", "next")
 """What is in report.json, but not printed."""
@@ -70,15 +70,6 @@ def report_ranking(options) -> tuple[dict, str]:
     scatter = Panel("true score", label)
     scatter.points(true, values)
     return report, ranking_page(report, scatter)
-
-
-def counted(archs: Collection[Architecture], network: Network) -> dict[str, np.ndarray]:
-    """Each of ``COUNTED`` of architectures, in their order."""
-    return {
-        **costs_of(archs, search_space(network.backbone), *network[1:]),
-        "size": np.array([weighted_channels(arch) for arch in archs]),
-        "depth": np.array([sum(arch.depths) for arch in archs]),
-    }
 
 
 def scored_network(path: str, archs: Collection, values: np.ndarray) -> Network | None:

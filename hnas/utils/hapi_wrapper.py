@@ -101,7 +101,7 @@ def momentum_optimizer(
     trained = [p for p in network.parameters() if not p.stop_gradient]
     if clip_norm == AUTO:
         clip_norm = careful_norm(trained, schedule.base_lr)
-        logger.info("clip_norm %.4g: a step moves weights by %g at most", clip_norm, CAREFUL)
+        logger.info("clip_norm %.4g: gradients move weights by %g at most", clip_norm, CAREFUL)
     return paddle.optimizer.Momentum(
         schedule,
         momentum,

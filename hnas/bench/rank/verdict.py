@@ -14,8 +14,9 @@ from hnas.bench.rank.estimates import difference, interval, share, tau_kernel
 from hnas.bench.rank.jobs import Bench, Job, second_jobs, supernet_jobs, truth_jobs
 from hnas.bench.rank.methods import PRIMARY
 from hnas.ranking.correlations import kendall_tau_b
+from hnas.ranking.costs import Network, counted
 from hnas.ranking.effects import holm
-from hnas.search_space import Architecture, search_space, weighted_channels
+from hnas.search_space import Architecture
 
 FEWEST = 3
 """Trained supernets, of which it can be told how well a method's others would rank."""
@@ -82,16 +83,10 @@ def lead(own: Kernels, other: Kernels) -> dict[str, float | None]:
 
 def by_code(archs: Iterable[Architecture]) -> dict[str, np.ndarray]:
     """What codes alone tell, larger is better: lists [n] by name, of this space on ImageNet."""
-    archs, space = list(archs), search_space("resnet48")
-    laws = {
-        "macs": space.macs,
-        "params": space.params,
-        "depth": lambda arch: sum(arch.depths),
-        "size": weighted_channels,
-        # Of the thirty published networks the best, but found by looking at them.
-        "later_depth": lambda arch: np.dot([1, 2, 3, 4], arch.depths),
-    }
-    return {name: np.array([law(arch) for arch in archs]) for name, law in laws.items()}
+    archs = list(archs)
+    # Of the thirty published networks the last is the best, but found by looking at them.
+    later = np.array([np.dot([1, 2, 3, 4], arch.depths) for arch in archs])
+    return {**counted(archs, Network()), "later_depth": later}
 
 
 def best_by_code(bench: Bench) -> str | None:
