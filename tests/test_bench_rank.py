@@ -14,6 +14,7 @@ from scipy.stats import kendalltau, pearsonr
 
 from hnas.base.errors import UserError
 from hnas.bench.rank import runs, workers
+from hnas.bench.rank.__main__ import parse
 from hnas.bench.rank.jobs import (
     SPLITS,
     Bench,
@@ -234,10 +235,8 @@ def test_taus_and_their_differences_are_scipys(bench):
     }
     for between, own in compared.items():
         first, other = between.split(" - ")
-        # A mean over pairs that are linearised where scores tie.
         assert own["value"] == pytest.approx(taus[first] - taus[other], abs=1e-6)
         assert own["low"] <= own["value"] <= own["high"] and 0 <= own["p"] <= 1
-    # Holm's correction of four, of which the primary is none.
     alone = verdict(bench, WANTED[:1], "final")["comparisons"][f"{METHOD} - params"]["p"]
     assert alone <= compared[f"{METHOD} - params"]["p"] <= 4 * alone
     second = hits_of(bench, second_jobs(bench))
@@ -344,6 +343,12 @@ def test_represent_trains_the_thirty(tmp_path):
     *table, last = done.stdout.splitlines()
     found = json.loads(last)
     assert found["finished"] == 30 and table == as_text(found).splitlines()
+
+
+@pytest.mark.parametrize("methods", ["bignas@0.02 bignas@0.06", "bignas", "ofa@0.02"])
+def test_methods_are_names_with_one_rate_each(methods):
+    with pytest.raises(UserError, match="--methods"):
+        parse(f"supernets --out x --split final --methods {methods}".split())
 
 
 def test_a_learning_rate_that_diverges_is_a_result(tmp_path):

@@ -117,11 +117,7 @@ def test_shares_have_exact_intervals():
 
 @pytest.mark.parametrize(("seeds", "breaks"), [(5, 0.0), (8, 0.15)])
 def test_intervals_hold_as_often_as_they_say(seeds, breaks):
-    """Normal qualities, two methods with deviations of their own and of single supernets.
-
-    Supernets that broke are left out, as :mod:`hnas.bench.rank.verdict` does; what is estimated is
-    of those that trained.
-    """
+    """Normal qualities, two methods with deviations of their own; what broke is left out."""
     rng, number = np.random.default_rng(3), 32
     deviations, noises = (0.3, 0.35), (0.3, 0.4)
     # Tau of normal values that correlate so; the truth's noise is half of its single trainings'.

@@ -26,7 +26,7 @@ from hnas.base.command_line import (
     shown,
     whole_number,
 )
-from hnas.base.errors import run_main
+from hnas.base.errors import UserError, run_main
 from hnas.base.files import check_writable, claim_folder, print_text, write_json
 from hnas.bench.rank.jobs import (
     SPLITS,
@@ -93,7 +93,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument(
         "--quick", type=read_bool, default=False, help="a trial of the machinery in minutes"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    names = [name for name, _ in options.methods]
+    if options.split == "final" and len(set(names)) < len(names):
+        raise UserError("--methods of --split final: one learning rate each, chosen before")
+    return options
 
 
 def read_method(text: str) -> tuple[str, float]:
