@@ -32,6 +32,7 @@ stage1_epochs=${stage1_epochs:-2}
 stage1_lr=${stage1_lr:-0.005}
 stage1_warmup=${stage1_warmup:-1}
 stage1_crop=${stage1_crop:-0.5}
+stage1_clip_norm=${stage1_clip_norm:-auto}                      # small steps; 0: any
 queue_size=${queue_size:-512}                                   # a third of the images at most
 key_momentum=${key_momentum:-0.99}                              # auto: for thousands of steps
 stage1_weights=${stage1_weights:-0}                             # of which epoch; or final
@@ -40,7 +41,7 @@ stage2_epochs=${stage2_epochs:-3}
 stage2_lr=${stage2_lr:-0.02}
 stage2_warmup=${stage2_warmup:-1}
 stage2_crop=${stage2_crop:-0.8}
-stage2_clip_norm=${stage2_clip_norm:-auto}                      # small steps; 0: any
+stage2_clip_norm=${stage2_clip_norm:-auto}
 stage2_weights=${stage2_weights:-final}                         # of which epoch; 0: the first
 # Stage 3.
 codes=${codes:-500}                                             # how many to draw and score
@@ -142,7 +143,8 @@ step pretrain max_epoch="$pretrain_epochs" lr="$pretrain_lr" \
     warmup="$pretrain_warmup" crop_scale_min="$pretrain_crop"
 step stage1 backbone="$contrast" pretrained="$pretrained" \
     max_epoch="$stage1_epochs" lr="$stage1_lr" warmup="$stage1_warmup" \
-    crop_scale_min="$stage1_crop" queue_size="$queue_size" key_momentum="$key_momentum"
+    crop_scale_min="$stage1_crop" clip_norm="$stage1_clip_norm" \
+    queue_size="$queue_size" key_momentum="$key_momentum"
 step stage2 pretrained="$pretrained" \
     ckpt_dir="$all/stage1/$stage1_weights.pdparams" max_epoch="$stage2_epochs" lr="$stage2_lr" \
     warmup="$stage2_warmup" crop_scale_min="$stage2_crop" clip_norm="$stage2_clip_norm"

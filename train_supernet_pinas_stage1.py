@@ -29,7 +29,7 @@ from hnas.utils.starting import (
     start_from_pretrained,
 )
 from hnas.utils.training import fit, prepare
-from hnas.utils.validation import try_where_possible
+from hnas.utils.validation import measurement_of_largest
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,13 @@ def main() -> None:
         key_momentum=options.key_momentum,
         temperature=options.temperature,
     )
+    measure = None
     if options.initial_weights:
         digest = start_contrast_from_checkpoint(network, options.initial_weights, images.classes)
     else:
         require(options, "pretrained")
         teacher, digest = pretrained_network(options, images.classes, space)
-        try_where_possible(options, teacher, images)
+        measure = measurement_of_largest(options, network.backbone, teacher, images)
         start_from_pretrained(network.backbone, teacher, reorder=options.recipe == "own")
         network.reset_key_encoder()
     if options.freeze_bn:
@@ -88,7 +89,7 @@ def main() -> None:
     }[options.stage1_views]
     loader = training_loader(options, images, views)
     prepare(model, options, len(loader))
-    fit(model, options, loader, files={"initial_weights": digest})
+    fit(model, options, loader, measure, {"initial_weights": digest})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
 from hnas.utils.starting import pretrained_network, start_from_checkpoint, start_from_pretrained
 from hnas.utils.training import fit, prepare
-from hnas.utils.validation import figures_text, measurement, try_where_possible
+from hnas.utils.validation import figures_text, measurement, measurement_of_largest
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,10 @@ def main() -> None:
     loader = training_loader(options, images, crop)
     prepare(model, options, len(loader))
 
-    measure = None
     if options.eval_freq or not options.train_flag:
         measure = measurement(options, network, teacher, frozen, images)
     else:
-        try_where_possible(options, teacher, images)
+        measure = measurement_of_largest(options, network, teacher, images)
     if options.train_flag:
         if options.in_place_distillation:
             del files["teacher"]

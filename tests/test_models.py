@@ -290,8 +290,8 @@ def test_stage_one_freezes_both_encoders_and_warns_of_a_queue_beyond_the_images(
 ):
     write_state(tmp_path / "start.pdparams", plain)
     models = []
-    monkeypatch.setattr(stage1, "fit", lambda model, *_, files: models.append(model))
-    monkeypatch.setattr(stage1, "try_where_possible", lambda *_: None)
+    monkeypatch.setattr(stage1, "fit", lambda model, *_: models.append(model))
+    monkeypatch.setattr(stage1, "measurement_of_largest", lambda *_: None)
     flags = {"pretrained": tmp_path / "start.pdparams", "backbone": "resnet48pinasv2_mini"}
     flags |= {"queue_size": queue, "freeze_bn": freeze_bn}
     run(stage1, monkeypatch, folder, tmp_path / "out", **flags)

@@ -246,14 +246,10 @@ def test_flags_that_do_not_go_together(flags, message):
         stage2.check_flags(Options(**flags))
 
 
-def test_in_place_there_is_no_other_teacher(tmp_path, monkeypatch):
-    write_state(tmp_path / "start.pdparams", blank_network(elastic=False).state_dict())
-    models = []
-    monkeypatch.setattr(stage2, "fit", lambda model, *_: models.append(model))
-    flags = {"backbone": "resnet48_mini", "pretrained": tmp_path / "start.pdparams"}
-    flags |= {"sample_method": "sandwich", "eval_freq": 0, "in_place_distillation": True}
-    run(stage2, monkeypatch, noise_images(tmp_path / "images"), tmp_path / "out", **flags)
-    assert [(model.in_place, model.teacher) for model in models] == [(True, None)]
+def test_in_place_there_is_no_other_teacher(begin):
+    flags = {"sample_method": "sandwich", "eval_freq": 0, "in_place_distillation": True}
+    (model,) = begin(stage2, fit=lambda model, *_: model, **flags)
+    assert (model.in_place, model.teacher) == (True, None)
 
 
 # --- scores that mean nothing
@@ -287,11 +283,11 @@ def test_a_supernet_that_broke_is_told(hits, before, images, warned, caplog):
     counts = (
         replace(Counts.zeros(1), top1=np.array([top1]), images=images) for top1 in (hits, before)
     )
-    assert warn_if_broken(*counts) == warned
+    assert warn_if_broken(*counts, "start anew") == warned
     told = warnings_of(caplog)
     assert len(told) == warned
     start = f"the largest sub-network is right about {hits} of {images} images, the pretrained"
-    assert all(line.startswith(f"{start} network about {before}: ") for line in told)
+    assert all(line == f"{start} network about {before}: start anew" for line in told)
 
 
 @pytest.mark.parametrize(("first", "warned"), [(40, "no more than guessing"), (60, "is worth")])
@@ -319,17 +315,21 @@ def test_stage_two_measures_the_network_that_it_started_from(first, warned, capl
 
 @pytest.fixture
 def begin(tmp_path, monkeypatch):
-    """Begins a stage with a network that says the first class; gives the generators' state then."""
-    states, plain = [], blank_network(elastic=False)
-    plain.head.fc.bias.set_value(paddle.to_tensor([1.0] + [0.0] * 9))
+    """Begins a stage with a network that says the first class, on an image of each class and some
+    ``more`` of the first; gives what was found instead of training, each time."""
+    found, plain, images = [], blank_network(elastic=False), tmp_path / "images"
+    plain.head.fc.bias.set_value(paddle.eye(10)[0])
     write_state(tmp_path / "start.pdparams", plain.state_dict())
-    flags = {"pretrained": tmp_path / "start.pdparams", "queue_size": 10}
+    common = {"pretrained": tmp_path / "start.pdparams", "queue_size": 10}
+    noise_images(images, number=1)
 
-    def begin(script, images, **more):
-        more["backbone"] = f"resnet48{'pinasv2' * (script is stage1)}_mini"
-        monkeypatch.setattr(script, "fit", lambda *_, **__: states.append(str(generators_state())))
-        run(script, monkeypatch, images, tmp_path / "out", **flags, **more)
-        return states
+    def begin(script, more=0, fit=lambda *_: str(generators_state()), **flags):
+        flags["backbone"] = f"resnet48{'pinasv2' * (script is stage1)}_mini"
+        for index in range(more):
+            shutil.copy(images / "val/0/0.png", images / f"val/0/more{index}.png")
+        monkeypatch.setattr(script, "fit", lambda *own: found.append(fit(*own)))
+        run(script, monkeypatch, images, tmp_path / "out", **common, **flags)
+        return found
 
     return begin
 
@@ -346,11 +346,8 @@ def begin(tmp_path, monkeypatch):
 def test_stages_tell_how_good_the_pretrained_network_is(
     script, more, told, begin, tmp_path, caplog
 ):
-    images = noise_images(tmp_path / "images", number=1)
-    for index in range(more):
-        shutil.copy(images / "val/0/0.png", images / f"val/0/more{index}.png")
     caplog.set_level("INFO")
-    begin(script, images)
+    begin(script, more)
     who = f"the pretrained network {tmp_path / 'start.pdparams'}"
     assert f"{who} is right about {more + 1} of {more + 10} validation images" in caplog.text
     warned = [line for line in warnings_of(caplog) if line.startswith(who)]
@@ -361,14 +358,38 @@ def test_stages_tell_how_good_the_pretrained_network_is(
 def test_what_needs_no_validation_images_takes_any_and_draws_the_same(
     script, flags, begin, tmp_path, caplog
 ):
-    images = noise_images(tmp_path / "images", number=1)
-    begin(script, images, **flags)
+    begin(script, **flags)
     for bad in ("val/0/0.png", "val/0", "val"):
         assert ("the pretrained network" in caplog.text) == (bad == "val/0/0.png")
         caplog.clear()
-        (images / bad).rename(tmp_path / bad.replace("/", "-"))
-        states = begin(script, images, **flags)
+        (tmp_path / "images" / bad).rename(tmp_path / bad.replace("/", "-"))
+        states = begin(script, **flags)
     assert len({*states}) == 1 and len(states) == 4
+
+
+def test_stage_one_tells_after_an_epoch_where_it_broke(begin, caplog):
+    def fit(model, options, loader, measure, files):
+        assert (measure(), warnings_of(caplog)) == ({"largest_top1": 0.775}, [])
+        model.network.backbone.head.fc.fn.bias.set_value(paddle.eye(10)[1])
+        return measure()
+
+    assert begin(stage1, 30, fit) == [{"largest_top1": 0.025, "broken": 1.0}]
+    (told,) = warnings_of(caplog)
+    assert told.startswith("the largest sub-network is right about 1 of 40 images, ")
+
+
+@pytest.mark.parametrize(("freeze_bn", "eval_freq"), [(True, 1), (True, 0), (False, 1)])
+def test_stage_two_tells_of_weights_that_stage_one_broke(
+    freeze_bn, eval_freq, begin, tmp_path, caplog
+):
+    """Not where statistics move: those that training left at first are no one's."""
+    broken = blank_network()
+    broken.head.fc.fn.bias.set_value(paddle.eye(10)[1])
+    write_state(tmp_path / "0.pdparams", broken.state_dict(), {"freeze_bn": True})
+    flags = {"freeze_bn": freeze_bn, "eval_freq": eval_freq, "bn_calibration_images": 0}
+    begin(stage2, 30, use_ckpt=True, ckpt_dir=tmp_path / "0.pdparams", **flags)
+    told = [line for line in warnings_of(caplog) if "such weights breaks easily" in line]
+    assert len(told) == freeze_bn and all("1 of 40 images, the pretrained" in line for line in told)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,6 @@ logger = logging.getLogger(__name__)
 LARGEST = RESNET48.largest().code
 """Of every search space; log lines of steps that train it alone leave it out."""
 
-FAR_START = 10
-"""Of a guess's loss, at a start that is not worth training from: on the ranking bench runs held
-that began at up to 6 of it, and broke that began at 22 (docs/ranking-bench.md)."""
-
 LARGEST_RISE = np.array([2.0, 10.0])
 """Of loss and gradient norm since the first step, in a run that does not break."""
 
@@ -41,8 +37,6 @@ class TrainLogger:
     """
 
     curves = None
-    start_guess = math.inf
-    """The loss of a guess, where the first step's is to be held against it."""
     guess_loss = 0.0
     """As :class:`ResumableModel` has it."""
     advice: Callable[[], str] = str
@@ -192,13 +186,6 @@ class TrainLogger:
         means = line.mean(axis=0)
         if self._first is None:
             self._first = line[0]
-            if self._first[0] > FAR_START * self.start_guess:
-                logger.warning(
-                    "the first step's loss is %.3g, a guess has %.3g: sub-networks are far from "
-                    "what the statistics fit, and trainings from such a start broke; train the "
-                    "pretrained network longer, or it and stage 1 with another seed",
-                    *(self._first[0], self.start_guess),
-                )
         # One more than the multiple: near zero a multiple is soon reached.
         most = np.maximum(LARGEST_RISE * self._first + 1, [self.guess_loss, 0])
         if self._warned < self.epoch and (means > most).any():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -137,9 +136,6 @@ class Run:
         self.settings = {**describe_run(options, loader), **(files or {})}
         self.log = TrainLogger(options.log_freq, options.max_epoch, len(loader), loader.total_batch)
         self.log.guess_loss, self.log.advice = model.guess_loss, self.advice
-        if getattr(model, "teacher", None) is not None:
-            # Of labels, and of the teacher's probabilities where they are as even.
-            self.log.start_guess = 2 * math.log(max(2, len(loader.dataset.images.classes)))
         found = resume(model, options, self.settings, len(loader))
         self.begun, self.first, self.run_id, losses = found
         if losses is not None:

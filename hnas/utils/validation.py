@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import paddle
@@ -52,17 +51,30 @@ def measurement(
     images = validation_images(options, train)
     loader = validation_loader(options, images)
     calibration = calibration_images(options, frozen, train)
-    at_first = try_pretrained(options, pretrained, images)
+    at_first = try_pretrained(options, pretrained, images, network)
     truth = read_ranked(options, network) if options.rank_gt else {}
     share = share_of(options, images) if truth else ()
     # What a part of a training step has, which keeps as many activations.
     batch = max(1, options.batch_size // options.accumulate)
 
     def measure() -> Figures:
-        found = extremes(network, loader, calibration, at_first) if is_main_process() else {}
+        found = extremes(network, loader, calibration, at_first)
         return {**found, **ranking(network, truth, share, batch, calibration)} if truth else found
 
     return measure
+
+
+def measurement_of_largest(
+    options: Options, network: ElasticResNet, pretrained: nn.Layer, train: ImageList
+) -> Callable[[], Figures] | None:
+    """What stage 1 measures: how much of the ``pretrained`` network's accuracy the largest
+    sub-network keeps, on ``TRIED`` images; None, where there are no validation images."""
+    try:
+        images = validation_images(options, train)
+        at_first = try_pretrained(options, pretrained, images, network)
+    except DataError:
+        return None
+    return lambda: extremes(network, tried(options, images), None, at_first, ("largest",))
 
 
 def extremes(
@@ -70,28 +82,35 @@ def extremes(
     loader: Batches,
     calibration: paddle.Tensor | None,
     at_first: Counts,
+    names: Sequence[str] = ("largest", "smallest"),
 ) -> Figures:
-    """Top-1 accuracy of the largest and the smallest sub-network; a warning where training broke.
+    """Top-1 accuracy of the largest and the smallest sub-network, in the main process; a warning
+    where training broke.
 
     ``calibration`` are uint8 images [N, 3, H, W] to re-calibrate BatchNorm with, None: at running
     statistics. ``at_first`` are the hits of the network that the supernet started from.
     """
-    largest, smallest = (
-        evaluate_reference(network, [arch], loader, calibration)
-        for arch in (network.space.largest(), network.space.smallest())
-    )
-    guesses = warn_if_guessing(largest, network.num_classes, "the largest sub-network")
-    broken = guesses or warn_if_broken(largest, at_first)
-    return {
-        "largest_top1": float(largest.accuracy()[0]),
-        "smallest_top1": float(smallest.accuracy()[0]),
-        **({"broken": 1.0} if broken else {}),
-    }
+    if not is_main_process():
+        return {}
+    space = network.space
+    archs = {"largest": space.largest(), "smallest": space.smallest()}
+    counts = [evaluate_reference(network, [archs[name]], loader, calibration) for name in names]
+    guesses = warn_if_guessing(counts[0], network.num_classes, "the largest sub-network")
+    broken = guesses or warn_if_broken(counts[0], at_first, OF_AN_EPOCH)
+    top1 = {f"{n}_top1": float(c.accuracy()[0]) for n, c in zip(names, counts, strict=True)}
+    return {**top1, **({"broken": 1.0} if broken else {})}
 
 
-def warn_if_broken(largest: Counts, at_first: Counts) -> bool:
-    """Warn where the largest sub-network is right less than half as often as the pretrained one;
-    gives whether it did.
+OF_AN_EPOCH = (
+    "a ranking by such a supernet is worth little; if the next epoch is no better, start again "
+    "with --clip_norm auto or, where that is so, a third of what it comes to"
+)
+OF_THE_START = "training from such weights breaks easily; run stage 1 again, with --clip_norm auto"
+
+
+def warn_if_broken(largest: Counts, at_first: Counts, told: str) -> bool:
+    """Warn where the largest sub-network is right less than half as often as the pretrained one,
+    and say what is ``told`` then; gives whether it did.
 
     Training at frozen statistics can break without a loss that is not finite, and scores of such a
     supernet look like any other. What few images may do by chance is passed over.
@@ -103,9 +122,8 @@ def warn_if_broken(largest: Counts, at_first: Counts) -> bool:
     if broken:
         logger.warning(
             "the largest sub-network is right about %d of %d images, the pretrained network about "
-            "%d: a ranking by such a supernet is worth little; if the next epoch is no better, "
-            "start again with --clip_norm auto or, where that is so, a third of what it comes to",
-            *(hits, images, before),
+            "%d: %s",
+            *(hits, images, before, told),
         )
     return broken
 
@@ -121,9 +139,17 @@ def network_accuracy(network: nn.Layer, loader: Batches, classes: int) -> Figure
     return {"top1": float(top1), "top5": float(top5), **broken}
 
 
-def try_pretrained(options: Options, network: nn.Layer, images: ImageList) -> Counts | None:
+def tried(options: Options, images: ImageList) -> Batches:
+    """Of validation images ``TRIED``, of all classes alike."""
+    return validation_loader(options, images, balanced_order(images.labels, 0)[:TRIED])
+
+
+def try_pretrained(
+    options: Options, network: nn.Layer, images: ImageList, supernet: ElasticResNet
+) -> Counts | None:
     """Tell how good the pretrained network is on some images, and give its hits: in the main
-    process. A warning where it guesses, or is wrong mostly, as is most of what it teaches then.
+    process. A warning where it guesses, or is wrong mostly, as is most of what it teaches then; and
+    where the weights of ``--ckpt_dir``, at frozen statistics, have lost much of its accuracy.
 
     Raises:
         UserError: an image cannot be decoded, or logits are not finite.
@@ -131,8 +157,11 @@ def try_pretrained(options: Options, network: nn.Layer, images: ImageList) -> Co
     if not is_main_process():
         return None
     generators, name = generators_state(), f"the pretrained network {options.pretrained}"
-    loader = validation_loader(options, images, balanced_order(images.labels, 0)[:TRIED])
+    loader = tried(options, images)
     counts = evaluate_network(network, loader, who=name)
+    if options.initial_weights and options.train_flag and supernet.frozen:
+        largest = evaluate_reference(supernet, [supernet.space.largest()], loader)
+        warn_if_broken(largest, counts, OF_THE_START)
     restore_generators(generators)  # training draws as it would without this
     hits, number = counts.top1[0], counts.images
     logger.info("%s is right about %d of %d validation images", name, hits, number)
@@ -140,12 +169,6 @@ def try_pretrained(options: Options, network: nn.Layer, images: ImageList) -> Co
         told = "%s is wrong about most images, so most of what it teaches is wrong: train it longer"
         logger.warning(told, name)
     return counts
-
-
-def try_where_possible(options: Options, network: nn.Layer, train: ImageList) -> None:
-    """:func:`try_pretrained` for stages that need no validation images, if there are some."""
-    with suppress(DataError):
-        try_pretrained(options, network, validation_images(options, train))
 
 
 def share_of(options: Options, images: ImageList) -> Batches:

@@ -19,7 +19,8 @@ class Method:
     """How a supernet is trained; flags of stage 2 have their names and meanings."""
 
     stage1: str = ""
-    """Whether stage 1 comes first, and by whose ``recipe``: ``own`` or ``public``."""
+    """Whether stage 1 comes first, and by whose ``recipe``: ``own``, with small steps as
+    ``clip_norm=auto`` takes them, or ``public``."""
     sampler: str = "random"
     """Or ``first_place``, ``sandwich``, ``fair``."""
     teacher: str = "pretrained"
@@ -28,6 +29,7 @@ class Method:
     freeze_bn: bool = False
     """Without it BatchNorm is re-calibrated for each architecture."""
     clip_norm: float = 0.0
+    """Of stage 2."""
 
     @property
     def forwards(self) -> float:

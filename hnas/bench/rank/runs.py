@@ -20,6 +20,7 @@ from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
+from hnas.programs.flags import AUTO
 from hnas.programs.options import Options
 from hnas.programs.runtime import seed_generators
 from hnas.utils.hapi_wrapper import (
@@ -162,8 +163,8 @@ def start(bench: Bench, seed: int, supernet: ElasticResNet) -> ResNet:
 def run_stage1(bench: Bench, job: Job) -> dict:
     """Contrastive training as the first place ran it: the largest network twice, frozen statistics.
 
-    The public code's learning rate swings every few steps, and its views are the same pixels. The
-    supernet's weights are kept, neck and key encoder are not.
+    The public code's learning rate swings every few steps, its views are the same pixels, and
+    nothing bounds its gradients. The supernet's weights are kept, neck and key encoder are not.
     """
     scale, public = bench.scale, job.what == "public"
     network = PiNASv2(bench.space, CLASSES, queue_size=scale.queue_size, temperature=0.1)
@@ -175,7 +176,7 @@ def run_stage1(bench: Bench, job: Job) -> dict:
     lr, steps = scale.stage1_lr / 2, scale.stage1_steps
     schedule = swinging_rate(lr, 256, SWING_STEPS) if public else peak_rate(lr, steps)
     views = {"views": 1, "copies": 2} if public else {"views": 2}
-    train(bench, job, model, schedule, steps, **views)
+    train(bench, job, model, schedule, steps, **views, clip_norm=0.0 if public else AUTO)
     write_state(bench.weights(job), network.backbone.state_dict())
     return {"steps": scale.stage1_steps}
 
