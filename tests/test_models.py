@@ -109,16 +109,10 @@ def test_subnetworks_active_or_extracted_equal_independent_ones(
 
 @pytest.mark.parametrize("code", MINI_CODES[1:3])
 def test_extracted_networks_are_made_of_what_paddles_tools_look_for(mini, code):
-    """By exact type: FLOPs are the convolutions' and the classifier's, and all are quantized."""
+    """By exact type, so all are quantized."""
     network = mini.extract(Architecture.from_code(code))
-    stem, blocks = independent.layers(code, (20, 32, 64, 128), 1)
-    macs, cin, projections = 16**2 * 147 * stem, stem, 0
-    for stage, _, mid, out, stride in blocks:
-        projects = cin if stride == 2 else 0
-        macs += (8 >> stage) ** 2 * (9 * cin * mid + 9 * mid * out + projects * out)
-        cin, projections = out, projections + bool(projects)
-    nothing = dict.fromkeys((nn.BatchNorm2D, nn.ReLU, nn.AdaptiveAvgPool2D), lambda *_: None)
-    assert paddle.flops(network, [1, 3, 32, 32], custom_ops=nothing) == macs + cin * CLASSES
+    _, blocks = independent.layers(code, (20, 32, 64, 128), 1)
+    projections = sum(stride == 2 for *_, stride in blocks)
     found = Counter(type(layer) for layer in network.sublayers())
     convolutions = 1 + 2 * len(blocks) + projections
     expected = {nn.Conv2D: convolutions, nn.BatchNorm2D: convolutions, nn.Linear: 1}

@@ -256,7 +256,7 @@ def test_twins_are_short_and_alike():
 
 def lines_of(name):
     """The JSON objects of a bench's result file."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.json").read_text().splitlines()]
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
 
 
 def test_training_speeds_are_those_of_the_result_files():
@@ -268,7 +268,7 @@ def test_training_speeds_are_those_of_the_result_files():
             f"{run['ratio']:.2f} ({run['ratio_of_rounds'][0]:.2f}–{run['ratio_of_rounds'][1]:.2f})",
             f"{run['plain_sample_forwards_per_s']:.1f}",
         ]
-        for run in lines_of("speed_training")
+        for run in lines_of("speed_training.json")
     ]
     rows = table_after("docs/speed.md", "speed_training table")
     assert sorted(rows) == sorted(expected)
@@ -276,8 +276,7 @@ def test_training_speeds_are_those_of_the_result_files():
 
 def test_the_trials_of_small_tasks_are_those_of_their_log():
     expected = []
-    for line in (RESULTS / "represent.jsonl").read_text().splitlines():
-        trial = json.loads(line)
+    for trial in lines_of("represent.jsonl"):
         probes = ("2222", "5222", "2522", "2282", "2225")
         acc = [trial["accuracies"].get(depths) for depths in probes]
         row = [trial["trial"], *("–" if own is None else f"{own:.0f}" for own in acc)]
@@ -294,8 +293,7 @@ def test_the_trials_of_small_tasks_are_those_of_their_log():
 
 def test_what_broke_is_counted_from_its_runs():
     counted = {}
-    for line in (RESULTS / "breaking.jsonl").read_text().splitlines():
-        run = json.loads(line)
+    for run in lines_of("breaking.jsonl"):
         key = (run["task"], str(run["clip_norm"]), run["warmup"], str(run["lr"]))
         counted.setdefault(key, []).append((run["largest"] or 0, run["pretrained"]))
     expected = []
