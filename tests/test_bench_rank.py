@@ -27,7 +27,7 @@ from hnas.bench.rank.jobs import (
 )
 from hnas.bench.rank.methods import METHODS
 from hnas.bench.rank.represent import as_text, represent
-from hnas.bench.rank.verdict import reliability, verdict
+from hnas.bench.rank.verdict import choose_rate, reliability, verdict
 from hnas.search_space import RESNET48
 from hnas.utils.SampleMethod import (
     FairSampler,
@@ -264,6 +264,29 @@ def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
     found = verdict(bench, WANTED, "final")
     assert found["organisers@0.02"]["tau_b"] is None
     assert set(found["comparisons"][f"{METHOD} - organisers"].values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("tried", "rate", "further"),
+    [
+        ({0.02: (0, 0.3), 0.0022: (0, 0.1), 0.0067: (0, 0.2)}, 0.02, 0.06),
+        ({0.0022: (0, 0.1), 0.0067: (0, 0.11), 0.02: (0.5, 0.3)}, 0.0067, None),
+        ({0.0022: (0.5, 0.1), 0.0067: (1, -1), 0.02: (1, -1)}, 0.0022, 0.0022 / 3),
+    ],
+)
+def test_the_rate_at_which_fewest_break_is_taken_and_then_the_best(tried, rate, further):
+    assert choose_rate(tried) == {"rate": rate, "next": further}
+
+
+def test_rates_are_chosen_by_the_selection(bench):
+    """One supernet each: one ranks upside down, one as the truth does, one diverged."""
+    truth = np.array(hits_of(bench, truth_jobs(bench, "selection")))
+    bench.put(Job("pretrain", 4), {"hits": 60, "images": 100})
+    rates = {0.1: (99 - truth).tolist(), 0.2: (40 + truth).tolist(), 0.4: []}
+    wanted = [("bignas", rate) for rate in rates]
+    for job in supernet_jobs(bench, wanted, "selection"):
+        bench.put(job, {"hits": rates[job.rate], "images": 100})
+    assert verdict(bench, wanted, "selection")["chosen"] == {"bignas": {"rate": 0.2, "next": None}}
 
 
 def test_agreement_with_imagenet_is_scipys(tmp_path):

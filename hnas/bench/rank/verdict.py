@@ -6,6 +6,7 @@ the network that it began with. What is said of ranking is of those that trained
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -29,11 +30,13 @@ def verdict(bench: Bench, wanted: Iterable[tuple[str, float]], split: str) -> di
 
     Returns:
         by ``NAME@RATE`` what share ``broken``, and ``tau_b`` of the others, None where fewer than
-        three are left; ``by_code``: tau-b of what codes alone tell. Of ``final``, once there is the
-        truth of ``selection``, also ``comparisons``, as :func:`compare` gives them. Only what
-        broke, while the split's truth is not finished.
+        three are left; ``by_code``: tau-b of what codes alone tell. Of ``selection`` also the
+        ``chosen`` learning rates; of ``final``, once there is the truth of ``selection``,
+        ``comparisons``, as :func:`compare` gives them. Only what broke, while the split's truth is
+        not finished.
     """
     truth, kernels, found = truth_of(bench, truth_jobs(bench, split)), {}, {}
+    tried = defaultdict(dict)
     for name, rate in wanted:
         scores = scores_of(bench, supernet_jobs(bench, [(name, rate)], split))
         own = {seed: acc for seed, acc in scores.items() if acc is not None}
@@ -42,16 +45,31 @@ def verdict(bench: Bench, wanted: Iterable[tuple[str, float]], split: str) -> di
             kernels[name] = {seed: tau_kernel(acc, truth) for seed, acc in own.items()}
             few = len(own) < min(FEWEST, len(scores))
             about["tau_b"] = None if few else interval(np.stack([*kernels[name].values()]))
+            taus = [kendall_tau_b(acc, truth) for acc in own.values()]
+            tried[name][rate] = about["broken"]["value"], float(np.mean(taus or -1))
         found[f"{name}@{rate:g}"] = about
     if truth is None:
         return found
     codes = by_code(bench.of_split(split).values())
     codes = {name: tau_kernel(own, truth)[None] for name, own in codes.items()}
     found["by_code"] = {name: interval(own) for name, own in codes.items()}
+    if split == "selection":
+        found["chosen"] = {name: choose_rate(rates) for name, rates in tried.items()}
     chosen = best_by_code(bench) if split == "final" else None
     if chosen is not None:
         found["comparisons"] = compare(kernels, chosen, codes[chosen][0])
     return found
+
+
+def choose_rate(tried: Mapping[float, tuple[float, float]]) -> dict[str, float | None]:
+    """The learning rate by which a method is compared, of those ``tried``, each with what share of
+    supernets broke and the others' mean tau-b: fewest broke, then it ranks best.
+
+    ``next``: the rate three times further that is to be tried, where it is at an end of them.
+    """
+    rate = min(tried, key=lambda rate: (tried[rate][0], -tried[rate][1]))
+    further = {max(tried): rate * 3, min(tried): rate / 3}
+    return {"rate": rate, "next": further.get(rate)}
 
 
 def compare(kernels: Mapping[str, Kernels], law: str, code: np.ndarray) -> dict[str, dict]:
