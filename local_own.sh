@@ -27,12 +27,13 @@ pretrain_epochs=${pretrain_epochs:-16}
 pretrain_lr=${pretrain_lr:-0.1}                                 # for a batch of 256, as all rates
 pretrain_warmup=${pretrain_warmup:-2}                           # epochs
 pretrain_crop=${pretrain_crop:-0.8}                             # smallest share of an image
+pretrain_clip_norm=${pretrain_clip_norm:-0}                     # of gradients; 0: any; auto: small
 # Stage 1.
 stage1_epochs=${stage1_epochs:-2}
 stage1_lr=${stage1_lr:-0.005}
 stage1_warmup=${stage1_warmup:-1}
 stage1_crop=${stage1_crop:-0.5}
-stage1_clip_norm=${stage1_clip_norm:-auto}                      # small steps; 0: any
+stage1_clip_norm=${stage1_clip_norm:-auto}
 queue_size=${queue_size:-512}                                   # a third of the images at most
 key_momentum=${key_momentum:-0.99}                              # auto: for thousands of steps
 stage1_weights=${stage1_weights:-0}                             # of which epoch; or final
@@ -48,6 +49,7 @@ codes=${codes:-500}                                             # how many to dr
 modelarch_file=${modelarch_file:-}                              # codes of your own; none: draw
 . hnas/tools/launch.sh
 
+[ $# = 0 ] || refuse "local_own.sh takes variables, no flags as $1; see its top"
 for name in max_epoch lr warmup crop_scale_min clip_norm pretrained ckpt_dir use_ckpt; do
     eval "[ -z \"\${$name+given}\" ]" ||
         refuse "$name is not for local_own.sh: each step has its own, as stage2_lr; see its top"
@@ -70,7 +72,8 @@ pretrain() {
     launch hnas/tools/pretrain.py run --backbone "$backbone" --image_dir "$image_dir" \
         --pretrained "$pretrained" --save_dir "$save_dir" --image_size "$image_size" \
         --batch_size "$batch_size" --max_epoch "$max_epoch" --lr "$lr" --warmup "$warmup" \
-        --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" --num_workers "$num_workers" \
+        --crop_scale_min "$crop_scale_min" --clip_norm "$clip_norm" --flip_prob "$flip_prob" \
+        --num_workers "$num_workers" \
         --use_tensor_dataset "$use_tensor_dataset" --cache_dir "$cache_dir" --keep 1 \
         --bad_images "$bad_images" --amp "$amp" --accumulate "$accumulate" \
         --log_freq "$log_freq" --resume "$resume" --seed "$seed" --device "$device"
@@ -79,7 +82,8 @@ stage1() { sh local_train_pinas1_wholenet.sh; }
 stage2() { sh local_train_pinas2_simple_wholenet_nof.sh; }
 stage3() { sh local_eval.sh; }
 
-# Variables that change no result; files count by their content, so that folders may be moved.
+# Variables that may change from start to start: how results are computed, and which broken images
+# are left out. Files count by their content, so that folders may be moved.
 neutral='.*_dir|pretrained|modelarch_file|resume|device|num_workers|bad_images|amp|accumulate|keep'
 neutral="$neutral|save_.*|.*_freq|chunk_size|cache_gb|fused"
 
@@ -92,7 +96,7 @@ settings() {
         stage3) taken=$(variables local_eval.sh | grep -vx batch_size) ;;
     esac
     taken=$(echo "$taken" | grep -vxE "$neutral" | paste -sd '|' -)
-    env "$@" | grep -E "^(image_dir|max_epoch|lr|warmup|crop_scale_min|$taken)=" | sort
+    env "$@" | grep -E "^(image_dir|max_epoch|lr|warmup|crop_scale_min|clip_norm|$taken)=" | sort
     for given; do
         case $given in
             pretrained=* | ckpt_dir=*)
@@ -131,7 +135,7 @@ to make it anew, or choose another save_dir"
     began=$(date +%s)
     (
         [ "$resume" != auto ] || ls "$own"/*.pdstates >/dev/null 2>&1 || resume=None
-        export save_dir="$own" "$@"
+        export save_dir="$own" PINAS_STEP="$name" "$@"
         "$name"
     )
     echo "$name $(($(date +%s) - began))" >>"$all/seconds.txt"
@@ -140,7 +144,7 @@ to make it anew, or choose another save_dir"
 }
 
 step pretrain max_epoch="$pretrain_epochs" lr="$pretrain_lr" \
-    warmup="$pretrain_warmup" crop_scale_min="$pretrain_crop"
+    warmup="$pretrain_warmup" crop_scale_min="$pretrain_crop" clip_norm="$pretrain_clip_norm"
 step stage1 backbone="$contrast" pretrained="$pretrained" \
     max_epoch="$stage1_epochs" lr="$stage1_lr" warmup="$stage1_warmup" \
     crop_scale_min="$stage1_crop" clip_norm="$stage1_clip_norm" \

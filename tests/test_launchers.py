@@ -52,6 +52,17 @@ def test_launchers_have_the_programs_defaults(stage, launcher):
     assert {flag for flag, _ in passed} <= with_effect
 
 
+@pytest.mark.parametrize("paddle", [True, False])
+def test_without_an_environment_python3_has_paddle_or_is_refused(paddle, tmp_path):
+    program(tmp_path / "python3", f"exit {int(not paddle)}")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = f". {ROOT / SHARED}; echo $python"
+    done = run("sh", "-c", script, cwd=tmp_path, python="", PINAS_THREADS="1", PATH=path)
+    refused = "error: there is no .venv, and python3 has no Paddle; sh hnas/tools/setup_venv.sh "
+    assert (done.returncode, done.stdout) == ((0, "python3\n") if paddle else (2, ""))
+    assert done.stderr == ("" if paddle else f"{refused}makes it\n")
+
+
 def test_wrong_flags_are_all_that_is_said():
     """Paddle and PaddleSlim, which are imported before, have nothing to say about threads."""
     done = run("sh", "local_train_pinas2_simple_wholenet_nof.sh", "--imgae_dir", "x", threads="2")
@@ -180,7 +191,7 @@ def test_what_may_be_meant_for_another_program_is_told_only(line, told, tmp_path
 
 STEPS = ["pretrain", "stage1", "stage2", "stage3"]
 # Notes what it is called with, and leaves the files that the next step asks for.
-TOY_STAGE = r"""echo "$@" >>"$calls"
+TOY_STAGE = r"""echo "${PINAS_STEP-}" "$@" >>"$calls"
 case "$*" in
     *"$fails"*) exit 2 ;;
     *draw_arch*) for last; do :; done; echo "$@" >"$last" ;;
@@ -198,9 +209,9 @@ def own(tmp_path):
     calls, usual = tmp_path / "calls", {"fails": "none", "save_dir": str(tmp_path / "a b")}
     usual |= {"python": f"{tmp_path}/python", "calls": str(calls)}
 
-    def act(**changes):
+    def act(*flags, **changes):
         calls.write_text("")
-        done = run("sh", "local_own.sh", **{**usual, **changes})
+        done = run("sh", "local_own.sh", *flags, **{**usual, **changes})
         return done, calls.read_text().splitlines()
 
     return act
@@ -212,12 +223,16 @@ def test_one_block_of_settings_reaches_every_step(own):
     stages = [call for call in calls if " run " in call]
     assert (done.returncode, done.stderr, len(stages)) == (0, "", 4)
     assert done.stdout.splitlines() == [f"== {name}" for name in STEPS]
-    for call in stages:
+    for step, call in zip(STEPS, stages, strict=True):
+        assert call.startswith(f"{step} ")
         assert all(f" --{flag} {value} " in f"{call} " for flag, value in block.items())
         assert {"--device cpu", "--amp O1", "--seed 3"} <= set(re.findall(r"--\w+ \w+", call))
     assert "--backbone resnet48pinasv2_mini" in stages[1] and "--clip_norm 7 " in stages[2]
     assert "--clip_norm auto " in stages[1] and "/stage2/final.pdparams" in stages[3]
     assert "--number 9 --seed 3" in calls[3] and "rank_report" in calls[5]
+    done, calls = own("--tf32", "off")
+    assert (done.returncode, calls) == (2, [])
+    assert done.stderr == "error: local_own.sh takes variables, no flags as --tf32; see its top\n"
 
 
 def test_what_is_finished_is_not_done_again_and_the_rest_goes_on(own, tmp_path):

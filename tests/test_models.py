@@ -220,10 +220,10 @@ def plain():
 @pytest.mark.parametrize(
     ("asked", "frozen", "number", "level", "told"),
     [
-        (AUTO, True, 0, "INFO", "bn_calibration_images 0: the weights were trained with freeze_bn"),
-        (AUTO, False, 64, "INFO", "bn_calibration_images 64: the weights were trained without"),
+        (AUTO, True, 0, "INFO", "bn_calibration_images 0: the weights are known to be trained wi"),
+        (AUTO, False, 64, "INFO", "bn_calibration_images 64: the weights are not known to be trai"),
         (8, True, 8, "WARNING", "8, but the weights were trained with freeze_bn: the ranking suf"),
-        (0, False, 0, "WARNING", "0, but the weights were trained without freeze_bn: their runn"),
+        (0, False, 0, "WARNING", "0, but the weights are not known to be trained with freeze_bn"),
         (0, True, 0, None, None),
         (8, False, 8, None, None),
     ],
@@ -238,11 +238,16 @@ def test_calibration_follows_the_checkpoint(asked, frozen, number, level, told, 
 @pytest.mark.parametrize(
     ("train", "freeze_bn", "about", "told"),
     [
-        (False, True, None, "trained without freeze_bn: their running statistics"),
-        (False, False, {"freeze_bn": False}, "trained without freeze_bn: their running statistics"),
+        (False, True, None, "known to be trained with freeze_bn: their running"),
+        (
+            False,
+            False,
+            {"freeze_bn": False},
+            "known to be trained with freeze_bn: their running",
+        ),
         (False, False, {"freeze_bn": True}, ""),
         (True, True, None, ""),
-        (True, False, {"freeze_bn": True}, "trained without freeze_bn: their running statistics"),
+        (True, False, {"freeze_bn": True}, "known to be trained with freeze_bn: their running"),
     ],
 )
 def test_stage_two_evaluates_as_it_trains_or_as_the_checkpoint_was_trained(

@@ -81,6 +81,7 @@ def test_stage_3_takes_the_time_of_its_precision(gpu, flags, tflops, share, size
 SENTENCES = [
     ("--gpus 8 --gpu h100", r"on 8 h100 stage 1 takes about 20 min, .* 80 GiB is 1,\d{3} a card"),
     ("--gpu v100 --memory_gib 16", r"about 21\.8 h, .* is 217 a card: lower .*, .* --accumulate 2"),
+    ("--gpu v100 --memory_gib 8", "lower --batch_size 256, or train with --accumulate 4"),
     ("--gmacs_per_s 9 --memory_gib 0.1", r"device\(s\) of .*; at 224 px no batch fits 0.1 GiB"),
 ]
 

@@ -270,9 +270,19 @@ def test_a_loss_that_is_not_finite_leaves_what_was_saved_and_says_how_to_go_on(
         assert all(np.isfinite(value).all() for value in read_weights(path).values())
 
 
-@pytest.mark.parametrize(("clip_norm", "remedy"), [(0, "auto"), (AUTO, r"[\d.e-]+")])
-def test_logits_that_are_not_finite_are_told_in_the_same_way(train, clip_norm, remedy):
-    message = f"^after epoch 2 the network gives .*run/0 --clip_norm {remedy}$"
+@pytest.mark.parametrize(
+    ("clip_norm", "step", "remedy"),
+    [
+        (0, "", "go on from .*run/0 --clip_norm auto"),
+        (AUTO, "", r"go on from .*run/0 --clip_norm [\d.e-]+"),
+        (0, "stage2", "remove .*run, and what came after it, and give stage2_clip_norm=auto"),
+    ],
+)
+def test_logits_that_are_not_finite_are_told_in_the_same_way(
+    train, clip_norm, step, remedy, monkeypatch
+):
+    monkeypatch.setenv("PINAS_STEP", step)  # local_own.sh's
+    message = f"^after epoch 2 the network gives .*{remedy}$"
     with pytest.raises(UserError, match=message):
         train(8, measure=measures(SOUND, LogitsError("the network", 3, 10)), clip_norm=clip_norm)
 

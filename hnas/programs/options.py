@@ -164,9 +164,9 @@ class Options:
         "with sample_method sandwich: a step's largest network learns from labels, and the others "
         "from it alone; none from the pretrained one")
     eval_freq: int = distill(1,
-        "epochs between evaluations on validation images: of stage 2's largest and smallest, and "
-        "of rank_gt's; of the one network in pretrain and train_standalone; 0: never",
-        "epochs", high=MOST_EPOCHS, stages=TRAINING - CONTRAST)
+        "epochs between evaluations on validation images: of stage 1's largest, of stage 2's "
+        "largest and smallest, and of rank_gt's; of the one network in pretrain and "
+        "train_standalone; 0: never", "epochs", high=MOST_EPOCHS, stages=TRAINING)
 
     eval_engine: str = scoring("shared", "shared, or reference: one by one", "name",
         choices=("shared", "reference"))

@@ -262,8 +262,8 @@ def calibration_number(options: Options, freeze_bn: bool) -> int:
     number = options.bn_calibration_images
     if number == AUTO:
         number = 0 if freeze_bn else CALIBRATION_IMAGES
-        why = "with" if freeze_bn else "without"
-        logger.info("bn_calibration_images %d: the weights were trained %s freeze_bn", number, why)
+        told = "bn_calibration_images %d: the weights are %sknown to be trained with freeze_bn"
+        logger.info(told, number, "" if freeze_bn else "not ")
     elif number and freeze_bn:
         logger.warning(
             "--bn_calibration_images %d, but the weights were trained with freeze_bn: the ranking "
@@ -272,8 +272,8 @@ def calibration_number(options: Options, freeze_bn: bool) -> int:
         )
     elif not number and not freeze_bn:
         logger.warning(
-            "--bn_calibration_images 0, but the weights were trained without freeze_bn: their "
-            "running statistics are a mixture of all sub-networks'"
+            "--bn_calibration_images 0, but the weights are not known to be trained with "
+            "freeze_bn: their running statistics may be a mixture of all sub-networks'"
         )
     return number
 

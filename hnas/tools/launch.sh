@@ -100,6 +100,9 @@ fi
 if [ -z "$python" ]; then
     # Not by the link that .venv may be: a run stays in its environment when that is set anew.
     python=$([ -x .venv/bin/python ] && echo "$(cd -P ./.venv && pwd)/bin/python" || echo python3)
+    [ "$python" != python3 ] || ! command -v python3 >/dev/null || python3 -c \
+        'import importlib.util as found; raise SystemExit(not found.find_spec("paddle"))' ||
+        refuse "there is no .venv, and python3 has no Paddle; sh hnas/tools/setup_venv.sh makes it"
 fi
 if [ -d "$python" ] || ! command -v "$python" >/dev/null 2>&1; then
     refuse "python=$python cannot be run; give the path of Python 3, or sh run_demo.sh makes .venv"

@@ -199,7 +199,8 @@ def conclusion(found: dict, batch: int, options) -> str:
     if not batch:
         fits = f"at {options.image_size} px no batch fits {options.memory_gib:g} GiB"
     elif batch < options.batch_size:
-        parts = math.ceil(options.batch_size / batch)
+        wanted = options.batch_size
+        parts = next(n for n in range(2, wanted + 1) if wanted % n == 0 and wanted // n <= batch)
         fits += f": lower --batch_size {options.batch_size}, or train with --accumulate {parts}"
     device = "device(s) of that rate" if options.gmacs_per_s else options.gpu
     return (

@@ -192,8 +192,8 @@ class TrainLogger:
             self._warned = self.epoch
             logger.warning(
                 "training is breaking: loss %.3g and gradient norm %.3g after %.3g and %.3g at the "
-                "first step; start anew with clip_norm auto, a longer warmup or a lower lr",
-                *(*means, *self._first),
+                "first step; %s",
+                *(*means, *self._first, self.advice()),
             )
 
     def draw(self, group: str, figures: Figures, done: int) -> None:

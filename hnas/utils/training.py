@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -250,6 +251,9 @@ class Run:
             return "the first process says what to do"  # it alone has measured
         if options.arch:
             return f"start anew with {remedy} and another --save_dir"
+        if step := os.environ.get("PINAS_STEP"):  # of local_own.sh, which has variables of its own
+            variable = f"{step}_{remedy.removeprefix('--').replace(' ', '=')}"
+            return f"remove {self.folder}, and what came after it, and give {variable}"
         good = {str(e): row for e, row in validation.items() if row and "broken" not in row}
         found = newest_set(self.folder, self.run_id, good)
         if found is None:

@@ -105,7 +105,10 @@ OF_AN_EPOCH = (
     "a ranking by such a supernet is worth little; if the next epoch is no better, start again "
     "with --clip_norm auto or, where that is so, a third of what it comes to"
 )
-OF_THE_START = "training from such weights breaks easily; run stage 1 again, with --clip_norm auto"
+OF_THE_START = (
+    "training from such weights breaks easily; run stage 1 again, with --clip_norm auto or, where "
+    "that is so, a third of what it comes to"
+)
 
 
 def warn_if_broken(largest: Counts, at_first: Counts, told: str) -> bool:
