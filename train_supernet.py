@@ -40,7 +40,7 @@ from hnas.parallel.distributed import is_main_process, leave, world_size
 from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import IN_SCORING, check_chunk
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options, refuse_contrastive
+from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import (
     calibration_images,
     decoded_images,
@@ -64,7 +64,6 @@ PUBLIC_LIST = "model_str.txt"
 
 def main() -> None:
     options = parse_options(Stage.SCORE, about=__doc__.splitlines()[0])
-    refuse_contrastive(options.backbone, Stage.SCORE)
     part = wanted_part(options)
     arithmetic = start(options, part=options.images_part)
     if world_size() > 1 and options.eval_engine == "reference":

@@ -20,7 +20,7 @@ from hnas.parallel.distributed import leave
 from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import IN_TRAINING
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options, refuse_contrastive
+from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import require, start, training_images, training_loader
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
 from hnas.utils.SampleMethod import LargestSampler, build_sampler
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     options = parse_options(Stage.DISTILL, about=__doc__.splitlines()[0])
-    refuse_contrastive(options.backbone, Stage.DISTILL)
     check_flags(options)
     start(options, writes=options.train_flag)
     require(options, "pretrained")

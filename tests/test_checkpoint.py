@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +17,11 @@ from safetensors.numpy import load_file
 from hnas.base.errors import UserError
 from hnas.weights import loading
 from hnas.weights.checkpoint import (
-    generators_state,
     load_training,
     newest_set,
     optimizer_state,
     read_progress,
     remove_set,
-    restore_generators,
     save_training,
 )
 from hnas.weights.loading import NotFiniteError, read_state, read_weights, write_state
@@ -197,17 +194,3 @@ def test_weights_that_are_not_finite_are_not_written(value, tmp_path):
     with pytest.raises(NotFiniteError, match=r"1\.bias is not finite"):
         save_training(tmp_path / "0", network, optimizer, {})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_generators_go_on_where_they_were(tmp_path):
-    def draw():
-        return random.random(), np.random.rand(), paddle.rand([3]).numpy().tolist()
-
-    paddle.seed(7)
-    random.gauss(0, 1)
-    np.random.standard_normal()
-    write_state(tmp_path / "a.pdstates", {"generators": generators_state()})
-    expected = draw()
-    assert draw() != expected
-    restore_generators(read_state(tmp_path / "a.pdstates")[0]["generators"])
-    assert draw() == expected

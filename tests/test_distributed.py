@@ -16,8 +16,9 @@ import pytest
 from entry_scripts import ROOT, TIMEOUT, Runs, write_inputs
 
 from hnas.architecture_file import submission
+from hnas.base.errors import UserError
 from hnas.base.files import write_json
-from hnas.parallel.rollcall import LostRankError, RollCall
+from hnas.parallel.rollcall import RollCall
 from hnas.search_space import RESNET48_MINI
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -239,7 +240,7 @@ def test_roll_call_waits_for_the_last():
         list(pool.map(come, range(3)))
     assert len(left) == 6 and all(number == 3 for _, number in left)
     calls[2].leave()
-    with pytest.raises(LostRankError, match="rank 2 has ended"):
+    with pytest.raises(UserError, match="rank 2 has ended"):
         calls[0].wait()
     for call in calls[:2]:
         call.leave()

@@ -11,13 +11,14 @@ from gpu_fakes import DEVICE, raising
 from independent import Images, supernet
 
 from hnas.base.device import Arithmetic
+from hnas.base.errors import UserError
 from hnas.evaluation import engine, gpu_kernels, spot_check
 from hnas.evaluation.engine import ScoringSettings, default_chunk, evaluate_shared
 from hnas.evaluation.gpu_kernels import fused_fault
 from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import STATE_FILE
 from hnas.evaluation.shared import SharedEvaluator
-from hnas.evaluation.spot_check import EngineError, compare, margins
+from hnas.evaluation.spot_check import compare, margins
 from hnas.evaluation.variants import Precision, Variant, usual_variant
 from hnas.search_space import RESNET48, RESNET48_MINI
 
@@ -162,7 +163,7 @@ def test_a_stale_filter_is_found_in_every_precision(network, archs, fake, tmp_pa
         return original(self, *arguments, **named)
 
     monkeypatch.setattr(SharedEvaluator, "evaluate", stale)
-    with pytest.raises(EngineError, match="architecture n0.*logits differ by up to"):
+    with pytest.raises(UserError, match="architecture n0.*logits differ by up to"):
         evaluated(network, archs, tmp_path, 12, usual_variant(precision))
     assert not (tmp_path / STATE_FILE).exists()
 
@@ -220,7 +221,7 @@ def test_hits_may_differ_where_a_margin_is_below_twice_the_difference():
 def test_on_a_gpu_the_error_says_what_rounds_less(network, archs, precision, advice, monkeypatch):
     gpu_fakes.fake_card(monkeypatch)
     monkeypatch.setattr(spot_check, "network_logits", lambda *_: paddle.ones([3, 4]).cumsum(1))
-    with pytest.raises(EngineError) as error:
+    with pytest.raises(UserError) as error:
         batch, logits = ([], paddle.zeros([3], "int64")), paddle.zeros([3, 4])
         arch = "n0", archs["n0"]
         spot_check.spot_check(network, arch, batch, None, logits, (0, 3), precision)
@@ -232,7 +233,7 @@ def test_on_a_gpu_the_error_says_what_rounds_less(network, archs, precision, adv
 def test_statistics_of_few_values_are_named_as_the_cause(network, archs, tmp_path):
     """Two images of one position a channel in the last stage: nothing but rounding is left."""
     few = Images(12, CLASSES).batch(0, 2)[0] // 64
-    with pytest.raises(EngineError, match="re-calibration by 2 images .* raise --bn_calibration"):
+    with pytest.raises(UserError, match="re-calibration by 2 images .* raise --bn_calibration"):
         evaluated(network, archs, tmp_path, 12, None, few)
 
 

@@ -23,7 +23,7 @@ from hnas.evaluation.counts import LogitsError, count_hits
 from hnas.evaluation.engine import ScoringSettings, evaluate_shared
 from hnas.evaluation.ledger import Ledger
 from hnas.evaluation.reference import evaluate_network, evaluate_reference, network_logits
-from hnas.evaluation.results import STATE_FILE, StateError
+from hnas.evaluation.results import STATE_FILE
 from hnas.evaluation.spot_check import spot_check
 from hnas.evaluation.variants import Precision
 from hnas.programs import runtime
@@ -380,7 +380,7 @@ def test_states_and_chunks_are_not_believed(case, tmp_path):
     content = as_npz(content) if isinstance(content, dict) else content
     content = content(GOOD) if callable(content) else content
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(StateError, match=re.escape(words)) as error:
+    with pytest.raises(UserError, match=re.escape(words)) as error:
         Ledger(tmp_path, IDENTITY, ARCHS, 23)
     assert str(tmp_path / name) in one_line(error)
 

@@ -297,11 +297,13 @@ def test_help_prints_a_programs_own_flags_with_default_and_unit(stage, capsys, m
     [
         (CONTRAST, "--queue_size 1000", "--queue_size 1000 is not a multiple of --batch_size 256"),
         (CONTRAST, "--backbone resnet48", "--backbone resnet48 has no neck"),
-        (DISTILL, "--backbone resnet48pinasv2", "--backbone resnet48pinasv2 is stage 1's"),
-        (SCORE, "--backbone resnet48pinasv2", "--backbone resnet48pinasv2 is stage 1's"),
+        *(
+            (stage, "--backbone resnet48pinasv2", "--backbone resnet48pinasv2 is stage 1's")
+            for stage in (DISTILL, SCORE, Stage.PRETRAIN, Stage.STANDALONE)
+        ),
     ],
 )
 def test_scripts_refuse_what_is_another_stages(stage, line, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", "run", *line.split()])
     with pytest.raises(UserError, match=message):
-        importlib.import_module(SCRIPTS[stage]).main()
+        importlib.import_module(SCRIPTS.get(stage, f"hnas.tools.{stage}")).main()

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hnas.base.safe_pickle import UnsafePickleError, load_pickle
+from hnas.base.errors import UserError
+from hnas.base.safe_pickle import load_pickle
 
 
 class Call:
@@ -62,7 +63,7 @@ def load(tmp_path):
 def test_nothing_is_executed(name, tmp_path, load):
     marker = tmp_path / "executed"
     content = LIVE[name](marker)
-    with pytest.raises(UnsafePickleError, match="^refused to load") as caught:
+    with pytest.raises(UserError, match="^refused to load") as caught:
         load(content)
     assert name.partition(",")[0] in str(caught.value)
     assert not marker.exists()
@@ -138,7 +139,7 @@ def test_what_is_refused_is_one_line_and_costs_little(name, load):
     tracemalloc.start()
     began = time.process_time()
     try:
-        with pytest.raises(UnsafePickleError) as caught:
+        with pytest.raises(UserError) as caught:
             load(content)
         seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     finally:
@@ -210,5 +211,5 @@ def damaged(draw) -> bytes:
 def test_damage_anywhere_is_refused_or_harmless(content, load):
     try:
         load(content)
-    except UnsafePickleError as error:
+    except UserError as error:
         assert "\n" not in str(error)

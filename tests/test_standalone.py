@@ -258,9 +258,6 @@ def test_a_flag_that_is_new_was_off_before(work, tmp_path):
     main(flags(work, save_dir=folder))
     message = refusal(work, save_dir=folder, deterministic=True)
     assert "other settings: deterministic False instead of True" in message
-    # And what is gone, training an export on, was on.
-    (folder / "run.json").write_text(json.dumps(settings | {"initial_weights": "d" * 64}))
-    assert "initial weights dddddddddddddddd instead of none" in refusal(work, save_dir=folder)
 
 
 def test_results_of_other_images_are_not_mixed(work, tmp_path):

@@ -40,10 +40,6 @@ INSTRUCTIONS = (
 ALLOWED = frozenset(INSTRUCTIONS.split())
 
 
-class UnsafePickleError(UserError):
-    """A checkpoint that is broken, or holds more than arrays, containers and plain values."""
-
-
 class _RefusedError(Exception):
     """The file asks for something that no state dict needs."""
 
@@ -55,19 +51,19 @@ def load_pickle(path: str | Path, content: bytes):
     an array that it does not fill is empty.
 
     Raises:
-        UnsafePickleError: anything else than arrays, dicts, lists, tuples, strings, bytes and
+        UserError: anything else than arrays, dicts, lists, tuples, strings, bytes and
             numbers, or a broken file. Nothing that the file names is executed.
     """
     if content[:1] != b"\x80":
-        raise UnsafePickleError(f"{path} is not a Paddle checkpoint (no pickle header)")
+        raise UserError(f"{path} is not a Paddle checkpoint (no pickle header)")
     try:
         _check_instructions(content)
         return _Unpickler(content).load()
     except _RefusedError as error:
-        raise UnsafePickleError(f"refused to load {path}: it {error}") from None
+        raise UserError(f"refused to load {path}: it {error}") from None
     except Exception as error:
         # A pickle can break its reader in any way; none of them is more than a bad file.
-        raise UnsafePickleError(f"cannot read {path}: broken file ({reason_of(error)})") from None
+        raise UserError(f"cannot read {path}: broken file ({reason_of(error)})") from None
 
 
 def _check_instructions(content: bytes) -> None:

@@ -15,13 +15,7 @@ def changed_settings(found: Mapping, wanted: Mapping) -> list[str]:
     return [name for name in wanted if name not in found or found[name] != wanted[name]]
 
 
-def check_same_settings(
-    what: object,
-    found: Mapping,
-    wanted: Mapping,
-    remedy: str,
-    error: type[UserError] = UserError,
-) -> None:
+def check_same_settings(what: object, found: Mapping, wanted: Mapping, remedy: str) -> None:
     """Refuse results of other settings.
 
     Args:
@@ -29,7 +23,7 @@ def check_same_settings(
         remedy: what to do, e.g. ``remove it, or choose another --out``.
 
     Raises:
-        UserError: or the ``error`` given; names every setting that differs, with both values.
+        UserError: names every setting that differs, with both values.
     """
     changed = changed_settings(found, wanted)
     if changed:
@@ -38,7 +32,7 @@ def check_same_settings(
             f"{shown_value(wanted[name])}"
             for name in changed
         )
-        raise error(f"{what} is of other settings: {told}; {remedy}")
+        raise UserError(f"{what} is of other settings: {told}; {remedy}")
 
 
 def shown_value(value: object) -> str:

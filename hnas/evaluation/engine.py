@@ -78,8 +78,8 @@ def evaluate_shared(
         evaluator: of ``network``, made for these settings, where one is at hand.
 
     Raises:
-        StateError: the state in ``save_dir`` is of something else.
-        EngineError: the reference engine finds other logits or hits.
+        UserError: the state in ``save_dir`` is of something else, or the reference engine finds
+            other logits or hits.
     """
     if evaluator is None:
         how = settings.calibration, settings.variant

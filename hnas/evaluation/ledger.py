@@ -34,7 +34,6 @@ from hnas.evaluation.results import (
     ESTIMATES_FILE,
     STATE_FILE,
     Saved,
-    StateError,
     estimates,
     load_state,
     save_state,
@@ -104,7 +103,7 @@ class Ledger:
         counts: over the prefix, as far as this process knows.
 
     Raises:
-        StateError: a file is broken or of something else.
+        UserError: a file is broken or of something else.
     """
 
     folder: Path
@@ -127,7 +126,7 @@ class Ledger:
             found = self._load(path)
             if self.chunk not in (0, found.chunk):
                 text = f"{path} has chunks of {found.chunk} images, not {self.chunk}; remove it"
-                raise StateError(text)
+                raise UserError(text)
             self.chunk = found.chunk
             self._found.append(found.start)
 
@@ -144,7 +143,7 @@ class Ledger:
         """
         chunk = min(chunk, self.images)
         if self.part and self.chunk not in (0, chunk):
-            raise StateError(
+            raise UserError(
                 f"{self.folder} has chunks of {self.chunk} images: give --chunk_size "
                 f"{self.chunk}, to all parts, or choose another save_dir"
             )
@@ -307,7 +306,7 @@ class Ledger:
         """Counts of these architectures, and of the images that ``path`` stands for."""
         found = load_state(path, self.identity, self.copies)
         if len(found.counts.top1) != len(self.archs):
-            raise StateError(
+            raise UserError(
                 f"{path} holds {len(found.counts.top1)} architectures, not {len(self.archs)}; "
                 "remove it to start anew"
             )
@@ -318,7 +317,7 @@ class Ledger:
         else:
             is_right &= start % chunk == 0 and end <= start + chunk and path == self._path(start)
         if not is_right:
-            raise StateError(
+            raise UserError(
                 f"{path} holds images {start} to {end - 1} in chunks of {chunk}, which it cannot "
                 f"of {self.images} or by its name; was it copied or renamed? Move it elsewhere"
             )

@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 ESTIMATES_FILE = "estimates.json"
 STATE_FILE = "eval_state.npz"
 CHUNK_FILES = "eval_chunk_*.npz"
-PIXELS = "image_pixels"
-"""Of an identity; states before 1 December 2026 do not have it."""
 FIELDS = ("top1", "top5", "near1", "near5")
 # A state of 45,000 architectures takes 7.2 MB.
 MOST_BYTES = 2**28
@@ -39,10 +37,6 @@ MOST_IMAGES = 2**53
 
 
 # --- what it goes on from
-
-
-class StateError(UserError):
-    """A state file that is broken or belongs to another evaluation."""
 
 
 def evaluation_identity(
@@ -67,7 +61,7 @@ def evaluation_identity(
     return {
         "checkpoint": checkpoint,
         "image_list": bytes(from_main_process(list(bytes.fromhex(images.hash)))).hex(),
-        PIXELS: images.sample,
+        "image_pixels": images.sample,
         "setting": setting,
         "calibration": "none" if pixels is None else hashlib.sha256(pixels).hexdigest(),
     }
@@ -111,27 +105,22 @@ def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Sav
     """What :func:`save_state` wrote; an ``image_list`` of ``copies`` is as good as the identity's.
 
     Raises:
-        StateError: it is gone, broken, of another checkpoint, image list, ..., or
+        UserError: it is gone, broken, of another checkpoint, image list, ..., or
             holds hits that no images can have given.
     """
     remedy = "remove it to start anew"
     try:
         state = read_arrays(path, MOST_BYTES)
-        if f"identity_{PIXELS}" not in state and PIXELS in identity:
-            state[f"identity_{PIXELS}"] = identity[PIXELS]
-            logger.info("%s does not say which pixels it has seen: taken to be these images'", path)
         found = {name: str(state.pop(f"identity_{name}")) for name in identity}
         if copies and found["image_list"] == copies:
             found["image_list"] = identity["image_list"]
-        check_same_settings(
-            path, found, identity, f"{remedy}, or choose another save_dir", StateError
-        )
+        check_same_settings(path, found, identity, f"{remedy}, or choose another save_dir")
         return _saved(state)
     except FileNotFoundError:
-        raise StateError(f"{path} has vanished; is another run in this folder?") from None
+        raise UserError(f"{path} has vanished; is another run in this folder?") from None
     except (KeyError, ArraysError) as error:
         fault = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise StateError(f"{path} is broken ({fault}); {remedy}") from None
+        raise UserError(f"{path} is broken ({fault}); {remedy}") from None
 
 
 def _saved(state: Mapping[str, np.ndarray]) -> Saved:

@@ -23,10 +23,6 @@ FEW = 16
 """Images that tell whether a network overflows inside."""
 
 
-class EngineError(UserError):
-    """The shared engine disagrees with the reference engine."""
-
-
 def compare(
     found: paddle.Tensor,
     expected: paddle.Tensor,
@@ -102,7 +98,7 @@ def spot_check(
         precision: of the walk.
 
     Raises:
-        EngineError: they differ by more than rounding explains.
+        UserError: they differ by more than rounding explains.
         LogitsError: the reference engine's logits are not finite, or on the way to them is what
             is not in ``precision``, or in the largest sub-network, which has all filters.
     """
@@ -115,7 +111,7 @@ def spot_check(
     expected = network_logits(network, images, calibration, f"architecture {name}", largest)
     _, fault = compare(found, expected, labels, counted, precision)
     if fault:
-        raise EngineError(
+        raise UserError(
             f"architecture {name}, shared engine against reference engine: {fault}; "
             f"{advice(precision, calibration)}; --eval_engine reference does without"
         )

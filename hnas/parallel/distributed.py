@@ -30,7 +30,7 @@ from hnas.base.errors import (
     say,
     word_of,
 )
-from hnas.parallel.rollcall import LostRankError, RollCall
+from hnas.parallel.rollcall import RollCall
 
 logger = logging.getLogger(__name__)
 _roll_call: RollCall | None = None
@@ -145,7 +145,7 @@ def _collective() -> Iterator[None]:
     except PADDLE_ERRORS as error:
         if is_out_of_memory(error):
             raise
-        raise LostRankError(
+        raise UserError(
             f"rank {rank()} has lost another process ({word_of(error)}); see the others' logs, "
             "then resume"
         ) from error

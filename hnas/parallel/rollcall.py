@@ -34,10 +34,6 @@ KEEPALIVE = (
 """A machine that is switched off is noticed after 10 + 5 * 4 seconds."""
 
 
-class LostRankError(UserError):
-    """Another process of the run has died."""
-
-
 class RollCall:
     """A connection between rank 0 and every other process, each watched by a thread.
 
@@ -66,7 +62,7 @@ class RollCall:
     def connect(
         cls, rank: int, world_size: int, host: str, share: Callable[[list[int]], list[int]]
     ) -> RollCall:
-        """Called by all ranks at once; :class:`LostRankError` if one does not come in 30 seconds.
+        """Called by all ranks at once; :class:`UserError` if one does not come in 30 seconds.
 
         ``host`` is rank 0's machine; ``share`` gives everyone rank 0's list of whole numbers.
         """
@@ -76,7 +72,7 @@ class RollCall:
                 line = socket.create_connection((host, port), CONNECT_SECONDS)
                 line.sendall(HELLO.pack(rank))
             except OSError as error:
-                raise LostRankError(f"rank {rank} cannot reach rank 0 at {host}: {error}") from None
+                raise UserError(f"rank {rank} cannot reach rank 0 at {host}: {error}") from None
             return cls({0: line})
         with socket.create_server(("", 0), backlog=world_size) as server:
             share([server.getsockname()[1]])
@@ -85,7 +81,7 @@ class RollCall:
     def wait(self) -> None:
         """Return when every rank has called this as often as this one has; no limit of time.
 
-        :class:`LostRankError` where one has ended already.
+        :class:`UserError` where one has ended already.
         """
         self._calls += 1
         answers = 0 not in self._lines  # rank 0
@@ -95,7 +91,7 @@ class RollCall:
             self._news.wait_for(lambda: self._left & self._absent() or not self._absent())
             if self._absent():
                 gone = min(self._left & self._absent())
-                raise LostRankError(f"rank {gone} has ended before the others")
+                raise UserError(f"rank {gone} has ended before the others")
         if answers:
             self._say(HERE)
 
@@ -144,7 +140,7 @@ def _accept(server: socket.socket, world_size: int) -> dict[int, socket.socket]:
         try:
             line, _ = server.accept()
         except OSError:
-            raise LostRankError(f"no word from rank {min(missing)} at the start") from None
+            raise UserError(f"no word from rank {min(missing)} at the start") from None
         line.settimeout(CONNECT_SECONDS)
         try:
             (rank,) = HELLO.unpack(line.recv(HELLO.size, socket.MSG_WAITALL))

@@ -48,7 +48,7 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
         about: first line of ``--help``.
 
     Raises:
-        UserError: unknown flag, wrong type or value out of bounds.
+        UserError: unknown flag, wrong type or value out of bounds, or stage 1's backbone elsewhere.
     """
     fields = {option.name: option for option in dataclasses.fields(Options)}
     parsed, unknown = _parser(stage, fields.values(), about).parse_known_args(argv)
@@ -67,6 +67,8 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
         options.save_dir = options.save_dir_new
     if not options.save_dir:
         raise UserError("--save_dir is missing: results need a folder")
+    if stage is not Stage.CONTRAST:
+        refuse_contrastive(options.backbone, stage)
     return options
 
 

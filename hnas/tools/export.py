@@ -48,7 +48,7 @@ from hnas.models.resnet import ResNet
 from hnas.parallel.distributed import world_size
 from hnas.programs.flags import AUTO, Stage
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options, refuse_contrastive
+from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import (
     calibration_images,
     note_run,
@@ -70,7 +70,6 @@ def main(argv=None) -> None:
     options = parse_options(Stage.EXPORT, argv, about=__doc__.splitlines()[0])
     if world_size() > 1:
         raise UserError("export runs in one process")
-    refuse_contrastive(options.backbone, Stage.EXPORT)
     require(options, "ckpt_dir")
     quantizes = options.quantize != "none"
     check_format(options.format, options.quantize)

@@ -46,7 +46,7 @@ from hnas.parallel.distributed import from_main_process, is_main_process, leave
 from hnas.programs.flags import Stage
 from hnas.programs.memory_needs import IN_SCORING, check_chunk
 from hnas.programs.options import Options
-from hnas.programs.parsing import parse_options, refuse_contrastive
+from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import (
     calibration_images,
     decoded_images,
@@ -69,7 +69,6 @@ LISTED = 10
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Stage.SEARCH, argv, about=__doc__.splitlines()[0])
-    refuse_contrastive(options.backbone, Stage.SEARCH)
     wanted = {"backbone": options.backbone, "image_size": options.image_size}
     if options.sample_space == "full":  # that of all architectures serves the released ones, too
         wanted["sample_space"] = options.sample_space
@@ -142,8 +141,8 @@ def search(
     Several processes may call this together; all of them get the whole result.
 
     Raises:
-        StateError: a generation in ``folder`` is not of ``identity``.
-        EngineError: the reference engine counts other hits.
+        UserError: a generation in ``folder`` is not of ``identity``, or the reference engine counts
+            other hits.
         UserError: nothing keeps to the budget.
     """
     evaluator, archs, counts, born = None, {}, Counts.zeros(0), []

@@ -72,7 +72,6 @@ def main(argv=None) -> None:
         **describe_run(replace(options, arch=""), loader),
         "val_images": val.digest(),
         "val_pixels": sample_digest(val),
-        "initial_weights": None,  # earlier versions could start from others
     }
     folder = Path(options.save_dir)
     results = Results(folder, archs, settings)
@@ -121,9 +120,6 @@ class Results:
             # Flags that did not exist then were off, as they are by default.
             defaults = {flag.name: default_of(flag, Stage.STANDALONE) for flag in fields(Options)}
             found = {**defaults, **read_json(run)}
-            for name in [name for name in ("image_pixels", "val_pixels") if name not in found]:
-                logger.info("%s does not say %s: taken to be as now", run, name)
-                found[name] = settings[name]
             remedy = "give the same as before, or choose another --save_dir"
             check_same_settings(self.path, found, settings, remedy)
         elif self.path.is_file():

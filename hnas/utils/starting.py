@@ -28,7 +28,6 @@ from hnas.weights.checkpoint import (
     newest_set,
     noted_run,
     read_progress,
-    restore_generators,
 )
 from hnas.weights.loading import (
     PARAMS,
@@ -188,7 +187,6 @@ def resume(
         if step > steps:
             raise ValueError(f"step {step} of an epoch of {steps}")
         load_training(stem, model.network, model.optimizer, progress)
-        restore_generators(progress["generators"])
         model.gradients.restore(progress.get("scaler", {}))
     except NONSENSE as error:
         raise CheckpointError(
@@ -278,9 +276,8 @@ def check_progress(progress: Mapping) -> None:
         values = [value for value in figures.values() if value is not None]
         if not all(type(value) is float and math.isfinite(value) for value in values):
             raise ValueError(f"validation after epoch {number} is not finite")
-    for name in ("run", "generators"):
-        if not isinstance(progress[name], dict):
-            raise TypeError(f"{name} is a {type(progress[name]).__name__}")
+    if not isinstance(progress["run"], dict):
+        raise TypeError(f"run is a {type(progress['run']).__name__}")
     for name, value in progress["run"].items():
         if not isinstance(value, bool | int | float | str):
             raise TypeError(f"{name} of run is a {type(value).__name__}")

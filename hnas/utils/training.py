@@ -41,10 +41,8 @@ from hnas.utils.validation import Figures, figures_text
 from hnas.weights.checkpoint import (
     RUN_NOTE,
     SET_NAME,
-    generators_state,
     newest_set,
     remove_set,
-    restore_generators,
     save_training,
 )
 from hnas.weights.loading import PARAMS, NotFiniteError, write_state
@@ -210,7 +208,6 @@ class Run:
             "epoch": epoch,
             "step": step,
             "losses": losses,
-            "generators": generators_state(),
             "scaler": model.gradients.state(),
             "run": self.settings,
             "run_id": self.run_id,
@@ -223,17 +220,15 @@ class Run:
         self._remove_older(name)
 
     def validate(self, epoch: int) -> None:
-        """Measure after ``epoch``, from 0, if it is due; what is drawn meanwhile is taken back."""
+        """Measure after ``epoch``, from 0, if it is due."""
         every = self.options.eval_freq
         if self.measure is None or not every or (epoch + 1) % every:
             return
-        generators = generators_state()
         try:
             figures = self.log.validation[epoch] = self.measure()
         except LogitsError as error:
             told = str(error).partition(";")[0]
             raise UserError(f"after epoch {epoch + 1} {told}; {self.advice()}") from None
-        restore_generators(generators)
         self.log.draw("validation", figures, (epoch + 1) * len(self.loader))
         logger.info("epoch %d validation: %s", epoch + 1, figures_text(figures))
         self.write_history()

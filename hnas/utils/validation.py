@@ -25,7 +25,6 @@ from hnas.programs.runtime import calibration_images, validation_images, validat
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan, pearson
 from hnas.ranking.findings import FEWEST
 from hnas.search_space import Architecture
-from hnas.weights.checkpoint import generators_state, restore_generators
 
 logger = logging.getLogger(__name__)
 
@@ -159,13 +158,12 @@ def try_pretrained(
     """
     if not is_main_process():
         return None
-    generators, name = generators_state(), f"the pretrained network {options.pretrained}"
+    name = f"the pretrained network {options.pretrained}"
     loader = tried(options, images)
     counts = evaluate_network(network, loader, who=name)
     if options.initial_weights and options.train_flag and supernet.frozen:
         largest = evaluate_reference(supernet, [supernet.space.largest()], loader)
         warn_if_broken(largest, counts, OF_THE_START)
-    restore_generators(generators)  # training draws as it would without this
     hits, number = counts.top1[0], counts.images
     logger.info("%s is right about %d of %d validation images", name, hits, number)
     if not warn_if_guessing(counts, len(images.classes), name) and 2 * hits < number:

@@ -1,7 +1,7 @@
 """What training resumes from.
 
 That is a *set* of three files: ``NAME.pdparams`` (weights), ``NAME.pdopt`` (the optimizer's
-velocities) and ``NAME.pdstates`` (position, generators, losses). The last is written last and holds
+velocities) and ``NAME.pdstates`` (position, losses). The last is written last and holds
 the digests of the others, so a set that a crash left half-written, or mixed of two, is never
 loaded. The learning rate is in none: it follows from the position.
 """
@@ -9,7 +9,6 @@ loaded. The learning rate is in none: it follows from the position.
 from __future__ import annotations
 
 import logging
-import random
 import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -38,9 +37,6 @@ RUN_NOTE = "run_id.json"
 # Sets: 3 is after epoch 3 (from 0), 3-120 is 120 steps into epoch 3.
 SET_NAME = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 VELOCITY = "_velocity_0"
-# Of generators, in their order.
-NUMPY_STATE = ("kind", "keys", "position", "has_gauss", "cached")
-PADDLE_STATE = ("device", "seed", "offset", "engine")
 
 
 def save_training(
@@ -187,51 +183,6 @@ def restore_optimizer(network: nn.Layer, optimizer, state: dict, source: str) ->
     optimizer.set_state_dict(
         {f"{t.name}{VELOCITY}": paddle.to_tensor(found[key]) for key, t in trained.items()}
     )
-
-
-def generators_state() -> dict:
-    """The state of Python's, NumPy's and Paddle's global generators."""
-    version, words, gauss = random.getstate()
-    return {
-        "python": {"version": version, "words": np.array(words, np.uint32), "gauss": gauss},
-        "numpy": dict(zip(NUMPY_STATE, np.random.get_state(), strict=True)),
-        "paddle": [_plain(state) for state in paddle.get_rng_state()],
-    }
-
-
-def restore_generators(state: dict) -> None:
-    """Set the generators to what :func:`generators_state` gave.
-
-    Paddle's are left alone if the run now has other devices than then.
-
-    Raises:
-        ValueError: of another generator. (Nonsense raises what Python, NumPy and Paddle raise.)
-    """
-    python, numpy = state["python"], state["numpy"]
-    words = tuple(int(word) for word in python["words"])
-    random.setstate((python["version"], words, python["gauss"]))
-    if not 0 <= numpy["position"] <= len(np.random.get_state()[1]):
-        # NumPy does not look, and would read beyond the end.
-        raise ValueError(f"NumPy's generator is at {numpy['position']}")
-    np.random.set_state(tuple(numpy[name] for name in NUMPY_STATE))
-    states = paddle.get_rng_state()
-    if [_plain(own)["device"] for own in states] != [saved["device"] for saved in state["paddle"]]:
-        logger.warning("other devices than before: Paddle's generators start from the seed")
-        return
-    restored = []
-    for own, saved in zip(states, state["paddle"], strict=True):
-        words = bytes(saved["engine"]).split()
-        if len(words) != len(bytes(_plain(own)["engine"]).split()):
-            raise ValueError(f"Paddle's generator has {len(words)} words")
-        saved = {**saved, "engine": saved["engine"].tolist()}
-        restored.append(type(own).__new__(type(own)))
-        restored[-1].__setstate__(tuple(saved[name] for name in PADDLE_STATE))
-    paddle.set_rng_state(restored)
-
-
-def _plain(state) -> dict:
-    found = dict(zip(PADDLE_STATE, state.__getstate__(), strict=True))
-    return {**found, "engine": np.array(found["engine"], np.uint8)}
 
 
 def noted_run(folder: str | Path) -> str | None:

@@ -79,7 +79,7 @@ def read_state(path: str | Path) -> tuple[object, str]:
 
     Raises:
         CheckpointError: its SHA-256 is not the one that stands beside it.
-        UnsafePickleError: broken, or holds something else than a state dict.
+        UserError: broken, or holds something else than a state dict.
     """
     path = Path(path)
     try:
@@ -130,7 +130,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: missing file, not a dict of arrays, a name twice or one that is none, or
             negative variances.
         NotFiniteError: NaN, infinity, or numbers that are infinite as float32.
-        UnsafePickleError: broken, or holds something else than a state dict.
+        UserError: broken, or holds something else than a state dict.
     """
     path = find_checkpoint(path)
     content, digest = read_state(path)
