@@ -510,15 +510,6 @@ def test_a_forged_state_is_one_line_and_nothing_of_it_is_kept(
     assert bool(passed) == ("no whole set" in message)
 
 
-def test_what_an_older_set_does_not_say_is_named(train, killed, tmp_path, caplog):
-    shutil.copytree(killed, tmp_path / "run")
-    forge(tmp_path / "run", ("run/image_pixels", MISSING), ("run/use_ckpt", MISSING))
-    with caplog.at_level(logging.INFO):
-        train(8, resume="auto")
-    told = "run/1 does not say use_ckpt, image_pixels: taken to be as now"
-    assert told in caplog.text and "other values" not in caplog.text
-
-
 @pytest.mark.parametrize(("path", "value"), cases(FORGED_OPTIMIZERS))
 def test_a_forged_optimizer_is_one_line(train, killed, tmp_path, path, value):
     shutil.copytree(killed, tmp_path / "run")

@@ -168,14 +168,7 @@ def resume(
     try:
         check_progress(progress)
         before, epoch, step = progress["run"], progress["epoch"], progress["step"]
-        if "batch_size" in before:
-            # Checkpoints of times when one process was all there was.
-            before = {"total_batch": before["batch_size"], **before}
-        # A flag that did not exist then was off, as it is by default.
-        unknown = [name for name in run if name not in before]
-        if unknown:
-            logger.info("%s does not say %s: taken to be as now", stem, ", ".join(unknown))
-        changed = changed_settings({**run, **before}, run)
+        changed = changed_settings(before, run)
         if "teacher" in changed:
             told = f"{stem} is of another teacher than --pretrained {options.pretrained}"
             raise CheckpointError(f"{told}; give the same, or start anew")
