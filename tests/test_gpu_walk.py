@@ -244,8 +244,8 @@ def test_a_walk_takes_60_percent_of_a_cards_free_memory_and_a_quarter_of_a_machi
     images = type("Many", (), {"size": 224, "__len__": lambda self: 50_000})()
 
     def chunk(precision=Precision.FLOAT32, calibration=0):
-        evaluator = SimpleNamespace(calibration_images=calibration, precision=precision)
-        return default_chunk(RESNET48, images, evaluator)
+        about = {"variant": SimpleNamespace(precision=precision), "calibration_images": calibration}
+        return default_chunk(RESNET48, images, SimpleNamespace(**about))
 
     blocks = zip((5, 5, 8, 5), (56, 28, 14, 7), (64, 128, 256, 512), strict=True)
     numbers = 2 * 112**2 * 64 + 3 * sum(n * size**2 * width for n, size, width in blocks)

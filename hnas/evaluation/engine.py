@@ -135,7 +135,7 @@ class Walks:
         with tqdm(total=len(self.names), desc=title, unit="arch", mininterval=1) as progress:
             logits = evaluator.evaluate(*batch, counts, progress.update, watch=checked)
         named = self.names[checked], evaluator.archs[checked]
-        found = logits, (counts.top1[checked], counts.top5[checked]), evaluator.precision
+        found = logits, (counts.top1[checked], counts.top5[checked]), evaluator.variant.precision
         spot_check(evaluator.network, named, batch, evaluator.calibration, *found)
         return counts
 
@@ -183,7 +183,7 @@ def default_chunk(space: SearchSpace, images: ScoredImages, evaluator: SharedEva
     """Images a walk: what the memory allows, in as many chunks for every process."""
     free = free_bytes() if on_gpu() else free_bytes() / local_ranks()
     memory = free * (GPU_SHARE if on_gpu() else CPU_SHARE)
-    carried, number = evaluator.calibration_images, evaluator.precision.bytes
+    carried, number = evaluator.calibration_images, evaluator.variant.precision.bytes
     limit = choose_chunk(space, images.size, carried, memory, number)
     return even_chunk(limit, len(images), world_size())
 

@@ -21,7 +21,7 @@ from hnas.base.settings import check_same_settings
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.images import ScoredImages
 from hnas.parallel.distributed import agree, from_main_process
-from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes, fold_text
+from hnas.ranking.agreement import FOLDS, Agreement, agreement_record, fold_sizes
 from hnas.ranking.costs import Network
 from hnas.search_space import Architecture
 
@@ -171,14 +171,16 @@ def estimates(
     ``network`` is what was scored, where that is known.
     """
     accuracy, error = counts.accuracy().tolist(), counts.standard_error().tolist()
-    rows = zip(archs.items(), accuracy, error, counts.folds.tolist(), strict=True)
+    # On one line, where a list of the hits by fold would take 16.
+    folds = [" ".join(map(str, own)) for own in counts.folds.tolist()]
+    rows = zip(archs.items(), accuracy, error, folds, strict=True)
     return {
         "images": counts.images,
         **({"network": network._asdict()} if network else {}),
         "agreement": agreement_record(agreement, of_images),
         "architectures": {
-            name: {"acc": acc, "se": round(se, 6), "arch": arch.code, "folds": fold_text(folds)}
-            for (name, arch), acc, se, folds in rows
+            name: {"acc": acc, "se": round(se, 6), "arch": arch.code, "folds": own}
+            for (name, arch), acc, se, own in rows
         },
     }
 

@@ -69,11 +69,6 @@ class SharedEvaluator:
         self.archs = list(archs)
         self.tree = PrefixTree(self.network.space, archs)
 
-    @property
-    def precision(self) -> Precision:
-        """How the walk rounds."""
-        return self.variant.precision
-
     @paddle.no_grad()
     def evaluate(
         self,

@@ -151,13 +151,8 @@ class Estimates:
     network: Network | None = None  # what was scored; None where an earlier version wrote it
 
 
-def fold_text(folds: Sequence[int]) -> str:
-    """Hits by fold as ``estimates.json`` holds them: on one line, where a list would take 16."""
-    return " ".join(map(str, folds))
-
-
 def read_folds(text: str) -> list[int]:
-    """The numbers that :func:`fold_text` wrote.
+    """The hits by fold that an entry of ``estimates.json`` has.
 
     Raises:
         ValueError: it wrote no such thing.

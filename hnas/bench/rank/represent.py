@@ -9,10 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from hnas.bench.rank.jobs import Bench, published_jobs
-from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b, none_if_nan, pearson
+from hnas.ranking.correlations import correlations, kendall_tau_b, none_if_nan
 from hnas.search_space import Architecture, search_space
-
-BOOTSTRAP_SEED = 0
 
 
 def represent(bench: Bench) -> dict:
@@ -26,23 +24,14 @@ def represent(bench: Bench) -> dict:
     jobs = published_jobs(bench)
     found, (archs, imagenet) = bench.results(jobs), bench.published
     own = np.array([100 * found[job]["hits"] / found[job]["images"] for job in jobs])
-    agreement = {
-        name: estimate(statistic, own, imagenet)
-        for name, statistic in (("tau_b", kendall_tau_b), ("pearson", pearson))
-    }
+    agreement = correlations(own, imagenet)
+    agreement = {"tau_b": agreement["kendall_tau_b"], "pearson": agreement["pearson"]}
     hangs_on = {
         name: [none_if_nan(kendall_tau_b(values, acc)) for acc in (own, imagenet)]
         for name, values in descriptions(list(archs.values())).items()
     }
     accuracy = {"mean": float(own.mean()), "sd": float(own.std(ddof=1))}
     return {"accuracy": accuracy, **agreement, "hangs_on": hangs_on}
-
-
-def estimate(statistic, x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
-    """A statistic of two lists [n] with its interval, None where not defined."""
-    ends = bootstrap_interval(statistic, x, y, BOOTSTRAP_SEED)
-    values = map(none_if_nan, (statistic(x, y), *ends))
-    return dict(zip(("value", "low", "high"), values, strict=True))
 
 
 def descriptions(archs: list[Architecture]) -> dict[str, list[int]]:

@@ -169,14 +169,14 @@ def compare_walk(
             yield rows.not_here(row, NOT_USED + word_of(error))
             return
     comparisons = [
-        compare(own, paddle.to_tensor(logits), batch[1], hits, evaluator.precision)
+        compare(own, paddle.to_tensor(logits), batch[1], hits, evaluator.variant.precision)
         for own, logits, *hits in zip(found, right, counts.top1, counts.top5, strict=True)
     ]
     differences, faults = zip(*comparisons, strict=True)
     fault, worst = next(filter(None, faults), ""), float(np.max(differences))
     note = fault or "logits, in their standard deviations; hits as they explain"
     state = rows.FAILED if fault else rows.PASSED
-    yield rows.Result(row, state, worst, evaluator.precision.tolerance, note)
+    yield rows.Result(row, state, worst, evaluator.variant.precision.tolerance, note)
 
 
 # --- training steps
