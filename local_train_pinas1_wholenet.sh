@@ -36,6 +36,7 @@ save_freq=${save_freq:-1}                                       # epochs
 save_steps=${save_steps:-500}                                   # steps; 0: at epochs' ends only
 keep=${keep:-0}                                                 # epochs besides the first; 0: all
 bad_images=${bad_images:-fatal}                                 # or skip
+eval_freq=${eval_freq:-1}                                       # epochs; 0: never
 log_freq=${log_freq:-50}                                        # steps
 visualdl_dir=${visualdl_dir:-None}                              # folder of curves
 resume=${resume:-None}                                          # a folder, or auto
@@ -58,5 +59,5 @@ launch train_supernet_pinas_stage1.py run \
     --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" \
     --num_workers "$num_workers" \
     --save_freq "$save_freq" --save_steps "$save_steps" --keep "$keep" \
-    --bad_images "$bad_images" --log_freq "$log_freq" --resume "$resume" --seed "$seed" \
-    --device "$device" "$@"
+    --bad_images "$bad_images" --eval_freq "$eval_freq" --log_freq "$log_freq" \
+    --resume "$resume" --seed "$seed" --device "$device" "$@"

@@ -75,6 +75,8 @@ def main() -> None:
         network.reset_key_encoder()
     if options.freeze_bn:
         freeze_statistics(network)
+    elif not options.largest_net_in_stage1:
+        measure = None  # its running statistics will be a mixture of all paths'
 
     sampler = LargestSampler(space, number=2)
     if not options.largest_net_in_stage1:

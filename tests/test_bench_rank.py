@@ -271,7 +271,7 @@ def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
     [
         ({0.02: (0, 0.3), 0.0022: (0, 0.1), 0.0067: (0, 0.2)}, 0.02, 0.06),
         ({0.0022: (0, 0.1), 0.0067: (0, 0.11), 0.02: (0.5, 0.3)}, 0.0067, None),
-        ({0.0022: (0.5, 0.1), 0.0067: (1, -1), 0.02: (1, -1)}, 0.0022, 0.0022 / 3),
+        ({0.02: (1, -1), 0.0022: (1, -1), 0.0067: (1, -1)}, 0.0022, 0.0022 / 3),
     ],
 )
 def test_the_rate_at_which_fewest_break_is_taken_and_then_the_best(tried, rate, further):

@@ -58,9 +58,8 @@ def test_without_an_environment_python3_has_paddle_or_is_refused(paddle, tmp_pat
     path = f"{tmp_path}:{os.environ['PATH']}"
     script = f". {ROOT / SHARED}; echo $python"
     done = run("sh", "-c", script, cwd=tmp_path, python="", PINAS_THREADS="1", PATH=path)
-    refused = "error: there is no .venv, and python3 has no Paddle; sh hnas/tools/setup_venv.sh "
     assert (done.returncode, done.stdout) == ((0, "python3\n") if paddle else (2, ""))
-    assert done.stderr == ("" if paddle else f"{refused}makes it\n")
+    assert ("error: there is no .venv, and python3 has no Paddle" in done.stderr) != paddle
 
 
 def test_wrong_flags_are_all_that_is_said():

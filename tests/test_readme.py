@@ -294,8 +294,7 @@ def test_the_trials_of_small_tasks_are_those_of_their_log():
 def test_what_broke_is_counted_from_its_runs():
     counted = {}
     for run in lines_of("breaking.jsonl"):
-        bounds = f"{run['stage1']}, {run['stage2']}"
-        key = (run["task"], bounds, run["warmup"], str(run["lr"]))
+        key = (run["task"], f"{run['stage1']}, {run['stage2']}", run["warmup"], str(run["lr"]))
         counted.setdefault(key, []).append((run["largest"] or 0, run["pretrained"]))
     expected = []
     for key, runs in counted.items():

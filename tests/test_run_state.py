@@ -282,8 +282,7 @@ def test_logits_that_are_not_finite_are_told_in_the_same_way(
     train, clip_norm, step, remedy, monkeypatch
 ):
     monkeypatch.setenv("PINAS_STEP", step)  # local_own.sh's
-    message = f"^after epoch 2 the network gives .*{remedy}$"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^after epoch 2 the network gives .*{remedy}$"):
         train(8, measure=measures(SOUND, LogitsError("the network", 3, 10)), clip_norm=clip_norm)
 
 

@@ -334,12 +334,15 @@ def test_stages_tell_how_good_the_pretrained_network_is(
 
 @pytest.mark.parametrize(("script", "flags"), [(stage1, {}), (stage2, {"eval_freq": 0})])
 def test_what_needs_no_validation_images_takes_any(script, flags, begin, tmp_path, caplog):
-    begin(script, **flags)
-    for bad in ("val/0/0.png", "val/0", "val"):
-        assert ("the pretrained network" in caplog.text) == (bad == "val/0/0.png")
+    images = tmp_path / "images"
+    (measure,) = begin(script, fit=lambda *own: own[3], **flags)
+    assert measure is not None and "no measurement" not in caplog.text
+    (images / "val/0/0.png").write_bytes(b"none")
+    for number, bad in enumerate(("val/1/0.png", "val/1", "val"), 2):
         caplog.clear()
-        (tmp_path / "images" / bad).rename(tmp_path / bad.replace("/", "-"))
-        assert begin(script, **flags)
+        assert begin(script, fit=lambda *own: own[3], **flags)[1:] == [None] * (number - 1)
+        assert "no measurement will tell whether training breaks: " in caplog.text
+        (images / bad).rename(tmp_path / bad.replace("/", "-"))
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def _check_instructions(content: bytes) -> None:
             raise _RefusedError(f"uses the pickle instruction {code}, unlike state dicts")
         if number > MAX_INSTRUCTIONS:
             raise _RefusedError(f"has more than {MAX_INSTRUCTIONS} parts")
-        # Generators' states have whole numbers of 128 bits, nothing has longer ones.
+        # Generators' states, in older sets, have whole numbers of 128 bits, nothing longer ones.
         if instruction.name == "LONG1" and value.bit_length() >= 8 * MAX_LONG:
             raise _RefusedError(f"holds a whole number of {value.bit_length() // 8 + 1} bytes")
 

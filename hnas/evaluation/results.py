@@ -225,8 +225,8 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
     if told:
         logger.warning(
             "%s is right about %d of %d images, no more than guessing among %d classes: too little "
-            "trained, training broke (--clip_norm auto, or a third of it), or weights, classes and "
-            "images do not match",
+            "trained, training broke (clip_norm auto, or a third of it), or weights, class names "
+            "and images do not match",
             *(what, best, counts.images, classes),
         )
     return told

@@ -70,7 +70,8 @@ misspelt() {
 if [ -z "${PINAS_THREADS:-}" ]; then
     misspelt | while read -r how name instead; do
         case $how$instead in
-            warn--*) what="is a flag, not a variable; give $instead behind the launcher's name" ;;
+            warn--*) what="is a flag, not a variable; give $instead behind the launcher's name"
+                [ "${0##*/}" != local_own.sh ] || what="is a flag, and no variable of local_own.sh" ;;
             *) what="is no variable of the launchers; did you mean $instead?" ;;
         esac
         [ "$how" = warn ] || refuse "$name $what If not, unset it"

@@ -169,7 +169,7 @@ def resume(
         check_progress(progress)
         before, epoch, step = progress["run"], progress["epoch"], progress["step"]
         changed = changed_settings(before, run)
-        if "teacher" in changed:
+        if "teacher" in changed and "teacher" in before:
             told = f"{stem} is of another teacher than --pretrained {options.pretrained}"
             raise CheckpointError(f"{told}; give the same, or start anew")
         if step and set(changed) & DATA_ORDER:

@@ -193,7 +193,8 @@ class Run:
             # The launcher ends the others soon after the first: let rank 0 save before.
             barrier()
             if is_main_process():
-                again = "the same command" if options.arch else "--resume auto"
+                same = options.arch or os.environ.get("PINAS_STEP")
+                again = "the same command" if same else "--resume auto"
                 logger.warning("stopped by %s after %s; continue with %s", name, where, again)
             leave()
             raise Stopped(stopped_by)

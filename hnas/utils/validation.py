@@ -19,7 +19,13 @@ from hnas.evaluation.reference import Batches, evaluate_network, evaluate_refere
 from hnas.evaluation.results import warn_if_guessing
 from hnas.evaluation.shared import SharedEvaluator
 from hnas.models.elastic import ElasticResNet
-from hnas.parallel.distributed import is_main_process, rank, sum_over_ranks, world_size
+from hnas.parallel.distributed import (
+    from_main_process,
+    is_main_process,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from hnas.programs.options import Options
 from hnas.programs.runtime import calibration_images, validation_images, validation_loader
 from hnas.ranking.correlations import kendall_tau_b, none_if_nan, pearson
@@ -67,12 +73,19 @@ def measurement_of_largest(
     options: Options, network: ElasticResNet, pretrained: nn.Layer, train: ImageList
 ) -> Callable[[], Figures] | None:
     """What stage 1 measures: how much of the ``pretrained`` network's accuracy the largest
-    sub-network keeps, on ``TRIED`` images; None, where there are no validation images."""
-    try:
-        images = validation_images(options, train)
-        at_first = try_pretrained(options, pretrained, images, network)
-    except DataError:
+    sub-network keeps, on ``TRIED`` images; None, where these cannot be had, which is told."""
+    at_first = None
+    if is_main_process():
+        try:
+            images = validation_images(options, train)
+            at_first = try_pretrained(options, pretrained, images, network)
+        except DataError as error:
+            logger.warning("no measurement will tell whether training breaks: %s", error)
+    # All measure or none: they wait for each other afterwards.
+    if not from_main_process([at_first is not None])[0]:
         return None
+    if not is_main_process():
+        return dict
     return lambda: extremes(network, tried(options, images), None, at_first, ("largest",))
 
 
@@ -102,10 +115,10 @@ def extremes(
 
 OF_AN_EPOCH = (
     "a ranking by such a supernet is worth little; if the next epoch is no better, start again "
-    "with --clip_norm auto or, where that is so, a third of what it comes to"
+    "with clip_norm auto or, where that is so, a third of what it comes to"
 )
 OF_THE_START = (
-    "training from such weights breaks easily; run stage 1 again, with --clip_norm auto or, where "
+    "training from such weights breaks easily; run stage 1 again, with clip_norm auto or, where "
     "that is so, a third of what it comes to"
 )
 

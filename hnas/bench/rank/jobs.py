@@ -19,7 +19,7 @@ from hnas.base.errors import UserError
 from hnas.base.files import replacing
 from hnas.base.settings import check_same_settings
 from hnas.bench.rank.distorted_digits import DigitsTask
-from hnas.bench.rank.methods import METHODS, STAGE1_FORWARDS, Method
+from hnas.bench.rank.methods import METHODS, STAGE1_CLIP_NORM, STAGE1_FORWARDS, Method
 from hnas.search_space import Architecture, SearchSpace, search_space
 
 ARCHITECTURES_SEED = 2022
@@ -216,6 +216,9 @@ class Bench:
         settings = {name: getattr(self.scale, name) for name in names}
         settings |= {"base_channels": self.space.base_channels, "task": asdict(self.task)}
         settings["scans"] = job.scans
+        stage1 = job if job.kind == "stage1" else job.stage1
+        if stage1 is not None:
+            settings["stage1_clip_norm"] = STAGE1_CLIP_NORM[stage1.what]
         if job.kind in ("published", "truth"):
             settings["arch"] = self.arch(job).code
         elif job.kind in SPLITS:

@@ -14,13 +14,16 @@ STAGE1_FORWARDS = 4
 """Passes of a step of stage 1: two of the query encoder, two of the key encoder."""
 
 
+STAGE1_CLIP_NORM = {"own": AUTO, "public": 0.0}
+"""By the recipe of stage 1."""
+
+
 @dataclass(frozen=True)
 class Method:
     """How a supernet is trained; flags of stage 2 have their names and meanings."""
 
     stage1: str = ""
-    """Whether stage 1 comes first, and by whose ``recipe``: ``own``, with small steps as
-    ``clip_norm=auto`` takes them, or ``public``."""
+    """Whether stage 1 comes first, and by whose ``recipe``: ``own`` or ``public``."""
     sampler: str = "random"
     """Or ``first_place``, ``sandwich``, ``fair``."""
     teacher: str = "pretrained"

@@ -12,7 +12,7 @@ from paddle.optimizer.lr import LRScheduler
 from hnas.base.device import processor
 from hnas.bench.rank.distorted_digits import CLASSES, DigitsTask
 from hnas.bench.rank.jobs import Bench, Job
-from hnas.bench.rank.methods import Method
+from hnas.bench.rank.methods import STAGE1_CLIP_NORM, Method
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.reference import evaluate_network
 from hnas.evaluation.shared import SharedEvaluator
@@ -20,7 +20,6 @@ from hnas.models.convolution import use_onednn
 from hnas.models.elastic import ElasticResNet, freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.models.resnet import ResNet
-from hnas.programs.flags import AUTO
 from hnas.programs.options import Options
 from hnas.programs.runtime import seed_generators
 from hnas.utils.hapi_wrapper import (
@@ -176,7 +175,7 @@ def run_stage1(bench: Bench, job: Job) -> dict:
     lr, steps = scale.stage1_lr / 2, scale.stage1_steps
     schedule = swinging_rate(lr, 256, SWING_STEPS) if public else peak_rate(lr, steps)
     views = {"views": 1, "copies": 2} if public else {"views": 2}
-    train(bench, job, model, schedule, steps, **views, clip_norm=0.0 if public else AUTO)
+    train(bench, job, model, schedule, steps, **views, clip_norm=STAGE1_CLIP_NORM[job.what])
     write_state(bench.weights(job), network.backbone.state_dict())
     return {"steps": scale.stage1_steps}
 

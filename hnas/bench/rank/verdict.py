@@ -63,11 +63,11 @@ def verdict(bench: Bench, wanted: Iterable[tuple[str, float]], split: str) -> di
 
 def choose_rate(tried: Mapping[float, tuple[float, float]]) -> dict[str, float | None]:
     """The learning rate by which a method is compared, of those ``tried``, each with what share of
-    supernets broke and the others' mean tau-b: fewest broke, then it ranks best.
+    supernets broke and the others' mean tau-b: fewest broke, then it ranks best, then the lowest.
 
     ``next``: the rate three times further that is to be tried, where it is at an end of them.
     """
-    rate = min(tried, key=lambda rate: (tried[rate][0], -tried[rate][1]))
+    rate = min(tried, key=lambda rate: (tried[rate][0], -tried[rate][1], rate))
     further = {max(tried): rate * 3, min(tried): rate / 3}
     return {"rate": rate, "next": further.get(rate)}
 
