@@ -63,7 +63,7 @@ def measurement(
     batch = max(1, options.batch_size // options.accumulate)
 
     def measure() -> Figures:
-        found = extremes(network, loader, calibration, at_first)
+        found = extremes(network, loader, calibration, at_first) if is_main_process() else {}
         return {**found, **ranking(network, truth, share, batch, calibration)} if truth else found
 
     return measure
@@ -86,7 +86,8 @@ def measurement_of_largest(
         return None
     if not is_main_process():
         return dict
-    return lambda: extremes(network, tried(options, images), None, at_first, ("largest",))
+    loader = tried(options, images)
+    return lambda: extremes(network, loader, None, at_first, ("largest",))
 
 
 def extremes(
@@ -96,14 +97,11 @@ def extremes(
     at_first: Counts,
     names: Sequence[str] = ("largest", "smallest"),
 ) -> Figures:
-    """Top-1 accuracy of the largest and the smallest sub-network, in the main process; a warning
-    where training broke.
+    """Top-1 accuracy of the largest and the smallest sub-network; a warning where training broke.
 
     ``calibration`` are uint8 images [N, 3, H, W] to re-calibrate BatchNorm with, None: at running
     statistics. ``at_first`` are the hits of the network that the supernet started from.
     """
-    if not is_main_process():
-        return {}
     space = network.space
     archs = {"largest": space.largest(), "smallest": space.smallest()}
     counts = [evaluate_reference(network, [archs[name]], loader, calibration) for name in names]
