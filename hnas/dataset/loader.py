@@ -132,7 +132,7 @@ def load_batches(
     wait for ever when that one fails.
 
     Raises:
-        DataError: an image cannot be read, or a loader process was killed.
+        DataError: an image cannot be read, or a loader process died.
     """
     if not num_workers:
         for batch in batches:
@@ -176,14 +176,16 @@ def _next_batch(iterator: Iterator, workers: Sequence[multiprocessing.Process]) 
     try:
         return next(iterator, None)
     except Exception:
-        killed = [-worker.exitcode for worker in workers if worker.exitcode]
-        if not killed:
+        ended = [worker.exitcode for worker in workers if worker.exitcode]
+        if not ended:
             raise
         for worker in workers:
             worker.kill()  # else one might wait for what the dead one held
+        code = ended[0]
+        how = f"ended with {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
         raise DataError(
-            f"a loader process was killed by {signal.Signals(killed[0]).name}; where memory is "
-            "short, lower --num_workers; what is saved can be resumed"
+            f"a loader process {how}; where memory is short, lower --num_workers; what is saved "
+            "can be resumed"
         ) from None
 
 
