@@ -9,6 +9,7 @@ import json
 import numpy as np
 import paddle
 from paddle.nn import functional as F  # noqa: N812
+from PIL import Image
 
 from hnas.evaluation.counts import Counts
 from hnas.models.pinasv2 import build_network
@@ -155,6 +156,18 @@ def images_for(size, number, classes=10, seed=1):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (number, 3, size, size), dtype=np.uint8)
     return paddle.to_tensor(images), paddle.to_tensor(rng.integers(0, classes, number))
+
+
+def validation_images(root):
+    """All images of ``root/val`` as networks see them, by Pillow and NumPy alone, and labels."""
+    pixels, labels = [], []
+    for path in sorted((root / "val").glob("*/*.png")):
+        image = Image.open(path).convert("RGB")
+        assert image.size == (40, 40)
+        image = image.resize((37, 37), Image.Resampling.BILINEAR).crop((2, 2, 34, 34))
+        pixels.append(np.asarray(image).transpose(2, 0, 1))
+        labels.append(int(path.parent.name))
+    return paddle.to_tensor(normalized(np.array(pixels))), np.array(labels)
 
 
 class Images:

@@ -29,12 +29,7 @@ from hnas.bench.rank.methods import METHODS
 from hnas.bench.rank.represent import as_text, represent
 from hnas.bench.rank.verdict import choose_rate, reliability, verdict
 from hnas.search_space import RESNET48
-from hnas.utils.SampleMethod import (
-    FairSampler,
-    FirstPlaceSampler,
-    RandomSampler,
-    SandwichSampler,
-)
+from hnas.utils.SampleMethod import FairSampler, FirstPlaceSampler, RandomSampler, SandwichSampler
 
 ROOT = Path(__file__).parents[1]
 METHOD = "first_place"
@@ -333,7 +328,9 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
     for asked in (["truth"], flags):
         done = subprocess.run(**command(tmp_path, *asked), capture_output=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        assert found == json.loads((tmp_path / f"{asked[0]}.json").read_text())
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert found == summary["truth" if asked == ["truth"] else "final"]
+    assert [*summary] == ["truth", "final"]
     assert set(found[f"{METHOD}@0.0067"]) == {"broken", "tau_b"}
     bench, entries = Bench(tmp_path, Scale.quick()), Bench(tmp_path, Scale.quick()).entries()
     final = supernet_jobs(bench, [(METHOD, 0.0067)], "final")
@@ -342,9 +339,7 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
     truth = [*truth_jobs(bench, "selection"), *truth_jobs(bench, "final"), *second_jobs(bench)]
     assert path.read_bytes().startswith(kept)
     assert set(entries) == {job.name for job in (*truth, *final, *needed)}
-    assert {own.name for own in (tmp_path / "weights").glob("*.pdparams")} == {
-        bench.weights(job).name for job in needed
-    }
+    assert {*(tmp_path / "weights").glob("*.pdparams")} == {bench.weights(job) for job in needed}
     for entry in (entries[job.name] for job in final):
         assert len(entry["hits"]) == 8 and entry["steps"] == 4
         assert entry["seconds"] > 0 and entry["processor"]

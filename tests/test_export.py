@@ -100,14 +100,8 @@ def export(images, path, save_dir, **flags):
 
 def in_a_clean_process(folder, images):
     """What a folder's program says of images, and what it imported."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-W", "ignore", "-c", CLEAN, folder / "predict.py", *images],
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    command = [sys.executable, "-I", "-W", "ignore", "-c", CLEAN, folder / "predict.py", *images]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, check=True)
     *lines, modules = done.stdout.strip().splitlines()
     return dict(line.rsplit(" ", 1) for line in lines if line.startswith("/")), json.loads(modules)
 

@@ -164,11 +164,8 @@ def test_what_float16_does_not_hold_is_refused(factor, widened, calibrated, laye
     counted = [hits for (hits,) in count_hits(logits.unsqueeze(0), labels)[0].columns()[:2]]
     given = net, ("n0", arch), (images, labels), calibration, logits, counted
     spot_check(*given, Precision.FLOAT32)
-    with (
-        pytest.raises(LogitsError, match=f"before {layer} that .* 65504")
-        if layer
-        else nullcontext()
-    ):
+    refused = pytest.raises(LogitsError, match=f"before {layer} that .* 65504")
+    with refused if layer else nullcontext():
         spot_check(*given, Precision.FLOAT16)
 
 

@@ -19,19 +19,12 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-LINTER = Path(sys.executable).with_name("lint-imports")
-PACKAGES = {
-    "cv2": "opencv-python",
-    "PIL": "pillow",
-    "paddle": "paddlepaddle",
-    "sklearn": "scikit-learn",
-}
+LINTER = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+PACKAGES = {"PIL": "pillow", "paddle": "paddlepaddle", "sklearn": "scikit-learn"}
 
 
 def lint(folder):
-    return subprocess.run(
-        [LINTER, "--no-cache"], cwd=folder, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(LINTER, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture

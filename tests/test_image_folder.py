@@ -91,11 +91,8 @@ def test_folders_that_cannot_be_used(make, reason, root):
 
 @pytest.mark.parametrize("mode", ["link", "copy"])
 def test_a_folder_of_classes_is_split_by_class_and_seed(mode, root, tmp_path, capsys):
-    for name in (
-        os.fsdecode(b"emu/\xff.png"),
-        "emu/2.png",
-        *(f"dog/{n}.png" for n in range(4, 20)),
-    ):
+    odd = os.fsdecode(b"emu/\xff.png")
+    for name in (odd, "emu/2.png", *(f"dog/{n}.png" for n in range(4, 20))):
         write_image(root / "train" / name, 1)
     found = []
     for number, seed in enumerate((0, 0, 1)):

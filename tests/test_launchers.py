@@ -360,10 +360,8 @@ def test_the_page_is_current():
 
 def test_the_page_tells_every_variable_of_the_processes():
     table, text = text_of(PAGE).split("<!-- processes -->")[1], text_of(SHARED)
-    rows = {
-        name: rest for name, *rest in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", table, re.M)
-    }
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", table, re.M)
     own = {name: default or "none" for name, default in launcher_variables(text).items()}
-    assert {name: default.strip("`") for name, (default, _) in rows.items()} == own
-    for name, (_, meaning) in rows.items():
+    assert {name: default.strip("`") for name, default, _ in rows} == own
+    for name, _, meaning in rows:
         assert re.search(rf"^{name}=.*# {re.escape(meaning)}$", text, re.M)

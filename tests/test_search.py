@@ -284,13 +284,8 @@ def test_latency_limits(digits, tmp_path):
 def test_two_processes_find_the_same(whole, digits, tmp_path):
     launcher = ["-m", "hnas.parallel.launcher", "--nproc_per_node", "2"]
     launcher += ["--log_dir", str(tmp_path / "log"), str(ROOT / "hnas/tools/search.py"), "run"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *flags(digits, tmp_path / "out")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PADDLE_DISTRI_BACKEND": "gloo"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, *launcher, *flags(digits, tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PADDLE_DISTRI_BACKEND": "gloo"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert same_results(whole, tmp_path / "out") == []

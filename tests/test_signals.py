@@ -44,15 +44,10 @@ ENDS = {
 
 def start(code: str, *arguments: str) -> subprocess.Popen:
     # As the launchers have it: of more threads Paddle warns when it is imported.
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *(["-c", code] if code else []), *arguments],
-        cwd=ROOT,
-        env={**os.environ, **own},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *(["-c", code] if code else []), *arguments]
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **told)
 
 
 def wait_for(process: subprocess.Popen) -> None:

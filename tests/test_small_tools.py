@@ -113,14 +113,8 @@ def files(tmp_path):
 def test_without_paddle_and_in_little_memory(files, tool, arguments, light):
     path, folder = (str(file) for file in files)
     words = arguments.replace("FILE", path).replace("FOLDER", folder).split()
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, tool, *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    command = [sys.executable, "-c", RUN, tool, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=True)
     found = json.loads(done.stderr.splitlines()[-1])  # others say what was taken
     assert not ({"paddle", "paddleslim", "sklearn", "cv2"} | light) & set(found["loaded"])
     assert found["mib"] < MOST_MIB

@@ -9,10 +9,8 @@ import numpy as np
 import paddle
 import pytest
 from entry_scripts import ROOT, write_inputs
-from independent import normalized
-from PIL import Image
+from independent import validation_images
 
-from hnas.dataset.image_folder import scan_images
 from hnas.models.pinasv2 import build_network
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.weights.loading import read_weights
@@ -25,12 +23,9 @@ STAGE3 = "local_eval.sh"
 def launch(script, **variables):
     # Not the caller's variables: one of them may be a launcher's.
     inherited = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
-    environment = {
-        **{name: os.environ[name] for name in inherited if name in os.environ},
-        "python": sys.executable,
-        "PYTHONWARNINGS": "ignore",
-        **{name: str(value) for name, value in variables.items()},
-    }
+    environment = {name: os.environ[name] for name in inherited if name in os.environ}
+    environment |= {"python": sys.executable, "PYTHONWARNINGS": "ignore"}
+    environment |= {name: str(value) for name, value in variables.items()}
     command = ["sh", str(ROOT / script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -44,9 +39,8 @@ def run(tmp_path_factory):
     archs = [RESNET48_MINI.largest(), *(RESNET48_MINI.sample(rng) for _ in range(4))]
     codes = [arch.code for arch in archs]
     codes[1] = codes[1][1:]  # 51 digits must come back as 51
-    (root / "codes.json").write_text(
-        json.dumps({f"net{i}": {"acc": 0.0, "arch": code} for i, code in enumerate(codes)})
-    )
+    entries = {f"net{i}": {"acc": 0.0, "arch": code} for i, code in enumerate(codes)}
+    (root / "codes.json").write_text(json.dumps(entries))
     common = {"image_dir": root / "images", "pretrained": root / "pretrained.pdparams"}
     common |= {"image_size": 32, "batch_size": 16, "num_workers": 0, "log_freq": 1}
     common |= {"max_epoch": 2, "lr": 0.03, "warmup": 1, "backbone": "resnet48_mini"}
@@ -76,34 +70,20 @@ def test_all_stages_say_what_fits_and_scores_are_in_order(run):
     assert [entry["arch"] for entry in scores.values()] == codes
 
 
-def validation_batch(root):
-    """All validation images as the network sees them, by Pillow and NumPy alone."""
-    images = scan_images(root / "images", "val")
-    pixels = []
-    for path in images.paths:
-        image = Image.open(path).convert("RGB")
-        assert image.size == (40, 40)
-        image = image.resize((37, 37), Image.Resampling.BILINEAR).crop((2, 2, 34, 34))
-        pixels.append(np.asarray(image).transpose(2, 0, 1))
-    return np.stack(pixels), images.labels
-
-
 @pytest.mark.slow
 def test_standalone_networks_reproduce_the_submission(run):
     root, _, codes, _ = run
-    pixels, labels = validation_batch(root)
+    images, labels = validation_images(root / "images")
     supernet = build_network("resnet48_mini", 10)
     supernet.set_state_dict(paddle.load(str(root / "stage2/0.pdparams")))
-    submission, top5 = (
-        json.loads((root / "stage3" / name).read_text())
-        for name in ("submission.json", "submission_top5.json")
-    )
+    names = ("submission.json", "submission_top5.json")
+    submission, top5 = (json.loads((root / "stage3" / name).read_text()) for name in names)
     rows = (root / "stage3/channel_sample.txt").read_text().splitlines()
     assert len(rows) == len(top5) == len(codes)
     for index, code in enumerate(codes):
         alone = supernet.extract(Architecture.from_code(code))
         alone.eval()
-        logits = alone(paddle.to_tensor(normalized(pixels))).numpy()
+        logits = alone(images).numpy()
         own = logits[np.arange(len(labels)), labels]
         ahead = (logits > own[:, None]).sum(1)
         one, five = ((ahead < places).sum() / len(labels) for places in (1, 5))

@@ -13,7 +13,7 @@ import independent
 import numpy as np
 import paddle
 import pytest
-from entry_scripts import noise_images
+from entry_scripts import ROOT, noise_images
 from PIL import Image
 
 from hnas.base.errors import UserError
@@ -44,12 +44,8 @@ def flags(work, **changes):
 
 def command(work, **changes):
     """The tool in a process of its own: only there equal bits are promised."""
-    program = [sys.executable, "-um", "hnas.tools.train_standalone"]
-    return {
-        "args": [*program, *flags(work, **changes)],
-        "env": {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        "text": True,
-    }
+    args = [sys.executable, "-um", "hnas.tools.train_standalone", *flags(work, **changes)]
+    return {"args": args, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +73,6 @@ def refusal(*arguments, **changes):
 
 def weights_path(folder, code):
     return folder / ("1" + code)[-52:] / "final.pdparams"
-
-
-def validation(work):
-    """All validation images as the network sees them, by Pillow and NumPy alone."""
-    pixels, labels = [], []
-    for path in sorted((work / "images/val").glob("*/*")):
-        image = Image.open(path).convert("RGB").resize((37, 37), Image.Resampling.BILINEAR)
-        pixels.append(np.asarray(image.crop((2, 2, 34, 34))).transpose(2, 0, 1))
-        labels.append(int(path.parent.name))
-    return paddle.to_tensor(independent.normalized(np.array(pixels))), np.array(labels)
 
 
 # --- what is trained
@@ -121,7 +107,7 @@ def test_accuracies_are_those_of_the_final_weights(work):
     # A plain network is trained, which need not be one of the supernet's.
     with pytest.raises(ArchitectureError, match="no projection"):
         RESNET48_MINI.shared_plan(Architecture.from_code(PROJECTED))
-    images, labels = validation(work)
+    images, labels = independent.validation_images(work / "images")
     found = results(work / "undisturbed")
     assert {name: entry["arch"] for name, entry in found.items()} == CODES
     assert list(found) == list(CODES)

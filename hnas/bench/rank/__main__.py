@@ -9,7 +9,7 @@ task's accuracies agree with them; ``truth`` trains drawn architectures alone; `
 supernets of each method, scores the architectures of a split by each, and tells how many broke and,
 once the split's truth is there, how the others rank and which differ. What is finished stands in
 OUT/runs.jsonl and is not done again, so the same command continues after any kill. The last line
-printed is JSON, and in OUT/WHAT.json. docs/ranking-bench.md says what is known of the tasks.
+printed is JSON, and in OUT/summary.json. docs/ranking-bench.md says what is known of the tasks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hnas.base.command_line import (
     whole_number,
 )
 from hnas.base.errors import UserError, run_main
-from hnas.base.files import check_writable, claim_folder, print_text, write_json
+from hnas.base.files import check_writable, claim_folder, print_text, read_json, write_json
 from hnas.bench.rank.jobs import (
     SPLITS,
     TASKS,
@@ -59,6 +59,8 @@ def main(argv=None) -> None:
         ],
         "supernets": supernet_jobs(bench, options.methods, options.split),
     }[options.what]
+    summary = options.out / "summary.json"
+    known = read_json(summary) if summary.exists() else {}
     run_all(bench, jobs, options.workers)
     found = {"task": bench.name, "finished": len(jobs)}
     if options.what == "represent":
@@ -68,7 +70,8 @@ def main(argv=None) -> None:
         found["reliability"] = reliability(bench)
     if options.what == "supernets":
         found |= verdict(bench, options.methods, options.split)
-    write_json(options.out / f"{options.what}.json", found)
+    part = options.split if options.what == "supernets" else options.what
+    write_json(summary, known | {part: found})
     print_text(json.dumps(found) + "\n")
 
 
