@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = OneLineParser(prog="python -m hnas.bench.rank", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("represent", "truth", "supernets"), help="what is trained")
     parser.add_argument("--out", type=read_path, required=True, help="folder of all results")
-    parser.add_argument("--task", choices=TASKS, default="large_digit", help="what is trained on")
+    parser.add_argument("--task", choices=TASKS, default="small_digit", help="what is trained on")
     parser.add_argument(
         "--methods",
         nargs="+",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hnas.bench.rank.estimates import interval, tau_kernel
 from hnas.bench.rank.jobs import Bench, published_jobs
 from hnas.ranking.correlations import correlations, kendall_tau_b, none_if_nan
 from hnas.search_space import Architecture, search_space
@@ -17,21 +18,26 @@ def represent(bench: Bench) -> dict:
     """The agreement of the task's accuracies with ImageNet's, when all are trained.
 
     Returns:
-        the task's ``accuracy`` in percent, ``tau_b`` and ``pearson`` between both with intervals
-        over architectures, and ``hangs_on``, tau-b of what describes a network with the accuracy:
-        here, on ImageNet.
+        the task's ``accuracy`` in percent; ``tau_b`` of one training with ImageNet, and
+        ``reliability``, tau-b of both trainings with each other, with intervals for other
+        architectures; ``pearson`` of both trainings' mean with ImageNet; ``hangs_on``, tau-b of
+        what describes a network with the accuracy: of one training here, and on ImageNet.
     """
     jobs = published_jobs(bench)
     found, (archs, imagenet) = bench.results(jobs), bench.published
     own = np.array([100 * found[job]["hits"] / found[job]["images"] for job in jobs])
-    agreement = correlations(own, imagenet)
-    agreement = {"tau_b": agreement["kendall_tau_b"], "pearson": agreement["pearson"]}
-    hangs_on = {
-        name: [none_if_nan(kendall_tau_b(values, acc)) for acc in (own, imagenet)]
-        for name, values in descriptions(list(archs.values())).items()
+    own = own.reshape(2, len(archs))
+    hangs_on = {}
+    for name, values in descriptions(list(archs.values())).items():
+        here = np.mean([kendall_tau_b(values, acc) for acc in own])
+        hangs_on[name] = [none_if_nan(float(here)), kendall_tau_b(values, imagenet)]
+    return {
+        "accuracy": {"mean": float(own.mean()), "sd": float(own.std(axis=1, ddof=1).mean())},
+        "tau_b": interval(np.stack([tau_kernel(acc, imagenet) for acc in own])),
+        "reliability": interval(tau_kernel(*own)[None]),
+        "pearson": correlations(own.mean(axis=0), imagenet)["pearson"],
+        "hangs_on": hangs_on,
     }
-    accuracy = {"mean": float(own.mean()), "sd": float(own.std(ddof=1))}
-    return {"accuracy": accuracy, **agreement, "hangs_on": hangs_on}
 
 
 def descriptions(archs: list[Architecture]) -> dict[str, list[int]]:
@@ -52,7 +58,7 @@ def as_text(found: dict) -> str:
         return "–" if value is None else f"{value:.3f}"
 
     lines = []
-    for name in ("tau_b", "pearson"):
+    for name in ("tau_b", "reliability", "pearson"):
         value, low, high = map(shown, found[name].values())
         lines.append(f"{name} {value} [{low}, {high}]")
     lines.append(f"{'tau-b of accuracy with':24}{found['task']:>12}{'ImageNet':>12}")
