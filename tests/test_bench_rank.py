@@ -28,6 +28,7 @@ from hnas.bench.rank.jobs import (
 from hnas.bench.rank.methods import METHODS
 from hnas.bench.rank.represent import as_text, represent
 from hnas.bench.rank.verdict import choose_rate, reliability, verdict
+from hnas.evaluation.counts import Counts
 from hnas.search_space import RESNET48
 from hnas.utils.SampleMethod import FairSampler, FirstPlaceSampler, RandomSampler, SandwichSampler
 
@@ -121,6 +122,22 @@ def test_supernets_come_in_whole_seeds_and_score_their_split():
     assert [job.what for job in second_jobs(bench)] == splits[1][:32]
     quick = Bench(Path(), Scale.quick()).archs
     assert list(quick.items()) == list(bench.archs.items())[:11]
+
+
+def test_networks_trained_alone_start_from_slices_of_the_same_weights(tmp_path, monkeypatch):
+    """Of all that are trained alone of a kind and seed; others start elsewhere."""
+    starts = []
+    monkeypatch.setattr(runs, "train", lambda *own: starts.append(own[2].network.parameters()[0]))
+    monkeypatch.setattr(runs, "evaluate_network", lambda *_: Counts.zeros(1))
+    bench = Bench(tmp_path, Scale.quick())
+    first, other = list(bench.archs)[:2]
+    jobs = [("truth", 0, first), ("truth", 0, other), ("truth", 1, first), ("published", 0, first)]
+    for job in [*jobs, ("pretrain", 0, "")]:
+        runs.run_job(bench, Job(*job))
+    width = min(len(own) for own in starts)
+    own, *others = (start.numpy()[:width] for start in starts)
+    same = [np.array_equal(own[:, :3], other[:, :3]) for other in others]
+    assert same == [True, False, False, False]
 
 
 def test_a_job_comes_after_what_it_needs_and_before_the_next_seed(tmp_path):

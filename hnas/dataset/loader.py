@@ -172,7 +172,7 @@ def load_batches(
 
 
 def _next_batch(iterator: Iterator, workers: Sequence[multiprocessing.Process]) -> list | None:
-    """The next batch of Paddle's loader, None after the last; an error that says who died."""
+    """The next batch of Paddle's loader, None after the last; an error that says how one died."""
     try:
         return next(iterator, None)
     except Exception:

@@ -2,8 +2,9 @@
 
 What is estimated is the expectation of Kendall's tau-b between the scores of a method's supernet of
 a fresh seed and accuracies of networks trained alone, over as many architectures as were compared,
-drawn anew. Two things are drawn, architectures, each with the noise of its own trainings, and
-supernet seeds; every supernet scores every architecture. The variance is taken apart:
+drawn anew. Two things are drawn, architectures, each with the noise of its own training, and
+supernet seeds; every supernet scores every architecture. What all trainings of a truth share, their
+start and their images, is taken as given. The variance is taken apart:
 
 - over architectures it is that of a mean over pairs (a U-statistic): for a single correlation by
   the jackknife (Tukey, 1958), for differences without what that counts twice (Efron & Stein, Annals

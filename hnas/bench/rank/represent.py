@@ -21,7 +21,7 @@ def represent(bench: Bench) -> dict:
         the task's ``accuracy`` in percent; ``tau_b`` of a training with ImageNet, the mean of both,
         and ``reliability``, tau-b of both with each other, with intervals for other
         architectures; ``pearson`` of both trainings' mean with ImageNet; ``hangs_on``, tau-b of
-        what describes a network with the accuracy: of one training here, and on ImageNet.
+        what describes a network with the accuracy: here, the mean of both, and on ImageNet.
     """
     jobs = published_jobs(bench)
     found, (archs, imagenet) = bench.results(jobs), bench.published

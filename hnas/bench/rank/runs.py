@@ -44,7 +44,7 @@ from hnas.weights.loading import (
 CHUNK = 1000
 SWING_STEPS = 2
 """Half a period of the public code's learning rate: its number of epochs, taken for steps."""
-# Jobs of one seed draw from different images, and start from different weights.
+# Kinds draw other images and other random weights; of one kind all jobs of a seed have the same.
 SEEDS = {"truth": 1000, "pretrain": 2000, "stage1": 3000, "selection": 4000, "final": 4000}
 SEEDS["published"] = 6000
 CALIBRATION_SEED = 5000
