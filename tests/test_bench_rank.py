@@ -304,7 +304,7 @@ def test_rates_are_chosen_by_the_selection(bench):
 def test_agreement_with_imagenet_is_scipys(tmp_path):
     bench, rng = Bench(tmp_path, Scale.quick()), np.random.default_rng(0)
     archs, imagenet = bench.published
-    hits = (20 * (imagenet - 69) + rng.integers(0, 40, (2, 30))).astype(int)
+    hits = (20 * (imagenet - 69) + rng.integers(0, 30, (2, 30))).astype(int)
     for job, own in zip(published_jobs(bench), hits.ravel().tolist(), strict=True):
         bench.put(job, {"hits": own, "images": 200})
     found = represent(bench)
@@ -314,7 +314,7 @@ def test_agreement_with_imagenet_is_scipys(tmp_path):
         "pearson": pearsonr(hits.mean(axis=0), imagenet).statistic,
     }.items():
         assert found[name]["value"] == pytest.approx(expected)
-        assert 0.3 < found[name]["low"] < expected < found[name]["high"] < 1
+        assert 0.4 < found[name]["low"] < expected < found[name]["high"] < 1
     hangs_on, depth = found["hangs_on"], [arch.depths[2] for arch in archs.values()]
     expected = np.mean([kendalltau(depth, own).statistic for own in hits])
     assert hangs_on["depth of stage 3"][0] == pytest.approx(expected)

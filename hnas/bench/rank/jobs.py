@@ -210,7 +210,7 @@ class Bench:
         return self.folder / "weights" / f"{job.name}.pdparams"
 
     def settings(self, job: Job) -> dict:
-        """All that a job's result depends on, as JSON gives it back."""
+        """All that a job's result depends on but threads, processor and code, as JSON gives it."""
         names = ALONE if job.kind in TRAINED_ALONE else SUPERNET
         settings = {name: getattr(self.scale, name) for name in names}
         settings |= {"base_channels": self.space.base_channels, "task": asdict(self.task)}
