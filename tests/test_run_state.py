@@ -94,7 +94,7 @@ def train_to(folder, batch, processes=1, kill_at=None, measure=None, pixels=PIXE
             prepared.setattr(training, "world_size", lambda: processes)
             training.prepare(model, options, len(loader))
         try:
-            training.fit(model, options, loader, measure, entering)
+            model.measured = training.fit(model, options, loader, measure, entering)
         except Killed:
             assert kill_at or measure
     return model
@@ -355,9 +355,10 @@ def test_figures_are_in_the_log_and_in_history(train, tmp_path, caplog):
         "epoch 2 validation: tau not defined",
         "epoch 3 validation: tau -0.2500",
     ]
-    for every, rows in ((2, [(1, 0.5), (3, 0.25)]), (0, [])):
-        train(8, measure=measures(0.5, 0.25), eval_freq=every)
+    for every, rows in ((2, [(1, 0.5), (3, 0.25)]), (3, [(2, 0.5)]), (0, [])):
+        model = train(8, measure=measures(0.5, 0.25), eval_freq=every)
         assert rows_of(tmp_path / "run") == rows
+        assert model.measured == ({"tau": 0.25} if every == 2 else None)  # of the last weights
 
 
 def test_the_best_epoch_is_the_best_on_validation_images():

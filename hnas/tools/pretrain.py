@@ -57,12 +57,13 @@ def main() -> None:
     network.activate(space.largest())
     val_loader = validation_loader(options, val)
     measure = partial(network_accuracy, network, val_loader, len(images.classes))
-    fit(model, options, loader, measure)
+    found = fit(model, options, loader, measure)
     if not is_main_process():
         return
     largest = network.extract(space.largest())
     write_state(options.pretrained, largest.state_dict(), about_weights(options, loader))
-    logger.info("validation top-1 %.4f, weights in %s", measure()["top1"], options.pretrained)
+    top1 = (found or measure())["top1"]
+    logger.info("validation top-1 %.4f, weights in %s", top1, options.pretrained)
 
 
 if __name__ == "__main__":

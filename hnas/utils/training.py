@@ -88,8 +88,10 @@ def fit(
     loader: EpochLoader,
     measure: Callable[[], Figures] | None = None,
     files: Mapping[str, str] | None = None,
-) -> None:
+) -> Figures | None:
     """Train from the start or from where ``--resume`` says, save, and record the losses.
+
+    Gives what ``measure`` found of the last weights, None where nothing was measured now.
 
     ``SAVE_DIR/final.pdparams`` holds the last weights, ``SAVE_DIR/history.json`` the mean loss of
     each epoch and what ``measure`` found after it, which all processes call. ``files`` has the
@@ -109,13 +111,14 @@ def fit(
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             run.stop = model.exchange = GradientExchange(trained, run.stop)
-        run.train()
+        found = run.train()
     if is_main_process():
         # Also when nothing was left to train: a kill may have come just before either.
         run.write_history()
         write_state(run.folder / f"final{PARAMS}", model.network.state_dict(), run.about)
     barrier()
     leave()
+    return found
 
 
 class Run:
@@ -140,9 +143,10 @@ class Run:
         if losses is not None:
             self.log.restore(losses)
 
-    def train(self) -> None:
-        """Make all steps that are left."""
+    def train(self) -> Figures | None:
+        """Make all steps that are left; gives what was measured after the last."""
         begun, first, epochs = self.begun, self.first, self.options.max_epoch
+        found = None
         if begun >= epochs:
             logger.info("all %d epochs are done already: nothing is left to train", epochs)
         else:
@@ -155,7 +159,7 @@ class Run:
             self.save(f"{begun}-{first}" if first else str(begun - 1), begun, first, {})
         if begun and not first and begun - 1 not in self.log.validation:
             # A kill came between the epoch's checkpoint and the end of its measurement.
-            self.validate(begun - 1)
+            found = self.validate(begun - 1)
         logs = {}
         for epoch in range(begun, epochs):
             self.log.begin_epoch(epoch)
@@ -174,9 +178,10 @@ class Run:
                 raise
             self.log.end_epoch()
             self.save_if_due(epoch + 1, 0, logs)
-            self.validate(epoch)
+            found = self.validate(epoch)
             self.log.tell_progress()
             first = 0
+        return found
 
     def save_if_due(self, epoch: int, step: int, logs: Mapping) -> None:
         """Save, where the next step is ``step`` of ``epoch``, both from 0; end if told to."""
@@ -220,11 +225,11 @@ class Run:
         logger.info("saved %s.pdparams", stem)
         self._remove_older(name)
 
-    def validate(self, epoch: int) -> None:
+    def validate(self, epoch: int) -> Figures | None:
         """Measure after ``epoch``, from 0, if it is due."""
         every = self.options.eval_freq
         if self.measure is None or not every or (epoch + 1) % every:
-            return
+            return None
         try:
             figures = self.log.validation[epoch] = self.measure()
         except LogitsError as error:
@@ -234,6 +239,7 @@ class Run:
         logger.info("epoch %d validation: %s", epoch + 1, figures_text(figures))
         self.write_history()
         barrier()
+        return figures
 
     def advice(self) -> str:
         """What to do where training broke: which checkpoint to go on from, if any, and how."""
