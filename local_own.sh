@@ -54,6 +54,10 @@ for name in max_epoch lr warmup crop_scale_min clip_norm pretrained ckpt_dir use
     eval "[ -z \"\${$name+given}\" ]" ||
         refuse "$name is not for local_own.sh: each step has its own, as stage2_lr; see its top"
 done
+for name in images_part eval_engine train_flag; do
+    eval "[ -z \"\${$name+given}\" ]" ||
+        refuse "$name is not for local_own.sh: give it to a launcher, with a save_dir of its own"
+done
 [ "$nnodes" = 1 ] || refuse "nnodes=$nnodes: local_own.sh is for one machine; start the launchers"
 case $backbone in
     resnet48) contrast=resnet48pinasv2 ;;
@@ -63,6 +67,16 @@ esac
 export image_dir backbone image_size batch_size flip_prob num_workers use_tensor_dataset cache_dir
 export bad_images amp accumulate log_freq resume seed device
 check_save_dir
+# What would be refused after hours.
+[ "$codes" -ge 3 ] 2>/dev/null || refuse "codes=$codes is not a whole number of at least 3"
+if [ -n "$modelarch_file" ] && [ ! -r "$modelarch_file" ]; then
+    refuse "cannot read modelarch_file=$modelarch_file"
+fi
+case $batch_size,$queue_size in
+    0* | ,* | *,0* | *, | *[!0-9,]*) ;; # refused by the first step, or by the second
+    *) [ $((queue_size % (batch_size * local_processes))) = 0 ] ||
+        refuse "queue_size=$queue_size is no multiple of batch_size=$batch_size x processes" ;;
+esac
 all=$save_dir
 pretrained=$all/pretrained.pdparams
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hnas.base.command_line import MOST_ARCHITECTURES
 from hnas.base.errors import UserError
 from hnas.base.files import check_regular
-from hnas.search_space import Architecture, ArchitectureError
+from hnas.search_space import Architecture
 
 MAX_BYTES = 256 * 2**20
 NEAR = 1e-9
@@ -21,8 +22,6 @@ MOST = 1e300
 """Of a prediction's size: sums and distances of such are finite."""
 GAP, SLACK = 5, 1.25
 """Of what tells units apart; see :func:`check_accuracies`."""
-MAX_ENTRIES = 500_000
-"""Some ten times those of the competition's file; Python's lists need many times a file's bytes."""
 PUBLISHED = Path(__file__).with_name("imagenet30.json")
 """Codes and ImageNet accuracies, in percent, that one competitor of the track published: a single
 training each, measured on the same 2,500 validation images."""
@@ -159,7 +158,7 @@ def _read(path: Path, with_values: bool) -> tuple[dict[str, Architecture], np.nd
         where = f"{path}: entry {position} ({name!r})"
         try:
             arch = Architecture.from_code(code)
-        except ArchitectureError as error:
+        except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if name in archs:
             raise UserError(f"{where}: the name stands twice")
@@ -194,7 +193,7 @@ def _entries(path: Path) -> tuple[list[tuple[str, object, Sequence[object]]], bo
     if text.lstrip()[:1] in ("{", "["):
         entries, plain = _json_entries(path, text)
     else:
-        words = islice(re.finditer(r"[^\s,]+", text), MAX_ENTRIES + 1)
+        words = islice(re.finditer(r"[^\s,]+", text), MOST_ARCHITECTURES + 1)
         entries = _named(word[0] for word in words)
         _check_number(path, len(entries))
     if not entries:
@@ -203,8 +202,8 @@ def _entries(path: Path) -> tuple[list[tuple[str, object, Sequence[object]]], bo
 
 
 def _check_number(path: Path, entries: int) -> None:
-    if entries > MAX_ENTRIES:
-        raise UserError(f"{path} holds more than {MAX_ENTRIES:,} entries")
+    if entries > MOST_ARCHITECTURES:
+        raise UserError(f"{path} holds more than {MOST_ARCHITECTURES:,} entries")
 
 
 def _named(codes: Iterable[object]) -> list[tuple]:

@@ -27,10 +27,6 @@ RELEASED_DIGITS = (3, 3, 5, 7)
 """Largest width digit of each stage in the 45,000 codes that the organisers released."""
 
 
-class ArchitectureError(UserError):
-    """An architecture code that is not one; the message names the digit and what is allowed."""
-
-
 @dataclass(frozen=True)
 class Architecture:
     """One sub-network, as digits.
@@ -48,14 +44,14 @@ class Architecture:
         """Parse a code of 52 digits, or of 51 without the leading image size digit.
 
         Raises:
-            ArchitectureError: naming the offending digit (counted from 1) and what is allowed.
+            UserError: naming the offending digit (counted from 1) and what is allowed.
         """
         if not isinstance(code, str):
-            raise ArchitectureError("architecture code must be a string of digits")
+            raise UserError("architecture code must be a string of digits")
         if not (code.isascii() and code.isdigit()):
-            raise ArchitectureError(f"architecture code {shown(code)} holds more than digits")
+            raise UserError(f"architecture code {shown(code)} holds more than digits")
         if len(code) not in (CODE_LENGTH, CODE_LENGTH - 1):
-            raise ArchitectureError(
+            raise UserError(
                 f"architecture code {shown(code)} has {len(code)} digits; "
                 f"{CODE_LENGTH} or, without the image size, {CODE_LENGTH - 1} are allowed"
             )
@@ -64,7 +60,7 @@ class Architecture:
         def read(what: str, low: int, high: int, allowed: str = "") -> int:
             place, digit = next(digits)
             if not low <= digit <= high:
-                raise ArchitectureError(
+                raise UserError(
                     f"architecture code {shown(code)}: digit {place} ({what}) is {digit}; "
                     f"allowed: {allowed or f'{low} to {high}'}"
                 )
@@ -185,7 +181,7 @@ class SearchSpace:
         """Channel counts of ``arch`` as a sub-network of the supernet.
 
         Raises:
-            ArchitectureError: a block other than the first of stages 2 to 4 changes its channel
+            UserError: a block other than the first of stages 2 to 4 changes its channel
                 count, which takes a projection shortcut that the shared weights do not hold.
         """
         plan = self.plan(arch)
@@ -193,7 +189,7 @@ class SearchSpace:
         for stage, cin, _, cout, _ in plan.blocks():
             projects = stage > 0 and stage != previous
             if cin != cout and not projects:
-                raise ArchitectureError(
+                raise UserError(
                     f"architecture code {arch.code}: stage {stage + 1} changes from {cin} to "
                     f"{cout} channels inside the stage, for which the supernet has no projection "
                     "shortcut; conv2 needs one width digit per stage, and the stem stage 1's"

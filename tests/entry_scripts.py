@@ -97,6 +97,10 @@ def write_inputs(work: Path, images_per_class: int) -> None:
     write_state(work / "pretrained.pdparams", network.state_dict())
 
 
+SMALL = "image_size=32 batch_size=4 dyna_batch_size=2 lr=0.03 warmup=1 eval_freq=0 log_freq=1"
+SMALL = dict(flag.split("=") for flag in f"{SMALL} num_workers=0 device=cpu".split())
+
+
 @dataclass
 class Runs:
     """Starts the stages on a few digits: the scripts or, on several processes, the launchers."""
@@ -105,23 +109,13 @@ class Runs:
     flags: dict = field(default_factory=dict)
 
     def start(self, stage: int, name: str, processes: int = 0, **flags) -> subprocess.Popen:
-        flags = {
+        own = {
             "backbone": "resnet48pinasv2_mini" if stage == 1 else "resnet48_mini",
             "image_dir": self.work / "images",
             "pretrained": self.work / "pretrained.pdparams",
             "save_dir": self.work / name,
-            "image_size": 32,
-            "batch_size": 4,
-            "dyna_batch_size": 2,
-            "lr": 0.03,
-            "warmup": 1,
-            "eval_freq": 0,
-            "log_freq": 1,
-            "num_workers": 0,
-            "device": "cpu",
-            **self.flags,
-            **flags,
         }
+        flags = {**SMALL, **own, **self.flags, **flags}
         flags = {key: str(value) for key, value in flags.items()}
         environment = {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         if processes:
@@ -131,15 +125,9 @@ class Runs:
         else:
             line = [part for key, value in flags.items() for part in (f"--{key}", value)]
             command = [sys.executable, "-u", SCRIPTS[stage], "run", *line]
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=not processes,
-        )
+        told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        env = {**os.environ, **environment}
+        return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=not processes, **told)
 
     def run(self, stage: int, name: str, processes: int = 0, code: int = 0, **flags) -> str:
         """Run to the end; gives what was printed."""

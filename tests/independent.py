@@ -104,9 +104,6 @@ def first_place_size(code):
     return size
 
 
-# --- the project's own supernets, sub-networks and images
-
-
 def family(space, seed):
     """Architectures that share prefixes in every way the engine tells apart."""
     rng = np.random.default_rng(seed)

@@ -53,9 +53,6 @@ def test_the_group_by_hand(monkeypatch):
     assert group([0.90], [0]) == [True]
 
 
-# --- the program
-
-
 def right_about(hits):
     """Which images each network is right about, at random; bool [networks, IMAGES]."""
     return np.random.default_rng(2).permuted(first_ones(hits, IMAGES), axis=1)

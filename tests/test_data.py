@@ -63,7 +63,7 @@ def test_weak_view_keeps_colours_and_strong_view_changes_them():
     image = Image.new("RGB", (40, 40), (200, 60, 20))
     weak = [TrainTransform(32)(image, np.random.default_rng(seed)) for seed in range(40)]
     assert all(np.all(view == np.reshape((200, 60, 20), (3, 1, 1))) for view in weak)
-    strong = [StrongTransform(32)(image, np.random.default_rng(seed)) for seed in range(400)]
+    strong = [StrongTransform(32, 0.2)(image, np.random.default_rng(seed)) for seed in range(400)]
     means = np.array([view.mean((1, 2)) for view in strong])
     # Jitter has probability 0.8, greyscale 0.2: 0.8 * 0.2 + ... leave 16 % of views unchanged.
     unchanged = np.all(np.abs(means - (200, 60, 20)) < 1, axis=1).mean()
@@ -72,9 +72,6 @@ def test_weak_view_keeps_colours_and_strong_view_changes_them():
     assert grey == pytest.approx(0.2, abs=0.06)
     pixel = np.asarray(shift_hue(Image.new("RGB", (1, 1), (255, 0, 0)), 1 / 3))[0, 0]
     assert np.abs(pixel.astype(int) - (0, 255, 0)).max() <= 6  # red to green
-
-
-# --- loaders
 
 
 def loaders(folder, workers=0, seed=3, pixels=None):
@@ -217,9 +214,6 @@ def test_a_main_process_that_is_held_up_or_leaves_garbage_gets_all_batches():
     assert done.stdout.split() == [*"01234567"], done.stderr
 
 
-# --- decoded images
-
-
 def test_stored_images_are_the_decoded_ones_made_smaller(tmp_path):
     """Of many sizes; one is smaller than what is stored."""
     rng = np.random.default_rng(0)
@@ -313,9 +307,6 @@ def test_images_to_score_on_are_the_same_in_memory_in_a_file_and_on_demand(folde
         np.testing.assert_array_equal(labels, images.labels[order])
     assert not (tmp_path / "memory").exists() and len([*(tmp_path / "file").glob("*.pixels")]) == 1
     assert ScoredImages(images, order[::-1], 32).hash != ways[0].hash
-
-
-# --- calibration
 
 
 def calibration(root, number, **flags):

@@ -160,6 +160,16 @@ def test_a_dead_rank_ends_the_run_which_resumes_exactly(runs, stage, machines):
 
 
 @pytest.mark.slow
+def test_machines_of_other_settings_do_not_begin(runs):
+    shared = {"nnodes": 2, "master": f"127.0.0.1:{free_port()}"}
+    launchers = [runs.start(1, "o", 1, node_rank=n, lr=f"0.{n + 1}", **shared) for n in range(2)]
+    for number, launcher in enumerate(launchers):
+        output = launcher.communicate(timeout=TIMEOUT)[0]
+        assert f"error: the processes differ in lr (here: 0.{number + 1}): " in output
+        assert launcher.returncode == 2
+
+
+@pytest.mark.slow
 def test_a_stopped_run_resumes_on_another_number_of_ranks(runs):
     process = runs.start(2, "stopped", 2, save_steps=0)
     runs.wait_for("stopped", "epoch 2/6 step 1/5")

@@ -121,9 +121,6 @@ def test_hits_and_near_ties():
     assert found.near1[:2].all() and found.near5[0]
 
 
-# --- what is written
-
-
 def test_results_are_in_the_order_of_the_file(tmp_path, caplog):
     rng = np.random.default_rng(0)
     archs = {f"arch{index}": RESNET48.sample(rng) for index in (1, 30, 7)}

@@ -248,7 +248,9 @@ def test_bad_images_cost_a_line_each(exported, small, tmp_path, capsys):
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "grey.png")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    bad = [str(tmp_path / name) for name in (*files, "grey.png", "folder", "pipe.png", "none.png")]
+    Image.new("L", (1, 60_000)).save(tmp_path / "thread.png")
+    names = (*files, "grey.png", "folder", "pipe.png", "none.png", "thread.png")
+    bad = [str(tmp_path / name) for name in names]
     code, lines, errors = predicted(capsys, exported, good, *bad, good)
     assert code == 2 and len(lines) == 2 and lines[0] == lines[1]
     assert [line.partition(": ")[0] for line in errors] == bad
@@ -257,8 +259,17 @@ def test_bad_images_cost_a_line_each(exported, small, tmp_path, capsys):
     (tmp_path / "folder/.hidden.png").write_bytes(b"")
     for name in ("e.PNG", os.fsdecode(b"\xe9.png")):  # the latter cannot be written as it is
         (tmp_path / "folder" / name).write_bytes(content)
+    (tmp_path / "folder/.checkpoints").mkdir()
+    shutil.copy(good, tmp_path / "folder/.checkpoints")
+    for link, target in (("linked", small / "images/val/7"), ("folder/loop", tmp_path / "folder")):
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "folder/linked").symlink_to(tmp_path / "linked")
     code, lines, errors = predicted(capsys, exported, tmp_path / "folder")
-    assert code == 0 and len(lines) == 2 and not errors
+    assert code == 0 and len(lines) == 3 and not errors
+    with pytest.MonkeyPatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr(sys, "stdout", full)
+        code, _, errors = predicted(capsys, exported, good)
+    assert (code, errors) == (2, ["cannot write the output: [Errno 28] No space left on device"])
 
 
 def changed(name, old, new):
@@ -339,9 +350,6 @@ def test_a_network_that_was_trained_alone(digits, tmp_path):
         load_supernet(own)
 
 
-# --- extract
-
-
 def test_extract_with_calibration_has_the_statistics_of_these_images():
     supernet = load_supernet(DEMO)
     arch = RESNET48_MINI.sample(np.random.default_rng(2))
@@ -387,9 +395,6 @@ def test_extract_warns_where_statistics_are_a_mixture(tmp_path, caplog):
         supernet.train()
         supernet(x)
         assert warned(supernet) is not frozen
-
-
-# --- wrong input
 
 
 @pytest.fixture(scope="module")

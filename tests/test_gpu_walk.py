@@ -52,9 +52,6 @@ def fuse(monkeypatch):
     fused_fault.cache_clear()
 
 
-# --- the fused operator
-
-
 def changed(**wrong):
     """The fake operator with one argument replaced by what a broken one would make of it."""
     names = ("x", "filters", "bias", "shortcut", "stride", "padding", "layout", "activation")
@@ -127,9 +124,6 @@ def test_this_paddle_is_asked_for_the_operator_as_it_is_called():
     """The CPU build parses the call, and only then lacks a kernel."""
     fused_fault.cache_clear()
     assert "no kernels which are registered" in fused_fault(Precision.FLOAT32, "NCHW")
-
-
-# --- the spot check
 
 
 def evaluated(network, archs, folder, chunk, variant, calibration=None):
@@ -235,9 +229,6 @@ def test_statistics_of_few_values_are_named_as_the_cause(network, archs, tmp_pat
     few = Images(12, CLASSES).batch(0, 2)[0] // 64
     with pytest.raises(UserError, match="re-calibration by 2 images .* raise --bn_calibration"):
         evaluated(network, archs, tmp_path, 12, None, few)
-
-
-# --- memory
 
 
 def test_a_walk_takes_60_percent_of_a_cards_free_memory_and_a_quarter_of_a_machines(monkeypatch):

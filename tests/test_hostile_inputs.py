@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +300,25 @@ def test_lines_are_short_and_a_full_disk_is_one(disk, last):
     assert told.stderr.decode() == (f"{FULL}\n" if disk == "full" else "")
 
 
+FILE = "import os\nfrom hnas.base.errors import run_main\ndef main(): raise {}\nrun_main(main)"
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        ("PermissionError(13, os.strerror(13), '/of a/colleague')", "/of a/colleague: Permission"),
+        ("OSError(28, os.strerror(28))", f"a file, maybe in {tempfile.gettempdir()} (TMPDIR): No "),
+        ("OSError(5, os.strerror(5))", ""),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line_wherever(error, place):
+    """Root may enter every folder, so this is what others meet."""
+    run = subprocess.run([sys.executable, "-c", FILE.format(error)], cwd=ROOT, capture_output=True)
+    told = run.stderr.decode()
+    assert told.startswith(f"error: cannot use {place}" if place else "Traceback")
+    assert run.returncode == (2 if place else 1) and (told.count("\n") == 1) == bool(place)
+
+
 # --- two runs in one folder
 
 HOLD = """
@@ -386,8 +406,8 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):
 )
 def test_too_many_architectures(text, tmp_path, monkeypatch):
     """Refused before anything is built of them: 48 MB of ``[],`` took 3.8 GB."""
-    assert architecture_file.MAX_ENTRIES < 10**6
-    monkeypatch.setattr(architecture_file, "MAX_ENTRIES", 100)
+    assert architecture_file.MOST_ARCHITECTURES < 10**6
+    monkeypatch.setattr(architecture_file, "MOST_ARCHITECTURES", 100)
     monkeypatch.setattr(json, "loads", None)
     (tmp_path / "archs").write_text(text)
     with pytest.raises(UserError, match="holds more than 100 entries"):
@@ -398,7 +418,7 @@ def test_as_many_architectures_as_are_allowed(tmp_path, monkeypatch):
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 20)
     content = {name: {"acc": 0.0, "arch": arch.code} for name, arch in archs.items()}
     codes = [arch.code for arch in archs.values()]
-    monkeypatch.setattr(architecture_file, "MAX_ENTRIES", 20)
+    monkeypatch.setattr(architecture_file, "MOST_ARCHITECTURES", 20)
     for text in (json.dumps(content), json.dumps(codes), ",".join(codes)):
         (tmp_path / "archs").write_text(text)
         assert len(read_architectures(tmp_path / "archs")) == 20

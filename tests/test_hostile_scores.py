@@ -31,7 +31,7 @@ from hnas.programs.options import Options
 from hnas.search_space import RESNET48_MINI
 from hnas.tools import draw_architectures, rank_report, train_standalone
 from hnas.tools.digits_folder import main as digits_folder
-from hnas.weights.loading import CheckpointError, read_checkpoint, read_weights, write_state
+from hnas.weights.loading import read_checkpoint, read_weights, write_state
 
 NAN, INF = float("nan"), float("inf")
 ARCHS = {f"n{i}": RESNET48_MINI.largest() for i in range(2)}
@@ -187,7 +187,7 @@ def test_weights_are_looked_at_when_they_are_read(case, suffix, tmp_path):
     array[3] = value
     write_state(path, {"blocks.0.bn._mean": -np.ones(8, np.float32), name: array})
     for read in (read_weights, read_checkpoint):
-        with pytest.raises(CheckpointError, match=words) as error:
+        with pytest.raises(UserError, match=words) as error:
             read(path)
         assert str(path) in one_line(error) and name in one_line(error)
 

@@ -72,9 +72,6 @@ def test_a_new_room_must_be_given_its_place(house):
     assert done.returncode == 1 and "attic" in done.stdout
 
 
-# --- the package
-
-
 def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 

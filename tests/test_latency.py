@@ -92,9 +92,6 @@ def test_a_wrong_file_is_one_line(tmp_path, change, words):
     assert "\n" not in str(error.value)
 
 
-# --- measuring
-
-
 def stopwatch(line):
     return latency.Stopwatch(latency.parser().parse_args(f"--output x --threads 1 {line}".split()))
 
@@ -250,9 +247,6 @@ def test_wrong_flags_are_one_line(line, words, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- GPUs, emulated: there is none here
-
-
 def test_every_run_on_a_gpu_is_waited_for_by_the_walls_clock(monkeypatch):
     """A predictor that returns at once, and work that ends when it is waited for."""
     now, calls = [0.0], []
@@ -272,9 +266,6 @@ def test_every_run_on_a_gpu_is_waited_for_by_the_walls_clock(monkeypatch):
     watch = stopwatch("--image_size 32 --seconds 0.3")
     assert watch._repeat(Predictor()) == pytest.approx(10.0)
     assert calls == ["run", "wait"] * 30
-
-
-# --- the page
 
 
 def test_the_pages_latencies_are_the_result_files():

@@ -157,6 +157,12 @@ HOSTILE_VARIABLES = [
     ("local_own.sh backbone=resnet50", "backbone=resnet50 is neither resnet48 nor resnet48_mini"),
     ("local_own.sh nnodes=2", "nnodes=2: local_own.sh is for one machine"),
     ("local_own.sh save_dir=None", "save_dir=None: results need a folder"),
+    ("local_own.sh images_part=1/2", "images_part is not for local_own.sh: give it to a launcher"),
+    ("local_own.sh codes=2", "codes=2 is not a whole number of at least 3"),
+    ("local_own.sh codes=all", "codes=all is not a whole number of at least 3"),
+    ("local_own.sh modelarch_file=none", "cannot read modelarch_file=none"),
+    ("local_own.sh batch_size=48", "queue_size=512 is no multiple of batch_size=48 x processes"),
+    ("local_own.sh processes=3", "queue_size=512 is no multiple of batch_size=32 x processes"),
 ]
 
 

@@ -98,7 +98,9 @@ def test_no_more_chunks_once_the_prefix_is_enough(tmp_path, monkeypatch):
     assert ledgers[0].enough and ledgers[0].counts.images == 10
     # The helper reads what the main process wrote.
     assert [list(left) for left in chunks] == [[], []]
-    assert ledgers[0].complete().images == 10
+    do(ledgers[1], range(15, 20))
+    # What others have done beyond it stays, for a run that wants more.
+    assert ledgers[0].complete().images == 10 and (tmp_path / "eval_chunk_00000015.npz").exists()
 
 
 def noisy_counts(chunk: range) -> Counts:
@@ -174,8 +176,6 @@ def test_chunks_are_even(limit, images, processes):
         assert -(-chunks // processes) <= -(-images // (limit * processes))
 
 
-# --- whose counts they are
-
 REAL = {"backbone": "resnet48_mini", "bn_calibration_images": 0}
 LARGEST = RESNET48_MINI.largest()
 PROGRAMS = [  # flags, and what says whose the result is
@@ -232,8 +232,6 @@ def test_counts_of_images_of_other_pixels_are_none_of_these(tmp_path, monkeypatc
     assert "continuing after 20 of 20 images" in caplog.text
     assert (tmp_path / "out/submission.json").read_bytes() == before
 
-
-# --- parts of the images
 
 FILES = ("submission.json", "submission_top5.json", "channel_sample.txt", "estimates.json")
 COPIES = "k" * 64

@@ -203,9 +203,6 @@ def test_networks_by_name_have_the_official_parameters():
         build_network("resnet84")
 
 
-# --- frozen statistics: re-calibration, warnings, and that both stages freeze them
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return noise_images(tmp_path_factory.mktemp("images"))

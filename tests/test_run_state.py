@@ -195,9 +195,14 @@ def test_a_new_run_that_saved_nothing_does_not_take_an_older_runs_set(train, tmp
     assert_rates(model, 8, (0, 0), lr=LR / 2)
     (line,) = [line for line in caplog.messages if "earlier run's" in line]
     assert "starting anew" in line and f"--resume {folder}" in line
-    # From now on the sets of this run are taken, though older ones lie beside them.
+    # From now on the sets of this run are taken, though older ones lie beside them, which stay.
     caplog.clear()
-    train(8, kill_at=(1, 0), lr=LR)
+    train(8, kill_at=(2, 3), lr=LR, save_steps=3)
+    caplog.clear()
+    train(8, kill_at=(1, 0), lr=LR, save_steps=1)
+    assert f"stop now and give --resume {folder}/2-2" in caplog.text
+    assert [path.name for path in (tmp_path / "run").glob("?-*.pdstates")] == ["2-2.pdstates"]
+    caplog.clear()
     assert min(train(8, resume="auto", lr=LR).rates) == (1, 0)
     assert not [line for line in caplog.messages if "earlier run" in line]
 

@@ -60,9 +60,6 @@ def test_draws_stay_as_they_were(name):
     assert hashlib.sha256(codes.encode()).hexdigest().startswith(digest)
 
 
-# --- the first place's law
-
-
 def kept_by_a_loop(codes, keep=4):
     """What the first place's loop keeps of its candidates: a table by size, filled one by one."""
     table = {}
@@ -119,9 +116,6 @@ def test_some_steps_train_one_more_which_is_uniform_and_does_not_move_the_others
 )
 def test_ties(sizes, number, expected):
     assert largest_distinct(np.array(sizes), number) == expected
-
-
-# --- other methods
 
 
 def test_random_is_uniform_as_the_released_list_is():

@@ -35,9 +35,6 @@ ANY = Budget(SPACE, 32, 10, {})
 IMAGES = 40
 
 
-# --- what evolution proposes
-
-
 def evolution(budget=ANY, seed=0, population=20, children=10, tournament=5):
     return Evolution(budget, seed, population, children, tournament)
 
@@ -141,9 +138,6 @@ def test_a_budget_that_leaves_few_or_none():
     assert tight.propose([smallest], np.ones(1), 1) == []
     with pytest.raises(UserError, match="no architecture is within 1,000 MACs, 50 parameters"):
         evolution(Budget(SPACE, 32, 10, {"macs": 1e3, "params": 50})).propose([], np.zeros(0), 0)
-
-
-# --- the tool
 
 
 @pytest.fixture(scope="module")

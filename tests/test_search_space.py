@@ -13,12 +13,12 @@ from independent import width
 from paddle import nn
 from scipy.stats import chi2_contingency
 
+from hnas.base.errors import UserError
 from hnas.models.resnet import ResNet
 from hnas.search_space import (
     RESNET48,
     RESNET48_MINI,
     Architecture,
-    ArchitectureError,
     SearchSpace,
     search_space,
 )
@@ -92,7 +92,7 @@ def test_every_invalid_digit_is_named_by_its_position(code, dropped):
             continue
         for digit in set("0123456789") - set(allowed):
             wrong = (code[:position] + digit + code[position + 1 :])[dropped:]
-            with pytest.raises(ArchitectureError) as error:
+            with pytest.raises(UserError) as error:
                 Architecture.from_code(wrong)
             assert f"digit {position + 1 - dropped} (" in str(error.value)
             assert f"is {digit}; allowed: {allowed[0]}" in str(error.value)
@@ -116,7 +116,7 @@ def test_shareable_means_one_output_width_a_stage_and_the_stems(drawn, stage, bl
         RESNET48_MINI.shared_plan(arch)
     else:
         told = f"{arch.code}: stage {max(1, stage + 1)} changes from"
-        with pytest.raises(ArchitectureError, match=told):
+        with pytest.raises(UserError, match=told):
             RESNET48_MINI.shared_plan(arch)
     # Of RESNET48, digits 3 and 4 both give 56 channels: no projection is needed.
     RESNET48.shared_plan(Architecture.from_code(SMALLEST[:5] + "4" + SMALLEST[6:]))

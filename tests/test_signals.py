@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from independent import counts_of
 from hnas.base.errors import Stopped
 from hnas.dataset import image_folder
 from hnas.evaluation.ledger import Ledger
+from hnas.parallel import launcher
 from hnas.search_space import RESNET48_MINI
 
 BEGIN = """
@@ -162,9 +165,6 @@ def test_signals_at_random_moments_of_training_are_a_line_each(numbers):
     assert codes.split() == [str(128 + numbers[0])] * TIMES
 
 
-# --- stage 3
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_scoring_stops_when_the_chunk_is_saved(number, tmp_path):
     archs = RESNET48_MINI.sample_distinct(np.random.default_rng(0), 3)
@@ -214,8 +214,6 @@ def test_verifying_images_does_not_go_on_after_a_signal(tmp_path, monkeypatch):
     assert len(decoded) < 100
 
 
-# --- under the launcher
-
 RANK = """
 def main():
     rank = os.environ["PADDLE_TRAINER_ID"]
@@ -239,6 +237,17 @@ def launch(folder: Path, wrong: str) -> subprocess.Popen:
     flags = ["--nproc_per_node", "2", "--log_dir", str(folder / "log"), "--log_level", "WARNING"]
     script = [str(folder / "rank.py"), str(folder), wrong]
     return start("", "-m", "hnas.parallel.launcher", *flags, *script)
+
+
+def test_after_a_first_signal_the_launcher_waits_for_what_is_saved(monkeypatch):
+    """Emulated: Paddle's own 30 seconds are less than a chunk of stage 3 takes on a GPU."""
+    waits = []
+    monkeypatch.setattr(launcher.Pod, "stop", lambda self, number, timeout: waits.append(timeout))
+    controller = SimpleNamespace(ctx=mock.MagicMock(), watcher=mock.Mock(), master=mock.Mock())
+    controller.pod = launcher.NotingPod()
+    launcher.controllers.controller.ControllerBase.stop(controller)
+    controller.pod.stop(timeout=10)  # on a second one
+    assert waits == [launcher.PATIENCE, 10] and launcher.PATIENCE > 3600
 
 
 @pytest.mark.slow

@@ -19,9 +19,7 @@ from hnas.tools import demo_summary
 ROOT = Path(__file__).parents[1]
 NUMBER, IMAGES = 21, 355
 USED = {"ckpt_dir": "w", "backbone": "resnet48_mini", "image_dir": "my images", "image_size": 32}
-USED |= {"bad_images": "skip"}
-
-# --- the demo's closing words
+USED |= {"bad_images": "skip", "seed": 3}
 
 
 @pytest.fixture
@@ -33,16 +31,13 @@ def demo(tmp_path):
     )
     macs = np.array([space.macs(arch, 32, 10) for arch in archs.values()])
     counts = counts_of(np.arange(IMAGES) < macs[:, None] * IMAGES / 1e7)
-    entries = {
-        name: {"arch": arch.code, "acc": float(acc)}
-        for (name, arch), acc in zip(archs.items(), counts.accuracy(), strict=True)
-    }
     (tmp_path / "stage3").mkdir()
-    (tmp_path / "stage3/submission.json").write_text(json.dumps(entries))
-    network = Network("resnet48_mini", 32, 10)
-    found = estimates(archs, counts, None, IMAGES, network)
+    found = estimates(archs, counts, None, IMAGES, Network("resnet48_mini", 32, 10))
+    (tmp_path / "stage3/submission.json").write_text(json.dumps(found["architectures"]))
     (tmp_path / "stage3/estimates.json").write_text(json.dumps(found))
-    (tmp_path / "stage3/settings.json").write_text(json.dumps({"options": USED}))
+    (tmp_path / "stage3/settings.json").write_text(
+        json.dumps({"options": demo_summary.MORE | USED})
+    )
     (tmp_path / "seconds.txt").write_text("data 3\nstage1 20\n")
     return tmp_path
 
@@ -71,8 +66,6 @@ def test_the_table_is_right_and_what_is_next_works_as_printed(demo, capsys):
 def macs_of(entry):
     return RESNET48_MINI.macs(Architecture.from_code(entry["arch"]), 32, 10)
 
-
-# --- without Paddle
 
 MOST_MIB = 200
 # Runs a tool and tells what it loaded and took. The peak is the kernel's VmHWM: ru_maxrss would

@@ -19,7 +19,7 @@ from PIL import Image
 from hnas.base.errors import UserError
 from hnas.base.files import read_json
 from hnas.models.resnet import ResNet
-from hnas.search_space import RESNET48_MINI, Architecture, ArchitectureError
+from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools import rank_report
 from hnas.tools.train_standalone import main
 from hnas.utils.hapi_wrapper import StandaloneModel, momentum_optimizer
@@ -105,7 +105,7 @@ def test_a_step_follows_the_cross_entropy():
 
 def test_accuracies_are_those_of_the_final_weights(work):
     # A plain network is trained, which need not be one of the supernet's.
-    with pytest.raises(ArchitectureError, match="no projection"):
+    with pytest.raises(UserError, match="no projection"):
         RESNET48_MINI.shared_plan(Architecture.from_code(PROJECTED))
     images, labels = independent.validation_images(work / "images")
     found = results(work / "undisturbed")

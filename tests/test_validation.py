@@ -189,6 +189,12 @@ def test_an_own_score_of_the_page(own, tmp_path, caplog):
     own("None", eval_images=7, bn_calibration_images=0)
     scored = json.loads((tmp_path / "out/submission.json").read_text()).values()
     assert found == {row["arch"]: pytest.approx(row["acc"]) for row in scored}
+    # What is more, or finished, is not lost to a trial.
+    assert len(json.loads((tmp_path / "out/scores_of_32.json").read_text())) == 32
+    with pytest.raises(UserError):
+        own("own.fails")
+    kept = [read_json(tmp_path / f"out/scores{end}.json") for end in ("", "_unfinished")]
+    assert [len(each) for each in kept] == [2, 1]
 
 
 def test_an_own_score_leads_the_search(own, capsys):
@@ -404,7 +410,10 @@ def test_programs_tell_where_all_guess(script, who, flags, tmp_path, monkeypatch
         flags = {**flags, "max_epoch": 1, "warmup": 0, "lr": 0.0}
     images = noise_images(tmp_path / "images", number=3)
     run(script, monkeypatch, images, "out", backbone="resnet48_mini", **flags)
-    (told,) = {*warnings_of(caplog)}  # after each epoch, and at the end
+    (told,) = warnings_of(caplog)
+    if script is pretrain:  # by which some mean a file to start from
+        with pytest.raises(UserError, match="largest.pdparams is there, and was not made from"):
+            run(script, monkeypatch, images, "other", backbone="resnet48_mini", **flags)
     for path in Path("out").rglob("history.json"):
         (row,) = read_json(path)["validation"]
         assert row["broken"] == 1 and f"about {30 * row['top1']:.0f} of 30 images" in told

@@ -34,7 +34,6 @@ from hnas.weights.loading import (
     read_weights,
     write_state,
 )
-from hnas.weights.public_files import CheckpointError
 
 MINI = "resnet48_mini"
 QUEUE, POINTER, BATCH = 40, 10, 20
@@ -183,7 +182,7 @@ def test_pretrained_and_ckpt_dir_take_files_of_both_stages(layout, nets, tmp_pat
         assert start_from_checkpoint(student, str(path), CLASSES).freeze_bn
     assert_same_bits(plain(arrays_of(student)), expected)
     stranger = {**plain(whole), "neck_of_a_stranger": np.ones(1, np.float32)}
-    with pytest.raises(CheckpointError, match="1 unexpected: neck_of_a_stranger"):
+    with pytest.raises(UserError, match="1 unexpected: neck_of_a_stranger"):
         load_weights(student, backbone_weights(stranger), "F")
     left = f"left {len(whole) - len(expected)} tensors of neck, key encoder and queue"
     assert (left in caplog.text) == (layout == "public, stage 1")
@@ -289,7 +288,7 @@ def test_half_a_stage_one_is_refused(changes, told, nets, tmp_path):
     state = {**public_contrast(nets.contrast), **changes}
     state = {name: value for name, value in state.items() if value is not None}
     pickled(state, tmp_path / "a.pdparams")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         start_contrast_from_checkpoint(new_contrast(9), str(tmp_path / "a.pdparams"), CLASSES)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
@@ -307,7 +306,7 @@ def test_a_file_of_another_backbone_says_which(beside, name, tmp_path):
     state = under(ONE, {name: np.ones(shape, np.float32) for name, shape in few.items()})
     pickled({**state, **beside}, tmp_path / "a.pdparams")
     assert looks_like(read_weights(tmp_path / "a")) == name
-    with pytest.raises(CheckpointError, match=r"another network \(it is a resnet48 file\): "):
+    with pytest.raises(UserError, match=r"another network \(it is a resnet48 file\): "):
         start_from_checkpoint(build_network(MINI, 10), str(tmp_path / "a"), CLASSES)
 
 
@@ -325,7 +324,7 @@ def test_differences_are_counted_and_ten_are_listed(nets):
     weights["blocks.3.bn2.bias"] = np.ones((0, 3), np.float32)
     network = build_network(MINI, 10, elastic=False)
     before = arrays_of(network)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         load_weights(network, weights, "F")
     message = str(caught.value)
     listed = f"{len(missing)} missing: {', '.join(missing[:10])}, ...; 1 unexpected: extra; 3 of"
@@ -377,13 +376,13 @@ def test_class_names_are_compared(taker, nets, tmp_path, caplog):
     TAKERS[taker](path, tuple(CLASSES))
     swapped = ["0", "2", "1", *CLASSES[3:]]
     other = "other classes: '1' where image_dir has '2'; use folders of the same names"
-    with pytest.raises(CheckpointError, match=f"^checkpoint {path} was trained on {other}$"):
+    with pytest.raises(UserError, match=f"^checkpoint {path} was trained on {other}$"):
         TAKERS[taker](path, swapped)
-    with pytest.raises(CheckpointError, match="classifies 10 classes, but image_dir has 9"):
+    with pytest.raises(UserError, match="classifies 10 classes, but image_dir has 9"):
         TAKERS[taker](path, CLASSES[:9])
     # As many names as classes.
     write_state(path, state, {"classes": CLASSES[:4]})
-    with pytest.raises(CheckpointError, match="classifies 4 classes, but image_dir has 10"):
+    with pytest.raises(UserError, match="classifies 4 classes, but image_dir has 10"):
         TAKERS[taker](path, CLASSES)
     # Official weights have no names.
     write_state(path, state)
@@ -423,7 +422,7 @@ def refused(path) -> str:
     with pytest.raises(UserError) as caught:
         read_checkpoint(path)
     message = str(caught.value)
-    assert isinstance(caught.value, CheckpointError), message
+    assert isinstance(caught.value, UserError), message
     assert "\n" not in message and len(message) < 1000 and str(path) in message
     return message
 
@@ -463,7 +462,7 @@ def test_damage_is_noticed_by_the_digest_beside_a_file_or_what_a_link_means(case
 
 
 def test_missing_checkpoints_say_where_to_look(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot read .*none: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*none: No such file"):
         read_state(tmp_path / "none")
     assert f"none does not exist (nor {tmp_path}/none.pdparams)" in refused(tmp_path / "none")
     assert f"is a folder; name the file, e.g. {tmp_path}/0.pdparams" in refused(tmp_path)

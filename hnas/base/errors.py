@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from errno import ENOSPC
 
 ERRORS = "PINAS_ERRORS"
 """The environment variable in which hnas.parallel.launcher names its file for users' errors."""
@@ -205,7 +207,10 @@ def run_main(
             told = f"the device or a library failed: {word_of(error)}; {AFTER_FAILURE}"
         else:
             logging.error("%s", word_of(error), exc_info=True, extra=SAID)
-            raise
+            if not isinstance(error, OSError) or not (error.filename or error.errno == ENOSPC):
+                raise
+            where = error.filename or f"a file, maybe in {tempfile.gettempdir()} (TMPDIR)"
+            told = f"cannot use {where}: {error.strerror}; mend that, or name another place"
         # Without line breaks, which a path or a flag may hold.
         line = f"error: {shortened(' '.join(told.split()))}\n"
         if is_one_of_several():

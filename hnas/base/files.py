@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.base.errors import UserError
+from hnas.base.errors import UserError, word_of
 
 DIGEST = ".sha256"
 SHA256 = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
@@ -57,7 +57,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
             _flush(temporary)
             os.replace(temporary, real)
-            _flush(real.parent)
+            with suppress(OSError):  # of disks that cannot flush folders; the file is in its place
+                _flush(real.parent)
         except BaseException as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -297,7 +298,7 @@ def read_arrays(path: str | Path, most_bytes: int) -> dict[str, np.ndarray]:
         raise
     except Exception as error:
         # A broken file can make its reader fail in any way.
-        raise ArraysError(reason_of(error)) from None
+        raise ArraysError(word_of(error)) from None
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in KINDS:
             raise ArraysError(f"{name} holds something else than numbers or text")
@@ -315,8 +316,3 @@ def _check_members(members: Sequence[zipfile.ZipInfo], size: int) -> None:
     # Members may overlap, so that a small file holds much.
     if sum(member.file_size for member in members) > size:
         raise ArraysError("more content than bytes")
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -32,10 +32,6 @@ LIBRARY = "libdnnl.so.3"
 """Named by its major version, whose documented C interface is all that is used."""
 
 
-class OneDNNError(RuntimeError):
-    """A call that the library refused, or a library that is not there."""
-
-
 class _Argument(Structure):
     _fields_ = [("which", c_int), ("memory", c_void_p)]
 
@@ -49,7 +45,7 @@ class Library:
             self._functions = ctypes.CDLL(str(path))
             query = self._functions.dnnl_primitive_desc_query_md
         except (OSError, AttributeError) as error:
-            raise OneDNNError(f"cannot use {path.name}: {error}") from None
+            raise RuntimeError(f"cannot use {path.name}: {error}") from None
         query.restype, query.argtypes = c_void_p, (c_void_p, c_int, c_int)
         self._query = query
         self._size = self._functions.dnnl_memory_desc_get_size
@@ -66,11 +62,11 @@ class Library:
         return handle
 
     def call(self, function: str, *arguments) -> None:
-        """Call a function; :class:`OneDNNError` if it refuses."""
+        """Call a function; :class:`RuntimeError` if it refuses."""
         status = getattr(self._functions, function)(*arguments)
         if status:
             why = " (out of memory)" if status == OUT_OF_MEMORY else ""
-            raise OneDNNError(f"{function} returned {status}{why}")
+            raise RuntimeError(f"{function} returned {status}{why}")
 
     def description(self, shape, strides=None) -> c_void_p:
         """A memory descriptor; without ``strides`` the primitive chooses the format."""
@@ -139,7 +135,7 @@ def channels_last(shape) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def library() -> Library:
-    """The library, loaded at the first call; :class:`OneDNNError` if Paddle does not ship it."""
+    """The library, loaded at the first call; :class:`RuntimeError` if Paddle does not ship it."""
     return Library()
 
 

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hnas.base.errors import UserError
-from hnas.base.files import reason_of
+from hnas.base.errors import UserError, word_of
 
 # A state dict takes about thirty a tensor.
 MAX_INSTRUCTIONS = 1_000_000
@@ -63,7 +62,7 @@ def load_pickle(path: str | Path, content: bytes):
         raise UserError(f"refused to load {path}: it {error}") from None
     except Exception as error:
         # A pickle can break its reader in any way; none of them is more than a bad file.
-        raise UserError(f"cannot read {path}: broken file ({reason_of(error)})") from None
+        raise UserError(f"cannot read {path}: broken file ({word_of(error)})") from None
 
 
 def _check_instructions(content: bytes) -> None:

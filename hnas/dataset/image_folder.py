@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from hnas.base.errors import UserError
-from hnas.base.files import check_regular, reason_of
+from hnas.base.errors import UserError, word_of
+from hnas.base.files import check_regular
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -280,7 +280,7 @@ def decode_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:
         # A broken image can make its decoder fail in any way.
-        reason = getattr(error, "strerror", None) or reason_of(error)
+        reason = getattr(error, "strerror", None) or word_of(error)
         told = f"cannot decode image {path}: {reason}; replace or remove it"
         raise DataError(f"{told} (--bad_images skip leaves such out)") from None
 

@@ -107,8 +107,6 @@ class TrainTransform:
 class StrongTransform(TrainTransform):
     """MoCo v2's augmentation: crop, colour jitter, greyscale, blur, flip."""
 
-    scale_min: float = 0.2
-
     def __call__(self, image, rng) -> np.ndarray:
         image = random_resized_crop(image, rng, self.size, self.scale_min)
         if rng.random() < 0.8:

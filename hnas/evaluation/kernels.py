@@ -209,8 +209,7 @@ class Kernels:
         seen = y[: self.calibration]
         # Statistics in float32: a half-precision mean would be as coarse as the values.
         seen = seen.astype("float32") if self.variant.precision.is_half else seen
-        axes = [0, *self._spatial]
-        statistics = batch_statistics(seen, lambda part: part.mean(axes, keepdim=True))
+        statistics = batch_statistics(seen, [0, *self._spatial])
         # One operator, which computes in float32 and rounds its result only.
         flat = [part.flatten() for part in (*statistics, *conv.rest)]
         return F.batch_norm(y, *flat, epsilon=EPSILON, data_format=self.layout)

@@ -219,8 +219,6 @@ class Ledger:
                 logger.info("%d images", self.counts.images)
             else:
                 time.sleep(POLL_SECONDS)
-        for path in self.folder.glob(CHUNK_FILES):
-            path.unlink(missing_ok=True)
         if self.counts.images < self.images:
             logger.info("stopped early: what was aimed at is reached")
         return self.counts

@@ -16,7 +16,7 @@ import paddle
 from hnas.architecture_file import submission
 from hnas.base.device import Arithmetic
 from hnas.base.errors import UserError
-from hnas.base.files import ArraysError, read_arrays, replacing, write_json
+from hnas.base.files import ArraysError, read_arrays, read_json, replacing, write_json
 from hnas.base.settings import check_same_settings
 from hnas.evaluation.counts import Counts
 from hnas.evaluation.images import ScoredImages
@@ -183,6 +183,16 @@ def estimates(
             for (name, arch), acc, se, own in rows
         },
     }
+
+
+def keep_more(path: Path, number: int) -> None:
+    """Set scores aside that those of ``number`` architectures, a trial's maybe, would replace,
+    where they are more."""
+    before = len(read_json(path)) if path.exists() else 0
+    if before > number:
+        aside = path.with_stem(f"{path.stem}_of_{before}")
+        path.replace(aside)
+        logger.warning("%s, of %d architectures, is %s now", path, before, aside)
 
 
 def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:

@@ -6,11 +6,15 @@ Needs numpy, pillow and paddlepaddle, or of a network.onnx onnxruntime; nothing 
 import argparse
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+MAX_ASPECT = 100
+"""How many times as long as wide an image may be: as in training."""
 
 # Each format as a function from images, as they are prepared below, to logits [N, classes].
 
@@ -77,10 +81,21 @@ def read_card(folder):
 
 
 def find(names, endings):
-    """Files as they are named; of folders all images in and below them, if there are any."""
+    """Files as they are named; of folders all images in and below them, if there are any.
+
+    Links are followed, once each folder; what is hidden is left out.
+    """
     for name in names:
-        below = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in endings)
-        yield from [str(path) for path in below if not path.name.startswith(".")] or [name]
+        below, seen = [], set()
+        for folder, folders, files in os.walk(name, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            new = (f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen)
+            folders[:] = sorted(f for f in new if not f.startswith("."))
+            shown = (f for f in files if not f.startswith("."))
+            # One that cannot be read is complained of as an image.
+            below += [Path(folder, f) for f in folders if not os.access(Path(folder, f), os.R_OK)]
+            below += [Path(folder, f) for f in shown if Path(f).suffix.lower() in endings]
+        yield from map(str, sorted(below) or [name])
 
 
 def prepare(path, how):
@@ -88,6 +103,9 @@ def prepare(path, how):
     if not Path(path).is_file():
         raise ValueError("no image file, nor a folder that holds some")
     image = Image.open(path, formats=how["formats"])
+    sides, most = sorted(image.size), Image.MAX_IMAGE_PIXELS
+    if most and sides[0] * sides[1] > most or sides[1] > MAX_ASPECT * sides[0]:
+        raise ValueError(f"{image.size[0]} x {image.size[1]} px: too large, or too long")
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"grey of more than 8 bits (mode {image.mode}); convert it")
     if image.has_transparency_data:
@@ -150,7 +168,12 @@ def main():
             text = f"{path} {', '.join(shares)}"
         else:
             text = f"{path} {found[0]['class']}"
-        sys.stdout.write(f"{text}\n")
+        try:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again
+            sys.exit(complain("cannot write the output", error))
     sys.exit(code)
 
 

@@ -103,7 +103,7 @@ class ElasticResNet(ResNet):
     def activate(self, arch: Architecture) -> None:
         """Make ``arch`` the sub-network that forward runs.
 
-        :class:`ArchitectureError` if it needs a projection that the shared weights do not hold.
+        :class:`UserError` if it needs a projection that the shared weights do not hold.
         """
         plan = self.space.shared_plan(arch)
         self.architecture, self.active_depths = arch, arch.depths
@@ -185,17 +185,15 @@ def _replace_batch_norms(network: nn.Layer) -> None:
 # ICCV 2019). A supernet that was trained at frozen statistics is scored at them.
 
 
-def batch_statistics(
-    x: paddle.Tensor, mean_of: Callable[[paddle.Tensor], paddle.Tensor]
-) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Mean and biased variance of each channel.
+def batch_statistics(x: paddle.Tensor, axes: list[int]) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Mean and biased variance of each channel, over the ``axes`` of images and positions, which
+    stay with length 1.
 
     Computed here for both engines: what BatchNorm itself keeps is the biased variance on CPUs and
     the unbiased one on GPUs (cuDNN's), which differ by much in small batches of small maps.
-    ``mean_of`` takes a mean over images and positions, which stay with length 1.
     """
-    mean = mean_of(x)
-    return mean, mean_of((x - mean).square())
+    mean = x.mean(axes, keepdim=True)
+    return mean, (x - mean).square().mean(axes, keepdim=True)
 
 
 @contextmanager
@@ -236,7 +234,7 @@ def measure(network: nn.Layer, norms: Sequence[nn.BatchNorm2D], images: paddle.T
 
     def take(norm: nn.BatchNorm2D, inputs: tuple) -> None:
         (x,) = inputs
-        mean, variance = batch_statistics(x, lambda part: part.mean([0, 2, 3], keepdim=True))
+        mean, variance = batch_statistics(x, [0, 2, 3])
         norm._mean[: x.shape[1]] = mean.flatten()
         norm._variance[: x.shape[1]] = variance.flatten()
 

@@ -19,15 +19,19 @@ from paddle.distributed.launch.job.pod import Pod
 
 from hnas.base.errors import ERRORS, HANG_UP, LAUNCHER
 
+PATIENCE = 86_400
+"""Seconds that a first signal's saving may take: a chunk of stage 3 takes minutes, or an hour."""
+
 
 class NotingPod(Pod):
     """The processes; notes those that failed before the others were told to end."""
 
     failed = ()
 
-    def stop(self, *args, **kwargs):
+    def stop(self, sigint=signal.SIGTERM, timeout=None):
         self.failed = self.failed or self.failed_container()
-        return super().stop(*args, **kwargs)
+        # Paddle kills after 30 seconds; after 10 on a second signal, and after 3 where one failed.
+        return super().stop(sigint, PATIENCE if timeout == 30 else timeout)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from hnas.base.command_line import LARGEST_SIDE
+from hnas.base.command_line import LARGEST_SIDE, MOST_ARCHITECTURES
 from hnas.base.errors import UserError
 from hnas.programs.flags import (
     ALL,
@@ -179,7 +179,7 @@ class Options:
         "first batch_size images; none: accuracy", "name", stages=SCORE | SEARCH)
     eval_sample_num: int = scoring(0,
         "score the first N architectures of the file, or draw N without one; 0: the whole file",
-        "architectures", high=MANY)
+        "architectures", high=MOST_ARCHITECTURES)
     eval_images: int = scoring(0,
         "validation images to score or check on, the classes in equal shares; 0: all", "images",
         stages=SCORE | EXPORT | SEARCH)

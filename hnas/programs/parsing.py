@@ -28,7 +28,8 @@ STAGES = (
     "each stage has its script: train_supernet_pinas_stage1.py, "
     "train_supernet_pinas_stage2_simple.py, train_supernet.py"
 )
-INSTEAD = {"json_path": "give --modelarch_file", "phase": STAGES, "mode": STAGES}
+INSTEAD = dict.fromkeys(("phase", "mode", "pinas_stage"), STAGES)
+INSTEAD["json_path"] = "give --modelarch_file"
 """What stands for flags of the public code."""
 
 
@@ -56,12 +57,12 @@ def parse_options(stage: Stage, argv: Sequence[str] | None = None, about: str = 
         raise UserError(_explain_unknown(unknown[0], list(fields)))
     given = vars(parsed)
     given.pop("command")
+    for name in [name for name in given if stage not in fields[name].metadata["stages"]]:
+        logger.info("--%s has no effect in %s", name, stage)
+        del given[name]
     options = Options(
         **{name: default_of(option, stage) for name, option in fields.items()} | given
     )
-    for name, option in fields.items():
-        if name in given and stage not in option.metadata["stages"]:
-            logger.info("--%s has no effect in %s", name, stage)
     _follow_recipe(options, stage, given)
     if stage is Stage.CONTRAST and options.save_dir_new:
         options.save_dir = options.save_dir_new

@@ -19,6 +19,8 @@ from hnas.search_space import search_space
 
 USED = "ckpt_dir", "backbone", "image_dir", "image_size", "bad_images"
 """Flags of stage 3 that export takes, too."""
+MORE = {"seed": 0, "bn_calibration_images": "auto", "eval_images": 0}
+"""Others with their defaults."""
 
 
 def summary(demo: Path) -> str:
@@ -50,7 +52,8 @@ def summary(demo: Path) -> str:
     median = by_macs[len(by_macs) // 2][0]
     most = (median // 10 ** (len(str(median)) - 1) + 1) * 10 ** (len(str(median)) - 1)
     best = max((top1, -macs, name) for macs, top1, name in by_macs if macs <= most)[2]
-    given = shlex.join(part for name in USED for part in (f"--{name}", str(used[name])))
+    names = [*USED, *(name for name, usual in MORE.items() if used[name] != usual)]
+    given = shlex.join(part for name in names for part in (f"--{name}", str(used[name])))
     python, file = shlex.quote(os.path.relpath(sys.executable)), shlex.quote(str(scores))
     rows.append(f"""
 files

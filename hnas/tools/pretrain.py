@@ -8,13 +8,15 @@ begin as their shortcuts; what trains on from here at frozen statistics stays st
 
 from __future__ import annotations
 
-from hnas.base.errors import hold_signals, run_main
+from hnas.base.errors import UserError, hold_signals, run_main
 
 if __name__ == "__main__":
     hold_signals()  # before Paddle is imported below
 
 import logging
+import os
 from functools import partial
+from pathlib import Path
 
 from hnas.base.files import check_output
 from hnas.dataset.transforms import TrainTransform
@@ -35,6 +37,7 @@ from hnas.utils.hapi_wrapper import DistillationModel
 from hnas.utils.SampleMethod import LargestSampler
 from hnas.utils.training import about_weights, fit, prepare
 from hnas.utils.validation import network_accuracy
+from hnas.weights.checkpoint import RUN_NOTE
 from hnas.weights.loading import write_state
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,12 @@ def main() -> None:
     start(options)
     require(options, "pretrained")
     check_output(options.pretrained, "--pretrained")
+    ours = Path(options.save_dir, RUN_NOTE).exists() or "PINAS_STEP" in os.environ
+    if Path(options.pretrained).exists() and not ours:
+        raise UserError(
+            f"--pretrained {options.pretrained} is there, and was not made from --save_dir "
+            f"{options.save_dir}: remove it, or name another file to write"
+        )
     images = training_images(options)
     val = validation_images(options, images)
     space = options.space

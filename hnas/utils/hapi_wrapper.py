@@ -67,10 +67,17 @@ class GradientStep:
 
     @paddle.no_grad()
     def norm(self) -> paddle.Tensor:
-        """The norm of all gradients together, a scalar: what ``clip_norm`` bounds."""
+        """The norm of all gradients together, a scalar: what ``clip_norm`` bounds.
+
+        NaN where float16 overflowed, as it does now and then: the step is skipped, and its loss
+        scaled less the next time.
+        """
         grads = [p.grad for p in self.optimizer._parameter_list if p.grad is not None]
         norm = paddle.stack([grad.norm() for grad in grads]).norm()
-        return norm if self.scaler is None else norm / self.scaler.scale(paddle.ones([]))
+        if self.scaler is None:
+            return norm
+        norm = norm / self.scaler.scale(paddle.ones([]))
+        return paddle.where(norm.isfinite(), norm, paddle.full_like(norm, math.nan))
 
     def step(self) -> None:
         """One step of the optimizer on the gradients gathered; they are gone afterwards."""

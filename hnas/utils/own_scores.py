@@ -33,7 +33,8 @@ def score_by_function(
 
     Its network is the sub-network by itself, in eval mode; images are normalised float32 [N, 3, H,
     W], labels int64 [N]. ``calibration`` are uint8 images for BatchNorm re-calibration, or None.
-    ``scores``, by code, get these in their order, and are in ``scores.json`` whatever ends this.
+    ``scores``, by code, get these in their order, and are in ``scores.json`` whatever ends this; or
+    in ``scores_unfinished.json``, where earlier ones are there that this has not replaced yet.
 
     Raises:
         UserError: there is no such function, other flags contradict it, it fails, or it gives no
@@ -46,7 +47,9 @@ def score_by_function(
             "and --images_part"
         )
     module, _, function = options.score_function.rpartition(".")
-    path, (pixels, labels) = Path(options.save_dir) / "scores.json", images.batch(0, len(images))
+    (pixels, labels), last = images.batch(0, len(images)), Path(options.save_dir) / "scores.json"
+    earlier = last.exists() and not scores
+    path = last.with_name("scores_unfinished.json") if earlier else last
     place = "give module.function, of a module that is installed or lies beside the program"
     network.eval()
     network.mixed = False  # whether its statistics will do was just said, once
@@ -71,3 +74,4 @@ def score_by_function(
     finally:
         if scores:
             write_json(path, scores)
+    path.replace(last)

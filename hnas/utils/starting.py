@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from paddle import nn
 
+from hnas.base.errors import UserError
 from hnas.base.settings import changed_settings
 from hnas.dataset.image_store import sample_digest
 from hnas.dataset.loader import EpochLoader
@@ -38,7 +39,6 @@ from hnas.weights.loading import (
     load_weights,
     read_checkpoint,
 )
-from hnas.weights.public_files import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def pretrained_network(
     """The plain largest network with the weights of ``--pretrained``, and their file's SHA-256.
 
     Raises:
-        CheckpointError: missing or of another network, e.g. for another number of classes.
+        UserError: missing or of another network, e.g. for another number of classes.
     """
     network = build_network(options.backbone, len(classes), space, elastic=False)
     digest = start_from_checkpoint(network, options.pretrained, classes).digest
@@ -64,7 +64,7 @@ def start_from_checkpoint(
     of ``path``, or a ``checkpoint`` that was read from it already.
 
     Raises:
-        CheckpointError: it is of another network or other classes.
+        UserError: it is of another network or other classes.
     """
     checkpoint = checkpoint or read_checkpoint(path)
     weights = backbone_weights(checkpoint.weights)
@@ -99,7 +99,7 @@ def start_contrast_from_checkpoint(network: PiNASv2, path: str, classes: Sequenc
     of the query encoder.
 
     Raises:
-        CheckpointError: it is of another network or other classes.
+        UserError: it is of another network or other classes.
     """
     checkpoint = read_checkpoint(path)
     check_classes(checkpoint, classes, path)
@@ -158,7 +158,7 @@ def resume(
         The next step's epoch and number, from 0, the run's id, and the state of its log, if any.
 
     Raises:
-        CheckpointError: a folder was named and holds nothing to resume from, or the checkpoint is
+        UserError: a folder was named and holds nothing to resume from, or the checkpoint is
             of another teacher, within an epoch of other images, batches or seed, or foreign.
     """
     stem = find_set(options)
@@ -171,9 +171,9 @@ def resume(
         changed = changed_settings(before, run)
         if "teacher" in changed and "teacher" in before:
             told = f"{stem} is of another teacher than --pretrained {options.pretrained}"
-            raise CheckpointError(f"{told}; give the same, or start anew")
+            raise UserError(f"{told}; give the same, or start anew")
         if step and set(changed) & DATA_ORDER:
-            raise CheckpointError(
+            raise UserError(
                 f"{stem} is in the middle of an epoch, and {', '.join(changed)} differ now; resume "
                 f"with the same, or remove {stem}.*: then the epoch begins anew"
             )
@@ -182,7 +182,7 @@ def resume(
         load_training(stem, model.network, model.optimizer, progress)
         model.gradients.restore(progress.get("scaler", {}))
     except NONSENSE as error:
-        raise CheckpointError(
+        raise UserError(
             f"{stem}{STATES} is not what this program saves: {type(error).__name__}, {error}; "
             "start anew"
         ) from None
@@ -207,9 +207,15 @@ def find_set(options: Options) -> Path | None:
     ``auto`` leaves them alone, and a folder's name asks for them.
 
     Raises:
-        CheckpointError: a folder was named and holds nothing to resume from.
+        UserError: a folder was named and holds nothing to resume from.
     """
     if not options.resume:
+        if (earlier := newest_set(options.save_dir)) is not None:
+            logger.warning(
+                "starting anew, and writing over the epochs of an earlier run; to go on from that "
+                "one, stop now and give --resume %s",
+                earlier,
+            )
         return None
     if (stem := named_set(options)) is not None:
         return stem
@@ -224,7 +230,7 @@ def find_set(options: Options) -> Path | None:
         logger.warning("%s is of an earlier run than the one that began last there", earlier)
         return earlier
     if not auto:
-        raise CheckpointError(f"--resume {folder}: no whole set of .pdparams, .pdopt, .pdstates")
+        raise UserError(f"--resume {folder}: no whole set of .pdparams, .pdopt, .pdstates")
     if earlier is None:
         logger.info("nothing to resume in %s: starting anew", folder)
     else:

@@ -168,7 +168,7 @@ class TrainLogger:
         done = self.epoch * self.steps + step + 1
         left = self.epochs * self.steps - done
         since = len(self._line)
-        loss, top1, norm = np.mean(self._line, axis=0).tolist()
+        loss, top1, norm = self._means()
         ips = since * self.batch / elapsed
         figures = {"loss": loss, "top1": top1, "gradient_norm": norm, "lr": logs["lr"], "ips": ips}
         self.draw("train", figures, done)
@@ -180,12 +180,21 @@ class TrainLogger:
             f"ips {ips:.1f} images/s data {self._waited / since:.3f} s/step eta {eta}{arch}"
         )
 
+    def _means(self) -> tuple[float, float, float]:
+        """Of loss, top-1 and gradient norm since the last line; of norms without skipped steps."""
+        loss, top1, norms = np.array(self._line).T
+        norms = norms[~np.isnan(norms)]
+        return loss.mean(), top1.mean(), norms.mean() if norms.size else math.nan
+
     def _warn_if_breaking(self) -> None:
         """Once an epoch: loss or gradients are far above those of this process's first step."""
-        line = np.array(self._line)[:, [0, 2]]
-        means = line.mean(axis=0)
+        loss, _, norm = self._means()
         if self._first is None:
-            self._first = line[0]
+            made = [(own, each) for own, _, each in self._line if not math.isnan(each)]
+            if not made:
+                return
+            self._first = np.array(made[0])
+        means = np.array([loss, norm])
         # One more than the multiple: near zero a multiple is soon reached.
         most = np.maximum(LARGEST_RISE * self._first + 1, [self.guess_loss, 0])
         if self._warned < self.epoch and (means > most).any():

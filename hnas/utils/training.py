@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from shlex import quote
+from zlib import crc32
 
 from hnas.base.errors import Stopped, UserError
 from hnas.base.files import remove_leftovers, write_json
@@ -44,6 +45,7 @@ from hnas.weights.checkpoint import (
     newest_set,
     remove_set,
     save_training,
+    sets_in,
 )
 from hnas.weights.loading import PARAMS, NotFiniteError, write_state
 
@@ -106,8 +108,9 @@ def fit(
     with StopSignals() as run.stop, curves_in(folder) as run.log.curves:
         if world_size() > 1:
             agree((run.begun, run.first), "the epoch and step to start from")
-            digests = [int(run.settings[name][:15], 16) for name in files or ()]
-            agree(digests, "the weights that are given")
+            for name, value in run.settings.items():
+                if name != "image_pixels":  # which another Pillow may decode a little differently
+                    agree([crc32(repr(value).encode())], f"{name} (here: {value})")
             copy_from_main_process([*model.network.state_dict().values()])
             trained = [p for p in model.network.parameters() if not p.stop_gradient]
             run.stop = model.exchange = GradientExchange(trained, run.stop)
@@ -273,9 +276,10 @@ class Run:
     def _remove_older(self, newest: str) -> None:
         """Delete other sets within epochs and, beyond ``keep``, of whole epochs but the first.
 
-        Epochs after the newest are of an earlier run in the same folder, and are left alone.
+        An earlier run's in the same folder, and epochs after the newest, are left alone.
         """
         names = {path.name.partition(".")[0] for path in self.folder.iterdir()}
+        names -= {s.name for s, kept in sets_in(self.folder) if kept["run_id"] != self.run_id}
         sets = [match for match in map(SET_NAME.fullmatch, names) if match]
         old = [match[0] for match in sets if match[2] and match[0] != newest]
         if self.options.keep and newest.isdigit():

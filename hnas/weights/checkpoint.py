@@ -27,7 +27,7 @@ from hnas.weights.loading import (
     read_state,
     write_state,
 )
-from hnas.weights.public_files import NAME_TABLE, CheckpointError
+from hnas.weights.public_files import NAME_TABLE
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def save_training(
         UserError: files that cannot be written.
     """
     check_finite(network)
-    others = [other["number"] for _, other in _sets(Path(stem).parent)]
+    others = [other["number"] for _, other in sets_in(Path(stem).parent)]
     digests = {
         PARAMS: write_state(f"{stem}{PARAMS}", network.state_dict(), about),
         OPTIMIZER: write_state(f"{stem}{OPTIMIZER}", optimizer_state(network, optimizer)),
@@ -67,12 +67,12 @@ def load_training(stem: str | Path, network: nn.Layer, optimizer, progress: Mapp
     """Restore weights and velocities of the set whose :func:`read_progress` is ``progress``.
 
     Raises:
-        CheckpointError: of another network, or files that are not of that set.
+        UserError: of another network, or files that are not of that set.
     """
     params, moving = f"{stem}{PARAMS}", f"{stem}{OPTIMIZER}"
     checkpoint, (velocities, digest) = read_checkpoint(params), read_state(moving)
     if progress["digests"] != {PARAMS: checkpoint.digest, OPTIMIZER: digest}:
-        raise CheckpointError(f"{params}, {moving} and {stem}{STATES} are not of one set")
+        raise UserError(f"{params}, {moving} and {stem}{STATES} are not of one set")
     load_weights(network, checkpoint.weights, params)
     restore_optimizer(network, optimizer, velocities, moving)
 
@@ -81,14 +81,14 @@ def read_progress(stem: str | Path) -> dict:
     """The content of ``stem.pdstates``.
 
     Raises:
-        CheckpointError: not a state of this program.
+        UserError: not a state of this program.
     """
     progress, _ = read_state(f"{stem}{STATES}")
     found = progress if isinstance(progress, dict) else {}
     digests = found.get("digests")
     whole = isinstance(digests, dict) and set(digests) == {PARAMS, OPTIMIZER}
     if not whole or type(found.get("number")) is not int or type(found.get("run_id")) is not str:
-        raise CheckpointError(f"{stem}{STATES} is not what this program saves; start anew")
+        raise UserError(f"{stem}{STATES} is not what this program saves; start anew")
     return found
 
 
@@ -101,7 +101,7 @@ def newest_set(
     set has a larger number than those that were there when it was saved; clocks may go back. One
     that a crash left unfinished, or that is damaged, is passed over with a line in the log.
     """
-    found = _sets(folder, log=True)
+    found = sets_in(folder, log=True)
     own = [each for each in found if run_id in (None, each[1]["run_id"])]
     own = [each for each in own if names is None or each[0].name in names]
     for stem, progress in sorted(own, key=lambda each: each[1]["number"], reverse=True):
@@ -113,7 +113,7 @@ def newest_set(
     return None
 
 
-def _sets(folder: str | Path, log: bool = False) -> Iterator[tuple[Path, dict]]:
+def sets_in(folder: str | Path, log: bool = False) -> Iterator[tuple[Path, dict]]:
     """The sets in a folder, without suffix, with what :func:`read_progress` gives."""
     for path in Path(folder).glob(f"*{STATES}"):
         stem = path.with_suffix("")
@@ -129,9 +129,9 @@ def _check_whole(stem: Path, progress: Mapping) -> None:
     for suffix, digest in progress["digests"].items():
         path = Path(f"{stem}{suffix}")
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
+            raise UserError(f"{path} is missing")
         if file_digest(path) != digest:
-            raise CheckpointError(f"{path} is damaged or not of the same set as {stem}{STATES}")
+            raise UserError(f"{path} is damaged or not of the same set as {stem}{STATES}")
 
 
 def remove_set(stem: str | Path) -> None:
@@ -167,7 +167,7 @@ def restore_optimizer(network: nn.Layer, optimizer, state: dict, source: str) ->
     """Set the optimizer's state from :func:`optimizer_state`'s.
 
     Raises:
-        CheckpointError: it is of another network, or not finite.
+        UserError: it is of another network, or not finite.
     """
     trained = _trained(network)
     found = state if isinstance(state, dict) else {}
@@ -179,7 +179,7 @@ def restore_optimizer(network: nn.Layer, optimizer, state: dict, source: str) ->
             odd.add(key)
     if odd:
         key = min(map(str, odd))
-        raise CheckpointError(f"optimizer state {source} is of another network or broken: {key}")
+        raise UserError(f"optimizer state {source} is of another network or broken: {key}")
     optimizer.set_state_dict(
         {f"{t.name}{VELOCITY}": paddle.to_tensor(found[key]) for key, t in trained.items()}
     )

@@ -21,11 +21,11 @@ from paddle import nn
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from hnas.base.errors import UserError, word_of
 from hnas.base.files import (
     digest_path,
     distinct,
     file_digest,
-    reason_of,
     recorded_digest,
     replacing,
     write_digest,
@@ -34,7 +34,7 @@ from hnas.base.safe_pickle import load_pickle
 from hnas.models.elastic import ElasticResNet, plain_name
 from hnas.models.pinasv2 import build_network
 from hnas.search_space import BACKBONES
-from hnas.weights.public_files import LISTED, CheckpointError, plain_weights, state_dict_of
+from hnas.weights.public_files import LISTED, plain_weights, state_dict_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ STEM_WEIGHTS = 3 * 7 * 7  # of a channel
 LONGEST_NAME = 300
 
 
-class NotFiniteError(CheckpointError):
+class NotFiniteError(UserError):
     """Weights that are not finite: none to go on with, nor to replace good ones."""
 
 
@@ -60,16 +60,14 @@ def find_checkpoint(path: str | Path) -> Path:
     """The weights' file of ``path``: the file, or its name without the suffix.
 
     Raises:
-        CheckpointError: there is none.
+        UserError: there is none.
     """
     for suffix in ("", PARAMS, SAFETENSORS):
         if Path(f"{path}{suffix}").is_file():
             return Path(f"{path}{suffix}")
     if Path(path).is_dir():
-        raise CheckpointError(
-            f"checkpoint {path} is a folder; name the file, e.g. {path}/0{PARAMS}"
-        )
-    raise CheckpointError(f"checkpoint {path} does not exist (nor {path}{PARAMS})")
+        raise UserError(f"checkpoint {path} is a folder; name the file, e.g. {path}/0{PARAMS}")
+    raise UserError(f"checkpoint {path} does not exist (nor {path}{PARAMS})")
 
 
 def read_state(path: str | Path) -> tuple[object, str]:
@@ -78,18 +76,17 @@ def read_state(path: str | Path) -> tuple[object, str]:
     The file may be replaced at any time, so nothing of it is read again; see :func:`load_pickle`.
 
     Raises:
-        CheckpointError: its SHA-256 is not the one that stands beside it.
-        UserError: broken, or holds something else than a state dict.
+        UserError: broken, not what the digest beside it says, or something else than a state dict.
     """
     path = Path(path)
     try:
         recorded = recorded_digest(path)
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     digest = hashlib.sha256(content).hexdigest()
     if recorded not in (None, digest):
-        raise CheckpointError(
+        raise UserError(
             f"{path} is damaged: its SHA-256 is not the one beside it; copy it again, or remove "
             "the .sha256 file if the change is yours"
         )
@@ -105,7 +102,7 @@ def _read_safetensors(path: Path, content: bytes) -> dict:
         return arrays | ({ABOUT: said[ABOUT]} if ABOUT in said else {})
     except Exception as error:
         # A broken file can make its reader fail in any way.
-        raise CheckpointError(f"cannot read {path}: {reason_of(error)}") from None
+        raise UserError(f"cannot read {path}: {word_of(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -127,10 +124,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Weights by parameter name, in the plain network's names, whatever wrote them.
 
     Raises:
-        CheckpointError: missing file, not a dict of arrays, a name twice or one that is none, or
+        UserError: missing or broken file, no dict of arrays, a name twice or one that is none, or
             negative variances.
         NotFiniteError: NaN, infinity, or numbers that are infinite as float32.
-        UserError: broken, or holds something else than a state dict.
     """
     path = find_checkpoint(path)
     content, digest = read_state(path)
@@ -143,9 +139,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             value = value[1]
         told = f"checkpoint {path}: {name!r:.{LONGEST_NAME}} is"
         if not isinstance(value, np.ndarray):
-            raise CheckpointError(f"{told} a {type(value).__name__}, not an array")
+            raise UserError(f"{told} a {type(value).__name__}, not an array")
         if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST_NAME:
-            raise CheckpointError(f"{told} no name of a tensor")
+            raise UserError(f"{told} no name of a tensor")
         arrays[name] = value
     weights, is_public = plain_weights(arrays, path)
     _check_values(weights, path)
@@ -167,7 +163,7 @@ def _check_values(weights: Mapping[str, np.ndarray], source: Path) -> None:
                 f"numbers of {name} are not finite in float32; take an earlier checkpoint"
             )
         if name.endswith(VARIANCE) and (value < 0).any():
-            raise CheckpointError(
+            raise UserError(
                 f"checkpoint {source}: {name} holds negative variances; take another file"
             )
 
@@ -186,7 +182,7 @@ def _read_about(text, path: Path) -> dict:
             return about
     except (AttributeError, TypeError, ValueError, RecursionError):
         pass
-    raise CheckpointError(f"checkpoint {path}: {ABOUT!r} is not what this program writes")
+    raise UserError(f"checkpoint {path}: {ABOUT!r} is not what this program writes")
 
 
 def backbone_weights(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -223,7 +219,7 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str], source: str | 
     """The classifier must be of these classes: as many, and of the same names if it says them.
 
     Raises:
-        CheckpointError: it is not.
+        UserError: it is not.
     """
     trained = checkpoint.about.get("classes", list(classes))
     if "classes" not in checkpoint.about:
@@ -232,13 +228,13 @@ def check_classes(checkpoint: Checkpoint, classes: Sequence[str], source: str | 
     outputs = [value.size for name, value in weights if CLASSIFIER.fullmatch(name)]
     for number in (*outputs, len(trained)):
         if number != len(classes):
-            raise CheckpointError(
+            raise UserError(
                 f"checkpoint {source} classifies {number} classes, but image_dir has "
                 f"{len(classes)} class folders; use the images that it was trained on"
             )
     for own, other in zip(trained, classes, strict=True):
         if own != other:
-            raise CheckpointError(
+            raise UserError(
                 f"checkpoint {source} was trained on other classes: {own!r} where image_dir has "
                 f"{other!r}; use folders of the same names"
             )
@@ -251,7 +247,7 @@ def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str
     that the weights are from ``source``.
 
     Raises:
-        CheckpointError: they differ; lists at most ten names of each kind and a count.
+        UserError: they differ; lists at most ten names of each kind and a count.
     """
     expected = {plain_name(name): tensor for name, tensor in layer.state_dict().items()}
     both = [(name, weights[name], expected[name]) for name in expected if name in weights]
@@ -277,9 +273,7 @@ def load_weights(layer: nn.Layer, weights: Mapping[str, np.ndarray], source: str
     if listed:
         found = looks_like(weights)
         hint = f" (it is a {found} file)" if found not in (None, looks_like(expected)) else ""
-        raise CheckpointError(
-            f"checkpoint {source} is of another network{hint}: {'; '.join(listed)}"
-        )
+        raise UserError(f"checkpoint {source} is of another network{hint}: {'; '.join(listed)}")
     for _, value, tensor in both:
         tensor.set_value(value.astype(_dtype(tensor)))
     if isinstance(layer, ElasticResNet):
@@ -292,14 +286,14 @@ def load_supernet(path: str | Path) -> ElasticResNet:
     Backbone and number of classes are the file's.
 
     Raises:
-        CheckpointError: as :func:`read_checkpoint`, or it is of no supernet.
+        UserError: as :func:`read_checkpoint`, or it is of no supernet.
     """
     checkpoint = read_checkpoint(path)
     weights = backbone_weights(checkpoint.weights)
     backbone = looks_like(weights)
     classifier = [value for name, value in weights.items() if CLASSIFIER.fullmatch(name)]
     if backbone is None or not classifier:
-        raise CheckpointError(f"checkpoint {path} is of no supernet that is known here")
+        raise UserError(f"checkpoint {path} is of no supernet that is known here")
     network = build_network(backbone, classifier[0].size)
     load_weights(network, weights, path)
     network.mixed = not checkpoint.freeze_bn

@@ -30,21 +30,17 @@ MOST_NESTS = 3
 LISTED = 10
 
 
-class CheckpointError(UserError):
-    """A checkpoint that is missing, broken, or of another network."""
-
-
 def state_dict_of(content, path: str | Path) -> dict:
     """The state dict in what a file holds, out of its nests.
 
     Raises:
-        CheckpointError: there is none, or it is not clear which.
+        UserError: there is none, or it is not clear which.
     """
     for _ in range(MOST_NESTS):
         found = content if isinstance(content, dict) else {}
         nests = [key for key in NESTED if isinstance(found.get(key), dict)]
         if len(nests) > 1:
-            raise CheckpointError(
+            raise UserError(
                 f"checkpoint {path} holds both {nests[0]!r} and {nests[1]!r}; save the one alone "
                 "that you mean"
             )
@@ -52,9 +48,7 @@ def state_dict_of(content, path: str | Path) -> dict:
             logger.info("%s: took %r, left %d others", path, key, len(found) - 1)
             content = found[key]
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"checkpoint {path} holds a {type(content).__name__}, not a state dict"
-        )
+        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not a state dict")
     return {name: value for name, value in content.items() if name != NAME_TABLE}
 
 
@@ -68,7 +62,7 @@ def plain_weights(
     teacher is left out, with a line in the log.
 
     Raises:
-        CheckpointError: two arrays get the same name.
+        UserError: two arrays get the same name.
     """
     names = {name: _unwrapped(name) for name in arrays}
     teacher = [name for name in names if names[name].startswith(TEACHER)]
@@ -85,7 +79,7 @@ def plain_weights(
         if contrastive:
             stripped = part + _contrastive_name(stripped)
         if stripped in plain:
-            raise CheckpointError(f"checkpoint {path} holds {stripped} twice, once as {name}")
+            raise UserError(f"checkpoint {path} holds {stripped} twice, once as {name}")
         plain[stripped] = arrays[name]
     wrapped = any(name.startswith("model.") for name in arrays)
     return plain, wrapped or contrastive or bool(teacher)
