@@ -320,8 +320,9 @@ def test_what_the_ranking_bench_found_is_what_its_runs_say(tmp_path, monkeypatch
         *map(list, zip(*figures.values(), strict=True))
     ]
     bench, accuracy = text_of("docs/ranking-bench.md"), found["accuracy"]
-    for name in ("tau_b", "reliability", "pearson"):
-        value, low, high = (f"{own:.3f}" for own in found[name].values())
+    told = [found[name] for name in ("tau_b", "reliability", "pearson")]
+    for one in (*told, summary["truth"]["reliability"]):
+        value, low, high = (f"{own:.3f}" for own in one.values())
         assert f"{value}** [{low}, {high}]" in bench
     assert f"mean {accuracy['mean']:.1f} %, sd {accuracy['sd']:.1f};" in bench
     value, low, high = (f"{own:.2f}" for own in found["tau_b"].values())
