@@ -26,7 +26,7 @@ from hnas.bench.rank.jobs import (
     truth_jobs,
 )
 from hnas.bench.rank.methods import METHODS
-from hnas.bench.rank.represent import as_text, represent
+from hnas.bench.rank.represent import represent
 from hnas.bench.rank.verdict import choose_rate, reliability, verdict
 from hnas.evaluation.counts import Counts
 from hnas.search_space import RESNET48
@@ -249,14 +249,23 @@ def test_taus_and_their_differences_are_scipys(bench):
         first, other = between.split(" - ")
         assert own["value"] == pytest.approx(taus[first] - taus[other], abs=1e-6)
         assert own["low"] <= own["value"] <= own["high"] and 0 <= own["p"] <= 1
-    alone = verdict(bench, WANTED[:1], "final")["comparisons"][f"{METHOD} - params"]["p"]
-    assert alone <= compared[f"{METHOD} - params"]["p"] <= 4 * alone
+        assert own["seeds"] == 4 and ("p_holm" in own) == (other != "organisers")
+    # The family is what was announced, whatever is known of it: the least p of fourteen.
+    assert found["bignas@0.02"]["supernets"] == 4
+    least = min(compared.values(), key=lambda own: own["p"] + ("p_holm" not in own))
+    assert least["p_holm"] == pytest.approx(14 * least["p"])
+    alone = verdict(bench, WANTED[:1], "final")["comparisons"][f"{METHOD} - params"]
+    assert alone["p_holm"] == pytest.approx(min(1, 14 * alone["p"]))
     second = hits_of(bench, second_jobs(bench))
     expected = kendalltau(truth[:9], second).statistic
-    assert reliability(bench)["value"] == pytest.approx(expected, abs=1e-6)
+    told = reliability(bench)
+    assert told["value"] == pytest.approx(expected, abs=1e-6)
+    ceiling = told["ceiling"]["value"]  # of normal values, one without and two with error
+    r = np.sin(np.pi / 2 * ceiling)
+    assert 2 / np.pi * np.arcsin(r**2) == pytest.approx(expected) and ceiling > expected
     lines = bench.runs.read_text().splitlines(keepends=True)
     bench.runs.write_text("".join(line for line in lines if '"truth-arch9-0"' not in line))
-    assert verdict(bench, WANTED, "final")[f"{METHOD}@0.02"].keys() == {"broken"}
+    assert verdict(bench, WANTED, "final")[f"{METHOD}@0.02"].keys() == {"supernets", "broken"}
 
 
 @pytest.mark.parametrize("hits", [[], [29] * 12])
@@ -275,7 +284,8 @@ def test_a_supernet_that_broke_is_counted_and_not_ranked(bench, hits):
     bench.put(lost, {"hits": hits, "images": 100})
     found = verdict(bench, WANTED, "final")
     assert found["organisers@0.02"]["tau_b"] is None
-    assert set(found["comparisons"][f"{METHOD} - organisers"].values()) == {None}
+    told = found["comparisons"][f"{METHOD} - organisers"]
+    assert told.pop("seeds") == 2 and set(told.values()) == {None}
 
 
 @pytest.mark.parametrize(
@@ -322,11 +332,6 @@ def test_agreement_with_imagenet_is_scipys(tmp_path):
     known = [-0.09, -0.02, 0.53, 0.52, 0.636, 0.591, 0.614]
     assert [taus[1] for taus in hangs_on.values()] == pytest.approx(known, abs=5e-3)
     assert found["accuracy"]["mean"] == pytest.approx(np.mean(hits) / 2)
-    text = as_text({"task": "small_digit", **found}).splitlines()
-    assert text[0].split()[1] == f"{found['tau_b']['value']:.3f}" and len(text) == 11
-    taus = hangs_on["depth of stage 4"]
-    assert text[7].startswith("depth of stage 4 ")
-    assert text[7].split()[4:] == [f"{own:.3f}" for own in taus]
 
 
 def command(out, *arguments):
@@ -379,9 +384,7 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
 def test_represent_trains_the_thirty(tmp_path):
     asked = command(tmp_path, "represent")
     done = subprocess.run(**asked, capture_output=True, text=True, check=True)
-    *table, last = done.stdout.splitlines()
-    found = json.loads(last)
-    assert found["finished"] == 60 and table == as_text(found).splitlines()
+    assert json.loads(done.stdout)["finished"] == 60
 
 
 @pytest.mark.parametrize("methods", ["bignas@0.02 bignas@0.06", "bignas", "ofa@0.02"])

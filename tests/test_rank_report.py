@@ -21,7 +21,7 @@ from hnas.base.files import write_json
 from hnas.evaluation.results import estimates
 from hnas.programs.flags import Stage
 from hnas.programs.parsing import parse_options
-from hnas.ranking.agreement import Agreement
+from hnas.ranking.agreement import Agreement, expected_agreement
 from hnas.ranking.correlations import bootstrap_interval, kendall_tau_b
 from hnas.ranking.costs import Network
 from hnas.ranking.figures import Panel
@@ -233,6 +233,24 @@ def test_constant_values_are_null_and_noted(report, tmp_path, archs, truth, whic
     assert "are equal" in text_of((tmp_path / "out/report.html").read_text())
 
 
+def test_few_or_tied_architectures_are_not_told_more_of_than_they_carry(
+    report, files, tmp_path, archs, truth
+):
+    few = write(tmp_path / "few.json", archs[:7], truth[:7])
+    found, page = report("--pred", few, "--gt", few)
+    assert found["kendall_tau_b"] == {"value": pytest.approx(1), "low": None, "high": None}
+    assert page["interpretation"][0].startswith("Kendall's tau-b is 1.000. The architectures are")
+    # Pairs that are equal in truth cannot be put in the right order.
+    tied = write(tmp_path / "tied.json", archs, np.floor(truth * 50) / 50)
+    _, page = report("--pred", files[3], "--gt", tied)
+    assert "it puts about 100 in 100 pairs in the right order" in page["interpretation"][0]
+    # Hardly better than the blocks' number.
+    nearly = np.array([sum(arch.depths) for arch in archs]) + 0.1 * truth
+    _, page = report("--pred", write(tmp_path / "near", archs, nearly), *files[2:])
+    told = [line for line in page["interpretation"] if "do not show that it beats counting" in line]
+    assert len(told) == 1
+
+
 def test_no_resample_that_ranks_leaves_no_interval(report, tmp_path, archs):
     # Of 60 architectures one differs; with this seed neither resample draws it.
     path = write(tmp_path / "one.json", archs, np.where(np.arange(NUMBER) == 30, 0.6, 0.5))
@@ -295,6 +313,13 @@ def test_figures_are_those_of_numpy(report, stage3, archs, hits, tmp_path):
     assert printed["agreement"] == agreement
     text = (tmp_path / "out/report.html").read_text()
     assert "with that by all 5,000 at a tau-b of 0.875 (0.812 to 0.938)" in text
+    # Of a part of them, that of this part.
+    scores = json.loads((stage3 / "submission.json").read_text())
+    rows = np.argsort(-accuracy, kind="stable")[:20]
+    write_json(stage3 / "best.json", {f"arch{row}": scores[f"arch{row}"] for row in rows})
+    part, _ = report("--pred", stage3 / "best.json")
+    expected = expected_agreement(counts_of(hits).folds[rows], IMAGES, 5000)
+    assert part["agreement"]["tau"] == pytest.approx(expected.tau)
 
 
 def test_the_page_tells_chooses_group_and_what_is_next(report, stage3, tmp_path, capsys):

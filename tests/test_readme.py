@@ -321,8 +321,9 @@ def test_what_the_ranking_bench_found_is_what_its_runs_say(tmp_path, monkeypatch
     ]
     bench, accuracy = text_of("docs/ranking-bench.md"), found["accuracy"]
     told = [found[name] for name in ("tau_b", "reliability", "pearson")]
-    for one in (*told, summary["truth"]["reliability"]):
-        value, low, high = (f"{own:.3f}" for own in one.values())
+    truth = summary["truth"]["reliability"]
+    for one in (*told, truth, truth["ceiling"]):
+        value, low, high = (f"{one[end]:.3f}" for end in ("value", "low", "high"))
         assert f"{value}** [{low}, {high}]" in bench
     assert f"mean {accuracy['mean']:.1f} %, sd {accuracy['sd']:.1f};" in bench
     value, low, high = (f"{own:.2f}" for own in found["tau_b"].values())

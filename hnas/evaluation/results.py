@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import paddle
+from scipy.special import ndtri
 
 from hnas.architecture_file import submission
 from hnas.base.device import Arithmetic
@@ -228,8 +229,9 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
     The message calls the networks ``what``. Gives whether it warned.
     """
     guessed = counts.images / classes
-    # What guessing passes about once in a thousand times: three standard deviations.
-    limit = guessed + 3 * math.sqrt(guessed * (1 - 1 / classes))
+    # What the best of so many passes once in a thousand times if all guess, on their own.
+    deviations = -ndtri(1e-3 / len(counts.top1))
+    limit = guessed + deviations * math.sqrt(guessed * (1 - 1 / classes))
     best = int(counts.top1.max())
     told = best <= limit < counts.images
     if told:

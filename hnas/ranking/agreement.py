@@ -140,7 +140,6 @@ def agreement_record(agreement: Agreement | None, of_images: int) -> dict:
 class Estimates:
     """What an evaluation knows after its first images, in the file's order."""
 
-    names: tuple[str, ...]
     codes: tuple[str, ...]
     accuracy: np.ndarray  # top-1, 0 to 1; float64 [architectures]
     error: np.ndarray  # standard errors of these
@@ -184,8 +183,8 @@ def _estimates(content: Mapping) -> Estimates:
     images, of_images = content["images"], content["agreement"]["images"]
     if not type(images) is type(of_images) is int or not 0 < images <= of_images < 2**53:
         raise ValueError("images is no number of images")
-    names, entries = tuple(content["architectures"]), content["architectures"].values()
-    if not names:
+    entries = content["architectures"].values()
+    if not entries:
         raise ValueError("there are no architectures")
     error, accuracy = (np.array([entry[name] for entry in entries]) for name in ("se", "acc"))
     if error.dtype.kind != "f" or not ((error >= 0) & (error <= 1)).all():
@@ -203,7 +202,7 @@ def _estimates(content: Mapping) -> Estimates:
         if not all(-1 <= end <= 1 for end in astuple(agreement)):
             raise ValueError("agreement is not from -1 to 1")
     network = Network.read(content["network"]) if "network" in content else None
-    return Estimates(names, codes, accuracy, error, images, hits, agreement, of_images, network)
+    return Estimates(codes, accuracy, error, images, hits, agreement, of_images, network)
 
 
 def estimates_beside(

@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike
 RESAMPLES = 1000
 LEVEL = 0.95
 """Of the intervals."""
+FEWEST = 8
+"""Architectures of which an interval is given: resamples of fewer hardly differ."""
 NEAR = 1e-9
 """Accuracies that are nearer, as shares of 1, differ by how they were worked out."""
 
@@ -101,6 +103,17 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def right_order(pred: ArrayLike, gt: ArrayLike) -> float:
+    """Of the pairs whose true scores [n] differ, the share that is predicted in the right order,
+    equal predictions as half: by Somers' d (American Sociological Review, 1962)."""
+    pred, gt = map(with_ties, _pair(pred, gt))
+
+    def untied(values: np.ndarray) -> int:
+        return len(values) ** 2 - (np.unique(values, return_counts=True)[1] ** 2).sum()
+
+    return (1 + kendall_tau_b(pred, gt) * math.sqrt(untied(pred) / untied(gt))) / 2
+
+
 def regret(pred: ArrayLike, gt: ArrayLike) -> float:
     """The best true score less that of the predicted best [n], of equal ones the worst."""
     pred, gt = map(with_ties, _pair(pred, gt))
@@ -121,10 +134,13 @@ def rank_errors(pred: ArrayLike, gt: ArrayLike) -> np.ndarray:
 def correlations(
     pred: ArrayLike, gt: ArrayLike, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, dict[str, float | None]]:
-    """``value``, ``low`` and ``high`` of each of ``CORRELATIONS``; None where not defined."""
+    """``value``, ``low`` and ``high`` of each of ``CORRELATIONS``; None where not defined, as the
+    ends are of fewer than ``FEWEST`` architectures."""
     result = {}
     for name, statistic in CORRELATIONS.items():
-        low, high = bootstrap_interval(statistic, pred, gt, seed, resamples)
+        low = high = math.nan
+        if len(np.asarray(gt)) >= FEWEST:
+            low, high = bootstrap_interval(statistic, pred, gt, seed, resamples)
         ends = {"value": statistic(pred, gt), "low": low, "high": high}
         result[name] = {end: none_if_nan(value) for end, value in ends.items()}
     return result

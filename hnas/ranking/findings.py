@@ -12,14 +12,16 @@ from dataclasses import asdict
 import numpy as np
 
 from hnas.base.errors import UserError
-from hnas.ranking.agreement import Estimates
+from hnas.ranking.agreement import Estimates, expected_agreement
 from hnas.ranking.correlations import (
     RESAMPLES,
+    bootstrap_interval,
     correlations,
     kendall_tau_b,
     none_if_nan,
     rank_errors,
     regret,
+    right_order,
     with_ties,
 )
 from hnas.ranking.effects import attribute, choices, largest_effect
@@ -92,11 +94,12 @@ def analyse_ranking(
         "attribution": attribute(choices(archs), errors),
         **{f"only_in_{source}": number for source, number in lonely.items()},
     }
+    told = interpret_ranking(report, predicted, true, {n: v[rows] for n, v in counts.items()})
     notes = notes_on_ranking(predicted, true)
     missing = [f"{number:,} only in --{source}" for source, number in lonely.items() if number]
     if missing:
         notes.append(f"Architectures without a partner are left out: {', '.join(missing)}.")
-    return {**report, "interpretation": interpret_ranking(report), "notes": notes}
+    return {**report, "interpretation": told, "notes": notes}
 
 
 def notes_on_ranking(pred: np.ndarray, gt: np.ndarray) -> list[str]:
@@ -119,8 +122,10 @@ def notes_on_ranking(pred: np.ndarray, gt: np.ndarray) -> list[str]:
     return found
 
 
-def interpret_ranking(report: Mapping) -> list[str]:
-    """The figures in sentences."""
+def interpret_ranking(
+    report: Mapping, predicted: np.ndarray, true: np.ndarray, counts: Mapping[str, np.ndarray]
+) -> list[str]:
+    """The figures in sentences; lists are [n]."""
     tau, attribution = report["correlations"]["kendall_tau_b"], report["attribution"]
     if tau["value"] is None:
         return ["Nothing can be said about the ranking."]
@@ -136,7 +141,7 @@ def interpret_ranking(report: Mapping) -> list[str]:
     else:
         meaning = (
             f"Of two architectures whose true scores differ, it puts about "
-            f"{50 * (1 + tau['value']):.0f} in 100 pairs in the right order."
+            f"{100 * right_order(predicted, true):.0f} in 100 pairs in the right order."
         )
     lines = [
         f"Kendall's tau-b is {tau['value']:.3f} ({tau['low']:.3f} to {tau['high']:.3f}). {meaning} "
@@ -144,11 +149,13 @@ def interpret_ranking(report: Mapping) -> list[str]:
     ]
     tau_of = {name: tau for name, tau in report["tau_of_counts"].items() if tau is not None}
     most = max(tau_of, key=tau_of.get, default="")
-    if most and tau_of[most] >= tau["value"]:
-        lines.append(
-            f"It does not beat counting {COUNTED[most]}, which needs no training and has a tau-b "
-            f"of {tau_of[most]:.3f}."
-        )
+    if most:
+        known = f"counting {COUNTED[most]}, which needs no training and has a tau-b of "
+        known += f"{tau_of[most]:.3f}"
+        if tau_of[most] >= tau["value"]:
+            lines.append(f"It does not beat {known}.")
+        elif not least_lead(predicted, counts[most], true, report["seed"], report["resamples"]) > 0:
+            lines.append(f"These architectures do not show that it beats {known}.")
     found = largest_effect(attribution)
     if found is not None:
         what, change, explained = found
@@ -158,11 +165,22 @@ def interpret_ranking(report: Mapping) -> list[str]:
             f"largest, the predicted rank rises {abs(change):.0f} % of all "
             f"ranks {'more' if change > 0 else 'less'} than the true one. All choices together "
             f"explain {explained} % of the errors' variance; the rest is other than depths and "
-            "widths added up, or noise."
+            "widths added up, or noise. Noise does this, too: of a noisy truth what matters most "
+            "seems overrated, of noisy scores underrated."
         )
     elif attribution["explained"] is not None:
-        lines.append("No choice of depth or width stands out as the cause of its errors.")
+        lines.append("No choice of depth or width stands out in its errors.")
     return lines
+
+
+def least_lead(pred: np.ndarray, other: np.ndarray, gt: np.ndarray, *seed_and_resamples) -> float:
+    """The lower end of the lead in tau-b of predictions over others [n], on the same resamples."""
+
+    def lead(rows: np.ndarray, gt: np.ndarray) -> float:
+        own, others = (values[rows.astype(int)] for values in (pred, other))
+        return kendall_tau_b(own, gt) - kendall_tau_b(others, gt)
+
+    return bootstrap_interval(lead, np.arange(len(gt)), gt, *seed_and_resamples)[0]
 
 
 # --- of scores alone
@@ -186,9 +204,13 @@ def analyse_scores(
     if known is not None:
         images, error = known.images, 100 * known.error[rows]
         group = as_good_as_best(with_ties(known.accuracy[rows]), known.folds[rows], images)
-        # All images agree with themselves.
-        if known.agreement is not None and known.images < known.of_images:
-            agreement = {"images": known.of_images, **asdict(known.agreement)}
+        # All images agree with themselves; of a part of the networks other pairs count.
+        if known.images < known.of_images and known.agreement is not None:
+            some = known.folds[rows], known.images, known.of_images
+            of_these = (
+                known.agreement if len(rows) == len(known.codes) else expected_agreement(*some)
+            )
+            agreement = of_these and {"images": known.of_images, **asdict(of_these)}
 
     def row(index: int) -> dict:
         return {
@@ -235,7 +257,7 @@ def interpret_scores(report: Mapping) -> list[str]:
     if report["group"] is not None:
         lines.append(
             f"{report['group']:,} of them are not worse than the best by more than their noise: "
-            f"with about {100 * CONFIDENCE:.0f} % the truly best is among them."
+            f"with about {100 * CONFIDENCE:.0f} % the truly best of all these is among them."
         )
     if report["standard_error"] is not None:
         lines.append(

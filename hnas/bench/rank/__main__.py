@@ -39,7 +39,7 @@ from hnas.bench.rank.jobs import (
     truth_jobs,
 )
 from hnas.bench.rank.methods import METHODS
-from hnas.bench.rank.represent import as_text, represent
+from hnas.bench.rank.represent import represent
 from hnas.bench.rank.verdict import reliability, verdict
 from hnas.bench.rank.workers import run_all
 
@@ -57,7 +57,7 @@ def main(argv=None) -> None:
             *truth_jobs(bench, "final"),
             *second_jobs(bench),
         ],
-        "supernets": supernet_jobs(bench, options.methods, options.split),
+        "supernets": supernet_jobs(bench, options.methods or (), options.split),
     }[options.what]
     summary = options.out / "summary.json"
     known = read_json(summary) if summary.exists() else {}
@@ -65,7 +65,6 @@ def main(argv=None) -> None:
     found = {"task": bench.name, "finished": len(jobs)}
     if options.what == "represent":
         found |= represent(bench)
-        print_text(as_text(found))
     if options.what == "truth":
         found["reliability"] = reliability(bench)
     if options.what == "supernets":
@@ -84,7 +83,6 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--methods",
         nargs="+",
         type=read_method,
-        default=[(name, 0.0067) for name in METHODS],
         help=f"of the supernets, each with its peak learning rate, NAME@RATE: {', '.join(METHODS)}",
     )
     parser.add_argument(
@@ -97,7 +95,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "--quick", type=read_bool, default=False, help="a trial of the machinery in minutes"
     )
     options = parser.parse_args(argv)
-    names = [name for name, _ in options.methods]
+    if options.what == "supernets" and not options.methods:
+        raise UserError("--methods: give NAME@RATE for each method")
+    names = [name for name, _ in options.methods or ()]
     if options.split == "final" and len(set(names)) < len(names):
         raise UserError("--methods of --split final: one learning rate each, chosen before")
     return options

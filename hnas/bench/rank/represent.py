@@ -50,19 +50,3 @@ def descriptions(archs: list[Architecture]) -> dict[str, list[int]]:
         "MACs": [space.macs(arch) for arch in archs],
         "parameters": [space.params(arch) for arch in archs],
     }
-
-
-def as_text(found: dict) -> str:
-    """What :func:`represent` gave, as lines to read."""
-
-    def shown(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
-
-    lines = []
-    for name in ("tau_b", "reliability", "pearson"):
-        value, low, high = map(shown, found[name].values())
-        lines.append(f"{name} {value} [{low}, {high}]")
-    lines.append(f"{'tau-b of accuracy with':24}{found['task']:>12}{'ImageNet':>12}")
-    for name, taus in found["hangs_on"].items():
-        lines.append(f"{name:24}" + "".join(f"{shown(tau):>12}" for tau in taus))
-    return "\n".join(lines) + "\n"

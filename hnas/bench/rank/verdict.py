@@ -6,6 +6,7 @@ the network that it began with. What is said of ranking is of those that trained
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from hnas.bench.rank.estimates import difference, interval, share, tau_kernel
 from hnas.bench.rank.jobs import Bench, Job, second_jobs, supernet_jobs, truth_jobs
-from hnas.bench.rank.methods import PRIMARY
+from hnas.bench.rank.methods import METHODS, PRIMARY
 from hnas.ranking.correlations import kendall_tau_b
 from hnas.ranking.costs import Network, counted
 from hnas.ranking.effects import holm
@@ -21,6 +22,8 @@ from hnas.search_space import Architecture
 
 FEWEST = 3
 """Trained supernets, of which it can be told how well a method's others would rank."""
+ANNOUNCED = 2 * len(METHODS) - 2
+"""Comparisons beside ``PRIMARY``."""
 Kernels = dict[int, np.ndarray]
 """By seed, of supernets that trained, what each pair of architectures says, [n, n]."""
 
@@ -29,18 +32,19 @@ def verdict(bench: Bench, wanted: Iterable[tuple[str, float]], split: str) -> di
     """What is known of finished supernets of methods at learning rates.
 
     Returns:
-        by ``NAME@RATE`` what share ``broken``, and ``tau_b`` of the others, None where fewer than
-        three are left; ``by_code``: tau-b of what codes alone tell. Of ``selection`` also the
-        ``chosen`` learning rates; of ``final``, once there is the truth of ``selection``,
-        ``comparisons``, as :func:`compare` gives them. Only what broke, while the split's truth is
-        not finished.
+        by ``NAME@RATE`` how many ``supernets``, what share ``broken``, and ``tau_b`` of the others,
+        None where fewer than three are left; ``by_code``: tau-b of what codes alone tell. Of
+        ``selection`` also the ``chosen`` learning rates; of ``final``, once there is the truth of
+        ``selection``, ``comparisons``, as :func:`compare` gives them. Only what broke,
+        while the split's truth is not finished.
     """
     truth, kernels, found = truth_of(bench, truth_jobs(bench, split)), {}, {}
     tried = defaultdict(dict)
     for name, rate in wanted:
         scores = scores_of(bench, supernet_jobs(bench, [(name, rate)], split))
         own = {seed: acc for seed, acc in scores.items() if acc is not None}
-        about = {"broken": share(len(scores) - len(own), len(scores))}
+        broken = share(len(scores) - len(own), len(scores))
+        about = {"supernets": len(scores), "broken": broken}
         if truth is not None:
             kernels[name] = {seed: tau_kernel(acc, truth) for seed, acc in own.items()}
             few = len(own) < min(FEWEST, len(scores))
@@ -76,7 +80,8 @@ def compare(kernels: Mapping[str, Kernels], law: str, code: np.ndarray) -> dict[
     """Differences of tau-b between methods, over seeds of which both trained.
 
     ``PRIMARY`` as it is; the first of it less each other method, and each method less the ranking
-    by codes alone, ``law``, which says ``code`` [n, n], with p-values by Holm.
+    by codes alone, ``law``, which says ``code`` [n, n], also with ``p_holm``, over all of these
+    that were announced, whether they are known or not. Intervals are not adjusted.
     """
     first, *_ = PRIMARY
     found = {}
@@ -86,17 +91,20 @@ def compare(kernels: Mapping[str, Kernels], law: str, code: np.ndarray) -> dict[
         found[f"{name} - {law}"] = lead(other, dict.fromkeys(other, code))
     others = [own for name, own in found.items() if name != " - ".join(PRIMARY)]
     told = [own for own in others if own["p"] is not None]
-    for own, p in zip(told, holm(np.array([own["p"] for own in told])), strict=True):
-        own["p"] = float(p)
+    p = np.ones(ANNOUNCED)
+    p[: len(told)] = [own["p"] for own in told]
+    for own, adjusted in zip(told, holm(p), strict=False):
+        own["p_holm"] = float(adjusted)
     return found
 
 
 def lead(own: Kernels, other: Kernels) -> dict[str, float | None]:
-    """The difference over the seeds of both; not told where they are fewer than three."""
+    """The difference over the ``seeds`` of both; not told where they are fewer than three."""
     both = sorted(own.keys() & other.keys())
-    if len(both) < FEWEST:
-        return dict.fromkeys(("value", "low", "high", "p"))
-    return difference(*(np.stack([each[seed] for seed in both]) for each in (own, other)))
+    found = dict.fromkeys(("value", "low", "high", "p"))
+    if len(both) >= FEWEST:
+        found = difference(*(np.stack([each[seed] for seed in both]) for each in (own, other)))
+    return found | {"seeds": len(both)}
 
 
 def by_code(archs: Iterable[Architecture]) -> dict[str, np.ndarray]:
@@ -116,11 +124,21 @@ def best_by_code(bench: Bench) -> str | None:
     return max(laws, key=lambda name: kendall_tau_b(laws[name], truth))
 
 
-def reliability(bench: Bench) -> dict[str, float | None]:
-    """Tau-b, with its interval, between two trainings of the networks that are trained twice."""
+def reliability(bench: Bench) -> dict:
+    """Tau-b, with its interval, between two trainings of the networks that are trained twice; and
+    the ``ceiling``, what a ranking without error would have with one training, by normal scores."""
     second = truth_of(bench, second_jobs(bench))
     first = truth_of(bench, truth_jobs(bench, "final"))
-    return interval(tau_kernel(first[: len(second)], second)[None])
+    found = interval(tau_kernel(first[: len(second)], second)[None])
+    ceiling = {name: None if own is None else ceiling_of(own) for name, own in found.items()}
+    return found | {"ceiling": ceiling}
+
+
+def ceiling_of(tau: float) -> float:
+    """Of normal values that correlate r, tau is 2 asin(r) / pi; two trainings' r is the square of
+    each one's with the quality."""
+    correlation = math.sin(math.pi / 2 * max(0.0, tau))
+    return 2 / math.pi * math.asin(math.sqrt(correlation))
 
 
 def truth_of(bench: Bench, jobs: Sequence[Job]) -> np.ndarray | None:
