@@ -319,7 +319,7 @@ def set_up(tmp_path):
 
 
 def test_each_kind_of_machine_has_its_environment(set_up):
-    steps = [("13.0", "auto", GPU), ("", "auto", CPU), ("12.6", "auto", GPU), ("12.6", "cpu", CPU)]
+    steps = [("13.0", "auto", GPU), ("", "auto", CPU), ("12.4", "auto", GPU), ("12.6", "cpu", CPU)]
     for number, (cuda, device, package) in enumerate(steps):
         said, has, errors = set_up(cuda, device=device)
         assert (has, errors, "progress" in said) == ([package], "", number < 2)
@@ -328,8 +328,9 @@ def test_each_kind_of_machine_has_its_environment(set_up):
 def test_a_driver_that_is_too_old_is_told_before_anything_is_loaded(set_up):
     why = "error: requirements.txt has Paddle for CUDA 12.6, and this machine's driver has"
     advice = "write cu118 for cu126 in requirements.txt, and run again"
-    assert set_up("12.5") == ("", [], f"{why} 12.5; {advice}\n")
-    assert set_up("11.7") == ("", [], f"{why} 11.7; update the driver, or set device=cpu\n")
+    for cuda in ("12.3", "11.0"):
+        assert set_up(cuda) == ("", [], f"{why} {cuda}; {advice}\n")
+    assert set_up("10.2") == ("", [], f"{why} 10.2; update the driver, or set device=cpu\n")
 
 
 def test_two_set_ups_and_a_killed_one_leave_a_whole_environment(set_up, tmp_path):

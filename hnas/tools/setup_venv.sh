@@ -40,14 +40,24 @@ dotted() {
     echo "${1%?}.${1#??}"
 }
 
+# least CUDA: of the oldest driver that Paddle allows for its wheels; for 12.6 that is 550.54.14,
+# for 11.8 450.80.02.
+least() {
+    case $1 in
+        118) echo 110 ;;
+        126) echo 124 ;;
+        *) echo "${1:-0}" ;;
+    esac
+}
+
 # A driver runs wheels of its own CUDA and of older ones; wheels for CPUs have none.
 check_driver() {
     driver=$(echo "$cards" |
         sed -n 's/.*CUDA[A-Za-z ]*Version: *\([0-9][0-9]*\)\.\([0-9]\).*/\1\2/p' | head -n 1)
-    if [ "${driver:-999}" -lt "${cuda:-0}" ]; then
+    if [ "${driver:-999}" -lt "$(least "$cuda")" ]; then
         advice="update the driver, or set device=cpu"
         for index in 118 126 129 130; do
-            [ "$index" -gt "$driver" ] ||
+            [ "$(least "$index")" -gt "$driver" ] ||
                 advice="write cu$index for cu$cuda in $requirements, and run again"
         done
         give_up "$requirements has Paddle for CUDA $(dotted "$cuda"), and this machine's driver \

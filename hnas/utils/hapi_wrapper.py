@@ -259,7 +259,7 @@ class DistillationModel(ResumableModel):
                     else:
                         loss = weight * distillation_loss(logits, answers, targets)
                 if self.in_place and targets is None:
-                    targets = F.softmax(logits.detach())
+                    targets = F.softmax(logits.detach().astype("float32"))
                 self.gradients.backward(loss)
                 losses[index] += loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
