@@ -53,7 +53,7 @@ launch train_supernet_pinas_stage1.py run \
     --stage1_views "$stage1_views" --freeze_bn "$freeze_bn" \
     --queue_size "$queue_size" --key_momentum "$key_momentum" --temperature "$temperature" \
     --crop_scale_min "$crop_scale_min" --flip_prob "$flip_prob" \
-    --pretrained "$pretrained" --image_dir "$image_dir" --save_dir_new "$save_dir" \
+    --pretrained "$pretrained" --image_dir "$image_dir" --save_dir "$save_dir" \
     --amp "$amp" --accumulate "$accumulate" --clip_norm "$clip_norm" \
     --use_tensor_dataset "$use_tensor_dataset" --storage_size "$storage_size" \
     --cache_dir "$cache_dir" --visualdl_dir "$visualdl_dir" \
