@@ -1,9 +1,9 @@
 """README, its Chinese twin and docs/ against the scripts, flags, files and figures they name."""
 
 import ast
-import itertools
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 import shlex
