@@ -357,7 +357,7 @@ def test_a_killed_bench_goes_on_to_the_same_results(tmp_path):
         summary = json.loads((tmp_path / "summary.json").read_text())
         assert found == summary["truth" if asked == ["truth"] else "final"]
     assert [*summary] == ["truth", "final"]
-    assert set(found[f"{METHOD}@0.0067"]) == {"broken", "tau_b"}
+    assert set(found[f"{METHOD}@0.0067"]) == {"supernets", "broken", "tau_b"}
     bench, entries = Bench(tmp_path, Scale.quick()), Bench(tmp_path, Scale.quick()).entries()
     final = supernet_jobs(bench, [(METHOD, 0.0067)], "final")
     needed = [Job("pretrain", seed) for seed in (0, 1)]

@@ -258,8 +258,8 @@ class DistillationModel(ResumableModel):
                         loss = weight * soft_loss(logits, targets)
                     else:
                         loss = weight * distillation_loss(logits, answers, targets)
-                if self.in_place and targets is None:
-                    targets = F.softmax(logits.detach().astype("float32"))
+                    if self.in_place and targets is None:
+                        targets = F.softmax(logits.detach())
                 self.gradients.backward(loss)
                 losses[index] += loss.detach() / self.gradients.accumulate
             hits += (logits.argmax(axis=1) == answers).astype("float32").sum()
