@@ -326,6 +326,8 @@ def test_what_the_ranking_bench_found_is_what_its_runs_say(tmp_path, monkeypatch
     for one in (*told, truth, truth["ceiling"]):
         value, low, high = (f"{one[end]:.3f}" for end in ("value", "low", "high"))
         assert f"{value}** [{low}, {high}]" in bench
+    chosen = summary["selection"]["chosen"].items()
+    assert all(f"`{name}` {own['rate']:.2g}" in " ".join(bench.split()) for name, own in chosen)
     assert f"mean {accuracy['mean']:.1f} %, sd {accuracy['sd']:.1f};" in bench
     for one, page in itertools.product((found["tau_b"], truth), TWINS):
         value, low, high = (f"{one[end]:.2f}" for end in ("value", "low", "high"))
