@@ -31,7 +31,6 @@ from hnas.evaluation.reference import evaluate_reference
 from hnas.evaluation.results import (
     architectures_hash,
     evaluation_identity,
-    keep_more,
     warn_if_guessing,
     write_results,
 )
@@ -81,14 +80,12 @@ def main() -> None:
     calibration = calibration_images(options, checkpoint.freeze_bn, classes=images.classes)
     order = scored_order(options, images)
     if options.score_function:
-        keep_more(Path(options.save_dir, "scores.json"), len(archs))
         batch = decoded_images(options, images, order[: options.batch_size])
         scores = {}
         score_by_function(options, network, list(archs.values()), batch, calibration, scores)
         rank(options, truth, archs, list(scores.values()))
         return
     if options.eval_engine == "reference":
-        keep_more(Path(options.save_dir, "submission.json"), len(listed))
         batches = Batches(decoded_images(options, images, order), options.batch_size)
         with tqdm(total=len(archs), desc="scoring", unit="arch", mininterval=1) as progress:
             counts = evaluate_reference(

@@ -182,6 +182,9 @@ def test_an_own_score_of_the_page(own, tmp_path, caplog):
     truth = read_truth("imagenet30")
     tau = stats.kendalltau([found[arch.code] for arch in truth], list(truth.values())).statistic
     assert f"tau-b with --rank_gt imagenet30: value {tau:.4f}, low" in caplog.text
+    with pytest.raises(UserError):
+        own("own.fails")
+    assert read_json(tmp_path / "out/scores.json") == found
     # The same networks, images and labels as those whose hits stage 3 counts.
     caplog.clear()
     found = own("own.top1", bn_calibration_images=0)

@@ -203,6 +203,7 @@ def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Count
     top-5 ones; ``channel_sample.txt`` has a line ``CODE top1 top5`` for each architecture, which
     the helpers of public code read.
     """
+    keep_more(folder / "submission.json", len(archs))
     top1, top5 = counts.accuracy().tolist(), counts.top5_accuracy().tolist()
     write_json(folder / "submission_top5.json", submission(archs, top5))
     with replacing(folder / "channel_sample.txt") as temporary:

@@ -15,6 +15,7 @@ from hnas.base.errors import UserError, word_of
 from hnas.base.files import write_json
 from hnas.dataset.transforms import normalize
 from hnas.evaluation.images import ScoredImages
+from hnas.evaluation.results import keep_more
 from hnas.models.elastic import ElasticResNet
 from hnas.parallel.distributed import world_size
 from hnas.programs.options import Options
@@ -74,4 +75,6 @@ def score_by_function(
     finally:
         if scores:
             write_json(path, scores)
+    if earlier:
+        keep_more(last, len(scores))
     path.replace(last)
