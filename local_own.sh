@@ -69,12 +69,12 @@ export bad_images amp accumulate log_freq resume seed device
 check_save_dir
 # What would be refused after hours.
 [ "$codes" -ge 3 ] 2>/dev/null || refuse "codes=$codes is not a whole number of at least 3"
-if [ -n "$modelarch_file" ] && [ ! -r "$modelarch_file" ]; then
+[ -z "$modelarch_file" ] || { [ -f "$modelarch_file" ] && [ -r "$modelarch_file" ]; } ||
     refuse "cannot read modelarch_file=$modelarch_file"
-fi
 case $batch_size,$queue_size in
     0* | ,* | *,0* | *, | *[!0-9,]*) ;; # refused by the first step, or by the second
-    *) [ $((queue_size % (batch_size * local_processes))) = 0 ] ||
+    *) [ -f "$save_dir/stage1/finished.txt" ] ||
+        [ $((queue_size % (batch_size * local_processes))) = 0 ] ||
         refuse "queue_size=$queue_size is no multiple of batch_size=$batch_size x processes" ;;
 esac
 all=$save_dir

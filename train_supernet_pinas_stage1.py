@@ -22,7 +22,7 @@ from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import require, start, training_images, training_loader
 from hnas.search_space import find_backbone
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel, scaled_key_momentum
-from hnas.utils.SampleMethod import LargestSampler, RandomSampler
+from hnas.utils.SampleMethod import FixedSampler, RandomSampler
 from hnas.utils.starting import (
     pretrained_network,
     start_contrast_from_checkpoint,
@@ -78,7 +78,7 @@ def main() -> None:
     elif not options.largest_net_in_stage1:
         measure = None  # its running statistics will be a mixture of all paths'
 
-    sampler = LargestSampler(space, number=2)
+    sampler = FixedSampler(space.largest(), number=2)
     if not options.largest_net_in_stage1:
         sampler = RandomSampler(space, options.seed, number=2)
     model = ContrastiveModel(network, sampler)

@@ -23,7 +23,7 @@ from hnas.programs.options import Options
 from hnas.programs.parsing import parse_options
 from hnas.programs.runtime import require, start, training_images, training_loader
 from hnas.utils.hapi_wrapper import DistillationModel, relative_sizes
-from hnas.utils.SampleMethod import LargestSampler, build_sampler
+from hnas.utils.SampleMethod import FixedSampler, build_sampler
 from hnas.utils.starting import pretrained_network, start_from_checkpoint, start_from_pretrained
 from hnas.utils.training import fit, prepare
 from hnas.utils.validation import figures_text, measurement, measurement_of_largest
@@ -52,11 +52,13 @@ def main() -> None:
     if frozen:
         freeze_statistics(network)
 
-    largest_only = not options.dyna_batch_size
+    sampler = FixedSampler(space.largest())
+    if options.dyna_batch_size:
+        sampler = build_sampler(options, space, options.seed)
     model = DistillationModel(
         network,
         None if options.in_place_distillation else teacher,
-        LargestSampler(space) if largest_only else build_sampler(options, space, options.seed),
+        sampler,
         loss_weights=relative_sizes(space) if options.use_loss_expand else None,
         in_place=options.in_place_distillation,
     )

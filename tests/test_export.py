@@ -263,6 +263,7 @@ def test_bad_images_cost_a_line_each(exported, small, tmp_path, capsys):
     shutil.copy(good, tmp_path / "folder/.checkpoints")
     for link, target in (("linked", small / "images/val/7"), ("folder/loop", tmp_path / "folder")):
         (tmp_path / link).symlink_to(target)
+    (tmp_path / "folder/again").symlink_to(tmp_path / "linked")  # each folder once
     (tmp_path / "folder/linked").symlink_to(tmp_path / "linked")
     code, lines, errors = predicted(capsys, exported, tmp_path / "folder")
     assert code == 0 and len(lines) == 3 and not errors

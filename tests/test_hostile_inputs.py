@@ -13,7 +13,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,7 +306,10 @@ FILE = "import os\nfrom hnas.base.errors import run_main\ndef main(): raise {}\n
     ("error", "place"),
     [
         ("PermissionError(13, os.strerror(13), '/of a/colleague')", "/of a/colleague: Permission"),
-        ("OSError(28, os.strerror(28))", f"a file, maybe in {tempfile.gettempdir()} (TMPDIR): No "),
+        (
+            "OSError(122, os.strerror(122))",
+            "a file, maybe in $TMPDIR, /tmp where that is not set: ",
+        ),
         ("OSError(5, os.strerror(5))", ""),
     ],
 )

@@ -192,12 +192,6 @@ def test_weights_are_looked_at_when_they_are_read(case, suffix, tmp_path):
         assert str(path) in one_line(error) and name in one_line(error)
 
 
-def test_negative_means_and_integers_are_fine(tmp_path):
-    weights = {"a._mean": -np.ones(3, np.float32), "queue_pointer": np.array([-1])}
-    write_state(tmp_path / "w.pdparams", weights)
-    assert set(read_weights(tmp_path / "w")) == set(weights)
-
-
 # --- B. checks that one program had and another lacked
 
 

@@ -261,6 +261,10 @@ NO_PARTS = [
             {"eval_engine": "reference", "images_part": "", "target_tau": 0.5},
             "--target_tau is for --eval_engine shared",
         ),
+        (
+            {"eval_engine": "reference", "images_part": "", "amp": "O1"},
+            "--eval_engine reference computes in float32; --amp O1",
+        ),
     ],
 )
 def test_flags_that_make_no_part_are_one_line(flags, message):

@@ -9,7 +9,7 @@ from hnas.models.elastic import freeze_statistics
 from hnas.models.pinasv2 import PiNASv2
 from hnas.search_space import RESNET48, RESNET48_MINI
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.SampleMethod import LargestSampler, RandomSampler
+from hnas.utils.SampleMethod import FixedSampler, RandomSampler
 
 BATCH, QUEUE, DIM = 8, 32, 16
 TEMPERATURE = 0.2
@@ -130,7 +130,9 @@ def test_a_step_is_the_independent_computation(network, frozen, largest):
     if frozen:
         freeze_statistics(network)
     before = state_of(network)
-    sampler = LargestSampler(RESNET48_MINI, 2) if largest else RandomSampler(RESNET48_MINI, 0, 2)
+    sampler = RandomSampler(RESNET48_MINI, 0, 2)
+    if largest:
+        sampler = FixedSampler(RESNET48_MINI.largest(), 2)
     path_a, path_b = sampler.sample(0, 0)
     views = [paddle.to_tensor(rng.integers(0, 256, (BATCH, 3, 32, 32), np.uint8)) for _ in "ab"]
     other = Independent(before, training=not frozen)

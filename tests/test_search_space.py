@@ -14,6 +14,7 @@ from paddle import nn
 from scipy.stats import chi2_contingency
 
 from hnas.base.errors import UserError
+from hnas.evaluation.tree import PrefixTree
 from hnas.models.resnet import ResNet
 from hnas.search_space import (
     RESNET48,
@@ -179,6 +180,7 @@ def test_official_codes_parse_round_trip_and_are_shareable():
     # The documented mean and sum leave the classifier out (0.0004 GMAC a network).
     assert np.mean(convolutions) == pytest.approx(2.971e9, abs=0.0005e9)
     assert np.sum(convolutions) == pytest.approx(133_710e9, abs=0.5e9)
+    assert round(PrefixTree(RESNET48, archs).cost(224)[0] / 1e9) == 68_179  # of one walk
     assert_uniform(official, (3, 3, 5, 7))
 
 

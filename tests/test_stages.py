@@ -60,19 +60,9 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_all_stages_say_what_fits_and_scores_are_in_order(run):
+def test_standalone_networks_reproduce_the_submission(run):
     root, _, codes, logs = run
     assert "ips" in logs[0] and "eta" in logs[1]
-    for log in logs[1:]:  # by default
-        assert "bn_calibration_images 0: the weights are known to be trained with freeze_bn" in log
-    scores = json.loads((root / "stage3/submission.json").read_text())
-    assert list(scores) == [f"net{i}" for i in range(len(codes))]
-    assert [entry["arch"] for entry in scores.values()] == codes
-
-
-@pytest.mark.slow
-def test_standalone_networks_reproduce_the_submission(run):
-    root, _, codes, _ = run
     images, labels = validation_images(root / "images")
     supernet = build_network("resnet48_mini", 10)
     supernet.set_state_dict(paddle.load(str(root / "stage2/0.pdparams")))

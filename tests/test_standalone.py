@@ -22,7 +22,8 @@ from hnas.models.resnet import ResNet
 from hnas.search_space import RESNET48_MINI, Architecture
 from hnas.tools import rank_report
 from hnas.tools.train_standalone import main
-from hnas.utils.hapi_wrapper import StandaloneModel, momentum_optimizer
+from hnas.utils.hapi_wrapper import DistillationModel, momentum_optimizer
+from hnas.utils.SampleMethod import FixedSampler
 from hnas.weights.loading import ABOUT
 
 CLASSES, BATCH, EPOCHS, SEED = 10, 4, 2, 3
@@ -83,7 +84,7 @@ def test_a_step_follows_the_cross_entropy():
     paddle.seed(1)
     network, other = (ResNet(RESNET48_MINI.plan(arch), CLASSES) for _ in range(2))
     other.set_state_dict({name: value.clone() for name, value in network.state_dict().items()})
-    model = StandaloneModel(network, arch.code)
+    model = DistillationModel(network, None, FixedSampler(arch))
     model.prepare(momentum_optimizer(network, 0.05, 0.9, 1e-3))
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (8, 3, 32, 32), np.uint8), rng.integers(0, CLASSES, 8)

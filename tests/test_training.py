@@ -23,7 +23,7 @@ from hnas.utils.hapi_wrapper import (
     relative_sizes,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.SampleMethod import LargestSampler, RandomSampler, SandwichSampler
+from hnas.utils.SampleMethod import FixedSampler, RandomSampler, SandwichSampler
 from hnas.utils.training import TrainLogger, prepare
 
 CLASSES, RATE, MOMENTUM, DECAY = 10, 0.05, 0.9, 1e-3
@@ -123,7 +123,7 @@ def test_blocks_that_a_step_does_not_run_are_left_alone():
     """Else a step would depend on which blocks ran before, which no checkpoint tells."""
     paddle.seed(0)
     net = build_network("resnet48_mini", CLASSES)
-    model = DistillationModel(net, None, LargestSampler(RESNET48_MINI))
+    model = DistillationModel(net, None, FixedSampler(RESNET48_MINI.largest()))
     model.prepare(momentum_optimizer(net, RATE, MOMENTUM, weight_decay=0.1))
     model.train_batch(tensors(batch(1, 4)))
     before = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
@@ -147,7 +147,7 @@ def distillation(accumulate):
 
 def contrastive(accumulate):
     network = build_network("resnet48pinasv2_mini", CLASSES, queue_size=16)
-    return prepared(ContrastiveModel(network, LargestSampler(RESNET48_MINI, 2)), accumulate)
+    return prepared(ContrastiveModel(network, FixedSampler(RESNET48_MINI.largest(), 2)), accumulate)
 
 
 def prepared(model, accumulate):

@@ -7,13 +7,12 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 
 ERRORS = "PINAS_ERRORS"
 """The environment variable in which hnas.parallel.launcher names its file for users' errors."""
@@ -21,8 +20,9 @@ HANG_UP = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN 
 """What a terminal or ssh sends that is gone; none where ``nohup`` has it ignored."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *HANG_UP)
 ENDING_SECONDS = 20
-"""Launchers and cluster managers kill what has not ended after 30."""
+"""Cluster managers kill what has not ended after 30."""
 LONGEST_LINE = 1500
+FULL = (ENOSPC, EDQUOT)
 LAUNCHER = "PINAS_LAUNCHER"
 """The environment variable in which hnas.parallel.launcher hands its process id on."""
 
@@ -121,7 +121,7 @@ _stopped_by: int | None = None
 def _stop(number: int, frame) -> None:
     global _stopped_by
     _stopped_by = number
-    # Paddle's launcher sends SIGTERM several times within a second, and SIGKILL after 30.
+    # Paddle's launcher sends SIGTERM several times within a second.
     next_one = signal.SIG_IGN if is_one_of_several() else signal.SIG_DFL
     for each in SIGNALS:
         signal.signal(each, next_one)
@@ -207,9 +207,9 @@ def run_main(
             told = f"the device or a library failed: {word_of(error)}; {AFTER_FAILURE}"
         else:
             logging.error("%s", word_of(error), exc_info=True, extra=SAID)
-            if not isinstance(error, OSError) or not (error.filename or error.errno == ENOSPC):
+            if not isinstance(error, OSError) or not (error.filename or error.errno in FULL):
                 raise
-            where = error.filename or f"a file, maybe in {tempfile.gettempdir()} (TMPDIR)"
+            where = error.filename or "a file, maybe in $TMPDIR, /tmp where that is not set"
             told = f"cannot use {where}: {error.strerror}; mend that, or name another place"
         # Without line breaks, which a path or a flag may hold.
         line = f"error: {shortened(' '.join(told.split()))}\n"

@@ -82,8 +82,3 @@ def largest_difference(
 def may_be_refusal(variant: Variant, error: Exception) -> bool:
     """Whether an error of a walk may be the fused operator's, so that one without it may work."""
     return variant.fused and not getattr(error, "errno", None)
-
-
-def kernels_of(variant: Variant, calibration: int) -> Kernels:
-    """What computes in a variant."""
-    return Kernels(variant, calibration, fused_convolution if variant.fused else None)

@@ -167,7 +167,7 @@ class Ledger:
             chunks = chunks[self.part.number - 1 :: self.part.of]
         done = from_main_process([self.is_done(chunk.start) for chunk in chunks])
         undone = [chunk for chunk, is_done in zip(chunks, done, strict=True) if not is_done]
-        if undone and self._found and not self.part:
+        if undone and self._found and not (self.part or self.enough):
             logger.warning(
                 "of %d chunks %d are missing, and scored now: those of images %s%s",
                 len(chunks),

@@ -109,19 +109,19 @@ def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Sav
         UserError: it is gone, broken, of another checkpoint, image list, ..., or
             holds hits that no images can have given.
     """
-    remedy = "remove it to start anew"
+    anew = f"to start anew remove {path.with_name('eval_*.npz')}"
     try:
         state = read_arrays(path, MOST_BYTES)
         found = {name: str(state.pop(f"identity_{name}")) for name in identity}
         if copies and found["image_list"] == copies:
             found["image_list"] = identity["image_list"]
-        check_same_settings(path, found, identity, f"{remedy}, or choose another save_dir")
+        check_same_settings(path, found, identity, f"{anew}, or choose another save_dir")
         return _saved(state)
     except FileNotFoundError:
         raise UserError(f"{path} has vanished; is another run in this folder?") from None
     except (KeyError, ArraysError) as error:
         fault = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is broken ({fault}); {remedy}") from None
+        raise UserError(f"{path} is broken ({fault}); remove it") from None
 
 
 def _saved(state: Mapping[str, np.ndarray]) -> Saved:
@@ -189,9 +189,15 @@ def estimates(
 def keep_more(path: Path, number: int) -> None:
     """Set scores aside that those of ``number`` architectures, a trial's maybe, would replace,
     where they are more."""
-    before = len(read_json(path)) if path.exists() else 0
+    try:
+        before = len(read_json(path)) if path.exists() else 0
+    except UserError as error:
+        logger.warning("%s; it is replaced", error)
+        return
     if before > number:
         aside = path.with_stem(f"{path.stem}_of_{before}")
+        while aside.exists():
+            aside = aside.with_stem(f"{aside.stem}_again")
         path.replace(aside)
         logger.warning("%s, of %d architectures, is %s now", path, before, aside)
 
@@ -203,7 +209,8 @@ def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Count
     top-5 ones; ``channel_sample.txt`` has a line ``CODE top1 top5`` for each architecture, which
     the helpers of public code read.
     """
-    keep_more(folder / "submission.json", len(archs))
+    for name in ("submission.json", "submission_top5.json"):
+        keep_more(folder / name, len(archs))
     top1, top5 = counts.accuracy().tolist(), counts.top5_accuracy().tolist()
     write_json(folder / "submission_top5.json", submission(archs, top5))
     with replacing(folder / "channel_sample.txt") as temporary:
@@ -230,11 +237,12 @@ def warn_if_guessing(counts: Counts, classes: int, what: str) -> bool:
     The message calls the networks ``what``. Gives whether it warned.
     """
     guessed = counts.images / classes
-    # What the best of so many passes once in a thousand times if all guess, on their own.
-    deviations = -ndtri(1e-3 / len(counts.top1))
-    limit = guessed + deviations * math.sqrt(guessed * (1 - 1 / classes))
-    best = int(counts.top1.max())
-    told = best <= limit < counts.images
+    # What the best of so many passes once in a thousand times if all guess, on their own; as they
+    # share weights, good ones are told by what most of them do.
+    deviation = math.sqrt(guessed * (1 - 1 / classes))
+    limit = guessed - ndtri(1e-3 / len(counts.top1)) * deviation
+    best, most = int(counts.top1.max()), np.median(counts.top1)
+    told = best <= limit < counts.images and most <= guessed + 3 * deviation
     if told:
         logger.warning(
             "%s is right about %d of %d images, no more than guessing among %d classes: too little "

@@ -11,9 +11,9 @@ import paddle
 
 from hnas.base.device import on_gpu
 from hnas.dataset.transforms import normalize
+from hnas.evaluation import gpu_kernels
 from hnas.evaluation.counts import Counts, LogitsError, count_hits
-from hnas.evaluation.gpu_kernels import kernels_of
-from hnas.evaluation.kernels import STEM, SlicedWeights
+from hnas.evaluation.kernels import STEM, Kernels, SlicedWeights
 from hnas.evaluation.tree import Child, Group, PrefixTree
 from hnas.evaluation.variants import CPU_VARIANT, Precision, Variant, usual_variant
 from hnas.models.convolution import onednn_fault
@@ -61,7 +61,8 @@ class SharedEvaluator:
     def compute(self, variant: Variant) -> None:
         """Compute in ``variant`` from now on; weights are prepared anew."""
         self.variant = variant
-        self.kernels = kernels_of(variant, self.calibration_images)
+        fused = gpu_kernels.fused_convolution if variant.fused else None
+        self.kernels = Kernels(variant, self.calibration_images, fused)
         self.weights = SlicedWeights(self.network, self.kernels)
 
     def take(self, archs: Sequence[Architecture]) -> None:

@@ -88,18 +88,6 @@ class Group:
         return sum(a * b for a, b in widths), sum(outputs for _, outputs in widths)
 
 
-class Node(NamedTuple):
-    """What follows a block.
-
-    Attributes:
-        leaves: sorted positions of the architectures whose last block it is.
-        groups: at most one for the next block of the stage and one for the next stage.
-    """
-
-    leaves: range
-    groups: tuple[Group, ...]
-
-
 class PrefixTree:
     """Architectures sorted so that those with a common prefix stand together.
 
@@ -125,8 +113,9 @@ class PrefixTree:
         runs = self._runs(0, len(self._paths), 0)
         return [Child(0, channels, low, high, 0) for channels, low, high in runs]
 
-    def node(self, child: Child) -> Node:
-        """What follows a block or a stem."""
+    def node(self, child: Child) -> tuple[range, tuple[Group, ...]]:
+        """What follows a block or a stem: sorted positions of the architectures whose last block it
+        is, and at most one group for the next block of the stage and one for the next stage."""
         leaves, groups, level = range(0), {}, child.level + 1
         for block, low, high in self._runs(child.low, child.high, level):
             if block == END:
@@ -137,7 +126,7 @@ class PrefixTree:
         made = (
             Group(*position, child.cout, tuple(children)) for position, children in groups.items()
         )
-        return Node(leaves, tuple(made))
+        return leaves, tuple(made)
 
     def _runs(self, low: int, high: int, column: int) -> Iterator[tuple]:
         """What the paths have in a column, and from where to where they have it."""
@@ -150,7 +139,8 @@ class PrefixTree:
         """Every group."""
         pending = self.roots()
         while pending:
-            for group in self.node(pending.pop()).groups:
+            _, groups = self.node(pending.pop())
+            for group in groups:
                 yield group
                 pending += group.children
 

@@ -88,9 +88,11 @@ def find(names, endings):
     for name in names:
         below, seen = [], set()
         for folder, folders, files in os.walk(name, followlinks=True):
-            seen.add(os.path.realpath(folder))
-            new = (f for f in folders if os.path.realpath(os.path.join(folder, f)) not in seen)
-            folders[:] = sorted(f for f in new if not f.startswith("."))
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
             shown = (f for f in files if not f.startswith("."))
             # One that cannot be read is complained of as an image.
             below += [Path(folder, f) for f in folders if not os.access(Path(folder, f), os.R_OK)]

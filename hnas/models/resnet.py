@@ -130,6 +130,9 @@ class ResNet(nn.Layer):
         """So many blocks of each stage, in order."""
         return [b for stage, depth in enumerate(depths) for b in self.stage_blocks(stage)[:depth]]
 
+    def activate(self, arch) -> None:
+        """It has one architecture; of a supernet's the one that runs."""
+
     def features(self, x):
         """Feature map of the last stage: [N, 3, H, W] -> [N, C, H/32, W/32]."""
         x = self.stem(x)

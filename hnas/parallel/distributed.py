@@ -93,7 +93,7 @@ class StopSignals:
     """Within the context the first signal is noted only; the next one ends the program at once.
 
     Of several processes later ones are noted only, too: Paddle's launcher sends SIGTERM several
-    times within a second, and SIGKILL after 30.
+    times within a second.
     """
 
     def __init__(self):

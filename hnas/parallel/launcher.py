@@ -31,6 +31,8 @@ class NotingPod(Pod):
     def stop(self, sigint=signal.SIGTERM, timeout=None):
         self.failed = self.failed or self.failed_container()
         # Paddle kills after 30 seconds; after 10 on a second signal, and after 3 where one failed.
+        if timeout == 30:  # and it has closed its log by now
+            sys.stderr.write("ending when all have saved; a second signal kills in 10 seconds\n")
         return super().stop(sigint, PATIENCE if timeout == 30 else timeout)
 
 

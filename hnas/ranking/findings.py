@@ -118,7 +118,7 @@ def notes_on_ranking(pred: np.ndarray, gt: np.ndarray) -> list[str]:
                 "placeholders? Among them nothing is ranked."
             )
     if len(gt) < 20:
-        found.append(f"{len(gt)} architectures are few: the intervals are wide and only rough.")
+        found.append(f"{len(gt)} architectures are few: intervals, if any, are wide and rough.")
     return found
 
 

@@ -18,7 +18,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from hnas.base.files import check_output
+from hnas.base.files import DIGEST, check_output
 from hnas.dataset.transforms import TrainTransform
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import is_main_process
@@ -34,7 +34,7 @@ from hnas.programs.runtime import (
     validation_loader,
 )
 from hnas.utils.hapi_wrapper import DistillationModel
-from hnas.utils.SampleMethod import LargestSampler
+from hnas.utils.SampleMethod import FixedSampler
 from hnas.utils.training import about_weights, fit, prepare
 from hnas.utils.validation import network_accuracy
 from hnas.weights.checkpoint import RUN_NOTE
@@ -48,7 +48,8 @@ def main() -> None:
     start(options)
     require(options, "pretrained")
     check_output(options.pretrained, "--pretrained")
-    ours = Path(options.save_dir, RUN_NOTE).exists() or "PINAS_STEP" in os.environ
+    made = Path(f"{options.pretrained}{DIGEST}").exists()  # which weights from elsewhere lack
+    ours = made and Path(options.save_dir, RUN_NOTE).exists() or "PINAS_STEP" in os.environ
     if Path(options.pretrained).exists() and not ours:
         raise UserError(
             f"--pretrained {options.pretrained} is there, and was not made from --save_dir "
@@ -59,7 +60,7 @@ def main() -> None:
     space = options.space
     network = build_network(options.backbone, len(images.classes), space)
     network.start_as_shortcuts()
-    model = DistillationModel(network, teacher=None, sampler=LargestSampler(space))
+    model = DistillationModel(network, teacher=None, sampler=FixedSampler(space.largest()))
     crop = TrainTransform(options.image_size, options.crop_scale_min, options.flip_prob)
     loader = training_loader(options, images, crop)
     prepare(model, options, len(loader))

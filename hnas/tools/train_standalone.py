@@ -46,7 +46,8 @@ from hnas.programs.runtime import (
     validation_loader,
 )
 from hnas.search_space import Architecture
-from hnas.utils.hapi_wrapper import StandaloneModel
+from hnas.utils.hapi_wrapper import DistillationModel
+from hnas.utils.SampleMethod import FixedSampler
 from hnas.utils.starting import describe_run
 from hnas.utils.training import fit, prepare
 from hnas.utils.validation import network_accuracy
@@ -182,7 +183,7 @@ def train_one(
     # names; here they begin anew for every network.
     with paddle.utils.unique_name.guard():
         network = ResNet(space.plan(arch), classes)
-        model = StandaloneModel(network, code)
+        model = DistillationModel(network, None, FixedSampler(arch))
         prepare(model, own, len(loader))
         measure = partial(network_accuracy, network, val, classes)
         found = fit(model, own, loader, measure) or measure()

@@ -24,14 +24,14 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class LargestSampler:
-    """Always the largest network, ``number`` times."""
+class FixedSampler:
+    """Always the same network, ``number`` times."""
 
-    space: SearchSpace
+    arch: Architecture
     number: int = 1
 
     def sample(self, epoch: int, step: int) -> list[Architecture]:
-        return [self.space.largest()] * self.number
+        return [self.arch] * self.number
 
 
 @dataclass(frozen=True)

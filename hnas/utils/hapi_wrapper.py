@@ -245,13 +245,13 @@ class DistillationModel(ResumableModel):
         """One step. The gradients of the sub-networks add up, as in Once-for-all's training."""
         images, labels = inputs
         self.network.train()
-        archs = self.draw()
+        archs = self.sampler.sample(self.epoch, self.step)
         weights = self.loss_weights(archs)
         losses, hits = [0.0] * len(archs), 0.0
         for part, answers in self.gradients.parts(normalize(images), labels):
             targets = self.teach(part)
             for index, (arch, weight) in enumerate(zip(archs, weights, strict=True)):
-                self.activate(arch)
+                self.network.activate(arch)
                 with self.gradients.autocast():
                     logits = self.network(part)
                     if self.in_place and targets is not None:
@@ -272,14 +272,6 @@ class DistillationModel(ResumableModel):
             "arch": codes[-1],
             "parts": list(zip(codes, losses, strict=True)),
         }
-
-    def draw(self) -> Sequence[Architecture]:
-        """The step's sub-networks."""
-        return self.sampler.sample(self.epoch, self.step)
-
-    def activate(self, arch: Architecture) -> None:
-        """Let the network run as a sub-network."""
-        self.network.activate(arch)
 
     @paddle.no_grad()
     def teach(self, images) -> paddle.Tensor | None:
@@ -308,17 +300,3 @@ def relative_sizes(space: SearchSpace) -> Callable[[Sequence[Architecture]], lis
     """
     largest = weighted_channels(space.largest())
     return lambda archs: [weighted_channels(arch) / largest for arch in archs]
-
-
-class StandaloneModel(DistillationModel):
-    """One plain network of the architecture ``code``, taught by labels; nothing to activate."""
-
-    def __init__(self, network: nn.Layer, code: str):
-        super().__init__(network, None, None)
-        self.arch = Architecture.from_code(code)
-
-    def draw(self) -> Sequence[Architecture]:
-        return [self.arch]
-
-    def activate(self, arch: Architecture) -> None:
-        """It has one architecture."""

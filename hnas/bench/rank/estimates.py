@@ -23,11 +23,7 @@ import math
 import numpy as np
 from scipy.stats import binomtest, t
 
-from hnas.ranking.correlations import none_if_nan
-
-LEVEL = 0.95
-FEWEST = 8
-"""Architectures, of which an interval can be given."""
+from hnas.ranking.correlations import FEWEST, LEVEL, none_if_nan
 
 
 def tau_kernel(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -25,13 +25,12 @@ from hnas.programs.runtime import seed_generators
 from hnas.utils.hapi_wrapper import (
     DistillationModel,
     ResumableModel,
-    StandaloneModel,
     learning_rate,
     momentum_optimizer,
     swinging_rate,
 )
 from hnas.utils.hapi_wrapper_pinas import ContrastiveModel
-from hnas.utils.SampleMethod import LargestSampler, Sampler, build_sampler
+from hnas.utils.SampleMethod import FixedSampler, Sampler, build_sampler
 from hnas.utils.starting import start_from_pretrained
 from hnas.weights.loading import (
     NotFiniteError,
@@ -134,7 +133,7 @@ def run_alone(bench: Bench, job: Job) -> dict:
     network = ElasticResNet(bench.space, CLASSES).extract(arch)
     # Without it deep networks come out worse in so few steps, the opposite of ImageNet.
     network.start_as_shortcuts()
-    model = StandaloneModel(network, arch.code)
+    model = DistillationModel(network, None, FixedSampler(arch))
     steps = scale.alone_steps
     train(bench, job, model, peak_rate(scale.alone_lr, steps), steps)
     if job.kind == "pretrain":
@@ -172,7 +171,7 @@ def run_stage1(bench: Bench, job: Job) -> dict:
     start(bench, job.seed, network.backbone)
     network.reset_key_encoder()
     freeze_statistics(network)
-    model = ContrastiveModel(network, LargestSampler(bench.space, 2))
+    model = ContrastiveModel(network, FixedSampler(bench.space.largest(), 2))
     # Of the mean of both passes, whose gradients add up.
     lr, steps = scale.stage1_lr / 2, scale.stage1_steps
     schedule = swinging_rate(lr, 256, SWING_STEPS) if public else peak_rate(lr, steps)
