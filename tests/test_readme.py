@@ -329,9 +329,34 @@ def test_what_the_ranking_bench_found_is_what_its_runs_say(tmp_path, monkeypatch
     chosen = summary["selection"]["chosen"].items()
     assert all(f"`{name}` {own['rate']:.2g}" in " ".join(bench.split()) for name, own in chosen)
     assert f"mean {accuracy['mean']:.1f} %, sd {accuracy['sd']:.1f};" in bench
-    for one, page in itertools.product((found["tau_b"], truth), TWINS):
+    final = summary["final"]
+    lead = [final["comparisons"][f"first_place - {other}"] for other in ("organisers", "fairnas")]
+    first = final["first_place@0.02"]["tau_b"]
+    for one, page in itertools.product((found["tau_b"], truth, first, *lead), TWINS):
         value, low, high = (f"{one[end]:.2f}" for end in ("value", "low", "high"))
         assert f" {value} [{low}, {high}]" in text_of(page)
+
+
+def test_what_methods_are_said_to_rank_is_of_the_summary():
+    final = json.loads((RESULTS / "small_digit/summary.json").read_text())["final"]
+    by_code, compared = final.pop("by_code"), final.pop("comparisons")
+
+    def told(own):
+        if own is None or own["value"] is None:
+            return "–"
+        p = own.get("p_holm", own.get("p"))
+        text = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**own)
+        return text if p is None else f"{text}, {'<0.001' if p < 1e-3 else f'{p:.3f}'}"
+
+    expected = []
+    for name, rate in (key.split("@") for key in final if "@" in key):
+        own = final[f"{name}@{rate}"]
+        leads = compared.get(f"first_place - {name}"), compared[f"{name} - later_depth"]
+        broke = f"{own['broken']['value'] * own['supernets']:.0f} of {own['supernets']}"
+        told_of = map(told, (own["tau_b"], *leads))
+        expected.append([f"`{name}`", f"{float(rate):.2g}", broke, *told_of])
+    expected += [[name, "–", "–", told(own), "–", "–"] for name, own in by_code.items()]
+    assert table_after("docs/ranking-bench.md", "found") == expected
 
 
 def test_widths_and_costs_are_the_search_spaces():
