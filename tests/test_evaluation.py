@@ -131,13 +131,14 @@ def test_results_are_in_the_order_of_the_file(tmp_path, caplog):
     for name in ("submission.json", "submission_top5.json"):
         assert read_architectures(tmp_path / name) == archs
     whole = (tmp_path / "submission.json").read_text()
-    # Fewer replace neither more nor what was set aside; what cannot be read hinders nothing.
+    # Fewer replace neither more, nor what was set aside, nor what cannot be read.
     for last in (*archs, "arch1"):
         (tmp_path / "submission.json").write_text("[]" if last == "arch7" else whole)
         write_results(tmp_path, {last: archs[last]}, counts_of(first_ones([7], 7)))
-    kept = [tmp_path / f"submission_of_3{again}.json" for again in ("", "_again", "_again_again")]
+    kept = [tmp_path / f"submission_of_3{again}.json" for again in ("", "_2", "_3")]
     assert [path.read_text() for path in kept] == 3 * [whole]
     assert len(read_architectures(tmp_path / "submission_top5_of_3.json")) == 3
+    assert (tmp_path / "submission_of_inf.json").read_text() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -306,10 +306,8 @@ FILE = "import os\nfrom hnas.base.errors import run_main\ndef main(): raise {}\n
     ("error", "place"),
     [
         ("PermissionError(13, os.strerror(13), '/of a/colleague')", "/of a/colleague: Permission"),
-        (
-            "OSError(122, os.strerror(122))",
-            "a file, maybe in $TMPDIR, /tmp where that is not set: ",
-        ),
+        ("OSError(122, os.strerror(122))", "a file, maybe in $TMPDIR, /tmp where that is "),
+        ("OSError(28, os.strerror(28))", "a file, maybe in $TMPDIR, /tmp where that is "),
         ("OSError(5, os.strerror(5))", ""),
     ],
 )

@@ -161,8 +161,8 @@ HOSTILE_VARIABLES = [
     ("local_own.sh codes=2", "codes=2 is not a whole number of at least 3"),
     ("local_own.sh codes=all", "codes=all is not a whole number of at least 3"),
     ("local_own.sh modelarch_file=docs", "cannot read modelarch_file=docs"),  # a folder
-    ("local_own.sh batch_size=48", "queue_size=512 is no multiple of batch_size=48 x processes"),
-    ("local_own.sh processes=3", "queue_size=512 is no multiple of batch_size=32 x processes"),
+    ("local_own.sh save_dir=/n batch_size=48", "queue_size=512 is no multiple of batch_size=48"),
+    ("local_own.sh save_dir=/n processes=3", "queue_size=512 is no multiple of batch_size=32"),
 ]
 
 

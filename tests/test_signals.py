@@ -239,7 +239,7 @@ def launch(folder: Path, wrong: str) -> subprocess.Popen:
     return start("", "-m", "hnas.parallel.launcher", *flags, *script)
 
 
-def test_after_a_first_signal_the_launcher_waits_for_what_is_saved(monkeypatch, capsys):
+def test_after_a_first_signal_the_launcher_waits_for_what_is_saved(monkeypatch, capfd):
     """Emulated: Paddle's own 30 seconds are less than a chunk of stage 3 takes on a GPU."""
     waits = []
     monkeypatch.setattr(launcher.Pod, "stop", lambda self, number, timeout: waits.append(timeout))
@@ -248,7 +248,7 @@ def test_after_a_first_signal_the_launcher_waits_for_what_is_saved(monkeypatch, 
     launcher.controllers.controller.ControllerBase.stop(controller)
     controller.pod.stop(timeout=10)  # on a second one
     assert waits == [launcher.PATIENCE, 10] and launcher.PATIENCE > 3600
-    assert capsys.readouterr().err.count("a second signal kills in 10 seconds") == 1
+    assert capfd.readouterr().err.count("a second signal kills in 10 seconds") == 1
 
 
 @pytest.mark.slow

@@ -109,7 +109,8 @@ def load_state(path: Path, identity: Mapping[str, str], copies: str = "") -> Sav
         UserError: it is gone, broken, of another checkpoint, image list, ..., or
             holds hits that no images can have given.
     """
-    anew = f"to start anew remove {path.with_name('eval_*.npz')}"
+    what = path.with_name("eval_*.npz") if path.name == STATE_FILE else "it"
+    anew = f"to start anew remove {what}"
     try:
         state = read_arrays(path, MOST_BYTES)
         found = {name: str(state.pop(f"identity_{name}")) for name in identity}
@@ -188,18 +189,18 @@ def estimates(
 
 def keep_more(path: Path, number: int) -> None:
     """Set scores aside that those of ``number`` architectures, a trial's maybe, would replace,
-    where they are more."""
+    where they are more, or cannot be read."""
     try:
         before = len(read_json(path)) if path.exists() else 0
     except UserError as error:
-        logger.warning("%s; it is replaced", error)
-        return
+        logger.warning("%s", error)
+        before = math.inf
     if before > number:
-        aside = path.with_stem(f"{path.stem}_of_{before}")
+        aside, number = path.with_stem(f"{path.stem}_of_{before}"), 2
         while aside.exists():
-            aside = aside.with_stem(f"{aside.stem}_again")
+            aside, number = path.with_stem(f"{path.stem}_of_{before}_{number}"), number + 1
         path.replace(aside)
-        logger.warning("%s, of %d architectures, is %s now", path, before, aside)
+        logger.warning("%s, which holds more or cannot be read, is %s now", path, aside)
 
 
 def write_results(folder: Path, archs: Mapping[str, Architecture], counts: Counts) -> None:

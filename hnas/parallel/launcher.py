@@ -17,7 +17,7 @@ from paddle.distributed.launch import controllers
 from paddle.distributed.launch.context import Context
 from paddle.distributed.launch.job.pod import Pod
 
-from hnas.base.errors import ERRORS, HANG_UP, LAUNCHER
+from hnas.base.errors import ERRORS, HANG_UP, LAUNCHER, say
 
 PATIENCE = 86_400
 """Seconds that a first signal's saving may take: a chunk of stage 3 takes minutes, or an hour."""
@@ -32,7 +32,7 @@ class NotingPod(Pod):
         self.failed = self.failed or self.failed_container()
         # Paddle kills after 30 seconds; after 10 on a second signal, and after 3 where one failed.
         if timeout == 30:  # and it has closed its log by now
-            sys.stderr.write("ending when all have saved; a second signal kills in 10 seconds\n")
+            say("ending when all have saved; a second signal kills in 10 seconds")
         return super().stop(sigint, PATIENCE if timeout == 30 else timeout)
 
 

@@ -18,7 +18,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from hnas.base.files import DIGEST, check_output
+from hnas.base.files import check_output, recorded_digest
 from hnas.dataset.transforms import TrainTransform
 from hnas.models.pinasv2 import build_network
 from hnas.parallel.distributed import is_main_process
@@ -48,12 +48,12 @@ def main() -> None:
     start(options)
     require(options, "pretrained")
     check_output(options.pretrained, "--pretrained")
-    made = Path(f"{options.pretrained}{DIGEST}").exists()  # which weights from elsewhere lack
+    made = recorded_digest(options.pretrained) is not None  # public files have none beside them
     ours = made and Path(options.save_dir, RUN_NOTE).exists() or "PINAS_STEP" in os.environ
     if Path(options.pretrained).exists() and not ours:
         raise UserError(
             f"--pretrained {options.pretrained} is there, and was not made from --save_dir "
-            f"{options.save_dir}: remove it, or name another file to write"
+            f"{options.save_dir}, or lacks its .sha256: remove it, or name another file to write"
         )
     images = training_images(options)
     val = validation_images(options, images)

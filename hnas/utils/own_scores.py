@@ -52,7 +52,7 @@ def score_by_function(
     earlier = last.exists() and not scores
     path = last.with_name("scores_unfinished.json") if earlier else last
     if earlier:
-        keep_more(path, len(archs))  # of a function that was stopped
+        keep_more(path, 0)  # of a function that was stopped
     place = "give module.function, of a module that is installed or lies beside the program"
     network.eval()
     network.mixed = False  # whether its statistics will do was just said, once
